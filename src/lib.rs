@@ -1,0 +1,23 @@
+//! Vellum: a block-level copy-on-write storage driver for containers.
+//!
+//! Container images become stacks of thin, read-only block layers; each container gets a thin
+//! writable layer that allocates 4 KiB blocks on first write and resolves every other read down
+//! the chain. Dependencies point one way:
+//!
+//! `block ← storage ← layer ← chain ← {store, export, fs} ← image ← cli`
+//!
+//! * [`block`]: the vocabulary: blocks, extents, the [`block::BlockDevice`] trait.
+//! * [`storage`]: the seam to the host's files, so that tests can simulate power cuts and faults.
+//! * [`layer`]: the on-disk layer: header, map, journal, data, seal.
+//! * [`chain`]: layers stacked into one device through one merged index.
+//! * [`store`]: names, references, locks and garbage collection.
+//! * [`export`]: the chain device as an NBD export or as a local block device.
+//! * [`fs`]: ext4 on top of a device: make, mount, freeze, compare.
+//! * [`image`]: container images in their many shapes.
+//! * [`cli`]: the `vellum` command, one file a command.
+
+pub mod block;
+pub mod error;
+pub mod storage;
+
+pub use error::{Error, ErrorKind, Result};

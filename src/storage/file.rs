@@ -1,0 +1,282 @@
+//! Real files behind the storage seam.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::{Entry, Mapping, OpenMode, Storage, StorageFile};
+
+/// The host's own files. Directories are made with mode 0700, files with 0600.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct FileStorage;
+
+impl Storage for FileStorage {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
+        let mut options = OpenOptions::new();
+        options
+            .read(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+        match mode {
+            OpenMode::Read => {}
+            OpenMode::Write => {
+                options.write(true);
+            }
+            OpenMode::CreateNew => {
+                options.write(true).create_new(true);
+            }
+            OpenMode::Create => {
+                options.write(true).create(true);
+            }
+        }
+        let file = options.open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a regular file",
+            ));
+        }
+        Ok(Arc::new(HostFile {
+            file,
+            direct: Direct::default(),
+        }))
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        fs::DirBuilder::new().mode(0o700).create(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn remove_tree(&self, path: &Path) -> io::Result<()> {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(path)? {
+            let entry = entry?;
+            // A name that is not UTF-8 is not one of ours.
+            if let Ok(name) = entry.file_name().into_string() {
+                entries.push(Entry {
+                    name,
+                    is_dir: entry.file_type()?.is_dir(),
+                });
+            }
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        match fs::symlink_metadata(path) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+}
+
+/// Whether synchronous writes may bypass the page cache: found out at the first one.
+#[derive(Debug, Default)]
+struct Direct {
+    state: AtomicU8,
+    file: std::sync::OnceLock<File>,
+}
+
+const DIRECT_UNKNOWN: u8 = 0;
+const DIRECT_WORKS: u8 = 1;
+const DIRECT_REFUSED: u8 = 2;
+
+/// Alignment of the buffer, offset and length of an O_DIRECT write that suits any device.
+const DIRECT_ALIGN: usize = 4096;
+
+#[derive(Debug)]
+struct HostFile {
+    file: File,
+    direct: Direct,
+}
+
+impl HostFile {
+    /// A second descriptor of the same file with O_DIRECT, or `None` where the host refuses it.
+    fn direct(&self) -> Option<&File> {
+        match self.direct.state.load(Ordering::Acquire) {
+            DIRECT_WORKS => self.direct.file.get(),
+            DIRECT_REFUSED => None,
+            _ => {
+                let opened = OpenOptions::new()
+                    .write(true)
+                    .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
+                    .open(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+                let state = match opened {
+                    Ok(file) => {
+                        // Another thread may have been first: then ours is closed again.
+                        let _ = self.direct.file.set(file);
+                        DIRECT_WORKS
+                    }
+                    Err(_) => DIRECT_REFUSED,
+                };
+                self.direct.state.store(state, Ordering::Release);
+                self.direct.file.get()
+            }
+        }
+    }
+}
+
+/// One synchronous write (RWF_DSYNC); returns the bytes written.
+fn write_dsync(file: &File, buf: &[u8], offset: u64) -> io::Result<usize> {
+    let iov = libc::iovec {
+        iov_base: buf.as_ptr().cast_mut().cast(),
+        iov_len: buf.len(),
+    };
+    // SAFETY: the descriptor is open for the call, and `iov` describes `buf`, which outlives it
+    // and is only read.
+    let written = unsafe {
+        libc::pwritev2(
+            file.as_raw_fd(),
+            &iov,
+            1,
+            offset as libc::off_t,
+            libc::RWF_DSYNC,
+        )
+    };
+    if written < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(written as usize)
+    }
+}
+
+impl StorageFile for HostFile {
+    fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            match self.file.read_at(buf, offset) {
+                Ok(0) => {
+                    buf.fill(0);
+                    break;
+                }
+                Ok(read) => {
+                    buf = buf.get_mut(read..).unwrap_or_default();
+                    offset += read as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn write_durable(&self, mut buf: &[u8], mut offset: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            let aligned = (buf.as_ptr() as usize).is_multiple_of(DIRECT_ALIGN)
+                && buf.len().is_multiple_of(DIRECT_ALIGN)
+                && offset.is_multiple_of(DIRECT_ALIGN as u64);
+            let direct = if aligned { self.direct() } else { None };
+            let written = match write_dsync(direct.unwrap_or(&self.file), buf, offset) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero)),
+                Ok(written) => written,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) if direct.is_some() && error.raw_os_error() == Some(libc::EINVAL) => {
+                    self.direct.state.store(DIRECT_REFUSED, Ordering::Release);
+                    0
+                }
+                Err(error) => return Err(error),
+            };
+            buf = buf.get(written..).unwrap_or_default();
+            offset += written as u64;
+        }
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        fallocate(
+            self.file.as_fd(),
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+            offset as libc::off_t,
+            len as libc::off_t,
+        )?;
+        Ok(())
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        fallocate(
+            self.file.as_fd(),
+            FallocateFlags::empty(),
+            offset as libc::off_t,
+            len as libc::off_t,
+        )?;
+        Ok(())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    fn prefetch(&self, offset: u64, len: u64) {
+        // A hint: a refusal changes nothing.
+        let _ = nix::fcntl::posix_fadvise(
+            &self.file,
+            offset as libc::off_t,
+            len as libc::off_t,
+            nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED,
+        );
+    }
+
+    fn map(&self, offset: u64, len: usize) -> io::Result<Mapping> {
+        if len == 0 {
+            return Ok(Mapping::Owned(Vec::new()));
+        }
+        let end = offset.saturating_add(len as u64);
+        if end > self.len()? {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
+        }
+        // SAFETY: only sealed files, which nobody changes, are mapped: the store is writable by
+        // its owner alone, and the range was just found to lie within the file.
+        let map = unsafe {
+            memmap2::MmapOptions::new()
+                .offset(offset)
+                .len(len)
+                .map(&self.file)?
+        };
+        Ok(Mapping::Mapped(map))
+    }
+}

@@ -1,0 +1,137 @@
+//! The seam between layers and the host: every byte that must survive a power cut goes through
+//! [`Storage`] and [`StorageFile`], so that tests can put a simulated disk or faults behind it.
+
+mod file;
+
+pub use file::FileStorage;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// How to open a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpenMode {
+    /// An existing file, for reading.
+    Read,
+    /// An existing file, for reading and writing.
+    Write,
+    /// A new file, for reading and writing; an existing one is an error.
+    CreateNew,
+    /// As `Write`, creating the file where it is missing.
+    Create,
+}
+
+/// A directory entry, as [`Storage::list`] returns it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The file's name within its directory.
+    pub name: String,
+    /// True for a directory.
+    pub is_dir: bool,
+}
+
+/// A tree of files. Names become durable with [`Storage::sync_dir`], contents with
+/// [`StorageFile::sync`].
+pub trait Storage: Send + Sync + std::fmt::Debug {
+    /// Opens a file; never follows a symbolic link in the last component.
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>>;
+    /// Makes one directory; its parent must exist.
+    fn create_dir(&self, path: &Path) -> io::Result<()>;
+    /// Atomically gives `from` the name `to`, replacing a file of that name.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Removes a file.
+    fn remove_file(&self, path: &Path) -> io::Result<()>;
+    /// Removes a directory and all below it; one that is not there is no error.
+    fn remove_tree(&self, path: &Path) -> io::Result<()>;
+    /// The entries of a directory, sorted by name.
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>>;
+    /// True when a file or directory of that name is there.
+    fn exists(&self, path: &Path) -> io::Result<bool>;
+    /// Makes the names in a directory durable.
+    fn sync_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Replaces the file `path` by `bytes` so that after any crash it holds the old or the new
+    /// content whole: a temporary file beside it, synced, renamed, and the directory synced.
+    fn write_atomic(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        };
+        let mut tmp = name.to_os_string();
+        tmp.push(".tmp");
+        let tmp: PathBuf = dir.join(tmp);
+        let file = self.open(&tmp, OpenMode::Create)?;
+        file.set_len(0)?;
+        file.write_at(bytes, 0)?;
+        file.sync()?;
+        drop(file);
+        self.rename(&tmp, path)?;
+        self.sync_dir(dir)
+    }
+
+    /// The whole content of a file of at most `limit` bytes.
+    fn read_all(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+        let file = self.open(path, OpenMode::Read)?;
+        let len = file.len()?;
+        if len > limit {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{len} bytes where at most {limit} are expected"),
+            ));
+        }
+        let mut bytes = vec![0; len as usize];
+        file.read_at(&mut bytes, 0)?;
+        Ok(bytes)
+    }
+}
+
+/// An open file. All offsets and lengths are bytes. Calls may come from many threads.
+pub trait StorageFile: Send + Sync + std::fmt::Debug {
+    /// Fills `buf` from `offset`; bytes beyond the end of the file read as zeros, as in a hole.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Writes all of `buf`; in the kernel on return, durable after [`StorageFile::sync_data`].
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+    /// Writes all of `buf` and returns when it is durable: one synchronous write. `offset` and
+    /// the length are multiples of 4096 within the file's length.
+    fn write_durable(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+    /// Makes content (and the length) durable: fdatasync.
+    fn sync_data(&self) -> io::Result<()>;
+    /// Makes content and all metadata durable: fsync.
+    fn sync(&self) -> io::Result<()>;
+    /// Current length.
+    fn len(&self) -> io::Result<u64>;
+    /// True when the file has no bytes.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+    /// Cuts or extends (with a hole) to `len`.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Frees the range, which then reads as zeros; the length stays.
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Reserves space for the range, which reads as zeros where nothing was written.
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Bytes that the file takes on the host.
+    fn allocated(&self) -> io::Result<u64>;
+    /// A hint that the range will be read soon.
+    fn prefetch(&self, _offset: u64, _len: u64) {}
+    /// The content in memory, shared with the page cache where the storage can.
+    fn map(&self, offset: u64, len: usize) -> io::Result<Mapping>;
+}
+
+/// Read-only bytes of a file, as [`StorageFile::map`] returns them.
+#[derive(Debug)]
+pub enum Mapping {
+    /// Shared with the page cache.
+    Mapped(memmap2::Mmap),
+    /// A copy.
+    Owned(Vec<u8>),
+}
+
+impl AsRef<[u8]> for Mapping {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Mapping::Mapped(map) => map,
+            Mapping::Owned(bytes) => bytes,
+        }
+    }
+}
