@@ -17,7 +17,9 @@
 //! * [`cli`]: the `vellum` command, one file a command.
 
 pub mod block;
+pub mod chain;
 pub mod error;
+pub mod layer;
 pub mod storage;
 
 pub use error::{Error, ErrorKind, Result};

@@ -103,7 +103,7 @@ struct Direct {
     file: std::sync::OnceLock<File>,
 }
 
-const DIRECT_UNKNOWN: u8 = 0;
+/// Values of [`Direct::state`]; 0 is: not tried yet.
 const DIRECT_WORKS: u8 = 1;
 const DIRECT_REFUSED: u8 = 2;
 

@@ -1,0 +1,442 @@
+//! The chain as a block device.
+
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+
+use super::base::{Base, BaseSource};
+use super::stats::{ChainStats, add};
+use crate::block::{
+    BLOCK_LEN, BLOCK_SIZE, BlockDevice, BlockState, Durability, Extent, ExtentKind, ZeroMode,
+    check_range,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::layer::{ABSENT, STATE_DATA, SealedLayer, ValueRun, WritableLayer};
+
+/// A stack of layers: sealed ones and, unless it is read-only, a writable one on top.
+#[derive(Debug)]
+pub struct Chain {
+    size: u64,
+    base: Base,
+    /// Swapped when the top is sealed under a live device. Held for reading over each request.
+    top: RwLock<Option<Arc<WritableLayer>>>,
+    stats: ChainStats,
+}
+
+/// The blocks that a byte range touches.
+fn blocks_of(offset: u64, len: u64) -> (u64, u64) {
+    let first = offset / BLOCK_SIZE;
+    (first, (offset + len).div_ceil(BLOCK_SIZE) - first)
+}
+
+impl Chain {
+    /// A chain of a base and a top that fits on it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] when there is no layer at all.
+    pub fn new(base: Base, top: Option<Arc<WritableLayer>>) -> Result<Self> {
+        let size = match &top {
+            Some(top) => top.header().virtual_size,
+            None => base
+                .layers()
+                .last()
+                .map(|layer| layer.header().virtual_size)
+                .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a chain without layers"))?,
+        };
+        Ok(Chain {
+            size,
+            base,
+            top: RwLock::new(top),
+            stats: ChainStats::default(),
+        })
+    }
+
+    /// The sealed layers.
+    pub fn base(&self) -> &Base {
+        &self.base
+    }
+
+    /// The writable layer, if there is one.
+    pub fn top(&self) -> Option<Arc<WritableLayer>> {
+        self.top.read().clone()
+    }
+
+    /// Counters of requests and copy-ups.
+    pub fn stats(&self) -> &ChainStats {
+        &self.stats
+    }
+
+    /// Flushes the top and leaves nothing to recover.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::close`].
+    pub fn close(&self) -> Result<()> {
+        self.top().map_or(Ok(()), |top| top.close())
+    }
+
+    /// Seals the top as it is at this moment and goes on in `next`, an empty layer whose parent is
+    /// the old top. Requests wait meanwhile: about as long as a flush takes. What was written and
+    /// not flushed is part of the sealed layer. The caller freezes the file system above before.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReadOnly`] without a top; [`ErrorKind::InvalidInput`] where `next` does not
+    /// fit; as [`WritableLayer::seal`]. The chain is as before.
+    pub fn seal_top(&self, next: Arc<WritableLayer>) -> Result<Arc<SealedLayer>> {
+        let mut top = self.top.write();
+        let old = top.as_ref().ok_or_else(read_only)?;
+        super::base::check_parent(
+            next.header().parent,
+            Some(old.header().uuid),
+            &next.dir().display().to_string(),
+        )?;
+        if next.header().virtual_size != self.size || !next.is_untouched() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "{}: not an empty layer of the same size",
+                    next.dir().display()
+                ),
+            ));
+        }
+        old.seal()?;
+        let sealed = SealedLayer::open(old.storage(), old.dir()).map(Arc::new);
+        let sealed = sealed
+            .and_then(|sealed| self.base.push(sealed.clone()).map(|()| sealed))
+            // It is sealed and may not be written, but we cannot go on above it.
+            .map_err(|error| old.poison(&error))?;
+        *top = Some(next);
+        Ok(sealed)
+    }
+
+    /// Reads whole blocks as they are now, `top` over base.
+    fn read_blocks(&self, top: Option<&WritableLayer>, buf: &mut [u8], block: u64) -> Result<()> {
+        let Some(top) = top else {
+            return self.base.read_blocks(buf, block);
+        };
+        let mut rest = buf;
+        let mut at = block;
+        while !rest.is_empty() {
+            let run = top.run_at(at, (rest.len() / BLOCK_LEN).max(1) as u64);
+            let len = (run.len * BLOCK_SIZE) as usize;
+            let (piece, tail) = rest.split_at_mut(len.min(rest.len()));
+            self.read_run(top, piece, run)?;
+            rest = tail;
+            at += run.len;
+        }
+        Ok(())
+    }
+
+    fn read_run(&self, top: &WritableLayer, piece: &mut [u8], run: ValueRun) -> Result<()> {
+        match run.value {
+            STATE_DATA => top.read(piece, run.start * BLOCK_SIZE),
+            ABSENT => self.base.read_blocks(piece, run.start),
+            _ => {
+                piece.fill(0);
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes bytes within one block: in place where the top has it, else with a copy-up.
+    fn write_partial(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<()> {
+        let block = offset / BLOCK_SIZE;
+        let state = top.run_at(block, 1);
+        if state.value == STATE_DATA {
+            return top.write_within(offset, buf);
+        }
+        let mut whole = [0; BLOCK_LEN];
+        self.read_run(top, &mut whole, state)?;
+        let within = (offset % BLOCK_SIZE) as usize;
+        if let Some(target) = whole.get_mut(within..within + buf.len()) {
+            target.copy_from_slice(buf);
+        }
+        top.write_blocks(block, &whole)?;
+        add(&self.stats.first_touch_blocks, 1);
+        add(&self.stats.partial_copy_ups, 1);
+        Ok(())
+    }
+
+    fn write_buffered(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<()> {
+        let (first, blocks) = blocks_of(offset, buf.len() as u64);
+        let _lock = top.lock_blocks(first, blocks);
+        let (head, whole, tail) = split_buf(buf, offset);
+        if !head.is_empty() {
+            self.write_partial(top, head, offset)?;
+        }
+        if !whole.is_empty() {
+            let allocated = top.write_blocks((offset + head.len() as u64) / BLOCK_SIZE, whole)?;
+            add(&self.stats.first_touch_blocks, allocated);
+        }
+        if !tail.is_empty() {
+            self.write_partial(top, tail, offset + (head.len() + whole.len()) as u64)?;
+        }
+        Ok(())
+    }
+
+    /// Zeros for a byte range: whole blocks change state, the ends are written.
+    fn zero(&self, top: &WritableLayer, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
+        let (first, blocks) = blocks_of(offset, len);
+        let _lock = top.lock_blocks(first, blocks);
+        let head = (offset.next_multiple_of(BLOCK_SIZE) - offset).min(len);
+        let tail = (offset + len) % BLOCK_SIZE;
+        if head > 0 {
+            self.zero_partial(top, offset, head)?;
+        }
+        let whole = (len - head) / BLOCK_SIZE;
+        if whole > 0 {
+            let start = (offset + head) / BLOCK_SIZE;
+            match mode {
+                ZeroMode::MayUnmap => self.clear(top, start, whole)?,
+                ZeroMode::KeepAllocated => top.allocate_zeroed(start, whole)?,
+            }
+        }
+        if tail > 0 && len > head {
+            self.zero_partial(top, offset + len - tail, tail)?;
+        }
+        Ok(())
+    }
+
+    fn zero_partial(&self, top: &WritableLayer, offset: u64, len: u64) -> Result<()> {
+        let block = offset / BLOCK_SIZE;
+        if !self.reads_as_zero(top, block) {
+            let zeros = [0; BLOCK_LEN];
+            self.write_partial(top, zeros.get(..len as usize).unwrap_or_default(), offset)?;
+        }
+        Ok(())
+    }
+
+    /// True when the map alone says that the block is zero.
+    fn reads_as_zero(&self, top: &WritableLayer, block: u64) -> bool {
+        match top.state(block) {
+            BlockState::Data => false,
+            BlockState::Zero => true,
+            BlockState::Parent => {
+                let mut zero = true;
+                self.base
+                    .resolve(block, 1, |run| zero = run.source.is_zero());
+                zero
+            }
+        }
+    }
+
+    /// Makes whole blocks zero without taking space: over something below, a durable zero; over
+    /// nothing, back to saying nothing.
+    fn clear(&self, top: &WritableLayer, start: u64, len: u64) -> Result<()> {
+        let mut runs = Vec::new();
+        top.resolve(start, len, |run| runs.push(run));
+        for run in runs {
+            let mut below = Vec::new();
+            self.base.resolve(run.start, run.len, |run| {
+                below.push((run.start, run.len, run.source.is_zero()));
+            });
+            for (start, len, zero_below) in below {
+                match (run.value, zero_below) {
+                    (STATE_DATA, true) => top.clear_blocks(start, len, BlockState::Parent)?,
+                    (STATE_DATA | ABSENT, false) => {
+                        top.clear_blocks(start, len, BlockState::Zero)?;
+                    }
+                    // It reads as zero already.
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Splits a buffer at block borders: the part before the first, whole blocks, the part after.
+fn split_buf(buf: &[u8], offset: u64) -> (&[u8], &[u8], &[u8]) {
+    let head = (offset.next_multiple_of(BLOCK_SIZE) - offset).min(buf.len() as u64) as usize;
+    let (head, rest) = buf.split_at(head);
+    let (whole, tail) = rest.split_at(rest.len() / BLOCK_LEN * BLOCK_LEN);
+    (head, whole, tail)
+}
+
+fn read_only() -> Error {
+    Error::new(ErrorKind::ReadOnly, "the chain has no writable layer")
+}
+
+impl BlockDevice for Chain {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.top.read().is_none()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        check_range(offset, buf.len() as u64, self.size)?;
+        add(&self.stats.reads, 1);
+        add(&self.stats.read_bytes, buf.len() as u64);
+        let guard = self.top.read();
+        let top = guard.as_deref();
+        // Whole blocks straight into the buffer, the ends through one of ours.
+        let head = (offset.next_multiple_of(BLOCK_SIZE) - offset).min(buf.len() as u64) as usize;
+        let (head, rest) = buf.split_at_mut(head);
+        let whole_len = rest.len() / BLOCK_LEN * BLOCK_LEN;
+        let (whole, tail) = rest.split_at_mut(whole_len);
+        let mut block = [0; BLOCK_LEN];
+        if !head.is_empty() {
+            self.read_blocks(top, &mut block, offset / BLOCK_SIZE)?;
+            let within = (offset % BLOCK_SIZE) as usize;
+            head.copy_from_slice(block.get(within..within + head.len()).unwrap_or_default());
+        }
+        let next = offset + head.len() as u64;
+        if !whole.is_empty() {
+            self.read_blocks(top, whole, next / BLOCK_SIZE)?;
+        }
+        if !tail.is_empty() {
+            self.read_blocks(top, &mut block, (next + whole_len as u64) / BLOCK_SIZE)?;
+            tail.copy_from_slice(block.get(..tail.len()).unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
+        check_range(offset, buf.len() as u64, self.size)?;
+        if buf.is_empty() {
+            return Ok(());
+        }
+        add(&self.stats.writes, 1);
+        add(&self.stats.written_bytes, buf.len() as u64);
+        let guard = self.top.read();
+        let top = guard.as_deref().ok_or_else(read_only)?;
+        self.write_buffered(top, buf, offset)?;
+        match durability {
+            Durability::Buffered => Ok(()),
+            Durability::Durable => top.flush(),
+        }
+    }
+
+    fn flush(&self) -> Result<()> {
+        let guard = self.top.read();
+        guard.as_deref().map_or(Ok(()), WritableLayer::flush)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.write_zeroes(offset, len, ZeroMode::MayUnmap, Durability::Buffered)
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        mode: ZeroMode,
+        durability: Durability,
+    ) -> Result<()> {
+        check_range(offset, len, self.size)?;
+        if len == 0 {
+            return Ok(());
+        }
+        add(&self.stats.discarded_bytes, len);
+        let guard = self.top.read();
+        let top = guard.as_deref().ok_or_else(read_only)?;
+        self.zero(top, offset, len, mode)?;
+        match durability {
+            Durability::Buffered => Ok(()),
+            Durability::Durable => top.flush(),
+        }
+    }
+
+    fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>> {
+        check_range(offset, len, self.size)?;
+        let mut out = ExtentList {
+            offset,
+            end: offset + len,
+            max,
+            list: Vec::new(),
+        };
+        if len == 0 || max == 0 {
+            return Ok(out.list);
+        }
+        let guard = self.top.read();
+        let (first, blocks) = blocks_of(offset, len);
+        let mut at = first;
+        while at < first + blocks && !out.full() {
+            let run = match guard.as_deref() {
+                Some(top) => top.run_at(at, first + blocks - at),
+                None => ValueRun {
+                    start: at,
+                    len: first + blocks - at,
+                    value: ABSENT,
+                },
+            };
+            match run.value {
+                STATE_DATA => out.push(run.start, run.len, ExtentKind::Data),
+                ABSENT => self.base.resolve(run.start, run.len, |run| {
+                    let kind = match run.source {
+                        BaseSource::Hole => ExtentKind::Hole,
+                        BaseSource::Zero => ExtentKind::Zero,
+                        BaseSource::Layer(..) => ExtentKind::Data,
+                    };
+                    out.push(run.start, run.len, kind);
+                }),
+                _ => out.push(run.start, run.len, ExtentKind::Zero),
+            }
+            at += run.len;
+        }
+        Ok(out.list)
+    }
+
+    fn prefetch(&self, offset: u64, len: u64) -> Result<()> {
+        check_range(offset, len, self.size)?;
+        let guard = self.top.read();
+        let (first, blocks) = blocks_of(offset, len);
+        let mut at = first;
+        while at < first + blocks {
+            let run = match guard.as_deref() {
+                Some(top) => top.run_at(at, first + blocks - at),
+                None => ValueRun {
+                    start: at,
+                    len: first + blocks - at,
+                    value: ABSENT,
+                },
+            };
+            if let (STATE_DATA, Some(top)) = (run.value, guard.as_deref()) {
+                top.prefetch(run.start * BLOCK_SIZE, run.len * BLOCK_SIZE)?;
+            } else if run.value == ABSENT {
+                let mut result = Ok(());
+                self.base.resolve(run.start, run.len, |run| {
+                    if let (BaseSource::Layer(_, layer), Ok(())) = (&run.source, &result) {
+                        result = layer.prefetch(run.start, run.len);
+                    }
+                });
+                result?;
+            }
+            at += run.len;
+        }
+        Ok(())
+    }
+}
+
+/// Collects extents in bytes, clipped to a range, joined where they touch, up to a number.
+struct ExtentList {
+    offset: u64,
+    end: u64,
+    max: usize,
+    list: Vec<Extent>,
+}
+
+impl ExtentList {
+    fn full(&self) -> bool {
+        self.list.len() >= self.max
+    }
+
+    fn push(&mut self, start: u64, len: u64, kind: ExtentKind) {
+        let from = (start * BLOCK_SIZE).max(self.offset);
+        let to = ((start + len) * BLOCK_SIZE).min(self.end);
+        if let Some(last) = self.list.last_mut()
+            && last.kind == kind
+            && last.offset + last.len == from
+        {
+            last.len += to - from;
+        } else if !self.full() {
+            self.list.push(Extent {
+                offset: from,
+                len: to - from,
+                kind,
+            });
+        }
+    }
+}

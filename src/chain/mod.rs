@@ -1,0 +1,13 @@
+//! Layers stacked into one device: reads resolve through one merged index at the same cost
+//! whatever the depth; writes go to the top layer, copying up the rest of a block that they touch
+//! first and only in part.
+
+mod base;
+mod device;
+mod open;
+mod stats;
+
+pub use base::Base;
+pub use device::Chain;
+pub use open::{ChainSpec, open_chain};
+pub use stats::{ChainStats, ChainStatsSnapshot};

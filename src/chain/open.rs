@@ -1,0 +1,45 @@
+//! From directories to a chain.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::base::check_parent;
+use super::{Base, Chain};
+use crate::error::{Result, ResultExt};
+use crate::layer::{LayerOptions, SealedLayer, WritableLayer};
+use crate::storage::Storage;
+
+/// Which layers make a chain.
+#[derive(Debug, Clone, Default)]
+pub struct ChainSpec {
+    /// Directories of sealed layers, from the bottom up.
+    pub sealed: Vec<PathBuf>,
+    /// Directory of the writable top; without one the chain is read-only.
+    pub top: Option<PathBuf>,
+    /// For the top.
+    pub options: LayerOptions,
+}
+
+/// Opens every layer and merges their maps. The top layer, where it was not closed, is recovered.
+///
+/// # Errors
+/// [`crate::ErrorKind::Corrupt`] where a layer does not fit the one below; the message names the
+/// directory. As [`SealedLayer::open`] and [`WritableLayer::open`].
+pub fn open_chain(storage: &Arc<dyn Storage>, spec: &ChainSpec) -> Result<Chain> {
+    let base = Base::default();
+    for dir in &spec.sealed {
+        let layer = SealedLayer::open(&**storage, dir)
+            .context(|| format!("cannot open the chain of {} layers", spec.sealed.len()))?;
+        base.push(Arc::new(layer))?;
+    }
+    let below = base.layers().last().map(|layer| layer.header().uuid);
+    let top = match &spec.top {
+        Some(dir) => {
+            let top = WritableLayer::open(storage.clone(), dir, spec.options)?;
+            check_parent(top.header().parent, below, &dir.display().to_string())?;
+            Some(top)
+        }
+        None => None,
+    };
+    Chain::new(base, top)
+}

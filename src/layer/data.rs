@@ -1,0 +1,219 @@
+//! The blocks themselves: sparse segment files. format.md, section 2.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+
+use super::header::SEGMENT_SHIFT;
+use crate::block::BLOCK_SIZE;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::{OpenMode, Storage, StorageFile};
+
+/// Bytes of a segment.
+const SEGMENT_LEN: u64 = BLOCK_SIZE << SEGMENT_SHIFT;
+
+/// The data files of one layer, addressed by byte offset within the layer.
+#[derive(Debug)]
+pub(super) struct DataFiles {
+    segments: Vec<Segment>,
+}
+
+#[derive(Debug)]
+struct Segment {
+    path: PathBuf,
+    file: Arc<dyn StorageFile>,
+    /// Something was written or punched since the last sync.
+    dirty: AtomicBool,
+    /// Held while syncing, so that whoever finds the segment clean knows that it is.
+    syncing: Mutex<()>,
+}
+
+/// The name of segment `k`.
+fn segment_name(segment: u64) -> String {
+    match segment {
+        0 => "data".into(),
+        _ => format!("data.{segment}"),
+    }
+}
+
+/// (segment, length) of each segment that a layer of `virtual_size` bytes has.
+fn layout(virtual_size: u64) -> impl Iterator<Item = (u64, u64)> {
+    (0..virtual_size.div_ceil(SEGMENT_LEN)).map(move |segment| {
+        (
+            segment,
+            (virtual_size - segment * SEGMENT_LEN).min(SEGMENT_LEN),
+        )
+    })
+}
+
+impl DataFiles {
+    /// Makes the segments of a new layer: all hole.
+    pub(super) fn create(storage: &dyn Storage, dir: &Path, virtual_size: u64) -> Result<()> {
+        for (segment, len) in layout(virtual_size) {
+            let path = dir.join(segment_name(segment));
+            let make = || {
+                let file = storage.open(&path, OpenMode::CreateNew)?;
+                file.set_len(len)?;
+                file.sync()
+            };
+            make().context(|| format!("cannot make {} of {len} bytes (sparse)", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Opens the segments and checks their lengths.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where a segment is missing or has another length.
+    pub(super) fn open(
+        storage: &dyn Storage,
+        dir: &Path,
+        virtual_size: u64,
+        mode: OpenMode,
+    ) -> Result<Self> {
+        let mut segments = Vec::new();
+        for (segment, expected) in layout(virtual_size) {
+            let path = dir.join(segment_name(segment));
+            let file = storage
+                .open(&path, mode)
+                .context(|| format!("cannot open {}", path.display()))?;
+            let len = file
+                .len()
+                .context(|| format!("cannot read {}", path.display()))?;
+            if len != expected {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!("{}: {len} bytes where {expected} belong", path.display()),
+                ));
+            }
+            segments.push(Segment {
+                path,
+                file,
+                dirty: AtomicBool::new(false),
+                syncing: Mutex::new(()),
+            });
+        }
+        Ok(DataFiles { segments })
+    }
+
+    /// Calls `each` with the segment, the offset within it, and the start and length of the piece
+    /// relative to `offset`.
+    #[inline]
+    fn split(
+        &self,
+        offset: u64,
+        len: u64,
+        mut each: impl FnMut(&Segment, u64, usize, usize) -> Result<()>,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let at = offset + done;
+            let within = at % SEGMENT_LEN;
+            let piece = (SEGMENT_LEN - within).min(len - done);
+            let segment = self
+                .segments
+                .get((at / SEGMENT_LEN) as usize)
+                .ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::OutOfRange,
+                        format!("offset {at} is past the last segment"),
+                    )
+                })?;
+            each(segment, within, done as usize, piece as usize)?;
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` from `offset`.
+    pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let len = buf.len() as u64;
+        self.split(offset, len, |segment, within, start, len| {
+            let piece = buf.get_mut(start..start + len).unwrap_or_default();
+            segment.file.read_at(piece, within).context(|| {
+                format!(
+                    "reading {len} bytes at {within} of {}",
+                    segment.path.display()
+                )
+            })
+        })
+    }
+
+    /// Writes `buf` at `offset`, buffered.
+    pub(super) fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.split(offset, buf.len() as u64, |segment, within, start, len| {
+            let piece = buf.get(start..start + len).unwrap_or_default();
+            // Before the write: a sync that begins in between must not skip the segment.
+            segment.dirty.store(true, Ordering::Release);
+            segment.file.write_at(piece, within).context(|| {
+                format!(
+                    "writing {len} bytes at {within} of {}",
+                    segment.path.display()
+                )
+            })
+        })
+    }
+
+    /// Gives the space of the range back; it reads as zeros in the file.
+    pub(super) fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        self.split(offset, len, |segment, within, _, len| {
+            segment.dirty.store(true, Ordering::Release);
+            segment.file.punch_hole(within, len as u64).context(|| {
+                format!(
+                    "punching {len} bytes at {within} of {}",
+                    segment.path.display()
+                )
+            })
+        })
+    }
+
+    /// Makes the range zeros that take space, so that later writes there need none.
+    pub(super) fn allocate_zeroed(&self, offset: u64, len: u64) -> Result<()> {
+        self.punch(offset, len)?;
+        self.split(offset, len, |segment, within, _, len| {
+            segment.file.allocate(within, len as u64).context(|| {
+                format!(
+                    "reserving {len} bytes at {within} of {}",
+                    segment.path.display()
+                )
+            })
+        })
+    }
+
+    /// Makes everything written so far durable; returns how many syncs that took.
+    pub(super) fn sync(&self) -> Result<u64> {
+        let mut syncs = 0;
+        for segment in &self.segments {
+            let _syncing = segment.syncing.lock();
+            if segment.dirty.swap(false, Ordering::AcqRel) {
+                syncs += 1;
+                segment
+                    .file
+                    .sync_data()
+                    .context(|| format!("syncing {}", segment.path.display()))?;
+            }
+        }
+        Ok(syncs)
+    }
+
+    /// Bytes that the files take on the host.
+    pub(super) fn allocated(&self) -> Result<u64> {
+        self.segments.iter().try_fold(0, |sum, segment| {
+            let bytes = segment
+                .file
+                .allocated()
+                .context(|| format!("cannot stat {}", segment.path.display()))?;
+            Ok(sum + bytes)
+        })
+    }
+
+    /// A hint that the range will be read soon.
+    pub(super) fn prefetch(&self, offset: u64, len: u64) -> Result<()> {
+        self.split(offset, len, |segment, within, _, len| {
+            segment.file.prefetch(within, len as u64);
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,521 @@
+//! Making a layer durable: flushes, the journal's areas, checkpoints, closing and sealing.
+//!
+//! A flush freezes what changed, makes the data durable, then commits the frozen changes in one
+//! synchronous journal write. Little new data goes into that write itself (design E of a redo
+//! journal: no sync of the data file at all); more is synced first, and then the record carries a
+//! *barrier* that retires the blocks of older records. docs/durability.md argues each step.
+
+use std::thread::JoinHandle;
+
+use super::header::Header;
+use super::index::Index;
+use super::journal::{AlignedBuf, Area, RecordBody, RecordPlace, block_offset, encode_record};
+use super::recovery::{remove_journal, write_checkpoint};
+use super::state_of_value;
+use super::table::{MapExtent, push_extent, state_code, state_of_code};
+use super::writable::{Change, Core, Dirty, MapState, WritableLayer};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Blocks whose part of the map is copied under one lock.
+const CHECKPOINT_CHUNK: u64 = 1 << 19;
+
+/// Who flushes, and which flush covers whom.
+#[derive(Debug, Default)]
+pub(super) struct FlushQueue {
+    /// Number of the last flush that began.
+    begun: u64,
+    /// Number of the last flush that ended.
+    done: u64,
+    running: bool,
+    /// The last flush that failed.
+    failed: Option<(u64, ErrorKind, String)>,
+}
+
+/// Where the journal stands. Only the flush that leads touches it.
+#[derive(Debug)]
+pub(super) struct Committer {
+    areas: [Option<Area>; 2],
+    current: usize,
+    /// The generation being written.
+    generation: u64,
+    sequence: u64,
+    records_before: u64,
+    /// Where the next record goes.
+    position: u64,
+    /// By area: some record there carries blocks that no barrier has retired.
+    live: [bool; 2],
+    /// Frees the other area.
+    retiring: Option<JoinHandle<Result<()>>>,
+    buf: AlignedBuf,
+}
+
+impl Committer {
+    /// A journal without areas behind a checkpoint that contains `covered`.
+    pub(super) fn new(covered: u64) -> Self {
+        Committer {
+            areas: [None, None],
+            current: 0,
+            generation: covered + 1,
+            sequence: 0,
+            records_before: 0,
+            position: 0,
+            live: [false; 2],
+            retiring: None,
+            buf: AlignedBuf::default(),
+        }
+    }
+
+    fn has_live_blocks(&self) -> bool {
+        self.live != [false; 2]
+    }
+
+    fn area(&self) -> Option<&Area> {
+        self.areas.get(self.current)?.as_ref()
+    }
+
+    fn set_area(&mut self, which: usize, area: Option<Area>) {
+        if let Some(slot) = self.areas.get_mut(which) {
+            *slot = area;
+        }
+    }
+
+    fn set_live(&mut self, which: usize, live: bool) {
+        if let Some(slot) = self.live.get_mut(which) {
+            *slot = live;
+        }
+    }
+
+    /// A checkpoint contains everything so far: both areas are free.
+    fn begin_after_checkpoint(&mut self) {
+        self.generation += 1;
+        self.sequence = 0;
+        self.records_before = 0;
+        self.position = 0;
+        self.live = [false; 2];
+    }
+}
+
+/// Whether a record has a place in the journal.
+enum Room {
+    Fits,
+    /// The journal is full or too small: a checkpoint takes the record's place.
+    NeedsCheckpoint,
+}
+
+impl WritableLayer {
+    /// Makes every write that completed before the call durable. Flushes that overlap coalesce.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] when the journal cannot grow: nothing flushed earlier is harmed, and
+    /// the flush may be tried again. Any other failure poisons the layer.
+    pub fn flush(&self) -> Result<()> {
+        self.core.stats.flushes.add(1);
+        let mut queue = self.queue.lock();
+        // Only a flush that begins from now on covers us.
+        let mine = queue.begun + 1;
+        while queue.running && queue.done < mine {
+            self.flushed.wait(&mut queue);
+        }
+        if queue.done >= mine {
+            self.core.stats.flushes_coalesced.add(1);
+            return match &queue.failed {
+                Some((number, kind, why)) if *number >= mine => Err(Error::new(*kind, why.clone())),
+                _ => Ok(()),
+            };
+        }
+        self.lead(queue, |layer, committer| layer.commit(committer, false))
+    }
+
+    /// Runs `work` as the only flush, and tells those who wait.
+    fn lead<'a>(
+        &'a self,
+        mut queue: parking_lot::MutexGuard<'a, FlushQueue>,
+        work: impl FnOnce(&Self, &mut Committer) -> Result<()>,
+    ) -> Result<()> {
+        while queue.running {
+            self.flushed.wait(&mut queue);
+        }
+        queue.running = true;
+        queue.begun += 1;
+        let number = queue.begun;
+        drop(queue);
+        let result = self
+            .check_poison()
+            .and_then(|()| work(self, &mut self.committer.lock()));
+        let mut queue = self.queue.lock();
+        queue.running = false;
+        queue.done = number;
+        if let Err(error) = &result {
+            queue.failed = Some((number, error.kind(), error.to_string()));
+        }
+        drop(queue);
+        self.flushed.notify_all();
+        result
+    }
+
+    /// Flushes, checkpoints and removes the journal, so that the next open has nothing to recover.
+    /// The layer can still be used.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn close(&self) -> Result<()> {
+        self.lead(self.queue.lock(), |layer, committer| {
+            layer.commit(committer, true)?;
+            layer.wait_for_retirement(committer)?;
+            if committer.areas.iter().all(Option::is_none) {
+                return Ok(());
+            }
+            layer.checkpoint_all(committer)?;
+            committer.areas = [None, None];
+            remove_journal(&*layer.core.storage, &layer.core.dir)
+        })
+    }
+
+    /// Makes the layer sealed: durable and never to change again. Takes about as long as a flush,
+    /// whatever the layer holds. The caller sees to it that no writes come any more.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn seal(&self) -> Result<()> {
+        self.lead(self.queue.lock(), |layer, committer| {
+            layer.commit(committer, true)?;
+            layer.wait_for_retirement(committer)?;
+            let header = Header {
+                sealed: true,
+                ..layer.core.header.clone()
+            };
+            header
+                .write(&*layer.core.storage, &layer.core.dir)
+                .map_err(|error| layer.core.fatal(error))
+        })
+    }
+
+    /// Freezes what changed and commits it. With `barrier`, no record stays live.
+    fn commit(&self, committer: &mut Committer, barrier: bool) -> Result<()> {
+        let (dirty, body) = {
+            let mut map = self.core.map.write();
+            let map: &mut MapState = &mut map;
+            map.in_flight = std::mem::take(&mut map.changes);
+            (std::mem::take(&mut map.dirty), net_changes(&map.in_flight))
+        };
+        if dirty.is_empty() && body.changes.is_empty() && !(barrier && committer.has_live_blocks())
+        {
+            self.core.stats.flushes_empty.add(1);
+            self.core.map.write().in_flight.clear();
+            return Ok(());
+        }
+        let result = self.commit_frozen(committer, body, &dirty, barrier);
+        let mut map = self.core.map.write();
+        let frozen = std::mem::take(&mut map.in_flight);
+        if result.is_err() {
+            // Not durable: the next flush has to do it.
+            let newer = std::mem::replace(&mut map.changes, frozen);
+            map.changes.extend(newer);
+            map.dirty.blocks += dirty.blocks;
+            map.dirty.many |= !dirty.is_empty();
+        }
+        result
+    }
+
+    fn commit_frozen(
+        &self,
+        committer: &mut Committer,
+        mut body: RecordBody,
+        dirty: &Dirty,
+        barrier: bool,
+    ) -> Result<()> {
+        let carry = !barrier && !dirty.many;
+        if carry {
+            body.blocks = distinct_blocks(dirty);
+        } else {
+            self.core.sync_data()?;
+            body.barrier = true;
+            if body.changes.is_empty() && !committer.has_live_blocks() {
+                return Ok(());
+            }
+        }
+        match self.make_room(committer, body.encoded_len() as u64)? {
+            Room::Fits => self.write_record(committer, &body),
+            Room::NeedsCheckpoint => self.checkpoint_all(committer),
+        }
+    }
+
+    fn write_record(&self, committer: &mut Committer, body: &RecordBody) -> Result<()> {
+        let place = RecordPlace {
+            generation: committer.generation,
+            sequence: committer.sequence,
+            records_before: committer.records_before,
+        };
+        let mut buf = std::mem::take(&mut committer.buf);
+        let encoded = encode_record(
+            &mut buf,
+            self.core.header.uuid,
+            place,
+            body,
+            |block, bytes| {
+                // A writer of the block comes before or after, never in the middle.
+                let _lock = self.lock_blocks(block, 1);
+                self.core.data.read(bytes, block_offset(block))
+            },
+        );
+        let written = encoded.and_then(|()| {
+            let Some(area) = committer.area() else {
+                return Err(Error::new(ErrorKind::Io, "the journal has no area"));
+            };
+            area.write(&buf, committer.position)
+                .map_err(|error| self.core.fatal(error))
+        });
+        self.core.stats.journal_writes.add(1);
+        self.core
+            .stats
+            .journal_bytes
+            .add(buf.as_slice().len() as u64);
+        committer.buf = buf;
+        written?;
+        committer.position += body.encoded_len() as u64;
+        committer.sequence += 1;
+        if body.barrier {
+            committer.live = [false; 2];
+        }
+        if !body.blocks.is_empty() {
+            committer.set_live(committer.current, true);
+        }
+        Ok(())
+    }
+
+    /// Finds a place for a record of `len` bytes.
+    fn make_room(&self, committer: &mut Committer, len: u64) -> Result<Room> {
+        if len > self.options.journal_max {
+            return Ok(Room::NeedsCheckpoint);
+        }
+        let Some(area_len) = committer.area().map(Area::len) else {
+            let len = self.options.journal_start.max(len.next_power_of_two());
+            let area = self.create_area(committer.current, len)?;
+            committer.set_area(committer.current, Some(area));
+            return Ok(Room::Fits);
+        };
+        if committer.position + len <= area_len {
+            return Ok(Room::Fits);
+        }
+        if !self.options.background || self.wait_for_retirement(committer).is_err() {
+            return Ok(Room::NeedsCheckpoint);
+        }
+        self.switch_area(committer, area_len, len)
+    }
+
+    fn create_area(&self, which: usize, len: u64) -> Result<Area> {
+        Area::create(&*self.core.storage, &self.core.dir, which, len)
+            .map_err(|error| self.core.fatal(error))
+    }
+
+    /// Goes on in the other area, which is free, and has this one freed in the background.
+    fn switch_area(&self, committer: &mut Committer, area_len: u64, len: u64) -> Result<Room> {
+        let other = 1 - committer.current;
+        let other_len = committer
+            .areas
+            .get(other)
+            .and_then(Option::as_ref)
+            .map_or(0, Area::len);
+        // A journal that fills is too small for its load.
+        let wanted = (area_len * 2)
+            .max(len.next_power_of_two())
+            .min(self.options.journal_max);
+        if other_len < wanted {
+            committer.set_area(other, None);
+            committer.set_area(other, Some(self.create_area(other, wanted)?));
+        }
+        let core = self.core.clone();
+        let full = committer.generation;
+        let retire = std::thread::Builder::new()
+            .name("vellum-checkpoint".into())
+            .spawn(move || core.retire(full));
+        let Ok(retire) = retire else {
+            return Ok(Room::NeedsCheckpoint);
+        };
+        committer.retiring = Some(retire);
+        committer.current = other;
+        committer.records_before = committer.sequence;
+        committer.generation += 1;
+        committer.sequence = 0;
+        committer.position = 0;
+        Ok(Room::Fits)
+    }
+
+    /// Waits until the area that is not written to is free.
+    pub(super) fn wait_for_retirement(&self, committer: &mut Committer) -> Result<()> {
+        let Some(retiring) = committer.retiring.take() else {
+            return Ok(());
+        };
+        if !retiring.is_finished() {
+            self.core.stats.journal_waits.add(1);
+        }
+        let outcome = retiring.join().unwrap_or_else(|_| {
+            Err(Error::new(
+                ErrorKind::Io,
+                "the checkpoint thread ended unexpectedly",
+            ))
+        });
+        if outcome.is_ok() {
+            committer.set_live(1 - committer.current, false);
+        }
+        outcome
+    }
+
+    /// Syncs everything and writes a checkpoint that contains it, the frozen changes included.
+    fn checkpoint_all(&self, committer: &mut Committer) -> Result<()> {
+        self.core.sync_data()?;
+        self.core.checkpoint(committer.generation, true)?;
+        committer.begin_after_checkpoint();
+        Ok(())
+    }
+}
+
+impl Core {
+    /// A failure to make something durable: out of space can be tried again, all else poisons.
+    fn fatal(&self, error: Error) -> Error {
+        if error.kind() == ErrorKind::NoSpace {
+            error
+        } else {
+            self.poison(&error)
+        }
+    }
+
+    /// Syncs the data files. Any failure poisons: the kernel has forgotten what it could not write.
+    fn sync_data(&self) -> Result<()> {
+        let syncs = self.data.sync().map_err(|error| self.poison(&error))?;
+        self.stats.data_syncs.add(syncs);
+        self.check_poison()
+    }
+
+    /// Makes the records of generation `full` and before unnecessary.
+    fn retire(&self, full: u64) -> Result<()> {
+        self.sync_data()?;
+        self.checkpoint(full, false)
+    }
+
+    fn checkpoint(&self, generation: u64, with_in_flight: bool) -> Result<()> {
+        self.stats.checkpoints.add(1);
+        let extents = self.durable_extents(with_in_flight);
+        write_checkpoint(
+            &*self.storage,
+            &self.dir,
+            &self.header,
+            generation,
+            &extents,
+        )
+        .map_err(|error| self.fatal(error))
+    }
+
+    /// The map without the changes that are not durable. Each part is as it was at one moment;
+    /// what changes between the parts is in newer records, and replaying those makes it whole.
+    fn durable_extents(&self, with_in_flight: bool) -> Vec<MapExtent> {
+        let mut extents = Extents::default();
+        let mut start = 0;
+        loop {
+            let range = start..start + CHECKPOINT_CHUNK;
+            let (runs, undo) = {
+                let map = self.map.read();
+                if start >= map.index.end() {
+                    break;
+                }
+                let in_flight: &[Change] = if with_in_flight { &[] } else { &map.in_flight };
+                let undo: Vec<Change> = in_flight
+                    .iter()
+                    .chain(&map.changes)
+                    .filter(|change| {
+                        change.start < range.end && range.start < change.start + change.len
+                    })
+                    .copied()
+                    .collect();
+                (map.index.runs(range.clone()).collect::<Vec<_>>(), undo)
+            };
+            if undo.is_empty() {
+                runs.iter()
+                    .for_each(|run| extents.push(run.start, run.len, run.value));
+            } else {
+                let mut index = Index::new();
+                runs.iter()
+                    .for_each(|run| index.set(run.start, run.len, run.value));
+                // From the newest to the oldest: what was there first is what is durable.
+                for change in undo.iter().rev() {
+                    index.set(change.start, change.len, change.old);
+                }
+                index
+                    .runs(range)
+                    .for_each(|run| extents.push(run.start, run.len, run.value));
+            }
+            start += CHECKPOINT_CHUNK;
+        }
+        extents.finish()
+    }
+}
+
+/// Collects runs, joining those that touch.
+#[derive(Default)]
+struct Extents {
+    done: Vec<MapExtent>,
+    last: Option<(u64, u64, u32)>,
+}
+
+impl Extents {
+    fn push(&mut self, start: u64, len: u64, value: u32) {
+        match &mut self.last {
+            Some((last, last_len, last_value))
+                if *last + *last_len == start && *last_value == value =>
+            {
+                *last_len += len;
+            }
+            _ => {
+                self.close();
+                self.last = Some((start, len, value));
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        if let Some((start, len, value)) = self.last.take() {
+            push_extent(&mut self.done, start, len, state_of_value(value));
+        }
+    }
+
+    fn finish(mut self) -> Vec<MapExtent> {
+        self.close();
+        self.done
+    }
+}
+
+/// What a sequence of changes comes to.
+fn net_changes(changes: &[Change]) -> RecordBody {
+    let mut body = RecordBody::default();
+    if let [only] = changes {
+        body.push_change(only.start, only.len, state_of_value(only.new));
+        return body;
+    }
+    // Codes of states, since parent is a change like the others here.
+    let mut net = Index::new();
+    for change in changes {
+        net.set(
+            change.start,
+            change.len,
+            state_code(state_of_value(change.new)),
+        );
+    }
+    for run in net.iter() {
+        if let Ok(state) = state_of_code(run.value) {
+            body.push_change(run.start, run.len, state);
+        }
+    }
+    body
+}
+
+/// The blocks of the runs, each once, in order.
+fn distinct_blocks(dirty: &Dirty) -> Vec<u64> {
+    let mut blocks: Vec<u64> = dirty
+        .runs
+        .iter()
+        .flat_map(|&(start, len)| start..start + len)
+        .collect();
+    blocks.sort_unstable();
+    blocks.dedup();
+    blocks
+}

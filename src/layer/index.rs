@@ -1,0 +1,419 @@
+//! The index in memory: block number → a 32-bit value, in space that follows what it holds.
+//!
+//! A layer keeps one of states; a chain keeps one of layer numbers. The tree has two fixed levels
+//! over *leaves* of 1024 blocks (4 MiB). A leaf is a short sorted list of runs, or, once that would
+//! cost more, an array. A block that a person writes at random costs about 8 to 24 bytes, a
+//! sequential GiB about 6 KiB.
+
+use std::ops::Range;
+
+/// The value of a block that the index holds nothing for.
+pub const ABSENT: u32 = u32::MAX;
+
+/// Blocks of a leaf.
+const LEAF: usize = 1024;
+/// Leaves of a node: a node covers 2 GiB.
+const NODE: usize = 512;
+/// Blocks of a node.
+const NODE_BLOCKS: u64 = (LEAF * NODE) as u64;
+/// A leaf of more runs than this becomes an array.
+const MAX_RUNS: usize = 128;
+
+/// A run of equal values within a leaf.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Run {
+    start: u16,
+    len: u16,
+    value: u32,
+}
+
+impl Run {
+    fn end(self) -> u16 {
+        self.start + self.len
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Leaf {
+    /// Sorted, not overlapping, neighbours of one value merged; gaps are [`ABSENT`].
+    Runs(Vec<Run>),
+    Array(Box<[u32; LEAF]>),
+}
+
+impl Default for Leaf {
+    fn default() -> Self {
+        Leaf::Runs(Vec::new())
+    }
+}
+
+/// A run of blocks of one value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ValueRun {
+    /// First block.
+    pub start: u64,
+    /// Length in blocks, never 0.
+    pub len: u64,
+    /// The value of each of them.
+    pub value: u32,
+}
+
+/// A sparse array of `u32` over block numbers.
+#[derive(Debug, Clone, Default)]
+pub struct Index {
+    nodes: Vec<Option<Box<[Leaf]>>>,
+}
+
+/// Splits a block into (node, leaf within it, block within that).
+fn locate(block: u64) -> (usize, usize, usize) {
+    let node = (block / NODE_BLOCKS) as usize;
+    let leaf = (block / LEAF as u64) as usize % NODE;
+    (node, leaf, (block % LEAF as u64) as usize)
+}
+
+impl Index {
+    /// An index that holds nothing.
+    pub fn new() -> Self {
+        Index::default()
+    }
+
+    /// True when no node was ever touched.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// The first block beyond everything that the index can hold an entry for.
+    pub fn end(&self) -> u64 {
+        self.nodes.len() as u64 * NODE_BLOCKS
+    }
+
+    /// The value of `block`, or [`ABSENT`].
+    pub fn get(&self, block: u64) -> u32 {
+        self.run_at(block, 1).value
+    }
+
+    /// The run of equal values that begins at `block`, of at most `max` (≥ 1) blocks.
+    ///
+    /// It ends early only at a change of value or after `max`.
+    pub fn run_at(&self, block: u64, max: u64) -> ValueRun {
+        let (value, mut len) = self.piece_at(block, max);
+        while len < max {
+            let (next, more) = self.piece_at(block + len, max - len);
+            if next != value {
+                break;
+            }
+            len += more;
+        }
+        ValueRun {
+            start: block,
+            len,
+            value,
+        }
+    }
+
+    /// As [`Index::run_at`], within one leaf or one missing node.
+    #[inline]
+    fn piece_at(&self, block: u64, max: u64) -> (u32, u64) {
+        let (node, leaf, within) = locate(block);
+        let Some(slot) = self.nodes.get(node) else {
+            return (ABSENT, max);
+        };
+        let Some(leaf) = slot.as_deref().and_then(|leaves| leaves.get(leaf)) else {
+            return (ABSENT, max.min(NODE_BLOCKS - block % NODE_BLOCKS));
+        };
+        let (value, len) = leaf.piece_at(within, max.min((LEAF - within) as u64) as usize);
+        (value, len as u64)
+    }
+
+    /// Gives `len` blocks from `start` the value; [`ABSENT`] forgets them.
+    pub fn set(&mut self, start: u64, len: u64, value: u32) {
+        let end = start + len;
+        let mut at = start;
+        while at < end {
+            let (node, leaf, within) = locate(at);
+            let piece = ((LEAF - within) as u64).min(end - at);
+            if let Some(leaf) = self.leaf_mut(node, leaf, value) {
+                leaf.set(within, piece as usize, value);
+            }
+            at += piece;
+        }
+    }
+
+    /// The leaf to change, made where it is missing; `None` where there is nothing to forget.
+    fn leaf_mut(&mut self, node: usize, leaf: usize, value: u32) -> Option<&mut Leaf> {
+        if node >= self.nodes.len() {
+            if value == ABSENT {
+                return None;
+            }
+            self.nodes.resize_with(node + 1, || None);
+        }
+        let slot = self.nodes.get_mut(node)?;
+        if slot.is_none() {
+            if value == ABSENT {
+                return None;
+            }
+            *slot = Some(std::iter::repeat_with(Leaf::default).take(NODE).collect());
+        }
+        slot.as_deref_mut()?.get_mut(leaf)
+    }
+
+    /// Forgets every block from `end` on.
+    pub fn truncate(&mut self, end: u64) {
+        let last = self.end();
+        if end < last {
+            let whole = end.div_ceil(NODE_BLOCKS);
+            self.nodes.truncate(whole as usize);
+            let last = self.end();
+            if end < last {
+                self.set(end, last - end, ABSENT);
+            }
+        }
+    }
+
+    /// The runs of present values within a range of blocks, in order, each as long as can be.
+    pub fn runs(&self, range: Range<u64>) -> Runs<'_> {
+        Runs {
+            index: self,
+            at: range.start,
+            end: range.end.min(self.end()),
+        }
+    }
+
+    /// All runs.
+    pub fn iter(&self) -> Runs<'_> {
+        self.runs(0..self.end())
+    }
+}
+
+/// The iterator of [`Index::runs`].
+#[derive(Debug)]
+pub struct Runs<'a> {
+    index: &'a Index,
+    at: u64,
+    end: u64,
+}
+
+impl Iterator for Runs<'_> {
+    type Item = ValueRun;
+
+    fn next(&mut self) -> Option<ValueRun> {
+        while self.at < self.end {
+            let run = self.index.run_at(self.at, self.end - self.at);
+            self.at += run.len;
+            if run.value != ABSENT {
+                return Some(run);
+            }
+        }
+        None
+    }
+}
+
+impl Leaf {
+    #[inline]
+    fn piece_at(&self, within: usize, max: usize) -> (u32, usize) {
+        match self {
+            Leaf::Runs(runs) => {
+                let next = runs.partition_point(|run| usize::from(run.end()) <= within);
+                match runs.get(next) {
+                    None => (ABSENT, max),
+                    Some(run) if usize::from(run.start) > within => {
+                        (ABSENT, max.min(usize::from(run.start) - within))
+                    }
+                    Some(run) => (run.value, max.min(usize::from(run.end()) - within)),
+                }
+            }
+            Leaf::Array(values) => {
+                let tail = values.get(within..).unwrap_or_default();
+                let value = tail.first().copied().unwrap_or(ABSENT);
+                let len = tail
+                    .iter()
+                    .take(max)
+                    .take_while(|&&other| other == value)
+                    .count();
+                (value, len.max(1))
+            }
+        }
+    }
+
+    fn set(&mut self, within: usize, len: usize, value: u32) {
+        match self {
+            Leaf::Array(values) => {
+                if let Some(target) = values.get_mut(within..within + len) {
+                    target.fill(value);
+                }
+                if len == LEAF {
+                    *self = Leaf::Runs(Vec::new());
+                    self.set(0, LEAF, value);
+                }
+            }
+            Leaf::Runs(runs) => {
+                set_runs(runs, within as u16, len as u16, value);
+                if runs.len() > MAX_RUNS {
+                    let mut values = Box::new([ABSENT; LEAF]);
+                    for run in runs.iter() {
+                        let range = usize::from(run.start)..usize::from(run.end());
+                        if let Some(target) = values.get_mut(range) {
+                            target.fill(run.value);
+                        }
+                    }
+                    *self = Leaf::Array(values);
+                }
+            }
+        }
+    }
+}
+
+/// Overwrites `len` places from `start` in a sorted list of runs.
+fn set_runs(runs: &mut Vec<Run>, start: u16, len: u16, value: u32) {
+    let end = start + len;
+    // The runs that the new one overlaps or touches.
+    let mut first = runs.partition_point(|run| run.end() < start);
+    let mut last = first
+        + runs
+            .get(first..)
+            .unwrap_or_default()
+            .partition_point(|run| run.start <= end);
+    let mut new = Run { start, len, value };
+    let mut head = None;
+    let mut tail = None;
+    if let Some(run) = runs.get(first).filter(|run| run.start < start) {
+        if run.value == value {
+            new = Run {
+                start: run.start,
+                len: new.end() - run.start,
+                value,
+            };
+        } else if run.end() == start {
+            first += 1;
+        } else {
+            head = Some(Run {
+                start: run.start,
+                len: start - run.start,
+                value: run.value,
+            });
+        }
+    }
+    if last > first
+        && let Some(run) = runs.get(last - 1).filter(|run| run.end() > end)
+    {
+        if run.value == value {
+            new.len = run.end() - new.start;
+        } else if run.start == end {
+            last -= 1;
+        } else {
+            tail = Some(Run {
+                start: end,
+                len: run.end() - end,
+                value: run.value,
+            });
+        }
+    }
+    let new = (value != ABSENT).then_some(new);
+    if head.is_none() && tail.is_none() && last == first + 1 {
+        // The commonest case, in place: a run grows or changes its value.
+        match (new, runs.get_mut(first)) {
+            (Some(new), Some(slot)) => *slot = new,
+            _ => drop(runs.drain(first..last)),
+        }
+        return;
+    }
+    runs.splice(first..last, [head, new, tail].into_iter().flatten());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn a_new_index_holds_nothing_anywhere() {
+        let index = Index::new();
+        assert_eq!(index.get(0), ABSENT);
+        assert_eq!(
+            index.run_at(1 << 33, 1000),
+            ValueRun {
+                start: 1 << 33,
+                len: 1000,
+                value: ABSENT
+            }
+        );
+        assert_eq!(index.iter().count(), 0);
+    }
+
+    #[test]
+    fn a_run_over_leaves_and_nodes_comes_back_whole() {
+        let mut index = Index::new();
+        index.set(1000, 2_000_000, 7);
+        let runs: Vec<_> = index.iter().collect();
+        assert_eq!(
+            runs,
+            [ValueRun {
+                start: 1000,
+                len: 2_000_000,
+                value: 7
+            }]
+        );
+    }
+
+    #[test]
+    fn truncate_forgets_what_lies_beyond_and_only_that() {
+        let mut index = Index::new();
+        index.set(0, 3 * NODE_BLOCKS, 1);
+        index.truncate(NODE_BLOCKS + 5);
+        assert_eq!(
+            index.iter().collect::<Vec<_>>(),
+            [ValueRun {
+                start: 0,
+                len: NODE_BLOCKS + 5,
+                value: 1
+            }]
+        );
+    }
+
+    #[test]
+    fn a_leaf_that_was_an_array_shrinks_when_it_is_overwritten_whole() {
+        let mut index = Index::new();
+        for block in 0..LEAF as u64 {
+            index.set(block, 1, (block % 2) as u32);
+        }
+        index.set(0, LEAF as u64, 3);
+        assert!(
+            matches!(index.nodes[0].as_ref().unwrap()[0], Leaf::Runs(ref runs) if runs.len() == 1)
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_sequence_of_sets_reads_as_a_plain_map(
+            ops in prop::collection::vec((0u64..3000, 1u64..1500, 0u32..4), 1..200),
+            base in prop::sample::select(vec![0u64, NODE_BLOCKS - 2000, 1 << 33]),
+        ) {
+            let mut index = Index::new();
+            let mut model = BTreeMap::new();
+            for (start, len, value) in ops {
+                // Short runs too, so that leaves become arrays.
+                let len = if value == 2 { 1 } else { len };
+                let value = if value == 3 { ABSENT } else { value };
+                index.set(base + start, len, value);
+                for block in start..start + len {
+                    if value == ABSENT { model.remove(&block); } else { model.insert(block, value); }
+                }
+            }
+            for block in 0..4600 {
+                prop_assert_eq!(index.get(base + block), model.get(&block).copied().unwrap_or(ABSENT));
+            }
+            let mut seen = BTreeMap::new();
+            let mut last: Option<ValueRun> = None;
+            for run in index.iter() {
+                if let Some(last) = last {
+                    prop_assert!(last.start + last.len < run.start || last.value != run.value);
+                }
+                last = Some(run);
+                for block in run.start..run.start + run.len {
+                    seen.insert(block - base, run.value);
+                }
+            }
+            prop_assert_eq!(seen, model);
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! The on-disk layer: a directory with a header, data, a map, and a journal or a seal.
+//! The bytes are specified in docs/format.md, the crash cases argued in docs/durability.md.
+//!
+//! * [`WritableLayer`]: the top of a container's chain.
+//! * [`SealedLayer`]: everything below; never changes again, checksummed.
+//! * [`Index`]: block → value, in memory.
+
+mod codec;
+mod data;
+mod flush;
+mod header;
+mod index;
+mod journal;
+mod range_lock;
+mod recovery;
+mod sealed;
+mod stats;
+mod table;
+mod writable;
+
+pub use header::{FORMAT_VERSION, HEADER_FILE, Header};
+pub use index::{ABSENT, Index, Runs, ValueRun};
+pub use range_lock::{RangeGuard, RangeLock};
+pub use sealed::{ScrubReport, SealedLayer, seal_in_place};
+pub use stats::{LayerStats, LayerStatsSnapshot};
+pub use table::{DIGEST_LEN, MapExtent};
+pub use writable::{LayerOptions, WritableLayer};
+
+/// The index value of a block that holds data.
+pub const STATE_DATA: u32 = 1;
+/// The index value of a block that is zero.
+pub const STATE_ZERO: u32 = 2;
+
+/// The state that an index value of a layer's own map stands for.
+pub(crate) fn state_of_value(value: u32) -> crate::block::BlockState {
+    match value {
+        STATE_DATA => crate::block::BlockState::Data,
+        STATE_ZERO => crate::block::BlockState::Zero,
+        _ => crate::block::BlockState::Parent,
+    }
+}
+
+/// The index value of a state.
+pub(crate) fn value_of_state(state: crate::block::BlockState) -> u32 {
+    match state {
+        crate::block::BlockState::Parent => ABSENT,
+        crate::block::BlockState::Data => STATE_DATA,
+        crate::block::BlockState::Zero => STATE_ZERO,
+    }
+}

@@ -1,0 +1,233 @@
+//! Opening a layer after it was closed or after a crash. format.md, section 3.3.
+
+use std::path::Path;
+
+use super::data::DataFiles;
+use super::header::Header;
+use super::index::Index;
+use super::journal::{
+    AREA_FILES, AreaRecords, Record, block_offset, check_record, live_payload, load_area, read_area,
+};
+use super::table::{Expected, MapExtent, Table, TableContent, TableKind, push_extent};
+use super::{STATE_DATA, state_of_value, value_of_state};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::Storage;
+
+/// The checkpoint's file name.
+pub(super) const MAP_FILE: &str = "map";
+
+/// A layer's map, and the last generation that its checkpoint contains.
+#[derive(Debug)]
+pub(super) struct Recovered {
+    pub(super) index: Index,
+    pub(super) generation: u64,
+}
+
+/// What the checkpoint and the journal of a layer say.
+struct Loaded {
+    index: Index,
+    generation: u64,
+    records: Vec<Record>,
+}
+
+/// Loads the map of a layer and brings its data up to date, whatever happened before. Can be cut
+/// off at any point and called again.
+pub(super) fn recover(
+    storage: &dyn Storage,
+    dir: &Path,
+    header: &Header,
+    data: &DataFiles,
+) -> Result<Recovered> {
+    let loaded = load(storage, dir, header)?;
+    if loaded.records.is_empty() {
+        // Areas may still lie there whose records a checkpoint contains.
+        remove_journal(storage, dir)?;
+        return Ok(Recovered {
+            index: loaded.index,
+            generation: loaded.generation,
+        });
+    }
+    tracing::info!(
+        layer = %dir.display(),
+        records = loaded.records.len(),
+        "recovering a layer that was not closed"
+    );
+    for (block, bytes) in live_payload(&loaded.records) {
+        data.write(bytes, block_offset(block))?;
+    }
+    data.sync()?;
+    write_checkpoint(
+        storage,
+        dir,
+        header,
+        loaded.generation,
+        &extents_of(&loaded.index),
+    )?;
+    remove_journal(storage, dir)?;
+    Ok(Recovered {
+        index: loaded.index,
+        generation: loaded.generation,
+    })
+}
+
+/// The map of a sealed layer whose seal file is not there yet. Reads only.
+pub(super) fn load_map(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<Index> {
+    let loaded = load(storage, dir, header)?;
+    if live_payload(&loaded.records).next().is_some() {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "{}: the layer is sealed, but its journal holds unwritten blocks",
+                dir.display()
+            ),
+        ));
+    }
+    Ok(loaded.index)
+}
+
+fn load(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<Loaded> {
+    let expected = Expected {
+        kind: TableKind::Checkpoint,
+        uuid: header.uuid,
+        virtual_size: header.virtual_size,
+    };
+    let mut index = Index::new();
+    let mut generation = 0;
+    if let Some(table) = Table::open(storage, &dir.join(MAP_FILE), expected)? {
+        generation = table.generation;
+        for extent in table.extents() {
+            index.set(
+                extent.start,
+                u64::from(extent.len),
+                value_of_state(extent.state),
+            );
+        }
+    }
+    let areas = load_areas(storage, dir, header, generation)?;
+    let mut records = Vec::new();
+    for area in areas {
+        generation = area.generation;
+        records.extend(area.records);
+    }
+    for record in &records {
+        for change in &record.body.changes {
+            index.set(
+                change.start,
+                u64::from(change.len),
+                value_of_state(change.state),
+            );
+        }
+    }
+    Ok(Loaded {
+        index,
+        generation,
+        records,
+    })
+}
+
+/// The generations behind checkpoint `covered`, in order.
+fn load_areas(
+    storage: &dyn Storage,
+    dir: &Path,
+    header: &Header,
+    covered: u64,
+) -> Result<Vec<AreaRecords>> {
+    let mut areas = Vec::new();
+    for (which, name) in AREA_FILES.iter().enumerate() {
+        let Some(bytes) = load_area(storage, dir, which)? else {
+            continue;
+        };
+        let area = read_area(&bytes, header.uuid)
+            .context(|| dir.join(name).display().to_string())?
+            .filter(|area| area.generation > covered);
+        if let Some(area) = area {
+            for record in &area.records {
+                check_record(record, header.blocks())
+                    .context(|| dir.join(name).display().to_string())?;
+            }
+            areas.push(area);
+        }
+    }
+    areas.sort_by_key(|area| area.generation);
+    let mut next = covered;
+    let mut before: Option<u64> = None;
+    for area in &areas {
+        next += 1;
+        let stated = area
+            .records
+            .first()
+            .map_or(0, |record| record.place.records_before);
+        if area.generation != next || before.is_some_and(|count| count != stated) {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "{}: the journal is damaged: generation {} with {stated} records before it \
+                     follows checkpoint {covered}{}",
+                    dir.display(),
+                    area.generation,
+                    before.map_or(String::new(), |count| format!(" and {count} records")),
+                ),
+            ));
+        }
+        before = Some(area.records.len() as u64);
+    }
+    Ok(areas)
+}
+
+/// The extents of a layer's index.
+pub(super) fn extents_of(index: &Index) -> Vec<MapExtent> {
+    let mut extents = Vec::new();
+    for run in index.iter() {
+        push_extent(&mut extents, run.start, run.len, state_of_value(run.value));
+    }
+    extents
+}
+
+/// Writes the checkpoint, durably.
+pub(super) fn write_checkpoint(
+    storage: &dyn Storage,
+    dir: &Path,
+    header: &Header,
+    generation: u64,
+    extents: &[MapExtent],
+) -> Result<()> {
+    let content = TableContent {
+        kind: TableKind::Checkpoint,
+        uuid: header.uuid,
+        generation,
+        virtual_size: header.virtual_size,
+        extents,
+        sums: &[],
+        digest: Default::default(),
+    };
+    let path = dir.join(MAP_FILE);
+    storage
+        .write_atomic(&path, &content.encode())
+        .context(|| format!("cannot write the map {}", path.display()))
+}
+
+/// Removes the areas; their generations are all in the checkpoint.
+pub(super) fn remove_journal(storage: &dyn Storage, dir: &Path) -> Result<()> {
+    for name in AREA_FILES {
+        let path = dir.join(name);
+        match storage.remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(
+                    format!("cannot remove {}", path.display()),
+                    error,
+                ));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Data blocks of a layer's index.
+pub(super) fn data_blocks(index: &Index) -> u64 {
+    index
+        .iter()
+        .filter(|run| run.value == STATE_DATA)
+        .map(|run| run.len)
+        .sum()
+}

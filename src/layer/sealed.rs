@@ -1,0 +1,319 @@
+//! A sealed layer: read-only, each block checked against its checksum. format.md, sections 4, 5.
+
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::data::DataFiles;
+use super::header::Header;
+use super::index::Index;
+use super::recovery::{MAP_FILE, extents_of, load_map, remove_journal};
+use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
+use super::value_of_state;
+use crate::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::{OpenMode, Storage};
+
+/// The seal's file name.
+const SEAL_FILE: &str = "seal";
+
+/// What is hashed in front of a layer's content.
+const DIGEST_PREFIX: &[u8; 16] = b"vellum layer v1\n";
+
+/// Bytes read at a time when a whole layer is read.
+const SCRUB_LEN: usize = 1 << 20;
+
+/// A layer that never changes again.
+#[derive(Debug)]
+pub struct SealedLayer {
+    dir: PathBuf,
+    header: Header,
+    data: DataFiles,
+    map: SealedMap,
+}
+
+#[derive(Debug)]
+enum SealedMap {
+    /// With checksums.
+    Table(Table),
+    /// Sealed, but the seal file has not been made yet.
+    Pending(Index),
+}
+
+/// What [`SealedLayer::scrub`] found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ScrubReport {
+    /// Data blocks read.
+    pub blocks: u64,
+    /// Blocks whose bytes do not match their checksum, at most the first 1000.
+    pub corrupt: Vec<u64>,
+    /// The layer's digest, where every block was fine and it matched.
+    pub digest: Option<[u8; DIGEST_LEN]>,
+}
+
+impl SealedLayer {
+    /// Opens a sealed layer. All of its structure is checked; blocks are as they are read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a layer that is not sealed; otherwise as
+    /// [`Header::decode`]; the message names the file.
+    pub fn open(storage: &dyn Storage, dir: &Path) -> Result<Self> {
+        let header = Header::read(storage, dir)?;
+        if !header.sealed {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("{}: the layer is not sealed", dir.display()),
+            ));
+        }
+        let data = DataFiles::open(storage, dir, header.virtual_size, OpenMode::Read)?;
+        let expected = Expected {
+            kind: TableKind::Seal,
+            uuid: header.uuid,
+            virtual_size: header.virtual_size,
+        };
+        let seal = || Table::open(storage, &dir.join(SEAL_FILE), expected);
+        let map = match seal()? {
+            Some(table) => SealedMap::Table(table),
+            None => {
+                let pending = load_map(storage, dir, &header)?;
+                // Made meanwhile, and then the map may have been gone before we read it.
+                seal()?.map_or(SealedMap::Pending(pending), SealedMap::Table)
+            }
+        };
+        Ok(SealedLayer {
+            dir: dir.to_owned(),
+            header,
+            data,
+            map,
+        })
+    }
+
+    /// Identity, parent and size.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The layer's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// True when the layer has checksums and a digest.
+    pub fn is_checksummed(&self) -> bool {
+        matches!(self.map, SealedMap::Table(_))
+    }
+
+    /// The digest over the layer's content, `None` until it has been made.
+    pub fn digest(&self) -> Option<[u8; DIGEST_LEN]> {
+        match &self.map {
+            SealedMap::Table(table) => Some(table.digest),
+            SealedMap::Pending(_) => None,
+        }
+    }
+
+    /// Calls `each` with every extent, in order.
+    pub fn for_each_extent(&self, mut each: impl FnMut(MapExtent)) {
+        match &self.map {
+            SealedMap::Table(table) => table.extents().for_each(each),
+            SealedMap::Pending(index) => extents_of(index).into_iter().for_each(&mut each),
+        }
+    }
+
+    /// Data blocks that the layer holds.
+    pub fn data_blocks(&self) -> u64 {
+        match &self.map {
+            SealedMap::Table(table) => table.sum_count(),
+            SealedMap::Pending(index) => super::recovery::data_blocks(index),
+        }
+    }
+
+    /// Bytes that the data files take on the host.
+    ///
+    /// # Errors
+    /// Where the host cannot tell.
+    pub fn allocated_bytes(&self) -> Result<u64> {
+        self.data.allocated()
+    }
+
+    /// Reads whole blocks from `block`, all of them data in one extent, and checks each.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where a block does not match its checksum: it names layer and block.
+    pub fn read_blocks(&self, buf: &mut [u8], block: u64) -> Result<()> {
+        self.data.read(buf, block * BLOCK_SIZE)?;
+        let SealedMap::Table(table) = &self.map else {
+            return Ok(());
+        };
+        let sums = table
+            .sums(block, buf.len() / BLOCK_LEN)
+            .context(|| self.dir.join(SEAL_FILE).display().to_string())?;
+        for (at, (bytes, sum)) in buf.chunks_exact(BLOCK_LEN).zip(sums).enumerate() {
+            if crc32fast::hash(bytes) != sum {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!(
+                        "{}: block {} does not match its checksum: the disk lost or changed it; \
+                         restore the layer from its image",
+                        self.dir.display(),
+                        block + at as u64
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// A hint that blocks will be read soon.
+    ///
+    /// # Errors
+    /// When the range lies outside the layer.
+    pub fn prefetch(&self, block: u64, len: u64) -> Result<()> {
+        self.data.prefetch(block * BLOCK_SIZE, len * BLOCK_SIZE)
+    }
+
+    /// Reads every block and checks the checksums, their own CRC and the digest. `progress` is
+    /// called with the number of blocks just read.
+    ///
+    /// # Errors
+    /// Where a file cannot be read; corrupt blocks are in the report instead.
+    pub fn scrub(&self, mut progress: impl FnMut(u64)) -> Result<ScrubReport> {
+        let mut report = ScrubReport::default();
+        if let SealedMap::Table(table) = &self.map {
+            table
+                .check_sums_crc()
+                .context(|| self.dir.join(SEAL_FILE).display().to_string())?;
+        }
+        let found = walk(&self.header, &self.data, &self.extents(), |block, bytes| {
+            let mut sums = match &self.map {
+                SealedMap::Table(table) => Some(table.sums(block, bytes.len() / BLOCK_LEN)?),
+                SealedMap::Pending(_) => None,
+            };
+            for (at, bytes) in bytes.chunks_exact(BLOCK_LEN).enumerate() {
+                let sum = sums.as_mut().and_then(Iterator::next);
+                if sum.is_some_and(|sum| crc32fast::hash(bytes) != sum)
+                    && report.corrupt.len() < 1000
+                {
+                    report.corrupt.push(block + at as u64);
+                }
+            }
+            report.blocks += (bytes.len() / BLOCK_LEN) as u64;
+            progress((bytes.len() / BLOCK_LEN) as u64);
+            Ok(())
+        })?;
+        if report.corrupt.is_empty() {
+            match self.digest() {
+                Some(stated) if stated != found => {
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!(
+                            "{}: every block matches its checksum, but the digest does not",
+                            self.dir.join(SEAL_FILE).display()
+                        ),
+                    ));
+                }
+                stated => report.digest = stated,
+            }
+        }
+        Ok(report)
+    }
+
+    fn extents(&self) -> Vec<MapExtent> {
+        let mut extents = Vec::new();
+        self.for_each_extent(|extent| extents.push(extent));
+        extents
+    }
+}
+
+/// Reads all data of a layer in order, calls `each` with pieces of whole blocks, and returns the
+/// digest.
+fn walk(
+    header: &Header,
+    data: &DataFiles,
+    extents: &[MapExtent],
+    mut each: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<[u8; DIGEST_LEN]> {
+    let mut hash = Sha256::new();
+    hash.update(DIGEST_PREFIX);
+    hash.update(header.virtual_size.to_le_bytes());
+    let mut buf = vec![0; SCRUB_LEN];
+    for extent in extents {
+        hash.update(extent.start.to_le_bytes());
+        hash.update(extent.len.to_le_bytes());
+        hash.update(state_code(extent.state).to_le_bytes());
+        if extent.state != BlockState::Data {
+            continue;
+        }
+        let end = extent.start + u64::from(extent.len);
+        let mut block = extent.start;
+        while block < end {
+            let blocks = (end - block).min((SCRUB_LEN / BLOCK_LEN) as u64);
+            let bytes = buf
+                .get_mut(..blocks as usize * BLOCK_LEN)
+                .unwrap_or_default();
+            data.read(bytes, block * BLOCK_SIZE)?;
+            hash.update(&*bytes);
+            each(block, bytes)?;
+            block += blocks;
+        }
+    }
+    Ok(hash.finalize().into())
+}
+
+/// Gives a sealed layer its checksums and digest, and removes what they replace. Safe to repeat
+/// after a crash, and to do while the layer is being read. `progress` is called with the number of
+/// blocks just read. Returns the digest.
+///
+/// # Errors
+/// As [`SealedLayer::open`]; the layer stays readable as it was.
+pub fn seal_in_place(
+    storage: &dyn Storage,
+    dir: &Path,
+    mut progress: impl FnMut(u64),
+) -> Result<[u8; DIGEST_LEN]> {
+    let layer = SealedLayer::open(storage, dir)?;
+    let digest = match &layer.map {
+        SealedMap::Table(table) => table.digest,
+        SealedMap::Pending(index) => {
+            let extents = extents_of(index);
+            let mut sums = Vec::new();
+            let digest = walk(&layer.header, &layer.data, &extents, |_, bytes| {
+                sums.extend(bytes.chunks_exact(BLOCK_LEN).map(crc32fast::hash));
+                progress((bytes.len() / BLOCK_LEN) as u64);
+                Ok(())
+            })?;
+            let content = TableContent {
+                kind: TableKind::Seal,
+                uuid: layer.header.uuid,
+                generation: 0,
+                virtual_size: layer.header.virtual_size,
+                extents: &extents,
+                sums: &sums,
+                digest,
+            };
+            let path = dir.join(SEAL_FILE);
+            storage
+                .write_atomic(&path, &content.encode())
+                .context(|| format!("cannot write {}", path.display()))?;
+            digest
+        }
+    };
+    let map = dir.join(MAP_FILE);
+    match storage.remove_file(&map) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io(format!("cannot remove {}", map.display()), error));
+        }
+        _ => {}
+    }
+    remove_journal(storage, dir)?;
+    Ok(digest)
+}
+
+impl From<MapExtent> for super::ValueRun {
+    fn from(extent: MapExtent) -> Self {
+        super::ValueRun {
+            start: extent.start,
+            len: u64::from(extent.len),
+            value: value_of_state(extent.state),
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Counters of one writable layer: what durability cost.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+/// Counters that only ever grow; reset when the layer is opened.
+#[derive(Debug, Default)]
+pub struct LayerStats {
+    pub(super) flushes: Counter,
+    pub(super) flushes_coalesced: Counter,
+    pub(super) flushes_empty: Counter,
+    pub(super) data_syncs: Counter,
+    pub(super) journal_writes: Counter,
+    pub(super) journal_bytes: Counter,
+    pub(super) checkpoints: Counter,
+    pub(super) journal_waits: Counter,
+}
+
+/// One relaxed counter.
+#[derive(Debug, Default)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(super) fn add(&self, amount: u64) {
+        self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The counters at one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct LayerStatsSnapshot {
+    /// Flush calls.
+    pub flushes: u64,
+    /// Flush calls that another's work covered.
+    pub flushes_coalesced: u64,
+    /// Flushes that had nothing to do.
+    pub flushes_empty: u64,
+    /// fdatasync calls on data files.
+    pub data_syncs: u64,
+    /// Synchronous journal writes.
+    pub journal_writes: u64,
+    /// Bytes of them.
+    pub journal_bytes: u64,
+    /// Checkpoints of the map.
+    pub checkpoints: u64,
+    /// Flushes that had to wait for a checkpoint to free a journal area.
+    pub journal_waits: u64,
+}
+
+impl LayerStats {
+    /// The counters now.
+    pub fn snapshot(&self) -> LayerStatsSnapshot {
+        LayerStatsSnapshot {
+            flushes: self.flushes.get(),
+            flushes_coalesced: self.flushes_coalesced.get(),
+            flushes_empty: self.flushes_empty.get(),
+            data_syncs: self.data_syncs.get(),
+            journal_writes: self.journal_writes.get(),
+            journal_bytes: self.journal_bytes.get(),
+            checkpoints: self.checkpoints.get(),
+            journal_waits: self.journal_waits.get(),
+        }
+    }
+}

@@ -1,0 +1,537 @@
+//! The map on disk as a table of extents: the files `map` and `seal`. format.md, section 3.1.
+
+use std::path::Path;
+
+use uuid::Uuid;
+
+use super::codec::{Reader, Writer, check_crc};
+use crate::block::{BLOCK_SIZE, BlockState};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::{Mapping, OpenMode, Storage};
+
+const MAGIC: &[u8; 8] = b"VELLUMMP";
+const VERSION: u32 = 1;
+const HEADER_LEN: usize = 4096;
+const EXTENT_LEN: usize = 24;
+
+/// Length of a digest in bytes (SHA-256).
+pub const DIGEST_LEN: usize = 32;
+
+/// What a table is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TableKind {
+    /// The map of a writable layer, up to and with a generation of its journal.
+    Checkpoint = 1,
+    /// The map of a sealed layer, with checksums and a digest.
+    Seal = 2,
+}
+
+/// A run of blocks of one state in a layer's map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MapExtent {
+    /// First block.
+    pub start: u64,
+    /// Length in blocks, never 0.
+    pub len: u32,
+    /// [`BlockState::Data`] or [`BlockState::Zero`].
+    pub state: BlockState,
+}
+
+/// Cuts a run into extents that a table can hold.
+pub(super) fn push_extent(extents: &mut Vec<MapExtent>, start: u64, len: u64, state: BlockState) {
+    let (mut start, mut len) = (start, len);
+    while len > 0 {
+        let piece = len.min(u64::from(u32::MAX));
+        extents.push(MapExtent {
+            start,
+            len: piece as u32,
+            state,
+        });
+        start += piece;
+        len -= piece;
+    }
+}
+
+/// What goes into a table besides its extents.
+pub(super) struct TableContent<'a> {
+    pub(super) kind: TableKind,
+    pub(super) uuid: Uuid,
+    /// Checkpoint: the last generation that it contains. Seal: 0.
+    pub(super) generation: u64,
+    pub(super) virtual_size: u64,
+    pub(super) extents: &'a [MapExtent],
+    /// Seal: one checksum a data block, in order.
+    pub(super) sums: &'a [u32],
+    pub(super) digest: [u8; DIGEST_LEN],
+}
+
+impl TableContent<'_> {
+    /// The table as it lies on disk.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut extents = Writer::with_capacity(self.extents.len() * EXTENT_LEN);
+        let mut next_sum = 0;
+        for extent in self.extents {
+            extents.u64(extent.start);
+            extents.u32(extent.len);
+            extents.u32(state_code(extent.state));
+            if self.kind == TableKind::Seal && extent.state == BlockState::Data {
+                extents.u64(next_sum);
+                next_sum += u64::from(extent.len);
+            } else {
+                extents.u64(0);
+            }
+        }
+        let extents = extents.into_bytes();
+        let mut sums = Writer::with_capacity(self.sums.len() * 4);
+        self.sums.iter().for_each(|&sum| sums.u32(sum));
+        let sums = sums.into_bytes();
+
+        let mut out = Writer::with_capacity(HEADER_LEN + extents.len() + sums.len() + HEADER_LEN);
+        out.bytes(MAGIC);
+        out.u32(VERSION);
+        out.u32(self.kind as u32);
+        out.bytes(self.uuid.as_bytes());
+        out.u64(self.generation);
+        out.u64(self.virtual_size);
+        out.u64(self.extents.len() as u64);
+        out.u64(self.sums.len() as u64);
+        out.bytes(&self.digest);
+        out.u32(crc32fast::hash(&extents));
+        out.u32(crc32fast::hash(&sums));
+        out.pad_to(HEADER_LEN - 4);
+        out.crc();
+        out.bytes(&extents);
+        if self.kind == TableKind::Seal {
+            out.pad_to(sums_offset(self.extents.len()));
+            out.bytes(&sums);
+        }
+        out.into_bytes()
+    }
+}
+
+fn sums_offset(extents: usize) -> usize {
+    (HEADER_LEN + extents * EXTENT_LEN).next_multiple_of(HEADER_LEN)
+}
+
+/// The number that stands for a state on disk.
+pub(super) fn state_code(state: BlockState) -> u32 {
+    match state {
+        BlockState::Parent => 0,
+        BlockState::Data => 1,
+        BlockState::Zero => 2,
+    }
+}
+
+/// The state that a number on disk stands for.
+pub(super) fn state_of_code(code: u32) -> Result<BlockState> {
+    match code {
+        0 => Ok(BlockState::Parent),
+        1 => Ok(BlockState::Data),
+        2 => Ok(BlockState::Zero),
+        _ => Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("unknown block state {code}"),
+        )),
+    }
+}
+
+/// A table that was read and checked. The extents and checksums stay in the page cache.
+#[derive(Debug)]
+pub(super) struct Table {
+    bytes: Mapping,
+    extents: usize,
+    sums: usize,
+    sums_crc: u32,
+    pub(super) generation: u64,
+    pub(super) digest: [u8; DIGEST_LEN],
+}
+
+/// What a table must agree with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Expected {
+    pub(super) kind: TableKind,
+    pub(super) uuid: Uuid,
+    pub(super) virtual_size: u64,
+}
+
+impl Table {
+    /// Opens the table at `path` and checks all but the checksums' own CRC; `None` where there is
+    /// no such file. Errors name the file.
+    pub(super) fn open(
+        storage: &dyn Storage,
+        path: &Path,
+        expected: Expected,
+    ) -> Result<Option<Self>> {
+        let file = match storage.open(path, OpenMode::Read) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            other => other.context(|| format!("cannot open {}", path.display()))?,
+        };
+        let bytes = file
+            .len()
+            .and_then(|len| file.map(0, len as usize))
+            .context(|| format!("cannot read {}", path.display()))?;
+        Table::decode(bytes, expected)
+            .map(Some)
+            .context(|| path.display().to_string())
+    }
+
+    /// Reads and checks a table.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for foreign bytes, [`ErrorKind::Corrupt`] for all else.
+    pub(super) fn decode(bytes: Mapping, expected: Expected) -> Result<Self> {
+        let corrupt = |what: String| Error::new(ErrorKind::Corrupt, what);
+        let all = bytes.as_ref();
+        if all.get(..8) != Some(MAGIC.as_slice()) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "not a Vellum map (wrong magic)",
+            ));
+        }
+        let header = all
+            .get(..HEADER_LEN)
+            .ok_or_else(|| corrupt(format!("truncated: {} bytes", all.len())))?;
+        check_crc(header, "map header")?;
+        let mut input = Reader::new(header);
+        input.skip(8)?;
+        let version = input.u32()?;
+        if version != VERSION {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("map version {version}; this build reads version {VERSION}"),
+            ));
+        }
+        let kind = input.u32()?;
+        let uuid = input.uuid()?;
+        let generation = input.u64()?;
+        let virtual_size = input.u64()?;
+        let extents = input.u64()?;
+        let sums = input.u64()?;
+        let mut digest = [0; DIGEST_LEN];
+        digest.copy_from_slice(input.take(DIGEST_LEN)?);
+        let extents_crc = input.u32()?;
+        let sums_crc = input.u32()?;
+        if kind != expected.kind as u32 {
+            return Err(corrupt(format!(
+                "a table of kind {kind} where {:?} belongs",
+                expected.kind
+            )));
+        }
+        if uuid != expected.uuid {
+            return Err(corrupt(format!(
+                "it belongs to layer {uuid}, not to {}",
+                expected.uuid
+            )));
+        }
+        if virtual_size != expected.virtual_size {
+            return Err(corrupt(format!(
+                "it is for a virtual size of {virtual_size} bytes, the layer has {}",
+                expected.virtual_size
+            )));
+        }
+        // Both counts fit the file before anything is computed from them.
+        let len = all.len() as u64;
+        if extents > len / EXTENT_LEN as u64 || sums > len / 4 {
+            return Err(corrupt(format!(
+                "{extents} extents and {sums} checksums in {len} bytes"
+            )));
+        }
+        let (extents, sums) = (extents as usize, sums as usize);
+        let end = match expected.kind {
+            TableKind::Checkpoint => HEADER_LEN + extents * EXTENT_LEN,
+            TableKind::Seal => sums_offset(extents) + sums * 4,
+        };
+        if all.len() != end {
+            return Err(corrupt(format!(
+                "{len} bytes where {end} belong: truncated or extended"
+            )));
+        }
+        let table = Table {
+            extents,
+            sums,
+            sums_crc,
+            generation,
+            digest,
+            bytes,
+        };
+        if crc32fast::hash(table.extent_bytes()) != extents_crc {
+            return Err(corrupt("the CRC of the extents does not match".into()));
+        }
+        table.check_extents(expected)?;
+        Ok(table)
+    }
+
+    fn extent_bytes(&self) -> &[u8] {
+        let end = HEADER_LEN + self.extents * EXTENT_LEN;
+        self.bytes.as_ref().get(HEADER_LEN..end).unwrap_or_default()
+    }
+
+    fn sum_bytes(&self) -> &[u8] {
+        let start = sums_offset(self.extents);
+        self.bytes
+            .as_ref()
+            .get(start..start + self.sums * 4)
+            .unwrap_or_default()
+    }
+
+    /// The extent at `at`, with the index of its first checksum.
+    fn extent(&self, at: usize) -> Result<(MapExtent, u64)> {
+        let mut input = Reader::new(
+            self.extent_bytes()
+                .get(at * EXTENT_LEN..)
+                .unwrap_or_default(),
+        );
+        let extent = MapExtent {
+            start: input.u64()?,
+            len: input.u32()?,
+            state: state_of_code(input.u32()?)?,
+        };
+        Ok((extent, input.u64()?))
+    }
+
+    /// All extents, in order.
+    pub(super) fn extents(&self) -> impl Iterator<Item = MapExtent> + '_ {
+        // They were checked when the table was opened.
+        (0..self.extents).map_while(|at| self.extent(at).ok().map(|(extent, _)| extent))
+    }
+
+    fn check_extents(&self, expected: Expected) -> Result<()> {
+        let blocks = expected.virtual_size / BLOCK_SIZE;
+        let mut end = 0;
+        let mut next_sum = 0;
+        for at in 0..self.extents {
+            let (extent, first_sum) = self.extent(at)?;
+            let extent_end = extent.start.checked_add(u64::from(extent.len));
+            let fits = extent.start >= end && extent_end.is_some_and(|end| end <= blocks);
+            if !fits || extent.len == 0 || extent.state == BlockState::Parent {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!("extent {at} is impossible: {extent:?} after block {end} of {blocks}"),
+                ));
+            }
+            end = extent.start + u64::from(extent.len);
+            if expected.kind == TableKind::Seal && extent.state == BlockState::Data {
+                if first_sum != next_sum {
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!("extent {at} claims checksum {first_sum}, it has {next_sum}"),
+                    ));
+                }
+                next_sum += u64::from(extent.len);
+            }
+        }
+        if next_sum != self.sums as u64 {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{} checksums for {next_sum} data blocks", self.sums),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Checks the CRC of the checksums, which opening leaves out.
+    pub(super) fn check_sums_crc(&self) -> Result<()> {
+        if crc32fast::hash(self.sum_bytes()) == self.sums_crc {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Corrupt,
+            "the CRC of the checksums does not match",
+        ))
+    }
+
+    /// The checksums of `len` data blocks from `block`, which lie in one extent.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where the table does not have them all.
+    pub(super) fn sums(&self, block: u64, len: usize) -> Result<impl Iterator<Item = u32> + '_> {
+        let (mut low, mut high) = (0, self.extents);
+        while low < high {
+            let middle = low.midpoint(high);
+            let (extent, _) = self.extent(middle)?;
+            if extent.start + u64::from(extent.len) <= block {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        let missing = || Error::new(ErrorKind::Corrupt, format!("no checksum for block {block}"));
+        if low >= self.extents {
+            return Err(missing());
+        }
+        let (extent, first_sum) = self.extent(low)?;
+        let within = block.checked_sub(extent.start).ok_or_else(missing)?;
+        if within + len as u64 > u64::from(extent.len) || extent.state != BlockState::Data {
+            return Err(missing());
+        }
+        let start = (first_sum + within) as usize * 4;
+        let bytes = self
+            .sum_bytes()
+            .get(start..start + len * 4)
+            .ok_or_else(missing)?;
+        Ok(bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|sum| u32::from_le_bytes(*sum)))
+    }
+
+    /// Number of data blocks that have a checksum.
+    pub(super) fn sum_count(&self) -> u64 {
+        self.sums as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: Uuid = Uuid::from_u128(7);
+
+    fn expected(kind: TableKind) -> Expected {
+        Expected {
+            kind,
+            uuid: UUID,
+            virtual_size: 1 << 30,
+        }
+    }
+
+    fn seal() -> Vec<u8> {
+        TableContent {
+            kind: TableKind::Seal,
+            uuid: UUID,
+            generation: 0,
+            virtual_size: 1 << 30,
+            extents: &[
+                MapExtent {
+                    start: 3,
+                    len: 2,
+                    state: BlockState::Data,
+                },
+                MapExtent {
+                    start: 5,
+                    len: 9,
+                    state: BlockState::Zero,
+                },
+                MapExtent {
+                    start: 100,
+                    len: 1,
+                    state: BlockState::Data,
+                },
+            ],
+            sums: &[11, 22, 33],
+            digest: [9; 32],
+        }
+        .encode()
+    }
+
+    fn decode(bytes: Vec<u8>, kind: TableKind) -> Result<Table> {
+        Table::decode(Mapping::Owned(bytes), expected(kind))
+    }
+
+    #[test]
+    fn a_seal_reads_back_with_each_block_s_checksum() {
+        let table = decode(seal(), TableKind::Seal).unwrap();
+        assert_eq!(table.extents().count(), 3);
+        assert_eq!(table.sums(3, 2).unwrap().collect::<Vec<_>>(), [11, 22]);
+        assert_eq!(table.sums(4, 1).unwrap().collect::<Vec<_>>(), [22]);
+        assert_eq!(table.sums(100, 1).unwrap().collect::<Vec<_>>(), [33]);
+        table.check_sums_crc().unwrap();
+    }
+
+    #[test]
+    fn a_checksum_that_the_table_lacks_is_corrupt_and_not_zero() {
+        let table = decode(seal(), TableKind::Seal).unwrap();
+        for (block, len) in [(0, 1), (3, 3), (5, 1), (99, 1), (100, 2), (1000, 1)] {
+            assert_eq!(
+                table.sums(block, len).err().unwrap().kind(),
+                ErrorKind::Corrupt
+            );
+        }
+    }
+
+    #[test]
+    fn every_single_changed_byte_is_found() {
+        let good = seal();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 0x10;
+            let found = decode(bad, TableKind::Seal).and_then(|table| table.check_sums_crc());
+            // Padding between extents and checksums carries nothing.
+            let padding = (4096 + 3 * 24..8192).contains(&at);
+            assert_eq!(found.is_err(), !padding, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        let good = seal();
+        for len in (0..good.len()).step_by(7) {
+            decode(good[..len].to_vec(), TableKind::Seal).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn a_table_of_another_layer_kind_or_size_is_refused() {
+        decode(seal(), TableKind::Checkpoint).unwrap_err();
+        for expected in [
+            Expected {
+                uuid: Uuid::from_u128(8),
+                ..expected(TableKind::Seal)
+            },
+            Expected {
+                virtual_size: 1 << 31,
+                ..expected(TableKind::Seal)
+            },
+        ] {
+            let error = Table::decode(Mapping::Owned(seal()), expected).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt);
+        }
+    }
+
+    #[test]
+    fn overlapping_unsorted_empty_and_outlying_extents_are_refused() {
+        let data = BlockState::Data;
+        let blocks = (1u64 << 30) / 4096;
+        for extents in [
+            vec![(3, 2), (4, 1)],
+            vec![(9, 2), (3, 1)],
+            vec![(3, 0)],
+            vec![(blocks - 1, 2)],
+            vec![(u64::MAX, 1)],
+        ] {
+            let extents: Vec<_> = extents
+                .iter()
+                .map(|&(start, len)| MapExtent {
+                    start,
+                    len,
+                    state: data,
+                })
+                .collect();
+            let bytes = TableContent {
+                kind: TableKind::Checkpoint,
+                uuid: UUID,
+                generation: 1,
+                virtual_size: 1 << 30,
+                extents: &extents,
+                sums: &[],
+                digest: [0; 32],
+            }
+            .encode();
+            let error = decode(bytes, TableKind::Checkpoint).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{extents:?}");
+        }
+    }
+
+    #[test]
+    fn a_hostile_count_is_refused_before_anything_is_allocated() {
+        let mut bytes = seal();
+        bytes[48..56].copy_from_slice(&u64::MAX.to_le_bytes());
+        let crc = crc32fast::hash(&bytes[..4092]);
+        bytes[4092..4096].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(
+            decode(bytes, TableKind::Seal).unwrap_err().kind(),
+            ErrorKind::Corrupt
+        );
+    }
+}
