@@ -4,7 +4,8 @@
 //! writable layer that allocates 4 KiB blocks on first write and resolves every other read down
 //! the chain. Dependencies point one way:
 //!
-//! `block ← storage ← layer ← chain ← {store, export, fs} ← image ← cli`
+//! `block ← storage ← layer ← chain ← {export, fs} ← store ← engine ← cli`, with `image`, which
+//! knows of files only, below `store`.
 //!
 //! * [`block`]: the vocabulary: blocks, extents, the [`block::BlockDevice`] trait.
 //! * [`storage`]: the seam to the host's files, so that tests can simulate power cuts and faults.
@@ -19,7 +20,9 @@
 pub mod block;
 pub mod chain;
 pub mod error;
+pub mod image;
 pub mod layer;
 pub mod storage;
+pub mod store;
 
 pub use error::{Error, ErrorKind, Result};

@@ -1,6 +1,6 @@
 //! Real files behind the storage seam.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::{Entry, Mapping, OpenMode, Storage, StorageFile};
+use super::{Entry, Held, LockMode, Mapping, OpenMode, Storage, StorageFile};
 
 /// The host's own files. Directories are made with mode 0700, files with 0600.
 #[derive(Debug, Clone, Copy, Default)]
@@ -94,7 +94,37 @@ impl Storage for FileStorage {
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         File::open(path)?.sync_all()
     }
+
+    fn lock(&self, path: &Path, mode: LockMode, wait: bool) -> io::Result<Option<Box<dyn Held>>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .open(path)?;
+        let outcome = match (mode, wait) {
+            (LockMode::Exclusive, true) => file.lock().map_err(TryLockError::Error),
+            (LockMode::Shared, true) => file.lock_shared().map_err(TryLockError::Error),
+            (LockMode::Exclusive, false) => file.try_lock(),
+            (LockMode::Shared, false) => file.try_lock_shared(),
+        };
+        match outcome {
+            Ok(()) => Ok(Some(Box::new(FileLock { _file: file }))),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
 }
+
+/// A flock(2) on an open file.
+#[derive(Debug)]
+struct FileLock {
+    _file: File,
+}
+
+impl Held for FileLock {}
 
 /// Whether synchronous writes may bypass the page cache: found out at the first one.
 #[derive(Debug, Default)]

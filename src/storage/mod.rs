@@ -51,6 +51,18 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// Makes the names in a directory durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 
+    /// Locks the file `path` (made where it is missing) against other processes until the answer is
+    /// dropped, also by their death; `None` where it is taken and `wait` is false. A storage of
+    /// one process has nothing to lock.
+    fn lock(
+        &self,
+        _path: &Path,
+        _mode: LockMode,
+        _wait: bool,
+    ) -> io::Result<Option<Box<dyn Held>>> {
+        Ok(Some(Box::new(())))
+    }
+
     /// Replaces the file `path` by `bytes` so that after any crash it holds the old or the new
     /// content whole: a temporary file beside it, synced, renamed, and the directory synced.
     fn write_atomic(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -84,6 +96,20 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         Ok(bytes)
     }
 }
+
+/// Who else may hold a lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LockMode {
+    /// Other holders of a shared lock.
+    Shared,
+    /// Nobody.
+    Exclusive,
+}
+
+/// A lock, held until this is dropped.
+pub trait Held: Send + Sync + std::fmt::Debug {}
+
+impl Held for () {}
 
 /// An open file. All offsets and lengths are bytes. Calls may come from many threads.
 pub trait StorageFile: Send + Sync + std::fmt::Debug {

@@ -1,0 +1,237 @@
+//! Layers in the store: staged, published, found again, leased to the one process that writes.
+
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+use super::records::{LayerInfo, TemplateRecord};
+use super::{Store, StoreGuard};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::layer::{Header, WritableLayer};
+use crate::storage::{Held, LockMode};
+
+const INFO_FILE: &str = "info.json";
+const LEASE_FILE: &str = "lease";
+
+/// A layer that is being made: in `staging`, until it is published or the guard is dropped.
+#[derive(Debug)]
+pub struct StagedLayer {
+    store: Store,
+    /// Identity, parent and size.
+    pub header: Header,
+    /// `None` once published.
+    dir: Option<PathBuf>,
+    /// Tells [`Store::prune`] that somebody works on it.
+    _lease: LayerLease,
+}
+
+/// The right to write a layer: no other process has it until this is dropped.
+#[derive(Debug)]
+pub struct LayerLease {
+    _held: Box<dyn Held>,
+}
+
+impl StagedLayer {
+    /// The layer's directory.
+    pub fn dir(&self) -> PathBuf {
+        self.dir.clone().unwrap_or_default()
+    }
+
+    /// Makes the layer one of the store's, durably. No record names it yet: `_pin` keeps it.
+    ///
+    /// # Errors
+    /// Where the host fails; nothing is visible then.
+    pub fn publish(mut self, info: &LayerInfo, _pin: &StoreGuard) -> Result<Uuid> {
+        let uuid = self.header.uuid;
+        let Some(dir) = self.dir.take() else {
+            return Ok(uuid);
+        };
+        let target = self.store.layer_dir(uuid);
+        let publish = || -> Result<()> {
+            self.store.write_json(&dir.join(INFO_FILE), info)?;
+            let storage = &self.store.storage;
+            let rename = || {
+                storage.rename(&dir, &target)?;
+                storage.sync_dir(&self.store.root.join("layers"))
+            };
+            rename().context(|| format!("cannot publish the layer {}", target.display()))
+        };
+        let published = publish();
+        if published.is_err() {
+            self.dir = Some(dir);
+        }
+        published.map(|()| uuid)
+    }
+}
+
+impl Drop for StagedLayer {
+    fn drop(&mut self) {
+        if let Some(dir) = self.dir.take() {
+            // What cannot be removed now, prune removes.
+            let _ = self.store.storage.remove_tree(&dir);
+        }
+    }
+}
+
+impl Store {
+    /// The directory of a published layer.
+    pub fn layer_dir(&self, layer: Uuid) -> PathBuf {
+        self.root.join("layers").join(layer.to_string())
+    }
+
+    /// The directories of layers, in the same order.
+    pub fn layer_dirs(&self, layers: &[Uuid]) -> Vec<PathBuf> {
+        layers.iter().map(|layer| self.layer_dir(*layer)).collect()
+    }
+
+    /// Makes an empty writable layer in `staging`.
+    ///
+    /// # Errors
+    /// As [`Header::new`] and [`WritableLayer::create`].
+    pub fn stage_layer(&self, parent: Option<Uuid>, virtual_size: u64) -> Result<StagedLayer> {
+        let header = Header::new(parent, virtual_size)?;
+        let dir = self.root.join("staging").join(header.uuid.to_string());
+        WritableLayer::create(&*self.storage, &dir, &header)?;
+        let lease = match self.try_lease(&dir) {
+            Ok(Some(lease)) => lease,
+            other => {
+                let _ = self.storage.remove_tree(&dir);
+                other?;
+                return Err(Error::new(
+                    ErrorKind::InUse,
+                    "a new layer is locked already",
+                ));
+            }
+        };
+        Ok(StagedLayer {
+            store: self.clone(),
+            header,
+            dir: Some(dir),
+            _lease: lease,
+        })
+    }
+
+    fn try_lease(&self, dir: &std::path::Path) -> Result<Option<LayerLease>> {
+        let path = dir.join(LEASE_FILE);
+        let held = self
+            .storage
+            .lock(&path, LockMode::Exclusive, false)
+            .context(|| format!("cannot lock {}", path.display()))?;
+        Ok(held.map(|held| LayerLease { _held: held }))
+    }
+
+    /// The right to write a published layer.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while another process has it.
+    pub fn lease_layer(&self, layer: Uuid) -> Result<LayerLease> {
+        self.try_lease(&self.layer_dir(layer))?.ok_or_else(|| {
+            Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "the layer {layer} is in use by another process (a mount or an NBD server)"
+                ),
+            )
+        })
+    }
+
+    /// True while some process has the right to write the layer in `dir`.
+    pub(super) fn is_leased(&self, dir: &std::path::Path) -> bool {
+        !matches!(self.try_lease(dir), Ok(Some(_)))
+    }
+
+    /// What is known of a layer.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where the store has no such layer.
+    pub fn layer_info(&self, layer: Uuid) -> Result<LayerInfo> {
+        self.read_json(&self.layer_dir(layer).join(INFO_FILE))?
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::NotFound,
+                    format!("the store has no layer {layer}"),
+                )
+            })
+    }
+
+    /// Replaces what is known of a layer.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn set_layer_info(&self, layer: Uuid, info: &LayerInfo) -> Result<()> {
+        self.write_json(&self.layer_dir(layer).join(INFO_FILE), info)
+    }
+
+    /// All published layers.
+    ///
+    /// # Errors
+    /// Where the directory cannot be read.
+    pub fn layers(&self) -> Result<Vec<Uuid>> {
+        let dir = self.root.join("layers");
+        let entries = self
+            .storage
+            .list(&dir)
+            .context(|| format!("cannot list {}", dir.display()))?;
+        Ok(entries
+            .iter()
+            .filter_map(|entry| Uuid::parse_str(&entry.name).ok())
+            .collect())
+    }
+
+    /// A layer on `parent` with this chain key. The caller holds the pin.
+    ///
+    /// # Errors
+    /// Where the layers cannot be listed.
+    pub fn find_layer(
+        &self,
+        parent: Uuid,
+        chain_key: &str,
+        _pin: &StoreGuard,
+    ) -> Result<Option<Uuid>> {
+        for layer in self.layers()? {
+            // A layer that cannot be read is not one to build on.
+            let Ok(info) = self.layer_info(layer) else {
+                continue;
+            };
+            if info.chain_key.as_deref() != Some(chain_key) {
+                continue;
+            }
+            let header = Header::read(&*self.storage, &self.layer_dir(layer));
+            if header.is_ok_and(|header| header.sealed && header.parent == Some(parent)) {
+                return Ok(Some(layer));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The template made with `key`, if there is one.
+    ///
+    /// # Errors
+    /// Where its record is damaged.
+    pub fn template(&self, key: &str) -> Result<Option<TemplateRecord>> {
+        let record: Option<TemplateRecord> = self.read_json(&self.record_path("templates", key))?;
+        Ok(record.filter(|record| {
+            self.storage
+                .exists(&self.layer_dir(record.layer))
+                .unwrap_or(false)
+        }))
+    }
+
+    /// Remembers a template.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn put_template(&self, record: &TemplateRecord) -> Result<()> {
+        self.write_json(&self.record_path("templates", &record.key), record)
+    }
+
+    /// Moves a layer to the trash, where it is nobody's, and removes it there.
+    pub(super) fn discard_layer(&self, layer: Uuid) -> Result<()> {
+        let trash = self.root.join("trash").join(layer.to_string());
+        let discard = || {
+            self.storage.rename(&self.layer_dir(layer), &trash)?;
+            self.storage.remove_tree(&trash)
+        };
+        discard().context(|| format!("cannot remove the layer {layer}"))
+    }
+}

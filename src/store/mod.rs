@@ -1,0 +1,277 @@
+//! The store: images, containers, layers and volumes under one root directory, with locks between
+//! processes and no step whose interruption shows.
+//!
+//! ```text
+//! ROOT/vellum.json           format marker
+//! ROOT/lock, gc.lock         locks (see below)
+//! ROOT/layers/UUID/          layers (format.md), each with info.json
+//! ROOT/images/NAME.json      records; names are percent-encoded
+//! ROOT/containers/NAME.json
+//! ROOT/templates/SIZE.json   empty file systems that images begin with
+//! ROOT/volumes/NAME/         named volumes
+//! ROOT/staging/UUID/         being made; ROOT/trash/ being removed
+//! ROOT/run/CONTAINER/        mounts and processes of the running system
+//! ```
+//!
+//! Everything is built under `staging`, synced, renamed into place, and only then named by a
+//! record, which is replaced atomically. Removal goes the other way round. So what a crash leaves
+//! is never visible, and [`Store::prune`] collects it.
+//!
+//! Two locks: `lock` is held exclusively while records are read and changed together; `gc.lock` is
+//! shared by whoever has layers that no record names yet, and exclusive for removing such layers.
+
+mod containers;
+mod images;
+mod layers;
+mod names;
+mod prune;
+mod records;
+mod volumes;
+
+pub use containers::{NewContainer, Resolved, now};
+pub use layers::{LayerLease, StagedLayer};
+pub use names::{check_name, check_reference};
+pub use prune::PruneReport;
+pub use records::{ContainerRecord, FsInfo, ImageRecord, LayerInfo, TemplateRecord, VolumeMount};
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::{FileStorage, Held, LockMode, Storage};
+
+/// The version of the store's own files that this build writes and reads.
+const STORE_FORMAT: u32 = 1;
+const MARKER: &str = "vellum.json";
+const DIRECTORIES: [&str; 7] = [
+    "layers",
+    "images",
+    "containers",
+    "templates",
+    "staging",
+    "trash",
+    "run",
+];
+/// A record is never larger.
+const MAX_RECORD: u64 = 16 << 20;
+
+/// A store, open in this process. Cheap to clone; holds no lock by itself.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+    storage: Arc<dyn Storage>,
+}
+
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Marker {
+    vellum: String,
+    format: u32,
+}
+
+/// A lock on the store, until it is dropped.
+#[derive(Debug)]
+pub struct StoreGuard {
+    _held: Box<dyn Held>,
+}
+
+impl Store {
+    /// Opens the store at `root` and makes it where there is none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for a directory that another program or version uses.
+    pub fn open_or_create(root: &Path) -> Result<Self> {
+        std::fs::create_dir_all(root)
+            .context(|| format!("cannot make the store {}", root.display()))?;
+        let root = root
+            .canonicalize()
+            .context(|| format!("cannot open the store {}", root.display()))?;
+        Store::with_storage(&root, Arc::new(FileStorage))
+    }
+
+    /// As [`Store::open_or_create`], on any storage. The directory `root` is there already.
+    ///
+    /// # Errors
+    /// As [`Store::open_or_create`].
+    pub fn with_storage(root: &Path, storage: Arc<dyn Storage>) -> Result<Self> {
+        let store = Store {
+            root: root.to_owned(),
+            storage,
+        };
+        let marker_path = root.join(MARKER);
+        match store.read_json::<Marker>(&marker_path)? {
+            Some(marker) if marker.format == STORE_FORMAT => {}
+            Some(marker) => {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!(
+                        "{} is a store of format {}; this build reads format {STORE_FORMAT}: use \
+                         the vellum that made it (vellum {})",
+                        root.display(),
+                        marker.format,
+                        marker.vellum
+                    ),
+                ));
+            }
+            None => store.initialise(&marker_path)?,
+        }
+        Ok(store)
+    }
+
+    fn initialise(&self, marker_path: &Path) -> Result<()> {
+        let root = self.root.display();
+        let entries = self
+            .storage
+            .list(&self.root)
+            .context(|| format!("cannot list {root}"))?;
+        let known = |name: &str| {
+            DIRECTORIES.contains(&name)
+                || name == "volumes"
+                || name.starts_with(MARKER)
+                || ["lock", "gc.lock", "lost+found"].contains(&name)
+        };
+        if let Some(foreign) = entries.iter().find(|entry| !known(&entry.name)) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "{root} is not empty ({}) and not a Vellum store: name another directory with \
+                     --root",
+                    foreign.name
+                ),
+            ));
+        }
+        for name in DIRECTORIES.iter().chain(&["volumes"]) {
+            match self.storage.create_dir(&self.root.join(name)) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(Error::io(format!("cannot make {root}/{name}"), error));
+                }
+                _ => {}
+            }
+        }
+        self.storage
+            .sync_dir(&self.root)
+            .context(|| format!("cannot sync {root}"))?;
+        // Last: a root with a marker is whole.
+        let marker = Marker {
+            vellum: env!("CARGO_PKG_VERSION").into(),
+            format: STORE_FORMAT,
+        };
+        self.write_json(marker_path, &marker)
+    }
+
+    /// The root directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the store's files are kept.
+    pub fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    /// The directory for the running state of a container.
+    pub fn run_dir(&self, container: &ContainerRecord) -> PathBuf {
+        self.root.join("run").join(container.id.to_string())
+    }
+
+    /// Waits until no other process changes records, and keeps them from doing so.
+    ///
+    /// # Errors
+    /// Where the lock file cannot be opened.
+    pub fn lock(&self) -> Result<StoreGuard> {
+        self.take_lock("lock", LockMode::Exclusive, true)?
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Io,
+                    format!("cannot lock the store {}", self.root.display()),
+                )
+            })
+    }
+
+    /// Keeps layers that no record names yet from being collected. Take it before [`Store::lock`].
+    ///
+    /// # Errors
+    /// As [`Store::lock`].
+    pub fn pin_layers(&self) -> Result<StoreGuard> {
+        self.take_lock("gc.lock", LockMode::Shared, true)?
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Io,
+                    format!("cannot lock the store {}", self.root.display()),
+                )
+            })
+    }
+
+    fn take_lock(&self, name: &str, mode: LockMode, wait: bool) -> Result<Option<StoreGuard>> {
+        let path = self.root.join(name);
+        let held = self
+            .storage
+            .lock(&path, mode, wait)
+            .context(|| format!("cannot lock {}", path.display()))?;
+        Ok(held.map(|held| StoreGuard { _held: held }))
+    }
+
+    /// The record at `path`; `None` where there is none.
+    fn read_json<T: DeserializeOwned>(&self, path: &Path) -> Result<Option<T>> {
+        match self.storage.read_all(path, MAX_RECORD) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| {
+                Error::with_source(
+                    ErrorKind::Corrupt,
+                    format!("{} is damaged", path.display()),
+                    error,
+                )
+            }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io(format!("cannot read {}", path.display()), error)),
+        }
+    }
+
+    /// Replaces the record at `path`, durably.
+    fn write_json<T: Serialize>(&self, path: &Path, record: &T) -> Result<()> {
+        let bytes = serde_json::to_vec_pretty(record).map_err(|error| {
+            Error::with_source(ErrorKind::InvalidInput, "a record cannot be written", error)
+        })?;
+        self.storage
+            .write_atomic(path, &bytes)
+            .context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Removes the record at `path`, durably.
+    fn remove_json(&self, path: &Path) -> Result<()> {
+        let remove = || {
+            self.storage.remove_file(path)?;
+            path.parent()
+                .map_or(Ok(()), |dir| self.storage.sync_dir(dir))
+        };
+        remove().context(|| format!("cannot remove {}", path.display()))
+    }
+
+    /// All records of a directory. One that cannot be read is passed to `damaged` and left out, so
+    /// that one bad file never stops the others.
+    fn read_records<T: DeserializeOwned>(
+        &self,
+        directory: &str,
+        mut damaged: impl FnMut(Error),
+    ) -> Result<Vec<T>> {
+        let dir = self.root.join(directory);
+        let entries = self
+            .storage
+            .list(&dir)
+            .context(|| format!("cannot list {}", dir.display()))?;
+        let mut records = Vec::new();
+        for entry in entries.iter().filter(|entry| entry.name.ends_with(".json")) {
+            match self.read_json(&dir.join(&entry.name)) {
+                Ok(record) => records.extend(record),
+                Err(error) => damaged(error),
+            }
+        }
+        Ok(records)
+    }
+
+    /// Says which records cannot be read.
+    fn warn_damaged(error: Error) {
+        tracing::warn!(%error, "left out: see `vellum check`");
+    }
+}

@@ -1,0 +1,110 @@
+//! What the store remembers of each thing: JSON files that a person can read.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::image::ImageConfig;
+
+/// The file system that a chain holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsInfo {
+    /// `ext4`.
+    pub kind: String,
+    /// Its journal's blocks within the device: (first, length) runs of 4 KiB blocks.
+    #[serde(default)]
+    pub journal: Vec<(u64, u64)>,
+}
+
+/// What is known of a layer besides its own header: `info.json` in its directory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerInfo {
+    /// How it came to be, for people.
+    pub origin: String,
+    /// The digest of the uncompressed tar that it was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diff_id: Option<String>,
+    /// Stands for the content of it and all below: layers with equal ones can be shared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain_key: Option<String>,
+    /// Bytes of its data blocks.
+    #[serde(default)]
+    pub bytes: u64,
+}
+
+/// An empty file system that images of one size begin with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateRecord {
+    /// The options and size that it was made with.
+    pub key: String,
+    /// Its only layer.
+    pub layer: Uuid,
+    /// What the layer holds.
+    pub fs: FsInfo,
+}
+
+/// An image: sealed layers and how to run them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ImageRecord {
+    /// The name that users give.
+    pub name: String,
+    /// Stays when the name goes to another image.
+    pub id: Uuid,
+    /// From the bottom up; the first is a template or a raw image.
+    pub layers: Vec<Uuid>,
+    /// Virtual size in bytes of a container made from it.
+    pub virtual_size: u64,
+    /// What the chain holds; none for a raw image that was not recognised.
+    #[serde(default)]
+    pub fs: Option<FsInfo>,
+    /// How to run it, and its history.
+    pub config: ImageConfig,
+    /// RFC 3339.
+    pub created: String,
+}
+
+/// A volume or a directory that appears in a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeMount {
+    /// Name of a volume of the store, or an absolute path on the host.
+    pub source: String,
+    /// Absolute path in the container.
+    pub destination: PathBuf,
+    /// No writes through this mount.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// A container: the layers of its image and a writable one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ContainerRecord {
+    /// The name that users give.
+    pub name: String,
+    /// Never used again.
+    pub id: Uuid,
+    /// The image's name when the container was made.
+    pub image: String,
+    /// The image's id.
+    pub image_id: Uuid,
+    /// Sealed layers, from the bottom up.
+    pub layers: Vec<Uuid>,
+    /// The writable layer.
+    pub top: Uuid,
+    /// The layer that takes the top's place once the top is sealed: written before a commit, so
+    /// that sealing is the one step that decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<Uuid>,
+    /// Bytes.
+    pub virtual_size: u64,
+    /// What the chain holds.
+    #[serde(default)]
+    pub fs: Option<FsInfo>,
+    /// How to run it.
+    pub config: ImageConfig,
+    /// What appears in it when it runs.
+    #[serde(default)]
+    pub volumes: Vec<VolumeMount>,
+    /// RFC 3339.
+    pub created: String,
+}
