@@ -18,6 +18,7 @@
 
 pub mod block;
 pub mod error;
+pub mod export;
 pub mod storage;
 
 pub use error::{Error, ErrorKind, Result};
