@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use super::exec::{Buffer, READ_PIECE, Refusal, Session};
+use super::exec::{Buffer, Refusal, Session};
 use super::pace::{Class, Pace};
-use super::protocol::{self as wire, Command, Request, command_flag};
+use super::protocol::{self as wire, Command, Request};
 use super::stream::{Stream, allowance};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -257,12 +257,7 @@ impl<S: Stream> Connection<S> {
             return Ok(Step::Next);
         }
         reader.start += Request::WIRE_LEN;
-        let cost = match command {
-            // Sent in pieces, of which one is being filled.
-            Command::Read if request.flags & command_flag::DF == 0 => len.min(2 * READ_PIECE),
-            Command::Read | Command::Write => len,
-            _ => 0,
-        };
+        let cost = self.session.memory(command, &request);
         let limit = self.limits.bytes_in_flight;
         let share = match self.budget.try_take(cost, limit) {
             Some(share) => share,
@@ -387,7 +382,7 @@ impl<S: Stream> Connection<S> {
         }
         let mut clock = Clock::default();
         while !rest.is_empty() {
-            match self.stream.recv(rest) {
+            match self.stream.recv_whole(rest) {
                 Ok(0) => return Err(torn()),
                 Ok(got) => rest = rest.get_mut(got..).unwrap_or_default(),
                 Err(error) => return Err(receiving(error)),

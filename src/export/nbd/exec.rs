@@ -9,8 +9,8 @@ use crate::block::{BlockDevice, Durability, Extent, ExtentKind, ZeroMode};
 use crate::error::{Error, Result};
 
 /// The longest run of bytes that a structured read sends in one chunk, where the client lets it:
-/// a long read costs the memory of a piece, and the client gets the first one early.
-pub(super) const READ_PIECE: usize = 256 << 10;
+/// so much memory a long read takes. Shorter chunks cost the client more than they gain.
+const READ_PIECE: usize = 1 << 20;
 /// Reads shorter than this are not searched for holes, in bytes.
 const HOLES_FROM: u32 = 32 << 10;
 /// The most extents of a read that are sent apart; what is beyond is sent as data.
@@ -176,6 +176,21 @@ impl Session {
         Ok(command)
     }
 
+    /// The memory that a checked request takes while it is carried out, in bytes.
+    pub(super) fn memory(&self, command: Command, request: &Request) -> usize {
+        let len = request.len as usize;
+        match command {
+            Command::Read if self.in_pieces(request) => len.min(READ_PIECE),
+            Command::Read | Command::Write => len,
+            _ => 0,
+        }
+    }
+
+    /// True when a read may be answered in several chunks.
+    fn in_pieces(&self, request: &Request) -> bool {
+        self.structured && request.flags & flag::DF == 0
+    }
+
     /// Carries out a checked request and appends its reply to `out`, which may go to `sink` in
     /// between. An error of the device becomes an error for the client.
     ///
@@ -255,7 +270,7 @@ impl Session {
     }
 
     fn read(&self, request: &Request, out: &mut Buffer, sink: Sink<'_>) -> Result<()> {
-        if self.structured && request.flags & flag::DF == 0 {
+        if self.in_pieces(request) {
             return self.read_pieces(request, out, sink);
         }
         let start = out.len();
@@ -310,6 +325,7 @@ impl Session {
                 return Ok(());
             }
             at += len as u64;
+            // What is full goes out before the next piece is read.
             if !last && out.len() >= READ_PIECE {
                 sink(out)?;
             }

@@ -86,3 +86,6 @@ impl fmt::Debug for Export {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,11 @@ pub(super) trait Stream {
     /// for a while.
     fn recv(&self, buf: &mut [u8]) -> io::Result<usize>;
 
+    /// As [`Stream::recv`], but waits for all of `buf` where the stream can: fewer calls.
+    fn recv_whole(&self, buf: &mut [u8]) -> io::Result<usize> {
+        self.recv(buf)
+    }
+
     /// All of `bytes`, or an error after which nothing more can be sent.
     fn send(&self, bytes: &[u8]) -> io::Result<()>;
 
@@ -25,6 +30,9 @@ pub(super) trait Stream {
     /// Ends the stream at once, in both directions; wakes threads that wait for it.
     fn abort(&self);
 }
+
+/// Bytes of replies that the kernel may hold for a client.
+const SEND_BUFFER: usize = 2 << 20;
 
 /// A client that takes its replies more slowly than this, in bytes a second, is given up.
 const SLOWEST: u64 = 64 << 10;
@@ -47,7 +55,19 @@ impl Socket {
         let time = TimeVal::new(stall.as_secs() as i64, stall.subsec_micros().into());
         socket::setsockopt(&fd, sockopt::ReceiveTimeout, &time)?;
         socket::setsockopt(&fd, sockopt::SendTimeout, &time)?;
+        // A long reply then rarely waits for the client. As much as the host lets us have.
+        let _ = socket::setsockopt(&fd, sockopt::SndBuf, &SEND_BUFFER);
         Ok(Socket { fd, stall })
+    }
+
+    fn recv_with(&self, buf: &mut [u8], flags: MsgFlags) -> io::Result<usize> {
+        loop {
+            match socket::recv(self.fd.as_raw_fd(), buf, flags) {
+                Ok(len) => return Ok(len),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// Stops one or both directions; wakes whoever waits for them.
@@ -83,13 +103,7 @@ impl AsFd for Socket {
 
 impl Stream for Socket {
     fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match socket::recv(self.fd.as_raw_fd(), buf, MsgFlags::empty()) {
-                Ok(len) => return Ok(len),
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
+        self.recv_with(buf, MsgFlags::empty())
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
@@ -124,6 +138,10 @@ impl Stream for Socket {
 impl Stream for Arc<Socket> {
     fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
         self.as_ref().recv(buf)
+    }
+
+    fn recv_whole(&self, buf: &mut [u8]) -> io::Result<usize> {
+        self.as_ref().recv_with(buf, MsgFlags::MSG_WAITALL)
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
