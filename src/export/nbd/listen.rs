@@ -3,14 +3,15 @@
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{self, Flock, FlockArg, OFlag};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+use nix::sys::stat::Mode;
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
@@ -23,7 +24,8 @@ const BACKLOG: i32 = 128;
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    inode: (u64, u64),
+    /// Keeps the file's inode, so that no later file can have the same number.
+    inode: OwnedFd,
 }
 
 impl SocketFile {
@@ -35,9 +37,12 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|file| (file.dev(), file.ino()) == self.inode);
-        if ours {
+        let Ok(ours) = nix::sys::stat::fstat(&self.inode) else {
+            return;
+        };
+        let same = fs::symlink_metadata(&self.path)
+            .is_ok_and(|file| (file.dev(), file.ino()) == (ours.st_dev, ours.st_ino));
+        if same {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -71,10 +76,11 @@ pub fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile)> {
     )
     .context(|| "making a unix socket")?;
     socket::bind(fd.as_raw_fd(), &address).context(|| format!("binding {shown}"))?;
-    let file = fs::symlink_metadata(path).context(|| format!("looking at {shown}"))?;
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let inode = fcntl::open(path, flags, Mode::empty()).context(|| format!("opening {shown}"))?;
     let file = SocketFile {
         path: path.to_owned(),
-        inode: (file.dev(), file.ino()),
+        inode,
     };
     // Nobody can connect before the listen below, so the mode is never wider than this.
     fs::set_permissions(path, Permissions::from_mode(0o600))

@@ -48,9 +48,22 @@ impl Class {
 }
 
 /// The scores of all classes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Pace {
     scores: [AtomicU32; 7],
+}
+
+impl Default for Pace {
+    /// What has to be durable counts as slow until it proves fast, everything else as fast.
+    fn default() -> Self {
+        let pace = Pace {
+            scores: Default::default(),
+        };
+        if let Some(score) = pace.scores.get(Class::Durable as usize) {
+            score.store(MAX, Relaxed);
+        }
+        pace
+    }
 }
 
 impl Pace {

@@ -25,8 +25,6 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 /// How long the listener rests after it had to turn a client away, so that a flood of them does
 /// not take the processor from those who are served.
 const REST: Duration = Duration::from_millis(1);
-/// How long connections may take to end once their sockets are closed.
-const GRACE: Duration = Duration::from_secs(5);
 
 /// Limits of a server, and its TLS.
 #[derive(Debug, Clone)]
@@ -41,7 +39,8 @@ pub struct ServerConfig {
     /// How long a served client may stall in the middle of a request, or not take its replies.
     /// Between requests it may be silent for ever.
     pub stall_timeout: Duration,
-    /// How long [`Server::shutdown`] waits for requests in flight before it closes the sockets.
+    /// How long [`Server::shutdown`] waits for requests in flight before it closes the sockets,
+    /// and how long after that for the device before it gives up.
     pub drain_timeout: Duration,
     /// Threads of one connection, at least 1, hence its requests in flight.
     pub threads_per_connection: usize,
@@ -183,7 +182,7 @@ impl Server {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] when there is none of that name, [`ErrorKind::Timeout`] when the
-    /// device has not finished a request long after [`ServerConfig::drain_timeout`].
+    /// device has not finished a request after twice the [`ServerConfig::drain_timeout`].
     pub fn remove_export(&self, name: &str) -> Result<()> {
         let export = self
             .shared
@@ -274,7 +273,7 @@ impl Server {
     /// for the same.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] when a device has not finished a request long after
+    /// [`ErrorKind::Timeout`] when a device has not finished a request after twice the
     /// [`ServerConfig::drain_timeout`].
     pub fn shutdown(&self) -> Result<()> {
         self.shared.state.lock().stopping = true;
@@ -408,7 +407,11 @@ impl Shared {
             if left == 0 {
                 return Ok(());
             }
-            let deadline = if forced { force + GRACE } else { force };
+            let deadline = if forced {
+                force + self.config.drain_timeout
+            } else {
+                force
+            };
             if !self.ended.wait_until(&mut state, deadline).timed_out() {
                 continue;
             }
