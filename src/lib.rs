@@ -20,6 +20,7 @@
 pub mod block;
 pub mod chain;
 pub mod error;
+pub mod export;
 pub mod image;
 pub mod layer;
 pub mod storage;

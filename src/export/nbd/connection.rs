@@ -1,0 +1,522 @@
+//! Transmission: requests in, replies out, on one or several threads.
+//!
+//! Of a connection's threads one at a time is the reader: it owns the socket's receiving side and
+//! a buffer that takes many requests with one system call. Requests of a fast class it serves on
+//! the spot, straight from that buffer, and sends the replies together once the buffer is used
+//! up. Before it serves a request of a slow class it gives up the reader's role, so that another
+//! thread reads on.
+
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread::{self, Scope};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::exec::{Buffer, Refusal, Session};
+use super::pace::{Class, Pace};
+use super::protocol::{self as wire, Command, Request};
+use super::stream::{Stream, allowance};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Size of the buffer that requests are received into, in bytes.
+const INPUT: usize = 256 << 10;
+/// Payloads up to this length are received together with other requests, in bytes.
+const SHORT: usize = 64 << 10;
+/// So many bytes of replies are sent even when there are more requests to serve first.
+const BATCH: usize = 64 << 10;
+/// Payloads up to this length are skipped when their request is refused, in bytes.
+const MAX_SKIPPED: u32 = 2 * wire::MAX_PAYLOAD;
+/// How much memory for long requests a connection keeps between them, in bytes.
+const POOLED: usize = 4 << 20;
+
+/// What one connection may use.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Threads, at least 1.
+    pub(super) threads: usize,
+    /// Bytes of long requests in flight; one request is always let through.
+    pub(super) bytes_in_flight: usize,
+    /// How long a client may stall in the middle of a request.
+    pub(super) stall: Duration,
+}
+
+/// A source of threads for a connection.
+pub(super) trait Crew<'c, S> {
+    /// Starts another thread on the connection; false when there is none to be had.
+    fn hire(&self, connection: &'c Connection<S>) -> bool;
+}
+
+/// No other threads: everything is served by the caller.
+pub(super) struct Alone;
+
+impl<'c, S> Crew<'c, S> for Alone {
+    fn hire(&self, _: &'c Connection<S>) -> bool {
+        false
+    }
+}
+
+/// Threads that end with a scope.
+struct Threads<'scope, 'env>(&'scope Scope<'scope, 'env>);
+
+impl<'c: 'scope, 'scope, S: Stream + Sync> Crew<'c, S> for Threads<'scope, '_> {
+    fn hire(&self, connection: &'c Connection<S>) -> bool {
+        let scope = self.0;
+        thread::Builder::new()
+            .name("nbd-helper".into())
+            .spawn_scoped(scope, move || connection.work(&Threads(scope)))
+            .is_ok()
+    }
+}
+
+/// A client in its transmission phase.
+pub(super) struct Connection<S> {
+    stream: S,
+    session: Session,
+    limits: Limits,
+    reader: Mutex<Reader>,
+    writer: Mutex<()>,
+    pace: Pace,
+    budget: Budget,
+    pool: Mutex<Vec<Buffer>>,
+    threads: AtomicUsize,
+    /// Threads that wait to become the reader.
+    idle: AtomicUsize,
+}
+
+/// What belongs to whoever reads.
+struct Reader {
+    input: Vec<u8>,
+    start: usize,
+    end: usize,
+    /// Replies that have not been sent yet.
+    out: Buffer,
+    ended: Option<Result<()>>,
+}
+
+/// A request that may be served while others are read.
+struct Job<'c> {
+    command: Command,
+    request: Request,
+    class: Class,
+    payload: Buffer,
+    share: Share<'c>,
+}
+
+/// What came of reading a request.
+enum Step<'c> {
+    /// Served; the next one, please.
+    Next,
+    /// To be served by this thread once another one reads.
+    HandOver(Job<'c>),
+    /// The client is done.
+    End,
+}
+
+impl<S: Stream> Connection<S> {
+    pub(super) fn new(stream: S, session: Session, limits: Limits) -> Self {
+        Connection {
+            stream,
+            session,
+            limits,
+            reader: Mutex::new(Reader {
+                input: vec![0; INPUT],
+                start: 0,
+                end: 0,
+                out: Buffer::default(),
+                ended: None,
+            }),
+            writer: Mutex::new(()),
+            pace: Pace::default(),
+            budget: Budget::default(),
+            pool: Mutex::default(),
+            threads: AtomicUsize::new(1),
+            idle: AtomicUsize::new(0),
+        }
+    }
+
+    /// Serves the client on this thread and on others until it goes away, and waits for all that
+    /// is in flight.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Protocol`] and [`ErrorKind::Timeout`] for what the client did, or the
+    /// stream's error.
+    pub(super) fn serve(self) -> Result<()>
+    where
+        S: Sync,
+    {
+        thread::scope(|scope| self.work(&Threads(scope)));
+        self.finish()
+    }
+
+    /// Serves the client on this thread alone.
+    pub(super) fn serve_alone(self) -> Result<()> {
+        self.work(&Alone);
+        self.finish()
+    }
+
+    fn finish(self) -> Result<()> {
+        self.stream.finish();
+        self.reader.into_inner().ended.unwrap_or(Ok(()))
+    }
+
+    /// Reads and serves until the connection ends.
+    fn work<'c>(&'c self, crew: &impl Crew<'c, S>) {
+        let _abort = AbortOnPanic(&self.stream);
+        let mut small = Buffer::default();
+        let Some(mut reader) = self.lead() else {
+            return;
+        };
+        loop {
+            match self.step(&mut reader, &mut small) {
+                Ok(Step::Next) => {}
+                Ok(Step::HandOver(job)) => {
+                    if self.idle.load(Relaxed) == 0
+                        && self.threads.load(Relaxed) < self.limits.threads
+                        && crew.hire(self)
+                    {
+                        self.threads.fetch_add(1, Relaxed);
+                    }
+                    drop(reader);
+                    let done = self.run(job, &mut small);
+                    if done.is_err() {
+                        // Wakes the reader, which then ends the connection.
+                        self.stream.abort();
+                    }
+                    match self.lead() {
+                        Some(again) => reader = again,
+                        None => return,
+                    }
+                }
+                Ok(Step::End) => {
+                    let sent = self.send(&mut reader.out);
+                    reader.ended = Some(sent);
+                    return;
+                }
+                Err(error) => {
+                    // What was served before may still be welcome, as far as it goes.
+                    let _ = self.send(&mut reader.out);
+                    reader.ended = Some(Err(error));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Waits to become the reader; `None` once the connection has ended.
+    fn lead(&self) -> Option<MutexGuard<'_, Reader>> {
+        self.idle.fetch_add(1, Relaxed);
+        let reader = self.reader.lock();
+        self.idle.fetch_sub(1, Relaxed);
+        reader.ended.is_none().then_some(reader)
+    }
+
+    /// Reads one request, and serves it where that is quick.
+    fn step(&self, reader: &mut Reader, small: &mut Buffer) -> Result<Step<'_>> {
+        let request = loop {
+            match Request::parse(reader.available())? {
+                Some(request) => break request,
+                None if !self.fill(reader, Request::WIRE_LEN)? => return Ok(Step::End),
+                None => {}
+            }
+        };
+        let command = match self.session.check(&request) {
+            Ok(Command::Disconnect) => return Ok(Step::End),
+            Ok(command) => command,
+            Err(refusal) => {
+                reader.start += Request::WIRE_LEN;
+                self.refuse(reader, &request, &refusal)?;
+                return Ok(Step::Next);
+            }
+        };
+        let len = request.len as usize;
+        let payload_len = if command == Command::Write { len } else { 0 };
+        let long = matches!(command, Command::Read | Command::Write) && len > SHORT;
+        let class = Class::of(command, &request, long);
+        let slow = self.pace.is_slow(class);
+        if !long {
+            let whole = Request::WIRE_LEN + payload_len;
+            if reader.available().len() < whole && !self.fill(reader, whole)? {
+                return Err(torn());
+            }
+        }
+        if !long && !slow {
+            let Reader {
+                input, start, out, ..
+            } = reader;
+            let from = *start + Request::WIRE_LEN;
+            *start = from + payload_len;
+            let payload = input.get(from..*start).unwrap_or_default();
+            let began = Instant::now();
+            self.session
+                .execute(command, &request, payload, out, &mut |out| self.send(out))?;
+            self.pace.record(class, began.elapsed());
+            if reader.out.len() >= BATCH {
+                self.send(&mut reader.out)?;
+            }
+            return Ok(Step::Next);
+        }
+        reader.start += Request::WIRE_LEN;
+        let cost = self.session.memory(command, &request);
+        let limit = self.limits.bytes_in_flight;
+        let share = match self.budget.try_take(cost, limit) {
+            Some(share) => share,
+            None => {
+                self.send(&mut reader.out)?;
+                self.budget.take(cost, limit)
+            }
+        };
+        let mut job = Job {
+            command,
+            request,
+            class,
+            payload: Buffer::default(),
+            share,
+        };
+        if payload_len > 0 {
+            job.payload = self.pooled(payload_len);
+            self.receive(reader, job.payload.extend(payload_len))?;
+        }
+        self.send(&mut reader.out)?;
+        if slow {
+            return Ok(Step::HandOver(job));
+        }
+        self.run(job, small)?;
+        Ok(Step::Next)
+    }
+
+    /// Serves a request that was set apart and sends its reply.
+    fn run(&self, job: Job<'_>, small: &mut Buffer) -> Result<()> {
+        let mut long = match job.command {
+            Command::Read => Some(self.pooled(job.share.cost)),
+            _ => None,
+        };
+        let out = long.as_mut().unwrap_or(small);
+        out.truncate(0);
+        let began = Instant::now();
+        let mut took = None;
+        let done = self.session.execute(
+            job.command,
+            &job.request,
+            job.payload.filled(),
+            out,
+            &mut |out| {
+                took.get_or_insert_with(|| began.elapsed());
+                self.send(out)
+            },
+        );
+        // How long the client takes to receive says nothing about the device.
+        self.pace
+            .record(job.class, took.unwrap_or_else(|| began.elapsed()));
+        let sent = done.and_then(|()| self.send(out));
+        if let Some(buffer) = long {
+            self.pool(buffer);
+        }
+        self.pool(job.payload);
+        sent
+    }
+
+    /// Answers a request that cannot be carried out, and skips its payload.
+    fn refuse(&self, reader: &mut Reader, request: &Request, refusal: &Refusal) -> Result<()> {
+        self.session.refuse(request, refusal, &mut reader.out);
+        if Command::from_wire(request.command) != Some(Command::Write) {
+            return Ok(());
+        }
+        if request.len > MAX_SKIPPED {
+            return Err(Error::new(
+                ErrorKind::Protocol,
+                format!("the client announced a write of {} bytes", request.len),
+            ));
+        }
+        let mut rest = request.len as usize;
+        while rest > 0 {
+            if reader.available().is_empty() && !self.fill(reader, 1)? {
+                return Err(torn());
+            }
+            let piece = rest.min(reader.available().len());
+            reader.start += piece;
+            rest -= piece;
+        }
+        Ok(())
+    }
+
+    /// Receives until `want` bytes, at most the size of the input buffer, are available. False
+    /// when the client closed the stream between two requests.
+    fn fill(&self, reader: &mut Reader, want: usize) -> Result<bool> {
+        // The client may wait for these before it sends more.
+        self.send(&mut reader.out)?;
+        if reader.start == reader.end {
+            reader.start = 0;
+            reader.end = 0;
+        } else if reader.input.len() - reader.start < want {
+            reader.input.copy_within(reader.start..reader.end, 0);
+            reader.end -= reader.start;
+            reader.start = 0;
+        }
+        let mut clock = Clock::default();
+        while reader.available().len() < want {
+            let between = reader.start == reader.end;
+            let room = reader.input.get_mut(reader.end..).unwrap_or_default();
+            match self.stream.recv(room) {
+                Ok(0) if between => return Ok(false),
+                Ok(0) => return Err(torn()),
+                Ok(len) => reader.end += len,
+                // Between two requests a client may be silent as long as it likes.
+                Err(error) if between && error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) => return Err(receiving(error)),
+            }
+            clock.check(self.limits.stall, want)?;
+        }
+        Ok(true)
+    }
+
+    /// Fills `target` with the input's next bytes.
+    fn receive(&self, reader: &mut Reader, target: &mut [u8]) -> Result<()> {
+        let ready = reader.available();
+        let (head, mut rest) = target.split_at_mut(ready.len().min(target.len()));
+        head.copy_from_slice(ready.get(..head.len()).unwrap_or_default());
+        reader.start += head.len();
+        let len = rest.len();
+        if len > 0 {
+            self.send(&mut reader.out)?;
+        }
+        let mut clock = Clock::default();
+        while !rest.is_empty() {
+            match self.stream.recv_whole(rest) {
+                Ok(0) => return Err(torn()),
+                Ok(got) => rest = rest.get_mut(got..).unwrap_or_default(),
+                Err(error) => return Err(receiving(error)),
+            }
+            clock.check(self.limits.stall, len)?;
+        }
+        Ok(())
+    }
+
+    /// Sends what is in `out` and empties it.
+    fn send(&self, out: &mut Buffer) -> Result<()> {
+        if out.len() == 0 {
+            return Ok(());
+        }
+        let sent = {
+            let _writer = self.writer.lock();
+            self.stream.send(out.filled())
+        };
+        out.truncate(0);
+        sent.map_err(|error| Error::io("sending replies to the client", error))
+    }
+
+    /// A buffer that is likely to hold `len` bytes already.
+    fn pooled(&self, len: usize) -> Buffer {
+        let mut pool = self.pool.lock();
+        let fits = pool.iter().rposition(|buffer| buffer.capacity() >= len);
+        match fits {
+            Some(index) => pool.swap_remove(index),
+            None => Buffer::default(),
+        }
+    }
+
+    fn pool(&self, mut buffer: Buffer) {
+        buffer.truncate(0);
+        let mut pool = self.pool.lock();
+        let held: usize = pool.iter().map(Buffer::capacity).sum();
+        if buffer.capacity() > 0 && held + buffer.capacity() <= POOLED {
+            pool.push(buffer);
+        }
+    }
+}
+
+impl Reader {
+    /// Bytes that were received and not yet used.
+    fn available(&self) -> &[u8] {
+        self.input.get(self.start..self.end).unwrap_or_default()
+    }
+}
+
+/// Bytes in flight.
+#[derive(Default)]
+struct Budget {
+    used: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Budget {
+    /// Takes `cost` of `limit` where that is free. When nothing is in use any cost is granted.
+    fn try_take(&self, cost: usize, limit: usize) -> Option<Share<'_>> {
+        let mut used = self.used.lock();
+        let free = *used == 0 || used.saturating_add(cost) <= limit;
+        free.then(|| {
+            *used += cost;
+            Share { budget: self, cost }
+        })
+    }
+
+    /// Waits until `cost` of `limit` is free, and takes it.
+    fn take(&self, cost: usize, limit: usize) -> Share<'_> {
+        let mut used = self.used.lock();
+        while *used != 0 && used.saturating_add(cost) > limit {
+            self.freed.wait(&mut used);
+        }
+        *used += cost;
+        Share { budget: self, cost }
+    }
+}
+
+/// A part of the budget, given back when dropped.
+struct Share<'c> {
+    budget: &'c Budget,
+    cost: usize,
+}
+
+impl Drop for Share<'_> {
+    fn drop(&mut self) {
+        *self.budget.used.lock() -= self.cost;
+        self.budget.freed.notify_one();
+    }
+}
+
+/// Watches over a client in the middle of a request; costs nothing when it comes in one piece.
+#[derive(Default)]
+struct Clock(Option<Instant>);
+
+impl Clock {
+    fn check(&mut self, stall: Duration, len: usize) -> Result<()> {
+        match self.0 {
+            None => self.0 = Some(Instant::now()),
+            Some(began) if began.elapsed() > allowance(stall, len) => return Err(stalled()),
+            Some(_) => {}
+        }
+        Ok(())
+    }
+}
+
+/// Ends the stream when its thread panics, so that the client is not left waiting.
+struct AbortOnPanic<'a, S: Stream>(&'a S);
+
+impl<S: Stream> Drop for AbortOnPanic<'_, S> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.abort();
+        }
+    }
+}
+
+fn torn() -> Error {
+    Error::new(
+        ErrorKind::Protocol,
+        "the client went away in the middle of a request",
+    )
+}
+
+fn stalled() -> Error {
+    Error::new(
+        ErrorKind::Timeout,
+        "the client stalled in the middle of a request",
+    )
+}
+
+fn receiving(error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => stalled(),
+        _ => Error::io("receiving requests from the client", error),
+    }
+}
