@@ -18,6 +18,8 @@
 
 pub mod block;
 pub mod error;
+pub mod export;
+pub mod fs;
 pub mod storage;
 
 pub use error::{Error, ErrorKind, Result};
