@@ -94,7 +94,8 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
             ),
         ));
     }
-    if run_dir.join(DEV).symlink_metadata().is_ok() {
+    let mut entries = fs::read_dir(&run_dir).context(|| run_dir.display().to_string())?;
+    if entries.next().is_some() {
         let options = DetachOptions {
             force: true,
             ..DetachOptions::default()

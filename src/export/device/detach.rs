@@ -261,6 +261,14 @@ pub struct Leak {
     pub what: String,
 }
 
+/// True unless `path` is known not to be there: a dead FUSE mount answers with an error.
+fn is_there(path: &Path) -> bool {
+    match path.symlink_metadata() {
+        Ok(_) => true,
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
 /// What dead devices left behind below `run_root`, the directory of all run directories.
 ///
 /// # Errors
@@ -276,7 +284,7 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
     let attached = LoopDevice::attached()?;
     for entry in fs::read_dir(&run_root).context(|| run_root.display().to_string())? {
         let run_dir = entry.context(|| run_root.display().to_string())?.path();
-        if run_dir.join(DEV).symlink_metadata().is_err() && !run_dir.join(STATE).exists() {
+        if !is_there(&run_dir.join(DEV)) && !is_there(&run_dir.join(STATE)) {
             continue;
         }
         let state = RunState::read(&run_dir)?;
