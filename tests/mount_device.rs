@@ -1,4 +1,10 @@
 //! A block device through FUSE and loop: attaching, I/O, discard, detaching.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "helpers of tests fail the test"
+)]
 
 mod mount_support;
 

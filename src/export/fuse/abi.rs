@@ -168,6 +168,13 @@ pub enum Operation<'a> {
     Other,
 }
 
+impl Operation<'_> {
+    /// True for what must not be carried out again once it was answered.
+    pub fn changes_data(&self) -> bool {
+        matches!(self, Operation::Write { .. } | Operation::Fallocate { .. })
+    }
+}
+
 /// The arguments of INIT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InitIn {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use nix::errno::Errno;
 
 use super::abi::{self, Operation, ParseError, Request};
-use super::slot::Slot;
+use super::slot::{Owed, Slot};
 use crate::block::{BlockDevice, Durability, ExtentKind, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -83,7 +83,11 @@ impl Server<'_> {
             if self.remember {
                 slot.taken(read);
             }
-            if self.answer(slot, read)? == Some(Ended::SessionOver) {
+            let request = Owed {
+                len: read,
+                done: None,
+            };
+            if self.answer(slot, request)? == Some(Ended::SessionOver) {
                 return Ok(Ended::SessionOver);
             }
         }
@@ -94,20 +98,25 @@ impl Server<'_> {
     /// # Errors
     /// As [`Server::run`].
     pub fn replay(&self, slot: &mut Slot) -> Result<()> {
-        if let Some(len) = slot.owed() {
-            slot.taken(len);
-            self.answer(slot, len)?;
+        if let Some(owed) = slot.owed() {
+            if owed.done.is_none() {
+                slot.taken(owed.len);
+            }
+            self.answer(slot, owed)?;
         }
         Ok(())
     }
 
-    fn answer(&self, slot: &mut Slot, len: usize) -> Result<Option<Ended>> {
-        let (unique, answer) = match Request::parse(slot.request(len)) {
+    fn answer(&self, slot: &mut Slot, owed: Owed) -> Result<Option<Ended>> {
+        let (unique, answer) = match Request::parse(slot.request(owed.len)) {
             Ok(request) => {
                 let unique = request.unique;
-                let answer = match request.operation {
-                    Operation::Read { offset, size } => self.read(slot, offset, size),
-                    operation => self.execute(operation),
+                let answer = match (request.operation, owed.done) {
+                    (Operation::Read { offset, size }, _) => self.read(slot, offset, size),
+                    (operation, Some(errno)) if operation.changes_data() => {
+                        Ok(carried_out(operation, errno))
+                    }
+                    (operation, _) => self.execute(operation),
                 };
                 (unique, answer.unwrap_or_else(|error| self.failed(&error)))
             }
@@ -120,6 +129,12 @@ impl Server<'_> {
                 ));
             }
         };
+        if self.remember {
+            slot.done(match answer {
+                Answer::Errno(errno) => errno,
+                _ => 0,
+            });
+        }
         let mut session = self.session;
         let header = |errno, len| abi::out_header(unique, errno, len);
         let sent = match answer {
@@ -220,6 +235,14 @@ impl Server<'_> {
             | Operation::Interrupt
             | Operation::Other => Answer::Errno(libc::ENOSYS),
         })
+    }
+}
+
+/// The answer to a request that a dead server had carried out with `errno`.
+fn carried_out(operation: Operation<'_>, errno: i32) -> Answer {
+    match operation {
+        Operation::Write { data, .. } if errno == 0 => body(&abi::write_out(data.len() as u32)),
+        _ => Answer::Errno(errno),
     }
 }
 

@@ -38,8 +38,12 @@ const LAYOUT: u64 = 0x5645_4c46_5553_0001;
 const IDLE: u64 = 0;
 /// The thread is taking a request: it may be there or not.
 const TAKING: u64 = 1;
-/// The thread has a request and has not answered it.
+/// The thread has a request and has not carried it out.
 const TAKEN: u64 = 2;
+/// The thread has carried its request out, and may or may not have answered it. The state holds
+/// the answer's errno above these bits.
+const DONE: u64 = 3;
+const STATE_BITS: u32 = 8;
 
 /// The server ended because the session is over.
 pub const ENDED_SESSION_OVER: u64 = 1;
@@ -194,6 +198,16 @@ impl Shared {
     }
 }
 
+/// A request that a dead server left in its slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owed {
+    /// Bytes of the request.
+    pub len: usize,
+    /// The errno of its answer (0 for success), if it was carried out. The kernel may have got that
+    /// answer and written the same place again since: it must not be carried out twice.
+    pub done: Option<i32>,
+}
+
 /// The request buffer of one serving thread.
 #[derive(Debug)]
 pub struct Slot {
@@ -245,8 +259,16 @@ impl Slot {
         }
     }
 
-    /// Puts back the request that a dead server owes an answer, and its length.
-    pub fn owed(&mut self) -> Option<usize> {
+    /// Notes, for a successor, that the request was carried out and is about to be answered.
+    pub fn done(&mut self, errno: i32) {
+        if let Some(record) = self.record() {
+            let errno = u64::from(errno.unsigned_abs()) << STATE_BITS;
+            record.state.store(DONE | errno, Ordering::Release);
+        }
+    }
+
+    /// Puts back the request that a dead server may owe an answer.
+    pub fn owed(&mut self) -> Option<Owed> {
         let record = self.record()?;
         let state = record.state.load(Ordering::Acquire);
         let mut head = [0; HEAD_LEN];
@@ -255,18 +277,21 @@ impl Slot {
         }
         let remembered = record.len.load(Ordering::Relaxed) as usize;
         record.state.store(IDLE, Ordering::Release);
-        match state {
-            TAKEN => {
-                self.buf.get_mut(HEAD_AT..PAGE)?.copy_from_slice(&head);
-                Some(remembered)
-            }
+        let done = match state & ((1 << STATE_BITS) - 1) {
+            TAKEN => None,
+            DONE => Some((state >> STATE_BITS) as i32),
             TAKING => {
                 let len = self.buf.get(HEAD_AT..HEAD_AT + 4)?.try_into().ok()?;
                 let len = u32::from_ne_bytes(len) as usize;
-                (len >= abi::IN_HEADER_LEN).then_some(len)
+                return (len >= abi::IN_HEADER_LEN).then_some(Owed { len, done: None });
             }
-            _ => None,
-        }
+            _ => return None,
+        };
+        self.buf.get_mut(HEAD_AT..PAGE)?.copy_from_slice(&head);
+        Some(Owed {
+            len: remembered,
+            done,
+        })
     }
 
     /// The bytes of a request of `len` bytes.
@@ -310,7 +335,13 @@ mod tests {
 
         let inherited = Shared::inherit(shared.fd().try_clone().unwrap().into()).unwrap();
         let mut slot = inherited.slot(1).unwrap();
-        assert_eq!(slot.owed(), Some(48));
+        assert_eq!(
+            slot.owed(),
+            Some(Owed {
+                len: 48,
+                done: None
+            })
+        );
         assert_eq!(&slot.request(48)[40..], b"argument");
         assert_eq!(slot.owed(), None);
     }
@@ -322,7 +353,27 @@ mod tests {
         slot.take(true);
         assert_eq!(slot.owed(), None);
         slot.take(true)[..4].copy_from_slice(&56u32.to_ne_bytes());
-        assert_eq!(slot.owed(), Some(56));
+        assert_eq!(
+            slot.owed(),
+            Some(Owed {
+                len: 56,
+                done: None
+            })
+        );
+    }
+
+    #[test]
+    fn a_request_carried_out_keeps_its_errno_until_it_is_answered() {
+        let shared = Shared::create().unwrap();
+        let mut slot = shared.slot(0).unwrap();
+        slot.taken(40);
+        slot.done(libc::ENOSPC);
+        let done = Some(libc::ENOSPC);
+        assert_eq!(slot.owed(), Some(Owed { len: 40, done }));
+        slot.taken(40);
+        slot.done(0);
+        slot.answered(false);
+        assert_eq!(slot.owed(), None);
     }
 
     #[test]
