@@ -21,6 +21,7 @@ pub mod block;
 pub mod chain;
 pub mod error;
 pub mod export;
+pub mod fs;
 pub mod image;
 pub mod layer;
 pub mod storage;

@@ -1,3 +1,6 @@
-//! Ways to hand a [`BlockDevice`](crate::block::BlockDevice) to somebody else.
+//! The chain device for clients: as a network export or as a local block device.
 
+pub mod device;
+pub mod fuse;
+pub mod loop_device;
 pub mod nbd;

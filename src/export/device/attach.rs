@@ -1,0 +1,286 @@
+//! From nothing to a loop device: starts the supervisor, waits until the worker serves.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::{Value, json};
+
+use super::control;
+use super::detach::{DetachOptions, clean, detach_locked};
+use super::state::{DEV, LOG, LOOP, RunLock, RunState, Status, loop_tag};
+use super::supervisor::{ARG0, Ready};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::fuse::session::Features;
+use crate::export::loop_device::{LoopDevice, LoopOptions};
+
+/// What to attach, and how.
+#[derive(Debug, Clone)]
+pub struct AttachSpec {
+    /// The program to start: this one, unless a test says otherwise.
+    pub program: PathBuf,
+    /// Its arguments up to those of [`super::SupervisorArgs`]: the hidden subcommand that calls
+    /// [`super::supervise`], and what it needs to open the device.
+    pub arguments: Vec<OsString>,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Threads that serve.
+    pub threads: usize,
+    /// How long the device may take to open.
+    pub timeout: Duration,
+}
+
+impl AttachSpec {
+    /// A writable device that this very program serves when called with `arguments`.
+    pub fn new(arguments: Vec<OsString>) -> Self {
+        AttachSpec {
+            // Also names the program when its file was replaced or deleted.
+            program: PathBuf::from("/proc/self/exe"),
+            arguments,
+            read_only: false,
+            threads: 2,
+            timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A device that is attached.
+#[derive(Debug, Clone)]
+pub struct Attached {
+    /// Its run directory, as an absolute path without links.
+    pub run_dir: PathBuf,
+    /// The loop device.
+    pub device: LoopDevice,
+    /// What kernel and server agreed on.
+    pub features: Features,
+}
+
+/// Serves a device from processes of its own, which outlive the caller, and puts a loop device on
+/// it. `run_dir` is made; what an earlier, dead device left there is cleaned up.
+///
+/// # Errors
+/// [`ErrorKind::AlreadyExists`] while a device is attached there, [`ErrorKind::Timeout`], and
+/// whatever kept the worker from opening the device, with its whole text.
+pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
+    fs::DirBuilder::new()
+        .mode(0o700)
+        .recursive(true)
+        .create(run_dir)
+        .context(|| format!("{}: cannot be made", run_dir.display()))?;
+    let run_dir = fs::canonicalize(run_dir).context(|| run_dir.display().to_string())?;
+    let Some(_lock) = RunLock::take(&run_dir)? else {
+        return Err(Error::new(
+            ErrorKind::InUse,
+            format!("{}: it was removed meanwhile", run_dir.display()),
+        ));
+    };
+    if let Some(state) = RunState::read(&run_dir)?
+        && state.is_alive()
+        && state.status != Status::Ended
+    {
+        return Err(Error::new(
+            ErrorKind::AlreadyExists,
+            format!(
+                "{}: a device is attached there (supervisor {})",
+                run_dir.display(),
+                state.supervisor.pid
+            ),
+        ));
+    }
+    let mut entries = fs::read_dir(&run_dir).context(|| run_dir.display().to_string())?;
+    if entries.next().is_some() {
+        let options = DetachOptions {
+            force: true,
+            ..DetachOptions::default()
+        };
+        clean(&run_dir, &options)?;
+    }
+    let features = match start(&run_dir, spec) {
+        Ok(features) => features,
+        Err(error) => return Err(give_up(&run_dir, error)),
+    };
+    let options = LoopOptions {
+        read_only: spec.read_only,
+        tag: loop_tag(&run_dir),
+    };
+    match LoopDevice::attach(&run_dir.join(DEV), &options) {
+        Ok(device) => {
+            // A hint, so that the device is found without looking at every loop device.
+            let hint = run_dir.join(LOOP);
+            let _ = fs::write(hint, device.path().as_os_str().as_encoded_bytes());
+            Ok(Attached {
+                run_dir,
+                device,
+                features,
+            })
+        }
+        Err(error) => Err(give_up(&run_dir, error)),
+    }
+}
+
+/// Cleans up after a failed attach. The error that led there is what the caller wants to know.
+fn give_up(run_dir: &Path, error: Error) -> Error {
+    let options = DetachOptions {
+        force: true,
+        timeout: Duration::from_secs(2),
+    };
+    match detach_locked(run_dir, &options) {
+        Ok(()) => error,
+        Err(second) => {
+            let kind = error.kind();
+            Error::new(kind, format!("{error}; and cleaning up failed: {second}"))
+        }
+    }
+}
+
+fn start(run_dir: &Path, spec: &AttachSpec) -> Result<Features> {
+    let log_path = run_dir.join(LOG);
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&log_path)
+        .context(|| log_path.display().to_string())?;
+    let (ready, ready_out) = std::io::pipe().context(|| "a pipe cannot be made")?;
+    let mut command = Command::new(&spec.program);
+    command
+        .arg0(ARG0)
+        .args(&spec.arguments)
+        .arg("--run-dir")
+        .arg(run_dir)
+        .arg("--threads")
+        .arg(spec.threads.to_string())
+        .stdin(Stdio::null())
+        .stdout(ready_out)
+        .stderr(log);
+    if spec.read_only {
+        command.arg("--read-only");
+    }
+    let what = || format!("{}: the device server", spec.program.display());
+    let mut child = command.spawn().context(what)?;
+    // Our copy of the pipe's writing end, or its end would never be seen.
+    drop(command);
+    let line = read_line(ready, spec.timeout);
+    // The foreground process ends as soon as it has forked.
+    let status = child.wait().context(what)?;
+    match line? {
+        Some(line) => match serde_json::from_str(&line) {
+            Ok(Ready::Serving(features)) => Ok(features),
+            Ok(Ready::Failed(failure)) => Err(Error::from(failure)),
+            Err(error) => Err(Error::with_source(
+                ErrorKind::Protocol,
+                format!("{}: it said {line:?}", what()),
+                error,
+            )),
+        },
+        None => Err(Error::new(
+            ErrorKind::Command,
+            format!(
+                "{} ended before it served ({status}): {}",
+                what(),
+                tail(&log_path)
+            ),
+        )),
+    }
+}
+
+/// The first line from the pipe; `None` at its end.
+fn read_line(ready: std::io::PipeReader, timeout: Duration) -> Result<Option<String>> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(ready.as_fd(), PollFlags::POLLIN)];
+        let left_ms = left.as_millis().min(60_000) as u16;
+        match poll(&mut fds, PollTimeout::from(left_ms)) {
+            Ok(0) if left.is_zero() => {
+                return Err(Error::new(
+                    ErrorKind::Timeout,
+                    format!("the device server was not ready within {timeout:?}"),
+                ));
+            }
+            Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
+            Ok(_) => break,
+            Err(errno) => return Err(Error::io("poll", errno.into())),
+        }
+    }
+    // The line is written in one piece, shorter than PIPE_BUF.
+    let mut line = String::new();
+    BufReader::new(ready.take(4096))
+        .read_line(&mut line)
+        .context(|| "the pipe of the device server")?;
+    Ok((!line.is_empty()).then_some(line))
+}
+
+/// The end of the log on one line.
+fn tail(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().rev().take(5).collect();
+    if lines.is_empty() {
+        return "it left no word".to_string();
+    }
+    lines.into_iter().rev().collect::<Vec<_>>().join(" / ")
+}
+
+/// Lets `program` take the device of `run_dir` over, under load, and waits until it serves.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] when the program cannot, [`ErrorKind::Timeout`]; the old program
+/// goes on serving then.
+pub fn upgrade(run_dir: &Path, program: &Path, timeout: Duration) -> Result<Value> {
+    let deadline = Instant::now() + timeout;
+    let no_device = || {
+        Error::new(
+            ErrorKind::NotFound,
+            format!("{}: no device is attached there", run_dir.display()),
+        )
+    };
+    let read = || RunState::read(run_dir)?.ok_or_else(no_device);
+    // An upgrade needs a standby; one is made soon after a worker began to serve.
+    let before = loop {
+        let state = read()?;
+        if state.standby.is_some_and(super::Identity::is_alive) {
+            break state;
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::new(
+                ErrorKind::Timeout,
+                format!("{}: the device has no standby", run_dir.display()),
+            ));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let args = json!({ "program": program });
+    control::call(run_dir, "upgrade", args, timeout)?;
+    loop {
+        let state = read()?;
+        if state.generation > before.generation && state.status == Status::Serving {
+            return control::call(run_dir, "status", Value::Null, timeout);
+        }
+        if !state.is_alive() {
+            return Err(no_device());
+        }
+        if let Some(error) = state.error
+            && Some(&error) != before.error.as_ref()
+        {
+            return Err(Error::new(ErrorKind::Unsupported, error));
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::new(
+                ErrorKind::Timeout,
+                format!(
+                    "{}: the new program did not serve within {timeout:?}",
+                    run_dir.display()
+                ),
+            ));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

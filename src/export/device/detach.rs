@@ -1,0 +1,330 @@
+//! From an attached device, or what a crash left of one, to nothing.
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::Signal;
+
+use super::process::Identity;
+use super::state::{
+    CONTROL, DEV, LOG, LOOP, RunLock, RunState, STATE, Status, hinted_loop, loop_tag,
+};
+use super::supervisor::ARG0;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::fuse::session::FS_TYPE;
+use crate::export::loop_device::LoopDevice;
+use crate::fs::mountinfo::MountInfo;
+
+/// How to detach.
+#[derive(Debug, Clone)]
+pub struct DetachOptions {
+    /// Also when it is mounted: its users get I/O errors, what they flushed is kept.
+    pub force: bool,
+    /// How long to wait for each step.
+    pub timeout: Duration,
+}
+
+impl Default for DetachOptions {
+    fn default() -> Self {
+        DetachOptions {
+            force: false,
+            timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Removes the loop device, the session, the processes and the run directory of a device, in
+/// whatever state a crash left them. A device that is not there is fine.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while it is mounted or open and its server lives; [`ErrorKind::Timeout`].
+pub fn detach(run_dir: &Path, options: &DetachOptions) -> Result<()> {
+    let run_dir = match fs::canonicalize(run_dir) {
+        Ok(run_dir) => run_dir,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(run_dir.display().to_string(), error)),
+    };
+    match RunLock::take(&run_dir)? {
+        Some(_lock) => detach_locked(&run_dir, options),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn detach_locked(run_dir: &Path, options: &DetachOptions) -> Result<()> {
+    clean(run_dir, options)?;
+    for name in [DEV, STATE, "state.json.tmp", CONTROL, LOG, LOOP] {
+        let path = run_dir.join(name);
+        match fs::remove_file(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(path.display().to_string(), error)),
+        }
+    }
+    match fs::remove_dir(run_dir) {
+        // What others keep there stays.
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result.context(|| run_dir.display().to_string()),
+    }
+}
+
+/// All of [`detach`] but the files.
+pub(super) fn clean(run_dir: &Path, options: &DetachOptions) -> Result<()> {
+    let state = RunState::read(run_dir)?;
+    let alive = state.as_ref().is_some_and(RunState::is_alive);
+    if !alive || options.force {
+        // Nobody answers any more, or nobody shall: with the last process the session is aborted,
+        // so that nothing below can wait for an answer.
+        kill_all(run_dir, options.timeout)?;
+        for device in loops(run_dir)? {
+            unmount_all(device)?;
+            device.detach_lazily()?;
+        }
+        unmount_session(run_dir)?;
+        return Ok(());
+    }
+    for device in loops(run_dir)? {
+        let mounts = mounts_of(device)?;
+        if let Some(mount) = mounts.first() {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "{}: it is mounted on {}: unmount that first",
+                    device.path().display(),
+                    mount.display()
+                ),
+            ));
+        }
+        device.detach(options.timeout)?;
+    }
+    unmount_session(run_dir)?;
+    stop(run_dir, options.timeout)
+}
+
+/// The loop devices of a run directory.
+fn loops(run_dir: &Path) -> Result<Vec<LoopDevice>> {
+    match hinted_loop(run_dir) {
+        Some(device) => Ok(vec![device]),
+        None => LoopDevice::find(&run_dir.join(DEV), &loop_tag(run_dir)),
+    }
+}
+
+fn mounts_of(device: LoopDevice) -> Result<Vec<PathBuf>> {
+    let path = device.path();
+    let mounts = MountInfo::read()?;
+    Ok(mounts
+        .into_iter()
+        .filter(|mount| mount.major_minor == (7, device.number()) || mount.source == path)
+        .map(|mount| mount.target)
+        .collect())
+}
+
+fn unmount_all(device: LoopDevice) -> Result<()> {
+    // The last mounted is the first to go.
+    for target in mounts_of(device)?.into_iter().rev() {
+        tracing::warn!("{}: unmounted, since its device is gone", target.display());
+        lazily_unmount(&target)?;
+    }
+    Ok(())
+}
+
+fn unmount_session(run_dir: &Path) -> Result<()> {
+    let dev = run_dir.join(DEV);
+    // Whatever lies on top of it, one after the other, but not for ever.
+    for _ in 0..16 {
+        match umount2(&dev, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            // Not mounted, or not there.
+            Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => return Ok(()),
+            Err(errno) => {
+                return Err(Error::io(
+                    format!("{}: cannot be unmounted", dev.display()),
+                    errno.into(),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn lazily_unmount(target: &Path) -> Result<()> {
+    match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(Error::io(
+            format!("{}: cannot be unmounted", target.display()),
+            errno.into(),
+        )),
+    }
+}
+
+/// Ends the processes in order: the session is unmounted, so they may be ending already.
+fn stop(run_dir: &Path, timeout: Duration) -> Result<()> {
+    let Some(state) = RunState::read(run_dir)? else {
+        return kill_all(run_dir, timeout);
+    };
+    let first = state.supervisor.open();
+    let told = match &first {
+        Some(supervisor) => {
+            supervisor.signal(Signal::SIGTERM);
+            supervisor.wait(timeout)?
+        }
+        None => match state.worker.and_then(Identity::open) {
+            Some(worker) => {
+                worker.signal(Signal::SIGTERM);
+                worker.wait(timeout)?
+            }
+            None => false,
+        },
+    };
+    // A supervisor that ended in order has waited for the others and said so.
+    let ended = RunState::read(run_dir)?.is_some_and(|state| state.status == Status::Ended);
+    if told && ended {
+        return Ok(());
+    }
+    kill_all(run_dir, timeout)
+}
+
+/// Kills every process of the device, whatever the state file says, and waits for them.
+fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        // A standby that becomes the supervisor while its elders die is found in the next round.
+        let found = processes(run_dir)?;
+        if found.is_empty() {
+            return Ok(());
+        }
+        let open: Vec<_> = found.into_iter().filter_map(Identity::open).collect();
+        for process in &open {
+            process.signal(Signal::SIGKILL);
+        }
+        for process in &open {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !process.wait(left)? {
+                return Err(Error::new(
+                    ErrorKind::Timeout,
+                    format!(
+                        "{}: process {} of the device does not die (its disk may hang)",
+                        run_dir.display(),
+                        process.pid()
+                    ),
+                ));
+            }
+        }
+    }
+}
+
+/// The living processes of the device, by their command line: the state file may be half written.
+fn processes(run_dir: &Path) -> Result<Vec<Identity>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").context(|| "/proc: cannot be read")? {
+        let Ok(entry) = entry else { continue };
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<i32>().ok())
+        else {
+            continue;
+        };
+        if run_dir_of(pid).as_deref() == Some(run_dir)
+            && let Some(identity) = Identity::of(pid)
+            && identity.is_alive()
+        {
+            found.push(identity);
+        }
+    }
+    Ok(found)
+}
+
+/// The run directory of a device process, `None` for any other process.
+fn run_dir_of(pid: i32) -> Option<PathBuf> {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let mut arguments = line.split(|byte| *byte == 0);
+    if arguments.next()? != ARG0.as_bytes() {
+        return None;
+    }
+    arguments.find(|argument| *argument == b"--run-dir")?;
+    Some(PathBuf::from(std::ffi::OsStr::from_bytes(
+        arguments.next()?,
+    )))
+}
+
+/// Something of a device that is left without a living server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leak {
+    /// The device's run directory: [`detach`] it to clean up.
+    pub run_dir: PathBuf,
+    /// What is there, for a person.
+    pub what: String,
+}
+
+/// True unless `path` is known not to be there: a dead FUSE mount answers with an error.
+fn is_there(path: &Path) -> bool {
+    match path.symlink_metadata() {
+        Ok(_) => true,
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// What dead devices left behind below `run_root`, the directory of all run directories.
+///
+/// # Errors
+/// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
+    let run_root = match fs::canonicalize(run_root) {
+        Ok(run_root) => run_root,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io(run_root.display().to_string(), error)),
+    };
+    let mut leaks = Vec::new();
+    let mounts = MountInfo::read()?;
+    let attached = LoopDevice::attached()?;
+    for entry in fs::read_dir(&run_root).context(|| run_root.display().to_string())? {
+        let run_dir = entry.context(|| run_root.display().to_string())?.path();
+        if !is_there(&run_dir.join(DEV)) && !is_there(&run_dir.join(STATE)) {
+            continue;
+        }
+        let state = RunState::read(&run_dir)?;
+        if state.as_ref().is_some_and(RunState::is_alive) {
+            continue;
+        }
+        let mut what = vec![match state {
+            Some(state) => match state.error {
+                Some(error) => format!("its server is dead ({error})"),
+                None => "its server is dead".to_string(),
+            },
+            None => "a run directory of an earlier boot, or half made".to_string(),
+        }];
+        let dev = run_dir.join(DEV);
+        let tag = loop_tag(&run_dir);
+        for device in attached.iter().filter(|device| device.serves(&dev, &tag)) {
+            what.push(format!("{} is still attached", device.path().display()));
+            what.extend(
+                mounts
+                    .iter()
+                    .filter(|mount| mount.major_minor == (7, device.number()))
+                    .map(|mount| format!("{} is still mounted", mount.target.display())),
+            );
+        }
+        if mounts
+            .iter()
+            .any(|mount| mount.target == dev && mount.fs_type == FS_TYPE)
+        {
+            what.push(format!("{} is still mounted", dev.display()));
+        }
+        what.extend(
+            processes(&run_dir)?
+                .iter()
+                .map(|process| format!("process {} still runs", process.pid)),
+        );
+        leaks.push(Leak {
+            run_dir,
+            what: what.join("; "),
+        });
+    }
+    leaks.sort_by(|a, b| a.run_dir.cmp(&b.run_dir));
+    Ok(leaks)
+}

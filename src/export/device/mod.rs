@@ -1,0 +1,49 @@
+//! The chain device as a local block device: FUSE file, loop device, and the processes behind.
+//!
+//! Each device has a supervisor, which owns the FUSE session and has no block logic, a worker,
+//! which serves it, and a standby, which waits to become the next of either. Killing any one of
+//! them is not seen by whoever uses the device:
+//!
+//! * a dead worker is replaced by the standby, which opens the chain again and has the kernel send
+//!   the unanswered requests again (or, on a kernel older than 6.9, takes them from the memory
+//!   that the processes share);
+//! * a dead supervisor is replaced by the standby, which notices that its pipe is closed.
+//!
+//! All three are forks of one small process, which has one thread when it forks. Forks start in a
+//! fraction of the time of a new program, and a program file that is replaced on disk changes
+//! nothing until an upgrade is asked for.
+//!
+//! A run directory, one for each device, holds what other commands need to find the device:
+//! `dev` (the file that the session is mounted on), `state.json`, `control.sock`, `log`, `loop`.
+//!
+//! * [`attach()`] and [`detach()`] are the way in and out.
+//! * [`supervise`] is what the hidden subcommand calls that `attach` starts.
+
+mod attach;
+mod backoff;
+pub mod command;
+pub mod control;
+mod detach;
+mod process;
+mod state;
+mod supervisor;
+mod worker;
+
+use std::sync::Arc;
+
+use crate::block::BlockDevice;
+
+pub use attach::{AttachSpec, Attached, attach, upgrade};
+pub use control::ControlHandler;
+pub use detach::{DetachOptions, Leak, detach, find_leaks};
+pub use process::Identity;
+pub use state::{DeviceStatus, RunState, Status, status};
+pub use supervisor::{SupervisorArgs, supervise};
+
+/// What a worker serves: the device, and the commands it takes beside the built-in ones.
+pub struct Opened {
+    /// The block device; its lock must keep a second process from opening it.
+    pub device: Arc<dyn BlockDevice>,
+    /// Further commands of the control socket.
+    pub control: Arc<dyn ControlHandler>,
+}

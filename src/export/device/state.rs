@@ -1,0 +1,206 @@
+//! The run directory of a device: file names, and the state that the supervisor writes.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use super::process::{Identity, boot_id};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::fuse::session::Features;
+use crate::export::loop_device::LoopDevice;
+
+/// The file that the FUSE session is mounted on.
+pub const DEV: &str = "dev";
+/// The state, as JSON.
+pub const STATE: &str = "state.json";
+/// The control socket.
+pub const CONTROL: &str = "control.sock";
+/// What the processes had to say.
+pub const LOG: &str = "log";
+/// The loop device that `attach` made: a hint, the truth is in sysfs.
+pub const LOOP: &str = "loop";
+
+const VERSION: u32 = 1;
+
+/// How a device is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// The first worker is opening it.
+    Starting,
+    /// A worker serves it.
+    Serving,
+    /// A worker died and the next is on its way.
+    Restarting,
+    /// Workers died again and again; the session was given up.
+    Failed,
+    /// It was ended in order.
+    Ended,
+}
+
+/// What `state.json` holds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RunState {
+    /// Version of this structure.
+    pub version: u32,
+    /// The boot that it is about.
+    pub boot_id: String,
+    /// How the device is doing.
+    pub status: Status,
+    /// Why it failed, or why the last upgrade did.
+    pub error: Option<String>,
+    /// The process that owns the session.
+    pub supervisor: Identity,
+    /// The process that serves.
+    pub worker: Option<Identity>,
+    /// The process that waits.
+    pub standby: Option<Identity>,
+    /// What kernel and server agreed on.
+    pub features: Option<Features>,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Programs that took the session over by upgrades.
+    pub generation: u32,
+}
+
+impl RunState {
+    /// A state of this boot, with the calling process as supervisor.
+    pub fn new(read_only: bool) -> Self {
+        RunState {
+            version: VERSION,
+            boot_id: boot_id(),
+            status: Status::Starting,
+            error: None,
+            supervisor: Identity::current(),
+            worker: None,
+            standby: None,
+            features: None,
+            read_only,
+            generation: 0,
+        }
+    }
+
+    /// Replaces the state in `run_dir`. It need not survive a power cut, which ends all that it
+    /// is about.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] or [`ErrorKind::Io`].
+    pub fn write(&self, run_dir: &Path) -> Result<()> {
+        let tmp = run_dir.join("state.json.tmp");
+        let bytes = serde_json::to_vec_pretty(self).map_err(|error| {
+            Error::with_source(ErrorKind::Io, "the state cannot be encoded", error)
+        })?;
+        fs::write(&tmp, bytes).context(|| tmp.display().to_string())?;
+        fs::rename(&tmp, run_dir.join(STATE)).context(|| tmp.display().to_string())
+    }
+
+    /// Reads the state of `run_dir`; `None` when there is none, when it is cut, or when it is
+    /// about another boot.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+    pub fn read(run_dir: &Path) -> Result<Option<RunState>> {
+        let path = run_dir.join(STATE);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io(path.display().to_string(), error)),
+        };
+        let state = serde_json::from_slice::<RunState>(&bytes).ok();
+        Ok(state.filter(|state| state.version == VERSION && state.boot_id == boot_id()))
+    }
+
+    /// True while a supervisor, or a worker without one, holds the session.
+    pub fn is_alive(&self) -> bool {
+        self.supervisor.is_alive()
+            || self.worker.is_some_and(Identity::is_alive)
+            || self.standby.is_some_and(Identity::is_alive)
+    }
+}
+
+/// A device as other commands see it.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceStatus {
+    /// What the supervisor wrote last.
+    pub state: RunState,
+    /// True while any of its processes runs.
+    pub alive: bool,
+    /// False when the supervisor is dead, so that a worker's death would end the device.
+    pub supervised: bool,
+    /// The loop device on it.
+    pub loop_device: Option<PathBuf>,
+}
+
+/// The device of `run_dir`, or `None` when nothing of this boot is there.
+///
+/// # Errors
+/// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+pub fn status(run_dir: &Path) -> Result<Option<DeviceStatus>> {
+    let Some(state) = RunState::read(run_dir)? else {
+        return Ok(None);
+    };
+    let device = hinted_loop(run_dir).map(LoopDevice::path);
+    Ok(Some(DeviceStatus {
+        alive: state.is_alive(),
+        supervised: state.supervisor.is_alive(),
+        loop_device: device,
+        state,
+    }))
+}
+
+/// The tag that a loop device of `run_dir` carries, also after its file was unmounted.
+pub fn loop_tag(run_dir: &Path) -> String {
+    use sha2::Digest;
+    use std::os::unix::ffi::OsStrExt;
+    let digest = sha2::Sha256::digest(run_dir.as_os_str().as_bytes());
+    let hex: String = digest.iter().take(16).map(|b| format!("{b:02x}")).collect();
+    format!("vellum:{hex}")
+}
+
+/// The loop device that the hint names, if it is still the device's.
+pub fn hinted_loop(run_dir: &Path) -> Option<LoopDevice> {
+    let text = fs::read_to_string(run_dir.join(LOOP)).ok()?;
+    let device = LoopDevice::from_path(Path::new(text.trim()))?;
+    device
+        .serves(&run_dir.join(DEV), &loop_tag(run_dir))
+        .then_some(device)
+}
+
+/// The lock on a run directory, so that commands attach and detach one after the other.
+pub struct RunLock(#[allow(dead_code, reason = "held for its Drop")] Flock<fs::File>);
+
+impl RunLock {
+    /// Locks `run_dir`, which must exist; `None` when it was removed meanwhile.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+    pub fn take(run_dir: &Path) -> Result<Option<RunLock>> {
+        use std::os::unix::fs::MetadataExt;
+        loop {
+            let dir = match fs::OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC)
+                .open(run_dir)
+            {
+                Ok(dir) => dir,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(Error::io(run_dir.display().to_string(), error)),
+            };
+            let lock = Flock::lock(dir, FlockArg::LockExclusive)
+                .map_err(|(_, errno)| io::Error::from(errno))
+                .context(|| format!("{}: cannot be locked", run_dir.display()))?;
+            // The holder before us may have removed it, and another may have made it anew.
+            let locked = lock.metadata().context(|| run_dir.display().to_string())?;
+            match fs::symlink_metadata(run_dir) {
+                Ok(there) if (there.dev(), there.ino()) == (locked.dev(), locked.ino()) => {
+                    return Ok(Some(RunLock(lock)));
+                }
+                _ => {}
+            }
+        }
+    }
+}

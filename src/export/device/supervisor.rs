@@ -1,0 +1,908 @@
+//! The process that owns a device's FUSE session, and what its forks become.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid};
+use serde::{Deserialize, Serialize};
+
+use super::backoff::{Backoff, Death, Verdict};
+use super::control::{self, Failure};
+use super::process::{Identity, Process, monotonic_ns};
+use super::state::{DEV, RunState, Status};
+use super::worker::{self, Worker};
+use super::{Opened, state};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::fuse::session::{self, Features};
+use crate::export::fuse::slot::{self, MAX_THREADS, Shared};
+
+/// What the processes of a device are called in `ps`. The first character tells systemd's
+/// shutdown to leave them alone until the file systems on them are unmounted.
+pub const ARG0: &str = "@vellum-device";
+
+/// A standby is made this long after a worker began to serve, so that a device that is attached
+/// and detached at once does not pay for it.
+const STANDBY_DELAY: Duration = Duration::from_millis(300);
+/// A worker that was told to stop and does not is killed after this long.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// What a program answers to `--probe` when it can take a session of this version over.
+const PROBE_ANSWER: &str = "vellum-device 1";
+
+/// The options of the hidden subcommand that [`super::attach()`] starts.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct SupervisorArgs {
+    /// Directory for the device's state, sockets and mount point
+    #[arg(long, value_name = "DIR", default_value = "")]
+    pub run_dir: PathBuf,
+    /// Threads that serve the device
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub threads: usize,
+    /// Mount the device read-only
+    #[arg(long)]
+    pub read_only: bool,
+    /// Answer whether this program can take a session over, and end
+    #[arg(long)]
+    pub probe: bool,
+    /// Take over the session that these descriptors hold (JSON)
+    #[arg(long, value_name = "JSON")]
+    pub resume: Option<String>,
+    /// Do not use the kernel's resending of requests
+    #[arg(long)]
+    pub no_resend: bool,
+}
+
+/// What one program hands to the next in an upgrade.
+#[derive(Debug, Serialize, Deserialize)]
+struct Resume {
+    session: i32,
+    listener: i32,
+    shared: i32,
+    events_in: i32,
+    events_out: i32,
+    standby_go: i32,
+    standby: i32,
+    features: Features,
+    generation: u32,
+}
+
+/// What a child tells the supervisor: one line of JSON in a pipe, shorter than PIPE_BUF.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Event {
+    /// The worker with this pid serves.
+    Serving(i32),
+    /// The worker could not open the device.
+    OpenFailed(Failure),
+    /// End the device.
+    Stop,
+    /// Let this program take over.
+    Upgrade(PathBuf),
+}
+
+/// The first line that `attach` reads.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Ready {
+    /// The device is served.
+    Serving(Features),
+    /// It could not be opened or mounted.
+    Failed(Failure),
+}
+
+struct Standby {
+    process: Process,
+    /// One byte sends it to work; closing this makes it the supervisor.
+    go: OwnedFd,
+}
+
+/// Which process `Supervisor::run` returned in.
+enum Role {
+    Worker { resume: bool },
+    End(Result<()>),
+}
+
+struct Supervisor {
+    args: SupervisorArgs,
+    session: Arc<File>,
+    features: Features,
+    listener: UnixListener,
+    shared: Arc<Shared>,
+    events_in: File,
+    events_out: File,
+    event_bytes: Vec<u8>,
+    signals: SignalFd,
+    state: RunState,
+    ready: Option<File>,
+    worker: Option<Process>,
+    worker_since: Instant,
+    worker_served_before: u64,
+    standby: Option<Standby>,
+    /// The standby of the program before an upgrade: kept until our own worker serves.
+    old_standby: Option<Standby>,
+    backoff: Backoff,
+    restart_at: Option<Instant>,
+    standby_at: Option<Instant>,
+    stopping: Option<Instant>,
+    ever_served: bool,
+}
+
+/// Runs a device: the body of the hidden subcommand. `open` is called in each worker.
+///
+/// It returns in every process that it forks, when that process is to end. The calling process
+/// must have no other threads. Standard output is the pipe that `attach` reads.
+///
+/// # Errors
+/// What kept the device from being served; the caller of `attach` gets the same text.
+pub fn supervise(args: &SupervisorArgs, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
+    if args.probe {
+        return writeln!(io::stdout(), "{PROBE_ANSWER}").context(|| "the answer to --probe");
+    }
+    let mut supervisor = match &args.resume {
+        Some(resume) => Supervisor::resume(args, resume)?,
+        None => match Supervisor::start(args)? {
+            Some(supervisor) => supervisor,
+            // The parent of the fork that goes to the background.
+            None => return Ok(()),
+        },
+    };
+    match supervisor.run() {
+        Role::End(result) => result,
+        Role::Worker { resume } => {
+            let worker = Worker {
+                run_dir: supervisor.args.run_dir.clone(),
+                session: Arc::clone(&supervisor.session),
+                features: supervisor.features,
+                use_resend: supervisor.features.resend && !supervisor.args.no_resend,
+                threads: supervisor.args.threads.clamp(1, MAX_THREADS),
+                shared: Arc::clone(&supervisor.shared),
+                listener: supervisor.listener,
+                events: supervisor.events_out,
+                supervisor: supervisor.state.supervisor,
+                generation: supervisor.state.generation,
+                resume,
+            };
+            // Only the standby may hold the reading end.
+            drop(supervisor.events_in);
+            worker::run(worker, open)
+        }
+    }
+}
+
+impl Supervisor {
+    /// Mounts the session and gets all that the forks will need; `None` in the foreground process,
+    /// whose part is done.
+    fn start(args: &SupervisorArgs) -> Result<Option<Supervisor>> {
+        let ready = take_stdout()?;
+        let result = Supervisor::start_in_background(args, ready);
+        if let Err((error, Some(mut ready))) = result {
+            send_ready(&mut ready, &Ready::Failed(Failure::from(&error)));
+            return Err(error);
+        }
+        result.map_err(|(error, _)| error)
+    }
+
+    #[allow(
+        clippy::type_complexity,
+        reason = "the pipe comes back so that the error can be told"
+    )]
+    fn start_in_background(
+        args: &SupervisorArgs,
+        ready: File,
+    ) -> Result<Option<Supervisor>, (Error, Option<File>)> {
+        match fork() {
+            Ok(ForkResult::Parent { .. }) => return Ok(None),
+            Ok(ForkResult::Child) => {}
+            Err(error) => return Err((error, Some(ready))),
+        }
+        // Neither can fail: a fork leads no group, and `/` is there.
+        let _ = nix::unistd::setsid();
+        let _ = std::env::set_current_dir("/");
+        prepare_process();
+        match Supervisor::mount(args) {
+            Ok(mut supervisor) => {
+                supervisor.ready = Some(ready);
+                Ok(Some(supervisor))
+            }
+            Err(error) => Err((error, Some(ready))),
+        }
+    }
+
+    fn mount(args: &SupervisorArgs) -> Result<Supervisor> {
+        let run_dir = &args.run_dir;
+        let mut state = RunState::new(args.read_only);
+        state.write(run_dir)?;
+        let shared = Shared::create()?;
+        let listener = control::bind(run_dir)?;
+        let (events_in, events_out) = event_pipe()?;
+        let signals = block_signals()?;
+        let dev = run_dir.join(DEV);
+        fs::write(&dev, b"").context(|| dev.display().to_string())?;
+        let session = session::mount_file(&dev, "vellum", args.read_only)?;
+        state.features = Some(session.features);
+        if !session.features.resend {
+            tracing::warn!(
+                "this kernel cannot resend requests (Linux 6.9 can): a killed server's \
+                 unanswered requests are taken from shared memory"
+            );
+        }
+        Ok(Supervisor {
+            args: args.clone(),
+            session: Arc::new(session.device),
+            features: session.features,
+            listener,
+            shared,
+            events_in,
+            events_out,
+            event_bytes: Vec::new(),
+            signals,
+            state,
+            ready: None,
+            worker: None,
+            worker_since: Instant::now(),
+            worker_served_before: 0,
+            standby: None,
+            old_standby: None,
+            backoff: Backoff::default(),
+            restart_at: Some(Instant::now()),
+            standby_at: None,
+            stopping: None,
+            ever_served: false,
+        })
+    }
+
+    /// Takes over from the program that executed this one.
+    fn resume(args: &SupervisorArgs, resume: &str) -> Result<Supervisor> {
+        let resume: Resume = serde_json::from_str(resume).map_err(|error| {
+            Error::with_source(ErrorKind::InvalidInput, "--resume is no hand-over", error)
+        })?;
+        prepare_process();
+        let mut state = RunState::new(args.read_only);
+        state.features = Some(resume.features);
+        state.generation = resume.generation;
+        state.status = Status::Restarting;
+        let standby = Process::open(resume.standby)
+            .context(|| "the standby of the program before is gone")?;
+        Ok(Supervisor {
+            args: SupervisorArgs {
+                resume: None,
+                ..args.clone()
+            },
+            session: Arc::new(File::from(adopt_fd(resume.session)?)),
+            features: resume.features,
+            listener: UnixListener::from(adopt_fd(resume.listener)?),
+            shared: Shared::inherit(adopt_fd(resume.shared)?)?,
+            events_in: File::from(adopt_fd(resume.events_in)?),
+            events_out: File::from(adopt_fd(resume.events_out)?),
+            event_bytes: Vec::new(),
+            signals: block_signals()?,
+            state,
+            ready: None,
+            worker: None,
+            worker_since: Instant::now(),
+            worker_served_before: 0,
+            standby: None,
+            old_standby: Some(Standby {
+                process: standby,
+                go: adopt_fd(resume.standby_go)?,
+            }),
+            backoff: Backoff::default(),
+            restart_at: Some(Instant::now()),
+            standby_at: None,
+            stopping: None,
+            ever_served: true,
+        })
+    }
+
+    fn run(&mut self) -> Role {
+        loop {
+            match self.step() {
+                Ok(None) => {}
+                Ok(Some(role)) => return role,
+                Err(error) => {
+                    tracing::error!("the supervisor cannot go on: {error}");
+                    return self.end(Status::Failed, Some(error));
+                }
+            }
+        }
+    }
+
+    /// Does what is due, then waits for the next thing to happen.
+    fn step(&mut self) -> Result<Option<Role>> {
+        let now = Instant::now();
+        if self.restart_at.is_some_and(|at| at <= now) {
+            self.restart_at = None;
+            if let Some(role) = self.start_worker()? {
+                return Ok(Some(role));
+            }
+        }
+        if self.standby_at.is_some_and(|at| at <= now) {
+            self.standby_at = None;
+            if self.standby.is_none()
+                && let Some(role) = self.fork_standby()?
+            {
+                return Ok(Some(role));
+            }
+        }
+        if self.stopping.is_some_and(|at| at <= now) {
+            self.stopping = Some(now + STOP_TIMEOUT);
+            if let Some(worker) = &self.worker {
+                tracing::warn!("the worker did not stop in time and is killed");
+                worker.signal(Signal::SIGKILL);
+            }
+        }
+        let deadline = [self.restart_at, self.standby_at, self.stopping]
+            .into_iter()
+            .flatten()
+            .min();
+        let timeout = match deadline {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
+                PollTimeout::from(left.min(60_000) as u16)
+            }
+        };
+        let mut fds = vec![
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.events_in.as_fd(), PollFlags::POLLIN),
+        ];
+        // A child that is not there polls as the signals once more, and its answer is not looked at.
+        for child in [
+            self.worker.as_ref(),
+            self.standby.as_ref().map(|standby| &standby.process),
+        ] {
+            let fd = child.map_or(self.signals.as_fd(), |child| child.as_fd());
+            fds.push(PollFd::new(fd, PollFlags::POLLIN));
+        }
+        match poll(&mut fds, timeout) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(None),
+            Err(errno) => return Err(Error::io("poll", errno.into())),
+        }
+        let hit: Vec<bool> = fds.iter().map(|fd| fd.any() == Some(true)).collect();
+        let hit = |at: usize| hit.get(at).copied().unwrap_or(false);
+        let (signal, event) = (hit(0), hit(1));
+        let worker_died = self.worker.is_some() && hit(2);
+        let standby_died = self.standby.is_some() && hit(3);
+        if signal && let Ok(Some(info)) = self.signals.read_signal() {
+            tracing::info!(signal = info.ssi_signo, "told to stop");
+            if let Some(role) = self.begin_stop() {
+                return Ok(Some(role));
+            }
+        }
+        // Events before deaths: a worker says why it could not open and dies.
+        if event && let Some(role) = self.read_events()? {
+            return Ok(Some(role));
+        }
+        if worker_died && let Some(role) = self.worker_died()? {
+            return Ok(Some(role));
+        }
+        if standby_died {
+            if let Some(standby) = self.standby.take() {
+                reap(standby.process.pid());
+            }
+            self.standby_at = Some(Instant::now() + STANDBY_DELAY);
+        }
+        Ok(None)
+    }
+
+    /// Sends the standby to work, or forks a worker. Returns a role in the new process.
+    fn start_worker(&mut self) -> Result<Option<Role>> {
+        let resume = self.ever_served;
+        self.worker_served_before = self.shared.served();
+        self.worker_since = Instant::now();
+        self.shared.table().worker_ended.store(0, Ordering::Release);
+        if let Some(standby) = self.standby.take() {
+            match nix::unistd::write(&standby.go, b"g") {
+                Ok(_) => {
+                    self.worker = Some(standby.process);
+                    return Ok(None);
+                }
+                Err(_) => {
+                    reap(standby.process.pid());
+                }
+            }
+        }
+        match fork()? {
+            ForkResult::Parent { child } => {
+                self.worker = Some(open_child(child)?);
+                Ok(None)
+            }
+            ForkResult::Child => {
+                self.forget_children();
+                Ok(Some(Role::Worker { resume }))
+            }
+        }
+    }
+
+    /// Forks the process that waits. In it, returns only to become the worker, or, when the
+    /// supervisor is dead, goes on as the supervisor.
+    fn fork_standby(&mut self) -> Result<Option<Role>> {
+        let (wait, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC)
+            .context(|| "a pipe for the standby cannot be made")?;
+        match fork()? {
+            ForkResult::Parent { child } => {
+                let process = open_child(child)?;
+                self.state.standby = Identity::of(child.as_raw());
+                self.standby = Some(Standby { process, go });
+                self.write_state();
+                Ok(None)
+            }
+            ForkResult::Child => {
+                drop(go);
+                self.forget_children();
+                let mut byte = [0];
+                let told = loop {
+                    match nix::unistd::read(&wait, &mut byte) {
+                        Err(Errno::EINTR) => {}
+                        Ok(1) => break true,
+                        _ => break false,
+                    }
+                };
+                if told {
+                    return Ok(Some(Role::Worker { resume: true }));
+                }
+                self.promote();
+                Ok(None)
+            }
+        }
+    }
+
+    /// In a fork: what belongs to the supervisor alone is closed.
+    fn forget_children(&mut self) {
+        self.ready = None;
+        self.worker = None;
+        self.standby = None;
+        self.old_standby = None;
+    }
+
+    /// The standby becomes the supervisor, since that one is dead.
+    fn promote(&mut self) {
+        tracing::warn!("the supervisor died: the standby takes its place");
+        self.state.supervisor = Identity::current();
+        self.state.standby = None;
+        self.event_bytes.clear();
+        self.backoff = Backoff::default();
+        self.restart_at = None;
+        self.stopping = None;
+        let table = self.shared.table();
+        let worker = Identity {
+            pid: table.worker_pid.load(Ordering::Acquire) as i32,
+            start: table.worker_start.load(Ordering::Acquire),
+        };
+        self.worker = worker.open();
+        self.state.worker = self.worker.is_some().then_some(worker);
+        self.worker_since = Instant::now();
+        self.worker_served_before = 0;
+        if self.worker.is_none() {
+            self.state.status = Status::Restarting;
+            self.note_death();
+            self.restart_at = Some(Instant::now());
+        } else {
+            self.standby_at = Some(Instant::now() + STANDBY_DELAY);
+        }
+        self.write_state();
+    }
+
+    fn note_death(&self) {
+        let table = self.shared.table();
+        table.death_ns.store(monotonic_ns(), Ordering::Release);
+        table.restarts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn worker_died(&mut self) -> Result<Option<Role>> {
+        let Some(worker) = self.worker.take() else {
+            return Ok(None);
+        };
+        let killed = reap(worker.pid());
+        self.state.worker = None;
+        let ended = self.shared.table().worker_ended.load(Ordering::Acquire);
+        if ended == slot::ENDED_SESSION_OVER || self.stopping.is_some() {
+            return Ok(Some(self.end(Status::Ended, None)));
+        }
+        if !self.ever_served {
+            let error = Error::new(
+                ErrorKind::Io,
+                format!(
+                    "the device server died before it served (see {})",
+                    self.args.run_dir.join(state::LOG).display()
+                ),
+            );
+            return Ok(Some(self.end(Status::Failed, Some(error))));
+        }
+        self.note_death();
+        if ended == slot::ENDED_STOPPED {
+            self.restart_at = Some(Instant::now());
+            return Ok(None);
+        }
+        let death = Death {
+            killed,
+            served: self.shared.served() > self.worker_served_before,
+            lived: self.worker_since.elapsed(),
+        };
+        match self.backoff.judge(death) {
+            Verdict::Restart(delay) => {
+                tracing::warn!(
+                    killed,
+                    deaths = self.backoff.deaths(),
+                    "the worker died and is replaced"
+                );
+                self.restart_at = Some(Instant::now() + delay);
+                // The replacement is on its way: the state is written when it serves, or now if
+                // that takes a while.
+                if !delay.is_zero() {
+                    self.state.status = Status::Restarting;
+                    self.write_state();
+                }
+                Ok(None)
+            }
+            Verdict::GiveUp => {
+                let reason = self.state.error.take();
+                let error = Error::new(
+                    ErrorKind::Io,
+                    format!(
+                        "the device server died {} times in a row{}: given up, its users get I/O \
+                         errors; nothing flushed is lost: detach and attach again (see {})",
+                        self.backoff.deaths(),
+                        reason.map_or(String::new(), |reason| format!(" ({reason})")),
+                        self.args.run_dir.join(state::LOG).display()
+                    ),
+                );
+                Ok(Some(self.end(Status::Failed, Some(error))))
+            }
+        }
+    }
+
+    fn read_events(&mut self) -> Result<Option<Role>> {
+        let mut buf = [0; 4096];
+        match self.events_in.read(&mut buf) {
+            Ok(read) => self
+                .event_bytes
+                .extend_from_slice(buf.get(..read).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(Error::io("the pipe of events", error)),
+        }
+        while let Some(end) = self.event_bytes.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.event_bytes.drain(..=end).collect();
+            let Ok(event) = serde_json::from_slice(&line) else {
+                continue;
+            };
+            if let Some(role) = self.event(event)? {
+                return Ok(Some(role));
+            }
+        }
+        Ok(None)
+    }
+
+    fn event(&mut self, event: Event) -> Result<Option<Role>> {
+        match event {
+            Event::Serving(pid) => {
+                if self.worker.as_ref().map(Process::pid) != Some(pid) {
+                    return Ok(None);
+                }
+                self.serving(pid)
+            }
+            Event::OpenFailed(failure) => {
+                if self.ever_served {
+                    tracing::error!("the device cannot be opened again: {}", failure.error);
+                    self.state.error = Some(failure.error);
+                    Ok(None)
+                } else {
+                    Ok(Some(self.end(Status::Failed, Some(Error::from(failure)))))
+                }
+            }
+            Event::Stop => Ok(self.begin_stop()),
+            Event::Upgrade(program) => {
+                if let Err(error) = self.upgrade(&program) {
+                    tracing::error!("upgrade: {error}");
+                    self.state.error = Some(error.to_string());
+                    self.write_state();
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    fn serving(&mut self, pid: i32) -> Result<Option<Role>> {
+        self.ever_served = true;
+        self.state.worker = Identity::of(pid);
+        self.state.status = Status::Serving;
+        self.state.standby = None;
+        self.state.error = None;
+        self.standby_at = Some(Instant::now() + STANDBY_DELAY);
+        if let Some(old) = self.old_standby.take() {
+            // Killed before its pipe is closed, or it would take over.
+            old.process.signal(Signal::SIGKILL);
+            let _ = old.process.wait(STOP_TIMEOUT);
+            reap(old.process.pid());
+        }
+        self.write_state();
+        if let Some(mut ready) = self.ready.take()
+            && !send_ready(&mut ready, &Ready::Serving(self.features))
+        {
+            tracing::warn!("the command that wanted the device is gone");
+            return Ok(self.begin_stop());
+        }
+        Ok(None)
+    }
+
+    /// Asks the worker to stop; a role when there is none, so that all ends at once.
+    fn begin_stop(&mut self) -> Option<Role> {
+        self.restart_at = None;
+        match &self.worker {
+            Some(worker) => {
+                worker.signal(Signal::SIGTERM);
+                if self.stopping.is_none() {
+                    self.stopping = Some(Instant::now() + STOP_TIMEOUT);
+                }
+                None
+            }
+            None => Some(self.end(Status::Ended, None)),
+        }
+    }
+
+    /// The end of the device: nobody else holds the session when this process is gone.
+    fn end(&mut self, status: Status, error: Option<Error>) -> Role {
+        if let Some(worker) = self.worker.take() {
+            worker.signal(Signal::SIGKILL);
+            let _ = worker.wait(STOP_TIMEOUT);
+            reap(worker.pid());
+        }
+        for standby in [self.standby.take(), self.old_standby.take()]
+            .into_iter()
+            .flatten()
+        {
+            standby.process.signal(Signal::SIGKILL);
+            let _ = standby.process.wait(STOP_TIMEOUT);
+            reap(standby.process.pid());
+        }
+        self.state.status = status;
+        self.state.worker = None;
+        self.state.standby = None;
+        self.state.error = error.as_ref().map(Error::to_string);
+        if status == Status::Failed && !self.ever_served {
+            // Nobody has seen the device: leave nothing behind.
+            let dev = self.args.run_dir.join(DEV);
+            let _ = nix::mount::umount2(&dev, nix::mount::MntFlags::MNT_DETACH);
+        }
+        self.write_state();
+        if let (Some(mut ready), Some(error)) = (self.ready.take(), &error) {
+            send_ready(&mut ready, &Ready::Failed(Failure::from(error)));
+        }
+        Role::End(error.map_or(Ok(()), Err))
+    }
+
+    fn write_state(&self) {
+        // A full host must not end the device.
+        if let Err(error) = self.state.write(&self.args.run_dir) {
+            tracing::warn!("{error}");
+        }
+    }
+
+    /// Executes `program` in this process, with the session. Returns only on failure, or when the
+    /// worker is to be started again by this program.
+    fn upgrade(&mut self, program: &Path) -> Result<()> {
+        probe(program)?;
+        if self.standby.is_none() {
+            // The old program's standby is what saves the device if the new program fails.
+            return Err(Error::new(
+                ErrorKind::InUse,
+                "the device has no standby at the moment: try again",
+            ));
+        }
+        if let Some(worker) = self.worker.take() {
+            worker.signal(Signal::SIGTERM);
+            if !worker.wait(STOP_TIMEOUT)? {
+                worker.signal(Signal::SIGKILL);
+                worker.wait(STOP_TIMEOUT)?;
+            }
+            reap(worker.pid());
+            self.state.worker = None;
+            let ended = self.shared.table().worker_ended.load(Ordering::Acquire);
+            if ended == slot::ENDED_SESSION_OVER {
+                // Unmounted meanwhile: the next worker will find that and end.
+                self.restart_at = Some(Instant::now());
+                return Ok(());
+            }
+        }
+        self.note_death();
+        self.state.status = Status::Restarting;
+        self.write_state();
+        let error = self.execute(program);
+        self.restart_at = Some(Instant::now());
+        Err(error)
+    }
+
+    fn execute(&mut self, program: &Path) -> Error {
+        let Some(standby) = &self.standby else {
+            return Error::new(ErrorKind::InUse, "no standby");
+        };
+        let fds = [
+            self.session.as_raw_fd(),
+            self.listener.as_raw_fd(),
+            self.shared.fd().as_raw_fd(),
+            self.events_in.as_raw_fd(),
+            self.events_out.as_raw_fd(),
+            standby.go.as_raw_fd(),
+        ];
+        let [session, listener, shared, events_in, events_out, standby_go] = fds;
+        let resume = Resume {
+            session,
+            listener,
+            shared,
+            events_in,
+            events_out,
+            standby_go,
+            standby: standby.process.pid(),
+            features: self.features,
+            generation: self.state.generation + 1,
+        };
+        let resume = match serde_json::to_string(&resume) {
+            Ok(resume) => resume,
+            Err(error) => return Error::with_source(ErrorKind::Io, "the hand-over", error),
+        };
+        set_close_on_exec(&fds, false);
+        let error = Command::new(program)
+            .arg0(ARG0)
+            .args(own_arguments())
+            .arg("--resume")
+            .arg(resume)
+            .exec();
+        set_close_on_exec(&fds, true);
+        Error::io(format!("{}: cannot be executed", program.display()), error)
+    }
+}
+
+/// The arguments that this program was started with, without those of an earlier hand-over.
+fn own_arguments() -> Vec<OsString> {
+    let mut arguments = Vec::new();
+    let mut all = std::env::args_os().skip(1);
+    while let Some(argument) = all.next() {
+        if argument == "--resume" {
+            all.next();
+        } else {
+            arguments.push(argument);
+        }
+    }
+    arguments
+}
+
+/// Asks `program` whether it can take over.
+fn probe(program: &Path) -> Result<()> {
+    let what = || format!("{}: --probe", program.display());
+    let mut child = Command::new(program)
+        .arg0(ARG0)
+        .args(own_arguments())
+        .arg("--probe")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context(what)?;
+    let process = Process::open(child.id() as i32).context(what)?;
+    if !process.wait(Duration::from_secs(5))? {
+        process.signal(Signal::SIGKILL);
+        let _ = child.wait();
+        return Err(Error::new(
+            ErrorKind::Timeout,
+            format!("{}: no answer within 5 s", what()),
+        ));
+    }
+    let output = child.wait_with_output().context(what)?;
+    let answer = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() || answer.trim() != PROBE_ANSWER {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{}: it cannot take the session over (answer {:?}, {})",
+                what(),
+                answer.trim(),
+                output.status
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Forks. Every caller runs in a process with one thread.
+fn fork() -> Result<ForkResult> {
+    // SAFETY: the process has one thread, as `supervise` demands, so the child's memory is
+    // consistent: no lock is held by a thread that is missing there.
+    unsafe { nix::unistd::fork() }.context(|| "a process of the device cannot be forked")
+}
+
+fn open_child(child: Pid) -> Result<Process> {
+    // The child cannot be reaped by anyone else, so its pid stays its own.
+    Process::open(child.as_raw()).context(|| "a process of the device cannot be watched")
+}
+
+/// Takes a dead child's status away; true when it was killed by SIGKILL, or when it was no child
+/// of ours, whose end nobody can tell.
+fn reap(pid: i32) -> bool {
+    match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {
+        Ok(WaitStatus::Signaled(_, signal, _)) => signal == Signal::SIGKILL,
+        Ok(_) => false,
+        Err(_) => true,
+    }
+}
+
+fn event_pipe() -> Result<(File, File)> {
+    let (events_in, events_out) =
+        nix::unistd::pipe2(OFlag::O_CLOEXEC).context(|| "the pipe of events cannot be made")?;
+    fcntl(&events_in, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+        .context(|| "the pipe of events cannot be made")?;
+    Ok((File::from(events_in), File::from(events_out)))
+}
+
+/// SIGTERM comes as a descriptor that is polled.
+fn block_signals() -> Result<SignalFd> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGTERM);
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None)
+        .context(|| "signals cannot be blocked")?;
+    SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .context(|| "signals cannot be watched")
+}
+
+/// Best effort: none of it is worth failing for.
+fn prepare_process() {
+    let _ = nix::sys::prctl::set_name(c"vellum-device");
+    let _ = fs::write("/proc/self/oom_score_adj", "-999");
+}
+
+/// Standard output becomes the log, and what it was is returned.
+fn take_stdout() -> Result<File> {
+    let what = || "standard output cannot be moved";
+    let ready = io::stdout().as_fd().try_clone_to_owned().context(what)?;
+    nix::unistd::dup2_stdout(io::stderr()).context(what)?;
+    Ok(File::from(ready))
+}
+
+/// Tells `attach`; false when it does not listen any more.
+fn send_ready(ready: &mut File, message: &Ready) -> bool {
+    let Ok(mut line) = serde_json::to_vec(message) else {
+        return false;
+    };
+    line.push(b'\n');
+    ready.write_all(&line).is_ok()
+}
+
+/// Owns a descriptor that the program before left open for us.
+fn adopt_fd(fd: i32) -> Result<OwnedFd> {
+    if fd <= 2 || !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("--resume names descriptor {fd}, which is not open"),
+        ));
+    }
+    // SAFETY: the descriptor is open, and nothing else in this new program owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    set_close_on_exec(&[fd.as_raw_fd()], true);
+    Ok(fd)
+}
+
+fn set_close_on_exec(fds: &[i32], on: bool) {
+    let flags = if on {
+        FdFlag::FD_CLOEXEC
+    } else {
+        FdFlag::empty()
+    };
+    for fd in fds {
+        // SAFETY: the descriptors are open: their owners are borrowed by the callers.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*fd) };
+        let _ = fcntl(fd, FcntlArg::F_SETFD(flags));
+    }
+}

@@ -1,0 +1,365 @@
+//! The process that serves a device: opens it, answers the kernel, listens to commands.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::thread::JoinHandleExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use serde_json::{Value, json};
+
+use super::control::{Call, Failure, MAX_LINE, Reply, send};
+use super::process::{Identity, monotonic_ns};
+use super::supervisor::Event;
+use super::{Opened, state};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::fuse::server::{Ended, Server};
+use crate::export::fuse::session::{self, Features};
+use crate::export::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, Shared};
+
+/// Control connections served at once; the next ones wait.
+const MAX_CONNECTIONS: usize = 8;
+/// From include/uapi/linux/prctl.h (Linux 5.6).
+const PR_SET_IO_FLUSHER: i32 = 57;
+/// A control connection that says nothing for this long is closed.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// What a worker gets from the process that it was forked from.
+pub(super) struct Worker {
+    pub run_dir: PathBuf,
+    pub session: Arc<File>,
+    pub features: Features,
+    pub use_resend: bool,
+    pub threads: usize,
+    pub shared: Arc<Shared>,
+    pub listener: UnixListener,
+    pub events: File,
+    pub supervisor: Identity,
+    pub generation: u32,
+    /// Another worker served before.
+    pub resume: bool,
+}
+
+/// What control connections and the main thread share.
+struct Context {
+    worker: Worker,
+    started: Instant,
+    opened: Opened,
+    failures: AtomicU64,
+    connections: AtomicUsize,
+    stop: AtomicBool,
+    /// Written to end the main thread's wait.
+    wake: EventFd,
+}
+
+/// Serves until the session is over or SIGTERM asks to stop. Returns when the process should end.
+pub(super) fn run(worker: Worker, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
+    let me = Identity::current();
+    let table = worker.shared.table();
+    table.worker_start.store(me.start, Ordering::Release);
+    table.worker_pid.store(me.pid as u64, Ordering::Release);
+    prepare_process()?;
+    let result = serve(worker, open);
+    if let Err(error) = &result {
+        tracing::error!("the worker ends: {error}");
+    }
+    result
+}
+
+fn serve(worker: Worker, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
+    let started = Instant::now();
+    let opened = match open() {
+        Ok(opened) => opened,
+        Err(error) => {
+            report(&worker, &Event::OpenFailed(Failure::from(&error)));
+            return Err(error);
+        }
+    };
+    let wake = EventFd::new().context(|| "an eventfd cannot be made")?;
+    let context = Arc::new(Context {
+        worker,
+        started,
+        opened,
+        failures: AtomicU64::new(0),
+        connections: AtomicUsize::new(0),
+        stop: AtomicBool::new(false),
+        wake,
+    });
+    let mut threads = Vec::new();
+    recover(&context)?;
+    for index in 0..context.worker.threads {
+        let mut slot = context.worker.shared.slot(index)?;
+        let context = Arc::clone(&context);
+        let thread = std::thread::Builder::new()
+            .name(format!("fuse-{index}"))
+            .spawn(move || {
+                let result = context.server().run(&mut slot);
+                let _ = context.wake.write(1);
+                result
+            })
+            .context(|| "a serving thread cannot be started")?;
+        threads.push(thread);
+    }
+    note_pause(&context.worker);
+    report(
+        &context.worker,
+        &Event::Serving(nix::unistd::getpid().as_raw()),
+    );
+    let result = main_loop(&context, &threads);
+    context.stop.store(true, Ordering::Release);
+    let ended = join(threads)?;
+    result?;
+    // What was answered is in the kernel; this makes it durable too before the device closes.
+    context.opened.device.flush()?;
+    let ended = match ended {
+        Ended::SessionOver => ENDED_SESSION_OVER,
+        Ended::Stopped => ENDED_STOPPED,
+    };
+    let table = context.worker.shared.table();
+    table.worker_ended.store(ended, Ordering::Release);
+    Ok(())
+}
+
+impl Context {
+    fn server(&self) -> Server<'_> {
+        Server {
+            session: &self.worker.session,
+            device: &*self.opened.device,
+            stop: &self.stop,
+            remember: !self.worker.use_resend,
+            failures: &self.failures,
+        }
+    }
+}
+
+/// Sees to the requests that the worker before took and did not answer.
+fn recover(context: &Context) -> Result<()> {
+    if !context.worker.resume {
+        return Ok(());
+    }
+    if context.worker.use_resend {
+        match session::resend(&context.worker.session) {
+            Ok(()) => return Ok(()),
+            // Unmounted meanwhile: the first read says so.
+            Err(error) => tracing::warn!("{error}"),
+        }
+        return Ok(());
+    }
+    for index in 0..context.worker.threads {
+        let mut slot = context.worker.shared.slot(index)?;
+        context.server().replay(&mut slot)?;
+    }
+    Ok(())
+}
+
+/// Records how long nobody served.
+fn note_pause(worker: &Worker) {
+    let table = worker.shared.table();
+    let death = table.death_ns.swap(0, Ordering::AcqRel);
+    if death != 0 {
+        let pause = monotonic_ns().saturating_sub(death);
+        table.last_pause_ns.store(pause, Ordering::Relaxed);
+        table.longest_pause_ns.fetch_max(pause, Ordering::Relaxed);
+    }
+}
+
+/// Waits for the end: of the session, by SIGTERM, or of a thread. Takes control connections.
+fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> Result<()> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGTERM);
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .context(|| "signals cannot be watched")?;
+    let listener = &context.worker.listener;
+    listener
+        .set_nonblocking(true)
+        .context(|| "the control socket")?;
+    loop {
+        let mut fds = [
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(context.wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(Error::io("poll", errno.into())),
+        }
+        if matches!(signals.read_signal(), Ok(Some(_))) {
+            return Ok(());
+        }
+        if threads.iter().any(JoinHandle::is_finished) || context.stop.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if context.connections.load(Ordering::Acquire) >= MAX_CONNECTIONS {
+            // Rare, and not worth a queue: the kernel's backlog holds the next ones.
+            std::thread::sleep(Duration::from_millis(5));
+            continue;
+        }
+        match listener.accept() {
+            Ok((stream, _)) => {
+                context.connections.fetch_add(1, Ordering::AcqRel);
+                let held = Arc::clone(context);
+                let spawned = std::thread::Builder::new()
+                    .name("control".to_string())
+                    .spawn(move || {
+                        if let Err(error) = converse(&held, &stream) {
+                            tracing::debug!("control connection: {error}");
+                        }
+                        held.connections.fetch_sub(1, Ordering::AcqRel);
+                    });
+                if spawned.is_err() {
+                    context.connections.fetch_sub(1, Ordering::AcqRel);
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => tracing::warn!("the control socket: {error}"),
+        }
+    }
+}
+
+/// Waits for the serving threads, waking those that wait for a request. The session is over when
+/// one of them found it so.
+fn join(threads: Vec<JoinHandle<Result<Ended>>>) -> Result<Ended> {
+    let mut all = Ok(Ended::Stopped);
+    for thread in threads {
+        // A signal that comes just before the thread begins to wait is lost: send it again.
+        while !thread.is_finished() {
+            // SAFETY: the thread was not joined, so its handle is valid.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGUSR1) };
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        match thread.join() {
+            Ok(Ok(Ended::SessionOver)) => all = all.map(|_| Ended::SessionOver),
+            Ok(Ok(Ended::Stopped)) => {}
+            Ok(Err(error)) => all = Err(error),
+            Err(_) => {
+                all = Err(Error::new(ErrorKind::Io, "a serving thread panicked"));
+            }
+        }
+    }
+    all
+}
+
+/// Tells the supervisor. One that is dead is no reason to end.
+fn report(worker: &Worker, event: &Event) -> bool {
+    let Ok(mut line) = serde_json::to_vec(event) else {
+        return false;
+    };
+    line.push(b'\n');
+    (&worker.events).write_all(&line).is_ok()
+}
+
+/// Serves one control connection until the other side closes it.
+fn converse(context: &Context, stream: &UnixStream) -> Result<()> {
+    let what = || "the connection";
+    stream.set_nonblocking(false).context(what)?;
+    stream.set_read_timeout(Some(IDLE)).context(what)?;
+    stream.set_write_timeout(Some(IDLE)).context(what)?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = String::new();
+        let read = (&mut reader)
+            .take(MAX_LINE)
+            .read_line(&mut line)
+            .context(what)?;
+        if read == 0 {
+            return Ok(());
+        }
+        let result = serde_json::from_str::<Call>(&line)
+            .map_err(|error| {
+                Error::with_source(ErrorKind::Protocol, "a line that is no command", error)
+            })
+            .and_then(|call| command(context, &call.verb, call.args));
+        send(stream, &Reply::from(result)).context(what)?;
+    }
+}
+
+fn command(context: &Context, verb: &str, args: Value) -> Result<Value> {
+    match verb {
+        "status" => Ok(report_status(context)),
+        "flush" => {
+            context.opened.device.flush()?;
+            Ok(Value::Null)
+        }
+        "stop" => {
+            if !report(&context.worker, &Event::Stop) {
+                context.stop.store(true, Ordering::Release);
+                let _ = context.wake.write(1);
+            }
+            Ok(Value::Null)
+        }
+        "upgrade" => {
+            let program = args.get("program").and_then(Value::as_str).ok_or_else(|| {
+                Error::new(ErrorKind::InvalidInput, "upgrade: no program is named")
+            })?;
+            if report(&context.worker, &Event::Upgrade(PathBuf::from(program))) {
+                Ok(Value::Null)
+            } else {
+                Err(Error::new(
+                    ErrorKind::NotFound,
+                    "upgrade: the device has no supervisor",
+                ))
+            }
+        }
+        _ => context.opened.control.handle(verb, args),
+    }
+}
+
+fn report_status(context: &Context) -> Value {
+    let worker = &context.worker;
+    let table = worker.shared.table();
+    let micros = |ns: &AtomicU64| ns.load(Ordering::Relaxed) / 1000;
+    json!({
+        "pid": nix::unistd::getpid().as_raw(),
+        "supervisor": worker.supervisor.pid,
+        "uptime_ms": context.started.elapsed().as_millis() as u64,
+        "served": worker.shared.served(),
+        "resent": worker.shared.resent(),
+        "failures": context.failures.load(Ordering::Relaxed),
+        "restarts": table.restarts.load(Ordering::Relaxed),
+        "last_pause_us": micros(&table.last_pause_ns),
+        "longest_pause_us": micros(&table.longest_pause_ns),
+        "size": context.opened.device.size(),
+        "read_only": context.opened.device.is_read_only(),
+        "threads": worker.threads,
+        "fuse_minor": worker.features.minor,
+        "resend": worker.use_resend,
+        "generation": worker.generation,
+        "version": env!("CARGO_PKG_VERSION"),
+        "log": worker.run_dir.join(state::LOG),
+    })
+}
+
+fn prepare_process() -> Result<()> {
+    let _ = nix::sys::prctl::set_name(c"vellum-worker");
+    // Reclaiming memory must not wait for I/O on our own device. It can fail even for root.
+    // SAFETY: the call takes integers and changes a flag of this thread, which its threads inherit.
+    unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    let action = SigAction::new(
+        SigHandler::Handler(wake_up),
+        SaFlags::empty(),
+        SigSet::empty(),
+    );
+    // SAFETY: the handler does nothing, so it is safe at any point; it is there so that a
+    // blocked read returns.
+    unsafe { sigaction(Signal::SIGUSR1, &action) }.context(|| "a signal handler")?;
+    // A thread that panics must not leave a device that is half served.
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        default(info);
+        std::process::abort();
+    }));
+    Ok(())
+}
+
+extern "C" fn wake_up(_: i32) {}
