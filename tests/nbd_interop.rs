@@ -1,5 +1,13 @@
 //! The NBD server against other people's clients: libnbd, QEMU, fio, nbd-client, GnuTLS.
 
+// Helpers outside of #[test] functions fail tests too.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
