@@ -1,5 +1,13 @@
 //! The NBD server against raw clients: concurrency, limits, and clients that misbehave.
 
+// Helpers outside of #[test] functions fail tests too.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
