@@ -15,10 +15,7 @@ enum Cli {
 
 fn main() -> ExitCode {
     let Cli::DeviceSupervisor(args) = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .init();
+    vellum::export::device::init_log();
     match command::run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

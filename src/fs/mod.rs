@@ -1,3 +1,11 @@
 //! File systems on a device: ext4, and the host's table of mounts.
+//!
+//! * [`ext4`]: the template that all containers start from, mount, growth, trim, usage.
+//! * [`freeze`]: a file system held still for a moment, that is never left frozen.
+//! * [`superblock`]: what the driver must know of an ext4 without mounting it.
+//! * [`mountinfo`]: what is mounted where.
 
+pub mod ext4;
+pub mod freeze;
 pub mod mountinfo;
+pub mod superblock;

@@ -47,3 +47,18 @@ pub struct Opened {
     /// Further commands of the control socket.
     pub control: Arc<dyn ControlHandler>,
 }
+
+/// Sends what the processes of a device have to say to standard error, which is the device's log.
+/// To be called before [`supervise`], by a program that has no other logging installed.
+///
+/// The log may lie on the very disk that is full: a line that cannot be written is dropped. The
+/// default of the logging library is to complain on standard error, and, when that fails too, to
+/// panic, which would take the server down with the disk.
+pub fn init_log() {
+    let log = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .log_internal_errors(false);
+    // Fails where logging is installed already.
+    let _ = log.try_init();
+}
