@@ -1,5 +1,12 @@
 //! Two trees compared, and the layer that leads from one to the other.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
 mod image_support;
 
 use std::fs;
