@@ -1,5 +1,12 @@
 //! Layers applied to trees: attributes, whiteouts, and archives that mean harm.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
 mod image_support;
 
 use std::fs;

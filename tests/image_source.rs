@@ -1,5 +1,12 @@
 //! Sources of every shape, made by the tools that people have.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
 mod image_support;
 
 use std::fs;

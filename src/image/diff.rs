@@ -5,7 +5,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::sys::stat::FileStat;
+use nix::unistd::{Whence, lseek};
 
 use super::node::{PERMISSIONS, join, shown, to_path};
 use super::rooted::{file_type, is_directory, mtime};
@@ -209,12 +211,17 @@ fn same_file(
     }
 }
 
-/// Compares two files of one size.
+/// Compares two files of one size; where both have a hole nothing is read.
 fn same_content(one: &File, two: &File) -> std::io::Result<bool> {
     const CHUNK: usize = 128 * 1024;
     let (mut left, mut right) = (vec![0; CHUNK], vec![0; CHUNK]);
     let mut offset = 0;
     loop {
+        offset = match (next_data(one, offset)?, next_data(two, offset)?) {
+            (None, None) => return Ok(true),
+            (Some(only), None) | (None, Some(only)) => only,
+            (Some(one), Some(two)) => one.min(two),
+        };
         let count = read_full(one, &mut left, offset)?;
         if count != read_full(two, &mut right, offset)? || left.get(..count) != right.get(..count) {
             return Ok(false);
@@ -223,6 +230,18 @@ fn same_content(one: &File, two: &File) -> std::io::Result<bool> {
             return Ok(true);
         }
         offset += count as u64;
+    }
+}
+
+/// Where data begins at or after `offset`; `None` when only a hole follows.
+fn next_data(file: &File, offset: u64) -> std::io::Result<Option<u64>> {
+    let from = i64::try_from(offset).map_err(std::io::Error::other)?;
+    match lseek(file, from, Whence::SeekData) {
+        Ok(data) => Ok(Some(data.cast_unsigned())),
+        Err(Errno::ENXIO) => Ok(None),
+        // This file system cannot tell.
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(Some(offset)),
+        Err(errno) => Err(errno.into()),
     }
 }
 

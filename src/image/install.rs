@@ -321,12 +321,14 @@ impl Installer {
 
     fn finish_file(&mut self, node: &Node, file: &File) -> Result<()> {
         // Changing the owner clears set-id bits and capabilities, so it comes first.
-        fchown(
-            file,
-            Some(Uid::from_raw(node.uid)),
-            Some(Gid::from_raw(node.gid)),
-        )
-        .context(|| owner_context(node))?;
+        owned(
+            node,
+            fchown(
+                file,
+                Some(Uid::from_raw(node.uid)),
+                Some(Gid::from_raw(node.gid)),
+            ),
+        )?;
         file.set_permissions(Permissions::from_mode(node.mode))
             .context(|| "setting its mode")?;
         self.set_xattrs(&node.xattrs, |name, value| file.set_xattr(name, value))?;
@@ -336,12 +338,14 @@ impl Installer {
     fn finish_directory(&mut self, node: &Node, directory: OwnedFd) -> Result<()> {
         let file = File::from(directory);
         let stat = nix::sys::stat::fstat(&file).context(|| "reading its attributes")?;
-        fchown(
-            &file,
-            Some(Uid::from_raw(node.uid)),
-            Some(Gid::from_raw(node.gid)),
-        )
-        .context(|| owner_context(node))?;
+        owned(
+            node,
+            fchown(
+                &file,
+                Some(Uid::from_raw(node.uid)),
+                Some(Gid::from_raw(node.gid)),
+            ),
+        )?;
         // The node says all: what an earlier layer had set on this directory is gone.
         for name in file.list_xattr().context(|| "listing its xattrs")? {
             let bytes = name.as_bytes();
@@ -359,14 +363,16 @@ impl Installer {
     }
 
     fn finish_other(&mut self, node: &Node, parent: &Rc<Directory>, name: &[u8]) -> Result<()> {
-        fchownat(
-            &**parent,
-            name,
-            Some(Uid::from_raw(node.uid)),
-            Some(Gid::from_raw(node.gid)),
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        )
-        .context(|| owner_context(node))?;
+        owned(
+            node,
+            fchownat(
+                &**parent,
+                name,
+                Some(Uid::from_raw(node.uid)),
+                Some(Gid::from_raw(node.gid)),
+                AtFlags::AT_SYMLINK_NOFOLLOW,
+            ),
+        )?;
         if !matches!(node.kind, Kind::Symlink(_)) {
             let mode = Mode::from_bits_truncate(node.mode);
             fchmodat(&**parent, name, mode, FchmodatFlags::NoFollowSymlink)
@@ -483,8 +489,16 @@ fn access(node: &Node) -> Time {
     node.atime.unwrap_or(node.mtime)
 }
 
-fn owner_context(node: &Node) -> String {
-    format!("giving it to {}:{} (this needs root)", node.uid, node.gid)
+fn owned<T>(node: &Node, result: nix::Result<T>) -> Result<T> {
+    result.map_err(|errno| {
+        let hint = if errno == Errno::EPERM {
+            " (this needs root)"
+        } else {
+            ""
+        };
+        let doing = format!("giving it to {}:{}{hint}", node.uid, node.gid);
+        Error::io(doing, errno.into())
+    })
 }
 
 fn unmade(what: &str) -> Error {

@@ -7,10 +7,11 @@
 use std::io::{self, Read};
 
 use tar_core::parse::{Limits, ParseError, ParseEvent, ParsedEntry, Parser};
-use tar_core::{EntryType, PaxExtensions, SparseEntry};
+use tar_core::{EntryType, SparseEntry};
 
-use super::node::{Extent, Kind, MAX_PATH, Node, PERMISSIONS, Time, Xattrs, normalise, shown};
+use super::node::{Extent, Kind, MAX_PATH, Node, PERMISSIONS, Time, normalise, shown};
 use super::read_failure;
+use super::records::{Records, corrupt, refuse};
 use crate::{Error, ErrorKind, Result};
 
 /// How much is read ahead at a time, in bytes.
@@ -24,12 +25,6 @@ const MAX_METADATA: u32 = 2 * 1024 * 1024;
 
 /// The most data runs in the map of a sparse file.
 const MAX_EXTENTS: usize = 256 * 1024;
-
-/// The longest xattr value that Linux takes (`XATTR_SIZE_MAX`), in bytes.
-const MAX_XATTR_VALUE: usize = 64 * 1024;
-
-/// The longest xattr name that Linux takes (`XATTR_NAME_MAX`), in bytes.
-const MAX_XATTR_NAME: usize = 255;
 
 /// The data of a member: where it lies and how much is unread.
 #[derive(Debug, Clone, Copy, Default)]
@@ -177,10 +172,8 @@ impl<R: Read> Members<R> {
             self.position = self.position.saturating_add(count as u64);
             count
         } else {
-            let count = buffered.len().min(into.len());
-            for (to, from) in into.iter_mut().zip(buffered) {
-                *to = *from;
-            }
+            let mut buffered = buffered;
+            let count = read_retrying(&mut buffered, into)?;
             self.consume(count);
             count
         };
@@ -292,20 +285,6 @@ fn parse_failure(error: ParseError, position: u64) -> Error {
         _ => ErrorKind::Corrupt,
     };
     Error::with_source(kind, format!("bad tar header near byte {position}"), error)
-}
-
-fn refuse(path: &[u8], why: impl std::fmt::Display) -> Error {
-    Error::new(
-        ErrorKind::InvalidInput,
-        format!("archive member {}: {why}", shown(path)),
-    )
-}
-
-fn corrupt(path: &[u8], why: impl std::fmt::Display) -> Error {
-    Error::new(
-        ErrorKind::Corrupt,
-        format!("archive member {}: {why}", shown(path)),
-    )
 }
 
 fn content(stored: u64, path: &[u8]) -> Result<Content> {
@@ -471,165 +450,9 @@ impl Members<super::blobs::Slice> {
     }
 }
 
-/// What the PAX records of a member say beyond its header.
-#[derive(Default)]
-struct Records {
-    mtime: Option<Time>,
-    atime: Option<Time>,
-    size: bool,
-    xattrs: Xattrs,
-}
-
-impl Records {
-    fn read(entry: &ParsedEntry<'_>) -> Result<Records> {
-        let name: &[u8] = &entry.path;
-        let mut records = Records::default();
-        let mut libarchive = Xattrs::new();
-        for record in PaxExtensions::new(entry.pax.unwrap_or_default()) {
-            let record = record.map_err(|error| corrupt(name, error))?;
-            let value = record.value_bytes();
-            let text = || {
-                std::str::from_utf8(value).map_err(|_| corrupt(name, "a PAX number is not text"))
-            };
-            let time = || -> Result<Time> {
-                let text = text()?;
-                Time::parse_pax(text)
-                    .ok_or_else(|| corrupt(name, format!("{text:?} is not a PAX time")))
-            };
-            match record.key_bytes() {
-                b"mtime" => records.mtime = Some(time()?),
-                b"atime" => records.atime = Some(time()?),
-                key @ (b"size" | b"uid" | b"gid") => {
-                    // The parser has used it, but passes over one that it cannot read.
-                    let text = text()?;
-                    if text.parse::<u64>().is_err() {
-                        let key = String::from_utf8_lossy(key);
-                        return Err(corrupt(name, format!("{text:?} is not a PAX {key}")));
-                    }
-                    records.size |= key == b"size";
-                }
-                key => {
-                    if let Some(attribute) = key.strip_prefix(b"SCHILY.xattr.") {
-                        let attribute = unescape_gnu(attribute);
-                        check_xattr(name, &attribute, value.len())?;
-                        records.xattrs.insert(attribute, value.to_vec());
-                    } else if let Some(attribute) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
-                        let attribute = unescape_url(attribute);
-                        let value = decode_base64(value).ok_or_else(|| {
-                            corrupt(name, "an xattr of libarchive's form is not base64")
-                        })?;
-                        check_xattr(name, &attribute, value.len())?;
-                        libarchive.insert(attribute, value);
-                    }
-                }
-            }
-        }
-        for (attribute, value) in libarchive {
-            records.xattrs.entry(attribute).or_insert(value);
-        }
-        Ok(records)
-    }
-}
-
-fn check_xattr(member: &[u8], attribute: &[u8], length: usize) -> Result<()> {
-    if attribute.is_empty() || attribute.len() > MAX_XATTR_NAME || attribute.contains(&0) {
-        return Err(refuse(
-            member,
-            "an extended attribute has an impossible name",
-        ));
-    }
-    if length > MAX_XATTR_VALUE {
-        return Err(refuse(
-            member,
-            format!(
-                "its extended attribute {} has {length} bytes; Linux takes {MAX_XATTR_VALUE}",
-                shown(attribute)
-            ),
-        ));
-    }
-    Ok(())
-}
-
-/// GNU tar writes `=` as `%3D` and `%` as `%25` in the name of an xattr.
-fn unescape_gnu(name: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(name.len());
-    let mut rest = name;
-    while let Some((first, tail)) = rest.split_first() {
-        if let Some(tail) = rest.strip_prefix(b"%3D") {
-            out.push(b'=');
-            rest = tail;
-        } else if let Some(tail) = rest.strip_prefix(b"%25") {
-            out.push(b'%');
-            rest = tail;
-        } else {
-            out.push(*first);
-            rest = tail;
-        }
-    }
-    out
-}
-
-fn unescape_url(name: &[u8]) -> Vec<u8> {
-    let hex = |byte: u8| char::from(byte).to_digit(16);
-    let mut out = Vec::with_capacity(name.len());
-    let mut rest = name;
-    loop {
-        match rest {
-            [b'%', high, low, tail @ ..] if hex(*high).is_some() && hex(*low).is_some() => {
-                let value = hex(*high).unwrap_or(0) * 16 + hex(*low).unwrap_or(0);
-                out.push(value as u8);
-                rest = tail;
-            }
-            [first, tail @ ..] => {
-                out.push(*first);
-                rest = tail;
-            }
-            [] => return out,
-        }
-    }
-}
-
-fn decode_base64(text: &[u8]) -> Option<Vec<u8>> {
-    let mut out = Vec::with_capacity(text.len() / 4 * 3 + 3);
-    let (mut bits, mut count) = (0u32, 0u32);
-    for byte in text.iter().filter(|byte| **byte != b'=') {
-        let value = match byte {
-            b'A'..=b'Z' => byte - b'A',
-            b'a'..=b'z' => byte - b'a' + 26,
-            b'0'..=b'9' => byte - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            b'\n' => continue,
-            _ => return None,
-        };
-        bits = (bits << 6) | u32::from(value);
-        count += 6;
-        if count >= 8 {
-            count -= 8;
-            out.push((bits >> count) as u8);
-            bits &= (1 << count) - 1;
-        }
-    }
-    Some(out)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn base64_with_and_without_padding_decodes() {
-        assert_eq!(decode_base64(b"AQAAAg==").unwrap(), [1, 0, 0, 2]);
-        assert_eq!(decode_base64(b"AQAAAg").unwrap(), [1, 0, 0, 2]);
-        assert_eq!(decode_base64(b""), Some(vec![]));
-        assert_eq!(decode_base64(b"A*"), None);
-    }
-
-    #[test]
-    fn xattr_names_are_unescaped_in_both_dialects() {
-        assert_eq!(unescape_gnu(b"user.a%3Db%25c%41"), b"user.a=b%c%41");
-        assert_eq!(unescape_url(b"user.%41%zz%4"), b"user.A%zz%4");
-    }
 
     #[test]
     fn an_empty_stream_and_a_bare_end_marker_hold_no_member() {

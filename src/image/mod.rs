@@ -20,6 +20,7 @@ mod layer;
 mod members;
 mod node;
 mod oci;
+mod records;
 mod rooted;
 mod source;
 mod walk;

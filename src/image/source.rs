@@ -328,6 +328,9 @@ fn open_file(path: &Path, file: File, options: &SourceOptions) -> Result<Source>
         return from_stream(whole, Some((file, size)), options);
     }
     if is_tar(&head) || (size <= EMPTY_TAR && is_empty_tar(&head)) {
+        if looks(&head) == Looks::Root {
+            return Ok(plain_tar(Arc::new(file), size));
+        }
         let archive = Archive::index(file)?;
         return from_archive(archive, size, options);
     }
@@ -344,11 +347,15 @@ fn from_archive(archive: Archive, size: u64, options: &SourceOptions) -> Result<
         return docker::load(Blobs::Archive(archive), options)
             .map(|image| Source::Image(Box::new(image)));
     }
-    Ok(Source::Tar(TarSource {
-        input: Input::File(archive.into_file()),
+    Ok(plain_tar(archive.into_file(), size))
+}
+
+fn plain_tar(file: Arc<File>, size: u64) -> Source {
+    Source::Tar(TarSource {
+        input: Input::File(file),
         compression: Compression::None,
         size: Some(size),
-    }))
+    })
 }
 
 /// A tar that comes byte after byte. One that looks like an image is kept in a file first.
@@ -388,9 +395,9 @@ fn from_stream(
             },
         ));
     }
-    let looks_like_image = looks_like_image(&head);
+    let looks = looks(&head);
     let mut whole = Cursor::new(head).chain(decoder);
-    if !looks_like_image {
+    if looks != Looks::Image {
         let (input, size) = match file {
             // From the start again, so that progress counts the bytes of the file.
             Some((file, size)) => (Input::File(file), Some(size)),
@@ -430,29 +437,40 @@ fn is_empty_tar(head: &[u8]) -> bool {
         && head.iter().all(|byte| *byte == 0)
 }
 
-/// Whether the first members have names that image archives have and root file systems lack.
-fn looks_like_image(head: &[u8]) -> bool {
+/// What the names of the first members say about a tar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Looks {
+    /// Some are those of an image archive, and none speaks against it.
+    Image,
+    /// They are those of a root file system.
+    Root,
+    Unknown,
+}
+
+fn looks(head: &[u8]) -> Looks {
     let mut members = Members::new(head);
-    let mut seen = false;
+    let mut looks = Looks::Unknown;
     // The head ends in the middle of a member, which is no concern here.
     while let Ok(Some(member)) = members.next() {
         let path = member.node.path;
-        let first = path.split(|byte| *byte == b'/').next().unwrap_or_default();
-        let hex = first
-            .strip_suffix(b".json")
-            .or_else(|| first.strip_suffix(b".tar"))
-            .unwrap_or(first);
+        let mut components = path.split(|byte| *byte == b'/');
+        let first = components.next().unwrap_or_default();
+        let nested = components.next().is_some();
+        // Docker, skopeo and go-containerregistry name their files after digests.
+        let hex = first.strip_prefix(b"sha256:").unwrap_or(first);
+        let hex = hex.split(|byte| *byte == b'.').next().unwrap_or_default();
         let hash = hex.len() == 64 && hex.iter().all(u8::is_ascii_hexdigit);
-        match first {
-            b"" => {}
-            b"oci-layout" | b"index.json" | b"manifest.json" | b"blobs" | b"repositories" => {
-                seen = true;
-            }
-            _ if hash => seen = true,
-            _ => return false,
+        let known = matches!(first, b"oci-layout" | b"blobs" | b"repositories")
+            || [&b".json"[..], b".tar", b".tar.gz"]
+                .iter()
+                .any(|end| first.ends_with(end));
+        if hash || known {
+            looks = Looks::Image;
+        } else if nested {
+            return Looks::Root;
         }
     }
-    seen
+    looks
 }
 
 fn raw(path: &Path, size: u64, head: &[u8]) -> Result<Source> {
