@@ -15,10 +15,13 @@
 //! * [`export`]: the chain device as an NBD export or as a local block device.
 //! * [`fs`]: ext4 on top of a device: make, mount, freeze, compare.
 //! * [`image`]: container images in their many shapes.
+//! * [`engine`]: import, mount, run, commit, compare, serve: what commands are made of.
 //! * [`cli`]: the `vellum` command, one file a command.
 
 pub mod block;
 pub mod chain;
+pub mod cli;
+pub mod engine;
 pub mod error;
 pub mod export;
 pub mod fs;

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Counters that only ever grow, relaxed; they start at zero when the chain is opened.
 #[derive(Debug, Default)]
@@ -17,7 +17,7 @@ pub struct ChainStats {
 }
 
 /// The counters at one moment.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChainStatsSnapshot {
     /// Read requests.
     pub reads: u64,

@@ -21,6 +21,7 @@ mod writable;
 pub use header::{FORMAT_VERSION, HEADER_FILE, Header};
 pub use index::{ABSENT, Index, Runs, ValueRun};
 pub use range_lock::{RangeGuard, RangeLock};
+pub use recovery::data_blocks_on_disk;
 pub use sealed::{ScrubReport, SealedLayer, seal_in_place};
 pub use stats::{LayerStats, LayerStatsSnapshot};
 pub use table::{DIGEST_LEN, MapExtent};

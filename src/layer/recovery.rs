@@ -223,6 +223,16 @@ pub(super) fn remove_journal(storage: &dyn Storage, dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Data blocks in the map of a writable layer as it stands on disk. Reads only, so it may be called
+/// while the layer is in use, and then answers for some moment of the recent past.
+///
+/// # Errors
+/// As [`super::WritableLayer::open`].
+pub fn data_blocks_on_disk(storage: &dyn Storage, dir: &Path) -> Result<u64> {
+    let header = Header::read(storage, dir)?;
+    Ok(data_blocks(&load(storage, dir, &header)?.index))
+}
+
 /// Data blocks of a layer's index.
 pub(super) fn data_blocks(index: &Index) -> u64 {
     index

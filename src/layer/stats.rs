@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Counters that only ever grow; reset when the layer is opened.
 #[derive(Debug, Default)]
@@ -32,7 +32,7 @@ impl Counter {
 }
 
 /// The counters at one moment.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerStatsSnapshot {
     /// Flush calls.
     pub flushes: u64,

@@ -269,6 +269,11 @@ impl WritableLayer {
         &self.core.dir
     }
 
+    /// Where the layer's files are kept, to outlive the layer.
+    pub fn storage_handle(&self) -> Arc<dyn Storage> {
+        self.core.storage.clone()
+    }
+
     /// Where the layer's files are kept.
     pub fn storage(&self) -> &dyn Storage {
         &*self.core.storage

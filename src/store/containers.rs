@@ -170,6 +170,18 @@ impl Store {
         })
     }
 
+    /// The top layer of the image that a container was made from, while that image is there.
+    ///
+    /// # Errors
+    /// Where the images cannot be listed.
+    pub fn image_of(&self, container: &ContainerRecord) -> Result<Option<Uuid>> {
+        let images = self.images()?;
+        let image = images
+            .into_iter()
+            .find(|image| image.id == container.image_id);
+        Ok(image.and_then(|image| image.layers.last().copied()))
+    }
+
     /// How to open a container's chain for writing. Hold the lease of [`Resolved::top`] before.
     pub fn chain_spec(&self, resolved: &Resolved, options: LayerOptions) -> ChainSpec {
         ChainSpec {

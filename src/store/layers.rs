@@ -79,6 +79,11 @@ impl Store {
         self.root.join("layers").join(layer.to_string())
     }
 
+    /// The directory of a layer that is being made.
+    pub fn staging_dir(&self, layer: Uuid) -> PathBuf {
+        self.root.join("staging").join(layer.to_string())
+    }
+
     /// The directories of layers, in the same order.
     pub fn layer_dirs(&self, layers: &[Uuid]) -> Vec<PathBuf> {
         layers.iter().map(|layer| self.layer_dir(*layer)).collect()
@@ -90,7 +95,7 @@ impl Store {
     /// As [`Header::new`] and [`WritableLayer::create`].
     pub fn stage_layer(&self, parent: Option<Uuid>, virtual_size: u64) -> Result<StagedLayer> {
         let header = Header::new(parent, virtual_size)?;
-        let dir = self.root.join("staging").join(header.uuid.to_string());
+        let dir = self.staging_dir(header.uuid);
         WritableLayer::create(&*self.storage, &dir, &header)?;
         let lease = match self.try_lease(&dir) {
             Ok(Some(lease)) => lease,

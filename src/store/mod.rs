@@ -204,6 +204,15 @@ impl Store {
             })
     }
 
+    /// The right to remove what no record names; `None` while somebody pins layers or has a
+    /// temporary mount.
+    ///
+    /// # Errors
+    /// As [`Store::lock`].
+    pub fn try_collection_lock(&self) -> Result<Option<StoreGuard>> {
+        self.take_lock("gc.lock", LockMode::Exclusive, false)
+    }
+
     fn take_lock(&self, name: &str, mode: LockMode, wait: bool) -> Result<Option<StoreGuard>> {
         let path = self.root.join(name);
         let held = self

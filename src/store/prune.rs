@@ -8,7 +8,6 @@ use uuid::Uuid;
 use super::Store;
 use super::records::{ContainerRecord, ImageRecord, TemplateRecord};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::storage::LockMode;
 
 /// What [`Store::prune`] removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -28,7 +27,7 @@ impl Store {
     /// name, they are left for the next time.
     pub(super) fn collect_layers(&self) -> Result<PruneReport> {
         let mut report = PruneReport::default();
-        let Some(_gc) = self.take_lock("gc.lock", LockMode::Exclusive, false)? else {
+        let Some(_gc) = self.try_collection_lock()? else {
             return Ok(report);
         };
         let _lock = self.lock()?;
@@ -124,7 +123,7 @@ impl Store {
     }
 
     fn drop_unused_templates(&self) -> Result<()> {
-        let Some(_gc) = self.take_lock("gc.lock", LockMode::Exclusive, false)? else {
+        let Some(_gc) = self.try_collection_lock()? else {
             return Ok(());
         };
         let _lock = self.lock()?;

@@ -12,9 +12,6 @@ use crate::image::ImageConfig;
 pub struct FsInfo {
     /// `ext4`.
     pub kind: String,
-    /// Its journal's blocks within the device: (first, length) runs of 4 KiB blocks.
-    #[serde(default)]
-    pub journal: Vec<(u64, u64)>,
 }
 
 /// What is known of a layer besides its own header: `info.json` in its directory.

@@ -1,0 +1,31 @@
+//! `vellum create IMAGE`
+
+use super::Context;
+use super::size::parse_size;
+use crate::error::Result;
+use crate::store::NewContainer;
+
+/// Arguments of `create`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The image
+    image: String,
+    /// The container's name [default: made from the image's]
+    #[arg(long)]
+    name: Option<String>,
+    /// Virtual size, not smaller than the image's; the file system grows at the first mount
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    size: Option<u64>,
+}
+
+pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
+    let container = context.store()?.create_container(&NewContainer {
+        image: &args.image,
+        name: args.name.as_deref(),
+        virtual_size: args.size,
+        volumes: Vec::new(),
+    })?;
+    context
+        .out
+        .print(&container, |container| format!("{}\n", container.name))
+}

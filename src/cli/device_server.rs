@@ -1,0 +1,45 @@
+//! The hidden subcommand behind mounts: one process a device.
+
+use std::path::Path;
+
+use uuid::Uuid;
+
+use crate::engine::device::Target;
+use crate::error::Result;
+use crate::export::device::{SupervisorArgs, supervise};
+use crate::store::Store;
+
+/// Arguments of `device-server`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    which: Which,
+    #[command(flatten)]
+    supervisor: SupervisorArgs,
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Which {
+    /// A container's chain, writable
+    #[arg(long, value_name = "NAME")]
+    container: Option<String>,
+    /// A layer that is being made, on its parents
+    #[arg(long, value_name = "UUID")]
+    staged: Option<Uuid>,
+    /// A sealed layer on its parents, read-only
+    #[arg(long, value_name = "UUID")]
+    sealed: Option<Uuid>,
+}
+
+pub(super) fn run(args: &Args, root: &Path) -> Result<()> {
+    let target = match (&args.which.container, args.which.staged, args.which.sealed) {
+        (Some(name), ..) => Target::Container(name.clone()),
+        (_, Some(layer), _) => Target::Staged(layer),
+        (_, _, layer) => Target::Sealed(layer.unwrap_or_default()),
+    };
+    supervise(&args.supervisor, &|| {
+        let store = Store::open_or_create(root)?;
+        Ok(target.open(&store)?.into_served())
+    })
+}

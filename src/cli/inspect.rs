@@ -1,0 +1,96 @@
+//! `vellum inspect NAME…`
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::Context;
+use super::output::Output;
+use crate::engine::status;
+use crate::error::{Error, ErrorKind, Result};
+use crate::layer::{Header, SealedLayer};
+use crate::store::Store;
+
+/// Arguments of `inspect`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Images, containers, or UUIDs of layers
+    #[arg(required = true)]
+    names: Vec<String>,
+}
+
+pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
+    let store = context.store()?;
+    let found: Vec<Value> = args
+        .names
+        .iter()
+        .map(|name| inspect(&store, name))
+        .collect::<Result<_>>()?;
+    // JSON with or without --json: there is too much for a table.
+    Output {
+        json: true,
+        ..context.out
+    }
+    .print(&found, |_| String::new())
+}
+
+fn inspect(store: &Store, name: &str) -> Result<Value> {
+    if let Ok(container) = store.container(name) {
+        let resolved = store.resolve(&container)?;
+        let layers = layers(store, resolved.sealed.iter().chain([&resolved.top]));
+        let status = status::status(store, container, true)?;
+        return Ok(json!({ "type": "container", "container": status, "layers": layers }));
+    }
+    if let Ok(image) = store.image(name) {
+        let layers = layers(store, image.layers.iter());
+        return Ok(json!({ "type": "image", "image": image, "layers": layers }));
+    }
+    match Uuid::parse_str(name) {
+        Ok(layer) => Ok(json!({ "type": "layer", "layer": describe(store, layer)? })),
+        Err(_) => Err(Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "there is no container, image or layer {name}: see `vellum ps` and `vellum images`"
+            ),
+        )),
+    }
+}
+
+/// From the bottom up; one that cannot be read says why.
+fn layers<'a>(store: &Store, layers: impl Iterator<Item = &'a Uuid>) -> Vec<Value> {
+    layers
+        .map(|layer| {
+            describe(store, *layer)
+                .unwrap_or_else(|error| json!({ "uuid": layer, "error": error.to_string() }))
+        })
+        .collect()
+}
+
+fn describe(store: &Store, layer: Uuid) -> Result<Value> {
+    let dir = store.layer_dir(layer);
+    let storage = &**store.storage();
+    let header = Header::read(storage, &dir)?;
+    let sealed = if header.sealed {
+        Some(SealedLayer::open(storage, &dir)?)
+    } else {
+        None
+    };
+    let digest = sealed.as_ref().and_then(SealedLayer::digest).map(|digest| {
+        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("sha256:{hex}")
+    });
+    let allocated = sealed
+        .as_ref()
+        .map(SealedLayer::allocated_bytes)
+        .transpose()?;
+    Ok(json!({
+        "uuid": header.uuid,
+        "parent": header.parent,
+        "virtual_size": header.virtual_size,
+        "sealed": header.sealed,
+        "directory": dir,
+        "info": store.layer_info(layer)?,
+        "digest": digest,
+        "data_blocks": sealed.as_ref().map(SealedLayer::data_blocks),
+        "allocated_bytes": allocated,
+    }))
+}

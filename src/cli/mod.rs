@@ -1,0 +1,193 @@
+//! The `vellum` command: parses, calls, prints. One file a command.
+//!
+//! Exit status: 0 success, 1 failure with one line `vellum: …` on standard error, 2 usage; `run`
+//! and `exec` end with the status of the command that they ran.
+
+mod commit;
+mod completions;
+mod create;
+mod device_server;
+mod diff;
+mod history;
+mod images;
+mod import;
+mod inspect;
+mod mount;
+mod nbd;
+mod output;
+mod prune;
+mod ps;
+mod remove;
+mod size;
+mod volume;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Result;
+use crate::export::device::command::{self as file_device, FileDeviceArgs};
+use crate::store::Store;
+use output::Output;
+
+/// Block-level copy-on-write storage for containers.
+///
+/// Images are stacks of thin, read-only block layers; each container gets a thin writable layer.
+#[derive(Debug, Parser)]
+#[command(name = "vellum", version, about, max_term_width = 100)]
+pub struct Cli {
+    /// Where images, containers and volumes are kept
+    #[arg(long, global = true, value_name = "DIR", env = "VELLUM_ROOT")]
+    #[arg(default_value = "/var/lib/vellum")]
+    root: PathBuf,
+    /// Print JSON
+    #[arg(long, global = true)]
+    json: bool,
+    /// Print nothing but what was asked for
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Say more on standard error; twice for still more
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make an image from a tar, directory, OCI image, Docker archive or disk image
+    Import(import::Args),
+    /// List images
+    Images(images::Args),
+    /// Show the steps that made an image
+    History(history::Args),
+    /// Show all that is known of an image, container or layer, as JSON
+    Inspect(inspect::Args),
+    /// Make a container from an image
+    Create(create::Args),
+    /// List containers
+    Ps(ps::Args),
+    /// Remove containers with their writable layers
+    Rm(remove::RmArgs),
+    /// Remove images
+    Rmi(remove::RmiArgs),
+    /// Mount a container's file system
+    Mount(mount::MountArgs),
+    /// Unmount a container
+    Umount(mount::UmountArgs),
+    /// Make an image from what a container changed; the container goes on
+    Commit(commit::Args),
+    /// List the paths that a container changed
+    Diff(diff::Args),
+    /// Serve containers and images over NBD until stopped
+    Nbd(nbd::Args),
+    /// Remove what crashes left and nothing uses
+    Prune(prune::Args),
+    /// List and remove named volumes
+    Volume(volume::Args),
+    /// Print a completion script for a shell
+    Completions(completions::CompletionsArgs),
+    /// Print the manual page
+    #[command(hide = true)]
+    Man,
+    /// Serve a chain as a local block device
+    #[command(hide = true)]
+    DeviceServer(device_server::Args),
+    /// Serve a plain file as a local block device
+    #[command(hide = true)]
+    DeviceSupervisor(FileDeviceArgs),
+}
+
+/// What commands get besides their own arguments.
+struct Context {
+    root: PathBuf,
+    out: Output,
+}
+
+impl Context {
+    /// The store, made where there is none.
+    fn store(&self) -> Result<Store> {
+        Store::open_or_create(&self.root)
+    }
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.verbose, cli.quiet);
+    raise_file_limit();
+    let out = Output {
+        json: cli.json,
+        quiet: cli.quiet,
+    };
+    let context = Context {
+        root: cli.root,
+        out,
+    };
+    match dispatch(cli.command, &context) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("vellum: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
+    match command {
+        Command::Import(args) => import::run(&args, context)?,
+        Command::Images(args) => images::run(&args, context)?,
+        Command::History(args) => history::run(&args, context)?,
+        Command::Inspect(args) => inspect::run(&args, context)?,
+        Command::Create(args) => create::run(&args, context)?,
+        Command::Ps(args) => ps::run(&args, context)?,
+        Command::Rm(args) => remove::rm(&args, context)?,
+        Command::Rmi(args) => remove::rmi(&args, context)?,
+        Command::Mount(args) => mount::mount(&args, context)?,
+        Command::Umount(args) => mount::umount(&args, context)?,
+        Command::Commit(args) => commit::run(&args, context)?,
+        Command::Diff(args) => diff::run(&args, context)?,
+        Command::Nbd(args) => nbd::run(&args, context)?,
+        Command::Prune(args) => prune::run(&args, context)?,
+        Command::Volume(args) => volume::run(&args, context)?,
+        Command::Completions(args) => completions::completions(&args)?,
+        Command::Man => completions::man()?,
+        Command::DeviceServer(args) => device_server::run(&args, &context.root)?,
+        Command::DeviceSupervisor(args) => file_device::run(&args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn start_log(verbose: u8, quiet: bool) {
+    let level = match (verbose, quiet) {
+        (_, true) => "error",
+        (0, _) => "warn",
+        (1, _) => "info",
+        _ => "debug",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("VELLUM_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
+        .init();
+}
+
+/// A chain has an open file for each layer: takes as many as the host lets us have.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // The old limit stays otherwise, and a deep chain says which file it could not open.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// A path for people: without control characters.
+fn shown(path: &Path) -> String {
+    path.display().to_string().replace(char::is_control, "?")
+}

@@ -1,0 +1,41 @@
+//! `vellum mount C [DIR]` and `vellum umount C…`
+
+use std::path::PathBuf;
+
+use super::{Context, shown};
+use crate::engine::mount::{mount as mount_container, umount as umount_container};
+use crate::error::Result;
+
+/// Arguments of `mount`.
+#[derive(Debug, clap::Args)]
+pub(super) struct MountArgs {
+    /// The container
+    container: String,
+    /// Where; the directory must exist [default: a directory under the store]
+    dir: Option<PathBuf>,
+}
+
+/// Arguments of `umount`.
+#[derive(Debug, clap::Args)]
+pub(super) struct UmountArgs {
+    /// The containers
+    #[arg(required = true)]
+    containers: Vec<String>,
+    /// Also while programs use it: they get I/O errors
+    #[arg(short, long)]
+    force: bool,
+}
+
+pub(super) fn mount(args: &MountArgs, context: &Context) -> Result<()> {
+    let mounted = mount_container(&context.store()?, &args.container, args.dir.as_deref())?;
+    context
+        .out
+        .print(&mounted, |mounted| format!("{}\n", shown(&mounted.dir)))
+}
+
+pub(super) fn umount(args: &UmountArgs, context: &Context) -> Result<()> {
+    let store = context.store()?;
+    super::remove::each(&args.containers, context, |name| {
+        umount_container(&store, name, args.force)
+    })
+}

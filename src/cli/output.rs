@@ -1,0 +1,115 @@
+//! Printing: tables and lines for people, JSON for programs.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+
+/// How to print.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Output {
+    pub(super) json: bool,
+    pub(super) quiet: bool,
+}
+
+impl Output {
+    /// Prints `value` as JSON, or what `text` makes of it.
+    pub(super) fn print<T: Serialize>(
+        self,
+        value: &T,
+        text: impl FnOnce(&T) -> String,
+    ) -> Result<()> {
+        let text = if self.json {
+            let mut text = serde_json::to_string_pretty(value).map_err(|error| {
+                Error::with_source(ErrorKind::Io, "the answer cannot be encoded", error)
+            })?;
+            text.push('\n');
+            text
+        } else {
+            text(value)
+        };
+        match io::stdout().write_all(text.as_bytes()) {
+            // The reader has seen enough: `vellum images | head -1`.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            other => other.context(|| "cannot write to standard output"),
+        }
+    }
+
+    /// True when a progress bar helps somebody.
+    pub(super) fn shows_progress(self) -> bool {
+        !self.quiet && io::IsTerminal::is_terminal(&io::stderr())
+    }
+
+    /// A remark for people who watch.
+    pub(super) fn note(self, text: &str) {
+        if !self.quiet && !self.json {
+            eprintln!("{text}");
+        }
+    }
+}
+
+/// A table with columns as wide as their content; the last is not padded.
+pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let header: Vec<String> = header.iter().map(|cell| (*cell).to_owned()).collect();
+    let mut out = String::new();
+    for row in std::iter::once(&header).chain(rows) {
+        let mut line = String::new();
+        for (cell, &width) in row.iter().zip(&widths) {
+            line.push_str(&format!("{cell:width$}  "));
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+/// Bytes as docker prints them: decimal units, three digits.
+pub(super) fn human_size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "kB", "MB", "GB", "TB", "PB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let name = UNITS.get(unit).copied().unwrap_or_default();
+    if unit == 0 || value >= 99.95 {
+        format!("{value:.0}{name}")
+    } else if value >= 9.995 {
+        format!("{value:.1}{name}")
+    } else {
+        format!("{value:.2}{name}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_as_docker_prints_them() {
+        let shown: Vec<String> = [0, 4096, 999, 1000, 12_345_678, 10 << 30]
+            .map(human_size)
+            .into();
+        assert_eq!(
+            shown,
+            ["0B", "4.10kB", "999B", "1.00kB", "12.3MB", "10.7GB"]
+        );
+    }
+
+    #[test]
+    fn a_table_lines_up_and_ends_lines_without_spaces() {
+        let rows = [
+            vec!["a".to_owned(), "b".to_owned()],
+            vec!["long".to_owned(), String::new()],
+        ];
+        assert_eq!(table(&["X", "Y"], &rows), "X     Y\na     b\nlong\n");
+    }
+}

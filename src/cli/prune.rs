@@ -1,0 +1,32 @@
+//! `vellum prune`
+
+use super::Context;
+use super::output::human_size;
+use crate::engine::mount::clean_orphaned_run_dirs;
+use crate::error::Result;
+
+/// Arguments of `prune`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {}
+
+pub(super) fn run(_: &Args, context: &Context) -> Result<()> {
+    let store = context.store()?;
+    let run_dirs = clean_orphaned_run_dirs(&store)?;
+    let mut report = store.prune()?;
+    report.run_dirs = run_dirs;
+    context.out.print(&report, |report| {
+        let mut out = String::new();
+        for layer in &report.layers {
+            out.push_str(&format!("layer {layer}\n"));
+        }
+        for name in report.leftovers.iter().chain(&report.run_dirs) {
+            out.push_str(&format!("{name}\n"));
+        }
+        let bytes = human_size(report.bytes);
+        out.push_str(&format!(
+            "{} layers removed, {bytes} freed\n",
+            report.layers.len()
+        ));
+        out
+    })
+}

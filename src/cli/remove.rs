@@ -1,0 +1,63 @@
+//! `vellum rm C…` and `vellum rmi IMAGE…`
+
+use super::Context;
+use crate::engine::mount;
+use crate::error::{Error, Result};
+
+/// Arguments of `rm`.
+#[derive(Debug, clap::Args)]
+pub(super) struct RmArgs {
+    /// The containers
+    #[arg(required = true)]
+    containers: Vec<String>,
+    /// Also when they are mounted
+    #[arg(short, long)]
+    force: bool,
+}
+
+/// Arguments of `rmi`.
+#[derive(Debug, clap::Args)]
+pub(super) struct RmiArgs {
+    /// The images
+    #[arg(required = true)]
+    images: Vec<String>,
+}
+
+pub(super) fn rm(args: &RmArgs, context: &Context) -> Result<()> {
+    let store = context.store()?;
+    each(&args.containers, context, |name| {
+        mount::remove(&store, name, args.force)
+    })
+}
+
+pub(super) fn rmi(args: &RmiArgs, context: &Context) -> Result<()> {
+    let store = context.store()?;
+    each(&args.images, context, |name| store.remove_image(name))
+}
+
+/// Removes all that can be removed; fails with the first failure, after saying the others.
+pub(super) fn each(
+    names: &[String],
+    context: &Context,
+    remove: impl Fn(&str) -> Result<()>,
+) -> Result<()> {
+    let mut removed = Vec::new();
+    let mut failures: Vec<Error> = Vec::new();
+    for name in names {
+        match remove(name) {
+            Ok(()) => removed.push(name),
+            Err(error) => failures.push(error),
+        }
+    }
+    context.out.print(&removed, |removed| {
+        removed.iter().map(|name| format!("{name}\n")).collect()
+    })?;
+    let mut failures = failures.into_iter();
+    let Some(first) = failures.next() else {
+        return Ok(());
+    };
+    for error in failures {
+        eprintln!("vellum: {error}");
+    }
+    Err(first)
+}

@@ -1,0 +1,42 @@
+//! Sizes as people type them.
+
+/// Reads `10G`, `512M`, `1.5T`, `4096`: K, M, G, T are powers of 1024, with or without `iB` or `B`.
+/// The result is a multiple of 4096.
+pub(super) fn parse_size(text: &str) -> Result<u64, String> {
+    let lower = text.trim().to_ascii_lowercase();
+    let digits = lower.trim_end_matches("ib").trim_end_matches('b');
+    let (number, shift) = match digits.char_indices().last() {
+        Some((at, 'k')) => (digits.get(..at), 10),
+        Some((at, 'm')) => (digits.get(..at), 20),
+        Some((at, 'g')) => (digits.get(..at), 30),
+        Some((at, 't')) => (digits.get(..at), 40),
+        _ => (Some(digits), 0),
+    };
+    let bad = || format!("{text:?} is no size: write a number and K, M, G or T, like 10G");
+    let value: f64 = number.unwrap_or_default().parse().map_err(|_| bad())?;
+    let bytes = value * (1u64 << shift) as f64;
+    if !(1.0..=(64u64 << 40) as f64).contains(&bytes) {
+        return Err(format!("{text:?} is out of range: from 4096 bytes to 64T"));
+    }
+    Ok((bytes as u64).next_multiple_of(4096))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_size;
+
+    #[test]
+    fn sizes_with_and_without_units_become_whole_blocks() {
+        assert_eq!(parse_size("10G"), Ok(10 << 30));
+        assert_eq!(parse_size("1.5GiB"), Ok(3 << 29));
+        assert_eq!(parse_size("4097"), Ok(8192));
+        assert_eq!(parse_size("64T"), Ok(64 << 40));
+    }
+
+    #[test]
+    fn what_is_no_size_is_refused() {
+        for bad in ["", "G", "-1G", "65T", "1X", "0", "nan", "inf"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

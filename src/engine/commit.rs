@@ -1,0 +1,159 @@
+//! A container's writable layer becomes a layer of a new image; the container goes on.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::device::{SEAL_TOP, SealTop, Target};
+use super::import::forget_ext4_journal;
+use super::lock_container;
+use super::mount::{TemporaryMount, mounted};
+use crate::block::BLOCK_SIZE;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::device::{self, control};
+use crate::fs::freeze;
+use crate::image::HistoryEntry;
+use crate::layer::{SealedLayer, seal_in_place};
+use crate::store::{ContainerRecord, ImageRecord, Store, now};
+
+/// A frozen file system thaws by itself after this long, whatever happens to us.
+const FREEZE_LIMIT: Duration = Duration::from_secs(10);
+/// How long the server may take to flush, and to seal.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(120);
+const SEAL_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// What a commit made, and for how long the container's writers waited.
+#[derive(Debug, Clone, Serialize)]
+pub struct CommitReport {
+    /// The new image.
+    pub image: ImageRecord,
+    /// The layer that was the container's.
+    pub layer: Uuid,
+    /// Bytes of its data blocks.
+    pub bytes: u64,
+    /// Seconds from freeze to thaw; `None` for a container that was not mounted.
+    pub frozen_seconds: Option<f64>,
+}
+
+/// Seals the writable layer of the container `name` as the top layer of a new image. A mounted
+/// container is frozen for a moment, so that the image's file system is whole, and goes on.
+///
+/// # Errors
+/// [`ErrorKind::AlreadyExists`] for the image's name; [`ErrorKind::InUse`] while an NBD server has
+/// the container. The container is as before, or goes on with one layer more below it.
+pub fn commit(
+    store: &Store,
+    name: &str,
+    image: &str,
+    comment: Option<&str>,
+) -> Result<CommitReport> {
+    store.check_new_image(image)?;
+    let container = store.container(name)?;
+    let _busy = lock_container(store, &container)?;
+    let pin = store.pin_layers()?;
+    let mount = mounted(store, &container)?;
+    let attached = device::status(&store.run_dir(&container))?.is_some_and(|s| s.alive);
+    if mount.is_none() && attached {
+        return Err(Error::new(
+            ErrorKind::InUse,
+            format!(
+                "the container {name} is attached but not mounted: `vellum umount {name}` first"
+            ),
+        ));
+    }
+    match &mount {
+        // Most of the writing happens before anybody has to wait.
+        Some(mount) => {
+            sync_file_system(&mount.dir)?;
+            control::call(
+                &store.run_dir(&container),
+                "flush",
+                Value::Null,
+                FLUSH_TIMEOUT,
+            )?;
+        }
+        // After a crash its journal may want replaying, which an image's readers cannot do.
+        None if container.fs.is_some() => {
+            TemporaryMount::new(store, &Target::Container(name.to_owned()))?.end()?;
+        }
+        None => {}
+    }
+    let (record, prepared) = store.prepare_commit(name, &pin)?;
+    let next = record
+        .next
+        .ok_or_else(|| Error::new(ErrorKind::Corrupt, "a commit without a next layer"))?;
+    let frozen_seconds = match &mount {
+        Some(mount) => Some(seal_mounted(store, &record, &mount.dir, next)?),
+        None => {
+            let open = Target::Container(name.to_owned()).open(store)?;
+            forget_ext4_journal(&open)?;
+            open.seal_top(next)?;
+            None
+        }
+    };
+    let settled = store.settle(name)?;
+    let layer = prepared.top;
+    let storage = &**store.storage();
+    let dir = store.layer_dir(layer);
+    seal_in_place(storage, &dir, |_| {})?;
+    let bytes = SealedLayer::open(storage, &dir)?.data_blocks() * BLOCK_SIZE;
+    let mut info = store.layer_info(layer)?;
+    info.origin = format!("vellum commit {name}");
+    info.bytes = bytes;
+    store.set_layer_info(layer, &info)?;
+    let image = image_record(&settled, image, comment);
+    store.put_image(&image, &pin)?;
+    Ok(CommitReport {
+        image,
+        layer,
+        bytes,
+        frozen_seconds,
+    })
+}
+
+fn image_record(container: &ContainerRecord, image: &str, comment: Option<&str>) -> ImageRecord {
+    let mut config = container.config.clone();
+    config.history.push(HistoryEntry {
+        created: Some(now()),
+        created_by: Some(format!("vellum commit {}", container.name)),
+        comment: comment.map(str::to_owned),
+        ..HistoryEntry::default()
+    });
+    ImageRecord {
+        name: image.to_owned(),
+        id: Uuid::new_v4(),
+        layers: container.layers.clone(),
+        virtual_size: container.virtual_size,
+        fs: container.fs.clone(),
+        config,
+        created: now(),
+    }
+}
+
+/// Freezes, seals, thaws. Returns the seconds in between.
+fn seal_mounted(store: &Store, container: &ContainerRecord, dir: &Path, next: Uuid) -> Result<f64> {
+    let args = serde_json::to_value(SealTop { next }).map_err(|error| {
+        Error::with_source(
+            ErrorKind::InvalidInput,
+            "the request cannot be encoded",
+            error,
+        )
+    })?;
+    let begin = Instant::now();
+    let frozen = freeze::freeze(dir, FREEZE_LIMIT)?;
+    let sealed = control::call(&store.run_dir(container), SEAL_TOP, args, SEAL_TIMEOUT);
+    let thawed = frozen.thaw();
+    let seconds = begin.elapsed().as_secs_f64();
+    sealed?;
+    thawed?;
+    Ok(seconds)
+}
+
+/// syncfs(2) of the file system at `dir`.
+fn sync_file_system(dir: &Path) -> Result<()> {
+    let file = std::fs::File::open(dir).context(|| format!("cannot open {}", dir.display()))?;
+    nix::unistd::syncfs(&file).context(|| format!("cannot sync {}", dir.display()))
+}

@@ -1,0 +1,41 @@
+//! What a container changed, by paths.
+
+use super::device::Target;
+use super::lock_container;
+use super::mount::{TemporaryMount, mounted};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Change, diff_trees};
+use crate::store::Store;
+
+/// The paths by which a container differs from its image, sorted.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] where the image holds no ext4; [`ErrorKind::InUse`] while an NBD
+/// server has the container.
+pub fn diff(store: &Store, name: &str) -> Result<Vec<Change>> {
+    let container = store.container(name)?;
+    let _busy = lock_container(store, &container)?;
+    let _pin = store.pin_layers()?;
+    // The image's own top: commits may have put layers of the container above it.
+    let image_top = store
+        .image_of(&container)?
+        .filter(|_| container.fs.is_some());
+    let image_top = image_top.ok_or_else(|| {
+        Error::new(
+            ErrorKind::Unsupported,
+            format!("the image of {name} holds no ext4"),
+        )
+    })?;
+    let lower = TemporaryMount::new(store, &Target::Sealed(image_top))?;
+    let changes = match mounted(store, &container)? {
+        Some(mount) => diff_trees(lower.dir(), &mount.dir)?,
+        None => {
+            let upper = TemporaryMount::new(store, &Target::Container(name.to_owned()))?;
+            let changes = diff_trees(lower.dir(), upper.dir())?;
+            upper.end()?;
+            changes
+        }
+    };
+    lower.end()?;
+    Ok(changes)
+}

@@ -1,0 +1,35 @@
+//! What users do with a store: import, mount, run, commit, compare, serve. Commands and the
+//! snapshotter call these; nothing here prints.
+
+pub mod commit;
+pub mod device;
+pub mod diff;
+pub mod import;
+pub mod mount;
+pub mod raw;
+
+pub mod serve;
+pub mod status;
+mod template;
+
+use crate::error::{Result, ResultExt};
+use crate::storage::{Held, LockMode};
+use crate::store::{ContainerRecord, Store};
+
+/// Keeps other processes from mounting, unmounting or committing the same container.
+pub(crate) fn lock_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
+    let path = store
+        .root()
+        .join("run")
+        .join(format!("{}.lock", container.id));
+    let held = store
+        .storage()
+        .lock(&path, LockMode::Exclusive, true)
+        .context(|| format!("cannot lock {}", path.display()))?;
+    held.ok_or_else(|| {
+        crate::Error::new(
+            crate::ErrorKind::InUse,
+            format!("the container {} is busy", container.name),
+        )
+    })
+}

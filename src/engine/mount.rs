@@ -1,0 +1,324 @@
+//! Chains as mounted file systems.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::device::Target;
+use super::lock_container;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::device::{self, AttachSpec, DetachOptions};
+use crate::export::loop_device::LoopDevice;
+use crate::fs::ext4;
+use crate::fs::mountinfo::MountInfo;
+use crate::store::{ContainerRecord, Store};
+
+/// The hidden subcommand that serves a device.
+pub const SERVER_COMMAND: &str = "device-server";
+/// How long an unmount waits for those who use the file system.
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A container that is mounted.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Mounted {
+    /// Where.
+    pub dir: PathBuf,
+    /// The block device.
+    pub device: PathBuf,
+}
+
+/// How to start the server of a target.
+fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
+    let mut arguments: Vec<OsString> =
+        vec!["--root".into(), store.root().into(), SERVER_COMMAND.into()];
+    arguments.extend(target.arguments());
+    AttachSpec {
+        read_only: target.is_read_only(),
+        ..AttachSpec::new(arguments)
+    }
+}
+
+/// Attaches a container and mounts its file system at `dir`, by default a directory under the
+/// store. It stays after this process ends.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while it is mounted or served, with where; [`ErrorKind::Unsupported`] where
+/// the image holds no ext4.
+pub fn mount(store: &Store, name: &str, dir: Option<&Path>) -> Result<Mounted> {
+    let container = store.container(name)?;
+    let _busy = lock_container(store, &container)?;
+    mount_locked(store, &container, dir)
+}
+
+pub(super) fn mount_locked(
+    store: &Store,
+    container: &ContainerRecord,
+    dir: Option<&Path>,
+) -> Result<Mounted> {
+    let name = &container.name;
+    if container.fs.is_none() {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "the image of {name} holds no ext4 that could be mounted: use `vellum nbd {name}`"
+            ),
+        ));
+    }
+    if let Some(there) = mounted(store, container)? {
+        return Err(Error::new(
+            ErrorKind::InUse,
+            format!(
+                "the container {name} is mounted at {} already: unmount it first (`vellum umount {name}`)",
+                there.dir.display()
+            ),
+        ));
+    }
+    let run_dir = store.run_dir(container);
+    let dir = match dir {
+        Some(dir) => dir
+            .canonicalize()
+            .context(|| format!("cannot mount at {}", dir.display()))?,
+        None => {
+            let dir = run_dir.join("rootfs");
+            std::fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
+            dir
+        }
+    };
+    let target = Target::Container(name.clone());
+    let attached = device::attach(&run_dir, &attach_spec(store, &target))
+        .map_err(|error| error.context(format!("cannot attach {name}")))?;
+    let device = attached.device.path();
+    if let Err(error) = ext4::mount(&device, &dir, ext4::MountOptions::default()) {
+        // The mount's failure is what matters.
+        let _ = device::detach(
+            &run_dir,
+            &DetachOptions {
+                force: true,
+                ..Default::default()
+            },
+        );
+        return Err(error.context(format!("cannot mount {name} at {}", dir.display())));
+    }
+    grow_to_device(store, container, &dir)?;
+    Ok(Mounted { dir, device })
+}
+
+/// Lets the file system fill a device that is larger than the image's.
+fn grow_to_device(store: &Store, container: &ContainerRecord, dir: &Path) -> Result<()> {
+    let image_size = match container.layers.last() {
+        Some(layer) => {
+            crate::layer::Header::read(&**store.storage(), &store.layer_dir(*layer))?.virtual_size
+        }
+        None => container.virtual_size,
+    };
+    if image_size < container.virtual_size {
+        ext4::grow(dir, container.virtual_size)
+            .map_err(|error| error.context(format!("cannot grow {}", container.name)))?;
+    }
+    Ok(())
+}
+
+/// Where a container is mounted, if it is.
+///
+/// # Errors
+/// Where the host's mounts cannot be read.
+pub fn mounted(store: &Store, container: &ContainerRecord) -> Result<Option<Mounted>> {
+    let Some(status) = device::status(&store.run_dir(container))? else {
+        return Ok(None);
+    };
+    let Some(device) = status.loop_device else {
+        return Ok(None);
+    };
+    let Some(number) = LoopDevice::from_path(&device).map(LoopDevice::number) else {
+        return Ok(None);
+    };
+    let mounts = MountInfo::read()?;
+    let first = mounts
+        .into_iter()
+        .find(|mount| mount.major_minor == (7, number));
+    Ok(first.map(|mount| Mounted {
+        dir: mount.target,
+        device,
+    }))
+}
+
+/// Unmounts a container wherever it is mounted and ends its server. One that is not mounted is
+/// fine: what a crash left is cleaned up.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while a program uses the file system, unless `force` is given: then it is
+/// taken away from under it.
+pub fn umount(store: &Store, name: &str, force: bool) -> Result<()> {
+    let container = store.container(name)?;
+    let _busy = lock_container(store, &container)?;
+    umount_locked(store, &container, force)
+}
+
+pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
+    let run_dir = store.run_dir(container);
+    unmount_device(&run_dir, force)
+        .map_err(|error| error.context(format!("cannot unmount {}", container.name)))?;
+    let rootfs = run_dir.join("rootfs");
+    if rootfs.exists() {
+        std::fs::remove_dir(&rootfs).context(|| format!("cannot remove {}", rootfs.display()))?;
+    }
+    let options = DetachOptions {
+        force,
+        ..DetachOptions::default()
+    };
+    device::detach(&run_dir, &options)
+        .map_err(|error| error.context(format!("cannot detach {}", container.name)))
+}
+
+/// Unmounts everything that is mounted from the loop device of a run directory.
+fn unmount_device(run_dir: &Path, force: bool) -> Result<()> {
+    let Some(device) = device::status(run_dir)?.and_then(|status| status.loop_device) else {
+        return Ok(());
+    };
+    let Some(number) = LoopDevice::from_path(&device).map(LoopDevice::number) else {
+        return Ok(());
+    };
+    // The newest mount first: it may lie on an older one.
+    for mount in MountInfo::read()?
+        .iter()
+        .rev()
+        .filter(|m| m.major_minor == (7, number))
+    {
+        if force {
+            ext4::unmount_lazily(&mount.target)?;
+        } else {
+            ext4::unmount(&mount.target, UNMOUNT_TIMEOUT)?;
+        }
+    }
+    Ok(())
+}
+
+/// Unmounts and detaches a container, then removes it.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while it is mounted and `force` is not given, or while a program uses it.
+pub fn remove(store: &Store, name: &str, force: bool) -> Result<()> {
+    let container = store.container(name)?;
+    {
+        let _busy = lock_container(store, &container)?;
+        if let (Some(mounted), false) = (mounted(store, &container)?, force) {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "the container {name} is mounted at {}: unmount it first (`vellum umount {name}`) or remove it with --force",
+                    mounted.dir.display()
+                ),
+            ));
+        }
+        umount_locked(store, &container, force)?;
+        store.remove_container(name)?;
+    }
+    let lock = store
+        .root()
+        .join("run")
+        .join(format!("{}.lock", container.id));
+    // The last user of the name; a leftover is harmless and pruned.
+    let _ = std::fs::remove_file(lock);
+    Ok(())
+}
+
+/// A file system that is mounted for as long as this lives, in a place of its own.
+#[derive(Debug)]
+pub struct TemporaryMount {
+    run_dir: PathBuf,
+    dir: PathBuf,
+    ended: bool,
+}
+
+impl TemporaryMount {
+    /// Attaches and mounts a target.
+    ///
+    /// # Errors
+    /// As [`mount`].
+    pub fn new(store: &Store, target: &Target) -> Result<Self> {
+        let run_dir = store.root().join("run").join(Uuid::new_v4().to_string());
+        let dir = run_dir.join("rootfs");
+        std::fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
+        let mount = TemporaryMount {
+            run_dir,
+            dir,
+            ended: false,
+        };
+        let attached = device::attach(&mount.run_dir, &attach_spec(store, target))?;
+        let options = ext4::MountOptions {
+            read_only: target.is_read_only(),
+            ..ext4::MountOptions::default()
+        };
+        ext4::mount(&attached.device.path(), &mount.dir, options)?;
+        Ok(mount)
+    }
+
+    /// The root of the file system.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Unmounts in order.
+    ///
+    /// # Errors
+    /// Where something is still in use, or could not be written.
+    pub fn end(mut self) -> Result<()> {
+        self.ended = true;
+        unmount_device(&self.run_dir, false)?;
+        std::fs::remove_dir(&self.dir)
+            .context(|| format!("cannot remove {}", self.dir.display()))?;
+        device::detach(&self.run_dir, &DetachOptions::default())
+    }
+}
+
+impl Drop for TemporaryMount {
+    fn drop(&mut self) {
+        if !self.ended {
+            // On the way out of an error: what stays, prune removes.
+            let _ = unmount_device(&self.run_dir, true);
+            let _ = std::fs::remove_dir(&self.dir);
+            let options = DetachOptions {
+                force: true,
+                ..DetachOptions::default()
+            };
+            let _ = device::detach(&self.run_dir, &options);
+        }
+    }
+}
+
+/// Cleans up run directories that belong to no container: what a crash left of imports and
+/// removed containers. Those of a command that still runs are left alone. Returns what was
+/// removed, for people.
+///
+/// # Errors
+/// Where the directories cannot be listed.
+pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
+    let mut done = Vec::new();
+    // Whoever uses a temporary mount holds the other side of this lock.
+    let Some(_lock) = store.try_collection_lock()? else {
+        return Ok(done);
+    };
+    for run_dir in store.orphaned_run_dirs()? {
+        unmount_device(&run_dir, true)?;
+        let options = DetachOptions {
+            force: true,
+            ..DetachOptions::default()
+        };
+        device::detach(&run_dir, &options)?;
+        match std::fs::remove_dir_all(&run_dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(
+                    format!("cannot remove {}", run_dir.display()),
+                    error,
+                ));
+            }
+            _ => done.push(format!(
+                "run/{}",
+                run_dir.file_name().unwrap_or_default().display()
+            )),
+        }
+    }
+    Ok(done)
+}

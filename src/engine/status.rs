@@ -1,0 +1,115 @@
+//! How containers are doing: sizes, mounts, servers.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::device::{DeviceStats, STATS};
+use super::mount::{Mounted, mounted};
+use crate::block::BLOCK_SIZE;
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::device::{self, DeviceStatus, Status, control};
+use crate::layer::data_blocks_on_disk;
+use crate::store::{ContainerRecord, Store};
+
+/// How long a device server may take to answer.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A container and its present state.
+#[derive(Debug, Clone, Serialize)]
+pub struct ContainerStatus {
+    /// The record.
+    #[serde(flatten)]
+    pub record: ContainerRecord,
+    /// One word or a short phrase: `created`, `mounted at …`, `failed: …`.
+    pub status: String,
+    /// Where it is mounted.
+    pub mounted: Option<Mounted>,
+    /// Its device server.
+    pub device: Option<DeviceStatus>,
+    /// Bytes of data in its writable layer; `None` where they cannot be read.
+    pub size: Option<u64>,
+    /// Bytes of that and of its image's layers.
+    pub total_size: Option<u64>,
+}
+
+/// The state of one container; `with_size` also counts its blocks.
+///
+/// # Errors
+/// Where the host's mounts cannot be read.
+pub fn status(store: &Store, record: ContainerRecord, with_size: bool) -> Result<ContainerStatus> {
+    let device = device::status(&store.run_dir(&record))?;
+    let mounted = mounted(store, &record)?;
+    let status = describe(device.as_ref(), mounted.as_ref());
+    let (size, total_size) = if with_size {
+        sizes(store, &record)
+    } else {
+        (None, None)
+    };
+    Ok(ContainerStatus {
+        record,
+        status,
+        mounted,
+        device,
+        size,
+        total_size,
+    })
+}
+
+fn describe(device: Option<&DeviceStatus>, mounted: Option<&Mounted>) -> String {
+    let place = mounted.map(|mounted| format!("mounted at {}", mounted.dir.display()));
+    let Some(device) = device else {
+        return "created".into();
+    };
+    let trouble = match device.state.status {
+        Status::Failed => {
+            let why = device.state.error.as_deref().unwrap_or("its server died");
+            Some(format!("failed: {why}"))
+        }
+        _ if !device.alive => Some("failed: its server is dead".into()),
+        Status::Restarting => Some("restarting".into()),
+        _ => None,
+    };
+    match (trouble, place) {
+        (Some(trouble), Some(place)) => format!("{trouble} ({place})"),
+        (Some(trouble), None) => trouble,
+        (None, Some(place)) => place,
+        (None, None) => "attached".into(),
+    }
+}
+
+/// (bytes in the writable layer, bytes in all layers).
+fn sizes(store: &Store, record: &ContainerRecord) -> (Option<u64>, Option<u64>) {
+    let size = match stats(store, record) {
+        Ok(stats) => Some(stats.top_blocks * BLOCK_SIZE),
+        // Nobody serves it: the map on disk is all there is.
+        Err(_) => store.resolve(record).ok().and_then(|resolved| {
+            let dir = store.layer_dir(resolved.top);
+            data_blocks_on_disk(&**store.storage(), &dir)
+                .ok()
+                .map(|blocks| blocks * BLOCK_SIZE)
+        }),
+    };
+    let below: u64 = record
+        .layers
+        .iter()
+        .map(|layer| store.layer_info(*layer).map_or(0, |info| info.bytes))
+        .sum();
+    (size, size.map(|size| size + below))
+}
+
+/// The counters of a container's device server.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] while it is not mounted.
+pub fn stats(store: &Store, record: &ContainerRecord) -> Result<DeviceStats> {
+    let run_dir = store.run_dir(record);
+    let answer = control::call(&run_dir, STATS, serde_json::Value::Null, ASK_TIMEOUT)?;
+    serde_json::from_value(answer).map_err(|error| {
+        Error::with_source(
+            ErrorKind::Protocol,
+            "the device server's counters make no sense",
+            error,
+        )
+    })
+}
