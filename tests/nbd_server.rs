@@ -623,7 +623,7 @@ fn clients_beyond_the_limit_are_turned_away_until_one_leaves() {
 #[test]
 fn clients_that_stall_within_a_request_are_dropped_and_others_not() {
     let config = ServerConfig {
-        stall_timeout: Duration::from_millis(200),
+        stall_timeout: Duration::from_millis(500),
         ..ServerConfig::default()
     };
     let device = memory();
@@ -649,7 +649,7 @@ fn clients_that_stall_within_a_request_are_dropped_and_others_not() {
 #[test]
 fn a_client_that_does_not_take_its_replies_is_dropped_and_others_not() {
     let config = ServerConfig {
-        stall_timeout: Duration::from_millis(200),
+        stall_timeout: Duration::from_millis(500),
         ..ServerConfig::default()
     };
     let running = Running::new(config, memory());
