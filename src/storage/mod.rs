@@ -2,8 +2,14 @@
 //! [`Storage`] and [`StorageFile`], so that tests can put a simulated disk or faults behind it.
 
 mod file;
+mod op;
+mod rng;
+mod sim;
 
 pub use file::FileStorage;
+pub use op::{OpCounts, OpKind};
+pub use rng::SeededRng;
+pub use sim::{Moment, Observer, PowerCut, SimStorage, is_power_cut};
 
 use std::io;
 use std::path::{Path, PathBuf};
