@@ -40,6 +40,9 @@ pub(super) fn recover(
 ) -> Result<Recovered> {
     let loaded = load(storage, dir, header)?;
     if loaded.records.is_empty() {
+        // A process that died may have written without a sync. What clients read from now on must
+        // not go away, and no later flush would know of it.
+        data.sync()?;
         // Areas may still lie there whose records a checkpoint contains.
         remove_journal(storage, dir)?;
         return Ok(Recovered {
@@ -53,7 +56,10 @@ pub(super) fn recover(
         "recovering a layer that was not closed"
     );
     for (block, bytes) in live_payload(&loaded.records) {
-        data.write(bytes, block_offset(block))?;
+        // What became zero or parent again later needs no space.
+        if loaded.index.get(block) == STATE_DATA {
+            data.write(bytes, block_offset(block))?;
+        }
     }
     data.sync()?;
     write_checkpoint(
