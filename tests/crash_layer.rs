@@ -20,7 +20,7 @@ use crash::workload::{self, Op};
 use crash::{Effort, Run};
 use vellum::layer::LayerOptions;
 
-const OPS: usize = 70;
+const OPS: usize = 120;
 
 const EFFORT: Effort = Effort {
     at_sync: 3,

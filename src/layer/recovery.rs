@@ -143,9 +143,8 @@ fn load_areas(
         let Some(bytes) = load_area(storage, dir, which)? else {
             continue;
         };
-        let area = read_area(&bytes, header.uuid)
-            .context(|| dir.join(name).display().to_string())?
-            .filter(|area| area.generation > covered);
+        let area = read_area(&bytes, header.uuid, covered)
+            .context(|| dir.join(name).display().to_string())?;
         if let Some(area) = area {
             for record in &area.records {
                 check_record(record, header.blocks())

@@ -39,49 +39,70 @@ pub enum Op {
     Cut(u64),
 }
 
-fn range(rng: &mut SeededRng) -> (u64, u64) {
-    // Most requests meet on a few blocks.
-    let block = if rng.chance(3, 4) {
-        rng.below(12)
-    } else {
-        rng.below(BLOCKS)
-    };
-    let offset = block * BLOCK_SIZE;
-    let (offset, len) = match rng.below(8) {
-        0..=2 => (offset, BLOCK_SIZE),
-        3 => (offset, BLOCK_SIZE * (1 + rng.below(5))),
-        4 => (offset, BLOCK_SIZE * (1 + rng.below(BLOCKS))),
-        5 => (offset + 512 * rng.below(8), 512 * (1 + rng.below(20))),
-        6 => (offset + rng.below(4096), 1 + rng.below(300)),
-        _ => (offset + rng.below(4096), 1 + rng.below(9000)),
-    };
-    (offset, len.min(SIZE - offset))
+/// What a workload is like; drawn once for each, since an even mix of everything would fill no
+/// journal and let no layer live long.
+struct Mood {
+    flushes: u64,
+    restarts: u64,
+    large: u64,
+    blocks: u64,
+}
+
+impl Mood {
+    fn draw(rng: &mut SeededRng) -> Self {
+        let mut one_of = |choices: [u64; 3]| choices[rng.below(3) as usize];
+        Mood {
+            flushes: one_of([2, 15, 60]),
+            restarts: one_of([0, 2, 9]),
+            large: one_of([0, 1, 6]),
+            blocks: one_of([4, 12, BLOCKS]),
+        }
+    }
+
+    fn range(&self, rng: &mut SeededRng) -> (u64, u64) {
+        let block = if rng.chance(3, 4) {
+            rng.below(self.blocks)
+        } else {
+            rng.below(BLOCKS)
+        };
+        let offset = block * BLOCK_SIZE;
+        let (offset, len) = match rng.below(8 + self.large) {
+            0..=3 => (offset, BLOCK_SIZE),
+            4 => (offset, BLOCK_SIZE * (1 + rng.below(5))),
+            5 => (offset + 512 * rng.below(8), 512 * (1 + rng.below(20))),
+            6 => (offset + rng.below(4096), 1 + rng.below(300)),
+            7 => (offset + rng.below(4096), 1 + rng.below(9000)),
+            _ => (offset, BLOCK_SIZE * (1 + rng.below(BLOCKS))),
+        };
+        (offset, len.min(SIZE - offset))
+    }
 }
 
 /// A workload of `count` operations.
 pub fn generate(seed: u64, count: usize) -> Vec<Op> {
     let mut rng = SeededRng::new(seed);
-    // Some workloads flush all the time, some hardly ever.
-    let flushes = [2, 8, 20][rng.below(3) as usize];
+    let mood = Mood::draw(&mut rng);
     (0..count)
         .map(|_| {
-            let (offset, len) = range(&mut rng);
-            let fua = rng.chance(1, 6);
-            match rng.below(40 + flushes) {
+            let (offset, len) = mood.range(&mut rng);
+            let fua = rng.chance(mood.flushes, 120);
+            match rng.below(34 + mood.restarts + mood.flushes) {
                 0..=21 => Op::Write { offset, len, fua },
-                22..=25 => Op::Discard { offset, len },
-                26..=29 => Op::Zero {
+                22..=26 => Op::Discard { offset, len },
+                27..=31 => Op::Zero {
                     offset,
                     len,
                     keep: rng.chance(1, 2),
                     fua,
                 },
-                30 | 31 => Op::Snapshot,
                 32 => Op::Checksum(rng.bits()),
-                33 => Op::Close,
-                34 => Op::Reopen,
-                35 | 36 => Op::Kill,
-                37..=39 => Op::Cut(rng.bits()),
+                33 if rng.chance(1, 2) => Op::Snapshot,
+                kind if kind < 34 + mood.restarts => match rng.below(8) {
+                    0 => Op::Close,
+                    1 => Op::Reopen,
+                    2..=4 => Op::Kill,
+                    _ => Op::Cut(rng.bits()),
+                },
                 _ => Op::Flush,
             }
         })
