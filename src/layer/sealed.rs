@@ -75,9 +75,13 @@ impl SealedLayer {
         let map = match seal()? {
             Some(table) => SealedMap::Table(table),
             None => {
-                let pending = load_map(storage, dir, &header)?;
-                // Made meanwhile, and then the map may have been gone before we read it.
-                seal()?.map_or(SealedMap::Pending(pending), SealedMap::Table)
+                let pending = load_map(storage, dir, &header);
+                // Made meanwhile: then the map, or the journal, may have been gone before we read
+                // it, and what we read means nothing.
+                match seal()? {
+                    Some(table) => SealedMap::Table(table),
+                    None => SealedMap::Pending(pending?),
+                }
             }
         };
         Ok(SealedLayer {
