@@ -43,6 +43,14 @@ pub(super) fn recover(
         // A process that died may have written without a sync. What clients read from now on must
         // not go away, and no later flush would know of it.
         data.sync()?;
+        if !has_journal(storage, dir)? {
+            return Ok(Recovered {
+                index: loaded.index,
+                generation: loaded.generation,
+            });
+        }
+        // The checkpoint may have its name only in memory, if its process died right then.
+        sync_names(storage, dir)?;
         // Areas may still lie there whose records a checkpoint contains.
         remove_journal(storage, dir)?;
         return Ok(Recovered {
@@ -226,6 +234,28 @@ pub(super) fn remove_journal(storage: &dyn Storage, dir: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// True when an area is there.
+pub(super) fn has_journal(storage: &dyn Storage, dir: &Path) -> Result<bool> {
+    for name in AREA_FILES {
+        let path = dir.join(name);
+        let found = storage
+            .exists(&path)
+            .context(|| format!("cannot look at {}", path.display()))?;
+        if found {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Makes the names in a layer durable that another process may have left in memory only: wanted
+/// before anything else is made to depend on them.
+pub(super) fn sync_names(storage: &dyn Storage, dir: &Path) -> Result<()> {
+    storage
+        .sync_dir(dir)
+        .context(|| format!("cannot sync {}", dir.display()))
 }
 
 /// Data blocks of a layer's index.

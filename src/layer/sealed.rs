@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use super::data::DataFiles;
 use super::header::Header;
 use super::index::Index;
-use super::recovery::{MAP_FILE, extents_of, load_map, remove_journal};
+use super::recovery::{MAP_FILE, extents_of, load_map, remove_journal, sync_names};
 use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
 use super::value_of_state;
 use crate::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
@@ -80,7 +80,12 @@ impl SealedLayer {
                 // it, and what we read means nothing.
                 match seal()? {
                     Some(table) => SealedMap::Table(table),
-                    None => SealedMap::Pending(pending?),
+                    None => {
+                        let pending = pending?;
+                        // Whoever sealed it may have died before that was durable.
+                        sync_names(storage, dir)?;
+                        SealedMap::Pending(pending)
+                    }
                 }
             }
         };
@@ -276,7 +281,11 @@ pub fn seal_in_place(
 ) -> Result<[u8; DIGEST_LEN]> {
     let layer = SealedLayer::open(storage, dir)?;
     let digest = match &layer.map {
-        SealedMap::Table(table) => table.digest,
+        SealedMap::Table(table) => {
+            // The same is true of whoever made the seal.
+            sync_names(storage, dir)?;
+            table.digest
+        }
         SealedMap::Pending(index) => {
             let extents = extents_of(index);
             let mut sums = Vec::new();

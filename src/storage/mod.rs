@@ -1,11 +1,13 @@
 //! The seam between layers and the host: every byte that must survive a power cut goes through
 //! [`Storage`] and [`StorageFile`], so that tests can put a simulated disk or faults behind it.
 
+mod fault;
 mod file;
 mod op;
 mod rng;
 mod sim;
 
+pub use fault::{Fault, FaultPlan, FaultStorage, Hook};
 pub use file::FileStorage;
 pub use op::{OpCounts, OpKind};
 pub use rng::SeededRng;
