@@ -209,6 +209,8 @@ fn a_flush_too_large_for_the_journal_waits_for_the_checkpoint_in_the_background(
     go.store(true, Ordering::SeqCst);
     flusher.join().unwrap();
     storage.set_hook(None);
+    // The background has ended, and well.
+    chain.close().unwrap();
     after_cuts(&disk, options, |chain| {
         assert_eq!((first_byte(chain, 0), first_byte(chain, 1)), (201, 205));
     });
@@ -216,8 +218,7 @@ fn a_flush_too_large_for_the_journal_waits_for_the_checkpoint_in_the_background(
 
 #[test]
 fn a_sealed_layer_opens_while_its_seal_is_made() {
-    // Between the map's removal and the journal's.
-    let (disk, storage, chain) = simulated(tiny());
+    let (disk, _, chain) = simulated(tiny());
     for value in 0..40 {
         chain
             .write_at(&[value; 4096], 0, Durability::Durable)
@@ -227,16 +228,24 @@ fn a_sealed_layer_opens_while_its_seal_is_made() {
     top.seal().unwrap();
     drop(chain);
     let opened = Arc::new(AtomicU64::new(0));
-    // A reader that is held before each look at a file while the seal is made in one go.
-    for stop in 1..12 {
+    // A reader that is held before one of its looks at a file while the seal is made, up to the
+    // removal of the map, of a journal, or of all.
+    for stop in 2..40 {
         let disk = disk.fork();
         let reader = FaultStorage::new(Arc::new(disk.clone()));
         let seen = Arc::new(AtomicU64::new(0));
         reader.set_hook(Some({
             let (seen, opened, disk) = (seen.clone(), opened.clone(), disk.clone());
             Arc::new(move |_, _: &Path| {
-                if seen.fetch_add(1, Ordering::SeqCst) + 1 == stop * 2 {
-                    seal_in_place(&disk, Path::new(LAYER), |_| {}).unwrap();
+                if seen.fetch_add(1, Ordering::SeqCst) + 1 == stop / 2 {
+                    let sealer = FaultStorage::new(Arc::new(disk.clone()));
+                    sealer.fail(FaultPlan {
+                        kinds: vec![OpKind::Remove],
+                        nth: 2 + stop % 2,
+                        fault: Fault::Errno(libc::EIO),
+                        lasting: true,
+                    });
+                    seal_in_place(&sealer, Path::new(LAYER), |_| {}).unwrap_err();
                     opened.fetch_add(1, Ordering::SeqCst);
                 }
             })
@@ -247,8 +256,7 @@ fn a_sealed_layer_opens_while_its_seal_is_made() {
         layer.read_blocks(&mut bytes, 0).unwrap();
         assert_eq!(bytes, [39; 4096]);
     }
-    assert!(opened.load(Ordering::SeqCst) > 3);
-    drop(storage);
+    assert!(opened.load(Ordering::SeqCst) > 10);
 }
 
 #[test]

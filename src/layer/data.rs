@@ -242,3 +242,30 @@ impl DataFiles {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{Fault, FaultPlan, FaultStorage, OpKind, SimStorage};
+
+    /// The kernel reports a failed sync once. A second sync, of another thread, must not find
+    /// everything clean.
+    #[test]
+    fn a_sync_after_a_failed_one_fails_too() {
+        let storage = FaultStorage::new(Arc::new(SimStorage::new()));
+        let dir = Path::new("/");
+        DataFiles::create(&storage, dir, 1 << 20).unwrap();
+        let data = DataFiles::open(&storage, dir, 1 << 20, OpenMode::Write).unwrap();
+        data.write(&[1; 4096], 0).unwrap();
+        storage.fail(FaultPlan {
+            kinds: vec![OpKind::SyncData],
+            nth: 1,
+            fault: Fault::LostSync(libc::EIO),
+            lasting: false,
+        });
+        for _ in 0..3 {
+            let error = data.sync().unwrap_err();
+            assert!(error.to_string().contains("syncing /data"), "{error}");
+        }
+    }
+}
