@@ -616,3 +616,51 @@ fn distinct_blocks(dirty: &Dirty) -> Vec<u64> {
     blocks.dedup();
     blocks
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::BlockState;
+    use crate::layer::LayerOptions;
+    use crate::storage::SimStorage;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    /// A map that says *data* of a block whose bytes no sync and no record has would show whatever
+    /// the data file happens to hold.
+    #[test]
+    fn a_checkpoint_leaves_out_changes_that_no_record_holds_yet() {
+        let storage = Arc::new(SimStorage::new());
+        let dir = Path::new("/layer");
+        WritableLayer::create(&*storage, dir, &Header::new(None, 1 << 20).unwrap()).unwrap();
+        let layer = WritableLayer::open(storage, dir, LayerOptions::default()).unwrap();
+        layer.write_blocks(0, &[1; 4 * 4096]).unwrap();
+        layer.flush().unwrap();
+        let flushed = layer.core.durable_extents(false);
+        layer.clear_blocks(1, 2, BlockState::Zero).unwrap();
+        layer.write_blocks(2, &[2; 4096]).unwrap();
+        layer.write_blocks(9, &[2; 4096]).unwrap();
+        layer.clear_blocks(3, 1, BlockState::Parent).unwrap();
+        assert_eq!(layer.core.durable_extents(false), flushed);
+        {
+            let map = &mut *layer.core.map.write();
+            map.in_flight = std::mem::take(&mut map.changes);
+        }
+        layer.write_blocks(20, &[3; 4096]).unwrap();
+        layer.write_blocks(1, &[3; 4096]).unwrap();
+        // The background's checkpoint, while the record of some is being written.
+        assert_eq!(layer.core.durable_extents(false), flushed);
+        // A checkpoint in that record's place contains them, and nothing newer.
+        let extents: Vec<_> = layer
+            .core
+            .durable_extents(true)
+            .iter()
+            .map(|extent| (extent.start, extent.len, extent.state))
+            .collect();
+        let (data, zero) = (BlockState::Data, BlockState::Zero);
+        assert_eq!(
+            extents,
+            [(0, 1, data), (1, 1, zero), (2, 1, data), (9, 1, data)]
+        );
+    }
+}
