@@ -132,7 +132,8 @@ struct Supervisor {
     ready: Option<File>,
     worker: Option<Process>,
     worker_since: Instant,
-    worker_served_before: u64,
+    /// The worker said that it serves.
+    worker_served: bool,
     standby: Option<Standby>,
     /// The standby of the program before an upgrade: kept until our own worker serves.
     old_standby: Option<Standby>,
@@ -256,7 +257,7 @@ impl Supervisor {
             ready: None,
             worker: None,
             worker_since: Instant::now(),
-            worker_served_before: 0,
+            worker_served: false,
             standby: None,
             old_standby: None,
             backoff: Backoff::default(),
@@ -319,7 +320,7 @@ impl Supervisor {
             standby_at: worker.is_some().then(Instant::now),
             worker,
             worker_since: Instant::now(),
-            worker_served_before: 0,
+            worker_served: true,
             standby: None,
             old_standby,
             backoff: Backoff::default(),
@@ -425,13 +426,17 @@ impl Supervisor {
     /// Sends the standby to work, or forks a worker. Returns a role in the new process.
     fn start_worker(&mut self) -> Result<Option<Role>> {
         let resume = self.ever_served;
-        self.worker_served_before = self.shared.served();
+        self.worker_served = false;
         self.worker_since = Instant::now();
         self.shared.table().worker_ended.store(0, Ordering::Release);
         if let Some(standby) = self.standby.take() {
             match nix::unistd::write(&standby.go, b"g") {
                 Ok(_) => {
                     self.worker = Some(standby.process);
+                    // While it opens the device: nobody may take it for a standby.
+                    self.state.standby = None;
+                    self.state.status = Status::Restarting;
+                    self.write_state();
                     return Ok(None);
                 }
                 Err(_) => {
@@ -507,7 +512,7 @@ impl Supervisor {
             .as_ref()
             .and_then(|worker| Identity::of(worker.pid()));
         self.worker_since = Instant::now();
-        self.worker_served_before = 0;
+        self.worker_served = true;
         if self.worker.is_none() {
             self.state.status = Status::Restarting;
             self.note_death();
@@ -551,7 +556,7 @@ impl Supervisor {
         }
         let death = Death {
             killed,
-            served: self.shared.served() > self.worker_served_before,
+            served: self.worker_served,
             lived: self.worker_since.elapsed(),
         };
         match self.backoff.judge(death) {
@@ -639,6 +644,7 @@ impl Supervisor {
 
     fn serving(&mut self, pid: i32) -> Result<Option<Role>> {
         self.ever_served = true;
+        self.worker_served = true;
         self.state.worker = Identity::of(pid);
         self.state.status = Status::Serving;
         self.state.standby = None;
