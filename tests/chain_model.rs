@@ -160,8 +160,8 @@ impl Fixture {
             }
             Op::Flush => self.chain().flush().unwrap(),
             Op::Reopen { close } => {
-                // Without close, the journal has to bring it back.
-                self.chain().flush().unwrap();
+                // Without close it is as if the process had died: nothing that was written may go
+                // away while the machine runs, flushed or not.
                 if close {
                     self.chain().close().unwrap();
                     assert!(!self.spec.top.as_ref().unwrap().join("journal.0").exists());

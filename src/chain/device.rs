@@ -158,6 +158,7 @@ impl Chain {
 
     fn write_buffered(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<()> {
         let (first, blocks) = blocks_of(offset, buf.len() as u64);
+        top.flush_if_due()?;
         let _lock = top.lock_blocks(first, blocks);
         let (head, whole, tail) = split_buf(buf, offset);
         if !head.is_empty() {
@@ -176,6 +177,7 @@ impl Chain {
     /// Zeros for a byte range: whole blocks change state, the ends are written.
     fn zero(&self, top: &WritableLayer, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
         let (first, blocks) = blocks_of(offset, len);
+        top.flush_if_due()?;
         let _lock = top.lock_blocks(first, blocks);
         let head = (offset.next_multiple_of(BLOCK_SIZE) - offset).min(len);
         let tail = (offset + len) % BLOCK_SIZE;

@@ -10,6 +10,7 @@ use super::data::{DataFiles, layout, segment_name};
 use super::header::{HEADER_FILE, Header};
 use super::index::Index;
 use super::journal::AREA_FILES;
+use super::live::LIVE_FILE;
 use super::recovery::{MAP_FILE, data_blocks, load_for_check, sync_names};
 use super::sealed::{SEAL_FILE, SealedLayer, seal_in_place};
 use crate::block::BLOCK_SIZE;
@@ -177,7 +178,7 @@ impl Check<'_> {
         };
         for entry in entries {
             let name = entry.name.as_str();
-            let ours = [HEADER_FILE, MAP_FILE, SEAL_FILE].contains(&name)
+            let ours = [HEADER_FILE, MAP_FILE, SEAL_FILE, LIVE_FILE].contains(&name)
                 || AREA_FILES.contains(&name)
                 || (0..8).any(|segment| segment_name(segment) == name);
             if ours && !entry.is_dir {

@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use super::header::Header;
 use super::index::Index;
 use super::journal::{AlignedBuf, Area, RecordBody, RecordPlace, block_offset, encode_record};
+use super::live::Live;
 use super::recovery::{remove_journal, write_checkpoint};
 use super::state_of_value;
 use super::table::{MapExtent, push_extent, state_code, state_of_code};
@@ -179,12 +180,13 @@ impl WritableLayer {
                 return Ok(());
             }
             layer.commit(committer, true)?;
-            if committer.areas.iter().all(Option::is_none) {
-                return Ok(());
+            if committer.areas.iter().any(Option::is_some) {
+                layer.checkpoint_all(committer)?;
+                committer.areas = [None, None];
+                remove_journal(&*layer.core.storage, &layer.core.dir)?;
             }
-            layer.checkpoint_all(committer)?;
-            committer.areas = [None, None];
-            remove_journal(&*layer.core.storage, &layer.core.dir)
+            layer.core.end_live();
+            Ok(())
         })
     }
 
@@ -212,6 +214,7 @@ impl WritableLayer {
                 }
             })?;
             layer.core.set_sealed();
+            layer.core.end_live();
             Ok(())
         })
     }
@@ -222,18 +225,28 @@ impl WritableLayer {
             let mut map = self.core.map.write();
             let map: &mut MapState = &mut map;
             map.in_flight = std::mem::take(&mut map.changes);
+            if let Some(live) = &mut map.live {
+                live.freeze();
+            }
             (std::mem::take(&mut map.dirty), net_changes(&map.in_flight))
         };
         if dirty.is_empty() && body.changes.is_empty() && !(barrier && committer.has_live_blocks())
         {
             self.core.stats.flushes_empty.add(1);
-            self.core.map.write().in_flight.clear();
-            return Ok(());
+            let mut map = self.core.map.write();
+            map.in_flight.clear();
+            return map.live.as_mut().map_or(Ok(()), Live::committed);
         }
         let result = self.commit_frozen(committer, body, &dirty, barrier);
         let mut map = self.core.map.write();
+        let map: &mut MapState = &mut map;
         let frozen = std::mem::take(&mut map.in_flight);
-        if result.is_err() {
+        if result.is_ok() {
+            map.live.as_mut().map_or(Ok(()), Live::committed)?;
+        } else {
+            if let Some(live) = &mut map.live {
+                live.not_committed(&map.changes)?;
+            }
             // Not durable: the next flush has to do it.
             let newer = std::mem::replace(&mut map.changes, frozen);
             map.changes.extend(newer);

@@ -12,6 +12,7 @@ mod flush;
 mod header;
 mod index;
 mod journal;
+mod live;
 mod range_lock;
 mod recovery;
 mod sealed;

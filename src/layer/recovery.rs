@@ -31,18 +31,21 @@ struct Loaded {
 }
 
 /// Loads the map of a layer and brings its data up to date, whatever happened before. Can be cut
-/// off at any point and called again.
+/// off at any point and called again. `same_boot`: see [`super::live::Left`].
 pub(super) fn recover(
     storage: &dyn Storage,
     dir: &Path,
     header: &Header,
     data: &DataFiles,
+    same_boot: bool,
 ) -> Result<Recovered> {
     let loaded = load(storage, dir, header)?;
     if loaded.records.is_empty() {
         // A process that died may have written without a sync. What clients read from now on must
-        // not go away, and no later flush would know of it.
-        data.sync()?;
+        // not go away, and no later flush would know of it. (Within a boot the next flush syncs.)
+        if !same_boot {
+            data.sync()?;
+        }
         if !has_journal(storage, dir)? {
             return Ok(Recovered {
                 index: loaded.index,
@@ -65,7 +68,8 @@ pub(super) fn recover(
     );
     for (block, bytes) in live_payload(&loaded.records) {
         // What became zero or parent again later needs no space.
-        if loaded.index.get(block) == STATE_DATA {
+        // Within a boot the page cache has it, or newer bytes.
+        if !same_boot && loaded.index.get(block) == STATE_DATA {
             data.write(bytes, block_offset(block))?;
         }
     }

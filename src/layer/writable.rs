@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, RwLock};
 
@@ -12,6 +13,7 @@ use super::flush::{Committer, FlushQueue};
 use super::header::Header;
 use super::index::{ABSENT, Index};
 use super::journal::MAX_AREA;
+use super::live::{self, Left, Live};
 use super::range_lock::{RangeGuard, RangeLock};
 use super::stats::LayerStats;
 use super::{STATE_DATA, recovery, state_of_value, value_of_state};
@@ -55,6 +57,9 @@ impl LayerOptions {
         }
     }
 }
+
+/// How long a poisoned layer waits to tell its successor: whoever holds the map is about to fail.
+const POISON_WAIT: Duration = Duration::from_millis(100);
 
 /// A change of state that is not yet in the journal.
 #[derive(Debug, Clone, Copy)]
@@ -113,9 +118,26 @@ pub(super) struct MapState {
     pub(super) in_flight: Vec<Change>,
     pub(super) dirty: Dirty,
     pub(super) data_blocks: u64,
+    /// Changes that are not durable, for our successor.
+    pub(super) live: Option<Live>,
 }
 
 impl MapState {
+    /// Goes on where a process of this boot died: what it told clients of holds.
+    fn take_over(&mut self, left: &Left, blocks: u64) {
+        for change in &left.changes {
+            if change
+                .start
+                .checked_add(change.len)
+                .is_some_and(|end| end <= blocks)
+            {
+                self.change(change.start, change.len, change.new);
+            }
+        }
+        // What it wrote in place without a flush nobody knows.
+        self.dirty.add_unknown();
+    }
+
     /// Sets a range of blocks to one state and remembers what changed. Returns the number of blocks
     /// that changed.
     fn change(&mut self, start: u64, len: u64, new: u32) -> u64 {
@@ -179,6 +201,10 @@ pub(super) struct Core {
     pub(super) stats: LayerStats,
     poison: OnceLock<String>,
     sealed: AtomicBool,
+    /// There is a log of changes.
+    live: AtomicBool,
+    /// The log is filling: a flush makes room.
+    flush_due: AtomicBool,
 }
 
 impl Core {
@@ -187,6 +213,11 @@ impl Core {
         tracing::error!(layer = %self.dir.display(), %error, "layer poisoned");
         // The first reason stays.
         let _ = self.poison.set(error.to_string());
+        if let Some(mut map) = self.map.try_write_for(POISON_WAIT)
+            && let Some(live) = &mut map.live
+        {
+            live.poison();
+        }
         self.poison_error()
     }
 
@@ -207,6 +238,53 @@ impl Core {
             Err(self.poison_error())
         } else {
             Ok(())
+        }
+    }
+
+    /// Sees to it that there is a log of changes before anything is written: it also tells our
+    /// successor that the page cache is to be trusted.
+    fn ensure_live(&self) -> Result<()> {
+        if self.live.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut map = self.map.write();
+        if map.live.is_none() {
+            let live = Live::create(&*self.storage, &self.dir, self.header.uuid, &map.changes)?;
+            map.live = Some(live);
+            self.live.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Changes the map, and notes it for our successor first. Returns the number of blocks that
+    /// changed.
+    fn change(&self, map: &mut MapState, start: u64, len: u64, new: u32) -> Result<u64> {
+        let there = map.index.run_at(start, len);
+        if there.value == new && there.len == len {
+            return Ok(0);
+        }
+        if let Some(live) = &mut map.live {
+            live.append(start, len, new)?;
+            if live.is_filling() {
+                self.flush_due.store(true, Ordering::Relaxed);
+            }
+        }
+        Ok(map.change(start, len, new))
+    }
+
+    /// Ends the log where everything is durable.
+    pub(super) fn end_live(&self) {
+        let mut map = self.map.write();
+        if map.live.is_none() || !map.changes.is_empty() || !map.dirty.is_empty() {
+            return;
+        }
+        match live::remove(&*self.storage, &self.dir) {
+            Ok(()) => {
+                map.live = None;
+                self.live.store(false, Ordering::Release);
+            }
+            // It says nothing that is not durable, so it does no harm where it stays.
+            Err(error) => tracing::warn!(%error, "a log of changes is left"),
         }
     }
 
@@ -233,6 +311,7 @@ impl Core {
     /// Writes bytes. Where that fails, some of them may be there: the next flush makes whatever a
     /// client reads from then on durable.
     fn write_data(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.ensure_live()?;
         self.data.write(buf, offset).inspect_err(|_| {
             self.map.write().dirty.add_unknown();
         })
@@ -285,17 +364,24 @@ impl WritableLayer {
             ));
         }
         let data = DataFiles::open(&*storage, dir, header.virtual_size, OpenMode::Write)?;
-        let recovered = recovery::recover(&*storage, dir, &header, &data)?;
-        let data_blocks = recovery::data_blocks(&recovered.index);
+        let left = live::read_left(&*storage, dir, header.uuid)?;
+        let recovered = recovery::recover(&*storage, dir, &header, &data, left.same_boot)?;
+        let mut map = MapState {
+            data_blocks: recovery::data_blocks(&recovered.index),
+            index: recovered.index,
+            ..MapState::default()
+        };
+        if left.same_boot {
+            map.take_over(&left, header.blocks());
+            map.live = Some(Live::create(&*storage, dir, header.uuid, &map.changes)?);
+        }
         Ok(Arc::new(WritableLayer {
             core: Arc::new(Core {
                 dir: dir.to_owned(),
                 data,
-                map: RwLock::new(MapState {
-                    index: recovered.index,
-                    data_blocks,
-                    ..MapState::default()
-                }),
+                map: RwLock::new(map),
+                live: AtomicBool::new(left.same_boot),
+                flush_due: AtomicBool::new(false),
                 stats: LayerStats::default(),
                 poison: OnceLock::new(),
                 sealed: AtomicBool::new(false),
@@ -387,6 +473,20 @@ impl WritableLayer {
         self.core.check_poison()
     }
 
+    /// Flushes where so much changed that the log of changes is filling. To be called before blocks
+    /// are locked.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn flush_if_due(&self) -> Result<()> {
+        if self.core.flush_due.load(Ordering::Relaxed)
+            && self.core.flush_due.swap(false, Ordering::Relaxed)
+        {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
     /// Waits for writers of the same blocks; every call below that changes blocks wants it held.
     pub fn lock_blocks(&self, start: u64, len: u64) -> RangeGuard<'_> {
         self.locks.lock(start..start + len)
@@ -411,7 +511,7 @@ impl WritableLayer {
         self.core.write_data(buf, start * BLOCK_SIZE)?;
         let len = buf.len() as u64 / BLOCK_SIZE;
         let mut map = self.core.map.write();
-        let allocated = map.change(start, len, STATE_DATA);
+        let allocated = self.core.change(&mut map, start, len, STATE_DATA)?;
         map.dirty
             .add(start, len, self.options.journal_blocks as u64);
         Ok(allocated)
@@ -445,10 +545,13 @@ impl WritableLayer {
                 data.push(run);
             }
         });
-        self.core
-            .map
-            .write()
-            .change(start, len, value_of_state(state));
+        self.core.ensure_live()?;
+        self.core.change(
+            &mut self.core.map.write(),
+            start,
+            len,
+            value_of_state(state),
+        )?;
         // After the change of state, so that a reader never takes a hole for data.
         for run in data {
             self.core
@@ -465,6 +568,7 @@ impl WritableLayer {
     /// [`ErrorKind::NoSpace`] may leave some of the blocks zero; none keeps its old bytes.
     pub fn allocate_zeroed(&self, start: u64, len: u64) -> Result<()> {
         self.core.check_writable()?;
+        self.core.ensure_live()?;
         self.core
             .data
             .allocate_zeroed(start * BLOCK_SIZE, len * BLOCK_SIZE)
@@ -472,7 +576,7 @@ impl WritableLayer {
                 self.core.map.write().dirty.add_unknown();
             })?;
         let mut map = self.core.map.write();
-        map.change(start, len, STATE_DATA);
+        self.core.change(&mut map, start, len, STATE_DATA)?;
         map.dirty
             .add(start, len, self.options.journal_blocks as u64);
         Ok(())

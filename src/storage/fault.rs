@@ -158,6 +158,10 @@ impl FaultStorage {
 }
 
 impl Storage for FaultStorage {
+    fn boot_id(&self) -> [u8; 16] {
+        self.inner.boot_id()
+    }
+
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
         let kind = match mode {
             OpenMode::Read | OpenMode::Write => OpKind::Open,

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::{Entry, Held, LockMode, Mapping, OpenMode, Storage, StorageFile};
+use super::{Entry, Held, LockMode, Mapping, OpenMode, SharedFile, Storage, StorageFile};
 
 /// The host's own files. Directories are made with mode 0700, files with 0600.
 #[derive(Debug, Clone, Copy, Default)]
@@ -95,6 +95,31 @@ impl Storage for FileStorage {
         File::open(path)?.sync_all()
     }
 
+    fn open_shared(&self, path: &Path, len: u64) -> io::Result<Box<dyn SharedFile>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .open(path)?;
+        file.set_len(len)?;
+        // SAFETY: the file was just made by us, in a directory that only its owner writes, and
+        // nobody cuts it while the layer's lease is held.
+        let map = unsafe { memmap2::MmapMut::map_mut(&file)? };
+        let pieces = len.div_ceil(RESERVE) as usize;
+        Ok(Box::new(SharedMapping {
+            file,
+            map,
+            reserved: vec![false; pieces],
+        }))
+    }
+
+    fn boot_id(&self) -> [u8; 16] {
+        boot_id()
+    }
+
     fn lock(&self, path: &Path, mode: LockMode, wait: bool) -> io::Result<Option<Box<dyn Held>>> {
         let file = OpenOptions::new()
             .read(true)
@@ -115,6 +140,55 @@ impl Storage for FileStorage {
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(error),
         }
+    }
+}
+
+/// The id of the running boot, in the form of the kernel's text without dashes.
+fn boot_id() -> [u8; 16] {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    uuid::Uuid::parse_str(text.trim())
+        .unwrap_or_default()
+        .into_bytes()
+}
+
+/// A file that is written through a shared mapping: a store in memory instead of a system call.
+#[derive(Debug)]
+struct SharedMapping {
+    file: File,
+    map: memmap2::MmapMut,
+    /// By piece: its space was taken.
+    reserved: Vec<bool>,
+}
+
+/// Space is taken in pieces of this size.
+const RESERVE: u64 = 128 << 10;
+
+impl SharedFile for SharedMapping {
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let end = offset + bytes.len() as u64;
+        // A store to a page without space would kill the process.
+        for piece in offset / RESERVE..end.div_ceil(RESERVE) {
+            if self.reserved.get(piece as usize) == Some(&false) {
+                let start = piece * RESERVE;
+                let len = RESERVE.min(self.map.len() as u64 - start);
+                fallocate(
+                    self.file.as_fd(),
+                    FallocateFlags::empty(),
+                    start as libc::off_t,
+                    len as libc::off_t,
+                )?;
+                if let Some(slot) = self.reserved.get_mut(piece as usize) {
+                    *slot = true;
+                }
+            }
+        }
+        match self.map.get_mut(offset as usize..end as usize) {
+            Some(target) => target.copy_from_slice(bytes),
+            None => return Err(io::Error::from(io::ErrorKind::InvalidInput)),
+        }
+        // The bytes are in place before whatever the program does next.
+        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+        Ok(())
     }
 }
 

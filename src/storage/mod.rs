@@ -71,6 +71,20 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         Ok(Some(Box::new(())))
     }
 
+    /// Makes a file of `len` bytes whose content other processes of this boot see although it is
+    /// never synced: see [`SharedFile`]. An older file of that name is emptied.
+    fn open_shared(&self, path: &Path, len: u64) -> io::Result<Box<dyn SharedFile>> {
+        let file = self.open(path, OpenMode::Create)?;
+        file.set_len(0)?;
+        file.set_len(len)?;
+        Ok(Box::new(SharedByWriting(file)))
+    }
+
+    /// Differs after each boot: what was only in memory is gone then.
+    fn boot_id(&self) -> [u8; 16] {
+        [0; 16]
+    }
+
     /// Replaces the file `path` by `bytes` so that after any crash it holds the old or the new
     /// content whole: a temporary file beside it, synced, renamed, and the directory synced.
     fn write_atomic(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -124,6 +138,22 @@ pub enum LockMode {
 pub trait Held: Send + Sync + std::fmt::Debug {}
 
 impl Held for () {}
+
+/// Memory that outlives the process that writes it, as long as the machine runs.
+pub trait SharedFile: Send + Sync + std::fmt::Debug {
+    /// Writes all of `bytes`; takes their space on the host first.
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// The page cache is such memory.
+#[derive(Debug)]
+struct SharedByWriting(Arc<dyn StorageFile>);
+
+impl SharedFile for SharedByWriting {
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+}
 
 /// An open file. All offsets and lengths are bytes. Calls may come from many threads.
 pub trait StorageFile: Send + Sync + std::fmt::Debug {

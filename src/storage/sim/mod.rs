@@ -12,6 +12,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -74,9 +75,14 @@ pub fn is_power_cut(error: &io::Error) -> bool {
         .is_some_and(|source| source.is::<PowerCut>())
 }
 
+/// Numbers boots, so that no two are alike.
+static BOOTS: AtomicU64 = AtomicU64::new(1);
+
 #[derive(Debug, Clone)]
 struct Disk {
     tree: Tree,
+    /// Differs after each power cut.
+    boot: u64,
     /// Operations that changed something or made it durable.
     changes: u64,
     counts: OpCounts,
@@ -93,6 +99,7 @@ impl Disk {
     fn with(tree: Tree) -> Disk {
         Disk {
             tree,
+            boot: BOOTS.fetch_add(1, Ordering::Relaxed),
             changes: 0,
             counts: OpCounts::default(),
             cut_at: None,
@@ -182,7 +189,11 @@ impl SimStorage {
 
     /// An independent copy, with all that is uncertain still uncertain.
     pub fn fork(&self) -> SimStorage {
-        SimStorage::of(Disk::with(self.shared.disk.lock().tree.clone()))
+        let disk = self.shared.disk.lock();
+        SimStorage::of(Disk {
+            boot: disk.boot,
+            ..Disk::with(disk.tree.clone())
+        })
     }
 
     /// The power goes in the `n`th change from now (from 1): it takes effect, but nothing is made
@@ -261,6 +272,10 @@ fn nothing(_: &mut Tree) -> io::Result<()> {
 }
 
 impl Storage for SimStorage {
+    fn boot_id(&self) -> [u8; 16] {
+        u128::from(self.shared.disk.lock().boot).to_le_bytes()
+    }
+
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
         let found = self.look(OpKind::Open, |tree| match tree.find(path) {
             Ok(node) => Ok(Some(node)),
