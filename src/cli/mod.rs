@@ -3,6 +3,7 @@
 //! Exit status: 0 success, 1 failure with one line `vellum: …` on standard error, 2 usage; `run`
 //! and `exec` end with the status of the command that they ran.
 
+mod check;
 mod commit;
 mod completions;
 mod create;
@@ -82,6 +83,8 @@ enum Command {
     Diff(diff::Args),
     /// Serve containers and images over NBD until stopped
     Nbd(nbd::Args),
+    /// Check that layers, images and containers are whole
+    Check(check::Args),
     /// Remove what crashes left and nothing uses
     Prune(prune::Args),
     /// List and remove named volumes
@@ -149,6 +152,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Commit(args) => commit::run(&args, context)?,
         Command::Diff(args) => diff::run(&args, context)?,
         Command::Nbd(args) => nbd::run(&args, context)?,
+        Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,
         Command::Completions(args) => completions::completions(&args)?,

@@ -316,6 +316,7 @@ impl Importer<'_> {
             diff_id: diff_id.clone(),
             chain_key,
             bytes,
+            damaged: None,
         };
         let layer = finish_layer(staged, layer, info, self.pin)?;
         Ok(LayerOutcome {

@@ -22,12 +22,16 @@ impl Store {
     /// [`ErrorKind::NotFound`], with what to do.
     pub fn image(&self, name: &str) -> Result<ImageRecord> {
         check_reference(name)?;
-        self.read_json(&self.record_path("images", name))?.ok_or_else(|| {
-            Error::new(
-                ErrorKind::NotFound,
-                format!("there is no image {name}: `vellum images` lists them, `vellum import` makes one"),
-            )
-        })
+        self.read_json(&self.record_path("images", name))?
+            .ok_or_else(|| {
+                let hint = self.quarantine_hint("images", name).unwrap_or_else(|| {
+                    "`vellum images` lists them, `vellum import` makes one".into()
+                });
+                Error::new(
+                    ErrorKind::NotFound,
+                    format!("there is no image {name}: {hint}"),
+                )
+            })
     }
 
     /// Checks that an image can take this name.

@@ -11,7 +11,7 @@ use crate::layer::{Header, WritableLayer};
 use crate::storage::{Held, LockMode};
 
 const INFO_FILE: &str = "info.json";
-const LEASE_FILE: &str = "lease";
+pub(super) const LEASE_FILE: &str = "lease";
 
 /// A layer that is being made: in `staging`, until it is published or the guard is dropped.
 #[derive(Debug)]
@@ -141,7 +141,7 @@ impl Store {
     }
 
     /// True while some process has the right to write the layer in `dir`.
-    pub(super) fn is_leased(&self, dir: &std::path::Path) -> bool {
+    pub(crate) fn is_leased(&self, dir: &std::path::Path) -> bool {
         !matches!(self.try_lease(dir), Ok(Some(_)))
     }
 
@@ -198,7 +198,7 @@ impl Store {
             let Ok(info) = self.layer_info(layer) else {
                 continue;
             };
-            if info.chain_key.as_deref() != Some(chain_key) {
+            if info.chain_key.as_deref() != Some(chain_key) || info.damaged.is_some() {
                 continue;
             }
             let header = Header::read(&*self.storage, &self.layer_dir(layer));
@@ -215,10 +215,10 @@ impl Store {
     /// Where its record is damaged.
     pub fn template(&self, key: &str) -> Result<Option<TemplateRecord>> {
         let record: Option<TemplateRecord> = self.read_json(&self.record_path("templates", key))?;
+        // Where the layer is gone or damaged, a new one is made.
         Ok(record.filter(|record| {
-            self.storage
-                .exists(&self.layer_dir(record.layer))
-                .unwrap_or(false)
+            self.layer_info(record.layer)
+                .is_ok_and(|info| info.damaged.is_none())
         }))
     }
 
