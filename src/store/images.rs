@@ -88,6 +88,20 @@ impl Store {
                     ),
                 ));
             }
+            let top = image.layers.last().copied();
+            let mut others = self.images()?.into_iter();
+            let shared = others.any(|other| {
+                other.id != image.id && top.is_some_and(|top| other.layers.contains(&top))
+            });
+            if !shared && top.is_some_and(|top| self.has_readers(top)) {
+                return Err(Error::new(
+                    ErrorKind::InUse,
+                    format!(
+                        "the image {name} is in use by another process: stop its NBD server, or \
+                         wait for the `vellum diff` that reads it"
+                    ),
+                ));
+            }
             self.remove_json(&self.record_path("images", name))?;
         }
         self.collect_layers().map(drop)

@@ -12,6 +12,8 @@ use crate::storage::{Held, LockMode};
 
 const INFO_FILE: &str = "info.json";
 pub(super) const LEASE_FILE: &str = "lease";
+/// Locked by whoever serves an image with this top layer.
+const READERS_FILE: &str = "readers";
 
 /// A layer that is being made: in `staging`, until it is published or the guard is dropped.
 #[derive(Debug)]
@@ -138,6 +140,35 @@ impl Store {
                 ),
             )
         })
+    }
+
+    /// Keeps the image with this top layer from being removed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while it is being removed.
+    pub fn read_layer(&self, layer: Uuid) -> Result<LayerLease> {
+        let path = self.layer_dir(layer).join(READERS_FILE);
+        let held = self
+            .storage
+            .lock(&path, LockMode::Shared, false)
+            .context(|| format!("cannot lock {}", path.display()))?;
+        held.map(|held| LayerLease { _held: held }).ok_or_else(|| {
+            Error::new(
+                ErrorKind::InUse,
+                format!("the layer {layer} is being removed"),
+            )
+        })
+    }
+
+    /// True while some process reads a chain with this layer on top.
+    pub(super) fn has_readers(&self, layer: Uuid) -> bool {
+        let path = self.layer_dir(layer).join(READERS_FILE);
+        // No file, no reader.
+        self.storage.exists(&path).unwrap_or(false)
+            && !matches!(
+                self.storage.lock(&path, LockMode::Exclusive, false),
+                Ok(Some(_))
+            )
     }
 
     /// True while some process has the right to write the layer in `dir`.
