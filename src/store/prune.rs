@@ -192,9 +192,11 @@ impl Store {
         if let Some(error) = records.damaged.pop() {
             return Err(error.context("what a container left cannot be told from what it uses"));
         }
-        let containers = records.containers.into_iter();
+        let containers = records.containers.into_iter().map(|record| record.id);
+        let quarantined = records.quarantined.into_iter().map(|record| record.id);
         Ok(containers
-            .map(|container| container.id.to_string())
+            .chain(quarantined)
+            .map(|id| id.to_string())
             .collect())
     }
 

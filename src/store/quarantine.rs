@@ -21,6 +21,8 @@ pub struct Quarantined {
     pub what: String,
     /// Its name.
     pub name: String,
+    /// Its id.
+    pub id: Uuid,
     /// Why it is there.
     pub reason: String,
     /// The record.
@@ -60,7 +62,7 @@ impl Store {
         let mut layers = Vec::new();
         for (path, image) in self.quarantined_records::<ImageRecord>("images", &mut damaged)? {
             layers.extend(&image.layers);
-            let entry = self.quarantined("image", image.name, path);
+            let entry = self.quarantined("image", image.name, image.id, path);
             records.quarantined.push(entry);
         }
         for (path, container) in
@@ -68,7 +70,7 @@ impl Store {
         {
             layers.extend(container.layers.iter().chain(&container.next));
             layers.push(container.top);
-            let entry = self.quarantined("container", container.name, path);
+            let entry = self.quarantined("container", container.name, container.id, path);
             records.quarantined.push(entry);
         }
         records.quarantined_layers = layers;
@@ -106,18 +108,21 @@ impl Store {
         Ok(found)
     }
 
-    fn quarantined(&self, what: &str, name: String, path: PathBuf) -> Quarantined {
-        let reason = self
-            .storage
-            .read_all(&path.with_extension("reason"), 1 << 20)
-            .map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned())
-            .unwrap_or_default();
+    fn quarantined(&self, what: &str, name: String, id: Uuid, path: PathBuf) -> Quarantined {
         Quarantined {
             what: what.to_owned(),
             name,
-            reason,
+            id,
+            reason: self.quarantine_reason(&path),
             path,
         }
+    }
+
+    fn quarantine_reason(&self, path: &Path) -> String {
+        self.storage
+            .read_all(&path.with_extension("reason"), 1 << 20)
+            .map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned())
+            .unwrap_or_default()
     }
 
     /// Takes an image out of use. Returns where its record is now.
@@ -186,7 +191,7 @@ impl Store {
                 .is_some_and(|id| Uuid::parse_str(id).is_ok())
         })?;
         let path = dir.join(entry.name);
-        let reason = self.quarantined("", String::new(), path.clone()).reason;
+        let reason = self.quarantine_reason(&path);
         Some(format!(
             "it is in quarantine ({}): {reason}",
             path.display()

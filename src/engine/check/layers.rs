@@ -126,7 +126,28 @@ impl Check<'_> {
         }
     }
 
+    /// True where an image or a container would miss the layer. One that is in quarantine does not.
+    fn is_needed(&self, layer: Uuid) -> bool {
+        let images = self.records.images.iter();
+        let containers = self.records.containers.iter();
+        images.flat_map(|image| &image.layers).any(|l| *l == layer)
+            || containers
+                .flat_map(|c| c.layers.iter().chain([&c.top]).chain(&c.next))
+                .any(|l| *l == layer)
+    }
+
     fn broken_layer(&mut self, layer: Uuid, dir: &Path, problem: &str) {
+        if !self.is_needed(layer) {
+            self.find(Finding::new(
+                Severity::Note,
+                format!("layer {layer}"),
+                dir,
+                problem,
+                "no image and no container outside of quarantine needs it",
+                None,
+            ));
+            return;
+        }
         self.find(Finding::new(
             Severity::Error,
             format!("layer {layer}"),
@@ -163,6 +184,9 @@ impl Check<'_> {
             };
             let info = self.store.layer_info(layer).ok();
             match problem {
+                Some(problem) if !self.is_needed(layer) => {
+                    self.broken_layer(layer, opened.dir(), &problem);
+                }
                 Some(problem) => {
                     self.find(Finding::new(
                         Severity::Error,
