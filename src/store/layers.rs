@@ -12,6 +12,9 @@ use crate::storage::{Held, LockMode};
 
 const INFO_FILE: &str = "info.json";
 pub(super) const LEASE_FILE: &str = "lease";
+/// How often a lease is asked for, and how long apart.
+const LEASE_ATTEMPTS: u32 = 5;
+const LEASE_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 /// Locked by whoever serves an image with this top layer.
 const READERS_FILE: &str = "readers";
 
@@ -132,14 +135,20 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::InUse`] while another process has it.
     pub fn lease_layer(&self, layer: Uuid) -> Result<LayerLease> {
-        self.try_lease(&self.layer_dir(layer))?.ok_or_else(|| {
-            Error::new(
-                ErrorKind::InUse,
-                format!(
-                    "the layer {layer} is in use by another process (a mount or an NBD server)"
-                ),
-            )
-        })
+        let dir = self.layer_dir(layer);
+        for attempt in 0..LEASE_ATTEMPTS {
+            if attempt > 0 {
+                // Whoever asks whether a layer is leased takes the lease for a moment.
+                std::thread::sleep(LEASE_PAUSE);
+            }
+            if let Some(lease) = self.try_lease(&dir)? {
+                return Ok(lease);
+            }
+        }
+        Err(Error::new(
+            ErrorKind::InUse,
+            format!("the layer {layer} is in use by another process (a mount or an NBD server)"),
+        ))
     }
 
     /// Keeps the image with this top layer from being removed.

@@ -8,8 +8,11 @@ use uuid::Uuid;
 use super::{Check, CheckWatch, Finding, Remedy, Severity};
 use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result};
-use crate::layer::{Header, SealedLayer, data_blocks_on_disk};
+use crate::layer::{self, Header, SealedLayer, check_layer, fail_on_damage};
 use crate::store::Store;
+
+/// Files that the store keeps beside those of a layer.
+const STORE_FILES: [&str; 3] = ["info.json", "lease", "readers"];
 
 /// What is known of a layer after it was looked at.
 #[derive(Debug, Default)]
@@ -53,16 +56,16 @@ impl Check<'_> {
         let dir = self.store.layer_dir(layer);
         let mut opened = None;
         let looked = read_header(self.store, layer, &dir).and_then(|header| {
-            state.header = Some(header.clone());
-            if header.sealed {
-                opened = Some(SealedLayer::open(&**self.store.storage(), &dir)?);
-                Ok(())
-            } else if self.store.is_leased(&dir) {
-                // Its map and journal change as we read.
-                Ok(())
-            } else {
-                check_writable(self.store, &dir, &header)
+            let sealed = header.sealed;
+            state.header = Some(header);
+            // The map and journal of one that is written change as we read.
+            if sealed || !self.store.is_leased(&dir) {
+                self.files(layer, &dir, sealed, idle)?;
             }
+            if sealed {
+                opened = Some(SealedLayer::open(&**self.store.storage(), &dir)?);
+            }
+            Ok(())
         });
         if let Err(error) = looked {
             let problem = error.to_string();
@@ -71,34 +74,52 @@ impl Check<'_> {
             return (state, None);
         }
         if let Some(sealed) = &opened {
-            self.sealed_layer(layer, &dir, sealed, idle);
+            self.count(layer, &dir, sealed, idle);
         }
         (state, opened)
     }
 
-    /// What a sealed layer that opens can still lack.
-    fn sealed_layer(&mut self, layer: Uuid, dir: &Path, sealed: &SealedLayer, idle: bool) {
+    /// Looks at every file of a layer; the first damage is the answer.
+    fn files(&mut self, layer: Uuid, dir: &Path, sealed: bool, idle: bool) -> Result<()> {
+        let storage = &**self.store.storage();
+        let found = check_layer(storage, dir, self.scrub && !sealed);
+        if !sealed && self.store.is_leased(dir) {
+            // Somebody began to write it meanwhile, so what was found means nothing.
+            return Ok(());
+        }
+        fail_on_damage(&found)?;
+        for finding in found {
+            let name = finding.file.file_name().and_then(|name| name.to_str());
+            if name.is_some_and(|name| STORE_FILES.contains(&name)) {
+                continue;
+            }
+            // Whoever commits makes checksums after sealing, so this may be a matter of seconds.
+            let severity = match finding.severity {
+                layer::Severity::Note => Severity::Note,
+                _ if !idle => Severity::Note,
+                _ => Severity::Warning,
+            };
+            let remedy = finding.repair.map(|_| Remedy::Layer(layer));
+            self.find(Finding::new(
+                severity,
+                format!("layer {layer}"),
+                finding.file,
+                finding.what,
+                finding.why,
+                remedy.filter(|_| sealed),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Compares what is said of a sealed layer with what it holds.
+    fn count(&mut self, layer: Uuid, dir: &Path, sealed: &SealedLayer, idle: bool) {
         let what = format!("layer {layer}");
-        // Whoever commits makes checksums after sealing, so this may be a matter of seconds.
         let severity = if idle {
             Severity::Warning
         } else {
             Severity::Note
         };
-        let superseded = ["map", "journal.0", "journal.1"]
-            .iter()
-            .any(|name| dir.join(name).exists());
-        if !sealed.is_checksummed() || superseded {
-            self.find(Finding::new(
-                severity,
-                &what,
-                dir,
-                "sealed, but a commit was cut off before it made checksums",
-                "`vellum prune` finishes it",
-                Some(Remedy::Seal(layer)),
-            ));
-            return;
-        }
         let info = match self.store.layer_info(layer) {
             Ok(info) => info,
             Err(error) => {
@@ -240,31 +261,4 @@ fn read_header(store: &Store, layer: Uuid, dir: &Path) -> Result<Header> {
         ));
     }
     Ok(header)
-}
-
-/// Everything of a writable layer that can be read without changing it.
-fn check_writable(store: &Store, dir: &Path, header: &Header) -> Result<()> {
-    let storage = &**store.storage();
-    data_blocks_on_disk(storage, dir)?;
-    // format.md, section 2: segments of 2³¹ blocks.
-    let segment = BLOCK_SIZE << 31;
-    for index in 0..header.virtual_size.div_ceil(segment) {
-        let name = match index {
-            0 => "data".to_owned(),
-            _ => format!("data.{index}"),
-        };
-        let path = dir.join(name);
-        let belongs = (header.virtual_size - index * segment).min(segment);
-        let len = storage
-            .open(&path, crate::storage::OpenMode::Read)
-            .and_then(|file| file.len())
-            .map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
-        if len != belongs {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                format!("{}: {len} bytes where {belongs} belong", path.display()),
-            ));
-        }
-    }
-    Ok(())
 }

@@ -65,8 +65,8 @@ pub struct Finding {
 /// What can be done about a finding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Remedy {
-    /// Make checksums, remove what they replace.
-    Seal(Uuid),
+    /// Make checksums, remove what they replace and what was never finished.
+    Layer(Uuid),
     /// Count again.
     Count(Uuid),
     /// Bring a container's record up to date.

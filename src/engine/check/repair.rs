@@ -6,7 +6,7 @@ use super::{CheckReport, Remedy};
 use crate::block::BLOCK_SIZE;
 use crate::engine::mount::{clean_orphaned_run_dirs, umount};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::layer::{SealedLayer, seal_in_place};
+use crate::layer::{SealedLayer, repair_layer, seal_in_place};
 use crate::storage::LockMode;
 use crate::store::{ContainerRecord, LayerInfo, Store};
 
@@ -47,11 +47,11 @@ pub(super) fn repair(store: &Store, report: &mut CheckReport) {
 /// Returns what was done.
 fn apply(store: &Store, remedy: &Remedy) -> Result<String> {
     match remedy {
-        Remedy::Seal(layer) => {
+        Remedy::Layer(layer) => {
             let _gc = exclusive(store)?;
-            seal_in_place(&**store.storage(), &store.layer_dir(*layer), |_| {})?;
+            repair_layer(&**store.storage(), &store.layer_dir(*layer))?;
             count(store, *layer)?;
-            Ok("checksums made".into())
+            Ok("the layer is complete".into())
         }
         Remedy::Count(layer) => {
             let _gc = exclusive(store)?;
