@@ -4,6 +4,7 @@
 //! and `exec` end with the status of the command that they ran.
 
 mod bench;
+mod check;
 mod commit;
 mod completions;
 mod create;
@@ -83,6 +84,8 @@ enum Command {
     Diff(diff::Args),
     /// Serve containers and images over NBD until stopped
     Nbd(nbd::Args),
+    /// Check that layers, images and containers are whole
+    Check(check::Args),
     /// Remove what crashes left and nothing uses
     Prune(prune::Args),
     /// Measure copy-up, chain depth and flush cost on this host
@@ -152,6 +155,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Commit(args) => commit::run(&args, context)?,
         Command::Diff(args) => diff::run(&args, context)?,
         Command::Nbd(args) => nbd::run(&args, context)?,
+        Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
         Command::Bench(args) => bench::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,

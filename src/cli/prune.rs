@@ -2,6 +2,7 @@
 
 use super::Context;
 use super::output::human_size;
+use crate::engine::check::finish_commits;
 use crate::engine::mount::clean_orphaned_run_dirs;
 use crate::error::Result;
 
@@ -11,9 +12,15 @@ pub(super) struct Args {}
 
 pub(super) fn run(_: &Args, context: &Context) -> Result<()> {
     let store = context.store()?;
+    finish_commits(&store)?;
     let run_dirs = clean_orphaned_run_dirs(&store)?;
     let mut report = store.prune()?;
     report.run_dirs = run_dirs;
+    if report.busy {
+        context.out.note(
+            "other commands are at work on layers, so some things were left: prune again later",
+        );
+    }
     context.out.print(&report, |report| {
         let mut out = String::new();
         for layer in &report.layers {

@@ -92,10 +92,11 @@ impl Target {
                     top: None,
                     options,
                 };
+                let lease = store.read_layer(*layer)?;
                 Ok(OpenChain::new(
                     store,
                     open_chain(store.storage(), &spec)?,
-                    None,
+                    Some(lease),
                 ))
             }
         }

@@ -199,7 +199,9 @@ impl Importer<'_> {
                     ..ApplyOptions::default()
                 };
                 let outcome = self.layer(&ground, file_origin(path), None, None, |dir| {
-                    apply_layer(reader, dir, &apply).map(drop)
+                    apply_layer(reader, dir, &apply)
+                        .map(drop)
+                        .map_err(|error| error.context(&shown))
                 })?;
                 self.added(&mut ground, &mut outcomes, outcome, path);
             }
@@ -316,6 +318,7 @@ impl Importer<'_> {
             diff_id: diff_id.clone(),
             chain_key,
             bytes,
+            damaged: None,
         };
         let layer = finish_layer(staged, layer, info, self.pin)?;
         Ok(LayerOutcome {

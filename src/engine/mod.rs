@@ -2,6 +2,7 @@
 //! snapshotter call these; nothing here prints.
 
 pub mod bench;
+pub mod check;
 pub mod commit;
 pub mod device;
 pub mod diff;
@@ -27,10 +28,21 @@ pub(crate) fn lock_container(store: &Store, container: &ContainerRecord) -> Resu
         .storage()
         .lock(&path, LockMode::Exclusive, true)
         .context(|| format!("cannot lock {}", path.display()))?;
-    held.ok_or_else(|| {
+    let held = held.ok_or_else(|| {
         crate::Error::new(
             crate::ErrorKind::InUse,
             format!("the container {} is busy", container.name),
         )
-    })
+    })?;
+    // While we waited it may have been removed, and its name given to another.
+    if store.container(&container.name)?.id != container.id {
+        return Err(crate::Error::new(
+            crate::ErrorKind::NotFound,
+            format!(
+                "the container {} was removed, and another made of that name: try again",
+                container.name
+            ),
+        ));
+    }
+    Ok(held)
 }

@@ -8,11 +8,13 @@ use uuid::Uuid;
 
 use super::device::Target;
 use super::lock_container;
+use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{self, AttachSpec, DetachOptions};
 use crate::export::loop_device::LoopDevice;
 use crate::fs::ext4;
 use crate::fs::mountinfo::MountInfo;
+use crate::fs::superblock::Superblock;
 use crate::store::{ContainerRecord, Store};
 
 /// The hidden subcommand that serves a device.
@@ -90,8 +92,9 @@ pub(super) fn mount_locked(
     let attached = device::attach(&run_dir, &attach_spec(store, &target))
         .map_err(|error| error.context(format!("cannot attach {name}")))?;
     let device = attached.device.path();
-    if let Err(error) = ext4::mount(&device, &dir, ext4::MountOptions::default()) {
+    if let Err(error) = mount_grown(container, &device, &dir) {
         // The mount's failure is what matters.
+        let _ = unmount_device(&run_dir, true);
         let _ = device::detach(
             &run_dir,
             &DetachOptions {
@@ -101,23 +104,36 @@ pub(super) fn mount_locked(
         );
         return Err(error.context(format!("cannot mount {name} at {}", dir.display())));
     }
-    grow_to_device(store, container, &dir)?;
     Ok(Mounted { dir, device })
 }
 
-/// Lets the file system fill a device that is larger than the image's.
-fn grow_to_device(store: &Store, container: &ContainerRecord, dir: &Path) -> Result<()> {
-    let image_size = match container.layers.last() {
-        Some(layer) => {
-            crate::layer::Header::read(&**store.storage(), &store.layer_dir(*layer))?.virtual_size
-        }
-        None => container.virtual_size,
-    };
-    if image_size < container.virtual_size {
-        ext4::grow(dir, container.virtual_size)
-            .map_err(|error| error.context(format!("cannot grow {}", container.name)))?;
+/// Mounts a container's device, and lets the file system fill one that is larger than the image's.
+fn mount_grown(container: &ContainerRecord, device: &Path, dir: &Path) -> Result<()> {
+    ext4::mount(device, dir, ext4::MountOptions::default())?;
+    // The last block of a file system may be one that does not fit.
+    let smaller = file_system_size(device)?.next_multiple_of(BLOCK_SIZE) < container.virtual_size;
+    if !smaller {
+        return Ok(());
     }
-    Ok(())
+    match ext4::grow(dir, container.virtual_size) {
+        // The kernel grows mounted ones for the root of the host alone.
+        Err(error) if error.kind() == ErrorKind::Permission => {
+            ext4::unmount(dir, UNMOUNT_TIMEOUT)?;
+            ext4::grow_unmounted(device)?;
+            ext4::mount(device, dir, ext4::MountOptions::default())
+        }
+        other => other,
+    }
+}
+
+/// What the ext4 on `device` says of its size, in bytes.
+fn file_system_size(device: &Path) -> Result<u64> {
+    use std::os::unix::fs::FileExt;
+    let mut bytes = [0; 1024];
+    std::fs::File::open(device)
+        .and_then(|file| file.read_exact_at(&mut bytes, 1024))
+        .context(|| format!("cannot read {}", device.display()))?;
+    Ok(Superblock::parse(&bytes)?.size)
 }
 
 /// Where a container is mounted, if it is.

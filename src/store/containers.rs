@@ -51,12 +51,16 @@ impl Store {
     /// [`ErrorKind::NotFound`], with what to do.
     pub fn container(&self, name: &str) -> Result<ContainerRecord> {
         check_name("container", name)?;
-        self.read_json(&self.record_path("containers", name))?.ok_or_else(|| {
-            Error::new(
-                ErrorKind::NotFound,
-                format!("there is no container {name}: `vellum ps` lists them, `vellum create` makes one"),
-            )
-        })
+        self.read_json(&self.record_path("containers", name))?
+            .ok_or_else(|| {
+                let hint = self
+                    .quarantine_hint("containers", name)
+                    .unwrap_or_else(|| "`vellum ps` lists them, `vellum create` makes one".into());
+                Error::new(
+                    ErrorKind::NotFound,
+                    format!("there is no container {name}: {hint}"),
+                )
+            })
     }
 
     /// Makes a container: an empty writable layer on the image's. Copies nothing.

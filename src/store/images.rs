@@ -22,12 +22,16 @@ impl Store {
     /// [`ErrorKind::NotFound`], with what to do.
     pub fn image(&self, name: &str) -> Result<ImageRecord> {
         check_reference(name)?;
-        self.read_json(&self.record_path("images", name))?.ok_or_else(|| {
-            Error::new(
-                ErrorKind::NotFound,
-                format!("there is no image {name}: `vellum images` lists them, `vellum import` makes one"),
-            )
-        })
+        self.read_json(&self.record_path("images", name))?
+            .ok_or_else(|| {
+                let hint = self.quarantine_hint("images", name).unwrap_or_else(|| {
+                    "`vellum images` lists them, `vellum import` makes one".into()
+                });
+                Error::new(
+                    ErrorKind::NotFound,
+                    format!("there is no image {name}: {hint}"),
+                )
+            })
     }
 
     /// Checks that an image can take this name.
@@ -81,6 +85,20 @@ impl Store {
                         "the image {name} is in use by container {}: remove that first (`vellum rm {}`)",
                         users.join(", "),
                         users.join(" ")
+                    ),
+                ));
+            }
+            let top = image.layers.last().copied();
+            let mut others = self.images()?.into_iter();
+            let shared = others.any(|other| {
+                other.id != image.id && top.is_some_and(|top| other.layers.contains(&top))
+            });
+            if !shared && top.is_some_and(|top| self.has_readers(top)) {
+                return Err(Error::new(
+                    ErrorKind::InUse,
+                    format!(
+                        "the image {name} is in use by another process: stop its NBD server, or \
+                         wait for the `vellum diff` that reads it"
                     ),
                 ));
             }

@@ -11,7 +11,12 @@ use crate::layer::{Header, WritableLayer};
 use crate::storage::{Held, LockMode};
 
 const INFO_FILE: &str = "info.json";
-const LEASE_FILE: &str = "lease";
+pub(super) const LEASE_FILE: &str = "lease";
+/// How often a lease is asked for, and how long apart.
+const LEASE_ATTEMPTS: u32 = 5;
+const LEASE_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
+/// Locked by whoever serves an image with this top layer.
+const READERS_FILE: &str = "readers";
 
 /// A layer that is being made: in `staging`, until it is published or the guard is dropped.
 #[derive(Debug)]
@@ -130,18 +135,53 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::InUse`] while another process has it.
     pub fn lease_layer(&self, layer: Uuid) -> Result<LayerLease> {
-        self.try_lease(&self.layer_dir(layer))?.ok_or_else(|| {
+        let dir = self.layer_dir(layer);
+        for attempt in 0..LEASE_ATTEMPTS {
+            if attempt > 0 {
+                // Whoever asks whether a layer is leased takes the lease for a moment.
+                std::thread::sleep(LEASE_PAUSE);
+            }
+            if let Some(lease) = self.try_lease(&dir)? {
+                return Ok(lease);
+            }
+        }
+        Err(Error::new(
+            ErrorKind::InUse,
+            format!("the layer {layer} is in use by another process (a mount or an NBD server)"),
+        ))
+    }
+
+    /// Keeps the image with this top layer from being removed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while it is being removed.
+    pub fn read_layer(&self, layer: Uuid) -> Result<LayerLease> {
+        let path = self.layer_dir(layer).join(READERS_FILE);
+        let held = self
+            .storage
+            .lock(&path, LockMode::Shared, false)
+            .context(|| format!("cannot lock {}", path.display()))?;
+        held.map(|held| LayerLease { _held: held }).ok_or_else(|| {
             Error::new(
                 ErrorKind::InUse,
-                format!(
-                    "the layer {layer} is in use by another process (a mount or an NBD server)"
-                ),
+                format!("the layer {layer} is being removed"),
             )
         })
     }
 
+    /// True while some process reads a chain with this layer on top.
+    pub(super) fn has_readers(&self, layer: Uuid) -> bool {
+        let path = self.layer_dir(layer).join(READERS_FILE);
+        // No file, no reader.
+        self.storage.exists(&path).unwrap_or(false)
+            && !matches!(
+                self.storage.lock(&path, LockMode::Exclusive, false),
+                Ok(Some(_))
+            )
+    }
+
     /// True while some process has the right to write the layer in `dir`.
-    pub(super) fn is_leased(&self, dir: &std::path::Path) -> bool {
+    pub(crate) fn is_leased(&self, dir: &std::path::Path) -> bool {
         !matches!(self.try_lease(dir), Ok(Some(_)))
     }
 
@@ -198,7 +238,7 @@ impl Store {
             let Ok(info) = self.layer_info(layer) else {
                 continue;
             };
-            if info.chain_key.as_deref() != Some(chain_key) {
+            if info.chain_key.as_deref() != Some(chain_key) || info.damaged.is_some() {
                 continue;
             }
             let header = Header::read(&*self.storage, &self.layer_dir(layer));
@@ -215,10 +255,10 @@ impl Store {
     /// Where its record is damaged.
     pub fn template(&self, key: &str) -> Result<Option<TemplateRecord>> {
         let record: Option<TemplateRecord> = self.read_json(&self.record_path("templates", key))?;
+        // Where the layer is gone or damaged, a new one is made.
         Ok(record.filter(|record| {
-            self.storage
-                .exists(&self.layer_dir(record.layer))
-                .unwrap_or(false)
+            self.layer_info(record.layer)
+                .is_ok_and(|info| info.damaged.is_none())
         }))
     }
 

@@ -10,6 +10,7 @@
 //! ROOT/templates/SIZE.json   empty file systems that images begin with
 //! ROOT/volumes/NAME/         named volumes
 //! ROOT/staging/UUID/         being made; ROOT/trash/ being removed
+//! ROOT/quarantine/            records whose layers are damaged; made when needed
 //! ROOT/run/CONTAINER/        mounts and processes of the running system
 //! ```
 //!
@@ -25,13 +26,15 @@ mod images;
 mod layers;
 mod names;
 mod prune;
+mod quarantine;
 mod records;
 mod volumes;
 
 pub use containers::{NewContainer, Resolved, now};
 pub use layers::{LayerLease, StagedLayer};
 pub use names::{check_name, check_reference};
-pub use prune::PruneReport;
+pub use prune::{Orphans, PruneReport};
+pub use quarantine::{Quarantined, Records};
 pub use records::{ContainerRecord, FsInfo, ImageRecord, LayerInfo, TemplateRecord, VolumeMount};
 
 use std::path::{Path, PathBuf};
@@ -129,6 +132,7 @@ impl Store {
         let known = |name: &str| {
             DIRECTORIES.contains(&name)
                 || name == "volumes"
+                || quarantine::is_quarantine(name)
                 || name.starts_with(MARKER)
                 || ["lock", "gc.lock", "lost+found"].contains(&name)
         };

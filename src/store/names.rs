@@ -61,7 +61,7 @@ pub(super) fn encode(name: &str) -> String {
 
 impl Store {
     /// The path of a record. The name was checked.
-    pub(super) fn record_path(&self, directory: &str, name: &str) -> PathBuf {
+    pub(crate) fn record_path(&self, directory: &str, name: &str) -> PathBuf {
         self.root
             .join(directory)
             .join(format!("{}.json", encode(name)))

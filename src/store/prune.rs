@@ -1,13 +1,15 @@
 //! Collecting what nothing refers to: orphans of crashes, and the layers of removed things.
 
 use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use uuid::Uuid;
 
 use super::Store;
-use super::records::{ContainerRecord, ImageRecord, TemplateRecord};
+use super::quarantine::Records;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::Entry;
 
 /// What [`Store::prune`] removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -20,6 +22,38 @@ pub struct PruneReport {
     pub run_dirs: Vec<String>,
     /// Bytes of the layers' data.
     pub bytes: u64,
+    /// Another process was making or removing layers, so not everything was looked at.
+    pub busy: bool,
+}
+
+/// What [`Store::prune`] would remove.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Orphans {
+    /// Layers that no record names.
+    pub layers: Vec<Uuid>,
+    /// Half-made and half-removed things.
+    pub leftovers: Vec<PathBuf>,
+    /// Running state of containers that are gone.
+    pub run_dirs: Vec<PathBuf>,
+}
+
+impl Records {
+    /// Every layer that a record names, quarantine included.
+    pub fn used_layers(&self) -> HashSet<Uuid> {
+        let images = self.images.iter().flat_map(|image| image.layers.iter());
+        let containers = self.containers.iter().flat_map(|container| {
+            let own = std::iter::once(&container.top).chain(&container.next);
+            container.layers.iter().chain(own)
+        });
+        let templates = self.templates.iter().map(|template| &template.layer);
+        let quarantined = self.quarantined_layers.iter();
+        images
+            .chain(containers)
+            .chain(templates)
+            .chain(quarantined)
+            .copied()
+            .collect()
+    }
 }
 
 impl Store {
@@ -28,6 +62,7 @@ impl Store {
     pub(super) fn collect_layers(&self) -> Result<PruneReport> {
         let mut report = PruneReport::default();
         let Some(_gc) = self.try_collection_lock()? else {
+            report.busy = true;
             return Ok(report);
         };
         let _lock = self.lock()?;
@@ -50,72 +85,131 @@ impl Store {
 
     /// All layers that records name; `None` where a record cannot be read, since it may name any.
     fn used_layers(&self) -> Result<Option<HashSet<Uuid>>> {
-        let mut used = HashSet::new();
-        let mut damaged = false;
-        let mut note = |error: Error| {
-            damaged = true;
-            Store::warn_damaged(error);
-        };
-        for image in self.read_records::<ImageRecord>("images", &mut note)? {
-            used.extend(image.layers);
-        }
-        for container in self.read_records::<ContainerRecord>("containers", &mut note)? {
-            used.extend(container.layers);
-            used.insert(container.top);
-            used.extend(container.next);
-        }
-        for template in self.read_records::<TemplateRecord>("templates", &mut note)? {
-            used.insert(template.layer);
-        }
+        let records = self.records()?;
+        let damaged = !records.damaged.is_empty();
+        let used = records.used_layers();
+        records.damaged.into_iter().for_each(Store::warn_damaged);
         Ok((!damaged).then_some(used))
     }
 
     /// Removes everything that crashes left: orphaned layers, half-made and half-removed ones,
     /// running state of containers that are gone, templates that no image begins with.
     ///
+    /// While another process makes or removes layers, nothing is removed and the report says so.
+    ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] where a record is damaged: it may name any layer, so none is removed.
     pub fn prune(&self) -> Result<PruneReport> {
         self.drop_unused_templates()?;
         let mut report = self.collect_layers()?;
+        // Whoever stages a layer has pinned layers first, so with this lock nobody does.
+        let Some(_gc) = self.try_collection_lock()? else {
+            report.busy = true;
+            return Ok(report);
+        };
         let _lock = self.lock()?;
-        for directory in ["staging", "trash"] {
-            let dir = self.root.join(directory);
-            let entries = self
-                .storage
-                .list(&dir)
-                .context(|| format!("cannot list {}", dir.display()))?;
-            for entry in entries {
-                let path = dir.join(&entry.name);
-                if directory == "staging" && self.is_leased(&path) {
-                    continue;
+        for path in self.leftovers()? {
+            let removed = match self.storage.remove_tree(&path) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+                    self.storage.remove_file(&path)
                 }
-                self.storage
-                    .remove_tree(&path)
-                    .context(|| format!("cannot remove {}", path.display()))?;
-                report.leftovers.push(format!("{directory}/{}", entry.name));
-            }
+                other => other,
+            };
+            removed.context(|| format!("cannot remove {}", path.display()))?;
+            let name = path.strip_prefix(&self.root).unwrap_or(&path);
+            report.leftovers.push(name.display().to_string());
         }
         Ok(report)
+    }
+
+    /// What [`Store::prune`] would remove, and nobody works on. `None` while another process makes
+    /// or removes layers, since then nobody can tell.
+    ///
+    /// # Errors
+    /// Where a directory cannot be read.
+    pub fn orphans(&self) -> Result<Option<Orphans>> {
+        let Some(_gc) = self.try_collection_lock()? else {
+            return Ok(None);
+        };
+        let _lock = self.lock()?;
+        let mut orphans = Orphans {
+            leftovers: self.leftovers()?,
+            run_dirs: self.orphaned_run_dirs()?,
+            layers: Vec::new(),
+        };
+        if let Some(used) = self.used_layers()? {
+            orphans.layers = self.layers()?;
+            orphans
+                .layers
+                .retain(|layer| !used.contains(layer) && !self.is_leased(&self.layer_dir(*layer)));
+        }
+        Ok(Some(orphans))
+    }
+
+    /// What lies in `staging` and `trash`, unfinished files, and locks of containers that are gone.
+    fn leftovers(&self) -> Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for directory in ["staging", "trash"] {
+            let dir = self.root.join(directory);
+            let all = self.entries(&dir)?;
+            found.extend(
+                all.map(|entry| dir.join(entry.name))
+                    .filter(|path| directory == "trash" || !self.is_staged(path)),
+            );
+        }
+        for directory in ["images", "containers", "templates"] {
+            let dir = self.root.join(directory);
+            let unfinished = self.entries(&dir)?.filter(|e| e.name.ends_with(".tmp"));
+            found.extend(unfinished.map(|entry| dir.join(entry.name)));
+        }
+        let known = self.container_ids()?;
+        let dir = self.root.join("run");
+        let locks = self.entries(&dir)?.filter(|entry| {
+            let id = entry.name.strip_suffix(".lock");
+            id.is_some_and(|id| Uuid::parse_str(id).is_ok() && !known.contains(id))
+        });
+        found.extend(locks.map(|entry| dir.join(entry.name)));
+        Ok(found)
+    }
+
+    /// True for a staged layer that somebody holds. Other things in `staging` are nobody's once
+    /// nobody pins layers.
+    fn is_staged(&self, path: &Path) -> bool {
+        let lease = path.join(super::layers::LEASE_FILE);
+        self.storage.exists(&lease).unwrap_or(false) && self.is_leased(path)
+    }
+
+    fn entries(&self, dir: &Path) -> Result<impl Iterator<Item = Entry> + use<>> {
+        self.storage
+            .list(dir)
+            .map(Vec::into_iter)
+            .context(|| format!("cannot list {}", dir.display()))
+    }
+
+    /// The ids of all containers. One whose record cannot be read may be any, so that is an error.
+    fn container_ids(&self) -> Result<HashSet<String>> {
+        let mut records = self.records()?;
+        if let Some(error) = records.damaged.pop() {
+            return Err(error.context("what a container left cannot be told from what it uses"));
+        }
+        let containers = records.containers.into_iter().map(|record| record.id);
+        let quarantined = records.quarantined.into_iter().map(|record| record.id);
+        Ok(containers
+            .chain(quarantined)
+            .map(|id| id.to_string())
+            .collect())
     }
 
     /// Directories under `run` whose container is gone. Something may still be mounted there.
     ///
     /// # Errors
     /// Where the directory cannot be read.
-    pub fn orphaned_run_dirs(&self) -> Result<Vec<std::path::PathBuf>> {
-        let known: HashSet<String> = self
-            .containers()?
-            .into_iter()
-            .map(|container| container.id.to_string())
-            .collect();
+    pub fn orphaned_run_dirs(&self) -> Result<Vec<PathBuf>> {
+        // Directories first: what is made in between is then not taken for an orphan.
         let dir = self.root.join("run");
-        let entries = self
-            .storage
-            .list(&dir)
-            .context(|| format!("cannot list {}", dir.display()))?;
+        let entries = self.entries(&dir)?;
+        let known = self.container_ids()?;
         Ok(entries
-            .into_iter()
             .filter(|entry| entry.is_dir && Uuid::parse_str(&entry.name).is_ok())
             .filter(|entry| !known.contains(&entry.name))
             .map(|entry| dir.join(entry.name))
@@ -127,12 +221,16 @@ impl Store {
             return Ok(());
         };
         let _lock = self.lock()?;
-        let images: HashSet<Uuid> = self
-            .images()?
+        let records = self.records()?;
+        if !records.damaged.is_empty() {
+            return Ok(());
+        }
+        let images: HashSet<Uuid> = records
+            .images
             .into_iter()
             .flat_map(|image| image.layers)
             .collect();
-        for template in self.read_records::<TemplateRecord>("templates", Store::warn_damaged)? {
+        for template in records.templates {
             if !images.contains(&template.layer) {
                 self.remove_json(&self.record_path("templates", &template.key))?;
             }

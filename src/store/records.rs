@@ -28,6 +28,9 @@ pub struct LayerInfo {
     /// Bytes of its data blocks.
     #[serde(default)]
     pub bytes: u64,
+    /// What `vellum check` found wrong with it: no new image is built on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
 }
 
 /// An empty file system that images of one size begin with.

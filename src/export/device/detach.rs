@@ -283,7 +283,12 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
     let mounts = MountInfo::read()?;
     let attached = LoopDevice::attached()?;
     for entry in fs::read_dir(&run_root).context(|| run_root.display().to_string())? {
-        let run_dir = entry.context(|| run_root.display().to_string())?.path();
+        let entry = entry.context(|| run_root.display().to_string())?;
+        // Files beside the run directories are others'.
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let run_dir = entry.path();
         if !is_there(&run_dir.join(DEV)) && !is_there(&run_dir.join(STATE)) {
             continue;
         }

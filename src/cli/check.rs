@@ -1,0 +1,129 @@
+//! `vellum check [NAME…]`
+
+use indicatif::{ProgressBar, ProgressStyle};
+use parking_lot::Mutex;
+
+use super::output::Output;
+use super::{Context, shown};
+use crate::block::BLOCK_SIZE;
+use crate::engine::check::{CheckOptions, CheckReport, CheckWatch, Severity, check};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Arguments of `check`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Images, containers, or UUIDs of layers [default: the whole store]
+    names: Vec<String>,
+    /// Read every block of the sealed layers and compare it with its checksum
+    #[arg(long)]
+    scrub: bool,
+    /// Repair what needs no guessing, put what is damaged in quarantine
+    #[arg(long)]
+    repair: bool,
+}
+
+pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
+    let store = context.store()?;
+    let options = CheckOptions {
+        names: args.names.clone(),
+        scrub: args.scrub,
+        repair: args.repair,
+    };
+    let watch = Bar {
+        out: context.out,
+        bar: Mutex::new(None),
+    };
+    let report = check(&store, &options, &watch)?;
+    context.out.print(&report, lines)?;
+    if report.is_clean() {
+        return Ok(());
+    }
+    let (errors, warnings) = (report.open(Severity::Error), report.open(Severity::Warning));
+    let plural = |count: usize| if count == 1 { "" } else { "s" };
+    let what_to_do = if report
+        .findings
+        .iter()
+        .any(|finding| finding.repairable && finding.repaired.is_none())
+        && !args.repair
+    {
+        ": --repair does something about it"
+    } else {
+        ""
+    };
+    Err(Error::new(
+        ErrorKind::Corrupt,
+        format!(
+            "{errors} error{} and {warnings} warning{} in {}{what_to_do}",
+            plural(errors),
+            plural(warnings),
+            shown(store.root())
+        ),
+    ))
+}
+
+fn lines(report: &CheckReport) -> String {
+    let mut out = String::new();
+    for finding in &report.findings {
+        let severity = match finding.severity {
+            Severity::Note => "note",
+            Severity::Warning => "warning",
+            Severity::Error => "error",
+        };
+        let path = shown(&finding.path);
+        let problem = finding.problem.replace(char::is_control, "?");
+        // Most problems name their file already.
+        let place = if problem.contains(&path) {
+            String::new()
+        } else {
+            format!(" ({path})")
+        };
+        out.push_str(&format!("{severity}: {}: {problem}{place}\n", finding.what));
+        match &finding.repaired {
+            Some(done) => out.push_str(&format!("  repaired: {done}\n")),
+            None => out.push_str(&format!("  {}\n", finding.advice)),
+        }
+    }
+    let read = if report.blocks == 0 {
+        String::new()
+    } else {
+        let bytes = super::output::human_size(report.blocks * BLOCK_SIZE);
+        format!(", {bytes} of data read")
+    };
+    out.push_str(&format!(
+        "{} layers, {} images, {} containers checked{read}\n",
+        report.layers, report.images, report.containers
+    ));
+    out
+}
+
+/// A progress bar over all blocks.
+struct Bar {
+    out: Output,
+    bar: Mutex<Option<ProgressBar>>,
+}
+
+impl CheckWatch for Bar {
+    fn begin(&self, blocks: u64) {
+        if !self.out.shows_progress() {
+            return;
+        }
+        let bar = ProgressBar::new(blocks * BLOCK_SIZE);
+        let template = "reading [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        *self.bar.lock() = Some(bar);
+    }
+
+    fn read(&self, blocks: u64) {
+        if let Some(bar) = &*self.bar.lock() {
+            bar.inc(blocks * BLOCK_SIZE);
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = self.bar.lock().take() {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! Whether a store is as it should be, and making it so where that needs no guessing.
+//!
+//! What another process is changing at this moment is looked at only as far as its files cannot
+//! contradict each other for a moment. What cannot be repaired is put in quarantine, so that one
+//! bad layer never stops the others.
+
+mod layers;
+mod repair;
+mod stacks;
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Records, Store};
+
+pub use repair::finish_commits;
+
+/// What to check, and what to do about it.
+#[derive(Debug, Clone, Default)]
+pub struct CheckOptions {
+    /// Images, containers and layers; everything where it is empty.
+    pub names: Vec<String>,
+    /// Read every block of sealed layers.
+    pub scrub: bool,
+    /// Repair what can be repaired.
+    pub repair: bool,
+}
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// Good to know.
+    Note,
+    /// Something is left over or out of date; no data is in danger.
+    Warning,
+    /// Data cannot be read, or not be trusted.
+    Error,
+}
+
+/// Something that is not as it should be.
+#[derive(Debug, Clone, Serialize)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// The image, container or layer, or what else it is about.
+    pub what: String,
+    /// The file or directory.
+    pub path: PathBuf,
+    /// What is wrong.
+    pub problem: String,
+    /// What to do.
+    pub advice: String,
+    /// [`CheckOptions::repair`] does something about it.
+    pub repairable: bool,
+    /// What was done about it.
+    pub repaired: Option<String>,
+    #[serde(skip)]
+    remedy: Option<Remedy>,
+}
+
+/// What can be done about a finding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Remedy {
+    /// Make checksums, remove what they replace and what was never finished.
+    Layer(Uuid),
+    /// Count again.
+    Count(Uuid),
+    /// Bring a container's record up to date.
+    Settle(String),
+    /// End what is left of a container's device.
+    Detach(String),
+    /// Remove leftovers.
+    Prune,
+    /// Never build on this layer again.
+    MarkDamaged(Uuid, String),
+    /// The layer is fine again.
+    MarkSound(Uuid),
+    /// Take an image out of use.
+    QuarantineImage(String, String),
+    /// Take a container out of use.
+    QuarantineContainer(String, String),
+}
+
+/// What a check found.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct CheckReport {
+    /// In the order of the layers, images, containers and leftovers.
+    pub findings: Vec<Finding>,
+    /// Layers looked at.
+    pub layers: u64,
+    /// Images looked at.
+    pub images: u64,
+    /// Containers looked at.
+    pub containers: u64,
+    /// Data blocks read.
+    pub blocks: u64,
+}
+
+impl CheckReport {
+    /// Findings of a severity that nothing was done about.
+    pub fn open(&self, severity: Severity) -> usize {
+        self.findings
+            .iter()
+            .filter(|finding| finding.severity == severity && finding.repaired.is_none())
+            .count()
+    }
+
+    /// True when no error and no warning is left.
+    pub fn is_clean(&self) -> bool {
+        self.open(Severity::Error) == 0 && self.open(Severity::Warning) == 0
+    }
+}
+
+/// What happens while blocks are read, for a person who waits.
+pub trait CheckWatch {
+    /// So many data blocks will be read.
+    fn begin(&self, blocks: u64);
+    /// So many more were.
+    fn read(&self, blocks: u64);
+    /// All were.
+    fn end(&self);
+}
+
+impl Finding {
+    fn new(
+        severity: Severity,
+        what: impl Into<String>,
+        path: impl Into<PathBuf>,
+        problem: impl Into<String>,
+        advice: impl Into<String>,
+        remedy: Option<Remedy>,
+    ) -> Self {
+        Finding {
+            severity,
+            what: what.into(),
+            path: path.into(),
+            problem: problem.into(),
+            advice: advice.into(),
+            repairable: remedy.is_some(),
+            repaired: None,
+            remedy,
+        }
+    }
+}
+
+/// One check in progress.
+struct Check<'a> {
+    store: &'a Store,
+    records: Records,
+    report: CheckReport,
+    scrub: bool,
+}
+
+impl Check<'_> {
+    fn find(&mut self, finding: Finding) {
+        self.report.findings.push(finding);
+    }
+}
+
+/// Checks the whole store, or some things in it, and repairs them where that is asked for.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] for a name; where the store itself cannot be read. What is wrong within
+/// it is in the report.
+pub fn check(store: &Store, options: &CheckOptions, watch: &dyn CheckWatch) -> Result<CheckReport> {
+    let mut check = Check {
+        store,
+        records: store.records()?,
+        report: CheckReport::default(),
+        scrub: options.scrub,
+    };
+    let everything = options.names.is_empty();
+    let layers = if everything {
+        check.all_layers()?
+    } else {
+        check.select(&options.names)?
+    };
+    if everything {
+        check.damaged_records();
+    }
+    let states = check.layers(&layers, watch)?;
+    check.stacks(&states)?;
+    if everything {
+        check.leftovers()?;
+    }
+    check.forget_removed()?;
+    let mut report = check.report;
+    if options.repair {
+        repair::repair(store, &mut report);
+    }
+    Ok(report)
+}
+
+impl Check<'_> {
+    /// Every layer that is there or should be.
+    fn all_layers(&self) -> Result<Vec<Uuid>> {
+        let mut layers = self.store.layers()?;
+        layers.extend(self.records.used_layers());
+        layers.sort();
+        layers.dedup();
+        Ok(layers)
+    }
+
+    /// Keeps the records of these names alone, and returns their layers.
+    fn select(&mut self, names: &[String]) -> Result<Vec<Uuid>> {
+        let mut layers = Vec::new();
+        for name in names {
+            let known = self.records.images.iter().any(|image| image.name == *name)
+                || self.records.containers.iter().any(|c| c.name == *name);
+            match uuid::Uuid::parse_str(name) {
+                Ok(layer) if !known => layers.push(layer),
+                _ if known => {}
+                // Says what is wrong with the name, or with its record.
+                _ => {
+                    self.store.container(name)?;
+                    self.store.image(name)?;
+                }
+            }
+        }
+        self.records.images.retain(|i| names.contains(&i.name));
+        self.records.containers.retain(|c| names.contains(&c.name));
+        self.records.templates.clear();
+        self.records.quarantined_layers.clear();
+        layers.extend(self.records.used_layers());
+        layers.sort();
+        layers.dedup();
+        if let Some(missing) = layers.iter().find(|layer| {
+            names.contains(&layer.to_string()) && self.store.layer_info(**layer).is_err()
+        }) {
+            let dir = self.store.layer_dir(*missing);
+            if !dir.exists() {
+                return Err(Error::new(
+                    ErrorKind::NotFound,
+                    format!("the store has no layer {missing}"),
+                ));
+            }
+        }
+        Ok(layers)
+    }
+
+    /// What another command removed while we looked is not missing.
+    fn forget_removed(&mut self) -> Result<()> {
+        if self.report.findings.is_empty() {
+            return Ok(());
+        }
+        let used = self.store.records()?.used_layers();
+        let store = self.store;
+        self.report.findings.retain(|finding| {
+            let gone = |error: Error| error.kind() == ErrorKind::NotFound;
+            match finding.what.split_once(' ') {
+                _ if finding.severity == Severity::Note => true,
+                Some(("layer", layer)) => Uuid::parse_str(layer)
+                    .is_ok_and(|layer| used.contains(&layer) || store.layer_dir(layer).exists()),
+                Some(("image", name)) => !store.image(name).is_err_and(gone),
+                Some(("container", name)) => !store.container(name).is_err_and(gone),
+                _ => true,
+            }
+        });
+        Ok(())
+    }
+
+    fn damaged_records(&mut self) {
+        for error in std::mem::take(&mut self.records.damaged) {
+            let root = self.store.root().to_owned();
+            self.find(Finding::new(
+                Severity::Error,
+                "record",
+                root,
+                error.to_string(),
+                "nobody knows what it named, so prune removes no layer: put the file back from a \
+                 backup, or remove it if nothing of it is needed, and run `vellum prune`",
+                None,
+            ));
+        }
+        for entry in std::mem::take(&mut self.records.quarantined) {
+            self.find(Finding::new(
+                Severity::Note,
+                format!("{} {}", entry.what, entry.name),
+                &entry.path,
+                format!("in quarantine: {}", entry.reason),
+                "import the image again under its name; the layers of what is in quarantine are \
+                 kept until its file is removed",
+                None,
+            ));
+        }
+    }
+
+    /// What prune would remove, and what died.
+    fn leftovers(&mut self) -> Result<()> {
+        let records = self.store.records()?;
+        if !records.damaged.is_empty() {
+            return Ok(());
+        }
+        match self.store.orphans()? {
+            None => self.find(Finding::new(
+                Severity::Note,
+                "store",
+                self.store.root(),
+                "other commands are at work on layers, so leftovers were not looked for",
+                "check again when they are done",
+                None,
+            )),
+            Some(orphans) => {
+                let layers = orphans.layers.iter().map(|l| self.store.layer_dir(*l));
+                let layers = layers.map(|path| (path, "a layer that nothing uses"));
+                let others = orphans.leftovers.into_iter();
+                let others = others.map(|path| (path, "left by a command that was cut off"));
+                let runs = orphans.run_dirs.into_iter();
+                let runs = runs.map(|path| (path, "a device whose command was cut off"));
+                let all: Vec<_> = layers.chain(others).chain(runs).collect();
+                for (path, problem) in all {
+                    self.find(Finding::new(
+                        Severity::Warning,
+                        "leftover",
+                        path,
+                        problem,
+                        "`vellum prune` removes it",
+                        Some(Remedy::Prune),
+                    ));
+                }
+            }
+        }
+        for leak in crate::export::device::find_leaks(&self.store.root().join("run"))? {
+            let owner = records
+                .containers
+                .iter()
+                .find(|container| leak.run_dir.ends_with(container.id.to_string()));
+            // The others are orphans, see above.
+            let Some(owner) = owner else { continue };
+            self.find(Finding::new(
+                Severity::Warning,
+                format!("container {}", owner.name),
+                leak.run_dir,
+                leak.what,
+                format!(
+                    "`vellum umount {}` cleans up; what was flushed is safe",
+                    owner.name
+                ),
+                Some(Remedy::Detach(owner.name.clone())),
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,343 @@
+//! From an image to containers and back, by the command that users run.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::{Running, TestStore, kill, run, wait_until};
+
+fn size_of(store: &TestStore, container: &str) -> u64 {
+    let rows = store.json(&["ps", "-s"]);
+    let row = rows
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|row| row["name"] == container);
+    row.expect("listed")["size"].as_u64().unwrap()
+}
+
+#[test]
+fn a_life_from_import_to_rmi_leaves_nothing() {
+    let store = TestStore::new();
+    store.small_image("base");
+    assert_eq!(store.ok(&["create", "base", "--name", "one"]), "one\n");
+    assert_eq!(store.ok(&["create", "base"]), "base-1\n");
+    assert_eq!(size_of(&store, "one"), 0, "untouched");
+
+    let dir = store.mount("one");
+    assert_eq!(
+        fs::read_to_string(dir.join("etc/hostname")).unwrap(),
+        "base\n"
+    );
+    fs::write(dir.join("etc/hostname"), "one\n").unwrap();
+    fs::write(dir.join("new"), "new\n").unwrap();
+    fs::remove_file(dir.join("file")).unwrap();
+    assert_eq!(
+        store.ok(&["diff", "one"]),
+        "C /etc\nC /etc/hostname\nD /file\nA /new\n"
+    );
+    store.ok(&["umount", "one"]);
+    assert_eq!(
+        store.ok(&["diff", "one"]),
+        "C /etc\nC /etc/hostname\nD /file\nA /new\n",
+        "the same unmounted"
+    );
+
+    let other = store.mount("base-1");
+    assert_eq!(
+        fs::read_to_string(other.join("etc/hostname")).unwrap(),
+        "base\n"
+    );
+    assert_eq!(fs::read(other.join("file")).unwrap().len(), 100_000);
+    store.ok(&["umount", "base-1"]);
+    store.ok(&["create", "base", "--name", "two"]);
+    store.mount("two");
+    store.ok(&["umount", "two"]);
+    assert_eq!(
+        size_of(&store, "two"),
+        4096,
+        "a mount writes the superblock"
+    );
+
+    store.ok(&["check", "--scrub"]);
+    store.ok(&["rm", "one", "base-1", "two"]);
+    store.ok(&["rmi", "base"]);
+    store.ok(&["prune"]);
+    assert_eq!(store.layers(), Vec::<String>::new());
+    store.ok(&["check"]);
+    store.assert_nothing_runs();
+}
+
+#[test]
+fn a_commit_under_writers_makes_a_clean_image_and_the_container_goes_on() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let dir = store.mount("c");
+    let stop = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> = (0..2)
+        .map(|writer| {
+            let (dir, stop) = (dir.clone(), stop.clone());
+            std::thread::spawn(move || {
+                let mut written = 0u64;
+                while !stop.load(Ordering::Relaxed) {
+                    let path = dir.join(format!("w{writer}-{}", written % 50));
+                    let mut file = fs::File::create(path).unwrap();
+                    file.write_all(&written.to_le_bytes().repeat(1000)).unwrap();
+                    file.sync_all().unwrap();
+                    written += 1;
+                }
+                written
+            })
+        })
+        .collect();
+    fs::write(dir.join("marker"), "before\n").unwrap();
+    let report = store.json(&["commit", "c", "snap", "-m", "a remark"]);
+    stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        assert!(writer.join().unwrap() > 0);
+    }
+    assert!(report["frozen_seconds"].as_f64().unwrap() < 2.0, "{report}");
+    fs::write(dir.join("marker"), "after\n").unwrap();
+    store.ok(&["umount", "c"]);
+    let dir = store.mount("c");
+    assert_eq!(fs::read_to_string(dir.join("marker")).unwrap(), "after\n");
+    store.ok(&["umount", "c"]);
+
+    let history = store.ok(&["history", "snap"]);
+    assert!(history.contains("vellum commit c"), "{history}");
+    // Read-only, without the replay of a journal.
+    let top = report["layer"].as_str().unwrap();
+    let raw = store.path("snap.raw");
+    copy_over_nbd(&store, "snap", &raw);
+    let raw_arg = raw.display().to_string();
+    let features = run("dumpe2fs", &["-h", &raw_arg]);
+    assert!(
+        !features.contains("needs_recovery"),
+        "layer {top}: {features}"
+    );
+    run("e2fsck", &["-fn", &raw_arg]);
+
+    store.ok(&["create", "snap", "--name", "d"]);
+    let dir = store.mount("d");
+    assert_eq!(fs::read_to_string(dir.join("marker")).unwrap(), "before\n");
+    store.ok(&["umount", "d"]);
+    store.ok(&["check", "--scrub"]);
+
+    // The image is a layer of the container, the container no user of the image.
+    store.ok(&["rm", "d"]);
+    store.ok(&["rmi", "snap"]);
+    let dir = store.mount("c");
+    assert_eq!(fs::read_to_string(dir.join("marker")).unwrap(), "after\n");
+    store.ok(&["umount", "c"]);
+    store.ok(&["check", "--scrub"]);
+}
+
+fn serve(store: &TestStore, name: &str) -> (Running, std::path::PathBuf) {
+    let socket = store.path("nbd.sock");
+    let child = store
+        .command()
+        .args(["-q", "nbd", name, "--socket"])
+        .arg(&socket)
+        .spawn()
+        .unwrap();
+    let server = Running(child);
+    wait_until("the server listens", || socket.exists());
+    (server, socket)
+}
+
+fn end(mut server: Running) {
+    let pid = nix::unistd::Pid::from_raw(server.0.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(server.0.wait().unwrap().success());
+}
+
+fn copy_over_nbd(store: &TestStore, name: &str, target: &std::path::Path) {
+    let (server, socket) = serve(store, name);
+    let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
+    run("nbdcopy", &[uri.as_str(), target.to_str().unwrap()]);
+    end(server);
+}
+
+#[test]
+fn what_is_in_use_is_not_removed_and_the_message_names_the_user() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let error = store.fails(&["rmi", "base"]);
+    assert!(error.contains("in use by container c"), "{error}");
+    assert!(error.contains("vellum rm c"), "{error}");
+
+    let dir = store.mount("c");
+    let shown = dir.display().to_string();
+    for command in [&["rm", "c"][..], &["mount", "c"]] {
+        let error = store.fails(command);
+        assert!(error.contains(&shown), "{command:?}: {error}");
+        assert!(error.contains("vellum umount c"), "{command:?}: {error}");
+    }
+    let socket = store.arg("refused.sock");
+    let error = store.fails(&["nbd", "c", "--socket", &socket]);
+    assert!(error.contains("in use by another process"), "{error}");
+
+    let open = fs::File::open(dir.join("file")).unwrap();
+    let error = store.fails(&["umount", "c"]);
+    assert!(error.contains("cannot unmount c"), "{error}");
+    drop(open);
+    store.ok(&["umount", "c"]);
+
+    let (server, _) = serve(&store, "c");
+    for command in [&["mount", "c"][..], &["rm", "c"]] {
+        let error = store.fails(command);
+        assert!(error.contains("in use"), "{command:?}: {error}");
+    }
+    end(server);
+    assert_eq!(store.names("ps"), ["c"]);
+    store.ok(&["rm", "c"]);
+    store.ok(&["rmi", "base"]);
+    store.assert_nothing_runs();
+}
+
+#[test]
+fn an_image_that_is_served_is_not_removed() {
+    let store = TestStore::new();
+    store.small_image("base");
+    let (server, _) = serve(&store, "base");
+    let error = store.fails(&["rmi", "base"]);
+    assert!(error.contains("in use by another process"), "{error}");
+    assert_eq!(store.names("images"), ["base"]);
+    end(server);
+    store.ok(&["rmi", "base"]);
+}
+
+#[test]
+fn names_that_are_taken_bad_or_unknown_are_refused_with_what_to_do() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let root = store.arg("small-root");
+    for (command, says) in [
+        (&["create", "base", "--name", "c"][..], "vellum rm c"),
+        (
+            &["import", "base", &root, "--size", "64M"],
+            "vellum rmi base",
+        ),
+        (&["commit", "c", "base"], "vellum rmi base"),
+        (&["create", "base", "--name", "../c"], "cannot be the name"),
+        (&["create", "none"], "there is no image none"),
+        (&["mount", "none"], "there is no container none"),
+        (&["rm", "none"], "there is no container none"),
+        (&["check", "none"], "there is no"),
+        (
+            &["create", "base", "--size", "32M"],
+            "smaller than the image",
+        ),
+        (&["import", "new", "/nonexistent"], "/nonexistent"),
+    ] {
+        let error = store.fails(command);
+        assert!(error.contains(says), "{command:?}: {error}");
+    }
+    let usage = store.output(&["create"]);
+    assert_eq!(usage.status.code(), Some(2));
+    assert_eq!(store.output(&["nonsense"]).status.code(), Some(2));
+    assert_eq!(store.names("images"), ["base"]);
+    assert_eq!(store.names("ps"), ["c"]);
+}
+
+#[test]
+fn every_command_that_prints_has_json() {
+    let store = TestStore::new();
+    let root = store.arg("root");
+    fs::create_dir(&root).unwrap();
+    let report = store.json(&["import", "base", &root, "--size", "64M"]);
+    assert_eq!(report["image"]["name"], "base");
+    assert_eq!(store.json(&["create", "base", "--name", "c"])["name"], "c");
+    assert_eq!(store.json(&["images"])[0]["name"], "base");
+    assert_eq!(store.json(&["ps", "-s"])[0]["size"], 0);
+    assert!(store.json(&["history", "base"]).as_array().unwrap().len() >= 2);
+    assert_eq!(
+        store.json(&["inspect", "base", "c"])[1]["type"],
+        "container"
+    );
+    let dir = store.json(&["mount", "c"])["dir"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    fs::write(format!("{dir}/new"), "x").unwrap();
+    assert_eq!(store.json(&["diff", "c"])[0]["path"], "/new");
+    assert_eq!(store.json(&["commit", "c", "two"])["image"]["name"], "two");
+    assert_eq!(store.json(&["umount", "c"])[0], "c");
+    assert_eq!(
+        store.json(&["check", "--scrub"])["findings"],
+        serde_json::json!([])
+    );
+    assert_eq!(store.json(&["volume", "ls"]), serde_json::json!([]));
+    assert_eq!(store.json(&["rm", "c"])[0], "c");
+    assert_eq!(store.json(&["rmi", "two"])[0], "two");
+    assert_eq!(store.json(&["prune"])["layers"], serde_json::json!([]));
+}
+
+#[test]
+fn a_larger_container_has_a_larger_file_system() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c", "--size", "256M"]);
+    for _ in 0..2 {
+        let dir = store.mount("c");
+        let stat = nix::sys::statvfs::statvfs(&dir).unwrap();
+        let bytes = stat.blocks() * stat.fragment_size();
+        assert!(bytes > 200 << 20, "{bytes} bytes");
+        assert_eq!(fs::read(dir.join("file")).unwrap(), vec![7; 100_000]);
+        store.ok(&["umount", "c"]);
+    }
+    store.ok(&["check"]);
+}
+
+#[test]
+fn a_container_whose_processes_were_killed_is_cleaned_up_and_keeps_what_it_synced() {
+    let store = TestStore::new();
+    store.small_image("base");
+    for (container, command) in [("a", &["umount", "a"][..]), ("b", &["check", "--repair"])] {
+        store.ok(&["create", "base", "--name", container]);
+        let dir = store.mount(container);
+        let mut file = fs::File::create(dir.join("synced")).unwrap();
+        file.write_all(b"kept\n").unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        fs::File::open(&dir).unwrap().sync_all().unwrap();
+        // A standby takes the place of one that dies, so more than once.
+        wait_until("all are dead", || {
+            let all = store.processes();
+            all.iter().for_each(|(pid, _)| kill(*pid));
+            all.is_empty()
+        });
+        let listed = store.ok(&["ps"]);
+        assert!(listed.contains("failed: its server is dead"), "{listed}");
+        let error = store.fails(&["check"]);
+        assert!(error.contains("1 warning"), "{error}");
+        store.ok(command);
+        store.assert_nothing_runs();
+        store.ok(&["check"]);
+        let dir = store.mount(container);
+        assert_eq!(fs::read_to_string(dir.join("synced")).unwrap(), "kept\n");
+        store.ok(&["umount", container]);
+    }
+    store.mount("a");
+    wait_until("all are dead", || {
+        let all = store.processes();
+        all.iter().for_each(|(pid, _)| kill(*pid));
+        all.is_empty()
+    });
+    store.ok(&["rm", "--force", "a"]);
+    store.ok(&["rm", "b"]);
+    store.assert_nothing_runs();
+    store.ok(&["check"]);
+}

@@ -1,0 +1,143 @@
+//! Many containers, deep images: what it costs to make and open them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use common::TestStore;
+use vellum::block::BlockDevice;
+use vellum::chain::{ChainSpec, open_chain};
+use vellum::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
+use vellum::storage::{FileStorage, Storage};
+use vellum::store::{NewContainer, Store};
+
+/// An image of 64 layers, each of which a commit made.
+fn deep_image(store: &TestStore) {
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    // Two layers are there: the file system and the files.
+    for depth in 3..=64 {
+        let name = format!("deep-{depth}");
+        store.ok(&["commit", "c", &name]);
+    }
+}
+
+/// Bytes that this process gave to write(2) and the like.
+fn written() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/io").unwrap();
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("wchar:"))
+        .unwrap();
+    line["wchar: ".len()..].parse().unwrap()
+}
+
+#[test]
+fn a_container_on_a_deep_image_is_made_without_copying() {
+    let store = TestStore::new();
+    deep_image(&store);
+    let image = &store.json(&["inspect", "deep-64"])[0]["image"];
+    assert_eq!(image["layers"].as_array().unwrap().len(), 64);
+
+    let opened = Store::open_or_create(&store.root).unwrap();
+    let mut times = Vec::new();
+    let mut most = 0;
+    for number in 0..64 {
+        let name = format!("n{number}");
+        let new = NewContainer {
+            image: "deep-64",
+            name: Some(&name),
+            ..NewContainer::default()
+        };
+        let (before, begin) = (written(), Instant::now());
+        opened.create_container(&new).unwrap();
+        times.push(begin.elapsed());
+        most = most.max(written() - before);
+    }
+    times.sort();
+    println!(
+        "create on 64 layers: median {:?}, slowest {:?}, at most {most} bytes written",
+        times[32], times[63]
+    );
+    assert!(most <= 64 << 10, "{most} bytes written");
+    assert_eq!(store.names("ps").len(), 65);
+
+    // All of them work.
+    for name in ["n0", "n63"] {
+        let dir = store.mount(name);
+        assert_eq!(std::fs::read(dir.join("file")).unwrap().len(), 100_000);
+        store.ok(&["umount", name]);
+    }
+    let rows = store.json(&["ps", "-s"]);
+    let untouched = rows
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|row| row["size"] == 0)
+        .count();
+    assert_eq!(untouched, 63, "c and those not mounted");
+    store.ok(&["check"]);
+}
+
+#[test]
+fn a_chain_of_a_thousand_layers_opens_and_reads_each() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage: Arc<dyn Storage> = Arc::new(FileStorage);
+    let mut headers = Vec::new();
+    for _ in 0..1000 {
+        let parent = headers.last().map(|header: &Header| header.uuid);
+        headers.push(Header::new(parent, 64 << 20).unwrap());
+    }
+    let path = |number: usize| dir.path().join(number.to_string());
+    let make = |number: usize| {
+        let path = path(number);
+        WritableLayer::create(&*storage, &path, &headers[number]).unwrap();
+        let layer = WritableLayer::open(storage.clone(), &path, LayerOptions::default()).unwrap();
+        {
+            let _lock = layer.lock_blocks(number as u64, 1);
+            let block = [number as u8; 4096];
+            layer.write_blocks(number as u64, &block).unwrap();
+        }
+        layer.seal().unwrap();
+        drop(layer);
+        seal_in_place(&*storage, &path, |_| {}).unwrap();
+    };
+    // Each waits for the disk several times: side by side they wait together.
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..32 {
+            scope.spawn(|| {
+                while let Some(number) = Some(next.fetch_add(1, Ordering::Relaxed))
+                    && number < 1000
+                {
+                    make(number);
+                }
+            });
+        }
+    });
+    let sealed = (0..1000).map(path).collect();
+    // As the command does for itself.
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    let spec = ChainSpec {
+        sealed,
+        ..ChainSpec::default()
+    };
+    let begin = Instant::now();
+    let chain = open_chain(&storage, &spec).unwrap();
+    println!("1,000 layers opened in {:?}", begin.elapsed());
+    let mut block = vec![0; 4096];
+    for number in 0..1000 {
+        chain.read_at(&mut block, number * 4096).unwrap();
+        assert!(block.iter().all(|byte| *byte == number as u8), "{number}");
+    }
+}
