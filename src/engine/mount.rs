@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::device::Target;
 use super::lock_container;
+use super::run;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{self, AttachSpec, DetachOptions};
 use crate::export::loop_device::LoopDevice;
@@ -158,6 +159,7 @@ pub fn umount(store: &Store, name: &str, force: bool) -> Result<()> {
 
 pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
     let run_dir = store.run_dir(container);
+    run::end_running(&run_dir, &container.name, force)?;
     unmount_device(&run_dir, force)
         .map_err(|error| error.context(format!("cannot unmount {}", container.name)))?;
     let rootfs = run_dir.join("rootfs");
@@ -203,6 +205,7 @@ pub fn remove(store: &Store, name: &str, force: bool) -> Result<()> {
     let container = store.container(name)?;
     {
         let _busy = lock_container(store, &container)?;
+        run::end_for_good(store, &container, force)?;
         if let (Some(mounted), false) = (mounted(store, &container)?, force) {
             return Err(Error::new(
                 ErrorKind::InUse,
@@ -301,6 +304,7 @@ pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
         return Ok(done);
     };
     for run_dir in store.orphaned_run_dirs()? {
+        run::end_running(&run_dir, "of a removed record", true)?;
         unmount_device(&run_dir, true)?;
         let options = DetachOptions {
             force: true,
