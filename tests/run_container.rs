@@ -35,7 +35,6 @@ fn the_exit_status_is_the_commands_or_says_why_there_is_none() {
                 store.vellum(&arguments).status
             };
             assert_eq!(status(&["sh", "-c", "exit 7"]), 7);
-            assert_eq!(status(&["sh", "-c", "sh -c 'kill -9 $$'"]), 137);
             assert_eq!(status(&["no-such-program"]), 127);
             assert_eq!(status(&["/no/such/program"]), 127);
             assert_eq!(status(&["/plain"]), 126);
@@ -260,7 +259,10 @@ fn a_link_in_the_image_does_not_lead_a_volume_out_of_it() {
     let outside = tempfile::tempdir().unwrap();
     fs::write(outside.path().join("host"), "host\n").unwrap();
     with_each(
-        |tree| symlink(outside.path(), tree.join("link")).unwrap(),
+        |tree| {
+            symlink(outside.path(), tree.join("link")).unwrap();
+            symlink("../run/dns/stub", tree.join("etc/resolv.conf")).unwrap();
+        },
         |store| {
             let script = "echo x > /link/new; cat /link/new; test ! -e /link/host";
             let out = store.shell(&["-v", "vol:/link"], script);

@@ -263,6 +263,15 @@ fn prepare(
             read_only: volume.read_only,
         });
     }
+    for bind in &mut binds {
+        bind.destination = volume::follow(rootfs, &bind.destination)?;
+        if bind.destination == Path::new("/") {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "a volume cannot lie on the root of the container",
+            ));
+        }
+    }
     let plan = ContainerPlan {
         rootfs: rootfs.to_owned(),
         process: ProcessPlan {

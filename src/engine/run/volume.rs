@@ -1,5 +1,6 @@
 //! Volumes as they appear in a container: where they lie on the host, and what fills a new one.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::path::{Component, Path, PathBuf};
@@ -11,6 +12,9 @@ use super::user::open_in_root;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::image::copy_tree;
 use crate::store::{Store, VolumeMount, check_name};
+
+/// How many links are followed, as the kernel has it.
+const MAX_LINKS: usize = 40;
 
 /// Reads `SRC:DST[:ro|rw]`. A source with a slash is a path on the host, relative to the working
 /// directory; one without is the name of a volume of the store.
@@ -112,6 +116,55 @@ pub(super) fn prepare(store: &Store, volume: &VolumeMount, rootfs: &Path) -> Res
     Ok(path)
 }
 
+/// Where `path` leads in the container, with every link on the way followed inside it. Runtimes
+/// refuse to mount on a link whose end is not there, like the `/etc/resolv.conf` of many images.
+pub(super) fn follow(rootfs: &Path, path: &Path) -> Result<PathBuf> {
+    let mut left: Vec<OsString> = names(path);
+    let mut at = PathBuf::from("/");
+    let mut links = 0;
+    while let Some(name) = left.pop() {
+        if name == ".." {
+            at.pop();
+            continue;
+        }
+        at.push(&name);
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW;
+        let Ok(fd) = open_in_root(rootfs, &at, flags) else {
+            // The runtime makes what is missing.
+            continue;
+        };
+        // Anything but a link has no target.
+        let Ok(target) = nix::fcntl::readlinkat(&fd, "") else {
+            continue;
+        };
+        links += 1;
+        if links > MAX_LINKS {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("{}: too many links in the image", path.display()),
+            ));
+        }
+        at.pop();
+        if Path::new(&target).is_absolute() {
+            at = PathBuf::from("/");
+        }
+        left.extend(names(Path::new(&target)));
+    }
+    Ok(at)
+}
+
+/// The names in a path, the last one first.
+fn names(path: &Path) -> Vec<OsString> {
+    let names = path.components().filter_map(|component| match component {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    });
+    let mut names: Vec<OsString> = names.collect();
+    names.reverse();
+    names
+}
+
 /// Copies the image's directory at `place` into an empty volume.
 fn fill(volume: &Path, rootfs: &Path, place: &Path) -> Result<()> {
     let doing = || format!("cannot open {}", volume.display());
@@ -156,6 +209,24 @@ mod tests {
             let volume = parse_volume(&format!("{relative}:/x:rw")).unwrap();
             assert_eq!(Path::new(&volume.source), here.join("a"), "{relative}");
         }
+    }
+
+    #[test]
+    fn links_are_followed_inside_the_container_even_where_they_dangle() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("etc")).unwrap();
+        let link = |target: &str, name: &str| {
+            std::os::unix::fs::symlink(target, root.path().join(name)).unwrap();
+        };
+        link("../run/dns/stub", "etc/resolv.conf");
+        link("/../../outside", "out");
+        link("loop", "loop");
+        let to = |path: &str| follow(root.path(), Path::new(path));
+        assert_eq!(to("/etc/hosts").unwrap(), Path::new("/etc/hosts"));
+        let resolv = to("/etc/resolv.conf").unwrap();
+        assert_eq!(resolv, Path::new("/run/dns/stub"));
+        assert_eq!(to("/out/x").unwrap(), Path::new("/outside/x"));
+        assert!(to("/loop/x").is_err());
     }
 
     #[test]
