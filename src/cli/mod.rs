@@ -10,6 +10,7 @@ mod completions;
 mod create;
 mod device_server;
 mod diff;
+mod exec;
 mod history;
 mod images;
 mod import;
@@ -20,6 +21,7 @@ mod output;
 mod prune;
 mod ps;
 mod remove;
+mod run;
 mod size;
 mod volume;
 
@@ -78,6 +80,10 @@ enum Command {
     Mount(mount::MountArgs),
     /// Unmount a container
     Umount(mount::UmountArgs),
+    /// Make a container and run a command in it
+    Run(run::Args),
+    /// Run a command in a container that is there
+    Exec(exec::Args),
     /// Make an image from what a container changed; the container goes on
     Commit(commit::Args),
     /// List the paths that a container changed
@@ -152,6 +158,8 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Rmi(args) => remove::rmi(&args, context)?,
         Command::Mount(args) => mount::mount(&args, context)?,
         Command::Umount(args) => mount::umount(&args, context)?,
+        Command::Run(args) => return Ok(run::run(&args, context)),
+        Command::Exec(args) => return Ok(exec::run(&args, context)),
         Command::Commit(args) => commit::run(&args, context)?,
         Command::Diff(args) => diff::run(&args, context)?,
         Command::Nbd(args) => nbd::run(&args, context)?,

@@ -9,6 +9,7 @@ pub mod diff;
 pub mod import;
 pub mod mount;
 pub mod raw;
+pub mod run;
 
 pub mod serve;
 pub mod status;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::device::Target;
-use super::lock_container;
+use super::{lock_container, run};
 use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{self, AttachSpec, DetachOptions};
@@ -174,6 +174,7 @@ pub fn umount(store: &Store, name: &str, force: bool) -> Result<()> {
 
 pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
     let run_dir = store.run_dir(container);
+    run::end_running(&run_dir, &container.name, force)?;
     unmount_device(&run_dir, force)
         .map_err(|error| error.context(format!("cannot unmount {}", container.name)))?;
     let rootfs = run_dir.join("rootfs");
@@ -219,6 +220,7 @@ pub fn remove(store: &Store, name: &str, force: bool) -> Result<()> {
     let container = store.container(name)?;
     {
         let _busy = lock_container(store, &container)?;
+        run::end_for_good(store, &container, force)?;
         if let (Some(mounted), false) = (mounted(store, &container)?, force) {
             return Err(Error::new(
                 ErrorKind::InUse,
@@ -316,6 +318,7 @@ pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
         return Ok(done);
     };
     for run_dir in store.orphaned_run_dirs()? {
+        run::end_running(&run_dir, "of a removed record", true)?;
         unmount_device(&run_dir, true)?;
         let options = DetachOptions {
             force: true,

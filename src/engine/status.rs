@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::device::{DeviceStats, STATS};
 use super::mount::{Mounted, mounted};
+use super::run::{Activity, activity};
 use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::{self, DeviceStatus, Status, control};
@@ -21,8 +22,10 @@ pub struct ContainerStatus {
     /// The record.
     #[serde(flatten)]
     pub record: ContainerRecord,
-    /// One word or a short phrase: `created`, `mounted at …`, `failed: …`.
+    /// One word or a short phrase: `created`, `running (pid …)`, `mounted at …`, `failed: …`.
     pub status: String,
+    /// The first process of what runs in it.
+    pub pid: Option<i32>,
     /// Where it is mounted.
     pub mounted: Option<Mounted>,
     /// Its device server.
@@ -40,7 +43,12 @@ pub struct ContainerStatus {
 pub fn status(store: &Store, record: ContainerRecord, with_size: bool) -> Result<ContainerStatus> {
     let device = device::status(&store.run_dir(&record))?;
     let mounted = mounted(store, &record)?;
-    let status = describe(device.as_ref(), mounted.as_ref());
+    let activity = activity(store, &record)?;
+    let status = describe(activity, device.as_ref(), mounted.as_ref());
+    let pid = match activity {
+        Activity::Running { pid, .. } => Some(pid),
+        _ => None,
+    };
     let (size, total_size) = if with_size {
         sizes(store, &record)
     } else {
@@ -49,6 +57,7 @@ pub fn status(store: &Store, record: ContainerRecord, with_size: bool) -> Result
     Ok(ContainerStatus {
         record,
         status,
+        pid,
         mounted,
         device,
         size,
@@ -56,10 +65,22 @@ pub fn status(store: &Store, record: ContainerRecord, with_size: bool) -> Result
     })
 }
 
-fn describe(device: Option<&DeviceStatus>, mounted: Option<&Mounted>) -> String {
-    let place = mounted.map(|mounted| format!("mounted at {}", mounted.dir.display()));
+fn describe(
+    activity: Activity,
+    device: Option<&DeviceStatus>,
+    mounted: Option<&Mounted>,
+) -> String {
+    let place = match activity {
+        Activity::Running { pid, waited: true } => Some(format!("running (pid {pid})")),
+        Activity::Running { pid, waited: false } => {
+            Some(format!("running (pid {pid}), nobody waits for it"))
+        }
+        Activity::Busy => Some("starting or stopping".into()),
+        Activity::Leftover => Some("left by a killed command: `vellum umount` cleans up".into()),
+        Activity::Idle => mounted.map(|mounted| format!("mounted at {}", mounted.dir.display())),
+    };
     let Some(device) = device else {
-        return "created".into();
+        return place.unwrap_or_else(|| "created".into());
     };
     let trouble = match device.state.status {
         Status::Failed => {

@@ -1,0 +1,164 @@
+//! `vellum run IMAGE -- CMD…`
+
+use std::io::{self, IsTerminal};
+use std::process::ExitCode;
+
+use super::Context;
+use super::size::parse_size;
+use crate::engine::run::{self, CommandOptions, Ended, FAILURE, Network, RunOptions, parse_volume};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::NewContainer;
+
+/// Arguments of `run`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The container stays when the command ends, unless --rm is given: `vellum exec` runs further commands \
+in it, `vellum commit` makes an image of it, `vellum rm` removes it.
+
+Exit status: the command's; 128+N when signal N ended it; 127 when the container has no such program, \
+126 when it cannot be executed, 125 when vellum failed.
+
+The OCI runtime is crun or runc, whichever is installed; VELLUM_RUNTIME names another.")]
+pub(super) struct Args {
+    /// The image
+    image: String,
+    /// The container's name [default: made from the image's]
+    #[arg(long)]
+    name: Option<String>,
+    /// Remove the container when the command has ended
+    #[arg(long)]
+    rm: bool,
+    /// A volume (NAME:/dst) or a directory of the host (/src:/dst, ./src:/dst); :ro keeps writes out
+    #[arg(short, long, value_name = "SRC:DST[:ro]")]
+    volume: Vec<String>,
+    /// The program in place of the image's entry point; empty for none
+    #[arg(long, value_name = "PROGRAM")]
+    entrypoint: Option<String>,
+    /// The host name in the container [default: the container's name]
+    #[arg(long, value_name = "NAME")]
+    hostname: Option<String>,
+    /// The network it sees: the host's, or a loopback interface alone
+    #[arg(long, value_enum, default_value = "host")]
+    network: NetworkArg,
+    /// Virtual size, not smaller than the image's
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    size: Option<u64>,
+    #[command(flatten)]
+    process: ProcessArgs,
+    /// Say more on standard error; twice for still more
+    // In place of the global one, whose short form is the volume's here.
+    #[arg(long, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// The command [default: the image's]
+    #[arg(last = true, value_name = "CMD")]
+    command: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum NetworkArg {
+    Host,
+    None,
+}
+
+/// What `run` and `exec` share.
+#[derive(Debug, clap::Args)]
+pub(super) struct ProcessArgs {
+    /// Set an environment variable; without a value, pass ours on
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Where it starts [default: the image's]
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// Who runs it, names or numbers [default: the image's]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// Give it a terminal [default: when standard input and output are terminals]
+    #[arg(short, long)]
+    tty: bool,
+    /// Accepted for docker's users: standard input is always passed on
+    #[arg(short, long)]
+    interactive: bool,
+}
+
+impl ProcessArgs {
+    pub(super) fn options(&self, command: &[String]) -> Result<CommandOptions> {
+        let is_terminal = io::stdin().is_terminal();
+        if self.tty && !is_terminal {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "-t needs a terminal on standard input: leave it out",
+            ));
+        }
+        let mut env = Vec::new();
+        for entry in &self.env {
+            match entry.split_once('=') {
+                Some(("", _)) => {
+                    return Err(Error::new(
+                        ErrorKind::InvalidInput,
+                        format!("{entry:?} is no environment variable: write NAME=VALUE"),
+                    ));
+                }
+                Some(_) => env.push(entry.clone()),
+                // As docker: one that we do not have either is left out.
+                None => env.extend(
+                    std::env::var(entry)
+                        .ok()
+                        .map(|value| format!("{entry}={value}")),
+                ),
+            }
+        }
+        Ok(CommandOptions {
+            command: command.to_vec(),
+            env,
+            workdir: self.workdir.clone(),
+            user: self.user.clone(),
+            terminal: self.tty || (is_terminal && io::stdout().is_terminal()),
+        })
+    }
+}
+
+pub(super) fn run(args: &Args, context: &Context) -> ExitCode {
+    exit(start(args, context))
+}
+
+fn start(args: &Args, context: &Context) -> Result<Ended> {
+    let volumes = args
+        .volume
+        .iter()
+        .map(|text| parse_volume(text))
+        .collect::<Result<Vec<_>>>()?;
+    let options = RunOptions {
+        command: args.process.options(&args.command)?,
+        entrypoint: args.entrypoint.clone(),
+        hostname: args.hostname.clone(),
+        network: match args.network {
+            NetworkArg::Host => Network::Host,
+            NetworkArg::None => Network::None,
+        },
+        remove: args.rm,
+    };
+    let new = NewContainer {
+        image: &args.image,
+        name: args.name.as_deref(),
+        virtual_size: args.size,
+        volumes,
+    };
+    run::run(&context.store()?, &new, &options)
+}
+
+/// The command's exit status, or why there is none.
+pub(super) fn exit(ended: Result<Ended>) -> ExitCode {
+    match ended {
+        Ok(ended) => {
+            if ended.failure.is_some() {
+                // The runtime has said why, on the standard error that it shares with the command.
+                eprintln!("vellum: the command could not be started");
+            }
+            ExitCode::from(ended.status)
+        }
+        Err(error) => {
+            eprintln!("vellum: {error}");
+            ExitCode::from(FAILURE)
+        }
+    }
+}

@@ -1,0 +1,500 @@
+//! Containers that run: an image's command, or another, in a container's file system, started by
+//! an OCI runtime with namespaces, capabilities and cgroups of its own.
+//!
+//! * [`run`] makes a container and runs a command in it; [`exec`] runs one in a container that is
+//!   there, beside what runs in it or alone.
+//! * [`activity()`] says what runs; unmounting and removing end it.
+
+mod activity;
+mod foreground;
+mod runtime;
+mod spec;
+mod user;
+mod volume;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use uuid::Uuid;
+
+use super::lock_container;
+use super::mount::{self, mount_locked, mounted, umount_locked};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::device::Identity;
+use crate::store::{ContainerRecord, NewContainer, Store};
+use activity::{Owner, clean, oci_dir};
+use foreground::Foreground;
+use runtime::Runtime;
+use spec::{Bind, ContainerPlan, ProcessPlan};
+
+pub use activity::{Activity, activity};
+pub(super) use activity::{end_for_good, end_running};
+pub use spec::Network;
+pub use volume::{check_volumes, parse_volume};
+
+/// The exit status for a failure before the command started, as docker has it.
+pub const FAILURE: u8 = 125;
+
+/// A command and what it gets.
+#[derive(Debug, Clone, Default)]
+pub struct CommandOptions {
+    /// The program and its arguments; for [`run`] the image's where it is empty.
+    pub command: Vec<String>,
+    /// `NAME=VALUE` each, on top of the image's.
+    pub env: Vec<String>,
+    /// Where it starts; the image's where it is `None`. Made where it is missing.
+    pub workdir: Option<String>,
+    /// `USER[:GROUP]`, names or numbers; the image's where it is `None`.
+    pub user: Option<String>,
+    /// Give it a terminal; standard input must be one.
+    pub terminal: bool,
+}
+
+/// How to run a new container.
+#[derive(Debug, Clone, Default)]
+pub struct RunOptions {
+    /// The command.
+    pub command: CommandOptions,
+    /// The program in place of the image's entry point; empty for none.
+    pub entrypoint: Option<String>,
+    /// The host name in the container; its name where it is `None`.
+    pub hostname: Option<String>,
+    /// The network that it sees.
+    pub network: Network,
+    /// Remove the container when the command has ended.
+    pub remove: bool,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Its exit status, 128 + n after signal n; 127 where the program was not found, 126 where it
+    /// could not be executed, [`FAILURE`] where it could not be started for another reason.
+    pub status: u8,
+    /// Why it did not start, if it did not.
+    pub failure: Option<String>,
+}
+
+/// Makes a container, runs a command in it in the foreground, and unmounts it. While it runs, the
+/// signals of the calling thread go on to the command.
+///
+/// A container whose command could not be started is removed again.
+///
+/// # Errors
+/// [`ErrorKind::Missing`] without an OCI runtime; as [`Store::create_container`] and
+/// [`mount::mount`]; [`ErrorKind::NotFound`] for a user that the image does not have.
+pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Result<Ended> {
+    let program = runtime::find()?;
+    check_volumes(&new.volumes)?;
+    let mut container = store.create_container(new)?;
+    let ended = run_created(store, &mut container, options, &program);
+    let started = matches!(&ended, Ok(ended) if ended.failure.is_none());
+    if options.remove || !started {
+        let removed = remove_again(store, &container);
+        if started {
+            removed?;
+        }
+    }
+    ended
+}
+
+fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
+    // Somebody may have removed it meanwhile, and even made another of that name.
+    match store.container(&container.name) {
+        Ok(there) if there.id == container.id => mount::remove(store, &container.name, false),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn run_created(
+    store: &Store,
+    container: &mut ContainerRecord,
+    options: &RunOptions,
+    program: &Path,
+) -> Result<Ended> {
+    // Commands that are run in it later get the same.
+    let config = &mut container.config.config;
+    let command = &options.command;
+    spec::merge_env(&mut config.env, &command.env);
+    if let Some(workdir) = &command.workdir {
+        config.working_dir.clone_from(workdir);
+    }
+    if let Some(user) = &command.user {
+        config.user.clone_from(user);
+    }
+    let mut args: Vec<String> = match &options.entrypoint {
+        Some(program) => Some(program.clone())
+            .filter(|program| !program.is_empty())
+            .into_iter()
+            .collect(),
+        None => config.entrypoint.clone(),
+    };
+    // Another entry point has other arguments.
+    match (command.command.is_empty(), &options.entrypoint) {
+        (true, None) => args.extend(config.cmd.iter().cloned()),
+        _ => args.extend(command.command.iter().cloned()),
+    }
+    if args.is_empty() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "the image {} names no command: give one after `--`",
+                container.image
+            ),
+        ));
+    }
+    store.update_container(container)?;
+    let start = Start {
+        args,
+        env: Vec::new(),
+        terminal: command.terminal,
+        hostname: options.hostname.clone(),
+        network: options.network,
+        program: program.to_owned(),
+    };
+    run_alone(store, container, &start)
+}
+
+/// What [`run_alone`] starts; the rest is in the container's record.
+struct Start {
+    args: Vec<String>,
+    env: Vec<String>,
+    terminal: bool,
+    hostname: Option<String>,
+    network: Network,
+    program: PathBuf,
+}
+
+/// Mounts a container that nothing runs in, unless it is, runs a command, and puts all back.
+fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Result<Ended> {
+    let run_dir = store.run_dir(container);
+    let foreground = Foreground::new()?;
+    let busy = lock_container(store, container)?;
+    // What a killed command left is in the way of the new one.
+    end_for_good(store, container, false)?;
+    let before = mounted(store, container)?;
+    let keep_mounted = before.is_some();
+    let rootfs = match before {
+        Some(mounted) => mounted.dir,
+        None => mount_locked(store, container, None)?.dir,
+    };
+    let owner = Owner {
+        id: container.id.to_string(),
+        program: start.program.clone(),
+        waiter: Identity::current(),
+        runner: None,
+        cgroup: format!("vellum-{}", container.id),
+        keep_mounted,
+    };
+    if let Err(error) = prepare(store, container, start, &run_dir, &rootfs, &owner) {
+        // Nothing runs yet; the first failure is what matters.
+        let _ = clean(&run_dir);
+        if !keep_mounted {
+            let _ = umount_locked(store, container, false);
+        }
+        return Err(error);
+    }
+    // Others may ask, look and enter while it runs.
+    drop(busy);
+    let ended = supervise(&foreground, &run_dir, owner, &rootfs);
+    let put_back = put_back(store, container, keep_mounted);
+    let ended = ended?;
+    put_back?;
+    Ok(ended)
+}
+
+/// Removes what a run left, and unmounts.
+fn put_back(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> Result<()> {
+    let _busy = lock_container(store, container)?;
+    match store.container(&container.name) {
+        Ok(there) if there.id == container.id => {}
+        // Removed by force, mounts and all.
+        _ => return Ok(()),
+    }
+    let run_dir = store.run_dir(container);
+    match Owner::read(&run_dir)? {
+        // Ended by force, and another runs in it by now.
+        Some(owner) if owner.waiter != Identity::current() => return Ok(()),
+        Some(_) => clean(&run_dir)?,
+        // Ended by force.
+        None => return Ok(()),
+    }
+    if keep_mounted {
+        return Ok(());
+    }
+    umount_locked(store, container, false)
+}
+
+/// Writes the bundle.
+fn prepare(
+    store: &Store,
+    container: &ContainerRecord,
+    start: &Start,
+    run_dir: &Path,
+    rootfs: &Path,
+    owner: &Owner,
+) -> Result<()> {
+    let oci = oci_dir(run_dir);
+    fs::create_dir_all(oci.join("root")).context(|| format!("cannot make {}", oci.display()))?;
+    owner.write(run_dir)?;
+    let hostname = start
+        .hostname
+        .clone()
+        .unwrap_or_else(|| host_name(&container.name));
+    let config = &container.config.config;
+    let who = user::resolve(rootfs, &config.user)?;
+    let env = spec::environment(
+        &hostname,
+        start.terminal,
+        &who.home,
+        &config.env,
+        &start.env,
+    );
+    let mut binds = etc_files(&oci, &hostname, start.network)?;
+    for volume in &container.volumes {
+        let source = volume::prepare(store, volume, rootfs)?;
+        binds.retain(|bind| bind.destination != volume.destination);
+        binds.push(Bind {
+            source,
+            destination: volume.destination.clone(),
+            read_only: volume.read_only,
+        });
+    }
+    for bind in &mut binds {
+        bind.destination = volume::follow(rootfs, &bind.destination)?;
+        if bind.destination == Path::new("/") {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "a volume cannot lie on the root of the container",
+            ));
+        }
+    }
+    let plan = ContainerPlan {
+        rootfs: rootfs.to_owned(),
+        process: ProcessPlan {
+            args: start.args.clone(),
+            env,
+            cwd: absolute(&config.working_dir),
+            who,
+            terminal: start.terminal,
+        },
+        hostname,
+        network: start.network,
+        binds,
+        cgroup: owner.cgroup.clone(),
+    };
+    let spec = spec::container(&plan)?;
+    write_json(&oci.join("config.json"), &spec)
+}
+
+fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let bytes = serde_json::to_vec_pretty(value).map_err(|error| {
+        Error::with_source(ErrorKind::Io, "the bundle cannot be encoded", error)
+    })?;
+    fs::write(path, bytes).context(|| format!("cannot write {}", path.display()))
+}
+
+/// A working directory as the runtime takes it.
+fn absolute(path: &str) -> String {
+    match path.starts_with('/') {
+        true => path.to_owned(),
+        false => format!("/{path}"),
+    }
+}
+
+/// A host name made of a container's name.
+fn host_name(name: &str) -> String {
+    name.chars()
+        .map(|c| if c == '_' { '-' } else { c })
+        .take(63)
+        .collect()
+}
+
+/// Files that every container has of its own, so that the image's stay as they are.
+fn etc_files(oci: &Path, hostname: &str, network: Network) -> Result<Vec<Bind>> {
+    let of_host = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let mut files = vec![("hostname", format!("{hostname}\n"))];
+    match network {
+        Network::Host => {
+            files.push((
+                "hosts",
+                format!(
+                    "{}\n127.0.1.1\t{hostname}\n",
+                    of_host("/etc/hosts").trim_end()
+                ),
+            ));
+            files.push(("resolv.conf", of_host("/etc/resolv.conf")));
+        }
+        Network::None => files.push((
+            "hosts",
+            format!("127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\t{hostname}\n"),
+        )),
+    }
+    files
+        .into_iter()
+        .map(|(name, content)| {
+            let source = oci.join(name);
+            fs::write(&source, content).context(|| format!("cannot write {}", source.display()))?;
+            Ok(Bind {
+                source,
+                destination: Path::new("/etc").join(name),
+                read_only: false,
+            })
+        })
+        .collect()
+}
+
+/// Starts the runtime on the bundle and waits for it.
+fn supervise(
+    foreground: &Foreground,
+    run_dir: &Path,
+    mut owner: Owner,
+    rootfs: &Path,
+) -> Result<Ended> {
+    let oci = oci_dir(run_dir);
+    let runtime = owner.runtime(run_dir);
+    let log = oci.join("log");
+    let mut command = logged(&runtime, &log);
+    command
+        .args(["run", "--bundle"])
+        .arg(&oci)
+        .arg("--pid-file")
+        .arg(oci.join("pid"))
+        .arg(&owner.id);
+    let mut child = runtime.spawn(&mut command, Some(rootfs))?;
+    owner.runner = Identity::of(child.id() as i32);
+    let noted = owner.write(run_dir);
+    let status = foreground.wait(&mut child)?;
+    noted?;
+    Ok(ended(status, &log))
+}
+
+fn logged(runtime: &Runtime, log: &Path) -> Command {
+    let mut command = runtime.command();
+    command.arg("--log").arg(log).args(["--log-format", "json"]);
+    command
+}
+
+/// Tells the command's exit status from a failure of the runtime.
+fn ended(status: u8, log: &Path) -> Ended {
+    match runtime::logged_failure(log).filter(|_| status != 0) {
+        Some(failure) => Ended {
+            status: runtime::status_of_failure(&failure),
+            failure: Some(failure),
+        },
+        None => Ended {
+            status,
+            failure: None,
+        },
+    }
+}
+
+/// Runs a command in a container that is there, in the foreground: beside what runs in it, in its
+/// namespaces; or, where nothing does, alone, mounted for as long as it takes.
+///
+/// # Errors
+/// As [`run`]; [`ErrorKind::InUse`] while the container starts or stops.
+pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended> {
+    let mut container = store.container(name)?;
+    if options.command.is_empty() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "there is no command: give one after `--`",
+        ));
+    }
+    let config = &mut container.config.config;
+    if let Some(workdir) = &options.workdir {
+        config.working_dir.clone_from(workdir);
+    }
+    if let Some(user) = &options.user {
+        config.user.clone_from(user);
+    }
+    match activity(store, &container)? {
+        Activity::Running { .. } => exec_beside(store, &container, options),
+        _ => {
+            let start = Start {
+                args: options.command.clone(),
+                env: options.env.clone(),
+                terminal: options.terminal,
+                hostname: None,
+                network: Network::Host,
+                program: runtime::find()?,
+            };
+            run_alone(store, &container, &start)
+        }
+    }
+}
+
+fn exec_beside(
+    store: &Store,
+    container: &ContainerRecord,
+    options: &CommandOptions,
+) -> Result<Ended> {
+    let run_dir = store.run_dir(container);
+    let gone = || {
+        Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "the command in {} has just ended: try again",
+                container.name
+            ),
+        )
+    };
+    let owner = Owner::read(&run_dir)?.ok_or_else(gone)?;
+    let rootfs = mounted(store, container)?.ok_or_else(gone)?.dir;
+    let config = &container.config.config;
+    let who = user::resolve(&rootfs, &config.user)?;
+    let env = spec::environment(
+        &host_name(&container.name),
+        options.terminal,
+        &who.home,
+        &config.env,
+        &options.env,
+    );
+    let process = spec::process(&ProcessPlan {
+        args: options.command.clone(),
+        env,
+        cwd: absolute(&config.working_dir),
+        who,
+        terminal: options.terminal,
+    })?;
+    let files = ExecFiles::new(&oci_dir(&run_dir));
+    write_json(&files.process, &process)?;
+    let runtime = owner.runtime(&run_dir);
+    let mut command = logged(&runtime, &files.log);
+    command
+        .args(["exec", "--process"])
+        .arg(&files.process)
+        .arg(&owner.id);
+    let foreground = Foreground::new()?;
+    let mut child = runtime.spawn(&mut command, Some(&rootfs))?;
+    let status = foreground.wait(&mut child)?;
+    Ok(ended(status, &files.log))
+}
+
+/// The files of one `exec`, gone with it.
+struct ExecFiles {
+    process: PathBuf,
+    log: PathBuf,
+}
+
+impl ExecFiles {
+    fn new(oci: &Path) -> Self {
+        let base = oci.join(format!("exec-{}", Uuid::new_v4()));
+        ExecFiles {
+            process: base.with_extension("json"),
+            log: base.with_extension("log"),
+        }
+    }
+}
+
+impl Drop for ExecFiles {
+    fn drop(&mut self) {
+        // Whoever cleans up after the container removes what stays.
+        let _ = fs::remove_file(&self.process);
+        let _ = fs::remove_file(&self.log);
+    }
+}

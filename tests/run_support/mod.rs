@@ -1,0 +1,222 @@
+//! What the tests of running containers share: a store of its own with a small image, and commands
+//! that are always ended.
+#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests fail the test"
+)]
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Both runtimes that are supported; a test runs with each.
+pub const RUNTIMES: [&str; 2] = ["crun", "runc"];
+
+/// A store that is taken down when it is dropped.
+pub struct Store {
+    pub dir: tempfile::TempDir,
+    pub runtime: &'static str,
+}
+
+/// What a command said and how it ended.
+#[derive(Debug)]
+pub struct Said {
+    pub status: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl From<Output> for Said {
+    fn from(output: Output) -> Self {
+        Said {
+            status: output.status.code().expect("vellum was killed by a signal"),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+impl Store {
+    /// A store with the image `box`: busybox, two users, and what `more` adds.
+    pub fn new(runtime: &'static str, more: impl FnOnce(&Path)) -> Store {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "running containers needs root: run the tests with sudo, or in a container with \
+             CAP_SYS_ADMIN, /dev/fuse and loop devices"
+        );
+        let installed = ["/usr/bin", "/usr/sbin", "/usr/local/bin"]
+            .iter()
+            .any(|dir| Path::new(dir).join(runtime).exists());
+        assert!(installed, "{runtime} is missing: apt-get install {runtime}");
+        let store = Store {
+            dir: tempfile::tempdir().unwrap(),
+            runtime,
+        };
+        let tree = store.path("tree");
+        for dir in ["bin", "etc", "tmp", "data"] {
+            fs::create_dir_all(tree.join(dir)).unwrap();
+        }
+        fs::copy("/bin/busybox", tree.join("bin/busybox"))
+            .expect("/bin/busybox: apt-get install busybox-static");
+        for name in [
+            "sh", "id", "env", "pwd", "hostname", "cat", "mount", "ls", "echo", "sleep", "touch",
+            "ps", "kill", "readlink", "mknod", "grep", "test",
+        ] {
+            symlink("busybox", tree.join("bin").join(name)).unwrap();
+        }
+        fs::write(
+            tree.join("etc/passwd"),
+            "root:x:0:0:root:/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n",
+        )
+        .unwrap();
+        fs::write(
+            tree.join("etc/group"),
+            "root:x:0:\nweb:x:34:\nlogs:x:40:web\n",
+        )
+        .unwrap();
+        fs::write(tree.join("data/seed"), "seed\n").unwrap();
+        fs::write(tree.join("plain"), "no program\n").unwrap();
+        fs::set_permissions(tree.join("data"), fs::Permissions::from_mode(0o751)).unwrap();
+        more(&tree);
+        store.must(&["import", "box", tree.to_str().unwrap()]);
+        store
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The command, to be started.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vellum"));
+        command
+            .arg("--root")
+            .arg(self.path("store"))
+            .args(arguments)
+            .env("VELLUM_RUNTIME", self.runtime)
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the command to its end.
+    pub fn vellum(&self, arguments: &[&str]) -> Said {
+        self.command(arguments).output().unwrap().into()
+    }
+
+    /// Runs the command to its end and wants success; what it printed.
+    pub fn must(&self, arguments: &[&str]) -> String {
+        let said = self.vellum(arguments);
+        assert_eq!(said.status, 0, "{arguments:?}: {said:?}");
+        said.out
+    }
+
+    /// Runs the shell in a container and wants success; what it printed.
+    pub fn shell(&self, options: &[&str], script: &str) -> String {
+        let mut arguments = vec!["run", "box", "--rm"];
+        arguments.extend(options);
+        arguments.extend(["--", "sh", "-ec", script]);
+        self.must(&arguments)
+    }
+
+    /// Starts a container that runs until it is told to end, and waits until it does.
+    pub fn start(&self, name: &str, options: &[&str]) -> Running {
+        let mut arguments = vec!["run", "box", "--name", name];
+        arguments.extend(options);
+        let script = "trap 'exit 42' TERM; while true; do sleep 0.05; done";
+        arguments.extend(["--", "sh", "-c", script]);
+        let child = self.command(&arguments).spawn().unwrap();
+        let running = Running { child };
+        self.wait_until(|| self.status(name).starts_with("running (pid "));
+        running
+    }
+
+    /// The status of a container as `ps` has it.
+    pub fn status(&self, name: &str) -> String {
+        let rows: serde_json::Value = serde_json::from_str(&self.must(&["ps", "--json"])).unwrap();
+        let row = rows
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|row| row["name"] == name);
+        row.map_or(String::new(), |row| {
+            row["status"].as_str().unwrap().to_owned()
+        })
+    }
+
+    pub fn wait_until(&self, mut done: impl FnMut() -> bool) {
+        let end = Instant::now() + Duration::from_secs(20);
+        while !done() {
+            assert!(Instant::now() < end, "it takes too long");
+            std::thread::sleep(Duration::from_millis(30));
+        }
+    }
+
+    /// No mount, process, cgroup or file of a running container is left.
+    pub fn assert_nothing_runs(&self) {
+        let root = self.path("store");
+        let root = root.to_str().unwrap();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(root), "{mounts}");
+        let run: Vec<_> = fs::read_dir(self.path("store/run"))
+            .unwrap()
+            .map(|entry| entry.unwrap())
+            .filter(|entry| entry.path().is_dir())
+            .collect();
+        assert!(run.is_empty(), "{run:?}");
+        for process in fs::read_dir("/proc").unwrap() {
+            let line = fs::read(process.unwrap().path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            assert!(!line.contains(root), "still running: {line}");
+        }
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        let Ok(entries) = fs::read_dir(self.path("store/containers")) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let name = name.trim_end_matches(".json");
+            let _ = self.command(&["rm", "--force", name]).output();
+        }
+    }
+}
+
+/// A `vellum run` in the background; killed when it is dropped.
+pub struct Running {
+    pub child: Child,
+}
+
+impl Running {
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+
+    /// Waits for its end; the exit status.
+    pub fn wait(mut self) -> Option<i32> {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < end, "vellum run does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
