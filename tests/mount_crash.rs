@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mount_support::{Device, kill, run, wait_until};
-use vellum::export::device::{Status, attach, find_leaks, upgrade};
+use vellum::export::device::{Status, attach, ensure_supervised, find_leaks, upgrade};
 
 /// fio with checksums and fsync on a mounted device; its end is waited for on drop.
 struct Load(Child);
@@ -174,6 +174,35 @@ fn worker_without_supervisor_and_standby_serves_and_is_detached() {
 }
 
 #[test]
+fn worker_without_supervisor_and_standby_gets_a_new_supervisor_that_restarts_it() {
+    let device = Device::attached(256 << 20);
+    device.mkfs();
+    device.mount();
+    device.wait_for_standby();
+    let wait = Duration::from_secs(20);
+    assert!(!ensure_supervised(&device.run_dir, wait).unwrap());
+    let state = device.state();
+    kill(state.standby.unwrap().pid);
+    kill(state.supervisor.pid);
+    wait_until("both are dead", || {
+        !state.supervisor.is_alive() && !state.standby.unwrap().is_alive()
+    });
+    let load = Load::start(&device, 2);
+    assert!(ensure_supervised(&device.run_dir, wait).unwrap());
+    wait_until("there is a supervisor", || {
+        device.state().supervisor.is_alive()
+    });
+    for _ in 0..3 {
+        device.wait_for_standby();
+        let worker = worker_pid(&device);
+        kill(worker);
+        wait_until("another worker serves", || worker_pid(&device) != worker);
+    }
+    load.finish();
+    finish(&device);
+}
+
+#[test]
 fn everything_killed_is_found_and_detached_although_it_was_mounted() {
     let device = Device::attached(64 << 20);
     device.mkfs();
@@ -241,7 +270,7 @@ fn worker_that_always_dies_is_given_up_with_a_reason_and_an_io_error() {
     assert_eq!(state.status, Status::Failed);
     let error = state.error.unwrap();
     assert!(error.contains("6 times"), "{error}");
-    assert!(!device.state().is_alive());
+    wait_until("nothing of it runs", || !device.state().is_alive());
     device.detach();
     device.assert_nothing_left();
 }

@@ -44,6 +44,10 @@ pub(super) struct Committer {
     position: u64,
     /// By area: some record there carries blocks that no barrier has retired.
     live: [bool; 2],
+    /// Something failed half-way, and what the disk holds of it is unknown: a record that may be
+    /// there, a checkpoint that may be, an area that was not freed. Nothing may be written to the
+    /// journal until a checkpoint contains it all.
+    must_checkpoint: bool,
     /// Frees the other area.
     retiring: Option<JoinHandle<Result<()>>>,
     buf: AlignedBuf,
@@ -60,6 +64,7 @@ impl Committer {
             records_before: 0,
             position: 0,
             live: [false; 2],
+            must_checkpoint: false,
             retiring: None,
             buf: AlignedBuf::default(),
         }
@@ -92,6 +97,7 @@ impl Committer {
         self.records_before = 0;
         self.position = 0;
         self.live = [false; 2];
+        self.must_checkpoint = false;
     }
 }
 
@@ -106,8 +112,9 @@ impl WritableLayer {
     /// Makes every write that completed before the call durable. Flushes that overlap coalesce.
     ///
     /// # Errors
-    /// [`ErrorKind::NoSpace`] when the journal cannot grow: nothing flushed earlier is harmed, and
-    /// the flush may be tried again. Any other failure poisons the layer.
+    /// [`ErrorKind::NoSpace`] when neither the journal nor the map has room: nothing flushed
+    /// earlier is harmed, and the flush may be tried again. So it may where a block cannot be read
+    /// back. Any other failure poisons the layer.
     pub fn flush(&self) -> Result<()> {
         self.core.stats.flushes.add(1);
         let mut queue = self.queue.lock();
@@ -160,8 +167,10 @@ impl WritableLayer {
     /// As [`WritableLayer::flush`].
     pub fn close(&self) -> Result<()> {
         self.lead(self.queue.lock(), |layer, committer| {
+            if layer.core.is_sealed() {
+                return Ok(());
+            }
             layer.commit(committer, true)?;
-            layer.wait_for_retirement(committer)?;
             if committer.areas.iter().all(Option::is_none) {
                 return Ok(());
             }
@@ -179,14 +188,23 @@ impl WritableLayer {
     pub fn seal(&self) -> Result<()> {
         self.lead(self.queue.lock(), |layer, committer| {
             layer.commit(committer, true)?;
-            layer.wait_for_retirement(committer)?;
+            if layer.wait_for_retirement(committer).is_err() || committer.must_checkpoint {
+                layer.checkpoint_all(committer)?;
+            }
             let header = Header {
                 sealed: true,
                 ..layer.core.header.clone()
             };
-            header
-                .write(&*layer.core.storage, &layer.core.dir)
-                .map_err(|error| layer.core.fatal(error))
+            let (storage, dir) = (&*layer.core.storage, &*layer.core.dir);
+            header.write(storage, dir).map_err(|error| {
+                match Header::read(storage, dir) {
+                    Ok(found) if !found.sealed => layer.core.fatal(error),
+                    // A crash may find it sealed, so nothing may be written to it any more.
+                    _ => layer.core.poison(&error),
+                }
+            })?;
+            layer.core.set_sealed();
+            Ok(())
         })
     }
 
@@ -230,7 +248,8 @@ impl WritableLayer {
         } else {
             self.core.sync_data()?;
             body.barrier = true;
-            if body.changes.is_empty() && !committer.has_live_blocks() {
+            let nothing = body.changes.is_empty() && !committer.has_live_blocks();
+            if nothing && !committer.must_checkpoint {
                 return Ok(());
             }
         }
@@ -262,8 +281,11 @@ impl WritableLayer {
             let Some(area) = committer.area() else {
                 return Err(Error::new(ErrorKind::Io, "the journal has no area"));
             };
-            area.write(&buf, committer.position)
-                .map_err(|error| self.core.fatal(error))
+            area.write(&buf, committer.position).map_err(|error| {
+                // It may be there all the same, whole or torn.
+                committer.must_checkpoint = true;
+                self.core.fatal(error)
+            })
         });
         self.core.stats.journal_writes.add(1);
         self.core
@@ -285,14 +307,12 @@ impl WritableLayer {
 
     /// Finds a place for a record of `len` bytes.
     fn make_room(&self, committer: &mut Committer, len: u64) -> Result<Room> {
-        if len > self.options.journal_max {
+        if len > self.options.journal_max || committer.must_checkpoint {
             return Ok(Room::NeedsCheckpoint);
         }
         let Some(area_len) = committer.area().map(Area::len) else {
             let len = self.options.journal_start.max(len.next_power_of_two());
-            let area = self.create_area(committer.current, len)?;
-            committer.set_area(committer.current, Some(area));
-            return Ok(Room::Fits);
+            return self.create_area(committer, committer.current, len);
         };
         if committer.position + len <= area_len {
             return Ok(Room::Fits);
@@ -303,9 +323,18 @@ impl WritableLayer {
         self.switch_area(committer, area_len, len)
     }
 
-    fn create_area(&self, which: usize, len: u64) -> Result<Area> {
-        Area::create(&*self.core.storage, &self.core.dir, which, len)
-            .map_err(|error| self.core.fatal(error))
+    /// Makes an area. Where there is no space for it there may be for a checkpoint.
+    fn create_area(&self, committer: &mut Committer, which: usize, len: u64) -> Result<Room> {
+        // An older file of the name is cut first, so it is no area any more.
+        committer.set_area(which, None);
+        match Area::create(&*self.core.storage, &self.core.dir, which, len) {
+            Ok(area) => {
+                committer.set_area(which, Some(area));
+                Ok(Room::Fits)
+            }
+            Err(error) if error.kind() == ErrorKind::NoSpace => Ok(Room::NeedsCheckpoint),
+            Err(error) => Err(self.core.poison(&error)),
+        }
     }
 
     /// Goes on in the other area, which is free, and has this one freed in the background.
@@ -320,9 +349,10 @@ impl WritableLayer {
         let wanted = (area_len * 2)
             .max(len.next_power_of_two())
             .min(self.options.journal_max);
-        if other_len < wanted {
-            committer.set_area(other, None);
-            committer.set_area(other, Some(self.create_area(other, wanted)?));
+        if other_len < wanted
+            && let Room::NeedsCheckpoint = self.create_area(committer, other, wanted)?
+        {
+            return Ok(Room::NeedsCheckpoint);
         }
         let core = self.core.clone();
         let full = committer.generation;
@@ -355,14 +385,21 @@ impl WritableLayer {
                 "the checkpoint thread ended unexpectedly",
             ))
         });
-        if outcome.is_ok() {
-            committer.set_live(1 - committer.current, false);
+        match outcome {
+            Ok(()) => committer.set_live(1 - committer.current, false),
+            Err(_) => committer.must_checkpoint = true,
         }
         outcome
     }
 
     /// Syncs everything and writes a checkpoint that contains it, the frozen changes included.
     fn checkpoint_all(&self, committer: &mut Committer) -> Result<()> {
+        // Two must not write the map at once, and an older one not come last. Where it failed this
+        // one does its work too.
+        let _ = self.wait_for_retirement(committer);
+        // Should it fail, its name may be durable all the same, and then everything of this
+        // generation counts as contained in it: nothing may be added.
+        committer.must_checkpoint = true;
         self.core.sync_data()?;
         self.core.checkpoint(committer.generation, true)?;
         committer.begin_after_checkpoint();

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use super::data::DataFiles;
 use super::header::Header;
 use super::index::Index;
-use super::recovery::{MAP_FILE, extents_of, load_map, remove_journal};
+use super::recovery::{MAP_FILE, extents_of, load_map, remove_journal, sync_names};
 use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
 use super::value_of_state;
 use crate::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
@@ -75,9 +75,18 @@ impl SealedLayer {
         let map = match seal()? {
             Some(table) => SealedMap::Table(table),
             None => {
-                let pending = load_map(storage, dir, &header)?;
-                // Made meanwhile, and then the map may have been gone before we read it.
-                seal()?.map_or(SealedMap::Pending(pending), SealedMap::Table)
+                let pending = load_map(storage, dir, &header);
+                // Made meanwhile: then the map, or the journal, may have been gone before we read
+                // it, and what we read means nothing.
+                match seal()? {
+                    Some(table) => SealedMap::Table(table),
+                    None => {
+                        let pending = pending?;
+                        // Whoever sealed it may have died before that was durable.
+                        sync_names(storage, dir)?;
+                        SealedMap::Pending(pending)
+                    }
+                }
             }
         };
         Ok(SealedLayer {
@@ -272,7 +281,11 @@ pub fn seal_in_place(
 ) -> Result<[u8; DIGEST_LEN]> {
     let layer = SealedLayer::open(storage, dir)?;
     let digest = match &layer.map {
-        SealedMap::Table(table) => table.digest,
+        SealedMap::Table(table) => {
+            // The same is true of whoever made the seal.
+            sync_names(storage, dir)?;
+            table.digest
+        }
         SealedMap::Pending(index) => {
             let extents = extents_of(index);
             let mut sums = Vec::new();

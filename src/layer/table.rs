@@ -231,7 +231,8 @@ impl Table {
         }
         // Both counts fit the file before anything is computed from them.
         let len = all.len() as u64;
-        if extents > len / EXTENT_LEN as u64 || sums > len / 4 {
+        let blocks = virtual_size / BLOCK_SIZE;
+        if extents > (len / EXTENT_LEN as u64).min(blocks) || sums > (len / 4).min(blocks) {
             return Err(corrupt(format!(
                 "{extents} extents and {sums} checksums in {len} bytes"
             )));

@@ -19,6 +19,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::backoff::{Backoff, Death, Verdict};
@@ -66,18 +67,19 @@ pub struct SupervisorArgs {
     pub no_resend: bool,
 }
 
-/// What one program hands to the next in an upgrade.
+/// What one program hands to the next in an upgrade, or a worker without a supervisor to the one
+/// that it starts: descriptors that stay open across exec, and what was agreed on.
 #[derive(Debug, Serialize, Deserialize)]
-struct Resume {
-    session: i32,
-    listener: i32,
-    shared: i32,
-    events_in: i32,
-    events_out: i32,
-    standby_go: i32,
-    standby: i32,
-    features: Features,
-    generation: u32,
+pub(super) struct Resume {
+    pub session: i32,
+    pub listener: i32,
+    pub shared: i32,
+    pub events_in: i32,
+    pub events_out: i32,
+    /// The old program's standby and the pipe that it waits on.
+    pub standby: Option<(i32, i32)>,
+    pub features: Features,
+    pub generation: u32,
 }
 
 /// What a child tells the supervisor: one line of JSON in a pipe, shorter than PIPE_BUF.
@@ -152,13 +154,13 @@ pub fn supervise(args: &SupervisorArgs, open: &dyn Fn() -> Result<Opened>) -> Re
     if args.probe {
         return writeln!(io::stdout(), "{PROBE_ANSWER}").context(|| "the answer to --probe");
     }
-    let mut supervisor = match &args.resume {
+    let supervisor = match &args.resume {
         Some(resume) => Supervisor::resume(args, resume)?,
-        None => match Supervisor::start(args)? {
-            Some(supervisor) => supervisor,
-            // The parent of the fork that goes to the background.
-            None => return Ok(()),
-        },
+        None => Supervisor::start(args)?,
+    };
+    // None in the parent of the fork that goes to the background.
+    let Some(mut supervisor) = supervisor else {
+        return Ok(());
     };
     match supervisor.run() {
         Role::End(result) => result,
@@ -171,7 +173,7 @@ pub fn supervise(args: &SupervisorArgs, open: &dyn Fn() -> Result<Opened>) -> Re
                 threads: supervisor.args.threads.clamp(1, MAX_THREADS),
                 shared: Arc::clone(&supervisor.shared),
                 listener: supervisor.listener,
-                events: supervisor.events_out,
+                events: Mutex::new(supervisor.events_out),
                 supervisor: supervisor.state.supervisor,
                 generation: supervisor.state.generation,
                 resume,
@@ -265,19 +267,40 @@ impl Supervisor {
         })
     }
 
-    /// Takes over from the program that executed this one.
-    fn resume(args: &SupervisorArgs, resume: &str) -> Result<Supervisor> {
+    /// Takes the session over from the program that executed this one, or from a worker that lost
+    /// its supervisor; `None` in the foreground process, whose part is done.
+    fn resume(args: &SupervisorArgs, resume: &str) -> Result<Option<Supervisor>> {
         let resume: Resume = serde_json::from_str(resume).map_err(|error| {
             Error::with_source(ErrorKind::InvalidInput, "--resume is no hand-over", error)
         })?;
+        if resume.standby.is_none() && matches!(fork()?, ForkResult::Parent { .. }) {
+            return Ok(None);
+        }
+        // In an upgrade the process leads a session already, which is no failure.
+        let _ = nix::unistd::setsid();
         prepare_process();
+        let shared = Shared::inherit(adopt_fd(resume.shared)?)?;
+        let worker = serving_process(&shared);
         let mut state = RunState::new(args.read_only);
         state.features = Some(resume.features);
         state.generation = resume.generation;
-        state.status = Status::Restarting;
-        let standby = Process::open(resume.standby)
-            .context(|| "the standby of the program before is gone")?;
-        Ok(Supervisor {
+        state.status = if worker.is_some() {
+            Status::Serving
+        } else {
+            Status::Restarting
+        };
+        state.worker = worker
+            .as_ref()
+            .and_then(|worker| Identity::of(worker.pid()));
+        let old_standby = match resume.standby {
+            None => None,
+            Some((pid, go)) => Some(Standby {
+                process: Process::open(pid)
+                    .context(|| "the standby of the program before is gone")?,
+                go: adopt_fd(go)?,
+            }),
+        };
+        let supervisor = Supervisor {
             args: SupervisorArgs {
                 resume: None,
                 ..args.clone()
@@ -285,27 +308,26 @@ impl Supervisor {
             session: Arc::new(File::from(adopt_fd(resume.session)?)),
             features: resume.features,
             listener: UnixListener::from(adopt_fd(resume.listener)?),
-            shared: Shared::inherit(adopt_fd(resume.shared)?)?,
+            shared,
             events_in: File::from(adopt_fd(resume.events_in)?),
             events_out: File::from(adopt_fd(resume.events_out)?),
             event_bytes: Vec::new(),
             signals: block_signals()?,
             state,
             ready: None,
-            worker: None,
+            restart_at: worker.is_none().then(Instant::now),
+            standby_at: worker.is_some().then(Instant::now),
+            worker,
             worker_since: Instant::now(),
             worker_served_before: 0,
             standby: None,
-            old_standby: Some(Standby {
-                process: standby,
-                go: adopt_fd(resume.standby_go)?,
-            }),
+            old_standby,
             backoff: Backoff::default(),
-            restart_at: Some(Instant::now()),
-            standby_at: None,
             stopping: None,
             ever_served: true,
-        })
+        };
+        supervisor.write_state();
+        Ok(Some(supervisor))
     }
 
     fn run(&mut self) -> Role {
@@ -479,13 +501,11 @@ impl Supervisor {
         self.backoff = Backoff::default();
         self.restart_at = None;
         self.stopping = None;
-        let table = self.shared.table();
-        let worker = Identity {
-            pid: table.worker_pid.load(Ordering::Acquire) as i32,
-            start: table.worker_start.load(Ordering::Acquire),
-        };
-        self.worker = worker.open();
-        self.state.worker = self.worker.is_some().then_some(worker);
+        self.worker = serving_process(&self.shared);
+        self.state.worker = self
+            .worker
+            .as_ref()
+            .and_then(|worker| Identity::of(worker.pid()));
         self.worker_since = Instant::now();
         self.worker_served_before = 0;
         if self.worker.is_none() {
@@ -746,8 +766,7 @@ impl Supervisor {
             shared,
             events_in,
             events_out,
-            standby_go,
-            standby: standby.process.pid(),
+            standby: Some((standby.process.pid(), standby_go)),
             features: self.features,
             generation: self.state.generation + 1,
         };
@@ -767,8 +786,18 @@ impl Supervisor {
     }
 }
 
+/// The worker that serves now, whoever its parent is.
+fn serving_process(shared: &Shared) -> Option<Process> {
+    let table = shared.table();
+    let worker = Identity {
+        pid: table.worker_pid.load(Ordering::Acquire) as i32,
+        start: table.worker_start.load(Ordering::Acquire),
+    };
+    worker.open()
+}
+
 /// The arguments that this program was started with, without those of an earlier hand-over.
-fn own_arguments() -> Vec<OsString> {
+pub(super) fn own_arguments() -> Vec<OsString> {
     let mut arguments = Vec::new();
     let mut all = std::env::args_os().skip(1);
     while let Some(argument) = all.next() {
@@ -839,7 +868,7 @@ fn reap(pid: i32) -> bool {
     }
 }
 
-fn event_pipe() -> Result<(File, File)> {
+pub(super) fn event_pipe() -> Result<(File, File)> {
     let (events_in, events_out) =
         nix::unistd::pipe2(OFlag::O_CLOEXEC).context(|| "the pipe of events cannot be made")?;
     fcntl(&events_in, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
@@ -894,7 +923,7 @@ fn adopt_fd(fd: i32) -> Result<OwnedFd> {
     Ok(fd)
 }
 
-fn set_close_on_exec(fds: &[i32], on: bool) {
+pub(super) fn set_close_on_exec(fds: &[i32], on: bool) {
     let flags = if on {
         FdFlag::FD_CLOEXEC
     } else {
