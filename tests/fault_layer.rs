@@ -199,7 +199,9 @@ impl Rig {
                 }
                 self.open()?;
                 let content = self.read()?;
-                self.model.check(&content).unwrap();
+                if let Err(why) = self.model.check(&content) {
+                    return Err(Error::new(ErrorKind::Corrupt, why));
+                }
                 self.model.adopt(&content);
                 Ok(())
             }
@@ -249,19 +251,6 @@ impl Rig {
     }
 }
 
-/// Whether a sync in the background has just failed: the kernel drops the bytes first and says so
-/// then, and a read in between is nobody's fault.
-fn lost_just_now(rig: &Rig) -> bool {
-    let since = std::time::Instant::now();
-    while rig.options.background && rig.faults.fired() > 0 && since.elapsed().as_secs() < 5 {
-        if rig.poisoned() {
-            return true;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    }
-    false
-}
-
 /// One run with one plan: false where the plan's operation never came.
 fn survive(ops: &[Op], options: LayerOptions, plan: &FaultPlan) -> Result<bool, String> {
     let mut rig = Rig::new(options);
@@ -304,7 +293,7 @@ fn survive(ops: &[Op], options: LayerOptions, plan: &FaultPlan) -> Result<bool, 
                     rig.model.check(&content).map_err(here)?;
                     // A failed write leaves old or new, and that stays.
                     rig.model.adopt(&content);
-                } else if content != rig.model.content() && !lost_just_now(&rig) {
+                } else if content != rig.model.content() {
                     return Err(here("reads something else than was written".into()));
                 }
             }

@@ -58,7 +58,7 @@ impl Segment {
 }
 
 /// The name of segment `k`.
-fn segment_name(segment: u64) -> String {
+pub(super) fn segment_name(segment: u64) -> String {
     match segment {
         0 => "data".into(),
         _ => format!("data.{segment}"),
@@ -66,7 +66,7 @@ fn segment_name(segment: u64) -> String {
 }
 
 /// (segment, length) of each segment that a layer of `virtual_size` bytes has.
-fn layout(virtual_size: u64) -> impl Iterator<Item = (u64, u64)> {
+pub(super) fn layout(virtual_size: u64) -> impl Iterator<Item = (u64, u64)> {
     (0..virtual_size.div_ceil(SEGMENT_LEN)).map(move |segment| {
         (
             segment,

@@ -294,6 +294,8 @@ impl WritableLayer {
             .add(buf.as_slice().len() as u64);
         committer.buf = buf;
         written?;
+        // The blocks were read from a file whose sync may have failed meanwhile.
+        self.core.check_poison()?;
         committer.position += body.encoded_len() as u64;
         committer.sequence += 1;
         if body.barrier {

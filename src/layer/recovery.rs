@@ -84,6 +84,26 @@ pub(super) fn recover(
     })
 }
 
+/// What a check wants to know of a layer.
+pub(super) struct LoadedForCheck {
+    pub(super) index: Index,
+    /// Journal records that the checkpoint does not contain.
+    pub(super) records: usize,
+}
+
+/// The map of a writable layer as recovery would find it. Reads only.
+pub(super) fn load_for_check(
+    storage: &dyn Storage,
+    dir: &Path,
+    header: &Header,
+) -> Result<LoadedForCheck> {
+    let loaded = load(storage, dir, header)?;
+    Ok(LoadedForCheck {
+        index: loaded.index,
+        records: loaded.records.len(),
+    })
+}
+
 /// The map of a sealed layer whose seal file is not there yet. Reads only.
 pub(super) fn load_map(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<Index> {
     let loaded = load(storage, dir, header)?;

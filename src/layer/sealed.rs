@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::{OpenMode, Storage};
 
 /// The seal's file name.
-const SEAL_FILE: &str = "seal";
+pub(super) const SEAL_FILE: &str = "seal";
 
 /// What is hashed in front of a layer's content.
 const DIGEST_PREFIX: &[u8; 16] = b"vellum layer v1\n";
@@ -58,6 +58,16 @@ impl SealedLayer {
     /// [`ErrorKind::InvalidInput`] for a layer that is not sealed; otherwise as
     /// [`Header::decode`]; the message names the file.
     pub fn open(storage: &dyn Storage, dir: &Path) -> Result<Self> {
+        let layer = SealedLayer::open_unsynced(storage, dir)?;
+        if let SealedMap::Pending(_) = layer.map {
+            // Whoever sealed it may have died before that was durable.
+            sync_names(storage, dir)?;
+        }
+        Ok(layer)
+    }
+
+    /// As [`SealedLayer::open`], for one who builds nothing on it.
+    pub(super) fn open_unsynced(storage: &dyn Storage, dir: &Path) -> Result<Self> {
         let header = Header::read(storage, dir)?;
         if !header.sealed {
             return Err(Error::new(
@@ -80,12 +90,7 @@ impl SealedLayer {
                 // it, and what we read means nothing.
                 match seal()? {
                     Some(table) => SealedMap::Table(table),
-                    None => {
-                        let pending = pending?;
-                        // Whoever sealed it may have died before that was durable.
-                        sync_names(storage, dir)?;
-                        SealedMap::Pending(pending)
-                    }
+                    None => SealedMap::Pending(pending?),
                 }
             }
         };
@@ -282,7 +287,7 @@ pub fn seal_in_place(
     let layer = SealedLayer::open(storage, dir)?;
     let digest = match &layer.map {
         SealedMap::Table(table) => {
-            // The same is true of whoever made the seal.
+            // Whoever made the seal may have died before its name was durable.
             sync_names(storage, dir)?;
             table.digest
         }

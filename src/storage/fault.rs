@@ -23,8 +23,9 @@ pub enum Fault {
     Errno(i32),
     /// A write writes its first half, up to a whole sector of 512 bytes; all else does nothing.
     Short(i32),
-    /// As the page cache does when writeback fails: a sync drops every write of the file since the
-    /// last sync, which read as before then. All else does nothing.
+    /// As the page cache does when writeback fails: a sync loses every write of the file since the
+    /// last sync. They can be read until the file is closed, and are gone then; later syncs
+    /// succeed and do not bring them to the disk. All else does nothing.
     LostSync(i32),
     /// It happens, and is reported as failed all the same.
     Done(i32),
@@ -169,7 +170,7 @@ impl Storage for FaultStorage {
             inner,
             path: path.to_owned(),
             shared: self.shared.clone(),
-            unsynced: Mutex::default(),
+            undo: Mutex::default(),
         }))
     }
 
@@ -222,8 +223,16 @@ struct FaultFile {
     inner: Arc<dyn StorageFile>,
     path: PathBuf,
     shared: Arc<Shared>,
-    /// What a lost sync brings back, oldest first.
-    unsynced: Mutex<Vec<Before>>,
+    undo: Mutex<Undo>,
+}
+
+/// What was there before, oldest first.
+#[derive(Debug, Default)]
+struct Undo {
+    /// Before writes that no sync has covered.
+    unsynced: Vec<Before>,
+    /// Before writes that a sync has lost.
+    lost: Vec<Before>,
 }
 
 impl FaultFile {
@@ -235,13 +244,35 @@ impl FaultFile {
         let mut bytes = vec![0; len as usize];
         self.inner.read_at(&mut bytes, offset)?;
         let len = self.inner.len()?;
-        self.unsynced.lock().push(Before { offset, bytes, len });
+        self.undo
+            .lock()
+            .unsynced
+            .push(Before { offset, bytes, len });
         Ok(())
     }
 
-    /// Brings back what was there at the last sync.
+    fn lose(&self) {
+        let undo = &mut *self.undo.lock();
+        undo.lost.append(&mut undo.unsynced);
+    }
+
+    /// A sync was successful: it covers what was written since the one that was lost.
+    fn settle(&self) -> io::Result<()> {
+        let certain = std::mem::take(&mut self.undo.lock().unsynced);
+        if self.undo.lock().lost.is_empty() {
+            return Ok(());
+        }
+        for before in certain {
+            let mut now = before.bytes;
+            self.inner.read_at(&mut now, before.offset)?;
+            self.keep(&now, before.offset);
+        }
+        Ok(())
+    }
+
+    /// Brings back what was there before the writes that a sync lost.
     fn revert(&self) -> io::Result<()> {
-        for before in self.unsynced.lock().drain(..).rev() {
+        for before in self.undo.lock().lost.drain(..).rev() {
             self.inner.write_at(&before.bytes, before.offset)?;
             self.inner.set_len(before.len)?;
         }
@@ -250,7 +281,8 @@ impl FaultFile {
 
     /// The bytes are durable: no lost sync takes them away.
     fn keep(&self, buf: &[u8], offset: u64) {
-        for before in self.unsynced.lock().iter_mut() {
+        let undo = &mut *self.undo.lock();
+        for before in undo.unsynced.iter_mut().chain(&mut undo.lost) {
             let from = before.offset.max(offset);
             let to = (before.offset + before.bytes.len() as u64).min(offset + buf.len() as u64);
             if from < to {
@@ -268,21 +300,27 @@ impl FaultFile {
     fn sync_as(&self, kind: OpKind, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         match self.shared.next(kind, &self.path) {
             Some(fault @ Fault::LostSync(_)) => {
-                self.revert()?;
+                self.lose();
                 Err(fault.error())
             }
             Some(fault @ Fault::Done(_)) => {
                 work()?;
-                self.unsynced.lock().clear();
+                self.settle()?;
                 Err(fault.error())
             }
             Some(fault) => Err(fault.error()),
             None => {
                 work()?;
-                self.unsynced.lock().clear();
-                Ok(())
+                self.settle()
             }
         }
+    }
+}
+
+impl Drop for FaultFile {
+    fn drop(&mut self) {
+        // The disk below may have lost its power; then there is nothing to bring back.
+        let _ = self.revert();
     }
 }
 
@@ -420,17 +458,24 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_sync_brings_back_what_was_synced_before_but_for_durable_writes() {
+    fn what_a_sync_lost_is_gone_once_the_file_is_closed_but_for_later_writes() {
         let (storage, file) = storage();
         file.write_at(&[2; 8192], 0).unwrap();
         file.punch_hole(0, 4096).unwrap();
         file.write_durable(&[3; 4096], 4096).unwrap();
         storage.fail(plan(OpKind::SyncData, 1, Fault::LostSync(libc::EIO)));
         file.sync_data().unwrap_err();
-        assert_eq!(read(&file)[..4096], [1; 4096]);
-        assert_eq!(read(&file)[4096..], [3; 4096]);
+        assert_eq!(read(&file)[..4096], [0; 4096]);
         // The kernel reports it once.
+        file.write_at(&[4; 512], 512).unwrap();
         file.sync_data().unwrap();
+        drop(file);
+        let file = storage.open(Path::new("/f"), OpenMode::Read).unwrap();
+        let bytes = read(&file);
+        assert_eq!(bytes[..512], [1; 512]);
+        assert_eq!(bytes[512..1024], [4; 512]);
+        assert_eq!(bytes[1024..4096], [1; 3072]);
+        assert_eq!(bytes[4096..], [3; 4096]);
     }
 
     #[test]
