@@ -3,6 +3,7 @@
 //! Exit status: 0 success, 1 failure with one line `vellum: …` on standard error, 2 usage; `run`
 //! and `exec` end with the status of the command that they ran.
 
+mod bench;
 mod commit;
 mod completions;
 mod create;
@@ -84,6 +85,8 @@ enum Command {
     Nbd(nbd::Args),
     /// Remove what crashes left and nothing uses
     Prune(prune::Args),
+    /// Measure copy-up, chain depth and flush cost on this host
+    Bench(bench::Args),
     /// List and remove named volumes
     Volume(volume::Args),
     /// Print a completion script for a shell
@@ -150,6 +153,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Diff(args) => diff::run(&args, context)?,
         Command::Nbd(args) => nbd::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
+        Command::Bench(args) => bench::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,
         Command::Completions(args) => completions::completions(&args)?,
         Command::Man => completions::man()?,

@@ -19,6 +19,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// Blocks whose part of the map is copied under one lock.
 const CHECKPOINT_CHUNK: u64 = 1 << 19;
 
+/// How much longer an area is than the one before it, while they fill.
+const GROWTH: u64 = 4;
+
 /// Who flushes, and which flush covers whom.
 #[derive(Debug, Default)]
 pub(super) struct FlushQueue {
@@ -48,8 +51,8 @@ pub(super) struct Committer {
     /// there, a checkpoint that may be, an area that was not freed. Nothing may be written to the
     /// journal until a checkpoint contains it all.
     must_checkpoint: bool,
-    /// Frees the other area.
-    retiring: Option<JoinHandle<Result<()>>>,
+    /// Frees the other area, or makes a larger one in its place.
+    retiring: Option<JoinHandle<Result<Option<Area>>>>,
     buf: AlignedBuf,
 }
 
@@ -82,6 +85,11 @@ impl Committer {
         if let Some(slot) = self.areas.get_mut(which) {
             *slot = area;
         }
+    }
+
+    fn area_len(&self, which: usize) -> u64 {
+        let area = self.areas.get(which).and_then(Option::as_ref);
+        area.map_or(0, Area::len)
     }
 
     fn set_live(&mut self, which: usize, live: bool) {
@@ -304,6 +312,7 @@ impl WritableLayer {
         if !body.blocks.is_empty() {
             committer.set_live(committer.current, true);
         }
+        self.prepare_other_area(committer);
         Ok(())
     }
 
@@ -329,42 +338,64 @@ impl WritableLayer {
     fn create_area(&self, committer: &mut Committer, which: usize, len: u64) -> Result<Room> {
         // An older file of the name is cut first, so it is no area any more.
         committer.set_area(which, None);
-        match Area::create(&*self.core.storage, &self.core.dir, which, len) {
-            Ok(area) => {
-                committer.set_area(which, Some(area));
-                Ok(Room::Fits)
-            }
-            Err(error) if error.kind() == ErrorKind::NoSpace => Ok(Room::NeedsCheckpoint),
-            Err(error) => Err(self.core.poison(&error)),
+        let area = self.core.make_area(which, len)?;
+        let room = if area.is_some() {
+            Room::Fits
+        } else {
+            Room::NeedsCheckpoint
+        };
+        committer.set_area(which, area);
+        Ok(room)
+    }
+
+    /// The length of the area that follows one of `area_len`: a journal that fills is too small
+    /// for its load.
+    fn next_len(&self, area_len: u64) -> u64 {
+        (area_len * GROWTH).min(self.options.journal_max)
+    }
+
+    /// Makes the other area, or a larger one in its place, before it is wanted, so that no flush
+    /// has to wait for that.
+    fn prepare_other_area(&self, committer: &mut Committer) {
+        let Some(area_len) = committer.area().map(Area::len) else {
+            return;
+        };
+        if !self.options.background || committer.position < area_len / 2 {
+            return;
         }
+        if let Some(retiring) = &committer.retiring {
+            if !retiring.is_finished() {
+                return;
+            }
+            // A failure is noted there, and the next flush deals with it.
+            let _ = self.wait_for_retirement(committer);
+        }
+        let other = 1 - committer.current;
+        let wanted = self.next_len(area_len);
+        if committer.must_checkpoint || committer.area_len(other) >= wanted {
+            return;
+        }
+        // Its file is cut first, so it is no area any more.
+        committer.set_area(other, None);
+        let core = self.core.clone();
+        committer.retiring = spawn(move || core.make_area(other, wanted)).ok();
     }
 
     /// Goes on in the other area, which is free, and has this one freed in the background.
     fn switch_area(&self, committer: &mut Committer, area_len: u64, len: u64) -> Result<Room> {
         let other = 1 - committer.current;
-        let other_len = committer
-            .areas
-            .get(other)
-            .and_then(Option::as_ref)
-            .map_or(0, Area::len);
-        // A journal that fills is too small for its load.
-        let wanted = (area_len * 2)
-            .max(len.next_power_of_two())
-            .min(self.options.journal_max);
-        if other_len < wanted
+        let wanted = self.next_len(area_len).max(len.next_power_of_two());
+        if committer.area_len(other) < len
             && let Room::NeedsCheckpoint = self.create_area(committer, other, wanted)?
         {
             return Ok(Room::NeedsCheckpoint);
         }
         let core = self.core.clone();
         let full = committer.generation;
-        let retire = std::thread::Builder::new()
-            .name("vellum-checkpoint".into())
-            .spawn(move || core.retire(full));
-        let Ok(retire) = retire else {
+        let Ok(retiring) = spawn(move || core.retire(full).map(|()| None)) else {
             return Ok(Room::NeedsCheckpoint);
         };
-        committer.retiring = Some(retire);
+        committer.retiring = Some(retiring);
         committer.current = other;
         committer.records_before = committer.sequence;
         committer.generation += 1;
@@ -388,10 +419,19 @@ impl WritableLayer {
             ))
         });
         match outcome {
-            Ok(()) => committer.set_live(1 - committer.current, false),
-            Err(_) => committer.must_checkpoint = true,
+            Ok(made) => {
+                let other = 1 - committer.current;
+                committer.set_live(other, false);
+                if made.is_some() {
+                    committer.set_area(other, made);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                committer.must_checkpoint = true;
+                Err(error)
+            }
         }
-        outcome
     }
 
     /// Syncs everything and writes a checkpoint that contains it, the frozen changes included.
@@ -409,7 +449,25 @@ impl WritableLayer {
     }
 }
 
+/// Starts a thread that works for the journal.
+fn spawn(
+    work: impl FnOnce() -> Result<Option<Area>> + Send + 'static,
+) -> std::io::Result<JoinHandle<Result<Option<Area>>>> {
+    std::thread::Builder::new()
+        .name("vellum-journal".into())
+        .spawn(work)
+}
+
 impl Core {
+    /// Makes an area; `None` where there is no space for it.
+    fn make_area(&self, which: usize, len: u64) -> Result<Option<Area>> {
+        match Area::create(&*self.storage, &self.dir, which, len) {
+            Ok(area) => Ok(Some(area)),
+            Err(error) if error.kind() == ErrorKind::NoSpace => Ok(None),
+            Err(error) => Err(self.poison(&error)),
+        }
+    }
+
     /// A failure to make something durable: out of space can be tried again, all else poisons.
     fn fatal(&self, error: Error) -> Error {
         if error.kind() == ErrorKind::NoSpace {
@@ -557,4 +615,52 @@ fn distinct_blocks(dirty: &Dirty) -> Vec<u64> {
     blocks.sort_unstable();
     blocks.dedup();
     blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::BlockState;
+    use crate::layer::LayerOptions;
+    use crate::storage::SimStorage;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    /// A map that says *data* of a block whose bytes no sync and no record has would show whatever
+    /// the data file happens to hold.
+    #[test]
+    fn a_checkpoint_leaves_out_changes_that_no_record_holds_yet() {
+        let storage = Arc::new(SimStorage::new());
+        let dir = Path::new("/layer");
+        WritableLayer::create(&*storage, dir, &Header::new(None, 1 << 20).unwrap()).unwrap();
+        let layer = WritableLayer::open(storage, dir, LayerOptions::default()).unwrap();
+        layer.write_blocks(0, &[1; 4 * 4096]).unwrap();
+        layer.flush().unwrap();
+        let flushed = layer.core.durable_extents(false);
+        layer.clear_blocks(1, 2, BlockState::Zero).unwrap();
+        layer.write_blocks(2, &[2; 4096]).unwrap();
+        layer.write_blocks(9, &[2; 4096]).unwrap();
+        layer.clear_blocks(3, 1, BlockState::Parent).unwrap();
+        assert_eq!(layer.core.durable_extents(false), flushed);
+        {
+            let map = &mut *layer.core.map.write();
+            map.in_flight = std::mem::take(&mut map.changes);
+        }
+        layer.write_blocks(20, &[3; 4096]).unwrap();
+        layer.write_blocks(1, &[3; 4096]).unwrap();
+        // The background's checkpoint, while the record of some is being written.
+        assert_eq!(layer.core.durable_extents(false), flushed);
+        // A checkpoint in that record's place contains them, and nothing newer.
+        let extents: Vec<_> = layer
+            .core
+            .durable_extents(true)
+            .iter()
+            .map(|extent| (extent.start, extent.len, extent.state))
+            .collect();
+        let (data, zero) = (BlockState::Data, BlockState::Zero);
+        assert_eq!(
+            extents,
+            [(0, 1, data), (1, 1, zero), (2, 1, data), (9, 1, data)]
+        );
+    }
 }

@@ -37,7 +37,7 @@ impl Default for LayerOptions {
     fn default() -> Self {
         LayerOptions {
             journal_blocks: 32,
-            journal_start: 128 << 10,
+            journal_start: 256 << 10,
             journal_max: 8 << 20,
             background: true,
         }
