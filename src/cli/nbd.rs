@@ -24,10 +24,10 @@ pub(super) struct Args {
     /// Listen on TCP: HOST:PORT, or PORT on this host alone [default without --socket: 10809]
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
-    /// Serve over TLS alone, with server-cert.pem, server-key.pem and ca-cert.pem from here
+    /// Serve over TLS alone, with server-cert.pem and server-key.pem from this directory
     #[arg(long, value_name = "DIR")]
     tls_certs: Option<PathBuf>,
-    /// Refuse clients without a certificate from ca-cert.pem
+    /// Refuse clients without a certificate that ca-cert.pem (in the same directory) vouches for
     #[arg(long, requires = "tls_certs")]
     tls_verify_clients: bool,
     /// Refuse writes

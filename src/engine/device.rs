@@ -32,7 +32,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// The arguments by which [`Target::from_arguments`] finds it again.
+    /// The arguments that name it to `vellum device-server`.
     pub fn arguments(&self) -> Vec<OsString> {
         match self {
             Target::Container(name) => vec!["--container".into(), name.into()],

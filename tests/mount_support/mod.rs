@@ -38,11 +38,14 @@ pub fn try_run(program: &str, arguments: &[&str]) -> Output {
         .args(arguments)
         .env(
             "PATH",
-            "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin:/root/.cargo/bin",
+            std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/usr/bin:/sbin:/bin",
         )
         .output()
         .unwrap_or_else(|error| {
-            panic!("{program}: {error}: install it (apt-get install fio e2fsprogs util-linux)")
+            panic!(
+                "{program}: {error}: install it (tools/test does; by hand: \
+                 apt-get install fio e2fsprogs util-linux, cargo install fsx)"
+            )
         })
 }
 

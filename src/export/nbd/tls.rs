@@ -218,7 +218,7 @@ impl Stream for TlsStream {
     }
 }
 
-/// A socket as [`ServerConnection::write_tls`] wants it.
+/// A socket as `ServerConnection::write_tls` wants it.
 struct Sender<'a>(&'a Socket);
 
 impl Write for Sender<'_> {
