@@ -19,6 +19,7 @@ mod prune;
 mod ps;
 mod remove;
 mod size;
+mod snapshotter;
 mod volume;
 
 use std::path::{Path, PathBuf};
@@ -30,6 +31,10 @@ use crate::error::Result;
 use crate::export::device::command::{self as file_device, FileDeviceArgs};
 use crate::store::Store;
 use output::Output;
+pub(crate) use size::parse_size;
+
+/// Where stores are by default.
+const DEFAULT_ROOT: &str = "/var/lib/vellum";
 
 /// Block-level copy-on-write storage for containers.
 ///
@@ -39,7 +44,7 @@ use output::Output;
 pub struct Cli {
     /// Where images, containers and volumes are kept
     #[arg(long, global = true, value_name = "DIR", env = "VELLUM_ROOT")]
-    #[arg(default_value = "/var/lib/vellum")]
+    #[arg(default_value = DEFAULT_ROOT)]
     root: PathBuf,
     /// Print JSON
     #[arg(long, global = true)]
@@ -84,6 +89,8 @@ enum Command {
     Nbd(nbd::Args),
     /// Remove what crashes left and nothing uses
     Prune(prune::Args),
+    /// Serve containerd as a snapshotter until stopped
+    Snapshotter(snapshotter::Args),
     /// List and remove named volumes
     Volume(volume::Args),
     /// Print a completion script for a shell
@@ -115,7 +122,10 @@ impl Context {
 /// The whole program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_log(cli.verbose, cli.quiet);
+    // The snapshotter's log is as its configuration says.
+    if !matches!(cli.command, Command::Snapshotter(_)) {
+        start_log(cli.verbose, cli.quiet);
+    }
     raise_file_limit();
     let out = Output {
         json: cli.json,
@@ -150,6 +160,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Diff(args) => diff::run(&args, context)?,
         Command::Nbd(args) => nbd::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
+        Command::Snapshotter(args) => snapshotter::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,
         Command::Completions(args) => completions::completions(&args)?,
         Command::Man => completions::man()?,

@@ -10,7 +10,7 @@ pub mod raw;
 
 pub mod serve;
 pub mod status;
-mod template;
+pub(crate) mod template;
 
 use crate::error::{Result, ResultExt};
 use crate::storage::{Held, LockMode};

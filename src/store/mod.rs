@@ -9,6 +9,7 @@
 //! ROOT/containers/NAME.json
 //! ROOT/templates/SIZE.json   empty file systems that images begin with
 //! ROOT/volumes/NAME/         named volumes
+//! ROOT/snapshots/UUID.json   containerd's snapshots; ROOT/mnt/UUID/ where they are mounted
 //! ROOT/staging/UUID/         being made; ROOT/trash/ being removed
 //! ROOT/run/CONTAINER/        mounts and processes of the running system
 //! ```
@@ -26,6 +27,7 @@ mod layers;
 mod names;
 mod prune;
 mod records;
+mod snapshots;
 mod volumes;
 
 pub use containers::{NewContainer, Resolved, now};
@@ -33,6 +35,7 @@ pub use layers::{LayerLease, StagedLayer};
 pub use names::{check_name, check_reference};
 pub use prune::PruneReport;
 pub use records::{ContainerRecord, FsInfo, ImageRecord, LayerInfo, TemplateRecord, VolumeMount};
+pub use snapshots::{SnapshotKind, SnapshotRecord};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -130,7 +133,7 @@ impl Store {
             DIRECTORIES.contains(&name)
                 || name == "volumes"
                 || name.starts_with(MARKER)
-                || ["lock", "gc.lock", "lost+found"].contains(&name)
+                || ["lock", "gc.lock", "lost+found", "snapshots", "mnt"].contains(&name)
         };
         if let Some(foreign) = entries.iter().find(|entry| !known(&entry.name)) {
             return Err(Error::new(

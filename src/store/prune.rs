@@ -64,6 +64,10 @@ impl Store {
             used.insert(container.top);
             used.extend(container.next);
         }
+        for snapshot in self.snapshots(&mut note)? {
+            used.extend(snapshot.layers);
+            used.insert(snapshot.base);
+        }
         for template in self.read_records::<TemplateRecord>("templates", &mut note)? {
             used.insert(template.layer);
         }
@@ -104,11 +108,13 @@ impl Store {
     /// # Errors
     /// Where the directory cannot be read.
     pub fn orphaned_run_dirs(&self) -> Result<Vec<std::path::PathBuf>> {
-        let known: HashSet<String> = self
+        let mut known: HashSet<String> = self
             .containers()?
             .into_iter()
             .map(|container| container.id.to_string())
             .collect();
+        let snapshots = self.snapshots(Store::warn_damaged)?;
+        known.extend(snapshots.iter().map(|snapshot| snapshot.id.to_string()));
         let dir = self.root.join("run");
         let entries = self
             .storage
@@ -127,13 +133,15 @@ impl Store {
             return Ok(());
         };
         let _lock = self.lock()?;
-        let images: HashSet<Uuid> = self
+        let mut used: HashSet<Uuid> = self
             .images()?
             .into_iter()
             .flat_map(|image| image.layers)
             .collect();
+        let snapshots = self.snapshots(Store::warn_damaged)?;
+        used.extend(snapshots.iter().map(|snapshot| snapshot.base));
         for template in self.read_records::<TemplateRecord>("templates", Store::warn_damaged)? {
-            if !images.contains(&template.layer) {
+            if !used.contains(&template.layer) {
                 self.remove_json(&self.record_path("templates", &template.key))?;
             }
         }
