@@ -107,7 +107,7 @@ impl Error {
                 io::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
                 io::ErrorKind::PermissionDenied => ErrorKind::Permission,
                 io::ErrorKind::StorageFull => ErrorKind::NoSpace,
-                io::ErrorKind::UnexpectedEof => ErrorKind::Corrupt,
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData => ErrorKind::Corrupt,
                 io::ErrorKind::TimedOut => ErrorKind::Timeout,
                 _ => ErrorKind::Io,
             },

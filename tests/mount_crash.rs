@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mount_support::{Device, kill, run, wait_until};
-use vellum::export::device::{Status, attach, find_leaks, upgrade};
+use vellum::export::device::{Status, attach, ensure_supervised, find_leaks, upgrade};
 
 /// fio with checksums and fsync on a mounted device; its end is waited for on drop.
 struct Load(Child);
@@ -121,14 +121,24 @@ fn kills_of_the_worker_on_a_kernel_without_resend_are_not_seen() {
 }
 
 #[test]
+fn twenty_kills_of_an_idle_worker_are_not_taken_for_its_own_fault() {
+    let device = Device::attached(64 << 20);
+    for _ in 0..20 {
+        kill(worker_pid(&device));
+    }
+    device.mkfs();
+    device.detach();
+    device.assert_nothing_left();
+}
+
+#[test]
 fn killed_supervisor_is_replaced_by_the_standby_and_kills_of_workers_go_on_unseen() {
     let device = Device::attached(256 << 20);
     device.mkfs();
     device.mount();
     let load = Load::start(&device, 3);
     for _ in 0..3 {
-        device.wait_for_standby();
-        let before = device.state();
+        let before = device.wait_for_standby();
         kill(before.supervisor.pid);
         wait_until("the standby is the supervisor", || {
             device.state().supervisor.pid == before.standby.unwrap().pid
@@ -147,10 +157,9 @@ fn supervisor_and_worker_killed_together_are_both_replaced() {
     let device = Device::attached(256 << 20);
     device.mkfs();
     device.mount();
-    device.wait_for_standby();
+    let state = device.wait_for_standby();
     let load = Load::start(&device, 2);
     std::thread::sleep(Duration::from_millis(300));
-    let state = device.state();
     kill(state.worker.unwrap().pid);
     kill(state.supervisor.pid);
     load.finish();
@@ -163,8 +172,7 @@ fn worker_without_supervisor_and_standby_serves_and_is_detached() {
     let device = Device::attached(256 << 20);
     device.mkfs();
     device.mount();
-    device.wait_for_standby();
-    let state = device.state();
+    let state = device.wait_for_standby();
     kill(state.standby.unwrap().pid);
     kill(state.supervisor.pid);
     let load = Load::start(&device, 1);
@@ -174,14 +182,41 @@ fn worker_without_supervisor_and_standby_serves_and_is_detached() {
 }
 
 #[test]
+fn worker_without_supervisor_and_standby_gets_a_new_supervisor_that_restarts_it() {
+    let device = Device::attached(256 << 20);
+    device.mkfs();
+    device.mount();
+    let state = device.wait_for_standby();
+    let wait = Duration::from_secs(20);
+    assert!(!ensure_supervised(&device.run_dir, wait).unwrap());
+    kill(state.standby.unwrap().pid);
+    kill(state.supervisor.pid);
+    wait_until("both are dead", || {
+        !state.supervisor.is_alive() && !state.standby.unwrap().is_alive()
+    });
+    let load = Load::start(&device, 2);
+    assert!(ensure_supervised(&device.run_dir, wait).unwrap());
+    wait_until("there is a supervisor", || {
+        device.state().supervisor.is_alive()
+    });
+    for _ in 0..3 {
+        device.wait_for_standby();
+        let worker = worker_pid(&device);
+        kill(worker);
+        wait_until("another worker serves", || worker_pid(&device) != worker);
+    }
+    load.finish();
+    finish(&device);
+}
+
+#[test]
 fn everything_killed_is_found_and_detached_although_it_was_mounted() {
     let device = Device::attached(64 << 20);
     device.mkfs();
     device.mount();
-    device.wait_for_standby();
+    let state = device.wait_for_standby();
     let root = device.run_dir.parent().unwrap();
     assert_eq!(find_leaks(root).unwrap(), []);
-    let state = device.state();
     for process in [
         state.standby.unwrap(),
         state.supervisor,
@@ -205,8 +240,7 @@ fn everything_killed_is_found_and_detached_although_it_was_mounted() {
 fn attach_after_everything_was_killed_cleans_up_first() {
     let mut device = Device::attached(64 << 20);
     device.mkfs();
-    device.wait_for_standby();
-    let state = device.state();
+    let state = device.wait_for_standby();
     for process in [
         state.standby.unwrap(),
         state.supervisor,
@@ -241,7 +275,7 @@ fn worker_that_always_dies_is_given_up_with_a_reason_and_an_io_error() {
     assert_eq!(state.status, Status::Failed);
     let error = state.error.unwrap();
     assert!(error.contains("6 times"), "{error}");
-    assert!(!device.state().is_alive());
+    wait_until("nothing of it runs", || !device.state().is_alive());
     device.detach();
     device.assert_nothing_left();
 }

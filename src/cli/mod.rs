@@ -3,6 +3,7 @@
 //! Exit status: 0 success, 1 failure with one line `vellum: …` on standard error, 2 usage; `run`
 //! and `exec` end with the status of the command that they ran.
 
+mod bench;
 mod commit;
 mod completions;
 mod create;
@@ -91,6 +92,8 @@ enum Command {
     Prune(prune::Args),
     /// Serve containerd as a snapshotter until stopped
     Snapshotter(snapshotter::Args),
+    /// Measure copy-up, chain depth and flush cost on this host
+    Bench(bench::Args),
     /// List and remove named volumes
     Volume(volume::Args),
     /// Print a completion script for a shell
@@ -161,6 +164,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Nbd(args) => nbd::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
         Command::Snapshotter(args) => snapshotter::run(&args, context)?,
+        Command::Bench(args) => bench::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,
         Command::Completions(args) => completions::completions(&args)?,
         Command::Man => completions::man()?,

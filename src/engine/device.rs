@@ -55,7 +55,7 @@ impl Target {
     /// Opens a container's chain as it was resolved before.
     pub(super) fn open_unsettled(&self, store: &Store, resolved: &Resolved) -> Result<OpenChain> {
         let lease = store.lease_layer(resolved.top)?;
-        let spec = store.chain_spec(resolved, LayerOptions::default());
+        let spec = store.chain_spec(resolved, layer_options(store));
         Ok(OpenChain::new(
             store,
             open_chain(store.storage(), &spec)?,
@@ -69,7 +69,7 @@ impl Target {
     /// [`ErrorKind::InUse`] while another process has a container's layer; what is wrong with a
     /// layer, by name.
     pub fn open(&self, store: &Store) -> Result<OpenChain> {
-        let options = LayerOptions::default();
+        let options = layer_options(store);
         match self {
             Target::Container(name) => {
                 let resolved = store.resolve_name(name)?;
@@ -123,6 +123,18 @@ impl Target {
             }
         }
     }
+}
+
+/// How a writable layer of this store trades.
+fn layer_options(store: &Store) -> LayerOptions {
+    let memory = nix::sys::statfs::statfs(store.root())
+        .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC);
+    let mut options = LayerOptions::default();
+    if memory {
+        // A sync costs nothing there, so copying blocks to avoid one only costs.
+        options.journal_blocks = 0;
+    }
+    options
 }
 
 /// Arguments of [`SEAL_TOP`].
@@ -191,7 +203,7 @@ impl OpenChain {
         let next = WritableLayer::open(
             self.store.storage().clone(),
             &self.store.layer_dir(next),
-            LayerOptions::default(),
+            layer_options(&self.store),
         )?;
         self.chain.seal_top(next)?;
         self.leases.lock().push(lease);

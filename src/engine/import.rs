@@ -194,8 +194,10 @@ impl Importer<'_> {
             Source::Tar(tar) => {
                 let progress = self.watch.layer(&shown, tar.size());
                 let reader = tar.into_reader(progress)?;
-                let mut apply = ApplyOptions::default();
-                apply.whiteouts = ground.has_image;
+                let apply = ApplyOptions {
+                    whiteouts: ground.has_image,
+                    ..ApplyOptions::default()
+                };
                 let outcome = self.layer(&ground, file_origin(path), None, None, |dir| {
                     apply_layer(reader, dir, &apply).map(drop)
                 })?;

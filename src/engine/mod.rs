@@ -1,6 +1,7 @@
 //! What users do with a store: import, mount, run, commit, compare, serve. Commands and the
 //! snapshotter call these; nothing here prints.
 
+pub mod bench;
 pub mod commit;
 pub mod device;
 pub mod diff;

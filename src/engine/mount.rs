@@ -249,7 +249,6 @@ impl TemporaryMount {
         let attached = device::attach(&mount.run_dir, &attach_spec(store, target))?;
         let options = ext4::MountOptions {
             read_only: target.is_read_only(),
-            ..ext4::MountOptions::default()
         };
         ext4::mount(&attached.device.path(), &mount.dir, options)?;
         Ok(mount)

@@ -134,6 +134,10 @@ impl LoopDevice {
             .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
             .open(backing)
             .context(|| format!("{}: cannot be opened", backing.display()))?;
+        // Older kernels (6.1) take the size that the inode has in memory, which for a FUSE file is
+        // 0 until somebody asked for it.
+        file.metadata()
+            .context(|| format!("{}: its size cannot be read", backing.display()))?;
         let mut info = EMPTY_INFO;
         info.lo_flags = LO_FLAGS_DIRECT_IO;
         if options.read_only {

@@ -24,14 +24,41 @@ pub(super) struct DataFiles {
 struct Segment {
     path: PathBuf,
     file: Arc<dyn StorageFile>,
-    /// Something was written or punched since the last sync.
+    /// Something was written or punched since the last sync. Set once that is done: were it set
+    /// before, a sync that runs in between would clear it and leave the bytes out.
     dirty: AtomicBool,
-    /// Held while syncing, so that whoever finds the segment clean knows that it is.
-    syncing: Mutex<()>,
+    /// Held while syncing, so that whoever finds the segment clean knows that it is. Why a sync
+    /// failed, once one has: the kernel tells only one caller, and then forgets the bytes.
+    syncing: Mutex<Option<String>>,
+}
+
+impl Segment {
+    /// Runs `work`, which changes bytes; what is left of a failed change wants a sync too.
+    fn change(&self, work: impl FnOnce() -> std::io::Result<()>) -> std::io::Result<()> {
+        let result = work();
+        self.dirty.store(true, Ordering::Release);
+        result
+    }
+
+    /// Makes what was changed durable; false where nothing was.
+    fn sync(&self) -> Result<bool> {
+        let mut failed = self.syncing.lock();
+        if let Some(why) = &*failed {
+            return Err(Error::new(ErrorKind::Io, why.clone()));
+        }
+        if !self.dirty.swap(false, Ordering::AcqRel) {
+            return Ok(false);
+        }
+        self.file
+            .sync_data()
+            .context(|| format!("syncing {}", self.path.display()))
+            .inspect_err(|error| *failed = Some(error.to_string()))?;
+        Ok(true)
+    }
 }
 
 /// The name of segment `k`.
-fn segment_name(segment: u64) -> String {
+pub(super) fn segment_name(segment: u64) -> String {
     match segment {
         0 => "data".into(),
         _ => format!("data.{segment}"),
@@ -39,7 +66,7 @@ fn segment_name(segment: u64) -> String {
 }
 
 /// (segment, length) of each segment that a layer of `virtual_size` bytes has.
-fn layout(virtual_size: u64) -> impl Iterator<Item = (u64, u64)> {
+pub(super) fn layout(virtual_size: u64) -> impl Iterator<Item = (u64, u64)> {
     (0..virtual_size.div_ceil(SEGMENT_LEN)).map(move |segment| {
         (
             segment,
@@ -91,8 +118,9 @@ impl DataFiles {
             segments.push(Segment {
                 path,
                 file,
-                dirty: AtomicBool::new(false),
-                syncing: Mutex::new(()),
+                // Another process may have written here and died before it synced.
+                dirty: AtomicBool::new(mode != OpenMode::Read),
+                syncing: Mutex::default(),
             });
         }
         Ok(DataFiles { segments })
@@ -145,27 +173,28 @@ impl DataFiles {
     pub(super) fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.split(offset, buf.len() as u64, |segment, within, start, len| {
             let piece = buf.get(start..start + len).unwrap_or_default();
-            // Before the write: a sync that begins in between must not skip the segment.
-            segment.dirty.store(true, Ordering::Release);
-            segment.file.write_at(piece, within).context(|| {
-                format!(
-                    "writing {len} bytes at {within} of {}",
-                    segment.path.display()
-                )
-            })
+            segment
+                .change(|| segment.file.write_at(piece, within))
+                .context(|| {
+                    format!(
+                        "writing {len} bytes at {within} of {}",
+                        segment.path.display()
+                    )
+                })
         })
     }
 
     /// Gives the space of the range back; it reads as zeros in the file.
     pub(super) fn punch(&self, offset: u64, len: u64) -> Result<()> {
         self.split(offset, len, |segment, within, _, len| {
-            segment.dirty.store(true, Ordering::Release);
-            segment.file.punch_hole(within, len as u64).context(|| {
-                format!(
-                    "punching {len} bytes at {within} of {}",
-                    segment.path.display()
-                )
-            })
+            segment
+                .change(|| segment.file.punch_hole(within, len as u64))
+                .context(|| {
+                    format!(
+                        "punching {len} bytes at {within} of {}",
+                        segment.path.display()
+                    )
+                })
         })
     }
 
@@ -173,27 +202,23 @@ impl DataFiles {
     pub(super) fn allocate_zeroed(&self, offset: u64, len: u64) -> Result<()> {
         self.punch(offset, len)?;
         self.split(offset, len, |segment, within, _, len| {
-            segment.file.allocate(within, len as u64).context(|| {
-                format!(
-                    "reserving {len} bytes at {within} of {}",
-                    segment.path.display()
-                )
-            })
+            segment
+                .change(|| segment.file.allocate(within, len as u64))
+                .context(|| {
+                    format!(
+                        "reserving {len} bytes at {within} of {}",
+                        segment.path.display()
+                    )
+                })
         })
     }
 
-    /// Makes everything written so far durable; returns how many syncs that took.
+    /// Makes everything written so far durable; returns how many syncs that took. Fails for ever
+    /// once a sync has failed.
     pub(super) fn sync(&self) -> Result<u64> {
         let mut syncs = 0;
         for segment in &self.segments {
-            let _syncing = segment.syncing.lock();
-            if segment.dirty.swap(false, Ordering::AcqRel) {
-                syncs += 1;
-                segment
-                    .file
-                    .sync_data()
-                    .context(|| format!("syncing {}", segment.path.display()))?;
-            }
+            syncs += u64::from(segment.sync()?);
         }
         Ok(syncs)
     }
@@ -215,5 +240,32 @@ impl DataFiles {
             segment.file.prefetch(within, len as u64);
             Ok(())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{Fault, FaultPlan, FaultStorage, OpKind, SimStorage};
+
+    /// The kernel reports a failed sync once. A second sync, of another thread, must not find
+    /// everything clean.
+    #[test]
+    fn a_sync_after_a_failed_one_fails_too() {
+        let storage = FaultStorage::new(Arc::new(SimStorage::new()));
+        let dir = Path::new("/");
+        DataFiles::create(&storage, dir, 1 << 20).unwrap();
+        let data = DataFiles::open(&storage, dir, 1 << 20, OpenMode::Write).unwrap();
+        data.write(&[1; 4096], 0).unwrap();
+        storage.fail(FaultPlan {
+            kinds: vec![OpKind::SyncData],
+            nth: 1,
+            fault: Fault::LostSync(libc::EIO),
+            lasting: false,
+        });
+        for _ in 0..3 {
+            let error = data.sync().unwrap_err();
+            assert!(error.to_string().contains("syncing /data"), "{error}");
+        }
     }
 }

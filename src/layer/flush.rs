@@ -19,6 +19,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// Blocks whose part of the map is copied under one lock.
 const CHECKPOINT_CHUNK: u64 = 1 << 19;
 
+/// How much longer an area is than the one before it, while they fill.
+const GROWTH: u64 = 4;
+
 /// Who flushes, and which flush covers whom.
 #[derive(Debug, Default)]
 pub(super) struct FlushQueue {
@@ -44,8 +47,12 @@ pub(super) struct Committer {
     position: u64,
     /// By area: some record there carries blocks that no barrier has retired.
     live: [bool; 2],
-    /// Frees the other area.
-    retiring: Option<JoinHandle<Result<()>>>,
+    /// Something failed half-way, and what the disk holds of it is unknown: a record that may be
+    /// there, a checkpoint that may be, an area that was not freed. Nothing may be written to the
+    /// journal until a checkpoint contains it all.
+    must_checkpoint: bool,
+    /// Frees the other area, or makes a larger one in its place.
+    retiring: Option<JoinHandle<Result<Option<Area>>>>,
     buf: AlignedBuf,
 }
 
@@ -60,6 +67,7 @@ impl Committer {
             records_before: 0,
             position: 0,
             live: [false; 2],
+            must_checkpoint: false,
             retiring: None,
             buf: AlignedBuf::default(),
         }
@@ -79,6 +87,11 @@ impl Committer {
         }
     }
 
+    fn area_len(&self, which: usize) -> u64 {
+        let area = self.areas.get(which).and_then(Option::as_ref);
+        area.map_or(0, Area::len)
+    }
+
     fn set_live(&mut self, which: usize, live: bool) {
         if let Some(slot) = self.live.get_mut(which) {
             *slot = live;
@@ -92,6 +105,7 @@ impl Committer {
         self.records_before = 0;
         self.position = 0;
         self.live = [false; 2];
+        self.must_checkpoint = false;
     }
 }
 
@@ -106,8 +120,9 @@ impl WritableLayer {
     /// Makes every write that completed before the call durable. Flushes that overlap coalesce.
     ///
     /// # Errors
-    /// [`ErrorKind::NoSpace`] when the journal cannot grow: nothing flushed earlier is harmed, and
-    /// the flush may be tried again. Any other failure poisons the layer.
+    /// [`ErrorKind::NoSpace`] when neither the journal nor the map has room: nothing flushed
+    /// earlier is harmed, and the flush may be tried again. So it may where a block cannot be read
+    /// back. Any other failure poisons the layer.
     pub fn flush(&self) -> Result<()> {
         self.core.stats.flushes.add(1);
         let mut queue = self.queue.lock();
@@ -160,8 +175,10 @@ impl WritableLayer {
     /// As [`WritableLayer::flush`].
     pub fn close(&self) -> Result<()> {
         self.lead(self.queue.lock(), |layer, committer| {
+            if layer.core.is_sealed() {
+                return Ok(());
+            }
             layer.commit(committer, true)?;
-            layer.wait_for_retirement(committer)?;
             if committer.areas.iter().all(Option::is_none) {
                 return Ok(());
             }
@@ -179,14 +196,23 @@ impl WritableLayer {
     pub fn seal(&self) -> Result<()> {
         self.lead(self.queue.lock(), |layer, committer| {
             layer.commit(committer, true)?;
-            layer.wait_for_retirement(committer)?;
+            if layer.wait_for_retirement(committer).is_err() || committer.must_checkpoint {
+                layer.checkpoint_all(committer)?;
+            }
             let header = Header {
                 sealed: true,
                 ..layer.core.header.clone()
             };
-            header
-                .write(&*layer.core.storage, &layer.core.dir)
-                .map_err(|error| layer.core.fatal(error))
+            let (storage, dir) = (&*layer.core.storage, &*layer.core.dir);
+            header.write(storage, dir).map_err(|error| {
+                match Header::read(storage, dir) {
+                    Ok(found) if !found.sealed => layer.core.fatal(error),
+                    // A crash may find it sealed, so nothing may be written to it any more.
+                    _ => layer.core.poison(&error),
+                }
+            })?;
+            layer.core.set_sealed();
+            Ok(())
         })
     }
 
@@ -230,7 +256,8 @@ impl WritableLayer {
         } else {
             self.core.sync_data()?;
             body.barrier = true;
-            if body.changes.is_empty() && !committer.has_live_blocks() {
+            let nothing = body.changes.is_empty() && !committer.has_live_blocks();
+            if nothing && !committer.must_checkpoint {
                 return Ok(());
             }
         }
@@ -262,8 +289,11 @@ impl WritableLayer {
             let Some(area) = committer.area() else {
                 return Err(Error::new(ErrorKind::Io, "the journal has no area"));
             };
-            area.write(&buf, committer.position)
-                .map_err(|error| self.core.fatal(error))
+            area.write(&buf, committer.position).map_err(|error| {
+                // It may be there all the same, whole or torn.
+                committer.must_checkpoint = true;
+                self.core.fatal(error)
+            })
         });
         self.core.stats.journal_writes.add(1);
         self.core
@@ -272,6 +302,8 @@ impl WritableLayer {
             .add(buf.as_slice().len() as u64);
         committer.buf = buf;
         written?;
+        // The blocks were read from a file whose sync may have failed meanwhile.
+        self.core.check_poison()?;
         committer.position += body.encoded_len() as u64;
         committer.sequence += 1;
         if body.barrier {
@@ -280,19 +312,18 @@ impl WritableLayer {
         if !body.blocks.is_empty() {
             committer.set_live(committer.current, true);
         }
+        self.prepare_other_area(committer);
         Ok(())
     }
 
     /// Finds a place for a record of `len` bytes.
     fn make_room(&self, committer: &mut Committer, len: u64) -> Result<Room> {
-        if len > self.options.journal_max {
+        if len > self.options.journal_max || committer.must_checkpoint {
             return Ok(Room::NeedsCheckpoint);
         }
         let Some(area_len) = committer.area().map(Area::len) else {
             let len = self.options.journal_start.max(len.next_power_of_two());
-            let area = self.create_area(committer.current, len)?;
-            committer.set_area(committer.current, Some(area));
-            return Ok(Room::Fits);
+            return self.create_area(committer, committer.current, len);
         };
         if committer.position + len <= area_len {
             return Ok(Room::Fits);
@@ -303,36 +334,68 @@ impl WritableLayer {
         self.switch_area(committer, area_len, len)
     }
 
-    fn create_area(&self, which: usize, len: u64) -> Result<Area> {
-        Area::create(&*self.core.storage, &self.core.dir, which, len)
-            .map_err(|error| self.core.fatal(error))
+    /// Makes an area. Where there is no space for it there may be for a checkpoint.
+    fn create_area(&self, committer: &mut Committer, which: usize, len: u64) -> Result<Room> {
+        // An older file of the name is cut first, so it is no area any more.
+        committer.set_area(which, None);
+        let area = self.core.make_area(which, len)?;
+        let room = if area.is_some() {
+            Room::Fits
+        } else {
+            Room::NeedsCheckpoint
+        };
+        committer.set_area(which, area);
+        Ok(room)
+    }
+
+    /// The length of the area that follows one of `area_len`: a journal that fills is too small
+    /// for its load.
+    fn next_len(&self, area_len: u64) -> u64 {
+        (area_len * GROWTH).min(self.options.journal_max)
+    }
+
+    /// Makes the other area, or a larger one in its place, before it is wanted, so that no flush
+    /// has to wait for that.
+    fn prepare_other_area(&self, committer: &mut Committer) {
+        let Some(area_len) = committer.area().map(Area::len) else {
+            return;
+        };
+        if !self.options.background || committer.position < area_len / 2 {
+            return;
+        }
+        if let Some(retiring) = &committer.retiring {
+            if !retiring.is_finished() {
+                return;
+            }
+            // A failure is noted there, and the next flush deals with it.
+            let _ = self.wait_for_retirement(committer);
+        }
+        let other = 1 - committer.current;
+        let wanted = self.next_len(area_len);
+        if committer.must_checkpoint || committer.area_len(other) >= wanted {
+            return;
+        }
+        // Its file is cut first, so it is no area any more.
+        committer.set_area(other, None);
+        let core = self.core.clone();
+        committer.retiring = spawn(move || core.make_area(other, wanted)).ok();
     }
 
     /// Goes on in the other area, which is free, and has this one freed in the background.
     fn switch_area(&self, committer: &mut Committer, area_len: u64, len: u64) -> Result<Room> {
         let other = 1 - committer.current;
-        let other_len = committer
-            .areas
-            .get(other)
-            .and_then(Option::as_ref)
-            .map_or(0, Area::len);
-        // A journal that fills is too small for its load.
-        let wanted = (area_len * 2)
-            .max(len.next_power_of_two())
-            .min(self.options.journal_max);
-        if other_len < wanted {
-            committer.set_area(other, None);
-            committer.set_area(other, Some(self.create_area(other, wanted)?));
+        let wanted = self.next_len(area_len).max(len.next_power_of_two());
+        if committer.area_len(other) < len
+            && let Room::NeedsCheckpoint = self.create_area(committer, other, wanted)?
+        {
+            return Ok(Room::NeedsCheckpoint);
         }
         let core = self.core.clone();
         let full = committer.generation;
-        let retire = std::thread::Builder::new()
-            .name("vellum-checkpoint".into())
-            .spawn(move || core.retire(full));
-        let Ok(retire) = retire else {
+        let Ok(retiring) = spawn(move || core.retire(full).map(|()| None)) else {
             return Ok(Room::NeedsCheckpoint);
         };
-        committer.retiring = Some(retire);
+        committer.retiring = Some(retiring);
         committer.current = other;
         committer.records_before = committer.sequence;
         committer.generation += 1;
@@ -355,14 +418,30 @@ impl WritableLayer {
                 "the checkpoint thread ended unexpectedly",
             ))
         });
-        if outcome.is_ok() {
-            committer.set_live(1 - committer.current, false);
+        match outcome {
+            Ok(made) => {
+                let other = 1 - committer.current;
+                committer.set_live(other, false);
+                if made.is_some() {
+                    committer.set_area(other, made);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                committer.must_checkpoint = true;
+                Err(error)
+            }
         }
-        outcome
     }
 
     /// Syncs everything and writes a checkpoint that contains it, the frozen changes included.
     fn checkpoint_all(&self, committer: &mut Committer) -> Result<()> {
+        // Two must not write the map at once, and an older one not come last. Where it failed this
+        // one does its work too.
+        let _ = self.wait_for_retirement(committer);
+        // Should it fail, its name may be durable all the same, and then everything of this
+        // generation counts as contained in it: nothing may be added.
+        committer.must_checkpoint = true;
         self.core.sync_data()?;
         self.core.checkpoint(committer.generation, true)?;
         committer.begin_after_checkpoint();
@@ -370,7 +449,25 @@ impl WritableLayer {
     }
 }
 
+/// Starts a thread that works for the journal.
+fn spawn(
+    work: impl FnOnce() -> Result<Option<Area>> + Send + 'static,
+) -> std::io::Result<JoinHandle<Result<Option<Area>>>> {
+    std::thread::Builder::new()
+        .name("vellum-journal".into())
+        .spawn(work)
+}
+
 impl Core {
+    /// Makes an area; `None` where there is no space for it.
+    fn make_area(&self, which: usize, len: u64) -> Result<Option<Area>> {
+        match Area::create(&*self.storage, &self.dir, which, len) {
+            Ok(area) => Ok(Some(area)),
+            Err(error) if error.kind() == ErrorKind::NoSpace => Ok(None),
+            Err(error) => Err(self.poison(&error)),
+        }
+    }
+
     /// A failure to make something durable: out of space can be tried again, all else poisons.
     fn fatal(&self, error: Error) -> Error {
         if error.kind() == ErrorKind::NoSpace {
@@ -518,4 +615,52 @@ fn distinct_blocks(dirty: &Dirty) -> Vec<u64> {
     blocks.sort_unstable();
     blocks.dedup();
     blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::BlockState;
+    use crate::layer::LayerOptions;
+    use crate::storage::SimStorage;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    /// A map that says *data* of a block whose bytes no sync and no record has would show whatever
+    /// the data file happens to hold.
+    #[test]
+    fn a_checkpoint_leaves_out_changes_that_no_record_holds_yet() {
+        let storage = Arc::new(SimStorage::new());
+        let dir = Path::new("/layer");
+        WritableLayer::create(&*storage, dir, &Header::new(None, 1 << 20).unwrap()).unwrap();
+        let layer = WritableLayer::open(storage, dir, LayerOptions::default()).unwrap();
+        layer.write_blocks(0, &[1; 4 * 4096]).unwrap();
+        layer.flush().unwrap();
+        let flushed = layer.core.durable_extents(false);
+        layer.clear_blocks(1, 2, BlockState::Zero).unwrap();
+        layer.write_blocks(2, &[2; 4096]).unwrap();
+        layer.write_blocks(9, &[2; 4096]).unwrap();
+        layer.clear_blocks(3, 1, BlockState::Parent).unwrap();
+        assert_eq!(layer.core.durable_extents(false), flushed);
+        {
+            let map = &mut *layer.core.map.write();
+            map.in_flight = std::mem::take(&mut map.changes);
+        }
+        layer.write_blocks(20, &[3; 4096]).unwrap();
+        layer.write_blocks(1, &[3; 4096]).unwrap();
+        // The background's checkpoint, while the record of some is being written.
+        assert_eq!(layer.core.durable_extents(false), flushed);
+        // A checkpoint in that record's place contains them, and nothing newer.
+        let extents: Vec<_> = layer
+            .core
+            .durable_extents(true)
+            .iter()
+            .map(|extent| (extent.start, extent.len, extent.state))
+            .collect();
+        let (data, zero) = (BlockState::Data, BlockState::Zero);
+        assert_eq!(
+            extents,
+            [(0, 1, data), (1, 1, zero), (2, 1, data), (9, 1, data)]
+        );
+    }
 }

@@ -23,6 +23,12 @@ const ALIGN: usize = 4096;
 /// The largest record: a bound for what a reader allocates.
 const MAX_RECORD: usize = 16 << 20;
 
+/// The largest area that is made, so that no record in it is larger than a reader takes.
+pub(super) const MAX_AREA: u64 = MAX_RECORD as u64;
+
+/// The largest area that is read.
+const MAX_AREA_READ: u64 = 2 * MAX_AREA;
+
 /// The names of the two areas.
 pub(super) const AREA_FILES: [&str; 2] = ["journal.0", "journal.1"];
 
@@ -219,12 +225,13 @@ pub(super) struct AreaRecords {
     pub(super) records: Vec<Record>,
 }
 
-/// Reads an area: `None` where it holds no generation.
+/// Reads an area: `None` where it holds no generation after `covered`, the one that the checkpoint
+/// contains. An area that is free may be torn anywhere, as the next generation's first record is.
 ///
 /// # Errors
 /// [`ErrorKind::Corrupt`] where a record is damaged that others follow: only the last record can be
 /// torn by a crash.
-pub(super) fn read_area(bytes: &[u8], uuid: Uuid) -> Result<Option<AreaRecords>> {
+pub(super) fn read_area(bytes: &[u8], uuid: Uuid, covered: u64) -> Result<Option<AreaRecords>> {
     let mut records: Vec<Record> = Vec::new();
     let mut at = 0;
     while let Some(record) = decode_record(bytes.get(at..).unwrap_or_default(), uuid) {
@@ -237,8 +244,9 @@ pub(super) fn read_area(bytes: &[u8], uuid: Uuid) -> Result<Option<AreaRecords>>
         at += record.body.encoded_len();
         records.push(record);
     }
-    let Some(generation) = records.first().map(|record| record.place.generation) else {
-        return Ok(None);
+    let generation = match records.first() {
+        Some(first) if first.place.generation > covered => first.place.generation,
+        _ => return Ok(None),
     };
     let next = records.len() as u64;
     let mut behind = at;
@@ -316,6 +324,10 @@ impl Area {
             Ok(file)
         };
         let file = make()
+            .inspect_err(|_| {
+                // What space it took others need now; that it fails changes nothing.
+                let _ = storage.remove_file(&path);
+            })
             .context(|| format!("cannot make the journal {} of {len} bytes", path.display()))?;
         Ok(Area { path, file, len })
     }
@@ -340,7 +352,7 @@ pub(super) fn load_area(
     which: usize,
 ) -> Result<Option<Vec<u8>>> {
     let path = dir.join(AREA_FILES.get(which).copied().unwrap_or_default());
-    match storage.read_all(&path, 2 * MAX_RECORD as u64) {
+    match storage.read_all(&path, MAX_AREA_READ) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io(format!("cannot read {}", path.display()), error)),
@@ -405,7 +417,7 @@ mod tests {
     #[test]
     fn records_read_back_in_order_with_their_blocks() {
         let bytes = area(&[record(4, 0, &[7, 9], false), record(4, 1, &[], true)]);
-        let found = read_area(&bytes, UUID).unwrap().unwrap();
+        let found = read_area(&bytes, UUID, 0).unwrap().unwrap();
         assert_eq!(found.generation, 4);
         assert_eq!(found.records.len(), 2);
         assert_eq!(found.records[0].body.blocks, [7, 9]);
@@ -424,7 +436,7 @@ mod tests {
         for at in (second..good.len() - 8192).step_by(256) {
             let mut bad = good.clone();
             bad[at] ^= 1;
-            let found = read_area(&bad, UUID).unwrap().unwrap();
+            let found = read_area(&bad, UUID, 0).unwrap().unwrap();
             assert_eq!(found.records.len(), 1, "byte {at}");
         }
     }
@@ -438,7 +450,24 @@ mod tests {
         ]);
         bytes[4096 + 130] ^= 1;
         assert_eq!(
-            read_area(&bytes, UUID).unwrap_err().kind(),
+            read_area(&bytes, UUID, 0).unwrap_err().kind(),
+            ErrorKind::Corrupt
+        );
+    }
+
+    /// The first record of a generation, torn, over an older generation of shorter records.
+    #[test]
+    fn a_free_area_torn_by_the_next_generation_is_empty_and_not_damaged() {
+        let mut bytes = area(&[
+            record(3, 0, &[], false),
+            record(3, 1, &[], false),
+            record(3, 2, &[], false),
+        ]);
+        let new = record(5, 0, &[7], false);
+        bytes[4096..8192].copy_from_slice(&new[4096..8192]);
+        assert!(read_area(&bytes, UUID, 3).unwrap().is_none());
+        assert_eq!(
+            read_area(&bytes, UUID, 2).unwrap_err().kind(),
             ErrorKind::Corrupt
         );
     }
@@ -448,15 +477,15 @@ mod tests {
         let mut bytes = area(&[record(3, 0, &[1], false), record(3, 1, &[2], false)]);
         let new = record(5, 0, &[], false);
         bytes[..new.len()].copy_from_slice(&new);
-        let found = read_area(&bytes, UUID).unwrap().unwrap();
+        let found = read_area(&bytes, UUID, 0).unwrap().unwrap();
         assert_eq!((found.generation, found.records.len()), (5, 1));
     }
 
     #[test]
     fn another_layer_s_records_and_zeros_are_no_records() {
-        assert!(read_area(&area(&[]), UUID).unwrap().is_none());
+        assert!(read_area(&area(&[]), UUID, 0).unwrap().is_none());
         let bytes = area(&[record(1, 0, &[1], false)]);
-        assert!(read_area(&bytes, Uuid::from_u128(6)).unwrap().is_none());
+        assert!(read_area(&bytes, Uuid::from_u128(6), 0).unwrap().is_none());
     }
 
     #[test]
@@ -466,7 +495,7 @@ mod tests {
             record(1, 1, &[2], true),
             record(1, 2, &[3], false),
         ]);
-        let found = read_area(&bytes, UUID).unwrap().unwrap();
+        let found = read_area(&bytes, UUID, 0).unwrap().unwrap();
         let live: Vec<u64> = live_payload(&found.records)
             .map(|(block, _)| block)
             .collect();

@@ -5,6 +5,7 @@
 //! * [`SealedLayer`]: everything below; never changes again, checksummed.
 //! * [`Index`]: block → value, in memory.
 
+mod check;
 mod codec;
 mod data;
 mod flush;
@@ -18,6 +19,7 @@ mod stats;
 mod table;
 mod writable;
 
+pub use check::{Finding, Repair, Severity, check_layer, fail_on_damage, repair_layer};
 pub use header::{FORMAT_VERSION, HEADER_FILE, Header};
 pub use index::{ABSENT, Index, Runs, ValueRun};
 pub use range_lock::{RangeGuard, RangeLock};

@@ -40,6 +40,17 @@ pub(super) fn recover(
 ) -> Result<Recovered> {
     let loaded = load(storage, dir, header)?;
     if loaded.records.is_empty() {
+        // A process that died may have written without a sync. What clients read from now on must
+        // not go away, and no later flush would know of it.
+        data.sync()?;
+        if !has_journal(storage, dir)? {
+            return Ok(Recovered {
+                index: loaded.index,
+                generation: loaded.generation,
+            });
+        }
+        // The checkpoint may have its name only in memory, if its process died right then.
+        sync_names(storage, dir)?;
         // Areas may still lie there whose records a checkpoint contains.
         remove_journal(storage, dir)?;
         return Ok(Recovered {
@@ -53,7 +64,10 @@ pub(super) fn recover(
         "recovering a layer that was not closed"
     );
     for (block, bytes) in live_payload(&loaded.records) {
-        data.write(bytes, block_offset(block))?;
+        // What became zero or parent again later needs no space.
+        if loaded.index.get(block) == STATE_DATA {
+            data.write(bytes, block_offset(block))?;
+        }
     }
     data.sync()?;
     write_checkpoint(
@@ -67,6 +81,26 @@ pub(super) fn recover(
     Ok(Recovered {
         index: loaded.index,
         generation: loaded.generation,
+    })
+}
+
+/// What a check wants to know of a layer.
+pub(super) struct LoadedForCheck {
+    pub(super) index: Index,
+    /// Journal records that the checkpoint does not contain.
+    pub(super) records: usize,
+}
+
+/// The map of a writable layer as recovery would find it. Reads only.
+pub(super) fn load_for_check(
+    storage: &dyn Storage,
+    dir: &Path,
+    header: &Header,
+) -> Result<LoadedForCheck> {
+    let loaded = load(storage, dir, header)?;
+    Ok(LoadedForCheck {
+        index: loaded.index,
+        records: loaded.records.len(),
     })
 }
 
@@ -137,9 +171,8 @@ fn load_areas(
         let Some(bytes) = load_area(storage, dir, which)? else {
             continue;
         };
-        let area = read_area(&bytes, header.uuid)
-            .context(|| dir.join(name).display().to_string())?
-            .filter(|area| area.generation > covered);
+        let area = read_area(&bytes, header.uuid, covered)
+            .context(|| dir.join(name).display().to_string())?;
         if let Some(area) = area {
             for record in &area.records {
                 check_record(record, header.blocks())
@@ -231,6 +264,28 @@ pub(super) fn remove_journal(storage: &dyn Storage, dir: &Path) -> Result<()> {
 pub fn data_blocks_on_disk(storage: &dyn Storage, dir: &Path) -> Result<u64> {
     let header = Header::read(storage, dir)?;
     Ok(data_blocks(&load(storage, dir, &header)?.index))
+}
+
+/// True when an area is there.
+pub(super) fn has_journal(storage: &dyn Storage, dir: &Path) -> Result<bool> {
+    for name in AREA_FILES {
+        let path = dir.join(name);
+        let found = storage
+            .exists(&path)
+            .context(|| format!("cannot look at {}", path.display()))?;
+        if found {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Makes the names in a layer durable that another process may have left in memory only: wanted
+/// before anything else is made to depend on them.
+pub(super) fn sync_names(storage: &dyn Storage, dir: &Path) -> Result<()> {
+    storage
+        .sync_dir(dir)
+        .context(|| format!("cannot sync {}", dir.display()))
 }
 
 /// Data blocks of a layer's index.

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use super::data::DataFiles;
 use super::header::Header;
 use super::index::Index;
-use super::recovery::{MAP_FILE, extents_of, load_map, remove_journal};
+use super::recovery::{MAP_FILE, extents_of, load_map, remove_journal, sync_names};
 use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
 use super::value_of_state;
 use crate::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::{OpenMode, Storage};
 
 /// The seal's file name.
-const SEAL_FILE: &str = "seal";
+pub(super) const SEAL_FILE: &str = "seal";
 
 /// What is hashed in front of a layer's content.
 const DIGEST_PREFIX: &[u8; 16] = b"vellum layer v1\n";
@@ -58,6 +58,16 @@ impl SealedLayer {
     /// [`ErrorKind::InvalidInput`] for a layer that is not sealed; otherwise as
     /// [`Header::decode`]; the message names the file.
     pub fn open(storage: &dyn Storage, dir: &Path) -> Result<Self> {
+        let layer = SealedLayer::open_unsynced(storage, dir)?;
+        if let SealedMap::Pending(_) = layer.map {
+            // Whoever sealed it may have died before that was durable.
+            sync_names(storage, dir)?;
+        }
+        Ok(layer)
+    }
+
+    /// As [`SealedLayer::open`], for one who builds nothing on it.
+    pub(super) fn open_unsynced(storage: &dyn Storage, dir: &Path) -> Result<Self> {
         let header = Header::read(storage, dir)?;
         if !header.sealed {
             return Err(Error::new(
@@ -75,9 +85,13 @@ impl SealedLayer {
         let map = match seal()? {
             Some(table) => SealedMap::Table(table),
             None => {
-                let pending = load_map(storage, dir, &header)?;
-                // Made meanwhile, and then the map may have been gone before we read it.
-                seal()?.map_or(SealedMap::Pending(pending), SealedMap::Table)
+                let pending = load_map(storage, dir, &header);
+                // Made meanwhile: then the map, or the journal, may have been gone before we read
+                // it, and what we read means nothing.
+                match seal()? {
+                    Some(table) => SealedMap::Table(table),
+                    None => SealedMap::Pending(pending?),
+                }
             }
         };
         Ok(SealedLayer {
@@ -272,7 +286,11 @@ pub fn seal_in_place(
 ) -> Result<[u8; DIGEST_LEN]> {
     let layer = SealedLayer::open(storage, dir)?;
     let digest = match &layer.map {
-        SealedMap::Table(table) => table.digest,
+        SealedMap::Table(table) => {
+            // Whoever made the seal may have died before its name was durable.
+            sync_names(storage, dir)?;
+            table.digest
+        }
         SealedMap::Pending(index) => {
             let extents = extents_of(index);
             let mut sums = Vec::new();

@@ -2,6 +2,7 @@
 //! Making it durable is in [`super::flush`], coming back after a crash in [`super::recovery`].
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -10,6 +11,7 @@ use super::data::DataFiles;
 use super::flush::{Committer, FlushQueue};
 use super::header::Header;
 use super::index::{ABSENT, Index};
+use super::journal::MAX_AREA;
 use super::range_lock::{RangeGuard, RangeLock};
 use super::stats::LayerStats;
 use super::{STATE_DATA, recovery, state_of_value, value_of_state};
@@ -23,9 +25,9 @@ pub struct LayerOptions {
     /// A flush with at most this many blocks of new data carries them in its journal record and
     /// needs no sync of the data file; 0 turns that off.
     pub journal_blocks: usize,
-    /// Bytes of a journal area when it is first made, a multiple of 4096.
+    /// Bytes of a journal area when it is first made, a multiple of 4096, at most 16 MiB.
     pub journal_start: u64,
-    /// Bytes up to which areas grow under load, a multiple of 4096.
+    /// Bytes up to which areas grow under load, a multiple of 4096, at most 16 MiB.
     pub journal_max: u64,
     /// Free a full journal area in a thread of its own, while flushes go on in the other area.
     pub background: bool,
@@ -35,9 +37,21 @@ impl Default for LayerOptions {
     fn default() -> Self {
         LayerOptions {
             journal_blocks: 32,
-            journal_start: 128 << 10,
+            journal_start: 256 << 10,
             journal_max: 8 << 20,
             background: true,
+        }
+    }
+}
+
+impl LayerOptions {
+    /// The nearest that the format allows.
+    fn within_bounds(self) -> Self {
+        let bounded = |len: u64| (len / BLOCK_SIZE * BLOCK_SIZE).clamp(BLOCK_SIZE, MAX_AREA);
+        LayerOptions {
+            journal_start: bounded(self.journal_start),
+            journal_max: bounded(self.journal_max),
+            ..self
         }
     }
 }
@@ -74,6 +88,13 @@ impl Dirty {
         } else {
             self.runs.push((start, len));
         }
+    }
+
+    /// Something changed, and nobody knows what.
+    fn add_unknown(&mut self) {
+        self.blocks += 1;
+        self.many = true;
+        self.runs = Vec::new();
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -157,6 +178,7 @@ pub(super) struct Core {
     pub(super) map: RwLock<MapState>,
     pub(super) stats: LayerStats,
     poison: OnceLock<String>,
+    sealed: AtomicBool,
 }
 
 impl Core {
@@ -186,6 +208,34 @@ impl Core {
         } else {
             Ok(())
         }
+    }
+
+    pub(super) fn set_sealed(&self) {
+        self.sealed.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::Acquire)
+    }
+
+    /// For whoever still holds the layer after it was sealed.
+    fn check_writable(&self) -> Result<()> {
+        self.check_poison()?;
+        if self.is_sealed() {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{}: the layer was sealed", self.dir.display()),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Writes bytes. Where that fails, some of them may be there: the next flush makes whatever a
+    /// client reads from then on durable.
+    fn write_data(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.data.write(buf, offset).inspect_err(|_| {
+            self.map.write().dirty.add_unknown();
+        })
     }
 }
 
@@ -248,10 +298,11 @@ impl WritableLayer {
                 }),
                 stats: LayerStats::default(),
                 poison: OnceLock::new(),
+                sealed: AtomicBool::new(false),
                 header,
                 storage,
             }),
-            options,
+            options: options.within_bounds(),
             committer: Mutex::new(Committer::new(recovered.generation)),
             queue: Mutex::default(),
             flushed: Condvar::new(),
@@ -356,8 +407,8 @@ impl WritableLayer {
     /// # Errors
     /// [`ErrorKind::NoSpace`] leaves the blocks' states as they were.
     pub fn write_blocks(&self, start: u64, buf: &[u8]) -> Result<u64> {
-        self.check_poison()?;
-        self.core.data.write(buf, start * BLOCK_SIZE)?;
+        self.core.check_writable()?;
+        self.core.write_data(buf, start * BLOCK_SIZE)?;
         let len = buf.len() as u64 / BLOCK_SIZE;
         let mut map = self.core.map.write();
         let allocated = map.change(start, len, STATE_DATA);
@@ -371,8 +422,8 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::write_blocks`].
     pub fn write_within(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.check_poison()?;
-        self.core.data.write(buf, offset)?;
+        self.core.check_writable()?;
+        self.core.write_data(buf, offset)?;
         let limit = self.options.journal_blocks as u64;
         self.core
             .map
@@ -387,7 +438,7 @@ impl WritableLayer {
     /// # Errors
     /// Where the host refuses to punch the hole.
     pub fn clear_blocks(&self, start: u64, len: u64, state: BlockState) -> Result<()> {
-        self.check_poison()?;
+        self.core.check_writable()?;
         let mut data = Vec::new();
         self.resolve(start, len, |run| {
             if run.value == STATE_DATA {
@@ -413,10 +464,13 @@ impl WritableLayer {
     /// # Errors
     /// [`ErrorKind::NoSpace`] may leave some of the blocks zero; none keeps its old bytes.
     pub fn allocate_zeroed(&self, start: u64, len: u64) -> Result<()> {
-        self.check_poison()?;
+        self.core.check_writable()?;
         self.core
             .data
-            .allocate_zeroed(start * BLOCK_SIZE, len * BLOCK_SIZE)?;
+            .allocate_zeroed(start * BLOCK_SIZE, len * BLOCK_SIZE)
+            .inspect_err(|_| {
+                self.core.map.write().dirty.add_unknown();
+            })?;
         let mut map = self.core.map.write();
         map.change(start, len, STATE_DATA);
         map.dirty

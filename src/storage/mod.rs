@@ -1,9 +1,17 @@
 //! The seam between layers and the host: every byte that must survive a power cut goes through
 //! [`Storage`] and [`StorageFile`], so that tests can put a simulated disk or faults behind it.
 
+mod fault;
 mod file;
+mod op;
+mod rng;
+mod sim;
 
+pub use fault::{Fault, FaultPlan, FaultStorage, Hook};
 pub use file::FileStorage;
+pub use op::{OpCounts, OpKind};
+pub use rng::SeededRng;
+pub use sim::{Moment, Observer, PowerCut, SimStorage, is_power_cut};
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -72,13 +80,19 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         let mut tmp = name.to_os_string();
         tmp.push(".tmp");
         let tmp: PathBuf = dir.join(tmp);
-        let file = self.open(&tmp, OpenMode::Create)?;
-        file.set_len(0)?;
-        file.write_at(bytes, 0)?;
-        file.sync()?;
-        drop(file);
-        self.rename(&tmp, path)?;
-        self.sync_dir(dir)
+        let write = || {
+            let file = self.open(&tmp, OpenMode::Create)?;
+            file.set_len(0)?;
+            file.write_at(bytes, 0)?;
+            file.sync()?;
+            drop(file);
+            self.rename(&tmp, path)?;
+            self.sync_dir(dir)
+        };
+        write().inspect_err(|_| {
+            // On a full disk the space counts; where it is not there any more all is well.
+            let _ = self.remove_file(&tmp);
+        })
     }
 
     /// The whole content of a file of at most `limit` bytes.

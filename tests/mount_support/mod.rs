@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vellum::export::device::{
-    AttachSpec, Attached, DetachOptions, attach, control, detach, status,
+    AttachSpec, Attached, DetachOptions, RunState, Status, attach, control, detach, status,
 };
 
 /// Runs a program to its end and fails the test, with its output, unless it succeeds.
@@ -148,7 +148,7 @@ impl Device {
         control::call(&self.run_dir, verb, Value::Null, Duration::from_secs(20)).unwrap()
     }
 
-    pub fn state(&self) -> vellum::export::device::RunState {
+    pub fn state(&self) -> RunState {
         status(&self.run_dir).unwrap().expect("a state").state
     }
 
@@ -156,13 +156,17 @@ impl Device {
         fs::read_to_string(self.run_dir.join("log")).unwrap_or_default()
     }
 
-    /// Waits until a standby waits, as one does soon after the device serves.
-    pub fn wait_for_standby(&self) {
+    /// Waits until a worker serves and a standby waits, as one does soon after; returns that state.
+    pub fn wait_for_standby(&self) -> RunState {
+        let mut found = None;
         wait_until("there is a standby", || {
-            self.state()
-                .standby
-                .is_some_and(|standby| standby.is_alive())
+            let state = self.state();
+            let both = [state.worker, state.standby];
+            let alive = both.iter().all(|p| p.is_some_and(|p| p.is_alive()));
+            found = Some(state).filter(|state| alive && state.status == Status::Serving);
+            found.is_some()
         });
+        found.unwrap()
     }
 
     /// Fails the test if anything of the device is still mounted, attached or running.

@@ -229,6 +229,31 @@ fn tail(path: &Path) -> String {
     lines.into_iter().rev().collect::<Vec<_>>().join(" / ")
 }
 
+/// Gives the device of `run_dir` a new supervisor, where a crash took supervisor and standby both
+/// and the worker serves alone. Returns true when that was needed.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] when no device is attached there, [`ErrorKind::Timeout`].
+pub fn ensure_supervised(run_dir: &Path, timeout: Duration) -> Result<bool> {
+    let state = RunState::read(run_dir)?.filter(RunState::is_alive);
+    let Some(state) = state else {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("{}: no device is attached there", run_dir.display()),
+        ));
+    };
+    // A standby that is alive is about to be the supervisor.
+    let alive = |process: super::Identity| process.is_alive();
+    if alive(state.supervisor) || state.standby.is_some_and(alive) {
+        return Ok(false);
+    }
+    match control::call(run_dir, "adopt", Value::Null, timeout) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Lets `program` take the device of `run_dir` over, under load, and waits until it serves.
 ///
 /// # Errors

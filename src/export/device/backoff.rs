@@ -14,7 +14,7 @@ const FIRST_DELAY: Duration = Duration::from_millis(20);
 pub struct Death {
     /// By SIGKILL: somebody else's doing (an operator, the OOM killer).
     pub killed: bool,
-    /// It had answered at least one request.
+    /// It had opened the device and begun to serve.
     pub served: bool,
     /// How long it lived.
     pub lived: Duration,
@@ -31,8 +31,9 @@ pub enum Verdict {
 
 /// Counts the deaths in a row that are the worker's own fault.
 ///
-/// A SIGKILL after work was done does not count, however often it comes. Everything else does: an
-/// abort, a fault, an exit, or a SIGKILL before the first answer.
+/// A SIGKILL of a worker that served ends the row, however often it comes and whether or not anyone
+/// asked the worker for something. Everything else counts: an abort, a fault, an exit, or a SIGKILL
+/// before it could serve.
 #[derive(Debug, Default)]
 pub struct Backoff {
     deaths: u32,
@@ -45,6 +46,7 @@ impl Backoff {
             self.deaths = 0;
         }
         if death.killed && death.served {
+            self.deaths = 0;
             return Verdict::Restart(Duration::ZERO);
         }
         self.deaths += 1;
@@ -81,6 +83,33 @@ mod tests {
             };
             assert_eq!(backoff.judge(killed), Verdict::Restart(Duration::ZERO));
         }
+    }
+
+    #[test]
+    fn kills_that_hit_some_workers_before_they_serve_do_not_add_up() {
+        let mut backoff = Backoff::default();
+        for round in 0..1000 {
+            let killed = Death {
+                killed: true,
+                served: round % 3 == 0,
+                ..FAULT
+            };
+            assert_ne!(backoff.judge(killed), Verdict::GiveUp, "round {round}");
+        }
+    }
+
+    #[test]
+    fn kills_before_any_worker_serves_lead_to_giving_up() {
+        let mut backoff = Backoff::default();
+        let killed = Death {
+            killed: true,
+            served: false,
+            ..FAULT
+        };
+        for _ in 0..5 {
+            assert_ne!(backoff.judge(killed), Verdict::GiveUp);
+        }
+        assert_eq!(backoff.judge(killed), Verdict::GiveUp);
     }
 
     #[test]

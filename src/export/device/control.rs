@@ -21,7 +21,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 /// The longest line that either side takes.
 pub const MAX_LINE: u64 = 1 << 20;
 
-/// Commands that a worker takes beside `status`, `flush`, `stop` and `upgrade`.
+/// Commands that a worker takes beside `status`, `flush`, `stop`, `upgrade` and `adopt`.
 pub trait ControlHandler: Send + Sync {
     /// Carries out `verb`. Calls may come from several threads at once.
     ///

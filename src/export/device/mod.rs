@@ -33,7 +33,7 @@ use std::sync::Arc;
 
 use crate::block::BlockDevice;
 
-pub use attach::{AttachSpec, Attached, attach, upgrade};
+pub use attach::{AttachSpec, Attached, attach, ensure_supervised, upgrade};
 pub use control::ControlHandler;
 pub use detach::{DetachOptions, Leak, detach, find_leaks};
 pub use process::Identity;

@@ -1,24 +1,28 @@
 //! The process that owns a device's FUSE session, and what its forks become.
 
-use std::ffi::OsString;
+mod handover;
+mod system;
+
+pub(super) use handover::{Resume, own_arguments, set_close_on_exec};
+pub(super) use system::event_pipe;
+use system::{block_signals, fork, open_child, prepare_process, reap, take_stdout};
+
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid};
+use nix::sys::signal::Signal;
+use nix::sys::signalfd::SignalFd;
+use nix::unistd::ForkResult;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::backoff::{Backoff, Death, Verdict};
@@ -40,9 +44,6 @@ pub const ARG0: &str = "@vellum-device";
 const STANDBY_DELAY: Duration = Duration::from_millis(300);
 /// A worker that was told to stop and does not is killed after this long.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
-/// What a program answers to `--probe` when it can take a session of this version over.
-const PROBE_ANSWER: &str = "vellum-device 1";
-
 /// The options of the hidden subcommand that [`super::attach()`] starts.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct SupervisorArgs {
@@ -64,20 +65,6 @@ pub struct SupervisorArgs {
     /// Do not use the kernel's resending of requests
     #[arg(long)]
     pub no_resend: bool,
-}
-
-/// What one program hands to the next in an upgrade.
-#[derive(Debug, Serialize, Deserialize)]
-struct Resume {
-    session: i32,
-    listener: i32,
-    shared: i32,
-    events_in: i32,
-    events_out: i32,
-    standby_go: i32,
-    standby: i32,
-    features: Features,
-    generation: u32,
 }
 
 /// What a child tells the supervisor: one line of JSON in a pipe, shorter than PIPE_BUF.
@@ -130,7 +117,8 @@ struct Supervisor {
     ready: Option<File>,
     worker: Option<Process>,
     worker_since: Instant,
-    worker_served_before: u64,
+    /// The worker said that it serves.
+    worker_served: bool,
     standby: Option<Standby>,
     /// The standby of the program before an upgrade: kept until our own worker serves.
     old_standby: Option<Standby>,
@@ -150,15 +138,16 @@ struct Supervisor {
 /// What kept the device from being served; the caller of `attach` gets the same text.
 pub fn supervise(args: &SupervisorArgs, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
     if args.probe {
-        return writeln!(io::stdout(), "{PROBE_ANSWER}").context(|| "the answer to --probe");
+        return writeln!(io::stdout(), "{}", handover::PROBE_ANSWER)
+            .context(|| "the answer to --probe");
     }
-    let mut supervisor = match &args.resume {
+    let supervisor = match &args.resume {
         Some(resume) => Supervisor::resume(args, resume)?,
-        None => match Supervisor::start(args)? {
-            Some(supervisor) => supervisor,
-            // The parent of the fork that goes to the background.
-            None => return Ok(()),
-        },
+        None => Supervisor::start(args)?,
+    };
+    // None in the parent of the fork that goes to the background.
+    let Some(mut supervisor) = supervisor else {
+        return Ok(());
     };
     match supervisor.run() {
         Role::End(result) => result,
@@ -171,7 +160,7 @@ pub fn supervise(args: &SupervisorArgs, open: &dyn Fn() -> Result<Opened>) -> Re
                 threads: supervisor.args.threads.clamp(1, MAX_THREADS),
                 shared: Arc::clone(&supervisor.shared),
                 listener: supervisor.listener,
-                events: supervisor.events_out,
+                events: Mutex::new(supervisor.events_out),
                 supervisor: supervisor.state.supervisor,
                 generation: supervisor.state.generation,
                 resume,
@@ -254,7 +243,7 @@ impl Supervisor {
             ready: None,
             worker: None,
             worker_since: Instant::now(),
-            worker_served_before: 0,
+            worker_served: false,
             standby: None,
             old_standby: None,
             backoff: Backoff::default(),
@@ -262,49 +251,6 @@ impl Supervisor {
             standby_at: None,
             stopping: None,
             ever_served: false,
-        })
-    }
-
-    /// Takes over from the program that executed this one.
-    fn resume(args: &SupervisorArgs, resume: &str) -> Result<Supervisor> {
-        let resume: Resume = serde_json::from_str(resume).map_err(|error| {
-            Error::with_source(ErrorKind::InvalidInput, "--resume is no hand-over", error)
-        })?;
-        prepare_process();
-        let mut state = RunState::new(args.read_only);
-        state.features = Some(resume.features);
-        state.generation = resume.generation;
-        state.status = Status::Restarting;
-        let standby = Process::open(resume.standby)
-            .context(|| "the standby of the program before is gone")?;
-        Ok(Supervisor {
-            args: SupervisorArgs {
-                resume: None,
-                ..args.clone()
-            },
-            session: Arc::new(File::from(adopt_fd(resume.session)?)),
-            features: resume.features,
-            listener: UnixListener::from(adopt_fd(resume.listener)?),
-            shared: Shared::inherit(adopt_fd(resume.shared)?)?,
-            events_in: File::from(adopt_fd(resume.events_in)?),
-            events_out: File::from(adopt_fd(resume.events_out)?),
-            event_bytes: Vec::new(),
-            signals: block_signals()?,
-            state,
-            ready: None,
-            worker: None,
-            worker_since: Instant::now(),
-            worker_served_before: 0,
-            standby: None,
-            old_standby: Some(Standby {
-                process: standby,
-                go: adopt_fd(resume.standby_go)?,
-            }),
-            backoff: Backoff::default(),
-            restart_at: Some(Instant::now()),
-            standby_at: None,
-            stopping: None,
-            ever_served: true,
         })
     }
 
@@ -403,13 +349,17 @@ impl Supervisor {
     /// Sends the standby to work, or forks a worker. Returns a role in the new process.
     fn start_worker(&mut self) -> Result<Option<Role>> {
         let resume = self.ever_served;
-        self.worker_served_before = self.shared.served();
+        self.worker_served = false;
         self.worker_since = Instant::now();
         self.shared.table().worker_ended.store(0, Ordering::Release);
         if let Some(standby) = self.standby.take() {
             match nix::unistd::write(&standby.go, b"g") {
                 Ok(_) => {
                     self.worker = Some(standby.process);
+                    // While it opens the device: nobody may take it for a standby.
+                    self.state.standby = None;
+                    self.state.status = Status::Restarting;
+                    self.write_state();
                     return Ok(None);
                 }
                 Err(_) => {
@@ -479,15 +429,13 @@ impl Supervisor {
         self.backoff = Backoff::default();
         self.restart_at = None;
         self.stopping = None;
-        let table = self.shared.table();
-        let worker = Identity {
-            pid: table.worker_pid.load(Ordering::Acquire) as i32,
-            start: table.worker_start.load(Ordering::Acquire),
-        };
-        self.worker = worker.open();
-        self.state.worker = self.worker.is_some().then_some(worker);
+        self.worker = serving_process(&self.shared);
+        self.state.worker = self
+            .worker
+            .as_ref()
+            .and_then(|worker| Identity::of(worker.pid()));
         self.worker_since = Instant::now();
-        self.worker_served_before = 0;
+        self.worker_served = true;
         if self.worker.is_none() {
             self.state.status = Status::Restarting;
             self.note_death();
@@ -531,7 +479,7 @@ impl Supervisor {
         }
         let death = Death {
             killed,
-            served: self.shared.served() > self.worker_served_before,
+            served: self.worker_served,
             lived: self.worker_since.elapsed(),
         };
         match self.backoff.judge(death) {
@@ -619,6 +567,7 @@ impl Supervisor {
 
     fn serving(&mut self, pid: i32) -> Result<Option<Role>> {
         self.ever_served = true;
+        self.worker_served = true;
         self.state.worker = Identity::of(pid);
         self.state.status = Status::Serving;
         self.state.standby = None;
@@ -692,183 +641,16 @@ impl Supervisor {
             tracing::warn!("{error}");
         }
     }
-
-    /// Executes `program` in this process, with the session. Returns only on failure, or when the
-    /// worker is to be started again by this program.
-    fn upgrade(&mut self, program: &Path) -> Result<()> {
-        probe(program)?;
-        if self.standby.is_none() {
-            // The old program's standby is what saves the device if the new program fails.
-            return Err(Error::new(
-                ErrorKind::InUse,
-                "the device has no standby at the moment: try again",
-            ));
-        }
-        if let Some(worker) = self.worker.take() {
-            worker.signal(Signal::SIGTERM);
-            if !worker.wait(STOP_TIMEOUT)? {
-                worker.signal(Signal::SIGKILL);
-                worker.wait(STOP_TIMEOUT)?;
-            }
-            reap(worker.pid());
-            self.state.worker = None;
-            let ended = self.shared.table().worker_ended.load(Ordering::Acquire);
-            if ended == slot::ENDED_SESSION_OVER {
-                // Unmounted meanwhile: the next worker will find that and end.
-                self.restart_at = Some(Instant::now());
-                return Ok(());
-            }
-        }
-        self.note_death();
-        self.state.status = Status::Restarting;
-        self.write_state();
-        let error = self.execute(program);
-        self.restart_at = Some(Instant::now());
-        Err(error)
-    }
-
-    fn execute(&mut self, program: &Path) -> Error {
-        let Some(standby) = &self.standby else {
-            return Error::new(ErrorKind::InUse, "no standby");
-        };
-        let fds = [
-            self.session.as_raw_fd(),
-            self.listener.as_raw_fd(),
-            self.shared.fd().as_raw_fd(),
-            self.events_in.as_raw_fd(),
-            self.events_out.as_raw_fd(),
-            standby.go.as_raw_fd(),
-        ];
-        let [session, listener, shared, events_in, events_out, standby_go] = fds;
-        let resume = Resume {
-            session,
-            listener,
-            shared,
-            events_in,
-            events_out,
-            standby_go,
-            standby: standby.process.pid(),
-            features: self.features,
-            generation: self.state.generation + 1,
-        };
-        let resume = match serde_json::to_string(&resume) {
-            Ok(resume) => resume,
-            Err(error) => return Error::with_source(ErrorKind::Io, "the hand-over", error),
-        };
-        set_close_on_exec(&fds, false);
-        let error = Command::new(program)
-            .arg0(ARG0)
-            .args(own_arguments())
-            .arg("--resume")
-            .arg(resume)
-            .exec();
-        set_close_on_exec(&fds, true);
-        Error::io(format!("{}: cannot be executed", program.display()), error)
-    }
 }
 
-/// The arguments that this program was started with, without those of an earlier hand-over.
-fn own_arguments() -> Vec<OsString> {
-    let mut arguments = Vec::new();
-    let mut all = std::env::args_os().skip(1);
-    while let Some(argument) = all.next() {
-        if argument == "--resume" {
-            all.next();
-        } else {
-            arguments.push(argument);
-        }
-    }
-    arguments
-}
-
-/// Asks `program` whether it can take over.
-fn probe(program: &Path) -> Result<()> {
-    let what = || format!("{}: --probe", program.display());
-    let mut child = Command::new(program)
-        .arg0(ARG0)
-        .args(own_arguments())
-        .arg("--probe")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context(what)?;
-    let process = Process::open(child.id() as i32).context(what)?;
-    if !process.wait(Duration::from_secs(5))? {
-        process.signal(Signal::SIGKILL);
-        let _ = child.wait();
-        return Err(Error::new(
-            ErrorKind::Timeout,
-            format!("{}: no answer within 5 s", what()),
-        ));
-    }
-    let output = child.wait_with_output().context(what)?;
-    let answer = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() || answer.trim() != PROBE_ANSWER {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "{}: it cannot take the session over (answer {:?}, {})",
-                what(),
-                answer.trim(),
-                output.status
-            ),
-        ));
-    }
-    Ok(())
-}
-
-/// Forks. Every caller runs in a process with one thread.
-fn fork() -> Result<ForkResult> {
-    // SAFETY: the process has one thread, as `supervise` demands, so the child's memory is
-    // consistent: no lock is held by a thread that is missing there.
-    unsafe { nix::unistd::fork() }.context(|| "a process of the device cannot be forked")
-}
-
-fn open_child(child: Pid) -> Result<Process> {
-    // The child cannot be reaped by anyone else, so its pid stays its own.
-    Process::open(child.as_raw()).context(|| "a process of the device cannot be watched")
-}
-
-/// Takes a dead child's status away; true when it was killed by SIGKILL, or when it was no child
-/// of ours, whose end nobody can tell.
-fn reap(pid: i32) -> bool {
-    match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {
-        Ok(WaitStatus::Signaled(_, signal, _)) => signal == Signal::SIGKILL,
-        Ok(_) => false,
-        Err(_) => true,
-    }
-}
-
-fn event_pipe() -> Result<(File, File)> {
-    let (events_in, events_out) =
-        nix::unistd::pipe2(OFlag::O_CLOEXEC).context(|| "the pipe of events cannot be made")?;
-    fcntl(&events_in, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
-        .context(|| "the pipe of events cannot be made")?;
-    Ok((File::from(events_in), File::from(events_out)))
-}
-
-/// SIGTERM comes as a descriptor that is polled.
-fn block_signals() -> Result<SignalFd> {
-    let mut mask = SigSet::empty();
-    mask.add(Signal::SIGTERM);
-    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None)
-        .context(|| "signals cannot be blocked")?;
-    SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-        .context(|| "signals cannot be watched")
-}
-
-/// Best effort: none of it is worth failing for.
-fn prepare_process() {
-    let _ = nix::sys::prctl::set_name(c"vellum-device");
-    let _ = fs::write("/proc/self/oom_score_adj", "-999");
-}
-
-/// Standard output becomes the log, and what it was is returned.
-fn take_stdout() -> Result<File> {
-    let what = || "standard output cannot be moved";
-    let ready = io::stdout().as_fd().try_clone_to_owned().context(what)?;
-    nix::unistd::dup2_stdout(io::stderr()).context(what)?;
-    Ok(File::from(ready))
+/// The worker that serves now, whoever its parent is.
+fn serving_process(shared: &Shared) -> Option<Process> {
+    let table = shared.table();
+    let worker = Identity {
+        pid: table.worker_pid.load(Ordering::Acquire) as i32,
+        start: table.worker_start.load(Ordering::Acquire),
+    };
+    worker.open()
 }
 
 /// Tells `attach`; false when it does not listen any more.
@@ -878,31 +660,4 @@ fn send_ready(ready: &mut File, message: &Ready) -> bool {
     };
     line.push(b'\n');
     ready.write_all(&line).is_ok()
-}
-
-/// Owns a descriptor that the program before left open for us.
-fn adopt_fd(fd: i32) -> Result<OwnedFd> {
-    if fd <= 2 || !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!("--resume names descriptor {fd}, which is not open"),
-        ));
-    }
-    // SAFETY: the descriptor is open, and nothing else in this new program owns it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    set_close_on_exec(&[fd.as_raw_fd()], true);
-    Ok(fd)
-}
-
-fn set_close_on_exec(fds: &[i32], on: bool) {
-    let flags = if on {
-        FdFlag::FD_CLOEXEC
-    } else {
-        FdFlag::empty()
-    };
-    for fd in fds {
-        // SAFETY: the descriptors are open: their owners are borrowed by the callers.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*fd) };
-        let _ = fcntl(fd, FcntlArg::F_SETFD(flags));
-    }
 }

@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -16,11 +18,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::control::{Call, Failure, MAX_LINE, Reply, send};
 use super::process::{Identity, monotonic_ns};
-use super::supervisor::Event;
+use super::state::RunState;
+use super::supervisor::{ARG0, Event, Resume, event_pipe, own_arguments, set_close_on_exec};
 use super::{Opened, state};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::server::{Ended, Server};
@@ -43,7 +47,8 @@ pub(super) struct Worker {
     pub threads: usize,
     pub shared: Arc<Shared>,
     pub listener: UnixListener,
-    pub events: File,
+    /// The pipe to the supervisor.
+    pub events: Mutex<File>,
     pub supervisor: Identity,
     pub generation: u32,
     /// Another worker served before.
@@ -256,7 +261,7 @@ fn report(worker: &Worker, event: &Event) -> bool {
         return false;
     };
     line.push(b'\n');
-    (&worker.events).write_all(&line).is_ok()
+    worker.events.lock().write_all(&line).is_ok()
 }
 
 /// Serves one control connection until the other side closes it.
@@ -311,8 +316,69 @@ fn command(context: &Context, verb: &str, args: Value) -> Result<Value> {
                 ))
             }
         }
+        "adopt" => adopt(&context.worker),
         _ => context.opened.control.handle(verb, args),
     }
+}
+
+/// Starts a supervisor for a worker that has none any more.
+fn adopt(worker: &Worker) -> Result<Value> {
+    let what = || "a supervisor cannot be started";
+    // Held to the end, so that two calls do not start two.
+    let mut events = worker.events.lock();
+    if RunState::read(&worker.run_dir)?.is_some_and(|state| state.supervisor.is_alive()) {
+        return Err(Error::new(
+            ErrorKind::AlreadyExists,
+            "the device has a supervisor",
+        ));
+    }
+    let (events_in, events_out) = event_pipe()?;
+    // Copies that the new program inherits; ours stay closed to it.
+    let copies = [
+        worker.session.as_fd(),
+        worker.listener.as_fd(),
+        worker.shared.fd().as_fd(),
+        events_in.as_fd(),
+        events_out.as_fd(),
+    ]
+    .into_iter()
+    .map(|fd| fd.try_clone_to_owned())
+    .collect::<std::io::Result<Vec<OwnedFd>>>()
+    .context(what)?;
+    let fds: Vec<i32> = copies.iter().map(AsRawFd::as_raw_fd).collect();
+    let &[session, listener, shared, events_read, events_write] = fds.as_slice() else {
+        return Err(Error::new(ErrorKind::Io, what()));
+    };
+    let resume = Resume {
+        session,
+        listener,
+        shared,
+        events_in: events_read,
+        events_out: events_write,
+        standby: None,
+        features: worker.features,
+        generation: worker.generation,
+    };
+    let resume = serde_json::to_string(&resume)
+        .map_err(|error| Error::with_source(ErrorKind::Io, what(), error))?;
+    set_close_on_exec(&fds, false);
+    let status = Command::new("/proc/self/exe")
+        .arg0(ARG0)
+        .args(own_arguments())
+        .arg("--resume")
+        .arg(resume)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .context(what)?;
+    if !status.success() {
+        return Err(Error::new(
+            ErrorKind::Command,
+            format!("{}: {status}", what()),
+        ));
+    }
+    *events = events_out;
+    Ok(Value::Null)
 }
 
 fn report_status(context: &Context) -> Value {

@@ -27,15 +27,14 @@ const SHORT: usize = 64 << 10;
 const BATCH: usize = 64 << 10;
 /// Payloads up to this length are skipped when their request is refused, in bytes.
 const MAX_SKIPPED: u32 = 2 * wire::MAX_PAYLOAD;
-/// How much memory for long requests a connection keeps between them, in bytes.
-const POOLED: usize = 4 << 20;
 
 /// What one connection may use.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     /// Threads, at least 1.
     pub(super) threads: usize,
-    /// Bytes of long requests in flight; one request is always let through.
+    /// Bytes of long requests in flight; one request is always let through. A busy connection
+    /// keeps so much memory for them.
     pub(super) bytes_in_flight: usize,
     /// How long a client may stall in the middle of a request.
     pub(super) stall: Duration,
@@ -226,7 +225,7 @@ impl<S: Stream> Connection<S> {
             Err(refusal) => {
                 reader.start += Request::WIRE_LEN;
                 self.refuse(reader, &request, &refusal)?;
-                return Ok(Step::Next);
+                return self.next(reader);
             }
         };
         let len = request.len as usize;
@@ -251,10 +250,7 @@ impl<S: Stream> Connection<S> {
             self.session
                 .execute(command, &request, payload, out, &mut |out| self.send(out))?;
             self.pace.record(class, began.elapsed());
-            if reader.out.len() >= BATCH {
-                self.send(&mut reader.out)?;
-            }
-            return Ok(Step::Next);
+            return self.next(reader);
         }
         reader.start += Request::WIRE_LEN;
         let cost = self.session.memory(command, &request);
@@ -282,6 +278,14 @@ impl<S: Stream> Connection<S> {
             return Ok(Step::HandOver(job));
         }
         self.run(job, small)?;
+        Ok(Step::Next)
+    }
+
+    /// Goes on to the next request, once there is room for its reply.
+    fn next(&self, reader: &mut Reader) -> Result<Step<'_>> {
+        if reader.out.len() >= BATCH {
+            self.send(&mut reader.out)?;
+        }
         Ok(Step::Next)
     }
 
@@ -362,7 +366,10 @@ impl<S: Stream> Connection<S> {
                 Ok(0) => return Err(torn()),
                 Ok(len) => reader.end += len,
                 // Between two requests a client may be silent as long as it likes.
-                Err(error) if between && error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) if between && error.kind() == io::ErrorKind::WouldBlock => {
+                    self.pool.lock().clear();
+                    continue;
+                }
                 Err(error) => return Err(receiving(error)),
             }
             clock.check(self.limits.stall, want)?;
@@ -419,7 +426,7 @@ impl<S: Stream> Connection<S> {
         buffer.truncate(0);
         let mut pool = self.pool.lock();
         let held: usize = pool.iter().map(Buffer::capacity).sum();
-        if buffer.capacity() > 0 && held + buffer.capacity() <= POOLED {
+        if buffer.capacity() > 0 && held + buffer.capacity() <= self.limits.bytes_in_flight {
             pool.push(buffer);
         }
     }

@@ -7,6 +7,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{self, Flock, FlockArg, OFlag};
@@ -60,12 +62,8 @@ pub fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile)> {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),
     };
-    // Two servers that start at once must not both take the same dead socket for theirs to
-    // replace. The lock is on the directory, so that it leaves no file behind.
     let dir = File::open(dir).context(|| format!("opening the directory of {shown}"))?;
-    let _lock = Flock::lock(dir, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| errno)
-        .context(|| format!("locking the directory of {shown}"))?;
+    let _lock = lock(dir);
     remove_dead_socket(path)?;
     let address = unix_address(path)?;
     let fd = socket::socket(
@@ -88,6 +86,22 @@ pub fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile)> {
     let backlog = Backlog::new(BACKLOG).context(|| "sizing the backlog")?;
     socket::listen(&fd, backlog).context(|| format!("listening on {shown}"))?;
     Ok((UnixListener::from(fd), file))
+}
+
+/// Keeps two servers that start at once from replacing the same dead socket, the second the
+/// first one's new one. The lock is on the directory, so that it leaves no file behind; where
+/// somebody holds it for other ends, a server must start all the same.
+fn lock(dir: File) -> Option<Flock<File>> {
+    let mut dir = dir;
+    for _ in 0..100 {
+        match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Some(lock),
+            Err((again, Errno::EWOULDBLOCK | Errno::EINTR)) => dir = again,
+            Err(_) => return None,
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    None
 }
 
 fn remove_dead_socket(path: &Path) -> Result<()> {

@@ -44,8 +44,9 @@ pub struct ServerConfig {
     pub drain_timeout: Duration,
     /// Threads of one connection, at least 1, hence its requests in flight.
     pub threads_per_connection: usize,
-    /// Bytes of requests longer than 64 KiB that one connection may have in flight. A single
-    /// request of up to 32 MiB is served whatever this says.
+    /// Bytes of requests longer than 64 KiB that one connection may have in flight, hence about
+    /// the memory that a busy one takes. A single request of up to 32 MiB is served whatever
+    /// this says.
     pub bytes_in_flight: usize,
     /// Serve over TLS, and only so.
     pub tls: Option<TlsConfig>,

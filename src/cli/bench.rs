@@ -1,0 +1,50 @@
+//! `vellum bench`
+
+use std::path::PathBuf;
+
+use super::Context;
+use super::output::table;
+use crate::engine::bench::{CaseResult, run as run_bench};
+use crate::error::Result;
+
+/// Arguments of `bench`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Measure on the file system of this directory; needs about 3 GiB there
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    dir: PathBuf,
+    /// Rounds of each case
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    rounds: usize,
+}
+
+pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
+    let results = run_bench(&args.dir, args.rounds, |result| {
+        context
+            .out
+            .note(&format!("{}: {:.2} ×", result.name, result.ratio));
+    })?;
+    context.out.print(&results, |results| {
+        let rows: Vec<Vec<String>> = results.iter().map(cells).collect();
+        let header = [
+            "CASE",
+            "µs",
+            "COMPARED WITH",
+            "µs",
+            "SPEED",
+            "RANGE OVER ROUNDS",
+        ];
+        table(&header, &rows)
+    })
+}
+
+fn cells(result: &CaseResult) -> Vec<String> {
+    vec![
+        result.name.clone(),
+        format!("{:.2}", result.micros),
+        result.reference.clone(),
+        format!("{:.2}", result.reference_micros),
+        format!("{:.2} ×", result.ratio),
+        format!("{:.2}–{:.2}", result.range.0, result.range.1),
+    ]
+}

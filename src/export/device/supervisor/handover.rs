@@ -1,0 +1,258 @@
+//! From one program to the next: upgrades, and supervisors for workers that lost theirs.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::Signal;
+use nix::unistd::ForkResult;
+use serde::{Deserialize, Serialize};
+
+use super::system::{block_signals, fork, prepare_process, reap};
+use super::{ARG0, STOP_TIMEOUT, Standby, Supervisor, SupervisorArgs, serving_process};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::device::backoff::Backoff;
+use crate::export::device::process::{Identity, Process};
+use crate::export::device::state::{RunState, Status};
+use crate::export::fuse::session::Features;
+use crate::export::fuse::slot::{self, Shared};
+
+/// What a program answers to `--probe` when it can take a session of this version over.
+pub(super) const PROBE_ANSWER: &str = "vellum-device 1";
+
+/// What one program hands to the next in an upgrade, or a worker without a supervisor to the one
+/// that it starts: descriptors that stay open across exec, and what was agreed on.
+#[derive(Debug, Serialize, Deserialize)]
+pub(in crate::export::device) struct Resume {
+    pub session: i32,
+    pub listener: i32,
+    pub shared: i32,
+    pub events_in: i32,
+    pub events_out: i32,
+    /// The old program's standby and the pipe that it waits on.
+    pub standby: Option<(i32, i32)>,
+    pub features: Features,
+    pub generation: u32,
+}
+
+impl Supervisor {
+    /// Takes the session over from the program that executed this one, or from a worker that lost
+    /// its supervisor; `None` in the foreground process, whose part is done.
+    pub(super) fn resume(args: &SupervisorArgs, resume: &str) -> Result<Option<Supervisor>> {
+        let resume: Resume = serde_json::from_str(resume).map_err(|error| {
+            Error::with_source(ErrorKind::InvalidInput, "--resume is no hand-over", error)
+        })?;
+        if resume.standby.is_none() && matches!(fork()?, ForkResult::Parent { .. }) {
+            return Ok(None);
+        }
+        // In an upgrade the process leads a session already, which is no failure.
+        let _ = nix::unistd::setsid();
+        prepare_process();
+        let shared = Shared::inherit(adopt_fd(resume.shared)?)?;
+        let worker = serving_process(&shared);
+        let mut state = RunState::new(args.read_only);
+        state.features = Some(resume.features);
+        state.generation = resume.generation;
+        state.status = if worker.is_some() {
+            Status::Serving
+        } else {
+            Status::Restarting
+        };
+        state.worker = worker
+            .as_ref()
+            .and_then(|worker| Identity::of(worker.pid()));
+        let old_standby = match resume.standby {
+            None => None,
+            Some((pid, go)) => Some(Standby {
+                process: Process::open(pid)
+                    .context(|| "the standby of the program before is gone")?,
+                go: adopt_fd(go)?,
+            }),
+        };
+        let supervisor = Supervisor {
+            args: SupervisorArgs {
+                resume: None,
+                ..args.clone()
+            },
+            session: Arc::new(File::from(adopt_fd(resume.session)?)),
+            features: resume.features,
+            listener: UnixListener::from(adopt_fd(resume.listener)?),
+            shared,
+            events_in: File::from(adopt_fd(resume.events_in)?),
+            events_out: File::from(adopt_fd(resume.events_out)?),
+            event_bytes: Vec::new(),
+            signals: block_signals()?,
+            state,
+            ready: None,
+            restart_at: worker.is_none().then(Instant::now),
+            standby_at: worker.is_some().then(Instant::now),
+            worker,
+            worker_since: Instant::now(),
+            worker_served: true,
+            standby: None,
+            old_standby,
+            backoff: Backoff::default(),
+            stopping: None,
+            ever_served: true,
+        };
+        supervisor.write_state();
+        Ok(Some(supervisor))
+    }
+
+    /// Executes `program` in this process, with the session. Returns only on failure, or when the
+    /// worker is to be started again by this program.
+    pub(super) fn upgrade(&mut self, program: &Path) -> Result<()> {
+        probe(program)?;
+        if self.standby.is_none() {
+            // The old program's standby is what saves the device if the new program fails.
+            return Err(Error::new(
+                ErrorKind::InUse,
+                "the device has no standby at the moment: try again",
+            ));
+        }
+        if let Some(worker) = self.worker.take() {
+            worker.signal(Signal::SIGTERM);
+            if !worker.wait(STOP_TIMEOUT)? {
+                worker.signal(Signal::SIGKILL);
+                worker.wait(STOP_TIMEOUT)?;
+            }
+            reap(worker.pid());
+            self.state.worker = None;
+            let ended = self.shared.table().worker_ended.load(Ordering::Acquire);
+            if ended == slot::ENDED_SESSION_OVER {
+                // Unmounted meanwhile: the next worker will find that and end.
+                self.restart_at = Some(Instant::now());
+                return Ok(());
+            }
+        }
+        self.note_death();
+        self.state.status = Status::Restarting;
+        self.write_state();
+        let error = self.execute(program);
+        self.restart_at = Some(Instant::now());
+        Err(error)
+    }
+
+    fn execute(&mut self, program: &Path) -> Error {
+        let Some(standby) = &self.standby else {
+            return Error::new(ErrorKind::InUse, "no standby");
+        };
+        let fds = [
+            self.session.as_raw_fd(),
+            self.listener.as_raw_fd(),
+            self.shared.fd().as_raw_fd(),
+            self.events_in.as_raw_fd(),
+            self.events_out.as_raw_fd(),
+            standby.go.as_raw_fd(),
+        ];
+        let [session, listener, shared, events_in, events_out, standby_go] = fds;
+        let resume = Resume {
+            session,
+            listener,
+            shared,
+            events_in,
+            events_out,
+            standby: Some((standby.process.pid(), standby_go)),
+            features: self.features,
+            generation: self.state.generation + 1,
+        };
+        let resume = match serde_json::to_string(&resume) {
+            Ok(resume) => resume,
+            Err(error) => return Error::with_source(ErrorKind::Io, "the hand-over", error),
+        };
+        set_close_on_exec(&fds, false);
+        let error = Command::new(program)
+            .arg0(ARG0)
+            .args(own_arguments())
+            .arg("--resume")
+            .arg(resume)
+            .exec();
+        set_close_on_exec(&fds, true);
+        Error::io(format!("{}: cannot be executed", program.display()), error)
+    }
+}
+
+/// The arguments that this program was started with, without those of an earlier hand-over.
+pub(in crate::export::device) fn own_arguments() -> Vec<OsString> {
+    let mut arguments = Vec::new();
+    let mut all = std::env::args_os().skip(1);
+    while let Some(argument) = all.next() {
+        if argument == "--resume" {
+            all.next();
+        } else {
+            arguments.push(argument);
+        }
+    }
+    arguments
+}
+
+/// Asks `program` whether it can take over.
+fn probe(program: &Path) -> Result<()> {
+    let what = || format!("{}: --probe", program.display());
+    let mut child = Command::new(program)
+        .arg0(ARG0)
+        .args(own_arguments())
+        .arg("--probe")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context(what)?;
+    let process = Process::open(child.id() as i32).context(what)?;
+    if !process.wait(Duration::from_secs(5))? {
+        process.signal(Signal::SIGKILL);
+        let _ = child.wait();
+        return Err(Error::new(
+            ErrorKind::Timeout,
+            format!("{}: no answer within 5 s", what()),
+        ));
+    }
+    let output = child.wait_with_output().context(what)?;
+    let answer = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() || answer.trim() != PROBE_ANSWER {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{}: it cannot take the session over (answer {:?}, {})",
+                what(),
+                answer.trim(),
+                output.status
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Owns a descriptor that the program before left open for us.
+fn adopt_fd(fd: i32) -> Result<OwnedFd> {
+    if fd <= 2 || !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("--resume names descriptor {fd}, which is not open"),
+        ));
+    }
+    // SAFETY: the descriptor is open, and nothing else in this new program owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    set_close_on_exec(&[fd.as_raw_fd()], true);
+    Ok(fd)
+}
+
+pub(in crate::export::device) fn set_close_on_exec(fds: &[i32], on: bool) {
+    let flags = if on {
+        FdFlag::FD_CLOEXEC
+    } else {
+        FdFlag::empty()
+    };
+    for fd in fds {
+        // SAFETY: the descriptors are open: their owners are borrowed by the callers.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*fd) };
+        let _ = fcntl(fd, FcntlArg::F_SETFD(flags));
+    }
+}

@@ -1,0 +1,86 @@
+//! What an operation on the storage seam is, for counting it and for making it fail.
+
+/// The kinds of operation of [`super::Storage`] and [`super::StorageFile`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum OpKind {
+    /// Opening an existing file.
+    Open,
+    /// Opening a file that is made by it, or may be.
+    Create,
+    /// Making a directory.
+    CreateDir,
+    /// Renaming.
+    Rename,
+    /// Removing a file or a tree.
+    Remove,
+    /// Making the names of a directory durable.
+    SyncDir,
+    /// Listing a directory, asking for a name, a length or allocated bytes.
+    Look,
+    /// Reading or mapping bytes of a file.
+    Read,
+    /// A buffered write.
+    Write,
+    /// A synchronous write.
+    WriteDurable,
+    /// fdatasync.
+    SyncData,
+    /// fsync.
+    Sync,
+    /// Cutting or extending a file.
+    SetLen,
+    /// Punching a hole.
+    Punch,
+    /// Reserving space.
+    Allocate,
+}
+
+/// Number of kinds.
+const KINDS: usize = 15;
+
+impl OpKind {
+    /// True for what makes something durable.
+    pub fn is_sync(self) -> bool {
+        matches!(
+            self,
+            OpKind::SyncDir | OpKind::WriteDurable | OpKind::SyncData | OpKind::Sync
+        )
+    }
+
+    /// True for what changes a file or a name, or makes a change durable.
+    pub fn is_change(self) -> bool {
+        !matches!(self, OpKind::Open | OpKind::Look | OpKind::Read)
+    }
+}
+
+/// How many operations of each kind there were.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OpCounts([u64; KINDS]);
+
+impl OpCounts {
+    /// Counts one.
+    pub(super) fn add(&mut self, kind: OpKind) {
+        if let Some(count) = self.0.get_mut(kind as usize) {
+            *count += 1;
+        }
+    }
+
+    /// Operations of one kind.
+    pub fn of(&self, kind: OpKind) -> u64 {
+        self.0.get(kind as usize).copied().unwrap_or_default()
+    }
+
+    /// Operations of all kinds.
+    pub fn total(&self) -> u64 {
+        self.0.iter().sum()
+    }
+
+    /// What happened since `earlier`.
+    pub fn since(&self, earlier: &OpCounts) -> OpCounts {
+        let mut counts = *self;
+        for (count, before) in counts.0.iter_mut().zip(earlier.0) {
+            *count -= before;
+        }
+        counts
+    }
+}

@@ -1,0 +1,351 @@
+//! The bytes of one simulated file, and what was done to them that is not durable yet.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bitvec::vec::BitVec;
+
+use super::Survival;
+use crate::storage::rng::SeededRng;
+
+/// What a disk writes whole or not at all.
+const SECTOR: u64 = 512;
+const SECTOR_LEN: usize = 512;
+const PAGE: u64 = 4096;
+const PAGE_LEN: usize = 4096;
+
+/// A sparse string of bytes; what lies in no page, or beyond the length, is zero.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Image {
+    pages: BTreeMap<u64, Arc<[u8; PAGE_LEN]>>,
+    pub(super) len: u64,
+}
+
+/// Splits a range at page borders: (page, first byte within it, start in the range, length).
+fn pieces(offset: u64, len: u64) -> impl Iterator<Item = (u64, usize, usize, usize)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        if done >= len {
+            return None;
+        }
+        let at = offset + done;
+        let within = at % PAGE;
+        let piece = (PAGE - within).min(len - done);
+        let item = (at / PAGE, within as usize, done as usize, piece as usize);
+        done += piece;
+        Some(item)
+    })
+}
+
+impl Image {
+    /// Fills `buf`; beyond the length it is zeros.
+    pub(super) fn read(&self, buf: &mut [u8], offset: u64) {
+        for (page, within, start, len) in pieces(offset, buf.len() as u64) {
+            let Some(target) = buf.get_mut(start..start + len) else {
+                continue;
+            };
+            match self
+                .pages
+                .get(&page)
+                .and_then(|p| p.get(within..within + len))
+            {
+                Some(bytes) => target.copy_from_slice(bytes),
+                None => target.fill(0),
+            }
+        }
+    }
+
+    /// Writes, extending the length where it must.
+    fn write(&mut self, offset: u64, bytes: &[u8]) {
+        self.len = self.len.max(offset + bytes.len() as u64);
+        for (page, within, start, len) in pieces(offset, bytes.len() as u64) {
+            let page = self
+                .pages
+                .entry(page)
+                .or_insert_with(|| Arc::new([0; PAGE_LEN]));
+            if let (Some(target), Some(bytes)) = (
+                Arc::make_mut(page).get_mut(within..within + len),
+                bytes.get(start..start + len),
+            ) {
+                target.copy_from_slice(bytes);
+            }
+        }
+    }
+
+    /// Zeros within the length.
+    fn zero(&mut self, offset: u64, len: u64) {
+        let len = len.min(self.len.saturating_sub(offset));
+        for (page, within, _, len) in pieces(offset, len) {
+            if len == PAGE_LEN {
+                self.pages.remove(&page);
+            } else if let Some(target) = self
+                .pages
+                .get_mut(&page)
+                .and_then(|page| Arc::make_mut(page).get_mut(within..within + len))
+            {
+                target.fill(0);
+            }
+        }
+    }
+
+    fn set_len(&mut self, len: u64) {
+        if len < self.len {
+            let old = self.len;
+            self.zero(len, (old - len).min(PAGE));
+            self.pages.split_off(&len.div_ceil(PAGE));
+        }
+        self.len = len;
+    }
+
+    /// Bytes in pages.
+    pub(super) fn allocated(&self) -> u64 {
+        self.pages.len() as u64 * PAGE
+    }
+}
+
+/// Something done to a file that may or may not survive.
+#[derive(Debug, Clone)]
+enum Change {
+    /// Whole sectors, as the page cache had them afterwards.
+    Write {
+        sector: u64,
+        bytes: Arc<[u8]>,
+        /// Sectors that no later durable write made certain.
+        open: BitVec,
+        /// The length that the file must have for it.
+        end: u64,
+    },
+    /// Whole sectors that became zero.
+    Zero {
+        sector: u64,
+        open: BitVec,
+    },
+    SetLen(u64),
+}
+
+/// A file as it is read now, as it is certain to be after a power cut, and all that lies between.
+#[derive(Debug, Clone, Default)]
+pub(super) struct SimContent {
+    pub(super) live: Image,
+    durable: Image,
+    pending: Vec<Change>,
+}
+
+impl SimContent {
+    /// A file that is on the disk as `image` says.
+    fn durable(image: Image) -> Self {
+        SimContent {
+            live: image.clone(),
+            durable: image,
+            pending: Vec::new(),
+        }
+    }
+
+    /// A buffered write.
+    pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        self.live.write(offset, bytes);
+        let sector = offset / SECTOR;
+        let sectors = (offset + bytes.len() as u64).div_ceil(SECTOR) - sector;
+        // What reaches the disk is the page as it is in memory, never part of a sector.
+        let mut whole = vec![0; (sectors * SECTOR) as usize];
+        self.live.read(&mut whole, sector * SECTOR);
+        self.pending.push(Change::Write {
+            sector,
+            bytes: whole.into(),
+            open: BitVec::repeat(true, sectors as usize),
+            end: offset + bytes.len() as u64,
+        });
+    }
+
+    /// A hole. The ends that are no whole sectors are written as zeros.
+    pub(super) fn punch(&mut self, offset: u64, len: u64) {
+        let end = (offset + len).min(self.live.len);
+        if offset >= end {
+            return;
+        }
+        let (first, last) = (offset.next_multiple_of(SECTOR), end / SECTOR * SECTOR);
+        if first >= last {
+            self.write(offset, &vec![0; (end - offset) as usize]);
+            return;
+        }
+        self.write(offset, &vec![0; (first - offset) as usize]);
+        self.live.zero(first, last - first);
+        self.pending.push(Change::Zero {
+            sector: first / SECTOR,
+            open: BitVec::repeat(true, ((last - first) / SECTOR) as usize),
+        });
+        self.write(last, &vec![0; (end - last) as usize]);
+    }
+
+    pub(super) fn set_len(&mut self, len: u64) {
+        self.live.set_len(len);
+        self.pending.push(Change::SetLen(len));
+    }
+
+    /// Everything is certain now.
+    pub(super) fn sync(&mut self) {
+        self.pending.clear();
+        self.durable = self.live.clone();
+    }
+
+    /// What was just written to the range is certain now; other writes are as uncertain as before.
+    pub(super) fn sync_range(&mut self, offset: u64, len: u64) {
+        if self
+            .pending
+            .iter()
+            .any(|change| matches!(change, Change::SetLen(_)))
+        {
+            // The length belongs to what a synchronous write makes durable, and older contents
+            // cannot be told apart from it here.
+            self.sync();
+            return;
+        }
+        let mut bytes = vec![0; len as usize];
+        self.live.read(&mut bytes, offset);
+        self.durable.write(offset, &bytes);
+        let (from, to) = (offset / SECTOR, (offset + len).div_ceil(SECTOR));
+        for change in &mut self.pending {
+            if let Change::Write { sector, open, .. } | Change::Zero { sector, open } = change {
+                let start = from.saturating_sub(*sector).min(open.len() as u64) as usize;
+                let end = to.saturating_sub(*sector).min(open.len() as u64) as usize;
+                if let Some(certain) = open.get_mut(start..end) {
+                    certain.fill(false);
+                }
+            }
+        }
+        self.pending.retain(|change| match change {
+            Change::Write { open, .. } | Change::Zero { open, .. } => open.any(),
+            Change::SetLen(_) => true,
+        });
+    }
+
+    /// The file after a power cut: each sector of each change survived or did not.
+    pub(super) fn cut(&self, survival: Survival, rng: &mut SeededRng) -> SimContent {
+        let mut image = self.durable.clone();
+        for change in &self.pending {
+            match change {
+                Change::SetLen(len) => {
+                    if survival.whole(rng) {
+                        image.set_len(*len);
+                    }
+                }
+                Change::Zero { sector, open } => {
+                    for at in survivors(open, survival, rng).iter_ones() {
+                        image.zero((sector + at as u64) * SECTOR, SECTOR);
+                    }
+                }
+                Change::Write {
+                    sector,
+                    bytes,
+                    open,
+                    end,
+                } => {
+                    if *end > image.len && survival.whole(rng) {
+                        image.len = *end;
+                    }
+                    for at in survivors(open, survival, rng).iter_ones() {
+                        let offset = (sector + at as u64) * SECTOR;
+                        let room = image.len.saturating_sub(offset).min(SECTOR) as usize;
+                        let start = at * SECTOR_LEN;
+                        // Beyond the length that survived there is nothing to see.
+                        image.write(offset, bytes.get(start..start + room).unwrap_or_default());
+                    }
+                }
+            }
+        }
+        SimContent::durable(image)
+    }
+}
+
+/// Which of the sectors that are open survive.
+fn survivors(open: &BitVec, survival: Survival, rng: &mut SeededRng) -> BitVec {
+    let whole = survival.whole(rng);
+    open.iter()
+        .map(|open| *open && survival.sector(whole, rng))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(content: &SimContent, offset: u64, len: usize) -> Vec<u8> {
+        let mut buf = vec![0xff; len];
+        content.live.read(&mut buf, offset);
+        buf
+    }
+
+    fn synced(len: u64, value: u8) -> SimContent {
+        let mut content = SimContent::default();
+        content.write(0, &vec![value; len as usize]);
+        content.sync();
+        content
+    }
+
+    /// The values that a sector takes over many cuts.
+    fn values(content: &SimContent, offset: u64) -> std::collections::BTreeSet<u8> {
+        (0..400)
+            .map(|seed| {
+                let mut rng = SeededRng::new(seed);
+                let survival = Survival::pick(&mut rng);
+                let sector = bytes(&content.cut(survival, &mut rng), offset, 512);
+                assert!(
+                    sector.iter().all(|&byte| byte == sector[0]),
+                    "a torn sector"
+                );
+                sector[0]
+            })
+            .collect()
+    }
+
+    #[test]
+    fn unsynced_sectors_survive_in_any_subset_and_any_version_and_synced_ones_always() {
+        let mut content = synced(8192, 1);
+        content.write(0, &[2; 4096]);
+        content.write(0, &[3; 512]);
+        assert_eq!(values(&content, 0), [1, 2, 3].into());
+        assert_eq!(values(&content, 512), [1, 2].into());
+        assert_eq!(values(&content, 4096), [1].into());
+        content.sync();
+        assert_eq!(values(&content, 0), [3].into());
+    }
+
+    #[test]
+    fn a_durable_write_is_certain_and_older_writes_of_its_sectors_never_come_back() {
+        let mut content = synced(8192, 1);
+        content.write(0, &[2; 8192]);
+        content.write(0, &[3; 4096]);
+        content.sync_range(0, 4096);
+        assert_eq!(values(&content, 0), [3].into());
+        assert_eq!(values(&content, 4096), [1, 2].into());
+    }
+
+    #[test]
+    fn a_hole_may_or_may_not_survive_and_a_length_too() {
+        let mut content = synced(8192, 1);
+        content.punch(0, 4096);
+        assert_eq!(bytes(&content, 0, 4096), [0; 4096]);
+        assert_eq!(values(&content, 0), [0, 1].into());
+        content.set_len(4096);
+        let lens: std::collections::BTreeSet<u64> = (0..100)
+            .map(|seed| {
+                let mut rng = SeededRng::new(seed);
+                let survival = Survival::pick(&mut rng);
+                content.cut(survival, &mut rng).live.len
+            })
+            .collect();
+        assert_eq!(lens, [4096, 8192].into());
+    }
+
+    #[test]
+    fn cutting_and_extending_leaves_zeros_behind() {
+        let mut content = synced(8192, 1);
+        content.set_len(100);
+        content.set_len(8192);
+        assert_eq!(bytes(&content, 0, 100), [1; 100]);
+        assert_eq!(bytes(&content, 100, 8092), [0; 8092]);
+    }
+}

@@ -1,0 +1,230 @@
+//! What a flush costs, counted; and what a full disk does.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::path::Path;
+use std::sync::Arc;
+
+use vellum::ErrorKind;
+use vellum::block::{BLOCK_SIZE, BlockDevice, Durability, ZeroMode};
+use vellum::chain::{Chain, ChainSpec, open_chain};
+use vellum::layer::{Header, LayerOptions, WritableLayer};
+use vellum::storage::{Fault, FaultPlan, FaultStorage, OpCounts, OpKind, SimStorage, Storage};
+
+const SIZE: u64 = 256 * BLOCK_SIZE;
+const LAYER: &str = "/layer";
+
+fn device(options: LayerOptions) -> (SimStorage, FaultStorage, Chain) {
+    let disk = SimStorage::new();
+    let storage = FaultStorage::new(Arc::new(disk.clone()));
+    WritableLayer::create(
+        &storage,
+        Path::new(LAYER),
+        &Header::new(None, SIZE).unwrap(),
+    )
+    .unwrap();
+    storage.sync_dir(Path::new("/")).unwrap();
+    let chain = open(&storage, options);
+    (disk, storage, chain)
+}
+
+fn open(storage: &FaultStorage, options: LayerOptions) -> Chain {
+    let spec = ChainSpec {
+        sealed: vec![],
+        top: Some(LAYER.into()),
+        options,
+    };
+    let seam: Arc<dyn Storage> = Arc::new(storage.clone());
+    open_chain(&seam, &spec).unwrap()
+}
+
+fn without_blocks() -> LayerOptions {
+    LayerOptions {
+        journal_blocks: 0,
+        ..LayerOptions::default()
+    }
+}
+
+fn write(chain: &Chain, block: u64, blocks: u64, value: u8) -> vellum::Result<()> {
+    let bytes = vec![value; (blocks * BLOCK_SIZE) as usize];
+    chain.write_at(&bytes, block * BLOCK_SIZE, Durability::Buffered)
+}
+
+fn block(chain: &Chain, block: u64) -> Vec<u8> {
+    let mut bytes = vec![0; BLOCK_SIZE as usize];
+    chain.read_at(&mut bytes, block * BLOCK_SIZE).unwrap();
+    bytes
+}
+
+/// Operations of a flush that wait for the disk: fdatasyncs, synchronous writes, all others.
+fn cost(storage: &FaultStorage, chain: &Chain) -> (u64, u64, u64) {
+    let before = storage.counts();
+    chain.flush().unwrap();
+    let counts: OpCounts = storage.counts().since(&before);
+    (
+        counts.of(OpKind::SyncData),
+        counts.of(OpKind::WriteDurable),
+        counts.of(OpKind::Sync) + counts.of(OpKind::SyncDir),
+    )
+}
+
+#[test]
+fn a_flush_without_blocks_in_the_journal_costs_one_sync_and_one_record_where_it_allocated() {
+    let (_, storage, chain) = device(without_blocks());
+    write(&chain, 0, 1, 1).unwrap();
+    // The first makes the journal.
+    chain.flush().unwrap();
+    write(&chain, 7, 1, 1).unwrap();
+    assert_eq!(cost(&storage, &chain), (1, 1, 0));
+    write(&chain, 7, 1, 2).unwrap();
+    assert_eq!(cost(&storage, &chain), (1, 0, 0));
+    chain.discard(7 * BLOCK_SIZE, BLOCK_SIZE).unwrap();
+    assert_eq!(cost(&storage, &chain), (0, 1, 0));
+    assert_eq!(cost(&storage, &chain), (0, 0, 0));
+}
+
+#[test]
+fn a_flush_of_few_blocks_costs_one_synchronous_write_and_no_sync() {
+    let (_, storage, chain) = device(LayerOptions::default());
+    write(&chain, 0, 1, 1).unwrap();
+    chain.flush().unwrap();
+    for (first, value) in [(7, 1), (7, 2), (90, 1)] {
+        write(&chain, first, 3, value).unwrap();
+        assert_eq!(cost(&storage, &chain), (0, 1, 0));
+        assert_eq!(cost(&storage, &chain), (0, 0, 0));
+    }
+}
+
+#[test]
+fn a_flush_of_many_blocks_costs_one_sync_and_one_record() {
+    let (_, storage, chain) = device(LayerOptions::default());
+    write(&chain, 0, 1, 1).unwrap();
+    chain.flush().unwrap();
+    write(&chain, 0, 100, 2).unwrap();
+    assert_eq!(cost(&storage, &chain), (1, 1, 0));
+    // Nothing is left in the journal that a barrier would have to retire.
+    write(&chain, 0, 100, 3).unwrap();
+    assert_eq!(cost(&storage, &chain), (1, 0, 0));
+}
+
+/// Everything that takes space on the host.
+const GROWTH: [OpKind; 5] = [
+    OpKind::Create,
+    OpKind::Write,
+    OpKind::WriteDurable,
+    OpKind::SetLen,
+    OpKind::Allocate,
+];
+
+fn fill(storage: &FaultStorage, kinds: &[OpKind], errno: i32) {
+    storage.fail(FaultPlan {
+        kinds: kinds.to_vec(),
+        nth: 1,
+        fault: Fault::Errno(errno),
+        lasting: true,
+    });
+}
+
+#[test]
+fn a_full_disk_is_enospc_serves_reads_and_takes_writes_again_once_there_is_room() {
+    for errno in [libc::ENOSPC, libc::EDQUOT] {
+        for options in [without_blocks(), LayerOptions::default()] {
+            let (disk, storage, chain) = device(options);
+            write(&chain, 0, 60, 1).unwrap();
+            chain.flush().unwrap();
+            write(&chain, 3, 1, 2).unwrap();
+            fill(&storage, &GROWTH, errno);
+            let failures = [
+                write(&chain, 4, 1, 9),
+                chain.write_at(&[9], 5, Durability::Durable),
+                chain.write_zeroes(0, 100, ZeroMode::KeepAllocated, Durability::Buffered),
+            ];
+            for failure in failures {
+                let error = failure.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+                assert_eq!(error.errno(), libc::ENOSPC);
+            }
+            let flushed = chain.flush();
+            assert!(chain.top().unwrap().poisoned().is_none());
+            assert_eq!(block(&chain, 3), [2; 4096]);
+            assert_eq!(block(&chain, 4), [1; 4096]);
+            storage.heal();
+            write(&chain, 4, 2, 5).unwrap();
+            chain.flush().unwrap();
+            drop(chain);
+            let storage = FaultStorage::new(Arc::new(disk.cut(3)));
+            let chain = open(&storage, options);
+            assert_eq!(block(&chain, 3), [2; 4096], "the flush was {flushed:?}");
+            assert_eq!(block(&chain, 4), [5; 4096]);
+            assert_eq!(block(&chain, 59), [1; 4096]);
+        }
+    }
+}
+
+#[test]
+fn a_journal_that_has_no_space_to_grow_falls_back_to_a_checkpoint() {
+    let options = LayerOptions {
+        journal_start: 16 << 10,
+        ..LayerOptions::default()
+    };
+    let (disk, storage, chain) = device(options);
+    write(&chain, 0, 1, 1).unwrap();
+    chain.flush().unwrap();
+    // New journals fail, the small map does not.
+    storage.set_hook(None);
+    for round in 0..20u8 {
+        let journals = storage.clone();
+        storage.set_hook(Some(Arc::new(move |kind, path: &Path| {
+            if kind == OpKind::Create && path.ends_with("journal.1") {
+                fill(&journals, &[OpKind::Write], libc::ENOSPC);
+            } else if kind == OpKind::Create {
+                journals.heal();
+            }
+        })));
+        write(&chain, u64::from(round), 3, round).unwrap();
+        storage.heal();
+        chain.flush().unwrap();
+    }
+    storage.set_hook(None);
+    storage.heal();
+    assert!(chain.top().unwrap().stats().snapshot().checkpoints > 0);
+    assert!(!storage.exists(&Path::new(LAYER).join("journal.1")).unwrap());
+    drop(chain);
+    let chain = open(&FaultStorage::new(Arc::new(disk.cut(1))), options);
+    assert_eq!(block(&chain, 21), [19; 4096]);
+    assert_eq!(block(&chain, 0), [0; 4096]);
+}
+
+#[test]
+fn a_failed_sync_poisons_reads_of_own_data_and_every_later_flush_and_says_so() {
+    let (disk, storage, chain) = device(without_blocks());
+    write(&chain, 0, 1, 1).unwrap();
+    chain.flush().unwrap();
+    write(&chain, 0, 1, 2).unwrap();
+    storage.fail(FaultPlan {
+        kinds: vec![OpKind::SyncData],
+        nth: 1,
+        fault: Fault::LostSync(libc::EIO),
+        lasting: false,
+    });
+    for result in [
+        chain.flush(),
+        chain.flush(),
+        chain.close(),
+        chain.read_at(&mut [0], 0),
+        write(&chain, 9, 1, 1),
+        chain.discard(0, SIZE),
+    ] {
+        let error = result.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Poisoned);
+        assert!(error.to_string().contains("syncing /layer/data"), "{error}");
+    }
+    drop(chain);
+    let chain = open(&FaultStorage::new(Arc::new(disk.cut(1))), without_blocks());
+    assert_eq!(block(&chain, 0), [1; 4096]);
+}
