@@ -302,3 +302,86 @@ fn a_killed_snapshotter_leaves_containers_running_and_the_next_goes_on_with_them
         stack.layers() == 1
     });
 }
+
+#[test]
+fn after_a_reboot_mounts_brings_what_was_written_back() {
+    let mut stack = Stack::start();
+    stack.import();
+    stack.run(&["--detach"], "c", &["/bin/busybox", "sleep", "1000"]);
+    stack.exec("c", "echo kept > /file; busybox sync");
+    stack.ctr(&["tasks", "kill", "--signal", "KILL", "c"]);
+    wait_for("the task ends", Duration::from_secs(10), || {
+        stack.try_ctr(&["tasks", "rm", "c"]).status.success()
+    });
+    stack.snapshotter.take().unwrap().signal(Signal::SIGKILL);
+    stack.area.end_devices();
+    stack.restart_snapshotter();
+    wait_for("containerd goes on", Duration::from_secs(30), || {
+        let task = ["tasks", "start", "--detach", "c"];
+        stack.try_ctr(&task).status.success()
+    });
+    assert_eq!(
+        stack.exec("c", "busybox cat /file /etc/one"),
+        "kept\nfirst\n"
+    );
+    stack.end("c");
+}
+
+#[test]
+fn a_running_container_is_committed_as_it_was_and_goes_on() {
+    let stack = Stack::start();
+    stack.import();
+    stack.run(&["--detach"], "c", &["/bin/busybox", "sleep", "1000"]);
+    stack.exec("c", "echo before > /file");
+    let snapshots = |arguments: &[&str]| {
+        let mut all = vec!["snapshots", "--snapshotter", "vellum"];
+        all.extend(arguments);
+        stack.ctr(&all)
+    };
+    snapshots(&["commit", "snap", "c"]);
+    stack.exec("c", "echo after > /file; echo more > /more; busybox sync");
+    assert_eq!(stack.exec("c", "busybox cat /file"), "after\n");
+    let seen = |key: &str| {
+        let target = stack.area.at(key);
+        fs::create_dir(&target).unwrap();
+        let command = snapshots(&["mounts", &target, key]);
+        let words: Vec<&str> = command.split_whitespace().collect();
+        let (program, arguments) = words.split_first().unwrap();
+        let mounted = Command::new(program).args(arguments).status().unwrap();
+        assert!(mounted.success(), "{command}");
+        let file = fs::read_to_string(Path::new(&target).join("file")).unwrap();
+        let more = Path::new(&target).join("more").exists();
+        let write = fs::write(Path::new(&target).join("own"), "x").is_ok();
+        nix::mount::umount(target.as_str()).unwrap();
+        (file, more, write)
+    };
+    snapshots(&["view", "v", "snap"]);
+    assert_eq!(seen("v"), ("before\n".to_owned(), false, false));
+    snapshots(&["prepare", "p", "snap"]);
+    assert_eq!(seen("p"), ("before\n".to_owned(), false, true));
+    stack.ctr(&["tasks", "kill", "--signal", "KILL", "c"]);
+}
+
+#[test]
+fn a_label_makes_a_container_larger_and_a_full_one_hurts_nobody_else() {
+    let stack = Stack::start();
+    stack.import();
+    let sleep = ["/bin/busybox", "sleep", "1000"];
+    let label = "containerd.io/snapshot/vellum.size=2G";
+    stack.run(&["--detach", "--snapshotter-label", label], "large", &sleep);
+    stack.run(&["--detach"], "small", &sleep);
+    let size = |name| -> u64 {
+        let text = stack.exec(name, "set -- $(busybox df -k / | busybox tail -1); echo $2");
+        text.trim().parse().unwrap()
+    };
+    let (small, large) = (size("small"), size("large"));
+    assert!((900_000..1_100_000).contains(&small), "{small}");
+    assert!((1_900_000..2_200_000).contains(&large), "{large}");
+    let fill = "busybox dd if=/dev/zero of=/fill bs=1M count=1100 2>&1; busybox rm /fill";
+    let told = stack.exec("small", fill);
+    assert!(told.contains("No space left"), "{told}");
+    stack.exec("small", "echo fine > /file && busybox sync");
+    stack.exec("large", "echo fine > /file && busybox sync");
+    stack.end("small");
+    stack.end("large");
+}

@@ -71,6 +71,40 @@ impl Area {
             .collect()
     }
 
+    /// Ends what a reboot would end of the devices: their processes, mounts and loop devices.
+    pub fn end_devices(&self) {
+        let is_device = |pid: &Pid| {
+            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            command.starts_with(b"@vellum-device")
+        };
+        for _ in 0..20 {
+            for pid in self.processes().into_iter().filter(is_device) {
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.unmount_all();
+    }
+
+    fn unmount_all(&self) {
+        for mount in self.mounts() {
+            let flags = nix::mount::MntFlags::MNT_DETACH;
+            let _ = nix::mount::umount2(&mount, flags);
+        }
+        let listed = Command::new("losetup")
+            .args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"])
+            .output();
+        let text = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+        let text = text.unwrap_or_default();
+        for line in text.lines() {
+            if let Some((device, file)) = line.split_once(char::is_whitespace)
+                && file.trim().starts_with(&self.path().display().to_string())
+            {
+                let _ = Command::new("losetup").args(["-d", device]).status();
+            }
+        }
+    }
+
     /// Mounts in it, the newest first.
     pub fn mounts(&self) -> Vec<PathBuf> {
         let mounts = MountInfo::read().unwrap().into_iter().rev();
@@ -104,22 +138,7 @@ impl Drop for Area {
             }
             let _ = fs::remove_dir(group);
         }
-        for mount in self.mounts() {
-            let flags = nix::mount::MntFlags::MNT_DETACH;
-            let _ = nix::mount::umount2(&mount, flags);
-        }
-        let listed = Command::new("losetup")
-            .args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"])
-            .output();
-        let text = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-        let text = text.unwrap_or_default();
-        for line in text.lines() {
-            if let Some((device, file)) = line.split_once(char::is_whitespace)
-                && file.trim().starts_with(&self.path().display().to_string())
-            {
-                let _ = Command::new("losetup").args(["-d", device]).status();
-            }
-        }
+        self.unmount_all();
     }
 }
 
