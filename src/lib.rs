@@ -16,6 +16,7 @@
 //! * [`fs`]: ext4 on top of a device: make, mount, freeze, compare.
 //! * [`image`]: container images in their many shapes.
 //! * [`engine`]: import, mount, run, commit, compare, serve: what commands are made of.
+//! * [`snapshotter`]: the store as a containerd snapshotter, over gRPC.
 //! * [`cli`]: the `vellum` command, one file a command.
 
 pub mod block;
@@ -27,6 +28,7 @@ pub mod export;
 pub mod fs;
 pub mod image;
 pub mod layer;
+pub mod snapshotter;
 pub mod storage;
 pub mod store;
 

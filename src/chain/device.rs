@@ -108,6 +108,23 @@ impl Chain {
         Ok(sealed)
     }
 
+    /// Seals the top as it is at this moment; the chain is read-only from then on. The caller sees
+    /// to it that nobody writes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReadOnly`] without a top; as [`WritableLayer::seal`]. The chain is as before.
+    pub fn seal_last(&self) -> Result<Arc<SealedLayer>> {
+        let mut top = self.top.write();
+        let old = top.as_ref().ok_or_else(read_only)?;
+        old.seal()?;
+        let sealed = SealedLayer::open(old.storage(), old.dir()).map(Arc::new);
+        let sealed = sealed
+            .and_then(|sealed| self.base.push(sealed.clone()).map(|()| sealed))
+            .map_err(|error| old.poison(&error))?;
+        *top = None;
+        Ok(sealed)
+    }
+
     /// Reads whole blocks as they are now, `top` over base.
     fn read_blocks(&self, top: Option<&WritableLayer>, buf: &mut [u8], block: u64) -> Result<()> {
         let Some(top) = top else {

@@ -27,16 +27,21 @@ struct Which {
     /// A layer that is being made, on its parents
     #[arg(long, value_name = "UUID")]
     staged: Option<Uuid>,
+    /// A published layer on its parents
+    #[arg(long, value_name = "UUID")]
+    layer: Option<Uuid>,
     /// A sealed layer on its parents, read-only
     #[arg(long, value_name = "UUID")]
     sealed: Option<Uuid>,
 }
 
 pub(super) fn run(args: &Args, root: &Path) -> Result<()> {
-    let target = match (&args.which.container, args.which.staged, args.which.sealed) {
+    let which = &args.which;
+    let target = match (&which.container, which.staged, which.layer, which.sealed) {
         (Some(name), ..) => Target::Container(name.clone()),
-        (_, Some(layer), _) => Target::Staged(layer),
-        (_, _, layer) => Target::Sealed(layer.unwrap_or_default()),
+        (_, Some(layer), ..) => Target::Staged(layer),
+        (_, _, Some(layer), _) => Target::Layer(layer),
+        (.., layer) => Target::Sealed(layer.unwrap_or_default()),
     };
     supervise(&args.supervisor, &|| {
         let store = Store::open_or_create(root)?;

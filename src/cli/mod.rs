@@ -23,6 +23,7 @@ mod ps;
 mod remove;
 mod run;
 mod size;
+mod snapshotter;
 mod volume;
 
 use std::path::{Path, PathBuf};
@@ -34,6 +35,10 @@ use crate::error::Result;
 use crate::export::device::command::{self as file_device, FileDeviceArgs};
 use crate::store::Store;
 use output::Output;
+pub(crate) use size::parse_size;
+
+/// Where stores are by default.
+const DEFAULT_ROOT: &str = "/var/lib/vellum";
 
 /// Block-level copy-on-write storage for containers.
 ///
@@ -43,7 +48,7 @@ use output::Output;
 pub struct Cli {
     /// Where images, containers and volumes are kept
     #[arg(long, global = true, value_name = "DIR", env = "VELLUM_ROOT")]
-    #[arg(default_value = "/var/lib/vellum")]
+    #[arg(default_value = DEFAULT_ROOT)]
     root: PathBuf,
     /// Print JSON
     #[arg(long, global = true)]
@@ -94,6 +99,8 @@ enum Command {
     Check(check::Args),
     /// Remove what crashes left and nothing uses
     Prune(prune::Args),
+    /// Serve containerd as a snapshotter until stopped
+    Snapshotter(snapshotter::Args),
     /// Measure copy-up, chain depth and flush cost on this host
     Bench(bench::Args),
     /// List and remove named volumes
@@ -127,7 +134,10 @@ impl Context {
 /// The whole program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_log(cli.verbose, cli.quiet);
+    // The snapshotter's log is as its configuration says.
+    if !matches!(cli.command, Command::Snapshotter(_)) {
+        start_log(cli.verbose, cli.quiet);
+    }
     raise_file_limit();
     let out = Output {
         json: cli.json,
@@ -165,6 +175,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Nbd(args) => nbd::run(&args, context)?,
         Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
+        Command::Snapshotter(args) => snapshotter::run(&args, context)?,
         Command::Bench(args) => bench::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,
         Command::Completions(args) => completions::completions(&args)?,

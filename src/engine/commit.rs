@@ -86,7 +86,7 @@ pub fn commit(
         .next
         .ok_or_else(|| Error::new(ErrorKind::Corrupt, "a commit without a next layer"))?;
     let frozen_seconds = match &mount {
-        Some(mount) => Some(seal_mounted(store, &record, &mount.dir, next)?),
+        Some(mount) => Some(seal_frozen(&store.run_dir(&record), &mount.dir, next)?),
         None => {
             let open = Target::Container(name.to_owned()).open(store)?;
             forget_ext4_journal(&open)?;
@@ -134,7 +134,7 @@ fn image_record(container: &ContainerRecord, image: &str, comment: Option<&str>)
 }
 
 /// Freezes, seals, thaws. Returns the seconds in between.
-fn seal_mounted(store: &Store, container: &ContainerRecord, dir: &Path, next: Uuid) -> Result<f64> {
+pub(crate) fn seal_frozen(run_dir: &Path, dir: &Path, next: Uuid) -> Result<f64> {
     let args = serde_json::to_value(SealTop { next }).map_err(|error| {
         Error::with_source(
             ErrorKind::InvalidInput,
@@ -144,7 +144,7 @@ fn seal_mounted(store: &Store, container: &ContainerRecord, dir: &Path, next: Uu
     })?;
     let begin = Instant::now();
     let frozen = freeze::freeze(dir, FREEZE_LIMIT)?;
-    let sealed = control::call(&store.run_dir(container), SEAL_TOP, args, SEAL_TIMEOUT);
+    let sealed = control::call(run_dir, SEAL_TOP, args, SEAL_TIMEOUT);
     let thawed = frozen.thaw();
     let seconds = begin.elapsed().as_secs_f64();
     sealed?;
@@ -153,7 +153,7 @@ fn seal_mounted(store: &Store, container: &ContainerRecord, dir: &Path, next: Uu
 }
 
 /// syncfs(2) of the file system at `dir`.
-fn sync_file_system(dir: &Path) -> Result<()> {
+pub(crate) fn sync_file_system(dir: &Path) -> Result<()> {
     let file = std::fs::File::open(dir).context(|| format!("cannot open {}", dir.display()))?;
     nix::unistd::syncfs(&file).context(|| format!("cannot sync {}", dir.display()))
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::import::forget_ext4_journal;
 use crate::chain::{Chain, ChainSpec, ChainStatsSnapshot, open_chain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::{ControlHandler, Opened};
@@ -17,6 +18,8 @@ use crate::store::{LayerLease, Resolved, Store};
 
 /// Asks a device server to seal its top layer and go on in another: [`SealTop`].
 pub const SEAL_TOP: &str = "seal-top";
+/// Asks a device server to seal its top layer for good; the answer is [`Sealed`].
+pub const SEAL: &str = "seal";
 /// Asks a device server for its counters: [`DeviceStats`].
 pub const STATS: &str = "stats";
 
@@ -27,6 +30,8 @@ pub enum Target {
     Container(String),
     /// A layer in `staging` on its parents, writable. Whoever staged it keeps it leased.
     Staged(Uuid),
+    /// A published layer on its parents: writable until it is sealed.
+    Layer(Uuid),
     /// A sealed layer on its parents, read-only.
     Sealed(Uuid),
 }
@@ -37,6 +42,7 @@ impl Target {
         match self {
             Target::Container(name) => vec!["--container".into(), name.into()],
             Target::Staged(layer) => vec!["--staged".into(), layer.to_string().into()],
+            Target::Layer(layer) => vec!["--layer".into(), layer.to_string().into()],
             Target::Sealed(layer) => vec!["--sealed".into(), layer.to_string().into()],
         }
     }
@@ -85,6 +91,23 @@ impl Target {
                     None,
                 ))
             }
+            Target::Layer(layer) => {
+                let dir = store.layer_dir(*layer);
+                let header = crate::layer::Header::read(&**store.storage(), &dir)?;
+                if header.sealed {
+                    // A server that died after it sealed its top.
+                    return Target::Sealed(*layer).open(store);
+                }
+                let lease = store.lease_layer(*layer)?;
+                let sealed = store.layer_dirs(&store.ancestry(header.parent)?);
+                let spec = ChainSpec {
+                    sealed,
+                    top: Some(dir),
+                    options,
+                };
+                let chain = open_chain(store.storage(), &spec)?;
+                Ok(OpenChain::new(store, chain, Some(lease)))
+            }
             Target::Sealed(layer) => {
                 let sealed = store.layer_dirs(&store.ancestry(Some(*layer))?);
                 let spec = ChainSpec {
@@ -120,6 +143,13 @@ fn layer_options(store: &Store) -> LayerOptions {
 pub struct SealTop {
     /// The empty layer to go on in.
     pub next: Uuid,
+}
+
+/// Answer of [`SEAL`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sealed {
+    /// Data blocks in the sealed layer.
+    pub blocks: u64,
 }
 
 /// Counters of a device.
@@ -181,6 +211,19 @@ impl OpenChain {
         Ok(())
     }
 
+    /// Seals the top for good: the device can only be read from now on. Nobody has the file system
+    /// mounted, so the blocks of its journal are dropped.
+    ///
+    /// # Errors
+    /// As [`Chain::seal_last`].
+    pub fn seal(&self) -> Result<Sealed> {
+        forget_ext4_journal(self)?;
+        let sealed = self.chain.seal_last()?;
+        Ok(Sealed {
+            blocks: sealed.data_blocks(),
+        })
+    }
+
     /// The counters now.
     pub fn stats(&self) -> DeviceStats {
         let top = self.chain.top();
@@ -202,6 +245,9 @@ impl ControlHandler for OpenChain {
                 })?;
                 self.seal_top(args.next).map(|()| Value::Null)
             }
+            SEAL => serde_json::to_value(self.seal()?).map_err(|error| {
+                Error::with_source(ErrorKind::Io, "the answer cannot be encoded", error)
+            }),
             STATS => serde_json::to_value(self.stats()).map_err(|error| {
                 Error::with_source(ErrorKind::Io, "the counters cannot be encoded", error)
             }),

@@ -13,7 +13,7 @@ pub mod run;
 
 pub mod serve;
 pub mod status;
-mod template;
+pub(crate) mod template;
 
 use crate::error::{Result, ResultExt};
 use crate::storage::{Held, LockMode};

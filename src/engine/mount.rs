@@ -32,7 +32,7 @@ pub struct Mounted {
 }
 
 /// How to start the server of a target.
-fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
+pub(crate) fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
     let mut arguments: Vec<OsString> =
         vec!["--root".into(), store.root().into(), SERVER_COMMAND.into()];
     arguments.extend(target.arguments());
@@ -190,7 +190,7 @@ pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: b
 }
 
 /// Unmounts everything that is mounted from the loop device of a run directory.
-fn unmount_device(run_dir: &Path, force: bool) -> Result<()> {
+pub(crate) fn unmount_device(run_dir: &Path, force: bool) -> Result<()> {
     let Some(device) = device::status(run_dir)?.and_then(|status| status.loop_device) else {
         return Ok(());
     };

@@ -14,7 +14,7 @@ use crate::store::{FsInfo, LayerInfo, Store, StoreGuard, TemplateRecord};
 const VERSION: u32 = 1;
 
 /// The template for file systems of `size` bytes; made where the store has none.
-pub(super) fn get(store: &Store, size: u64, pin: &StoreGuard) -> Result<TemplateRecord> {
+pub(crate) fn get(store: &Store, size: u64, pin: &StoreGuard) -> Result<TemplateRecord> {
     let key = format!("ext4-v{VERSION}-{size}");
     // One process makes it, the others wait and find it.
     let lock_path = store.root().join("templates").join("lock");

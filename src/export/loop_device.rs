@@ -236,6 +236,18 @@ impl LoopDevice {
             .context(|| format!("{}: cannot be opened", self.path().display()))
     }
 
+    /// True while a mount in whatever namespace, or another exclusive opener, has the device.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] where it cannot be opened.
+    pub fn is_claimed(self) -> Result<bool> {
+        match self.open(false, libc::O_EXCL) {
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == ErrorKind::InUse => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The path of the backing file as the kernel shows it, or `None` when it is not attached.
     pub fn backing_file(self) -> Option<PathBuf> {
         let mut bytes = fs::read(self.sysfs().join("loop/backing_file")).ok()?;

@@ -9,6 +9,7 @@
 //! ROOT/containers/NAME.json
 //! ROOT/templates/SIZE.json   empty file systems that images begin with
 //! ROOT/volumes/NAME/         named volumes
+//! ROOT/snapshots/UUID.json   containerd's snapshots; ROOT/mnt/UUID/ where they are mounted
 //! ROOT/staging/UUID/         being made; ROOT/trash/ being removed
 //! ROOT/quarantine/            records whose layers are damaged; made when needed
 //! ROOT/run/CONTAINER/        mounts and processes of the running system
@@ -28,6 +29,7 @@ mod names;
 mod prune;
 mod quarantine;
 mod records;
+mod snapshots;
 mod volumes;
 
 pub use containers::{NewContainer, Resolved, now};
@@ -36,6 +38,7 @@ pub use names::{check_name, check_reference};
 pub use prune::{Orphans, PruneReport};
 pub use quarantine::{Quarantined, Records};
 pub use records::{ContainerRecord, FsInfo, ImageRecord, LayerInfo, TemplateRecord, VolumeMount};
+pub use snapshots::{SnapshotKind, SnapshotRecord};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -134,7 +137,7 @@ impl Store {
                 || name == "volumes"
                 || quarantine::is_quarantine(name)
                 || name.starts_with(MARKER)
-                || ["lock", "gc.lock", "lost+found"].contains(&name)
+                || ["lock", "gc.lock", "lost+found", "snapshots", "mnt"].contains(&name)
         };
         if let Some(foreign) = entries.iter().find(|entry| !known(&entry.name)) {
             return Err(Error::new(

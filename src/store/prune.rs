@@ -47,10 +47,17 @@ impl Records {
         });
         let templates = self.templates.iter().map(|template| &template.layer);
         let quarantined = self.quarantined_layers.iter();
+        let snapshots = self.snapshots.iter().flat_map(|snapshot| {
+            snapshot
+                .layers
+                .iter()
+                .chain(std::iter::once(&snapshot.base))
+        });
         images
             .chain(containers)
             .chain(templates)
             .chain(quarantined)
+            .chain(snapshots)
             .copied()
             .collect()
     }
@@ -194,8 +201,10 @@ impl Store {
         }
         let containers = records.containers.into_iter().map(|record| record.id);
         let quarantined = records.quarantined.into_iter().map(|record| record.id);
+        let snapshots = records.snapshots.into_iter().map(|record| record.id);
         Ok(containers
             .chain(quarantined)
+            .chain(snapshots)
             .map(|id| id.to_string())
             .collect())
     }
@@ -225,13 +234,14 @@ impl Store {
         if !records.damaged.is_empty() {
             return Ok(());
         }
-        let images: HashSet<Uuid> = records
+        let used: HashSet<Uuid> = records
             .images
             .into_iter()
             .flat_map(|image| image.layers)
+            .chain(records.snapshots.into_iter().map(|snapshot| snapshot.base))
             .collect();
         for template in records.templates {
-            if !images.contains(&template.layer) {
+            if !used.contains(&template.layer) {
                 self.remove_json(&self.record_path("templates", &template.key))?;
             }
         }

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::Store;
 use super::names::encode;
 use super::records::{ContainerRecord, ImageRecord, TemplateRecord};
+use super::snapshots::SnapshotRecord;
 use crate::error::{Error, Result, ResultExt};
 
 const QUARANTINE: &str = "quarantine";
@@ -38,6 +39,8 @@ pub struct Records {
     pub containers: Vec<ContainerRecord>,
     /// Empty file systems.
     pub templates: Vec<TemplateRecord>,
+    /// containerd's snapshots.
+    pub snapshots: Vec<SnapshotRecord>,
     /// What is wrong with each record that cannot be read; the message names the file.
     pub damaged: Vec<Error>,
     /// What is in quarantine.
@@ -57,6 +60,7 @@ impl Store {
             images: self.read_records("images", |error| damaged.push(error))?,
             containers: self.read_records("containers", |error| damaged.push(error))?,
             templates: self.read_records("templates", |error| damaged.push(error))?,
+            snapshots: self.snapshots(|error| damaged.push(error))?,
             ..Records::default()
         };
         let mut layers = Vec::new();

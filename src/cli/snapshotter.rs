@@ -1,0 +1,138 @@
+//! `vellum snapshotter`
+
+use std::fs;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Context, DEFAULT_ROOT};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat};
+use crate::snapshotter::{Snapshotter, service};
+use crate::storage::LockMode;
+use crate::store::Store;
+
+/// Arguments of `snapshotter`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The configuration file [default: /etc/vellum/config.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The socket for containerd [default: /run/vellum/vellum.sock]
+    #[arg(long, value_name = "SOCK")]
+    address: Option<PathBuf>,
+    /// error, warn, info, debug or trace [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+}
+
+pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
+    let config = Config::load(args.config.as_deref())?;
+    start_log(args, &config)?;
+    // The command line first, then the file.
+    let root = match &config.root {
+        Some(root) if context.root == Path::new(DEFAULT_ROOT) => root,
+        _ => &context.root,
+    };
+    let address = args.address.clone().or_else(|| config.address.clone());
+    let address = address.unwrap_or_else(|| DEFAULT_ADDRESS.into());
+    let store = Store::open_or_create(root)?;
+    let lock = store.root().join("run").join("snapshotter.lock");
+    let held = store
+        .storage()
+        .lock(&lock, LockMode::Exclusive, false)
+        .context(|| format!("cannot lock {}", lock.display()))?;
+    let Some(_held) = held else {
+        return Err(Error::new(
+            ErrorKind::InUse,
+            format!(
+                "another snapshotter serves {}: one store belongs to one containerd",
+                store.root().display()
+            ),
+        ));
+    };
+    let listener = listen(&address)?;
+    let snapshotter = Arc::new(Snapshotter::start(&store, config.size()?)?);
+    let served = service::serve(&snapshotter, listener, || {
+        tracing::info!(address = %address.display(), "serves");
+        notify("READY=1");
+    });
+    notify("STOPPING=1");
+    // Nobody connects any more; the next to start makes it anew.
+    let _ = fs::remove_file(&address);
+    if let Some(snapshotter) = Arc::into_inner(snapshotter) {
+        snapshotter.stop();
+    }
+    served
+}
+
+fn start_log(args: &Args, config: &Config) -> Result<()> {
+    let level = args.log_level.as_ref().or(config.log.level.as_ref());
+    let level = level.map_or("info", String::as_str);
+    let levels = ["error", "warn", "info", "debug", "trace"];
+    if !levels.contains(&level) {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("log level {level:?}: it is one of {}", levels.join(", ")),
+        ));
+    }
+    let filter = format!("vellum={level},warn");
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(false)
+        .log_internal_errors(false);
+    match config.log.format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    Ok(())
+}
+
+/// Listens on the socket at `path`, in place of one that nobody answers on.
+fn listen(path: &Path) -> Result<UnixListener> {
+    let what = || format!("cannot listen on {}", path.display());
+    if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir);
+        made.context(what)?;
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!("{}: another program answers there", what()),
+            ));
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ECONNREFUSED) => {
+            // Only a socket refuses a connection, so nothing else is removed.
+            fs::remove_file(path).context(what)?;
+        }
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(path).context(what)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).context(what)?;
+    Ok(listener)
+}
+
+/// Tells systemd how we are doing (sd_notify(3)), if it wants to know.
+fn notify(state: &str) {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let name = name.as_encoded_bytes();
+    let address = match name.strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(Path::new(&*String::from_utf8_lossy(name))),
+    };
+    let sent = address
+        .and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
+    if let Err(error) = sent {
+        tracing::warn!(%error, "systemd cannot be told: {state}");
+    }
+}

@@ -1,0 +1,49 @@
+//! Vellum under containerd: a proxy plugin that serves `containerd.services.snapshots.v1`.
+//!
+//! Each snapshot that can be written is one thin block layer on those of its parent. Prepare makes
+//! the layer, attaches it as a device of its own process, and mounts its ext4 under the store;
+//! Mounts answers with a bind of that. Commit seals the layer; checksums are made afterwards.
+//! Devices and mounts belong to no process of this module, so they outlive it: what is mounted is
+//! asked of the kernel at each call, never remembered.
+//!
+//! * [`service`]: gRPC, and nothing else: messages in, messages out.
+//! * [`Snapshotter`]: the operations.
+//! * [`metadata`]: what containerd knows of snapshots, in memory and on disk.
+//! * [`mounts`]: devices and mounts of snapshots.
+//! * [`retire`]: what comes after an answer: detaching, removing, checksums.
+//! * [`filter`]: containerd's language for choosing from a list.
+
+mod authority;
+pub mod config;
+pub mod filter;
+pub mod metadata;
+pub mod mounts;
+mod operations;
+pub mod retire;
+pub mod service;
+
+pub use operations::{Failure, Snapshotter};
+
+/// The messages and the server's trait, made from `proto/` by the build script.
+#[allow(
+    missing_docs,
+    clippy::all,
+    rust_2018_idioms,
+    reason = "generated; the names are containerd's"
+)]
+pub mod proto {
+    /// `containerd.types`
+    pub mod types {
+        tonic::include_proto!("containerd.types");
+    }
+    /// `containerd.services.snapshots.v1`
+    pub mod services {
+        /// The snapshots service.
+        pub mod snapshots {
+            /// Version 1.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.snapshots.v1");
+            }
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! Devices and mounts of snapshots. Nothing of it is remembered here: the run directory and the
+//! kernel's tables say what there is, also after the process before was killed.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::engine::commit::{seal_frozen, sync_file_system};
+use crate::engine::device::{DeviceStats, SEAL, STATS, Sealed, Target};
+use crate::engine::mount::attach_spec;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::device::{self, DetachOptions, Status, control};
+use crate::export::loop_device::LoopDevice;
+use crate::fs::ext4;
+use crate::fs::mountinfo::MountInfo;
+use crate::layer::Header;
+use crate::store::{SnapshotKind, SnapshotRecord, Store};
+
+const MOUNTS: &str = "mnt";
+/// How long a server may take to flush and seal.
+const SEAL_TIMEOUT: Duration = Duration::from_secs(120);
+const STATS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The devices and mounts of a store's snapshots.
+#[derive(Debug, Clone)]
+pub struct Mounts {
+    store: Store,
+}
+
+/// What is there of a snapshot's device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Presence {
+    /// Nothing, or what a crash left.
+    Absent,
+    /// Mounted, and its server works.
+    Mounted,
+}
+
+impl Mounts {
+    /// Makes the directory for mounts, and gives all of the root the modes that containerd and
+    /// runc need: the way to the mounts can be walked by everybody, the rest is ours.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn new(store: &Store) -> Result<Self> {
+        let root = store.root();
+        let mounts = root.join(MOUNTS);
+        fs::create_dir_all(&mounts).context(|| format!("cannot make {}", mounts.display()))?;
+        set_mode(root, 0o755)?;
+        set_mode(&mounts, 0o711)?;
+        for entry in fs::read_dir(root)
+            .context(|| format!("cannot list {}", root.display()))?
+            .flatten()
+        {
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            if is_dir && entry.file_name() != MOUNTS {
+                set_mode(&entry.path(), 0o700)?;
+            }
+        }
+        Ok(Mounts {
+            store: store.clone(),
+        })
+    }
+
+    /// Where a snapshot is mounted.
+    pub fn dir(&self, id: Uuid) -> PathBuf {
+        self.store.root().join(MOUNTS).join(id.to_string())
+    }
+
+    fn run_dir(&self, id: Uuid) -> PathBuf {
+        self.store.root().join("run").join(id.to_string())
+    }
+
+    fn presence(&self, id: Uuid) -> Result<Presence> {
+        if !is_mount_point(&self.dir(id)) {
+            return Ok(Presence::Absent);
+        }
+        let status = device::status(&self.run_dir(id))?;
+        let works = status.is_some_and(|status| {
+            status.alive && !matches!(status.state.status, Status::Failed | Status::Ended)
+        });
+        Ok(if works {
+            Presence::Mounted
+        } else {
+            Presence::Absent
+        })
+    }
+
+    /// True while the snapshot is mounted and served.
+    ///
+    /// # Errors
+    /// Where the run directory cannot be read.
+    pub fn is_mounted(&self, id: Uuid) -> Result<bool> {
+        Ok(self.presence(id)? == Presence::Mounted)
+    }
+
+    /// Attaches and mounts a snapshot that is not mounted. What a crash left of an earlier device
+    /// is cleared away.
+    ///
+    /// # Errors
+    /// What keeps the chain from being opened or mounted, with names.
+    pub fn mount(&self, record: &SnapshotRecord) -> Result<PathBuf> {
+        let dir = self.dir(record.id);
+        let run_dir = self.run_dir(record.id);
+        self.clear(record.id)?;
+        fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
+        let target = match record.kind {
+            SnapshotKind::Active => Target::Layer(record.top()),
+            SnapshotKind::View | SnapshotKind::Committed => Target::Sealed(record.top()),
+        };
+        let spec = attach_spec(&self.store, &target);
+        let attached = device::attach(&run_dir, &spec)
+            .map_err(|error| error.context(format!("cannot attach snapshot {:?}", record.key)))?;
+        let mounted = self.mount_device(record, &attached.device.path(), &dir);
+        if mounted.is_err() {
+            // The mount's failure is what matters.
+            let _ = self.clear(record.id);
+        }
+        mounted
+            .map_err(|error| error.context(format!("cannot mount snapshot {:?}", record.key)))?;
+        Ok(dir)
+    }
+
+    fn mount_device(&self, record: &SnapshotRecord, device: &Path, dir: &Path) -> Result<()> {
+        let options = ext4::MountOptions {
+            read_only: record.kind != SnapshotKind::Active,
+        };
+        ext4::mount(device, dir, options)?;
+        if record.kind != SnapshotKind::Active {
+            return Ok(());
+        }
+        let base = Header::read(&**self.store.storage(), &self.store.layer_dir(record.base))?;
+        if base.virtual_size >= record.virtual_size {
+            return Ok(());
+        }
+        match ext4::grow(dir, record.virtual_size) {
+            Err(error) if error.kind() == ErrorKind::Permission => {
+                ext4::unmount(dir, Duration::from_secs(1))?;
+                ext4::grow_unmounted(device)?;
+                ext4::mount(device, dir, options)
+            }
+            other => other,
+        }
+    }
+
+    /// Takes away what there is of a snapshot's device, in use or not.
+    fn clear(&self, id: Uuid) -> Result<()> {
+        let dir = self.dir(id);
+        if is_mount_point(&dir) {
+            ext4::unmount_lazily(&dir)?;
+        }
+        let options = DetachOptions {
+            force: true,
+            ..DetachOptions::default()
+        };
+        device::detach(&self.run_dir(id), &options)
+    }
+
+    fn loop_device(&self, id: Uuid) -> Result<LoopDevice> {
+        let status = device::status(&self.run_dir(id))?;
+        let device = status.and_then(|status| status.loop_device);
+        device
+            .and_then(|path| LoopDevice::from_path(&path))
+            .ok_or_else(|| Error::new(ErrorKind::Io, format!("the loop device of {id} is gone")))
+    }
+
+    /// Unmounts a snapshot if nobody else has it mounted, in whatever mount namespace; says
+    /// whether that was so. Otherwise it is still mounted at its place.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn unmount_unshared(&self, id: Uuid) -> Result<bool> {
+        let dir = self.dir(id);
+        let device = self.loop_device(id)?;
+        let number = (7, device.number());
+        let mounts = MountInfo::read()?;
+        if mounts.iter().filter(|m| m.major_minor == number).count() != 1 {
+            return Ok(false);
+        }
+        match ext4::unmount(&dir, Duration::ZERO) {
+            Err(error) if error.kind() == ErrorKind::InUse => return Ok(false),
+            other => other?,
+        }
+        if device.is_claimed()? {
+            // A namespace that we do not see. The same device gives the same file system again.
+            ext4::mount(&device.path(), &dir, ext4::MountOptions::default())?;
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    /// Seals the layer of a snapshot that [`Mounts::unmount_unshared`] unmounted; returns the
+    /// bytes of data in it.
+    ///
+    /// # Errors
+    /// Where the host fails; the layer is not sealed then.
+    pub fn seal(&self, id: Uuid) -> Result<u64> {
+        let answer = control::call(&self.run_dir(id), SEAL, Value::Null, SEAL_TIMEOUT)?;
+        let sealed: Sealed = serde_json::from_value(answer).map_err(|error| {
+            Error::with_source(ErrorKind::Protocol, "the device server's answer", error)
+        })?;
+        Ok(sealed.blocks * crate::block::BLOCK_SIZE)
+    }
+
+    /// Seals the layer of a snapshot under those who have it mounted, who go on in the layer
+    /// `next`.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn seal_under_users(&self, id: Uuid, next: Uuid) -> Result<()> {
+        let dir = self.dir(id);
+        sync_file_system(&dir)?;
+        let run_dir = self.run_dir(id);
+        control::call(&run_dir, "flush", Value::Null, SEAL_TIMEOUT)?;
+        let seconds = seal_frozen(&run_dir, &dir, next)?;
+        tracing::info!(%id, seconds, "sealed while it was mounted");
+        Ok(())
+    }
+
+    /// Data blocks in the top layer of a snapshot that is attached.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] while it is not.
+    pub fn stats(&self, id: Uuid) -> Result<DeviceStats> {
+        let answer = control::call(&self.run_dir(id), STATS, Value::Null, STATS_TIMEOUT)?;
+        serde_json::from_value(answer).map_err(|error| {
+            Error::with_source(ErrorKind::Protocol, "the device server's counters", error)
+        })
+    }
+
+    /// Takes the mount of a snapshot out of sight. Who has it mounted elsewhere keeps it.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn hide(&self, id: Uuid) -> Result<()> {
+        let dir = self.dir(id);
+        if is_mount_point(&dir) {
+            ext4::unmount_lazily(&dir)?;
+        }
+        Ok(())
+    }
+
+    /// Detaches the device of a snapshot that is not needed any more and removes its directories.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while somebody still has it mounted.
+    pub fn release(&self, id: Uuid) -> Result<()> {
+        self.hide(id)?;
+        let options = DetachOptions {
+            force: false,
+            timeout: Duration::from_millis(500),
+        };
+        device::detach(&self.run_dir(id), &options)?;
+        let dir = self.dir(id);
+        match fs::remove_dir(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io(format!("cannot remove {}", dir.display()), error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Every snapshot that has a mount directory or a device.
+    ///
+    /// # Errors
+    /// Where the directories cannot be listed.
+    pub fn present(&self) -> Result<Vec<Uuid>> {
+        let mut found = std::collections::BTreeSet::new();
+        for dir in [MOUNTS, "run"] {
+            let dir = self.store.root().join(dir);
+            let entries =
+                fs::read_dir(&dir).context(|| format!("cannot list {}", dir.display()))?;
+            found.extend(
+                entries
+                    .flatten()
+                    .filter_map(|entry| Uuid::parse_str(entry.file_name().to_str()?).ok()),
+            );
+        }
+        Ok(found.into_iter().collect())
+    }
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        .context(|| format!("cannot set the mode of {}", path.display()))
+}
+
+/// True when something is mounted at `dir`, also when that no longer answers.
+fn is_mount_point(dir: &Path) -> bool {
+    let Some(parent) = dir.parent().and_then(|parent| fs::metadata(parent).ok()) else {
+        return false;
+    };
+    match fs::symlink_metadata(dir) {
+        Ok(there) => there.dev() != parent.dev(),
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+    }
+}

@@ -1,0 +1,575 @@
+//! The operations of the snapshots API on the store.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use uuid::Uuid;
+
+use super::metadata::Index;
+use super::mounts::Mounts;
+use super::retire::{Job, Retirer};
+use crate::block::BLOCK_SIZE;
+use crate::engine::template;
+use crate::error::{Error, ErrorKind};
+use crate::layer::{Header, SealedLayer, data_blocks_on_disk};
+use crate::store::{LayerInfo, SnapshotKind, SnapshotRecord, Store};
+
+/// The size of a container's device.
+const SIZE_LABELS: [&str; 2] = [
+    "containerd.io/snapshot/vellum.size",
+    "containerd.io/snapshot/max-size",
+];
+/// The name that a remote snapshot would have: one that we have already need not be unpacked.
+const REF_LABEL: &str = "containerd.io/snapshot.ref";
+
+/// Why an operation failed.
+#[derive(Debug)]
+pub enum Failure {
+    /// What was asked cannot be done; the kind says why, as containerd understands it.
+    Request(Error),
+    /// The host failed: whatever the kind, this is no answer about the snapshot.
+    Host(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure::Host(error)
+    }
+}
+
+type Result<T> = std::result::Result<T, Failure>;
+
+fn request<T>(result: crate::Result<T>) -> Result<T> {
+    result.map_err(Failure::Request)
+}
+
+/// A mount as containerd carries it out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// Where we mounted the snapshot.
+    pub source: PathBuf,
+    /// Without writes.
+    pub read_only: bool,
+}
+
+/// The snapshots of one store, served to one containerd.
+#[derive(Debug)]
+pub struct Snapshotter {
+    store: Store,
+    index: Index,
+    mounts: Mounts,
+    retirer: Retirer,
+    default_size: u64,
+}
+
+impl Snapshotter {
+    /// Takes over what is there: records, devices and mounts of an earlier process. Devices that
+    /// no snapshot needs are detached, and layers that a crash orphaned removed, in the background.
+    ///
+    /// # Errors
+    /// Where the store cannot be read or the template not be made.
+    pub fn start(store: &Store, default_size: u64) -> crate::Result<Self> {
+        store.prepare_snapshots()?;
+        let mounts = Mounts::new(store)?;
+        let index = Index::load(store)?;
+        {
+            let pin = store.pin_layers()?;
+            template::get(store, default_size, &pin)?;
+        }
+        if let Err(error) = store.prune() {
+            tracing::error!(%error, "what crashes left is not removed");
+        }
+        let retirer = Retirer::start(store, &mounts)?;
+        let records = index.all();
+        let needed = |id: Uuid| {
+            records
+                .iter()
+                .any(|record| record.id == id && record.kind != SnapshotKind::Committed)
+        };
+        let mut adopted = 0u32;
+        for id in mounts.present()? {
+            if needed(id) {
+                adopted += u32::from(mounts.is_mounted(id)?);
+            } else {
+                retirer.push(Job {
+                    id: Some(id),
+                    ..Job::default()
+                });
+            }
+        }
+        let committed = records
+            .iter()
+            .filter(|record| record.kind == SnapshotKind::Committed);
+        let checksum: Vec<Uuid> = committed
+            .flat_map(|record| record.layers.iter().copied())
+            .filter(|layer| !has_checksums(store, *layer))
+            .collect();
+        if !checksum.is_empty() {
+            retirer.push(Job {
+                checksum,
+                ..Job::default()
+            });
+        }
+        tracing::info!(
+            root = %store.root().display(),
+            snapshots = records.len(),
+            mounted = adopted,
+            "started"
+        );
+        Ok(Snapshotter {
+            store: store.clone(),
+            index,
+            mounts,
+            retirer,
+            default_size,
+        })
+    }
+
+    /// Makes a snapshot of `kind` on `parent` and mounts it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AlreadyExists`] for the key, [`ErrorKind::NotFound`] for the parent,
+    /// [`ErrorKind::InvalidInput`] for a parent that is not committed, or a size that cannot be.
+    pub fn prepare(
+        &self,
+        key: &str,
+        parent: &str,
+        labels: BTreeMap<String, String>,
+        kind: SnapshotKind,
+    ) -> Result<Bind> {
+        if key.is_empty() {
+            return Err(invalid("a snapshot needs a key"));
+        }
+        let wanted = wanted_size(&labels)?;
+        let _lock = self.index.lock_key(key);
+        let pin = self.store.pin_layers()?;
+        let parent = (!parent.is_empty()).then_some(parent);
+        let (base, least) = match parent {
+            Some(parent) => {
+                let parent = request(self.index.parent(parent))?;
+                (parent.top(), parent.virtual_size)
+            }
+            None => {
+                let size = wanted.unwrap_or(self.default_size);
+                let template = template::get(&self.store, size, &pin)?;
+                (template.layer, size)
+            }
+        };
+        let virtual_size = wanted.unwrap_or(least);
+        if virtual_size < least {
+            return Err(invalid(format!(
+                "snapshot {key:?}: {virtual_size} bytes are wanted, but its image has {least}: a \
+                 file system can only grow; set a smaller default_size before images are unpacked"
+            )));
+        }
+        let now = SystemTime::now();
+        let mut record = SnapshotRecord {
+            key: key.to_owned(),
+            id: Uuid::new_v4(),
+            kind,
+            parent: parent.map(str::to_owned),
+            base,
+            layers: Vec::new(),
+            virtual_size,
+            bytes: 0,
+            labels,
+            created: now,
+            updated: now,
+        };
+        request(self.index.reserve(&record))?;
+        let made = self.make(&mut record, &pin);
+        drop(pin);
+        match made {
+            Ok(bind) => {
+                self.index.show(record, None);
+                Ok(bind)
+            }
+            Err(failure) => {
+                self.undo(&record);
+                Err(failure)
+            }
+        }
+    }
+
+    /// The part of [`Snapshotter::prepare`] that touches the host.
+    fn make(&self, record: &mut SnapshotRecord, pin: &crate::store::StoreGuard) -> Result<Bind> {
+        if record.kind == SnapshotKind::Active {
+            if self.adopt_remote(record, pin)? {
+                return Err(Failure::Request(Error::new(
+                    ErrorKind::AlreadyExists,
+                    format!("target snapshot {:?}: already exists", record.key),
+                )));
+            }
+            let layer = self.add_layer(record.base, record.virtual_size, pin)?;
+            record.layers.push(layer);
+        }
+        self.store.put_snapshot(record, pin)?;
+        let source = self.mounts.mount(record)?;
+        Ok(bind(record, source))
+    }
+
+    /// Where a layer with this reference is there already, on the same layers, under another
+    /// name (another of containerd's namespaces unpacked it): makes the snapshot that containerd
+    /// then finds by its label and does not unpack again.
+    fn adopt_remote(
+        &self,
+        record: &SnapshotRecord,
+        pin: &crate::store::StoreGuard,
+    ) -> Result<bool> {
+        let Some(reference) = record.labels.get(REF_LABEL) else {
+            return Ok(false);
+        };
+        let found = self.index.all().into_iter().find(|other| {
+            other.kind == SnapshotKind::Committed
+                && other.base == record.base
+                && other.labels.get(REF_LABEL) == Some(reference)
+                && !other.layers.is_empty()
+        });
+        let Some(found) = found else {
+            return Ok(false);
+        };
+        let shared = SnapshotRecord {
+            key: format!("{} {}", record.key, found.id),
+            id: Uuid::new_v4(),
+            kind: SnapshotKind::Committed,
+            layers: found.layers,
+            bytes: found.bytes,
+            virtual_size: found.virtual_size,
+            ..record.clone()
+        };
+        request(self.index.reserve(&shared))?;
+        if let Err(error) = self.store.put_snapshot(&shared, pin) {
+            self.index.forget(&shared.key);
+            return Err(error.into());
+        }
+        // The other may have been removed meanwhile, and its layers with it.
+        if request(self.index.get(&found.key)).is_err() {
+            self.store.remove_snapshot(shared.id)?;
+            self.index.forget(&shared.key);
+            return Ok(false);
+        }
+        self.index.show(shared, None);
+        Ok(true)
+    }
+
+    fn add_layer(
+        &self,
+        parent: Uuid,
+        virtual_size: u64,
+        pin: &crate::store::StoreGuard,
+    ) -> crate::Result<Uuid> {
+        let staged = self.store.stage_layer(Some(parent), virtual_size)?;
+        let info = LayerInfo {
+            origin: "containerd snapshot".into(),
+            ..LayerInfo::default()
+        };
+        staged.publish(&info, pin)
+    }
+
+    /// Takes back what a failed [`Snapshotter::prepare`] did.
+    fn undo(&self, record: &SnapshotRecord) {
+        match self.store.remove_snapshot(record.id) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                tracing::warn!(%error, "the record of a failed snapshot stays");
+            }
+            _ => {}
+        }
+        self.index.forget(&record.key);
+        self.retirer.push(Job {
+            id: Some(record.id),
+            discard: record.layers.clone(),
+            ..Job::default()
+        });
+    }
+
+    /// How to mount a view or an active snapshot; attaches and mounts it where a reboot or a crash
+    /// took that away.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] (a failed precondition) for a committed one.
+    pub fn mounts(&self, key: &str) -> Result<Bind> {
+        let _lock = self.index.lock_key(key);
+        let mut record = request(self.index.get(key))?;
+        if record.kind == SnapshotKind::Committed {
+            return Err(Failure::Request(Error::new(
+                ErrorKind::InUse,
+                format!("snapshot {key:?} is committed: it is not mounted itself"),
+            )));
+        }
+        let source = self.ensure_mounted(&mut record)?;
+        Ok(bind(&record, source))
+    }
+
+    fn ensure_mounted(&self, record: &mut SnapshotRecord) -> Result<PathBuf> {
+        if self.mounts.is_mounted(record.id)? {
+            return Ok(self.mounts.dir(record.id));
+        }
+        if record.kind == SnapshotKind::Active {
+            self.settle(record)?;
+        }
+        tracing::info!(key = %record.key, "mounts again");
+        Ok(self.mounts.mount(record)?)
+    }
+
+    /// Makes the last layer of an active snapshot one that can be written, after a commit was cut
+    /// off on either side of the seal. Its device is not mounted.
+    fn settle(&self, record: &mut SnapshotRecord) -> Result<()> {
+        let sealed = |layer: Uuid| -> crate::Result<bool> {
+            let header = Header::read(&**self.store.storage(), &self.store.layer_dir(layer))?;
+            Ok(header.sealed)
+        };
+        let mut layers = Vec::new();
+        for layer in &record.layers {
+            layers.push(*layer);
+            if !sealed(*layer)? {
+                break;
+            }
+        }
+        let top = layers.last().copied().unwrap_or(record.base);
+        let pin = self.store.pin_layers()?;
+        let dropped: Vec<Uuid> = record.layers.iter().skip(layers.len()).copied().collect();
+        if sealed(top)? {
+            layers.push(self.add_layer(top, record.virtual_size, &pin)?);
+        }
+        if layers != record.layers {
+            tracing::warn!(key = %record.key, "a commit was cut off: goes on as before");
+            record.layers = layers;
+            self.store.put_snapshot(record, &pin)?;
+            self.index.show(record.clone(), None);
+            self.retirer.push(Job {
+                discard: dropped,
+                ..Job::default()
+            });
+        }
+        Ok(())
+    }
+
+    /// Makes the active snapshot `key` the committed snapshot `name`. Also while it is mounted:
+    /// its users go on in a layer that is thrown away.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AlreadyExists`] for the name, [`ErrorKind::NotFound`] for the key,
+    /// [`ErrorKind::InUse`] (a failed precondition) for one that is not active.
+    pub fn commit(&self, name: &str, key: &str, labels: BTreeMap<String, String>) -> Result<()> {
+        if name.is_empty() {
+            return Err(invalid("a committed snapshot needs a name"));
+        }
+        let _lock = self.index.lock_key(key);
+        let mut record = request(self.index.get(key))?;
+        if record.kind != SnapshotKind::Active {
+            return Err(Failure::Request(Error::new(
+                ErrorKind::InUse,
+                format!("snapshot {key:?} is not active: it cannot be committed"),
+            )));
+        }
+        let now = SystemTime::now();
+        let mut committed = SnapshotRecord {
+            key: name.to_owned(),
+            kind: SnapshotKind::Committed,
+            labels,
+            created: now,
+            updated: now,
+            ..record.clone()
+        };
+        request(self.index.reserve(&committed))?;
+        let sealed = self.seal(&mut record, &mut committed);
+        if let Err(failure) = sealed {
+            self.index.forget(name);
+            return Err(failure);
+        }
+        let job = Job {
+            id: Some(record.id),
+            checksum: committed.layers.clone(),
+            discard: record
+                .layers
+                .iter()
+                .filter(|layer| !committed.layers.contains(layer))
+                .copied()
+                .collect(),
+        };
+        self.index.show(committed, Some(key));
+        self.retirer.push(job);
+        Ok(())
+    }
+
+    /// Seals the layers of `record` and writes the record `committed` of it.
+    fn seal(&self, record: &mut SnapshotRecord, committed: &mut SnapshotRecord) -> Result<()> {
+        self.ensure_mounted(record)?;
+        let id = record.id;
+        committed.layers.clone_from(&record.layers);
+        let pin = self.store.pin_layers()?;
+        if self.mounts.unmount_unshared(id)? {
+            self.mounts.seal(id)?;
+        } else {
+            // Written first: once the top is sealed, its users are in the next.
+            let next = self.add_layer(record.top(), record.virtual_size, &pin)?;
+            record.layers.push(next);
+            self.store.put_snapshot(record, &pin)?;
+            self.index.show(record.clone(), None);
+            self.mounts.seal_under_users(id, next)?;
+            self.mounts.hide(id)?;
+        }
+        committed.bytes = self.sealed_bytes(&committed.layers)?;
+        self.store.put_snapshot(committed, &pin)?;
+        Ok(())
+    }
+
+    fn sealed_bytes(&self, layers: &[Uuid]) -> crate::Result<u64> {
+        let mut bytes = 0;
+        for layer in layers {
+            let dir = self.store.layer_dir(*layer);
+            let sealed = SealedLayer::open(&**self.store.storage(), &dir)?;
+            bytes += sealed.data_blocks() * BLOCK_SIZE;
+        }
+        Ok(bytes)
+    }
+
+    /// Removes a snapshot. Who still has it mounted keeps that until it is unmounted.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] while others are made from it.
+    pub fn remove(&self, key: &str) -> Result<()> {
+        let _lock = self.index.lock_key(key);
+        let record = request(self.index.begin_removal(key))?;
+        if let Err(error) = self.store.remove_snapshot(record.id) {
+            self.index.keep(key);
+            return Err(error.into());
+        }
+        self.index.forget(key);
+        if let Err(error) = self.mounts.hide(record.id) {
+            tracing::warn!(key, %error, "a removed snapshot is still mounted");
+        }
+        let shared = |layer: &Uuid| self.index.names_layer(*layer, record.id);
+        let (_, discard) = record
+            .layers
+            .iter()
+            .partition::<Vec<Uuid>, _>(|l| shared(l));
+        self.retirer.push(Job {
+            id: Some(record.id),
+            discard,
+            ..Job::default()
+        });
+        Ok(())
+    }
+
+    /// One snapshot.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`].
+    pub fn stat(&self, key: &str) -> Result<SnapshotRecord> {
+        request(self.index.get(key))
+    }
+
+    /// All snapshots, by key.
+    pub fn list(&self) -> Vec<SnapshotRecord> {
+        self.index.all()
+    }
+
+    /// Changes labels: those that `paths` name (`labels`, `labels.KEY`), all where it names none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InvalidInput`] for a path that cannot change.
+    pub fn update(
+        &self,
+        key: &str,
+        labels: &BTreeMap<String, String>,
+        paths: &[String],
+    ) -> Result<SnapshotRecord> {
+        let _lock = self.index.lock_key(key);
+        let mut record = request(self.index.get(key))?;
+        if paths.is_empty() {
+            record.labels.clone_from(labels);
+        }
+        for path in paths {
+            match path.strip_prefix("labels.") {
+                Some(label) => {
+                    let value = labels.get(label).cloned().unwrap_or_default();
+                    record.labels.insert(label.to_owned(), value);
+                }
+                None if path == "labels" => record.labels.clone_from(labels),
+                None => {
+                    return Err(invalid(format!(
+                        "cannot update {path:?} of snapshot {key:?}: only labels change"
+                    )));
+                }
+            }
+        }
+        // An empty value removes a label.
+        record.labels.retain(|_, value| !value.is_empty());
+        record.updated = SystemTime::now();
+        let pin = self.store.pin_layers()?;
+        self.store.put_snapshot(&record, &pin)?;
+        self.index.show(record.clone(), None);
+        Ok(record)
+    }
+
+    /// Bytes of data in the snapshot's own layers.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`].
+    pub fn usage(&self, key: &str) -> Result<u64> {
+        let record = request(self.index.get(key))?;
+        match record.kind {
+            SnapshotKind::View => Ok(0),
+            SnapshotKind::Committed => Ok(record.bytes),
+            SnapshotKind::Active => {
+                let (top, below) = match record.layers.split_last() {
+                    Some((top, below)) => (*top, below),
+                    None => return Ok(0),
+                };
+                let blocks = match self.mounts.stats(record.id) {
+                    Ok(stats) => stats.top_blocks,
+                    // Nobody serves it: the map on disk is all there is.
+                    Err(_) => {
+                        let dir = self.store.layer_dir(top);
+                        data_blocks_on_disk(&**self.store.storage(), &dir)?
+                    }
+                };
+                Ok(blocks * BLOCK_SIZE + self.sealed_bytes(below)?)
+            }
+        }
+    }
+
+    /// Waits a while for the space of removed snapshots to be free.
+    pub fn cleanup(&self) {
+        if !self.retirer.drain(Duration::from_secs(20)) {
+            tracing::warn!("removed snapshots are still being cleared away");
+        }
+    }
+
+    /// Ends what is under way. Devices and mounts of snapshots stay.
+    pub fn stop(self) {
+        self.retirer.stop(Duration::from_secs(15));
+    }
+}
+
+fn bind(record: &SnapshotRecord, source: PathBuf) -> Bind {
+    Bind {
+        source,
+        read_only: record.kind != SnapshotKind::Active,
+    }
+}
+
+fn invalid(text: impl Into<String>) -> Failure {
+    Failure::Request(Error::new(ErrorKind::InvalidInput, text))
+}
+
+fn has_checksums(store: &Store, layer: Uuid) -> bool {
+    // One that cannot be opened says so when it is used.
+    SealedLayer::open(&**store.storage(), &store.layer_dir(layer))
+        .map_or(true, |layer| layer.is_checksummed())
+}
+
+fn wanted_size(labels: &BTreeMap<String, String>) -> Result<Option<u64>> {
+    for label in SIZE_LABELS {
+        if let Some(text) = labels.get(label) {
+            let size = super::config::parse_size(text);
+            return match size {
+                Ok(size) => Ok(Some(size)),
+                Err(error) => Err(invalid(format!("label {label}: {error}"))),
+            };
+        }
+    }
+    Ok(None)
+}

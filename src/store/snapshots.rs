@@ -1,0 +1,135 @@
+//! What the store remembers of containerd's snapshots.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{Store, StoreGuard};
+use crate::error::{Error, Result, ResultExt};
+
+const DIRECTORY: &str = "snapshots";
+
+/// The kinds of containerd's snapshots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SnapshotKind {
+    /// Read-only, made to look at its parent.
+    View,
+    /// Writable.
+    Active,
+    /// Never changes again; others can be made from it.
+    Committed,
+}
+
+/// A snapshot: its name in containerd and the layers that it added.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// containerd's key: any text.
+    pub key: String,
+    /// Names the record's file, the mount and the device; stays when a commit changes the key.
+    pub id: Uuid,
+    /// What it is.
+    pub kind: SnapshotKind,
+    /// Key of the snapshot that it was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// The sealed layer that it lies on: its parent's last, or a template.
+    pub base: Uuid,
+    /// Its own layers from the bottom up: none for a view, more than one only where a commit was
+    /// cut off.
+    #[serde(default)]
+    pub layers: Vec<Uuid>,
+    /// Size of its device in bytes.
+    pub virtual_size: u64,
+    /// Bytes of data in its layers, known once it is committed.
+    #[serde(default)]
+    pub bytes: u64,
+    /// containerd's labels.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// When it got its kind.
+    pub created: SystemTime,
+    /// When its labels changed last.
+    pub updated: SystemTime,
+}
+
+impl SnapshotRecord {
+    /// The layer that a child lies on.
+    pub fn top(&self) -> Uuid {
+        self.layers.last().copied().unwrap_or(self.base)
+    }
+}
+
+impl Store {
+    /// Makes the directory of the snapshots' records where it is missing.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn prepare_snapshots(&self) -> Result<()> {
+        let dir = self.root.join(DIRECTORY);
+        match self.storage.create_dir(&dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+            Err(error) => Err(Error::io(format!("cannot make {}", dir.display()), error)),
+            Ok(()) => self
+                .storage
+                .sync_dir(&self.root)
+                .context(|| format!("cannot sync {}", self.root.display())),
+        }
+    }
+
+    fn snapshot_path(&self, id: Uuid) -> PathBuf {
+        self.root.join(DIRECTORY).join(format!("{id}.json"))
+    }
+
+    /// All snapshots; a record that cannot be read is passed to `damaged` and left out. A store
+    /// that no snapshotter has used has none.
+    ///
+    /// # Errors
+    /// Where the directory cannot be read.
+    pub fn snapshots(&self, damaged: impl FnMut(Error)) -> Result<Vec<SnapshotRecord>> {
+        let dir = self.root.join(DIRECTORY);
+        let there = self
+            .storage
+            .exists(&dir)
+            .context(|| format!("cannot stat {}", dir.display()))?;
+        if !there {
+            return Ok(Vec::new());
+        }
+        self.read_records(DIRECTORY, damaged)
+    }
+
+    /// Adds or replaces the record of a snapshot, durably. Its layers are published, and `_pin`
+    /// has kept them.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn put_snapshot(&self, record: &SnapshotRecord, _pin: &StoreGuard) -> Result<()> {
+        self.write_json(&self.snapshot_path(record.id), record)
+    }
+
+    /// Removes the record of a snapshot, durably. Its layers are nobody's then: discard them.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn remove_snapshot(&self, id: Uuid) -> Result<()> {
+        self.remove_json(&self.snapshot_path(id))
+    }
+
+    /// Removes a layer that no record names any more. One that is gone already is fine.
+    ///
+    /// # Errors
+    /// Where the host fails; [`Store::prune`] removes it later.
+    pub fn discard_snapshot_layer(&self, layer: Uuid) -> Result<()> {
+        let there = self
+            .storage
+            .exists(&self.layer_dir(layer))
+            .context(|| format!("cannot stat the layer {layer}"))?;
+        if there {
+            self.discard_layer(layer)?;
+        }
+        Ok(())
+    }
+}
