@@ -193,7 +193,6 @@ fn a_journal_that_has_no_space_to_grow_falls_back_to_a_checkpoint() {
     storage.set_hook(None);
     storage.heal();
     assert!(chain.top().unwrap().stats().snapshot().checkpoints > 0);
-    assert!(!storage.exists(&Path::new(LAYER).join("journal.1")).unwrap());
     drop(chain);
     let chain = open(&FaultStorage::new(Arc::new(disk.cut(1))), options);
     assert_eq!(block(&chain, 21), [19; 4096]);

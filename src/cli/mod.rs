@@ -200,6 +200,9 @@ fn start_log(verbose: u8, quiet: bool) {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
+        // A device's log may lie on the very disk that is full: a line that cannot be written is
+        // dropped, instead of a complaint that cannot be written either and ends the server.
+        .log_internal_errors(false)
         .init();
 }
 

@@ -208,12 +208,11 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
 
 /// Removes what a run left, and unmounts.
 fn put_back(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> Result<()> {
-    let _busy = lock_container(store, container)?;
-    match store.container(&container.name) {
-        Ok(there) if there.id == container.id => {}
+    let _busy = match lock_container(store, container) {
         // Removed by force, mounts and all.
-        _ => return Ok(()),
-    }
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
     let run_dir = store.run_dir(container);
     match Owner::read(&run_dir)? {
         // Ended by force, and another runs in it by now.
