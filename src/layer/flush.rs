@@ -10,7 +10,6 @@ use std::thread::JoinHandle;
 use super::header::Header;
 use super::index::Index;
 use super::journal::{AlignedBuf, Area, RecordBody, RecordPlace, block_offset, encode_record};
-use super::live::Live;
 use super::recovery::{remove_journal, write_checkpoint};
 use super::state_of_value;
 use super::table::{MapExtent, push_extent, state_code, state_of_code};
@@ -235,18 +234,20 @@ impl WritableLayer {
             self.core.stats.flushes_empty.add(1);
             let mut map = self.core.map.write();
             map.in_flight.clear();
-            return map.live.as_mut().map_or(Ok(()), Live::committed);
+            if let Some(live) = &mut map.live {
+                live.committed();
+            }
+            return Ok(());
         }
         let result = self.commit_frozen(committer, body, &dirty, barrier);
         let mut map = self.core.map.write();
         let map: &mut MapState = &mut map;
         let frozen = std::mem::take(&mut map.in_flight);
         if result.is_ok() {
-            map.live.as_mut().map_or(Ok(()), Live::committed)?;
-        } else {
             if let Some(live) = &mut map.live {
-                live.not_committed(&map.changes)?;
+                live.committed();
             }
+        } else {
             // Not durable: the next flush has to do it.
             let newer = std::mem::replace(&mut map.changes, frozen);
             map.changes.extend(newer);

@@ -9,7 +9,6 @@ use std::path::Path;
 use uuid::Uuid;
 
 use super::codec::{Reader, Writer, check_crc};
-use super::writable::Change;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::{OpenMode, SharedFile, Storage};
 
@@ -113,12 +112,13 @@ fn region_at(region: usize) -> u64 {
 }
 
 impl Live {
-    /// Makes the log with `changes` in it, in the place of an older one.
+    /// Makes the log with `changes` in it, in the place of an older one, whose two regions hold no
+    /// more than these two.
     pub(super) fn create(
         storage: &dyn Storage,
         dir: &Path,
         uuid: Uuid,
-        changes: &[Change],
+        changes: &[LiveChange],
     ) -> Result<Self> {
         let tmp = dir.join(LIVE_TMP);
         let path = dir.join(LIVE_FILE);
@@ -134,7 +134,10 @@ impl Live {
         for (at, epoch) in EPOCHS_AT.into_iter().zip(live.epochs) {
             live.write_at(at, &epoch_field(epoch))?;
         }
-        for change in changes {
+        for (at, change) in changes.iter().enumerate() {
+            if at as u64 == CAPACITY {
+                live.region = 1;
+            }
             live.append(change.start, change.len, change.new)?;
         }
         storage.rename(&tmp, &path).context(what)?;
@@ -180,25 +183,22 @@ impl Live {
             .is_some_and(|&used| used >= SOFT_LIMIT)
     }
 
-    /// A flush froze everything so far: what comes now goes to the other region, which is empty.
+    /// A flush froze everything so far: what comes now goes to the other region, if that is empty.
+    /// If not, because the flush before failed, everything stays where it is, and this flush
+    /// empties the older region alone.
     pub(super) fn freeze(&mut self) {
-        self.region = 1 - self.region;
-    }
-
-    /// What was frozen is durable: forgets it.
-    pub(super) fn committed(&mut self) -> Result<()> {
-        self.clear(1 - self.region)
-    }
-
-    /// What was frozen is not durable: the newer changes go behind it again.
-    pub(super) fn not_committed(&mut self, newer: &[Change]) -> Result<()> {
-        let newer_region = self.region;
-        self.region = 1 - self.region;
-        for change in newer {
-            // Twice for a moment: the second time changes nothing.
-            self.append(change.start, change.len, change.new)?;
+        let other = 1 - self.region;
+        if self.used.get(other) == Some(&0) && self.epoch(other) > self.epoch(self.region) {
+            self.region = other;
         }
-        self.clear(newer_region)
+    }
+
+    /// What was frozen is durable: forgets it, or else keeps it, which does no harm: applied
+    /// again in its order, followed by all that came later, it changes nothing.
+    pub(super) fn committed(&mut self) {
+        if let Err(error) = self.clear(1 - self.region) {
+            tracing::warn!(%error, "the log of changes cannot be emptied");
+        }
     }
 
     /// Empties a region: its entries belong to an epoch that is over.

@@ -249,7 +249,8 @@ impl Core {
         }
         let mut map = self.map.write();
         if map.live.is_none() {
-            let live = Live::create(&*self.storage, &self.dir, self.header.uuid, &map.changes)?;
+            // Everything is durable, or there would be a log.
+            let live = Live::create(&*self.storage, &self.dir, self.header.uuid, &[])?;
             map.live = Some(live);
             self.live.store(true, Ordering::Release);
         }
@@ -270,6 +271,13 @@ impl Core {
             }
         }
         Ok(map.change(start, len, new))
+    }
+
+    /// Blocks that were written become data. Where that cannot be noted, some may have been data
+    /// before and hold the new bytes: the next flush makes them durable.
+    fn become_data(&self, map: &mut MapState, start: u64, len: u64) -> Result<u64> {
+        self.change(map, start, len, STATE_DATA)
+            .inspect_err(|_| map.dirty.add_unknown())
     }
 
     /// Ends the log where everything is durable.
@@ -373,15 +381,16 @@ impl WritableLayer {
         };
         if left.same_boot {
             map.take_over(&left, header.blocks());
-            map.live = Some(Live::create(&*storage, dir, header.uuid, &map.changes)?);
+            map.live = Some(Live::create(&*storage, dir, header.uuid, &left.changes)?);
         }
+        let map_is_filling = map.live.as_ref().is_some_and(Live::is_filling);
         Ok(Arc::new(WritableLayer {
             core: Arc::new(Core {
                 dir: dir.to_owned(),
                 data,
                 map: RwLock::new(map),
                 live: AtomicBool::new(left.same_boot),
-                flush_due: AtomicBool::new(false),
+                flush_due: AtomicBool::new(map_is_filling),
                 stats: LayerStats::default(),
                 poison: OnceLock::new(),
                 sealed: AtomicBool::new(false),
@@ -511,7 +520,7 @@ impl WritableLayer {
         self.core.write_data(buf, start * BLOCK_SIZE)?;
         let len = buf.len() as u64 / BLOCK_SIZE;
         let mut map = self.core.map.write();
-        let allocated = self.core.change(&mut map, start, len, STATE_DATA)?;
+        let allocated = self.core.become_data(&mut map, start, len)?;
         map.dirty
             .add(start, len, self.options.journal_blocks as u64);
         Ok(allocated)
@@ -576,7 +585,7 @@ impl WritableLayer {
                 self.core.map.write().dirty.add_unknown();
             })?;
         let mut map = self.core.map.write();
-        self.core.change(&mut map, start, len, STATE_DATA)?;
+        self.core.become_data(&mut map, start, len)?;
         map.dirty
             .add(start, len, self.options.journal_blocks as u64);
         Ok(())
