@@ -98,12 +98,7 @@ impl Chain {
                 ),
             ));
         }
-        old.seal()?;
-        let sealed = SealedLayer::open(old.storage(), old.dir()).map(Arc::new);
-        let sealed = sealed
-            .and_then(|sealed| self.base.push(sealed.clone()).map(|()| sealed))
-            // It is sealed and may not be written, but we cannot go on above it.
-            .map_err(|error| old.poison(&error))?;
+        let sealed = self.seal_into_base(old)?;
         *top = Some(next);
         Ok(sealed)
     }
@@ -116,13 +111,19 @@ impl Chain {
     pub fn seal_last(&self) -> Result<Arc<SealedLayer>> {
         let mut top = self.top.write();
         let old = top.as_ref().ok_or_else(read_only)?;
-        old.seal()?;
-        let sealed = SealedLayer::open(old.storage(), old.dir()).map(Arc::new);
-        let sealed = sealed
-            .and_then(|sealed| self.base.push(sealed.clone()).map(|()| sealed))
-            .map_err(|error| old.poison(&error))?;
+        let sealed = self.seal_into_base(old)?;
         *top = None;
         Ok(sealed)
+    }
+
+    /// Seals a top layer and makes it the topmost of the base.
+    fn seal_into_base(&self, old: &WritableLayer) -> Result<Arc<SealedLayer>> {
+        old.seal()?;
+        SealedLayer::open(old.storage(), old.dir())
+            .map(Arc::new)
+            .and_then(|sealed| self.base.push(sealed.clone()).map(|()| sealed))
+            // It is sealed and may not be written, but we cannot go on above it.
+            .map_err(|error| old.poison(&error))
     }
 
     /// Reads whole blocks as they are now, `top` over base.
