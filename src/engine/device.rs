@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::import::forget_ext4_journal;
 use crate::block::BlockDevice;
 use crate::chain::{
-    Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, Source, SourceRun, STATS_LEN,
+    Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, Source, STATS_LEN,
     open_counted_chain,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -192,44 +192,35 @@ pub struct AskMap {
     pub max: usize,
 }
 
+/// Stands for a hole among the numbers of layers.
+pub const HOLE: i64 = -1;
+/// Stands for zero among the numbers of layers.
+pub const ZERO: i64 = -2;
+
 /// Answer of [`MAP`]: the runs from where it was asked for on.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct MapPart {
     /// Layers below the top.
     pub depth: u64,
     /// Size of the device in bytes.
     pub virtual_size: u64,
-    /// (blocks, source): -1 for a hole, -2 for zero, else a layer's number from the bottom; the top
+    /// (blocks, source): [`HOLE`], [`ZERO`], else a layer's number from the bottom; the top
     /// has the number `depth`. Without gaps.
     pub runs: Vec<(u64, i64)>,
 }
 
 impl MapPart {
-    /// As the chain's runs.
-    pub fn source_runs(&self, start: u64) -> Vec<SourceRun> {
-        let mut at = start;
-        let runs = self.runs.iter();
-        runs.map(|&(len, code)| {
-            let start = at;
-            at += len;
-            let source = match code {
-                -1 => Source::Hole,
-                -2 => Source::Zero,
-                number if number as u64 == self.depth => Source::Top,
-                number => Source::Sealed(number as u32),
-            };
-            SourceRun { start, len, source }
-        })
-        .collect()
-    }
-
-    fn new(chain: &Chain, ask: &AskMap) -> Result<Self> {
+    /// A part of a chain's map.
+    ///
+    /// # Errors
+    /// As [`Chain::sources`].
+    pub(super) fn new(chain: &Chain, ask: &AskMap) -> Result<Self> {
         let depth = chain.base().depth() as u64;
         let runs = chain.sources(ask.start, ask.max.min(MAX_RUNS))?;
         let runs = runs.into_iter().map(|run| {
             let code = match run.source {
-                Source::Hole => -1,
-                Source::Zero => -2,
+                Source::Hole => HOLE,
+                Source::Zero => ZERO,
                 Source::Sealed(number) => i64::from(number),
                 Source::Top => depth as i64,
             };
@@ -243,8 +234,12 @@ impl MapPart {
     }
 }
 
-/// Counters for the worker of a device, in the memory that outlives it. With `VELLUM_STATS=off` in
-/// its environment it does not count, to find out what counting costs.
+/// False with `VELLUM_STATS=off` in the environment, which is there to find out what counting costs.
+pub(super) fn counts() -> bool {
+    std::env::var_os("VELLUM_STATS").is_none_or(|value| value != "off")
+}
+
+/// Counters for the worker of a device, in the memory that outlives it.
 ///
 /// # Errors
 /// Where the memory cannot be mapped.
@@ -252,8 +247,8 @@ pub fn served_stats(memory: Memory<'_>) -> Result<Arc<ChainStats>> {
     if memory.len < STATS_LEN {
         return Ok(Arc::default());
     }
-    let counts = std::env::var_os("VELLUM_STATS").is_none_or(|value| value != "off");
-    ChainStats::in_file(memory.file, memory.offset).map(|stats| Arc::new(stats.counting(counts)))
+    let stats = ChainStats::in_file(memory.file, memory.offset)?;
+    Ok(Arc::new(stats.counting(counts())))
 }
 
 /// Counters of a device.

@@ -23,6 +23,7 @@ mod attach;
 mod backoff;
 pub mod command;
 pub mod control;
+pub mod control_server;
 mod detach;
 mod process;
 mod state;
