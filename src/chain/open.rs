@@ -47,7 +47,8 @@ pub fn open_counted_chain(
     let below = base.layers().last().map(|layer| layer.header().uuid);
     let top = match &spec.top {
         Some(dir) => {
-            let top = WritableLayer::open_counted(storage.clone(), dir, spec.options, stats.clone())?;
+            let top =
+                WritableLayer::open_counted(storage.clone(), dir, spec.options, stats.clone())?;
             check_parent(top.header().parent, below, &dir.display().to_string())?;
             Some(top)
         }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::import::forget_ext4_journal;
 use crate::block::BlockDevice;
 use crate::chain::{
-    Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, Source, STATS_LEN,
+    Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, STATS_LEN, Source,
     open_counted_chain,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -346,9 +346,8 @@ fn parse<T: serde::de::DeserializeOwned>(args: Value, what: &str) -> Result<T> {
 }
 
 fn encode<T: Serialize>(answer: &T) -> Result<Value> {
-    serde_json::to_value(answer).map_err(|error| {
-        Error::with_source(ErrorKind::Io, "the answer cannot be encoded", error)
-    })
+    serde_json::to_value(answer)
+        .map_err(|error| Error::with_source(ErrorKind::Io, "the answer cannot be encoded", error))
 }
 
 impl ControlHandler for OpenChain {

@@ -349,7 +349,13 @@ mod tests {
     fn extents_become_whole_blocks_in_order_without_overlap() {
         let found = Found {
             files: 3,
-            extents: vec![(8192, 4096), (100, 50), (4096, 4096), (9000, 10), (65536, 1)],
+            extents: vec![
+                (8192, 4096),
+                (100, 50),
+                (4096, 4096),
+                (9000, 10),
+                (65536, 1),
+            ],
         };
         assert_eq!(found.merged(), [(0, 12288), (65536, 4096)]);
     }

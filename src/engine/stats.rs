@@ -396,7 +396,9 @@ fn assemble(
         .enumerate()
         .map(|(number, layer)| {
             let info = store.layer_info(*layer).ok();
-            let reads = device.as_ref().map(|device| &device.chain.layer_read_blocks);
+            let reads = device
+                .as_ref()
+                .map(|device| &device.chain.layer_read_blocks);
             LayerUse {
                 number,
                 uuid: *layer,

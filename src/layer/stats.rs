@@ -38,7 +38,6 @@ impl LayerCounters for LayerStats {
 #[derive(Debug, Clone)]
 pub(super) struct StatsHandle(pub(super) Arc<dyn LayerCounters>);
 
-
 impl Deref for StatsHandle {
     type Target = LayerStats;
 

@@ -49,7 +49,14 @@ impl Canvas {
     }
 
     /// Writes one line; characters that the font lacks become `?`.
-    pub(super) fn text(&mut self, x: usize, y: usize, font: &MonoFont<'_>, colour: Rgb, text: &str) {
+    pub(super) fn text(
+        &mut self,
+        x: usize,
+        y: usize,
+        font: &MonoFont<'_>,
+        colour: Rgb,
+        text: &str,
+    ) {
         let Rgb(red, green, blue) = colour;
         let style = MonoTextStyle::new(font, Rgb888::new(red, green, blue));
         let place = Point::new(x as i32, y as i32);

@@ -153,7 +153,11 @@ mod tests {
     fn every_block_lies_in_one_cell_whatever_the_sizes() {
         for layout in [Layout::Hilbert, Layout::Rows] {
             for blocks in [1u64, 5, 1000, 4096, 1 << 20, 2_621_440, 12_345_678] {
-                let runs = [(blocks / 3, 0), (blocks / 3, 2), (blocks - blocks / 3 * 2, HOLE)];
+                let runs = [
+                    (blocks / 3, 0),
+                    (blocks / 3, 2),
+                    (blocks - blocks / 3 * 2, HOLE),
+                ];
                 let grid = Grid::new(&map(blocks, &runs), layout, 64, 70);
                 assert!(grid.cells.iter().all(|cell| !cell.parts.is_empty()));
                 if blocks >= grid.cells.len() as u64 {

@@ -43,7 +43,10 @@ fn texts(map: &BlockMap, palette: &Palette, grid: &Grid, layout: Layout) -> Text
         Layout::Rows => "row by row",
     };
     let cell = if grid.blocks_per_cell >= 1.5 {
-        format!("a cell is {}", binary(grid.blocks_per_cell * map.block_size as f64))
+        format!(
+            "a cell is {}",
+            binary(grid.blocks_per_cell * map.block_size as f64)
+        )
     } else {
         "a cell is one block or less".into()
     };
@@ -79,7 +82,14 @@ fn binary(bytes: f64) -> String {
     }
 }
 
-fn draw_cells(canvas: &mut Canvas, x: usize, y: usize, scale: usize, grid: &Grid, colours: &Palette) {
+fn draw_cells(
+    canvas: &mut Canvas,
+    x: usize,
+    y: usize,
+    scale: usize,
+    grid: &Grid,
+    colours: &Palette,
+) {
     for (at, cell) in grid.cells.iter().enumerate() {
         let (column, row) = (at % grid.width, at / grid.width);
         let (left, top) = (x + column * scale, y + row * scale);
@@ -113,7 +123,13 @@ pub fn png(map: &BlockMap, layout: Layout) -> Result<Vec<u8>> {
     let chars = width / 10;
     let title = fitted(&texts.title, chars);
     canvas.text(MARGIN, 14, &FONT_10X20, BLACK, &title);
-    canvas.text(MARGIN, 37, &FONT_9X18_BOLD, GREY, &fitted(&texts.note, width / 9));
+    canvas.text(
+        MARGIN,
+        37,
+        &FONT_9X18_BOLD,
+        GREY,
+        &fitted(&texts.note, width / 9),
+    );
     draw_cells(&mut canvas, MARGIN, TITLE, scale, &grid, &palette);
     let mut y = TITLE + height + MARGIN / 2 + 6;
     for (colour, name, size) in &texts.legend {
