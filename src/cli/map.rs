@@ -94,13 +94,18 @@ fn coloured(map: &BlockMap, layout: Layout, columns: usize, rows: usize) -> Stri
     let mut lines = grid.cells.chunks(grid.width);
     while let Some(upper) = lines.next() {
         let lower = lines.next().unwrap_or_default();
+        let mut last = (None, None);
         for (at, cell) in upper.iter().enumerate() {
-            let Rgb(red, green, blue) = palette.mix(cell);
-            out.push_str(&format!("\x1b[38;2;{red};{green};{blue}m"));
-            if let Some(cell) = lower.get(at) {
-                let Rgb(red, green, blue) = palette.mix(cell);
-                out.push_str(&format!("\x1b[48;2;{red};{green};{blue}m"));
+            let colours = (
+                Some(palette.mix(cell)),
+                lower.get(at).map(|cell| palette.mix(cell)),
+            );
+            for (code, colour, before) in [(38, colours.0, last.0), (48, colours.1, last.1)] {
+                if let Some(Rgb(red, green, blue)) = colour.filter(|_| colour != before) {
+                    out.push_str(&format!("\x1b[{code};2;{red};{green};{blue}m"));
+                }
             }
+            last = colours;
             out.push('▀');
         }
         out.push_str("\x1b[0m\n");

@@ -375,6 +375,8 @@ impl ControlHandler for OpenChain {
                 for (offset, len) in args.ranges {
                     done.add(self.chain.copy_up(offset, len)?);
                 }
+                // Not for the copies, but for the clients' next flush, which would have to sync them.
+                self.chain.top().map_or(Ok(()), |top| top.flush())?;
                 encode(&done)
             }
             _ => Err(Error::new(

@@ -18,7 +18,6 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{SFlag, fstat};
 use serde::Serialize;
-use serde_json::Value;
 
 use super::device::{COPY_UP, CopyUp, Target};
 use super::lock_container;
@@ -136,8 +135,6 @@ fn prewarm_mounted(
         })?;
         let (_, answer) = sockets.ask(COPY_UP, &args, TIMEOUT)?;
         let copied: CopiedUp = decode(answer)?;
-        // Little by little, or the container's next flush would have to sync all of it.
-        sockets.ask("flush", &Value::Null, TIMEOUT)?;
         report.copied_blocks += copied.copied;
         report.zeroed_blocks += copied.zeroed;
         report.present_blocks += copied.present;

@@ -76,14 +76,7 @@ impl Grid {
                 let cell = scale(at, count, blocks);
                 // The first block of the next cell.
                 let next = div_ceil(cell + 1, blocks, count).min(end).max(at + 1);
-                let place = match layout {
-                    Layout::Rows => cell as usize,
-                    Layout::Hilbert => {
-                        let (x, y) = fast_hilbert::h2xy::<u32>(cell, order.max(1));
-                        y as usize * width + x as usize
-                    }
-                };
-                if let Some(cell) = cells.get_mut(place) {
+                if let Some(cell) = cells.get_mut(place(cell, layout, order, width)) {
                     cell.add(source, next - at);
                 }
                 at = next;
@@ -102,6 +95,17 @@ impl Grid {
     }
 }
 
+/// Where a cell lies among those of the grid, row by row.
+fn place(cell: u64, layout: Layout, order: u8, width: usize) -> usize {
+    match layout {
+        Layout::Rows => cell as usize,
+        Layout::Hilbert => {
+            let (x, y) = fast_hilbert::h2xy::<u32>(cell, order.max(1));
+            y as usize * width + x as usize
+        }
+    }
+}
+
 /// a · b / c without overflow.
 fn scale(a: u64, b: u64, c: u64) -> u64 {
     (u128::from(a) * u128::from(b) / u128::from(c.max(1))) as u64
@@ -114,13 +118,7 @@ fn div_ceil(a: u64, b: u64, c: u64) -> u64 {
 
 fn fill_between(cells: &mut [Cell], layout: Layout, order: u8, width: usize, blocks: u64) {
     let count = cells.len() as u64;
-    let place = |cell: u64| match layout {
-        Layout::Rows => cell as usize,
-        Layout::Hilbert => {
-            let (x, y) = fast_hilbert::h2xy::<u32>(cell, order.max(1));
-            y as usize * width + x as usize
-        }
-    };
+    let place = |cell| place(cell, layout, order, width);
     for cell in 0..count {
         let first = scale(scale(cell, blocks, count), count, blocks);
         let source = cells.get(place(first)).cloned().unwrap_or_default();

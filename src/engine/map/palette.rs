@@ -60,7 +60,8 @@ impl Palette {
             ZERO => ZERO_COLOUR,
             number if Some(number as usize) == self.top => TOP_COLOUR,
             number => {
-                let last = self.sealed.saturating_sub(1).max(1) as f64;
+                // The one layer of a simple image is no yellow beside red.
+                let last = self.sealed.saturating_sub(1).max(2) as f64;
                 along(&SEALED_COLOURS, number as f64 / last)
             }
         }
