@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::Context;
 use super::output::table;
-use crate::engine::bench::{CaseResult, run as run_bench};
+use crate::engine::bench::{CaseResult, run as run_bench, run_counting};
 use crate::error::Result;
 
 /// Arguments of `bench`.
@@ -16,14 +16,22 @@ pub(super) struct Args {
     /// Rounds of each case
     #[arg(long, value_name = "N", default_value_t = 7)]
     rounds: usize,
+    /// Measure what counting for `vellum stats` costs, and nothing else
+    #[arg(long)]
+    counting: bool,
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
-    let results = run_bench(&args.dir, args.rounds, |result| {
+    let note = |result: &CaseResult| {
         context
             .out
-            .note(&format!("{}: {:.2} ×", result.name, result.ratio));
-    })?;
+            .note(&format!("{}: {:.3} ×", result.name, result.ratio));
+    };
+    let results = if args.counting {
+        run_counting(&args.dir, args.rounds, note)
+    } else {
+        run_bench(&args.dir, args.rounds, note)
+    }?;
     context.out.print(&results, |results| {
         let rows: Vec<Vec<String>> = results.iter().map(cells).collect();
         let header = [
@@ -44,7 +52,7 @@ fn cells(result: &CaseResult) -> Vec<String> {
         format!("{:.2}", result.micros),
         result.reference.clone(),
         format!("{:.2}", result.reference_micros),
-        format!("{:.2} ×", result.ratio),
-        format!("{:.2}–{:.2}", result.range.0, result.range.1),
+        format!("{:.3} ×", result.ratio),
+        format!("{:.3}–{:.3}", result.range.0, result.range.1),
     ]
 }

@@ -1,6 +1,8 @@
 //! What copy-on-write costs on this disk: each case beside plain calls on a plain sparse file,
 //! round by round in turns, so that a ratio means something on a noisy machine.
 
+mod counting;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::block::{BLOCK_SIZE, BlockDevice, Durability};
-use crate::chain::{Chain, ChainSpec, open_chain};
+use crate::chain::{Chain, ChainSpec, ChainStats, open_chain, open_counted_chain};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
 use crate::storage::{FileStorage, Storage};
@@ -40,6 +42,33 @@ pub struct CaseResult {
     pub range: (f64, f64),
 }
 
+/// Measures what the counters of a chain cost, in a directory of its own under `dir`, and removes
+/// it.
+///
+/// # Errors
+/// Where the host fails.
+pub fn run_counting(
+    dir: &Path,
+    rounds: usize,
+    mut done: impl FnMut(&CaseResult),
+) -> Result<Vec<CaseResult>> {
+    let scratch = scratch_dir(dir)?;
+    let bench = Bench::new(scratch.path())?;
+    let mut results = Vec::new();
+    counting::run(&bench, rounds, |result| {
+        done(&result);
+        results.push(result);
+    })?;
+    Ok(results)
+}
+
+fn scratch_dir(dir: &Path) -> Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix("vellum-bench-")
+        .tempdir_in(dir)
+        .context(|| format!("cannot make a directory in {}", dir.display()))
+}
+
 /// Runs all cases in a directory of its own under `dir`, and removes it.
 ///
 /// # Errors
@@ -49,10 +78,7 @@ pub fn run(
     rounds: usize,
     mut done: impl FnMut(&CaseResult),
 ) -> Result<Vec<CaseResult>> {
-    let scratch = tempfile::Builder::new()
-        .prefix("vellum-bench-")
-        .tempdir_in(dir)
-        .context(|| format!("cannot make a directory in {}", dir.display()))?;
+    let scratch = scratch_dir(dir)?;
     let bench = Bench::new(scratch.path())?;
     let mut results = Vec::new();
     let mut note = |result: CaseResult| {
@@ -185,20 +211,27 @@ fn compare(
             other.push(b);
         }
     }
-    let mut ratios: Vec<f64> = mine.iter().zip(&other).map(|(a, b)| b / a).collect();
-    ratios.sort_by(f64::total_cmp);
-    let range = (
-        ratios.first().copied().unwrap_or_default(),
-        ratios.last().copied().unwrap_or_default(),
-    );
-    Ok(CaseResult {
-        name: name.to_owned(),
-        reference: reference.to_owned(),
-        micros: median(&mut mine) * 1e6,
-        reference_micros: median(&mut other) * 1e6,
-        ratio: median(&mut ratios),
-        range,
-    })
+    Ok(CaseResult::new(name, reference, &mut mine, &mut other))
+}
+
+impl CaseResult {
+    /// From the seconds an operation of both sides, round by round.
+    fn new(name: &str, reference: &str, mine: &mut [f64], other: &mut [f64]) -> Self {
+        let mut ratios: Vec<f64> = mine.iter().zip(other.iter()).map(|(a, b)| b / a).collect();
+        ratios.sort_by(f64::total_cmp);
+        let range = (
+            ratios.first().copied().unwrap_or_default(),
+            ratios.last().copied().unwrap_or_default(),
+        );
+        CaseResult {
+            name: name.to_owned(),
+            reference: reference.to_owned(),
+            micros: median(mine) * 1e6,
+            reference_micros: median(other) * 1e6,
+            ratio: median(&mut ratios),
+            range,
+        }
+    }
 }
 
 fn median(values: &mut [f64]) -> f64 {
@@ -264,13 +297,18 @@ impl Bench {
 
     /// A fresh layer on the parent, gone when the guard is dropped.
     fn fresh_chain(&self) -> Result<(Chain, Scratch)> {
+        self.counted_chain(Arc::default())
+    }
+
+    fn counted_chain(&self, stats: Arc<ChainStats>) -> Result<(Chain, Scratch)> {
         let (top, _) = self.new_layer(Some(self.parent_uuid), DEVICE)?;
         let spec = ChainSpec {
             sealed: vec![self.parent.clone()],
             top: Some(top.clone()),
             options: LayerOptions::default(),
         };
-        Ok((open_chain(&self.storage, &spec)?, Scratch(top)))
+        let chain = open_counted_chain(&self.storage, &spec, stats)?;
+        Ok((chain, Scratch(top)))
     }
 
     fn fresh_file(&self) -> Result<(File, Scratch)> {
