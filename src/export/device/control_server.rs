@@ -102,7 +102,7 @@ fn listen(listener: &UnixListener, stop: &EventFd, handler: &Arc<dyn ControlHand
 }
 
 /// Answers one connection until the other side closes it.
-pub(super) fn converse(stream: &UnixStream, handler: &dyn ControlHandler) -> Result<()> {
+fn converse(stream: &UnixStream, handler: &dyn ControlHandler) -> Result<()> {
     let what = || "the connection";
     stream.set_nonblocking(false).context(what)?;
     stream.set_read_timeout(Some(IDLE)).context(what)?;

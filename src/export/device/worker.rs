@@ -1,9 +1,9 @@
 //! The process that serves a device: opens it, answers the kernel, listens to commands.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::path::PathBuf;
@@ -21,8 +21,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::control::{ControlHandler, Failure};
-use super::control_server::converse;
+use super::control::{Call, Failure, MAX_LINE, Reply, send};
 use super::process::{Identity, monotonic_ns};
 use super::state::RunState;
 use super::supervisor::{ARG0, Event, Resume, event_pipe, own_arguments, set_close_on_exec};
@@ -36,6 +35,8 @@ use crate::export::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, Sh
 const MAX_CONNECTIONS: usize = 8;
 /// From include/uapi/linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: i32 = 57;
+/// A control connection that says nothing for this long is closed.
+const IDLE: Duration = Duration::from_secs(10);
 
 /// What a worker gets from the process that it was forked from.
 pub(super) struct Worker {
@@ -139,12 +140,6 @@ fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
     Ok(())
 }
 
-impl ControlHandler for Context {
-    fn handle(&self, verb: &str, args: Value) -> Result<Value> {
-        command(self, verb, args)
-    }
-}
-
 impl Context {
     fn server(&self) -> Server<'_> {
         Server {
@@ -227,7 +222,7 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
                 let spawned = std::thread::Builder::new()
                     .name("control".to_string())
                     .spawn(move || {
-                        if let Err(error) = converse(&stream, &*held) {
+                        if let Err(error) = converse(&held, &stream) {
                             tracing::debug!("control connection: {error}");
                         }
                         held.connections.fetch_sub(1, Ordering::AcqRel);
@@ -272,6 +267,31 @@ fn report(worker: &Worker, event: &Event) -> bool {
     };
     line.push(b'\n');
     worker.events.lock().write_all(&line).is_ok()
+}
+
+/// Serves one control connection until the other side closes it.
+fn converse(context: &Context, stream: &UnixStream) -> Result<()> {
+    let what = || "the connection";
+    stream.set_nonblocking(false).context(what)?;
+    stream.set_read_timeout(Some(IDLE)).context(what)?;
+    stream.set_write_timeout(Some(IDLE)).context(what)?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = String::new();
+        let read = (&mut reader)
+            .take(MAX_LINE)
+            .read_line(&mut line)
+            .context(what)?;
+        if read == 0 {
+            return Ok(());
+        }
+        let result = serde_json::from_str::<Call>(&line)
+            .map_err(|error| {
+                Error::with_source(ErrorKind::Protocol, "a line that is no command", error)
+            })
+            .and_then(|call| command(context, &call.verb, call.args));
+        send(stream, &Reply::from(result)).context(what)?;
+    }
 }
 
 fn command(context: &Context, verb: &str, args: Value) -> Result<Value> {
