@@ -395,8 +395,9 @@ impl ChainStats {
     }
 }
 
-/// The counters at one moment.
+/// The counters at one moment. What a server of an older version does not count is 0.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ChainStatsSnapshot {
     /// When counting began: seconds since 1970.
     pub since: u64,

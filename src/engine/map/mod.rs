@@ -112,16 +112,14 @@ fn from_chain(open: &OpenChain, ask: &AskMap) -> Result<MapPart> {
 /// Asks for part after part. Blocks that change meanwhile are shown as they were or as they are.
 fn all_runs(ask: impl Fn(&AskMap) -> Result<MapPart>) -> Result<(MapPart, Vec<(u64, i64)>)> {
     for _ in 0..TRIES {
+        let mut first = ask(&AskMap {
+            start: 0,
+            max: PART,
+        })?;
+        let mut answered = std::mem::take(&mut first.runs);
         let mut runs: Vec<(u64, i64)> = Vec::new();
         let mut at = 0;
-        let mut first: Option<MapPart> = None;
-        loop {
-            let mut part = ask(&AskMap {
-                start: at,
-                max: PART,
-            })?;
-            let answered = std::mem::take(&mut part.runs);
-            let end = answered.is_empty();
+        while !answered.is_empty() {
             for (len, source) in answered {
                 at += len;
                 match runs.last_mut() {
@@ -129,13 +127,17 @@ fn all_runs(ask: impl Fn(&AskMap) -> Result<MapPart>) -> Result<(MapPart, Vec<(u
                     _ => runs.push((len, source)),
                 }
             }
-            let first = first.get_or_insert(part);
-            if end {
-                return Ok((std::mem::take(first), runs));
-            }
-            if first.depth != ask(&AskMap { start: at, max: 0 })?.depth {
+            let part = ask(&AskMap {
+                start: at,
+                max: PART,
+            })?;
+            if part.depth != first.depth {
                 break;
             }
+            if part.runs.is_empty() {
+                return Ok((first, runs));
+            }
+            answered = part.runs;
         }
     }
     Err(Error::new(
