@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::{Bench, CaseResult, DEVICE, median};
+use super::{Bench, CaseResult, Cases, DEVICE, median};
 use crate::block::{BLOCK_SIZE, BlockDevice, Durability};
 use crate::chain::{Chain, ChainStats};
 use crate::error::{Result, ResultExt};
@@ -57,19 +57,22 @@ const CASES: &[Case] = &[
 ];
 
 /// Runs the cases.
-pub(super) fn run(bench: &Bench, rounds: usize, mut note: impl FnMut(CaseResult)) -> Result<()> {
+pub(super) fn run<D: FnMut(&CaseResult)>(bench: &Bench, cases: &mut Cases<'_, D>) -> Result<()> {
     for case in CASES {
+        if !cases.wants(case.name) {
+            continue;
+        }
         let mut mine = Vec::new();
         let mut other = Vec::new();
         // The first round warms up and does not count.
-        for round in 0..=rounds.max(1) {
+        for round in 0..=cases.rounds.max(1) {
             let (with, without) = one_round(bench, case)?;
             if round > 0 {
                 mine.push(with);
                 other.push(without);
             }
         }
-        note(CaseResult::new(
+        cases.note(CaseResult::new(
             case.name,
             "the same, not counted (CPU time)",
             &mut mine,
@@ -81,8 +84,8 @@ pub(super) fn run(bench: &Bench, rounds: usize, mut note: impl FnMut(CaseResult)
 
 /// CPU seconds a request: (counted, not counted).
 fn one_round(bench: &Bench, case: &Case) -> Result<(f64, f64)> {
-    let (with, _first) = bench.counted_chain(Arc::default())?;
-    let (without, _second) = bench.counted_chain(Arc::new(ChainStats::off()))?;
+    let (_first, with) = bench.counted_chain(Arc::default())?;
+    let (_second, without) = bench.counted_chain(Arc::new(ChainStats::off()))?;
     let mut buf = vec![0xa5; BLOCK_SIZE as usize];
     if case.filled {
         for chain in [&with, &without] {
