@@ -363,6 +363,26 @@ fn a_running_container_is_committed_as_it_was_and_goes_on() {
 }
 
 #[test]
+fn check_finds_nothing_wrong_with_the_layers_of_unpacked_images() {
+    let stack = Stack::start();
+    stack.import();
+    // Checksums and sizes come a moment after containerd's commit.
+    let mut said = String::new();
+    for _ in 0..200 {
+        let output = Command::new(env!("CARGO_BIN_EXE_vellum"))
+            .args(["--root", &stack.area.at("root"), "check"])
+            .output()
+            .unwrap();
+        said = format!("{output:?}");
+        if output.status.success() && !said.contains("note:") {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("{said}");
+}
+
+#[test]
 fn a_label_makes_a_container_larger_and_a_full_one_hurts_nobody_else() {
     let stack = Stack::start();
     stack.import();
