@@ -176,9 +176,9 @@ impl Shared {
             let dir = self.store.layer_dir(layer);
             // The count first: a layer without checksums is done again at the next start.
             let counted = count_layer(&self.store, layer);
-            match counted.and_then(|()| {
-                seal_in_place(&**self.store.storage(), &dir, |_| {}).map(drop)
-            }) {
+            match counted
+                .and_then(|()| seal_in_place(&**self.store.storage(), &dir, |_| {}).map(drop))
+            {
                 Ok(()) => {}
                 // Removed meanwhile.
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
