@@ -13,6 +13,10 @@ class Failure(Exception):
     """Something is not as it should be: what, why, and what to do."""
 
 
+class Lost(Failure):
+    """Something that was acknowledged is not there after a power cut."""
+
+
 def say(text):
     print(f"[{time.monotonic() - START:6.1f}s] {text}", flush=True)
 

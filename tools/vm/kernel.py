@@ -5,7 +5,6 @@ import lzma
 import pathlib
 import re
 import shutil
-import subprocess
 
 from .common import Failure, run
 
@@ -88,9 +87,10 @@ def get(which, cache):
         if not (target / "complete").exists():
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
+            fetched = package or download(which, target)
+            run("dpkg-deb", "-x", fetched, target)
             if package is None:
-                package = download(which, target)
-            run("dpkg-deb", "-x", package, target)
+                fetched.unlink()
             (target / "complete").touch()
     return Kernel(target)
 
