@@ -93,7 +93,7 @@ class Machine:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-                preexec_fn=lambda: (os.nice(5), end_with_parent()),
+                preexec_fn=end_with_parent,
             )
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()

@@ -2,7 +2,7 @@
 
 from .common import say
 
-SECONDS = 900
+SECONDS = 1200
 
 
 def exercise(guest, seed):

@@ -8,7 +8,7 @@ from .common import Failure, Lost, run, say
 from .machine import Disk, Machine
 
 # Generous: emulated, on a machine that has other things to do.
-BOOT, VERIFY, SETUP = 240, 400, 400
+BOOT, VERIFY, SETUP = 300, 900, 900
 BOOT_ATTEMPTS = 3
 DISK_SIZE = 8 << 30
 DATABASES = ("wal", "del")
