@@ -76,7 +76,9 @@ class Machine:
             "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot",
             "-display", "none", "-machine", "q35,hpet=off",
             "-accel", "kvm" if options.kvm else "tcg,thread=multi",
-            "-cpu", "host" if options.kvm else "max",
+            # Emulated by qemu 7.2, cmpxchg16b may leave wrong flags, and Linux 6.12 crashes; page
+            # tables of five levels cost time.
+            "-cpu", "host" if options.kvm else "max,cx16=off,la57=off",
             "-smp", str(options.cpus), "-m", "768",
             "-kernel", kernel.image, "-initrd", initramfs,
             "-append", "console=ttyS0 loglevel=5 panic=-1 nokaslr mitigations=off "
