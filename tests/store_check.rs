@@ -202,6 +202,26 @@ fn leftovers_and_wrong_counts_are_repaired() {
 }
 
 #[test]
+fn run_files_of_an_earlier_boot_want_nobodys_attention() {
+    let (store, _) = two_images();
+    let id = store.json(&["inspect", "on-app"])[0]["container"]["id"].clone();
+    let run_dir = store.root.join("run").join(id.as_str().unwrap());
+    fs::create_dir_all(&run_dir).unwrap();
+    // As a power cut leaves them: the device's mount point, a state that no longer tells anything.
+    fs::write(run_dir.join("dev"), "").unwrap();
+    fs::write(run_dir.join("state.json"), "{}").unwrap();
+    let found = findings(&store, &[], 0);
+    assert!(
+        has(&found, "container on-app", "earlier boot"),
+        "{found:#?}"
+    );
+    assert_eq!(found[0]["severity"], "note");
+    store.mount("on-app");
+    assert_eq!(findings(&store, &[], 0), Vec::<Value>::new());
+    store.ok(&["umount", "on-app"]);
+}
+
+#[test]
 fn a_damaged_record_is_an_error_and_prune_then_removes_no_layer() {
     let (store, _) = two_images();
     let path = store.root.join("images/app.json");

@@ -331,15 +331,22 @@ impl Check<'_> {
                 .find(|container| leak.run_dir.ends_with(container.id.to_string()));
             // The others are orphans, see above.
             let Some(owner) = owner else { continue };
+            // Every container that was mounted when the host crashed has such files. They want
+            // nobody's attention.
+            let (severity, advice) = if leak.only_files {
+                let advice = "the next mount cleans up; what was flushed is safe".into();
+                (Severity::Note, advice)
+            } else {
+                let name = &owner.name;
+                let advice = format!("`vellum umount {name}` cleans up; what was flushed is safe");
+                (Severity::Warning, advice)
+            };
             self.find(Finding::new(
-                Severity::Warning,
+                severity,
                 format!("container {}", owner.name),
                 leak.run_dir,
                 leak.what,
-                format!(
-                    "`vellum umount {}` cleans up; what was flushed is safe",
-                    owner.name
-                ),
+                advice,
                 Some(Remedy::Detach(owner.name.clone())),
             ));
         }

@@ -259,6 +259,9 @@ pub struct Leak {
     pub run_dir: PathBuf,
     /// What is there, for a person.
     pub what: String,
+    /// True where it is files alone: nothing is attached or mounted, and no process runs. So it is
+    /// after every crash of the host; the next [`attach`](super::attach) replaces them.
+    pub only_files: bool,
 }
 
 /// True unless `path` is known not to be there: a dead FUSE mount answers with an error.
@@ -293,6 +296,7 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
             continue;
         }
         let state = RunState::read(&run_dir)?;
+        let of_this_boot = state.is_some();
         if state.as_ref().is_some_and(RunState::is_alive) {
             continue;
         }
@@ -303,6 +307,7 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
             },
             None => "a run directory of an earlier boot, or half made".to_string(),
         }];
+        let files = what.len();
         let dev = run_dir.join(DEV);
         let tag = loop_tag(&run_dir);
         for device in attached.iter().filter(|device| device.serves(&dev, &tag)) {
@@ -327,6 +332,7 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
         );
         leaks.push(Leak {
             run_dir,
+            only_files: !of_this_boot && what.len() == files,
             what: what.join("; "),
         });
     }

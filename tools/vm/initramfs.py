@@ -1,0 +1,96 @@
+"""The guest's root file system: vellum, the programs it uses, and the scripts in guest/."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+
+from .common import Failure, run
+
+# Program, and where it goes.
+PROGRAMS = {
+    "busybox": "bin",
+    "mke2fs": "sbin",
+    "debugfs": "sbin",
+    "resize2fs": "sbin",
+    "e2fsck": "sbin",
+    "crun": "usr/bin",
+    "sqlite3": "usr/bin",
+    "nbd-client": "usr/sbin",
+    "fsx": "usr/bin",
+}
+# Where programs are that no login shell has put on the PATH.
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def find(program):
+    path = shutil.which(program)
+    if path is None:
+        raise Failure(f"{program} is not installed")
+    return pathlib.Path(path).resolve()
+
+
+def libraries(program):
+    """The shared libraries of a program, as the loader finds them; none of a static one."""
+    done = subprocess.run(["ldd", program], capture_output=True, text=True, check=False)
+    return [pathlib.Path(path) for path in re.findall(r"(/\S+) \(0x", done.stdout)]
+
+
+class Tree:
+    """A directory that becomes the archive."""
+
+    def __init__(self, root):
+        self.root = root
+        for name in (
+            "bin sbin usr/bin usr/sbin dev proc sys run tmp etc root mnt modules "
+            "var/lib/vellum var/log"
+        ).split():
+            (root / name).mkdir(parents=True)
+        (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n", encoding="utf-8")
+        (root / "etc/group").write_text("root:x:0:\n", encoding="utf-8")
+        (root / "etc/hosts").write_text("127.0.0.1 localhost\n", encoding="utf-8")
+        # mke2fs warns without one.
+        (root / "etc/mtab").symlink_to("/proc/mounts")
+
+    def program(self, path, directory, name=None):
+        """A program with its libraries."""
+        target = self.root / directory / (name or path.name)
+        shutil.copy(path, target)
+        target.chmod(0o755)
+        for library in libraries(path):
+            place = self.root / str(library).lstrip("/")
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(library, place)
+
+
+def build(directory, vellum, modules, scripts):
+    """Makes the archive in a directory and returns its path. `modules` are in the order of loading."""
+    tree = Tree(directory / "root")
+    for name, place in PROGRAMS.items():
+        tree.program(find(name), place, name)
+    stripped = directory / "vellum"
+    # Debug information is most of a development build.
+    run("strip", "-o", stripped, vellum)
+    tree.program(stripped, "usr/bin")
+    attach = directory / "nbd-attach"
+    run("cc", "-O1", "-static", "-o", attach, pathlib.Path(__file__).with_name("nbd_attach.c"))
+    tree.program(attach, "usr/sbin")
+    for number, (name, data) in enumerate(modules):
+        (tree.root / "modules" / f"{number:02}-{name}.ko").write_bytes(data)
+    shutil.copytree(scripts, tree.root / "vm")
+    for script in (tree.root / "vm").iterdir():
+        script.chmod(0o755)
+    (tree.root / "init").symlink_to("/vm/init")
+    archive = directory / "initramfs.cpio"
+    # Not compressed: emulated, the guest would take longer to unpack it than to read it.
+    with open(archive, "wb") as out:
+        names = subprocess.run(
+            ["find", ".", "-print0"], cwd=tree.root, capture_output=True, check=True
+        ).stdout
+        subprocess.run(
+            ["cpio", "--null", "--create", "--format=newc", "--owner=0:0", "--quiet"],
+            cwd=tree.root, input=names, stdout=out, check=True,
+        )
+    shutil.rmtree(tree.root)
+    return archive

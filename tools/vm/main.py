@@ -1,0 +1,159 @@
+"""The command line of vmtest, and its place on disk."""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import tempfile
+
+from . import initramfs, kernel, nbd, power
+from .common import Failure, fail_on_signals, run, say
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+# What is called, and the Debian package that has it.
+PACKAGES = {
+    "busybox": "busybox-static",
+    "cc": "gcc libc6-dev",
+    "cpio": "cpio",
+    "crun": "crun",
+    "e2fsck": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "nbd-client": "nbd-client",
+    "nbdkit": "nbdkit nbdkit-plugin-python",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "sqlite3": "sqlite3",
+    "strip": "binutils",
+}
+FSX_VERSION = "0.3.2"
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        prog="vmtest",
+        description="Boots a small virtual machine with a Vellum store on a disk that loses what "
+        "was not flushed, cuts its power at random moments, and checks that nothing is lost that "
+        "was acknowledged. Then exercises the guest kernel's NBD client against `vellum nbd`.",
+        epilog="Needs no root, once these Debian packages are installed: "
+        + " ".join(PACKAGES.values()) + ". The kernel comes from Debian's archive, once, and is kept in the "
+        "target directory. docs/durability.md says what is checked.",
+    )
+    parser.add_argument("--cuts", type=int, default=10, metavar="N", help="power cuts [10]")
+    parser.add_argument(
+        "--work", type=float, default=4.0, metavar="SECONDS",
+        help="the longest time between the first commits and a cut [4]",
+    )
+    parser.add_argument(
+        "--kernel", default="bookworm", metavar="WHICH",
+        help="a Debian release (bookworm: 6.1, trixie: 6.12) or a kernel package [bookworm]",
+    )
+    parser.add_argument(
+        "--fs", choices=("ext4", "xfs"), default="ext4", help="the store's file system [ext4]"
+    )
+    parser.add_argument(
+        "--no-control", action="store_true",
+        help="leave out the last cut, of a disk that ignores flushes, which has to be found out",
+    )
+    parser.add_argument(
+        "--kills", type=int, default=3, metavar="N",
+        help="how often the NBD server is killed under load [3]",
+    )
+    parser.add_argument("--no-nbd", action="store_true", help="leave out the NBD client")
+    parser.add_argument("--seed", type=int, help="draws the moments and what survives [random]")
+    parser.add_argument(
+        "--vellum", type=pathlib.Path, metavar="PATH", help="this program [built: release]"
+    )
+    parser.add_argument("--cpus", type=int, default=2, help="virtual processors [2]")
+    parser.add_argument("--kvm", action="store_true", help="hardware virtualisation, if there is")
+    parser.add_argument("--keep", action="store_true", help="keep the disk and the logs")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print what the guest says")
+    options = parser.parse_args()
+    if options.cuts < 0 or options.work <= 0:
+        parser.error("--cuts and --work count upwards from zero")
+    return options
+
+
+def target_directory():
+    shown = run(
+        "cargo", "metadata", "--format-version=1", "--no-deps",
+        "--manifest-path", REPOSITORY / "Cargo.toml",
+    )
+    return pathlib.Path(json.loads(shown)["target_directory"])
+
+
+def need_programs(target):
+    """Fails where a package is missing; builds fsx where it is not there."""
+    missing = [package for name, package in PACKAGES.items() if shutil.which(name) is None]
+    if not missing and subprocess.run(
+        ["nbdkit", "--dump-plugin", "python"], capture_output=True, check=False
+    ).returncode:
+        missing = ["nbdkit-plugin-python"]
+    if missing:
+        raise Failure(f"missing: apt-get install --no-install-recommends {' '.join(missing)}")
+    if shutil.which("fsx") is None:
+        say("building fsx")
+        run(
+            "cargo", "install", "--quiet", "--locked", "--root", target / "tools", "fsx",
+            "--version", FSX_VERSION,
+        )
+
+
+def program(options, target):
+    """The vellum to test."""
+    if options.vellum is not None:
+        if not options.vellum.is_file():
+            raise Failure(f"no program: {options.vellum}")
+        return options.vellum
+    say("building vellum (release)")
+    built = subprocess.run(
+        ["cargo", "build", "--locked", "--quiet", "--release", "--bin", "vellum"],
+        cwd=REPOSITORY, check=False,
+    )
+    if built.returncode != 0:
+        raise Failure("cargo build failed")
+    return target / "release/vellum"
+
+
+def main():
+    options = arguments()
+    fail_on_signals()
+    seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(32)
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="vmtest."))
+    keep = True
+    try:
+        # Where there is no login shell: cargo, mke2fs and the like.
+        os.environ["PATH"] += f":{pathlib.Path.home()}/.cargo/bin:{initramfs.PATH}"
+        target = target_directory()
+        os.environ["PATH"] += f":{target}/tools/bin"
+        need_programs(target)
+        vellum = program(options, target)
+        guest_kernel = kernel.get(options.kernel, target / "vmtest")
+        say(f"kernel {guest_kernel.version}, seed {seed}, files in {directory}")
+        archive = initramfs.build(
+            directory, vellum, guest_kernel.load_order(options.fs),
+            pathlib.Path(__file__).with_name("guest"),
+        )
+        guest = power.Guest(options, guest_kernel, archive, directory)
+        if options.cuts or not options.no_control:
+            power.exercise(guest, seed)
+        if not options.no_nbd:
+            nbd.exercise(guest, seed)
+        say("passed")
+        keep = options.keep
+        return 0
+    except Failure as failure:
+        say(f"FAILED: {failure}")
+        say(f"seed {seed}; the disk and the logs are in {directory}")
+        return 1
+    except KeyboardInterrupt:
+        keep = options.keep
+        return 130
+    except SystemExit:
+        keep = options.keep
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(directory, ignore_errors=True)
