@@ -10,6 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
 use super::mounts::Mounts;
+use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::seal_in_place;
 use crate::store::Store;
@@ -27,6 +28,8 @@ pub struct Job {
     pub checksum: Vec<Uuid>,
     /// Layers that no record names.
     pub discard: Vec<Uuid>,
+    /// Then remove everything that no record names: what it was, a killed process knew.
+    pub sweep: bool,
 }
 
 #[derive(Debug, Default)]
@@ -95,6 +98,12 @@ impl Retirer {
         true
     }
 
+    /// Jobs that are not done, those on devices in use included.
+    pub fn backlog(&self) -> usize {
+        let queue = self.shared.queue.lock();
+        queue.ready.len() + queue.later.len() + queue.running
+    }
+
     /// Does what can be done within `limit` and ends the threads.
     pub fn stop(mut self, limit: Duration) {
         // What was in use a moment ago may not be any more.
@@ -150,14 +159,17 @@ impl Shared {
         }
     }
 
-    fn carry_out(&self, job: Job) {
+    fn later(&self, job: Job) {
+        self.queue.lock().later.push((Instant::now() + RETRY, job));
+    }
+
+    fn carry_out(&self, mut job: Job) {
         if let Some(id) = job.id {
             match self.mounts.release(id) {
-                Ok(()) => {}
+                Ok(()) => crash_point::here("retire: released"),
                 Err(error) if error.kind() == ErrorKind::InUse => {
                     tracing::debug!(%id, %error, "still in use");
-                    self.queue.lock().later.push((Instant::now() + RETRY, job));
-                    return;
+                    return self.later(job);
                 }
                 Err(error) => {
                     // Its layers stay too: something may still read them.
@@ -166,18 +178,39 @@ impl Shared {
                 }
             }
         }
-        for layer in job.discard {
+        for layer in std::mem::take(&mut job.discard) {
             if let Err(error) = self.store.discard_snapshot_layer(layer) {
                 tracing::warn!(%layer, %error, "a layer was not removed");
             }
+            crash_point::here("retire: layer discarded");
         }
-        for layer in job.checksum {
+        for layer in std::mem::take(&mut job.checksum) {
             let dir = self.store.layer_dir(layer);
             match seal_in_place(&**self.store.storage(), &dir, |_| {}) {
                 Ok(_) => {}
                 // Removed meanwhile.
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => tracing::error!(%layer, %error, "a layer got no checksums"),
+            }
+            crash_point::here("retire: checksums made");
+        }
+        if job.sweep {
+            match self.store.sweep() {
+                // Somebody makes a layer at this moment.
+                Ok(report) if report.busy => self.later(Job {
+                    sweep: true,
+                    ..Job::default()
+                }),
+                Ok(report) => {
+                    if !report.layers.is_empty() || !report.leftovers.is_empty() {
+                        tracing::info!(
+                            layers = report.layers.len(),
+                            others = report.leftovers.len(),
+                            "removed what a crash left"
+                        );
+                    }
+                }
+                Err(error) => tracing::error!(%error, "what crashes left is not removed"),
             }
         }
     }

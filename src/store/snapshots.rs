@@ -47,6 +47,15 @@ pub struct SnapshotRecord {
     /// Bytes of data in its layers, known once it is committed.
     #[serde(default)]
     pub bytes: u64,
+    /// Inodes in use in the file system that it was made from; `None` where nobody counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_inodes: Option<u64>,
+    /// Inodes in use in its file system, known once it is committed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inodes: Option<u64>,
+    /// containerd mounts its block device itself; it is not mounted below the store.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub device: bool,
     /// containerd's labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
