@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 use uuid::Uuid;
 
+use crate::block::BLOCK_SIZE;
 use crate::crash_point;
 use crate::engine::commit::seal_frozen;
 use crate::engine::device::{DeviceStats, SEAL, STATS, Sealed, Target};
@@ -30,15 +31,6 @@ const STATS_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone)]
 pub struct Mounts {
     store: Store,
-}
-
-/// What is there of a snapshot's device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Presence {
-    /// Nothing, or what a crash left.
-    Absent,
-    /// Mounted, and its server works.
-    Mounted,
 }
 
 impl Mounts {
@@ -96,13 +88,6 @@ impl Mounts {
         device::status(&self.run_dir(id))
     }
 
-    fn presence(&self, id: Uuid) -> Result<Presence> {
-        if is_mount_point(&self.dir(id)) && self.device(id)?.is_some() {
-            return Ok(Presence::Mounted);
-        }
-        Ok(Presence::Absent)
-    }
-
     /// True while the snapshot is mounted and served; attached and served, where containerd mounts
     /// the device itself.
     ///
@@ -112,7 +97,31 @@ impl Mounts {
         if record.device {
             return Ok(self.device(record.id)?.is_some());
         }
-        Ok(self.presence(record.id)? == Presence::Mounted)
+        Ok(is_mount_point(&self.dir(record.id)) && self.device(record.id)?.is_some())
+    }
+
+    /// Brings the mount of a snapshot back whose device is there and served: who has it mounted
+    /// elsewhere keeps it, and one device gives one file system. `None` where there is no device,
+    /// or it cannot be mounted; [`Mounts::mount`] makes another then.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn mount_again(&self, record: &SnapshotRecord) -> Result<Option<PathBuf>> {
+        let dir = self.dir(record.id);
+        let Some(device) = self.device(record.id)? else {
+            return Ok(None);
+        };
+        if record.device || is_mount_point(&dir) {
+            return Ok(None);
+        }
+        fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
+        match self.mount_device(record, &device, &dir) {
+            Ok(()) => Ok(Some(dir)),
+            Err(error) => {
+                tracing::warn!(key = %record.key, %error, "its device is given up");
+                Ok(None)
+            }
+        }
     }
 
     /// Attaches a snapshot that is not, and mounts it where containerd does not do that itself.
@@ -139,7 +148,7 @@ impl Mounts {
         crash_point::here("mount: device attached");
         let device = attached.device.path();
         let mounted = if record.device {
-            self.grow_device(record, &device)
+            self.grow(record)
         } else {
             self.mount_device(record, &device, &dir)
         };
@@ -179,41 +188,47 @@ impl Mounts {
         ext4::mount(&device.path(), &dir, ext4::MountOptions::default())
     }
 
-    /// Lets the file system on a device that is not mounted fill it.
-    fn grow_device(&self, record: &SnapshotRecord, device: &Path) -> Result<()> {
-        let grows = record.kind == SnapshotKind::Active
-            && file_system_size(device)?.next_multiple_of(crate::block::BLOCK_SIZE)
-                < record.virtual_size;
-        if grows {
-            ext4::grow_unmounted(device)?;
-            crash_point::here("mount: grown");
-        }
-        Ok(())
-    }
-
     fn mount_device(&self, record: &SnapshotRecord, device: &Path, dir: &Path) -> Result<()> {
         let options = ext4::MountOptions {
             read_only: record.kind != SnapshotKind::Active,
         };
         ext4::mount(device, dir, options)?;
         crash_point::here("mount: mounted");
-        if record.kind != SnapshotKind::Active {
-            return Ok(());
-        }
+        self.grow(record)
+    }
+
+    /// Lets the file system of a snapshot that is attached fill its device, where it does not yet:
+    /// the snapshot shall be larger than what it was made from.
+    ///
+    /// # Errors
+    /// What keeps it from being grown.
+    pub fn grow(&self, record: &SnapshotRecord) -> Result<()> {
+        let dir = self.dir(record.id);
         let base = Header::read(&**self.store.storage(), &self.store.layer_dir(record.base))?;
-        if base.virtual_size >= record.virtual_size {
+        if record.kind != SnapshotKind::Active || base.virtual_size >= record.virtual_size {
             return Ok(());
         }
-        let grown = match ext4::grow(dir, record.virtual_size) {
-            Err(error) if error.kind() == ErrorKind::Permission => {
-                ext4::unmount(dir, Duration::from_secs(1))?;
-                ext4::grow_unmounted(device)?;
-                ext4::mount(device, dir, options)
+        let device = self.loop_device(record.id)?;
+        let path = device.path();
+        // The last block of a file system may be one that does not fit.
+        let is_now = file_system_size(&path)?.next_multiple_of(BLOCK_SIZE);
+        if is_now >= record.virtual_size {
+            return Ok(());
+        }
+        if is_mount_point(&dir) {
+            match ext4::grow(&dir, record.virtual_size) {
+                Err(error) if error.kind() == ErrorKind::Permission => {
+                    ext4::unmount(&dir, Duration::from_secs(1))?;
+                    ext4::grow_unmounted(&path)?;
+                    ext4::mount(&path, &dir, ext4::MountOptions::default())?;
+                }
+                other => other?,
             }
-            other => other,
-        };
+        } else if !device.is_claimed()? {
+            ext4::grow_unmounted(&path)?;
+        }
         crash_point::here("mount: grown");
-        grown
+        Ok(())
     }
 
     /// Inodes in use in the file system of a snapshot that is mounted below the store.
@@ -287,7 +302,7 @@ impl Mounts {
         let sealed: Sealed = serde_json::from_value(answer).map_err(|error| {
             Error::with_source(ErrorKind::Protocol, "the device server's answer", error)
         })?;
-        Ok(sealed.blocks * crate::block::BLOCK_SIZE)
+        Ok(sealed.blocks * BLOCK_SIZE)
     }
 
     /// Seals the layer of a snapshot under those who have it mounted, who go on in the layer

@@ -353,6 +353,8 @@ impl Snapshotter {
         // A commit may have been cut off with the device still there.
         let stale = record.kind == SnapshotKind::Active && self.settle(record)?;
         if !stale && self.mounts.is_ready(record)? {
+            // Whoever mounted it may have been killed before this.
+            self.mounts.grow(record)?;
             let device = match record.device {
                 true => self.mounts.device(record.id)?,
                 false => None,
@@ -360,6 +362,9 @@ impl Snapshotter {
             return Ok(device.unwrap_or_else(|| self.mounts.dir(record.id)));
         }
         tracing::info!(key = %record.key, "mounts again");
+        if !stale && let Some(dir) = self.mounts.mount_again(record)? {
+            return Ok(dir);
+        }
         Ok(self.mounts.mount(record)?)
     }
 

@@ -10,9 +10,10 @@ use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
 use super::mounts::Mounts;
+use crate::block::BLOCK_SIZE;
 use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result};
-use crate::layer::seal_in_place;
+use crate::layer::{SealedLayer, seal_in_place};
 use crate::store::Store;
 
 /// A device that is still in use is looked at again after this long.
@@ -159,6 +160,20 @@ impl Shared {
         }
     }
 
+    /// Gives a sealed layer what it got no time for at the commit: its size in its description,
+    /// then checksums, by which a later start tells that it is done.
+    fn complete(&self, layer: Uuid) -> Result<()> {
+        let storage = &**self.store.storage();
+        let dir = self.store.layer_dir(layer);
+        let bytes = SealedLayer::open(storage, &dir)?.data_blocks() * BLOCK_SIZE;
+        let mut info = self.store.layer_info(layer)?;
+        if info.bytes != bytes {
+            info.bytes = bytes;
+            self.store.set_layer_info(layer, &info)?;
+        }
+        seal_in_place(storage, &dir, |_| {}).map(|_| ())
+    }
+
     fn later(&self, job: Job) {
         self.queue.lock().later.push((Instant::now() + RETRY, job));
     }
@@ -185,9 +200,8 @@ impl Shared {
             crash_point::here("retire: layer discarded");
         }
         for layer in std::mem::take(&mut job.checksum) {
-            let dir = self.store.layer_dir(layer);
-            match seal_in_place(&**self.store.storage(), &dir, |_| {}) {
-                Ok(_) => {}
+            match self.complete(layer) {
+                Ok(()) => {}
                 // Removed meanwhile.
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => tracing::error!(%layer, %error, "a layer got no checksums"),
