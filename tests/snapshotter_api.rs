@@ -462,7 +462,7 @@ fn the_other_commands_show_containerds_snapshots_and_leave_them_to_it() {
         &["rmi", "default/2/sha256:one"],
         &["commit", container, "image:1"],
         &["umount", container],
-        &["exec", container, "true"],
+        &["exec", container, "--", "true"],
     ] {
         let output = rig.vellum(arguments);
         let error = String::from_utf8_lossy(&output.stderr).into_owned();

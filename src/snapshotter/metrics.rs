@@ -49,8 +49,6 @@ struct OfState {
     state: &'static str,
 }
 
-type Bytes64 = Gauge<i64>;
-
 /// The counters of one snapshotter.
 #[derive(Debug)]
 pub struct Metrics {
@@ -59,10 +57,10 @@ pub struct Metrics {
     seconds: Family<OfMethod, Histogram, fn() -> Histogram>,
     frozen: Histogram,
     snapshots: Family<OfKind, Gauge>,
-    bytes: Family<OfKind, Bytes64>,
+    bytes: Family<OfKind, Gauge>,
     devices: Family<OfState, Gauge>,
-    store_size: Bytes64,
-    store_free: Bytes64,
+    store_size: Gauge,
+    store_free: Gauge,
     backlog: Gauge,
 }
 

@@ -179,12 +179,13 @@ impl Shared {
     }
 
     fn carry_out(&self, mut job: Job) {
+        let mut in_use = false;
         if let Some(id) = job.id {
             match self.mounts.release(id) {
                 Ok(()) => crash_point::here("retire: released"),
                 Err(error) if error.kind() == ErrorKind::InUse => {
                     tracing::debug!(%id, %error, "still in use");
-                    return self.later(job);
+                    in_use = true;
                 }
                 Err(error) => {
                     // Its layers stay too: something may still read them.
@@ -193,12 +194,7 @@ impl Shared {
                 }
             }
         }
-        for layer in std::mem::take(&mut job.discard) {
-            if let Err(error) = self.store.discard_snapshot_layer(layer) {
-                tracing::warn!(%layer, %error, "a layer was not removed");
-            }
-            crash_point::here("retire: layer discarded");
-        }
+        // Sealed layers do not change, so this need not wait for those who read them.
         for layer in std::mem::take(&mut job.checksum) {
             match self.complete(layer) {
                 Ok(()) => {}
@@ -207,6 +203,15 @@ impl Shared {
                 Err(error) => tracing::error!(%layer, %error, "a layer got no checksums"),
             }
             crash_point::here("retire: checksums made");
+        }
+        if in_use {
+            return self.later(job);
+        }
+        for layer in std::mem::take(&mut job.discard) {
+            if let Err(error) = self.store.discard_snapshot_layer(layer) {
+                tracing::warn!(%layer, %error, "a layer was not removed");
+            }
+            crash_point::here("retire: layer discarded");
         }
         if job.sweep {
             match self.store.sweep() {
