@@ -161,17 +161,14 @@ pub(crate) fn seal_frozen(run_dir: &Path, dir: &Path, next: Uuid) -> Result<f64>
     let after_seal = since.elapsed();
     crash_point::here("commit: sealed under users");
     let thawed = frozen.thaw();
-    let whole = since.elapsed();
     crash_point::here("commit: thawed");
     tracing::debug!(
         freeze_ms = flushed.as_secs_f64() * 1e3,
         seal_ms = (after_seal - flushed).as_secs_f64() * 1e3,
-        thaw_ms = (whole - after_seal).as_secs_f64() * 1e3,
         "frozen"
     );
     sealed?;
-    thawed?;
-    Ok(whole.as_secs_f64())
+    Ok(thawed?.as_secs_f64())
 }
 
 /// syncfs(2) of the file system at `dir`.

@@ -128,7 +128,7 @@ impl Look {
             .find_map(|line| line.strip_prefix("CapEff:"))
             .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
             .unwrap_or(0);
-        let has = |capability: u32| capabilities >> capability & 1 == 1;
+        let has = |capability: u32| (capabilities >> capability) & 1 == 1;
         if has(CAP_SYS_ADMIN) {
             self.ok("privileges", "CAP_SYS_ADMIN");
         } else {

@@ -72,24 +72,26 @@ impl Frozen {
         self.since
     }
 
-    /// Thaws.
+    /// Thaws. Returns for how long it was frozen.
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] when it did not stay frozen until now, so that what was done
     /// meanwhile did not see one moment of it.
-    pub fn thaw(mut self) -> Result<()> {
+    pub fn thaw(mut self) -> Result<Duration> {
         self.thaw_now()
     }
 
-    fn thaw_now(&mut self) -> Result<()> {
+    fn thaw_now(&mut self) -> Result<Duration> {
         let Some(watchdog) = self.watchdog.take() else {
-            return Ok(());
+            return Ok(Duration::ZERO);
         };
         // SAFETY: the argument is ignored, and the descriptor is open.
         let result = unsafe { ioctl::fithaw(self.root.as_raw_fd(), 0) };
+        // Nobody waits for the end of the watchdog.
+        let frozen = self.since.elapsed();
         watchdog.end();
         match result {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(frozen),
             Err(Errno::EINVAL) => Err(Error::new(
                 ErrorKind::Timeout,
                 format!("{}: it was thawed before its time", self.target.display()),
