@@ -71,10 +71,9 @@ impl Rig {
     /// Starts it anew, to die at `place`, and has `work` done; true when it died there. It runs
     /// again afterwards, either way.
     pub fn dies_at<T>(&mut self, place: &str, work: impl FnOnce(&Client) -> T) -> bool {
-        assert!(
-            cfg!(debug_assertions),
-            "places to die at are in debug builds alone: run the tests without --release"
-        );
+        if !cfg!(debug_assertions) {
+            panic!("places to die at are in debug builds alone: run the tests without --release");
+        }
         self.end(Signal::SIGTERM);
         self.start(Some(place));
         work(&self.client);
