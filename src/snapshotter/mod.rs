@@ -17,14 +17,17 @@
 mod authority;
 pub mod config;
 pub mod filter;
+mod labels;
 pub mod metadata;
 pub mod metrics;
 pub mod mounts;
 mod operations;
 pub mod retire;
 pub mod service;
+mod usage;
 
-pub use operations::{Defaults, Failure, MountSpec, SnapshotUsage, Snapshotter};
+pub use operations::{Defaults, Failure, MountSpec, Snapshotter};
+pub use usage::SnapshotUsage;
 
 /// The messages and the server's trait, made from `proto/` by the build script.
 #[allow(

@@ -7,25 +7,17 @@ use std::time::{Duration, SystemTime};
 use uuid::Uuid;
 
 use super::config::MountMode;
+use super::labels::{wanted_mode, wanted_size};
 use super::metadata::Index;
 use super::metrics::Metrics;
 use super::mounts::Mounts;
 use super::retire::{Job, Retirer};
-use crate::block::{BLOCK_LEN, BLOCK_SIZE};
 use crate::crash_point;
 use crate::engine::template;
 use crate::error::{Error, ErrorKind};
-use crate::fs::superblock::Superblock;
-use crate::layer::{Header, SealedLayer, data_blocks_on_disk};
+use crate::layer::{Header, SealedLayer};
 use crate::store::{LayerInfo, SnapshotKind, SnapshotRecord, Store};
 
-/// The size of a container's device.
-const SIZE_LABELS: [&str; 2] = [
-    "containerd.io/snapshot/vellum.size",
-    "containerd.io/snapshot/max-size",
-];
-/// `bind` or `device`: how the snapshot is handed out.
-const MOUNTS_LABEL: &str = "containerd.io/snapshot/vellum.mounts";
 /// The name that a remote snapshot would have: one that we have already need not be unpacked.
 const REF_LABEL: &str = "containerd.io/snapshot.ref";
 
@@ -44,9 +36,9 @@ impl From<Error> for Failure {
     }
 }
 
-type Result<T> = std::result::Result<T, Failure>;
+pub(super) type Result<T> = std::result::Result<T, Failure>;
 
-fn request<T>(result: crate::Result<T>) -> Result<T> {
+pub(super) fn request<T>(result: crate::Result<T>) -> Result<T> {
     result.map_err(Failure::Request)
 }
 
@@ -73,9 +65,9 @@ pub struct Defaults {
 /// The snapshots of one store, served to one containerd.
 #[derive(Debug)]
 pub struct Snapshotter {
-    store: Store,
-    index: Index,
-    mounts: Mounts,
+    pub(super) store: Store,
+    pub(super) index: Index,
+    pub(super) mounts: Mounts,
     retirer: Retirer,
     defaults: Defaults,
     metrics: Metrics,
@@ -240,18 +232,6 @@ impl Snapshotter {
         crash_point::here("prepare: record in place");
         let source = self.mounts.mount(record)?;
         Ok(mount_spec(record, source))
-    }
-
-    /// Inodes in use in an empty file system.
-    fn template_inodes(&self, layer: Uuid) -> crate::Result<u64> {
-        let dir = self.store.layer_dir(layer);
-        let sealed = SealedLayer::open(&**self.store.storage(), &dir)?;
-        let mut block = vec![0; BLOCK_LEN];
-        sealed.read_blocks(&mut block, 0)?;
-        let superblock = block.get(1024..2048).unwrap_or_default();
-        Superblock::parse(superblock)
-            .map(|superblock| superblock.inodes_used)
-            .map_err(|error| error.context(dir.display()))
     }
 
     /// Where a layer with this reference is there already, on the same layers, under another
@@ -497,16 +477,6 @@ impl Snapshotter {
         Ok(())
     }
 
-    fn sealed_bytes(&self, layers: &[Uuid]) -> crate::Result<u64> {
-        let mut bytes = 0;
-        for layer in layers {
-            let dir = self.store.layer_dir(*layer);
-            let sealed = SealedLayer::open(&**self.store.storage(), &dir)?;
-            bytes += sealed.data_blocks() * BLOCK_SIZE;
-        }
-        Ok(bytes)
-    }
-
     /// Removes a snapshot. Who still has it mounted keeps that until it is unmounted.
     ///
     /// # Errors
@@ -600,47 +570,6 @@ impl Snapshotter {
         Ok(record)
     }
 
-    /// What the snapshot takes beyond what it was made from.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`].
-    pub fn usage(&self, key: &str) -> Result<SnapshotUsage> {
-        let record = request(self.index.get(key))?;
-        Ok(self.usage_of(&record)?)
-    }
-
-    fn usage_of(&self, record: &SnapshotRecord) -> crate::Result<SnapshotUsage> {
-        let inodes = match record.kind {
-            SnapshotKind::View => None,
-            SnapshotKind::Committed => record.inodes,
-            SnapshotKind::Active => self.mounts.inodes(record.id).ok(),
-        };
-        let inodes = inodes.zip(record.base_inodes);
-        let bytes = match record.kind {
-            SnapshotKind::View => 0,
-            SnapshotKind::Committed => record.bytes,
-            SnapshotKind::Active => match record.layers.split_last() {
-                None => 0,
-                Some((top, below)) => {
-                    let blocks = match self.mounts.stats(record.id) {
-                        Ok(stats) => stats.top_blocks,
-                        // Nobody serves it: the map on disk is all there is.
-                        Err(_) => {
-                            let dir = self.store.layer_dir(*top);
-                            data_blocks_on_disk(&**self.store.storage(), &dir)?
-                        }
-                    };
-                    blocks * BLOCK_SIZE + self.sealed_bytes(below)?
-                }
-            },
-        };
-        Ok(SnapshotUsage {
-            bytes,
-            // More may have been deleted than made.
-            inodes: inodes.map_or(0, |(now, before)| now.saturating_sub(before)),
-        })
-    }
-
     /// The counters.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
@@ -678,15 +607,6 @@ impl Snapshotter {
     }
 }
 
-/// What a snapshot takes by itself.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct SnapshotUsage {
-    /// Bytes of data in its own layers.
-    pub bytes: u64,
-    /// Inodes in use beyond those of its parent; 0 where they were not counted.
-    pub inodes: u64,
-}
-
 fn mount_spec(record: &SnapshotRecord, source: PathBuf) -> MountSpec {
     MountSpec {
         source,
@@ -695,7 +615,7 @@ fn mount_spec(record: &SnapshotRecord, source: PathBuf) -> MountSpec {
     }
 }
 
-fn invalid(text: impl Into<String>) -> Failure {
+pub(super) fn invalid(text: impl Into<String>) -> Failure {
     Failure::Request(Error::new(ErrorKind::InvalidInput, text))
 }
 
@@ -703,28 +623,4 @@ fn has_checksums(store: &Store, layer: Uuid) -> bool {
     // One that cannot be opened says so when it is used.
     SealedLayer::open(&**store.storage(), &store.layer_dir(layer))
         .map_or(true, |layer| layer.is_checksummed())
-}
-
-fn wanted_size(labels: &BTreeMap<String, String>) -> Result<Option<u64>> {
-    for label in SIZE_LABELS {
-        if let Some(text) = labels.get(label) {
-            let size = super::config::parse_size(text);
-            return match size {
-                Ok(size) => Ok(Some(size)),
-                Err(error) => Err(invalid(format!("label {label}: {error}"))),
-            };
-        }
-    }
-    Ok(None)
-}
-
-fn wanted_mode(labels: &BTreeMap<String, String>) -> Result<Option<MountMode>> {
-    match labels.get(MOUNTS_LABEL).map(String::as_str) {
-        None => Ok(None),
-        Some("bind") => Ok(Some(MountMode::Bind)),
-        Some("device") => Ok(Some(MountMode::Device)),
-        Some(other) => Err(invalid(format!(
-            "label {MOUNTS_LABEL}={other:?}: it is \"bind\" or \"device\""
-        ))),
-    }
 }
