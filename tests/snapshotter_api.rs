@@ -417,7 +417,7 @@ fn the_other_commands_show_containerds_snapshots_and_leave_them_to_it() {
         .unwrap()
         .source;
     fs::write(Path::new(&source).join("own"), vec![7; 500_000]).unwrap();
-    nix::unistd::syncfs(&fs::File::open(&source).unwrap()).unwrap();
+    nix::unistd::syncfs(fs::File::open(&source).unwrap()).unwrap();
     let json = |arguments: &[&str]| -> Value {
         let mut all = vec!["--json"];
         all.extend(arguments);
