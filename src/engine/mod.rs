@@ -8,11 +8,14 @@ pub mod device;
 pub mod diff;
 pub mod doctor;
 pub mod import;
+pub mod map;
 pub mod mount;
+pub mod prewarm;
 pub mod raw;
 pub mod run;
 
 pub mod serve;
+pub mod stats;
 pub mod status;
 pub(crate) mod template;
 
