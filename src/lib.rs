@@ -18,10 +18,12 @@
 //! * [`engine`]: import, mount, run, commit, compare, serve: what commands are made of.
 //! * [`snapshotter`]: the store as a containerd snapshotter, over gRPC.
 //! * [`cli`]: the `vellum` command, one file a command.
+//! * [`crash_point`]: where tests have a process die.
 
 pub mod block;
 pub mod chain;
 pub mod cli;
+pub mod crash_point;
 pub mod engine;
 pub mod error;
 pub mod export;

@@ -162,6 +162,11 @@ fn image() -> Vec<u8> {
         ("etc/two", b"second\n", 0o600),
         ("etc/.wh.gone", b"", 0o644),
     ]);
+    archive_of(IMAGE, &[first, second])
+}
+
+/// An archive of an OCI image with these layers, plain tars.
+fn archive_of(name: &str, layers: &[Vec<u8>]) -> Vec<u8> {
     let digest = |bytes: &[u8]| {
         let digest = Sha256::digest(bytes);
         let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -171,7 +176,7 @@ fn image() -> Vec<u8> {
         "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
         "os": "linux",
         "config": { "Cmd": ["/bin/busybox", "sh"], "Env": ["PATH=/bin"] },
-        "rootfs": { "type": "layers", "diff_ids": [digest(&first), digest(&second)] },
+        "rootfs": { "type": "layers", "diff_ids": layers.iter().map(|layer| digest(layer)).collect::<Vec<_>>() },
     });
     let config = serde_json::to_vec(&config).unwrap();
     let described = |kind: &str, bytes: &[u8]| -> Value {
@@ -185,23 +190,29 @@ fn image() -> Vec<u8> {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": described("config.v1+json", &config),
-        "layers": [described("layer.v1.tar", &first), described("layer.v1.tar", &second)],
+        "layers": layers.iter().map(|l| described("layer.v1.tar", l)).collect::<Vec<_>>(),
     });
     let manifest = serde_json::to_vec(&manifest).unwrap();
     let mut entry = described("manifest.v1+json", &manifest);
-    entry["annotations"] = json!({ "io.containerd.image.name": IMAGE });
+    entry["annotations"] = json!({ "io.containerd.image.name": name });
     let index = json!({ "schemaVersion": 2, "manifests": [entry] });
     let index = serde_json::to_vec(&index).unwrap();
     let blob = |bytes: &[u8]| format!("blobs/{}", digest(bytes).replace(':', "/"));
     let layout = br#"{"imageLayoutVersion":"1.0.0"}"#;
-    tar_of(&[
+    let layers: Vec<(String, &Vec<u8>)> = layers.iter().map(|l| (blob(l), l)).collect();
+    let (config_name, manifest_name) = (blob(&config), blob(&manifest));
+    let mut files: Vec<(&str, &[u8], u32)> = vec![
         ("oci-layout", layout, 0o644),
         ("index.json", &index, 0o644),
-        (&blob(&first), &first, 0o644),
-        (&blob(&second), &second, 0o644),
-        (&blob(&config), &config, 0o644),
-        (&blob(&manifest), &manifest, 0o644),
-    ])
+        (&config_name, &config, 0o644),
+        (&manifest_name, &manifest, 0o644),
+    ];
+    files.extend(
+        layers
+            .iter()
+            .map(|(name, layer)| (&**name, &layer[..], 0o644)),
+    );
+    tar_of(&files)
 }
 
 fn tar_of(files: &[(&str, &[u8], u32)]) -> Vec<u8> {
@@ -407,4 +418,278 @@ fn a_label_makes_a_container_larger_and_a_full_one_hurts_nobody_else() {
     stack.exec("large", "echo fine > /file && busybox sync -f /");
     stack.end("small");
     stack.end("large");
+}
+
+/// One member of a layer that has everything a member can have.
+struct Member<'a> {
+    path: &'a str,
+    kind: tar::EntryType,
+    mode: u32,
+    owner: (u64, u64),
+    device: (u32, u32),
+    link: &'a str,
+    content: &'a [u8],
+    xattrs: &'a [(&'a str, &'a [u8])],
+}
+
+impl Default for Member<'_> {
+    fn default() -> Self {
+        Member {
+            path: "",
+            kind: tar::EntryType::Regular,
+            mode: 0o644,
+            owner: (0, 0),
+            device: (0, 0),
+            link: "",
+            content: b"",
+            xattrs: &[],
+        }
+    }
+}
+
+fn layer_of(members: &[Member<'_>]) -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    for (number, member) in members.iter().enumerate() {
+        let pax: Vec<(String, &[u8])> = member
+            .xattrs
+            .iter()
+            .map(|(name, value)| (format!("SCHILY.xattr.{name}"), *value))
+            .collect();
+        let pax = pax.iter().map(|(name, value)| (name.as_str(), *value));
+        if !member.xattrs.is_empty() {
+            tar.append_pax_extensions(pax).unwrap();
+        }
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(member.kind);
+        header.set_mode(member.mode);
+        header.set_uid(member.owner.0);
+        header.set_gid(member.owner.1);
+        header.set_mtime(1_500_000_000 + number as u64);
+        header.set_size(member.content.len() as u64);
+        header.set_device_major(member.device.0).unwrap();
+        header.set_device_minor(member.device.1).unwrap();
+        if member.link.is_empty() {
+            tar.append_data(&mut header, member.path, member.content)
+                .unwrap();
+        } else {
+            tar.append_link(&mut header, member.path, member.link)
+                .unwrap();
+        }
+    }
+    tar.into_inner().unwrap()
+}
+
+/// Everything that a program could tell of the files below a directory.
+fn description(root: &Path) -> std::collections::BTreeMap<String, String> {
+    use std::os::unix::fs::FileTypeExt;
+    let mut found = std::collections::BTreeMap::new();
+    let mut first_of = std::collections::HashMap::new();
+    let mut dirs = vec![root.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        let mut entries: Vec<_> = fs::read_dir(&dir)
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .collect();
+        entries.sort();
+        for path in entries {
+            let name = path.strip_prefix(root).unwrap().display().to_string();
+            let there = fs::symlink_metadata(&path).unwrap();
+            let kind = there.file_type();
+            let mut text = format!("{:o} {}:{}", there.mode(), there.uid(), there.gid());
+            if kind.is_dir() {
+                dirs.push(path.clone());
+            } else {
+                text += &format!(
+                    " links {} at {}.{}",
+                    there.nlink(),
+                    there.mtime(),
+                    there.mtime_nsec()
+                );
+                let first = first_of.entry(there.ino()).or_insert(name.clone());
+                text += &format!(" same as {first}");
+            }
+            if kind.is_file() {
+                let bytes = fs::read(&path).unwrap();
+                text += &format!(" {} bytes {:x?}", bytes.len(), Sha256::digest(&bytes));
+            }
+            if kind.is_symlink() {
+                text += &format!(" to {}", fs::read_link(&path).unwrap().display());
+            }
+            if kind.is_char_device() || kind.is_block_device() {
+                text += &format!(" device {:x}", there.rdev());
+            }
+            let mut names: Vec<_> = xattr::list(&path).unwrap().collect();
+            names.sort();
+            for name in names {
+                let value = xattr::get(&path, &name).unwrap();
+                text += &format!(" {}={value:x?}", name.display());
+            }
+            found.insert(name, text);
+        }
+    }
+    found
+}
+
+#[test]
+fn an_image_comes_out_file_by_file_as_with_the_overlayfs_snapshotter() {
+    use tar::EntryType::{Block, Char, Directory, Fifo, Link, Symlink};
+    let large: Vec<u8> = (0..3_000_000u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
+    // cap_net_raw+ep, as setcap writes it.
+    let capability: &[u8] = &[
+        1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    ];
+    let long = format!("long/{}", "n".repeat(200));
+    let dir = |path, mode, owner| Member {
+        path,
+        kind: Directory,
+        mode,
+        owner,
+        ..Member::default()
+    };
+    let file = |path, content| Member {
+        path,
+        content,
+        ..Member::default()
+    };
+    let lower = layer_of(&[
+        dir("etc/", 0o755, (0, 0)),
+        dir("home/u/", 0o750, (1000, 1001)),
+        dir("tmp/", 0o1777, (0, 0)),
+        Member {
+            mode: 0o4755,
+            ..file("bin/setuid", b"setuid")
+        },
+        Member {
+            mode: 0o2755,
+            owner: (0, 42),
+            ..file("bin/setgid", b"setgid")
+        },
+        Member {
+            xattrs: &[("security.capability", capability)],
+            mode: 0o755,
+            ..file("bin/ping", b"ping")
+        },
+        Member {
+            xattrs: &[("user.note", b"a\0b"), ("user.other", b"x")],
+            ..file("etc/noted", b"noted")
+        },
+        Member {
+            owner: (4_000_000_000, 65_534),
+            mode: 0o600,
+            ..file("home/u/large", &large)
+        },
+        file("data/a", b"linked"),
+        Member {
+            kind: Link,
+            link: "data/a",
+            ..file("data/b", b"")
+        },
+        Member {
+            kind: Symlink,
+            link: "../etc/noted",
+            mode: 0o777,
+            ..file("data/symlink", b"")
+        },
+        Member {
+            kind: Symlink,
+            link: "/nowhere",
+            mode: 0o777,
+            owner: (7, 8),
+            ..file("data/dangling", b"")
+        },
+        Member {
+            kind: Char,
+            device: (1, 3),
+            mode: 0o666,
+            ..file("dev/char", b"")
+        },
+        Member {
+            kind: Block,
+            device: (7, 99),
+            mode: 0o660,
+            owner: (0, 6),
+            ..file("dev/block", b"")
+        },
+        Member {
+            kind: Fifo,
+            mode: 0o620,
+            ..file("dev/fifo", b"")
+        },
+        file("empty", b""),
+        file(&long, b"long"),
+        file("n\u{e4}me \u{1f600}", b"name"),
+        file("gone", b"gone"),
+        file("gonedir/sub/file", b"gone"),
+        file("opaque/old", b"old"),
+        file("opaque/sub/old", b"old"),
+        file("becomes/dir", b"a file"),
+        dir("becomes/file/", 0o755, (0, 0)),
+        file("becomes/file/in", b"in"),
+        Member {
+            kind: Symlink,
+            link: "empty",
+            mode: 0o777,
+            ..file("becomes/regular", b"")
+        },
+        Member {
+            mode: 0o600,
+            ..file("changed", b"before")
+        },
+    ]);
+    let upper = layer_of(&[
+        file(".wh.gone", b""),
+        file(".wh.gonedir", b""),
+        file("opaque/.wh..wh..opq", b""),
+        file("opaque/new", b"new"),
+        dir("becomes/dir/", 0o700, (5, 5)),
+        file("becomes/dir/in", b"in"),
+        file("becomes/file", b"a file"),
+        file("becomes/regular", b"regular"),
+        Member {
+            mode: 0o640,
+            owner: (1, 2),
+            ..file("changed", b"after")
+        },
+        dir("home/u/", 0o700, (1000, 1002)),
+        file("home/u/more", b"more"),
+    ]);
+    let stack = Stack::start();
+    let name = "docker.io/library/compare:1";
+    let tar = stack.area.at("compare.tar");
+    fs::write(&tar, archive_of(name, &[lower, upper])).unwrap();
+    let seen = |snapshotter: &str| {
+        stack.ctr(&["images", "import", "--snapshotter", snapshotter, &tar]);
+        let target = stack.area.at(&format!("as {snapshotter}"));
+        fs::create_dir(&target).unwrap();
+        stack.ctr(&[
+            "images",
+            "mount",
+            "--snapshotter",
+            snapshotter,
+            name,
+            &target,
+        ]);
+        let found = description(Path::new(&target));
+        nix::mount::umount(target.as_str()).unwrap();
+        found
+    };
+    let (overlay, ours) = (seen("overlayfs"), seen("vellum"));
+    assert!(ours.len() > 30 && !ours.contains_key("gone"), "{ours:#?}");
+    assert!(
+        ours["bin/ping"].contains("security.capability"),
+        "{}",
+        ours["bin/ping"]
+    );
+    let different: Vec<_> = overlay
+        .keys()
+        .chain(ours.keys())
+        .filter(|name| overlay.get(*name) != ours.get(*name))
+        .map(|name| (name, overlay.get(name), ours.get(name)))
+        .collect();
+    assert!(
+        different.is_empty(),
+        "(path, overlayfs, ours): {different:#?}"
+    );
 }

@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// Arguments of `check`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Images, containers, or UUIDs of layers [default: the whole store]
+    /// Images, containers, keys of containerd's snapshots, or UUIDs of layers [default: the whole store]
     names: Vec<String>,
     /// Read every block of the sealed layers and compare it with its checksum
     #[arg(long)]
@@ -89,8 +89,12 @@ fn lines(report: &CheckReport) -> String {
         let bytes = super::output::human_size(report.blocks * BLOCK_SIZE);
         format!(", {bytes} of data read")
     };
+    let snapshots = match report.snapshots {
+        0 => String::new(),
+        number => format!(", {number} snapshots of containerd's"),
+    };
     out.push_str(&format!(
-        "{} layers, {} images, {} containers checked{read}\n",
+        "{} layers, {} images, {} containers{snapshots} checked{read}\n",
         report.layers, report.images, report.containers
     ));
     out

@@ -1,35 +1,62 @@
 //! `vellum images`
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use super::Context;
 use super::output::{human_size, table};
+use crate::engine::status::{SnapshotStatus, snapshot_status};
 use crate::error::Result;
-use crate::store::ImageRecord;
+use crate::store::{ImageRecord, SnapshotKind};
 
 /// Arguments of `images`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {}
 
+/// An image of ours, or a committed snapshot of containerd's.
 #[derive(Serialize)]
-struct Row {
+#[serde(untagged)]
+enum Row {
+    Image {
+        #[serde(flatten)]
+        image: Box<ImageRecord>,
+        /// Bytes of data in all of its layers.
+        size: u64,
+    },
+    Snapshot(Box<Snapshot>),
+}
+
+#[derive(Serialize)]
+struct Snapshot {
     #[serde(flatten)]
-    image: ImageRecord,
-    /// Bytes of data in all of its layers.
-    size: u64,
+    status: SnapshotStatus,
+    /// containerd's labels.
+    labels: BTreeMap<String, String>,
 }
 
 pub(super) fn run(_: &Args, context: &Context) -> Result<()> {
     let store = context.store()?;
     let bytes = |layer| store.layer_info(layer).map_or(0, |info| info.bytes);
-    let rows: Vec<Row> = store
+    let mut rows: Vec<Row> = store
         .images()?
         .into_iter()
-        .map(|image| Row {
+        .map(|image| Row::Image {
             size: image.layers.iter().copied().map(bytes).sum(),
-            image,
+            image: Box::new(image),
         })
         .collect();
+    let mut snapshots = store.snapshots(|error| tracing::warn!(%error, "left out"))?;
+    snapshots.sort_by(|a, b| a.key.cmp(&b.key));
+    let committed = snapshots
+        .iter()
+        .filter(|r| r.kind == SnapshotKind::Committed);
+    for record in committed {
+        rows.push(Row::Snapshot(Box::new(Snapshot {
+            status: snapshot_status(&store, record, &snapshots, true)?,
+            labels: record.labels.clone(),
+        })));
+    }
     context.out.print(&rows, |rows| {
         let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
         table(&["IMAGE", "LAYERS", "SIZE", "VIRTUAL", "CREATED"], &cells)
@@ -37,11 +64,27 @@ pub(super) fn run(_: &Args, context: &Context) -> Result<()> {
 }
 
 fn cells(row: &Row) -> Vec<String> {
+    let (name, layers, size, virtual_size, created) = match row {
+        Row::Image { image, size } => (
+            &image.name,
+            image.layers.len(),
+            *size,
+            image.virtual_size,
+            &image.created,
+        ),
+        Row::Snapshot(row) => (
+            &row.status.name,
+            row.status.depth,
+            row.status.total_size.unwrap_or(0),
+            row.status.virtual_size,
+            &row.status.created,
+        ),
+    };
     vec![
-        row.image.name.clone(),
-        row.image.layers.len().to_string(),
-        human_size(row.size),
-        human_size(row.image.virtual_size),
-        row.image.created.clone(),
+        name.replace(char::is_control, " "),
+        layers.to_string(),
+        human_size(size),
+        human_size(virtual_size),
+        created.clone(),
     ]
 }

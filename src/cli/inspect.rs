@@ -13,7 +13,7 @@ use crate::store::Store;
 /// Arguments of `inspect`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Images, containers, or UUIDs of layers
+    /// Images, containers, keys of containerd's snapshots, or UUIDs of layers
     #[arg(required = true)]
     names: Vec<String>,
 }
@@ -44,12 +44,23 @@ fn inspect(store: &Store, name: &str) -> Result<Value> {
         let layers = layers(store, image.layers.iter());
         return Ok(json!({ "type": "image", "image": image, "layers": layers }));
     }
+    let snapshots = store.snapshots(|error| tracing::warn!(%error, "left out"))?;
+    if let Some(record) = snapshots.iter().find(|record| record.key == name) {
+        let chain = store.ancestry(Some(record.top()))?;
+        return Ok(json!({
+            "type": "snapshot",
+            "snapshot": record,
+            "status": status::snapshot_status(store, record, &snapshots, true)?,
+            "counters": status::snapshot_stats(store, record).ok(),
+            "layers": layers(store, chain.iter()),
+        }));
+    }
     match Uuid::parse_str(name) {
         Ok(layer) => Ok(json!({ "type": "layer", "layer": describe(store, layer)? })),
         Err(_) => Err(Error::new(
             ErrorKind::NotFound,
             format!(
-                "there is no container, image or layer {name}: see `vellum ps` and `vellum images`"
+                "there is no container, image, snapshot or layer {name}: see `vellum ps` and `vellum images`"
             ),
         )),
     }

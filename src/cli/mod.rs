@@ -10,6 +10,7 @@ mod completions;
 mod create;
 mod device_server;
 mod diff;
+mod doctor;
 mod exec;
 mod history;
 mod images;
@@ -108,6 +109,8 @@ enum Command {
     Check(check::Args),
     /// Remove what crashes left and nothing uses
     Prune(prune::Args),
+    /// Look whether this host has what is needed, and say what to do where it has not
+    Doctor(doctor::Args),
     /// Serve containerd as a snapshotter until stopped
     Snapshotter(snapshotter::Args),
     /// Measure copy-up, chain depth and flush cost on this host
@@ -187,6 +190,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Nbd(args) => nbd::run(&args, context)?,
         Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
+        Command::Doctor(args) => doctor::run(&args, context)?,
         Command::Snapshotter(args) => snapshotter::run(&args, context)?,
         Command::Bench(args) => bench::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,

@@ -2,8 +2,11 @@
 
 use super::Context;
 use super::output::{human_size, table};
-use crate::engine::status::{ContainerStatus, status};
+use serde::Serialize;
+
+use crate::engine::status::{ContainerStatus, SnapshotStatus, snapshot_status, status};
 use crate::error::Result;
+use crate::store::SnapshotKind;
 
 /// Arguments of `ps`.
 #[derive(Debug, clap::Args)]
@@ -15,11 +18,20 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     let store = context.store()?;
-    let rows: Vec<ContainerStatus> = store
+    let mut rows: Vec<Row> = store
         .containers()?
         .into_iter()
-        .map(|record| status(&store, record, args.size))
+        .map(|record| status(&store, record, args.size).map(|row| Row::Container(Box::new(row))))
         .collect::<Result<_>>()?;
+    let mut snapshots = store.snapshots(|error| tracing::warn!(%error, "left out"))?;
+    snapshots.sort_by(|a, b| a.key.cmp(&b.key));
+    for record in snapshots
+        .iter()
+        .filter(|r| r.kind != SnapshotKind::Committed)
+    {
+        let row = snapshot_status(&store, record, &snapshots, args.size)?;
+        rows.push(Row::Snapshot(Box::new(row)));
+    }
     context.out.print(&rows, |rows| {
         let mut header = vec!["CONTAINER", "IMAGE", "CREATED", "STATUS"];
         header.extend(args.size.then_some("SIZE"));
@@ -28,20 +40,38 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     })
 }
 
-fn cells(row: &ContainerStatus, size: bool) -> Vec<String> {
-    let mut cells = vec![
-        row.record.name.clone(),
-        row.record.image.clone(),
-        row.record.created.clone(),
-        row.status.replace(char::is_control, " "),
-    ];
+/// A container of ours, or one of containerd's.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Row {
+    Container(Box<ContainerStatus>),
+    Snapshot(Box<SnapshotStatus>),
+}
+
+fn cells(row: &Row, size: bool) -> Vec<String> {
+    let (name, image, created, status, own, total) = match row {
+        Row::Container(row) => (
+            &row.record.name,
+            &row.record.image,
+            &row.record.created,
+            &row.status,
+            row.size,
+            row.total_size,
+        ),
+        Row::Snapshot(row) => (
+            &row.name,
+            &row.image,
+            &row.created,
+            &row.status,
+            row.size,
+            row.total_size,
+        ),
+    };
+    let plain = |text: &String| text.replace(char::is_control, " ");
+    let mut cells = vec![plain(name), plain(image), created.clone(), plain(status)];
     if size {
         let human = |bytes: Option<u64>| bytes.map_or("?".into(), human_size);
-        cells.push(format!(
-            "{} (virtual {})",
-            human(row.size),
-            human(row.total_size)
-        ));
+        cells.push(format!("{} (virtual {})", human(own), human(total)));
     }
     cells
 }

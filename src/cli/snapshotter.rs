@@ -1,6 +1,7 @@
 //! `vellum snapshotter`
 
 use std::fs;
+use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
@@ -8,9 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Context, DEFAULT_ROOT};
+use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat};
-use crate::snapshotter::{Snapshotter, service};
+use crate::snapshotter::{Defaults, Snapshotter, service};
 use crate::storage::LockMode;
 use crate::store::Store;
 
@@ -30,6 +32,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     let config = Config::load(args.config.as_deref())?;
+    crash_point::arm()?;
     start_log(args, &config)?;
     // The command line first, then the file.
     let root = match &config.root {
@@ -54,8 +57,18 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         ));
     };
     let listener = listen(&address)?;
-    let snapshotter = Arc::new(Snapshotter::start(&store, config.size()?)?);
-    let served = service::serve(&snapshotter, listener, || {
+    let metrics = match config.metrics.address {
+        Some(address) => Some(TcpListener::bind(address).context(|| {
+            format!("cannot listen on {address} for Prometheus ([metrics] address)")
+        })?),
+        None => None,
+    };
+    let defaults = Defaults {
+        size: config.size()?,
+        mounts: config.mounts,
+    };
+    let snapshotter = Arc::new(Snapshotter::start(&store, defaults)?);
+    let served = service::serve(&snapshotter, listener, metrics, || {
         tracing::info!(address = %address.display(), "serves");
         notify("READY=1");
     });

@@ -1,17 +1,18 @@
 //! A container's writable layer becomes a layer of a new image; the container goes on.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::device::{SEAL_TOP, SealTop, Target};
+use super::device::{PREPARE_SEAL, SEAL_TOP, SealTop, Target};
 use super::import::forget_ext4_journal;
 use super::lock_container;
 use super::mount::{TemporaryMount, mounted};
 use crate::block::BLOCK_SIZE;
+use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{self, control};
 use crate::fs::freeze;
@@ -134,6 +135,9 @@ fn image_record(container: &ContainerRecord, image: &str, comment: Option<&str>)
 }
 
 /// Freezes, seals, thaws. Returns the seconds in between.
+///
+/// What can be done before the freeze is: `next` is opened, and what was written is made durable,
+/// so that the freeze itself finds little to write. In between are the last flush and the seal.
 pub(crate) fn seal_frozen(run_dir: &Path, dir: &Path, next: Uuid) -> Result<f64> {
     let args = serde_json::to_value(SealTop { next }).map_err(|error| {
         Error::with_source(
@@ -142,14 +146,29 @@ pub(crate) fn seal_frozen(run_dir: &Path, dir: &Path, next: Uuid) -> Result<f64>
             error,
         )
     })?;
-    let begin = Instant::now();
+    sync_file_system(dir)?;
+    match control::call(run_dir, PREPARE_SEAL, args.clone(), FLUSH_TIMEOUT) {
+        // A server of an older version does it all at the seal.
+        Err(error) if error.kind() == ErrorKind::Unsupported => {}
+        other => drop(other?),
+    }
+    crash_point::here("commit: synced");
     let frozen = freeze::freeze(dir, FREEZE_LIMIT)?;
+    let since = frozen.since();
+    let flushed = since.elapsed();
+    crash_point::here("commit: frozen");
     let sealed = control::call(run_dir, SEAL_TOP, args, SEAL_TIMEOUT);
+    let after_seal = since.elapsed();
+    crash_point::here("commit: sealed under users");
     let thawed = frozen.thaw();
-    let seconds = begin.elapsed().as_secs_f64();
+    crash_point::here("commit: thawed");
+    tracing::debug!(
+        freeze_ms = flushed.as_secs_f64() * 1e3,
+        seal_ms = (after_seal - flushed).as_secs_f64() * 1e3,
+        "frozen"
+    );
     sealed?;
-    thawed?;
-    Ok(seconds)
+    Ok(thawed?.as_secs_f64())
 }
 
 /// syncfs(2) of the file system at `dir`.

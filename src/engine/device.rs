@@ -22,6 +22,9 @@ use crate::store::{LayerLease, Resolved, Store};
 
 /// Asks a device server to seal its top layer and go on in another: [`SealTop`].
 pub const SEAL_TOP: &str = "seal-top";
+/// Tells a device server that [`SEAL_TOP`] with the same arguments comes next: it opens the layer
+/// and makes durable what there is, so that less is left to do then.
+pub const PREPARE_SEAL: &str = "prepare-seal";
 /// Asks a device server to seal its top layer for good; the answer is [`Sealed`].
 pub const SEAL: &str = "seal";
 /// Asks a device server for its counters: [`DeviceStats`].
@@ -273,6 +276,14 @@ pub struct OpenChain {
     store: Store,
     chain: Arc<Chain>,
     leases: Mutex<Vec<LayerLease>>,
+    /// The layer that [`PREPARE_SEAL`] opened.
+    next: Mutex<Option<Next>>,
+}
+
+#[derive(Debug)]
+struct Next {
+    layer: Arc<WritableLayer>,
+    lease: LayerLease,
 }
 
 impl OpenChain {
@@ -281,6 +292,7 @@ impl OpenChain {
             store: store.clone(),
             chain: Arc::new(chain),
             leases: Mutex::new(lease.into_iter().collect()),
+            next: Mutex::new(None),
         }
     }
 
@@ -297,19 +309,44 @@ impl OpenChain {
         }
     }
 
-    /// Seals the top and goes on in the layer `next`.
+    /// Opens the layer `next` for [`OpenChain::seal_top`] and flushes the top.
     ///
     /// # Errors
-    /// As [`Chain::seal_top`].
-    pub fn seal_top(&self, next: Uuid) -> Result<()> {
+    /// Where `next` cannot be opened, and as [`WritableLayer::flush`].
+    pub fn prepare_seal(&self, next: Uuid) -> Result<()> {
+        let mut prepared = self.next.lock();
+        if prepared.as_ref().map(|there| there.layer.header().uuid) != Some(next) {
+            // One of a seal that never came: its lease goes with it.
+            *prepared = None;
+            *prepared = Some(self.open_next(next)?);
+        }
+        drop(prepared);
+        self.chain.top().map_or(Ok(()), |top| top.prepare_seal())
+    }
+
+    fn open_next(&self, next: Uuid) -> Result<Next> {
         let lease = self.store.lease_layer(next)?;
-        let next = WritableLayer::open_counted(
+        let layer = WritableLayer::open_counted(
             self.store.storage().clone(),
             &self.store.layer_dir(next),
             layer_options(&self.store),
             self.chain.stats().clone(),
         )?;
-        self.chain.seal_top(next)?;
+        Ok(Next { layer, lease })
+    }
+
+    /// Seals the top and goes on in the layer `next`.
+    ///
+    /// # Errors
+    /// As [`Chain::seal_top`].
+    pub fn seal_top(&self, next: Uuid) -> Result<()> {
+        let prepared = self.next.lock().take();
+        let Next { layer, lease } = match prepared {
+            Some(there) if there.layer.header().uuid == next => there,
+            // Also where the server that prepared it died since.
+            _ => self.open_next(next)?,
+        };
+        self.chain.seal_top(layer)?;
         self.leases.lock().push(lease);
         Ok(())
     }
@@ -358,6 +395,12 @@ impl ControlHandler for OpenChain {
                     Error::with_source(ErrorKind::InvalidInput, "seal-top wants a layer", error)
                 })?;
                 self.seal_top(args.next).map(|()| Value::Null)
+            }
+            PREPARE_SEAL => {
+                let args: SealTop = serde_json::from_value(args).map_err(|error| {
+                    Error::with_source(ErrorKind::InvalidInput, "prepare-seal wants a layer", error)
+                })?;
+                self.prepare_seal(args.next).map(|()| Value::Null)
             }
             SEAL => serde_json::to_value(self.seal()?).map_err(|error| {
                 Error::with_source(ErrorKind::Io, "the answer cannot be encoded", error)

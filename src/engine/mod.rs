@@ -6,6 +6,7 @@ pub mod check;
 pub mod commit;
 pub mod device;
 pub mod diff;
+pub mod doctor;
 pub mod import;
 pub mod map;
 pub mod mount;

@@ -127,7 +127,7 @@ fn mount_grown(container: &ContainerRecord, device: &Path, dir: &Path) -> Result
 }
 
 /// What the ext4 on `device` says of its size, in bytes.
-fn file_system_size(device: &Path) -> Result<u64> {
+pub(crate) fn file_system_size(device: &Path) -> Result<u64> {
     use std::os::unix::fs::FileExt;
     let mut bytes = [0; 1024];
     std::fs::File::open(device)

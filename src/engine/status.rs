@@ -1,5 +1,6 @@
 //! How containers are doing: sizes, mounts, servers.
 
+use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -10,8 +11,9 @@ use super::run::{Activity, activity};
 use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::{self, DeviceStatus, Status, control};
+use crate::fs::mountinfo::MountInfo;
 use crate::layer::data_blocks_on_disk;
-use crate::store::{ContainerRecord, Store};
+use crate::store::{ContainerRecord, SnapshotKind, SnapshotRecord, Store};
 
 /// How long a device server may take to answer.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -124,8 +126,11 @@ fn sizes(store: &Store, record: &ContainerRecord) -> (Option<u64>, Option<u64>) 
 /// # Errors
 /// [`ErrorKind::NotFound`] while it is not mounted.
 pub fn stats(store: &Store, record: &ContainerRecord) -> Result<DeviceStats> {
-    let run_dir = store.run_dir(record);
-    let answer = control::call(&run_dir, STATS, serde_json::Value::Null, ASK_TIMEOUT)?;
+    ask_stats(&store.run_dir(record))
+}
+
+fn ask_stats(run_dir: &Path) -> Result<DeviceStats> {
+    let answer = control::call(run_dir, STATS, serde_json::Value::Null, ASK_TIMEOUT)?;
     serde_json::from_value(answer).map_err(|error| {
         Error::with_source(
             ErrorKind::Protocol,
@@ -133,4 +138,104 @@ pub fn stats(store: &Store, record: &ContainerRecord) -> Result<DeviceStats> {
             error,
         )
     })
+}
+
+/// A snapshot of containerd's and its present state.
+#[derive(Debug, Clone, Serialize)]
+pub struct SnapshotStatus {
+    /// containerd's key.
+    pub name: String,
+    /// What it was made from: another snapshot's key; empty for one that began empty.
+    pub image: String,
+    /// When it got its kind.
+    pub created: String,
+    /// As in [`ContainerStatus`]; `committed` for one that is not mounted itself.
+    pub status: String,
+    /// Where it is mounted.
+    pub mounted: Option<Mounted>,
+    /// Its device server.
+    pub device: Option<DeviceStatus>,
+    /// Bytes of data in its own layers; `None` where they cannot be read, or nobody asked.
+    pub size: Option<u64>,
+    /// Bytes of that and of all that it was made from.
+    pub total_size: Option<u64>,
+    /// Layers in its chain.
+    pub depth: usize,
+    /// Size of its device in bytes.
+    pub virtual_size: u64,
+    /// View, active or committed.
+    pub kind: SnapshotKind,
+}
+
+/// The state of a snapshot; `with_size` also counts blocks. `all` is every snapshot of the store.
+///
+/// # Errors
+/// Where the host's mounts cannot be read.
+pub fn snapshot_status(
+    store: &Store,
+    record: &SnapshotRecord,
+    all: &[SnapshotRecord],
+    with_size: bool,
+) -> Result<SnapshotStatus> {
+    let device = device::status(&store.snapshot_run_dir(record.id))?;
+    let dir = store.snapshot_mount_dir(record.id);
+    let mounted = MountInfo::at(&dir)?.map(|mount| Mounted {
+        dir: mount.target,
+        device: mount.source,
+    });
+    let status = match record.kind {
+        SnapshotKind::Committed => "committed".to_owned(),
+        _ => describe(Activity::Idle, device.as_ref(), mounted.as_ref()),
+    };
+    let size = with_size.then(|| snapshot_size(store, record)).flatten();
+    let mut total = size;
+    let mut parent = record.parent.as_deref();
+    // Each has a parent that is older than itself, so this ends; records may be damaged though.
+    for _ in 0..all.len() {
+        let Some(found) = all.iter().find(|other| Some(other.key.as_str()) == parent) else {
+            break;
+        };
+        total = total.map(|total| total + found.bytes);
+        parent = found.parent.as_deref();
+    }
+    Ok(SnapshotStatus {
+        name: record.key.clone(),
+        image: record.parent.clone().unwrap_or_default(),
+        created: humantime::format_rfc3339_seconds(record.created).to_string(),
+        status,
+        mounted,
+        device,
+        size,
+        total_size: total,
+        depth: store
+            .ancestry(Some(record.top()))
+            .map_or(0, |chain| chain.len()),
+        virtual_size: record.virtual_size,
+        kind: record.kind,
+    })
+}
+
+/// Bytes of data in a snapshot's own layers.
+fn snapshot_size(store: &Store, record: &SnapshotRecord) -> Option<u64> {
+    if record.kind != SnapshotKind::Active {
+        return Some(record.bytes);
+    }
+    if let Ok(stats) = snapshot_stats(store, record)
+        && record.layers.len() == 1
+    {
+        return Some(stats.top_blocks * BLOCK_SIZE);
+    }
+    let mut blocks = 0;
+    for layer in &record.layers {
+        blocks += data_blocks_on_disk(&**store.storage(), &store.layer_dir(*layer)).ok()?;
+    }
+    Some(blocks * BLOCK_SIZE)
+}
+
+/// The counters of a snapshot's device server.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] while it is not attached.
+pub fn snapshot_stats(store: &Store, record: &SnapshotRecord) -> Result<DeviceStats> {
+    ask_stats(&store.snapshot_run_dir(record.id))
 }

@@ -169,6 +169,17 @@ pub struct MountOptions {
     pub read_only: bool,
 }
 
+impl MountOptions {
+    /// ext4's own options for it, as mount(8) takes them.
+    pub fn data(self) -> &'static str {
+        if self.read_only {
+            "errors=remount-ro,noinit_itable"
+        } else {
+            "errors=remount-ro,noinit_itable,discard"
+        }
+    }
+}
+
 /// Mounts the ext4 on `device` at the directory `target`: deleted files become holes (`discard`),
 /// a journal that was not closed in order is replayed, an error makes it read-only.
 ///
@@ -177,20 +188,11 @@ pub struct MountOptions {
 /// where there is no ext4.
 pub fn mount(device: &Path, target: &Path, options: MountOptions) -> Result<()> {
     let mut flags = MsFlags::empty();
-    let mut data = "errors=remount-ro,noinit_itable".to_string();
+    let data = options.data();
     if options.read_only {
         flags |= MsFlags::MS_RDONLY;
-    } else {
-        data.push_str(",discard");
     }
-    nix::mount::mount(
-        Some(device),
-        target,
-        Some("ext4"),
-        flags,
-        Some(data.as_str()),
-    )
-    .map_err(|errno| {
+    nix::mount::mount(Some(device), target, Some("ext4"), flags, Some(data)).map_err(|errno| {
         let what = format!(
             "{}: cannot be mounted on {}",
             device.display(),

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -29,6 +29,7 @@ pub struct Frozen {
     target: PathBuf,
     root: File,
     watchdog: Option<Watchdog>,
+    since: Instant,
 }
 
 #[derive(Debug)]
@@ -46,6 +47,7 @@ struct Watchdog {
 pub fn freeze(target: &Path, limit: Duration) -> Result<Frozen> {
     let root = open_root(target)?;
     let watchdog = Watchdog::start(&root, limit)?;
+    let since = Instant::now();
     // SAFETY: the argument is ignored, and the descriptor is open.
     let result = unsafe { ioctl::fifreeze(root.as_raw_fd(), 0) };
     if let Err(errno) = result {
@@ -60,28 +62,36 @@ pub fn freeze(target: &Path, limit: Duration) -> Result<Frozen> {
         target: target.to_path_buf(),
         root,
         watchdog: Some(watchdog),
+        since,
     })
 }
 
 impl Frozen {
-    /// Thaws.
+    /// When the freeze began: the first writers may wait since then.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Thaws. Returns for how long it was frozen.
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] when it did not stay frozen until now, so that what was done
     /// meanwhile did not see one moment of it.
-    pub fn thaw(mut self) -> Result<()> {
+    pub fn thaw(mut self) -> Result<Duration> {
         self.thaw_now()
     }
 
-    fn thaw_now(&mut self) -> Result<()> {
+    fn thaw_now(&mut self) -> Result<Duration> {
         let Some(watchdog) = self.watchdog.take() else {
-            return Ok(());
+            return Ok(Duration::ZERO);
         };
         // SAFETY: the argument is ignored, and the descriptor is open.
         let result = unsafe { ioctl::fithaw(self.root.as_raw_fd(), 0) };
+        // Nobody waits for the end of the watchdog.
+        let frozen = self.since.elapsed();
         watchdog.end();
         match result {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(frozen),
             Err(Errno::EINVAL) => Err(Error::new(
                 ErrorKind::Timeout,
                 format!("{}: it was thawed before its time", self.target.display()),

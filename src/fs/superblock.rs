@@ -26,6 +26,8 @@ pub struct Superblock {
     pub block_size: u64,
     /// Size of the file system in bytes.
     pub size: u64,
+    /// Inodes in use, as of when it was unmounted.
+    pub inodes_used: u64,
     /// Unmounted in order: nothing to replay, no errors noted.
     pub clean: bool,
     /// Its UUID.
@@ -84,9 +86,12 @@ impl Superblock {
         } else {
             journal_ranges(&fields, block_size, size)?
         };
+        let inodes = fields.u32(0x00).ok_or_else(cut)?;
+        let inodes_free = fields.u32(0x10).ok_or_else(cut)?;
         Ok(Superblock {
             block_size,
             size,
+            inodes_used: u64::from(inodes.saturating_sub(inodes_free)),
             clean: incompat & INCOMPAT_RECOVER == 0
                 && state & (STATE_VALID | STATE_ERRORS) == STATE_VALID,
             uuid: uuid::Uuid::from_slice(uuid)

@@ -189,6 +189,22 @@ impl WritableLayer {
         })
     }
 
+    /// Does ahead of [`WritableLayer::seal`] what it would have to do first: makes durable what was
+    /// written until now, so that no block lives in the journal alone, and waits for the journal's
+    /// thread. The layer can be used meanwhile and afterwards.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn prepare_seal(&self) -> Result<()> {
+        self.lead(self.queue.lock(), |layer, committer| {
+            layer.commit(committer, true)?;
+            if layer.wait_for_retirement(committer).is_err() || committer.must_checkpoint {
+                layer.checkpoint_all(committer)?;
+            }
+            Ok(())
+        })
+    }
+
     /// Makes the layer sealed: durable and never to change again. Takes about as long as a flush,
     /// whatever the layer holds. The caller sees to it that no writes come any more.
     ///

@@ -25,9 +25,34 @@ pub struct Config {
     pub address: Option<PathBuf>,
     /// Size of file systems: `10G`.
     pub default_size: Option<String>,
+    /// How snapshots are handed to containerd.
+    #[serde(default)]
+    pub mounts: MountMode,
+    /// Where Prometheus finds counters.
+    #[serde(default)]
+    pub metrics: MetricsConfig,
     /// The log.
     #[serde(default)]
     pub log: Log,
+}
+
+/// What Mounts answers with, where no label says anything else.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MountMode {
+    /// A bind of the directory that we mounted.
+    #[default]
+    Bind,
+    /// The block device, which containerd or a virtual machine mounts.
+    Device,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Address and port to listen on, without which there is no server: `127.0.0.1:9142`.
+    pub address: Option<std::net::SocketAddr>,
 }
 
 /// `[log]`
@@ -118,12 +143,14 @@ mod tests {
     #[test]
     fn a_whole_file_is_understood() {
         let config = load(
-            "version = 1\nroot = '/r'\naddress = '/s'\ndefault_size = '20G'\n\
-             [log]\nlevel = 'debug'\nformat = 'json'\n",
+            "version = 1\nroot = '/r'\naddress = '/s'\ndefault_size = '20G'\nmounts = 'device'\n\
+             [metrics]\naddress = '127.0.0.1:9142'\n[log]\nlevel = 'debug'\nformat = 'json'\n",
         )
         .unwrap();
         assert_eq!(config.root.as_deref(), Some(Path::new("/r")));
         assert_eq!(config.size().unwrap(), 20 << 30);
+        assert_eq!(config.mounts, MountMode::Device);
+        assert_eq!(config.metrics.address.unwrap().port(), 9142);
         assert_eq!(config.log.format, LogFormat::Json);
     }
 
@@ -134,6 +161,8 @@ mod tests {
             ("roots = '/r'", "roots"),
             ("default_size = 'big'", "default_size"),
             ("[log]\nformat = 'xml'", "xml"),
+            ("mounts = 'copy'", "copy"),
+            ("[metrics]\naddress = 'here'", "address"),
         ] {
             let error = load(text).unwrap_err().to_string();
             assert!(error.contains(word) && error.contains('/'), "{error}");

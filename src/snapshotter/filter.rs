@@ -288,6 +288,9 @@ mod tests {
             layers: Vec::new(),
             virtual_size: 0,
             bytes: 0,
+            base_inodes: None,
+            inodes: None,
+            device: false,
             labels: [("a.b/c", "x,y"), ("plain", "1")]
                 .map(|(k, v)| (k.to_owned(), v.to_owned()))
                 .into(),

@@ -11,18 +11,23 @@
 //! * [`metadata`]: what containerd knows of snapshots, in memory and on disk.
 //! * [`mounts`]: devices and mounts of snapshots.
 //! * [`retire`]: what comes after an answer: detaching, removing, checksums.
+//! * [`metrics`]: counters, and the HTTP server that shows them to Prometheus.
 //! * [`filter`]: containerd's language for choosing from a list.
 
 mod authority;
 pub mod config;
 pub mod filter;
+mod labels;
 pub mod metadata;
+pub mod metrics;
 pub mod mounts;
 mod operations;
 pub mod retire;
 pub mod service;
+mod usage;
 
-pub use operations::{Failure, Snapshotter};
+pub use operations::{Defaults, Failure, MountSpec, Snapshotter};
+pub use usage::SnapshotUsage;
 
 /// The messages and the server's trait, made from `proto/` by the build script.
 #[allow(

@@ -2,18 +2,20 @@
 //! kernel's tables say what there is, also after the process before was killed.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::engine::commit::{seal_frozen, sync_file_system};
+use crate::block::BLOCK_SIZE;
+use crate::crash_point;
+use crate::engine::commit::seal_frozen;
 use crate::engine::device::{DeviceStats, SEAL, STATS, Sealed, Target};
-use crate::engine::mount::attach_spec;
+use crate::engine::mount::{attach_spec, file_system_size};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::export::device::{self, DetachOptions, Status, control};
+use crate::export::device::{self, DetachOptions, DeviceStatus, Status, control};
 use crate::export::loop_device::LoopDevice;
 use crate::fs::ext4;
 use crate::fs::mountinfo::MountInfo;
@@ -29,15 +31,6 @@ const STATS_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone)]
 pub struct Mounts {
     store: Store,
-}
-
-/// What is there of a snapshot's device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Presence {
-    /// Nothing, or what a crash left.
-    Absent,
-    /// Mounted, and its server works.
-    Mounted,
 }
 
 impl Mounts {
@@ -75,31 +68,65 @@ impl Mounts {
         self.store.root().join("run").join(id.to_string())
     }
 
-    fn presence(&self, id: Uuid) -> Result<Presence> {
-        if !is_mount_point(&self.dir(id)) {
-            return Ok(Presence::Absent);
-        }
-        let status = device::status(&self.run_dir(id))?;
-        let works = status.is_some_and(|status| {
-            status.alive && !matches!(status.state.status, Status::Failed | Status::Ended)
-        });
-        Ok(if works {
-            Presence::Mounted
-        } else {
-            Presence::Absent
-        })
-    }
-
-    /// True while the snapshot is mounted and served.
+    /// The loop device of a snapshot whose server works; `None` where a crash or a reboot took it.
     ///
     /// # Errors
     /// Where the run directory cannot be read.
-    pub fn is_mounted(&self, id: Uuid) -> Result<bool> {
-        Ok(self.presence(id)? == Presence::Mounted)
+    pub fn device(&self, id: Uuid) -> Result<Option<PathBuf>> {
+        let status = device::status(&self.run_dir(id))?;
+        let works = status.filter(|status| {
+            status.alive && !matches!(status.state.status, Status::Failed | Status::Ended)
+        });
+        Ok(works.and_then(|status| status.loop_device))
     }
 
-    /// Attaches and mounts a snapshot that is not mounted. What a crash left of an earlier device
-    /// is cleared away.
+    /// What state the device of a snapshot is in, `None` without one.
+    ///
+    /// # Errors
+    /// Where the run directory cannot be read.
+    pub fn device_status(&self, id: Uuid) -> Result<Option<DeviceStatus>> {
+        device::status(&self.run_dir(id))
+    }
+
+    /// True while the snapshot is mounted and served; attached and served, where containerd mounts
+    /// the device itself.
+    ///
+    /// # Errors
+    /// Where the run directory cannot be read.
+    pub fn is_ready(&self, record: &SnapshotRecord) -> Result<bool> {
+        if record.device {
+            return Ok(self.device(record.id)?.is_some());
+        }
+        Ok(is_mount_point(&self.dir(record.id)) && self.device(record.id)?.is_some())
+    }
+
+    /// Brings the mount of a snapshot back whose device is there and served: who has it mounted
+    /// elsewhere keeps it, and one device gives one file system. `None` where there is no device,
+    /// or it cannot be mounted; [`Mounts::mount`] makes another then.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn mount_again(&self, record: &SnapshotRecord) -> Result<Option<PathBuf>> {
+        let dir = self.dir(record.id);
+        let Some(device) = self.device(record.id)? else {
+            return Ok(None);
+        };
+        if record.device || is_mount_point(&dir) {
+            return Ok(None);
+        }
+        fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
+        match self.mount_device(record, &device, &dir) {
+            Ok(()) => Ok(Some(dir)),
+            Err(error) => {
+                tracing::warn!(key = %record.key, %error, "its device is given up");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Attaches a snapshot that is not, and mounts it where containerd does not do that itself.
+    /// What a crash left of an earlier device is cleared away. Returns what containerd mounts: a
+    /// directory, or the device.
     ///
     /// # Errors
     /// What keeps the chain from being opened or mounted, with names.
@@ -107,7 +134,10 @@ impl Mounts {
         let dir = self.dir(record.id);
         let run_dir = self.run_dir(record.id);
         self.clear(record.id)?;
-        fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
+        if !record.device {
+            fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
+            crash_point::here("mount: directory made");
+        }
         let target = match record.kind {
             SnapshotKind::Active => Target::Layer(record.top()),
             SnapshotKind::View | SnapshotKind::Committed => Target::Sealed(record.top()),
@@ -115,14 +145,47 @@ impl Mounts {
         let spec = attach_spec(&self.store, &target);
         let attached = device::attach(&run_dir, &spec)
             .map_err(|error| error.context(format!("cannot attach snapshot {:?}", record.key)))?;
-        let mounted = self.mount_device(record, &attached.device.path(), &dir);
+        crash_point::here("mount: device attached");
+        let device = attached.device.path();
+        let mounted = if record.device {
+            self.grow(record)
+        } else {
+            self.mount_device(record, &device, &dir)
+        };
         if mounted.is_err() {
             // The mount's failure is what matters.
             let _ = self.clear(record.id);
         }
         mounted
             .map_err(|error| error.context(format!("cannot mount snapshot {:?}", record.key)))?;
-        Ok(dir)
+        Ok(if record.device { device } else { dir })
+    }
+
+    /// Mounts the device of a snapshot below the store although containerd mounts it itself, so
+    /// that it can be committed as others are. Its journal is replayed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while a program, such as a virtual machine, has the device open: what
+    /// it holds back cannot be known here.
+    pub fn mount_for_commit(&self, record: &SnapshotRecord) -> Result<()> {
+        let dir = self.dir(record.id);
+        if is_mount_point(&dir) {
+            return Ok(());
+        }
+        let device = self.loop_device(record.id)?;
+        if let Some(pid) = process_with_open(&device.path())? {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "snapshot {:?}: process {pid} has its device {} open: stop it (a virtual \
+                     machine that runs on it?) before the commit",
+                    record.key,
+                    device.path().display()
+                ),
+            ));
+        }
+        fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
+        ext4::mount(&device.path(), &dir, ext4::MountOptions::default())
     }
 
     fn mount_device(&self, record: &SnapshotRecord, device: &Path, dir: &Path) -> Result<()> {
@@ -130,21 +193,57 @@ impl Mounts {
             read_only: record.kind != SnapshotKind::Active,
         };
         ext4::mount(device, dir, options)?;
-        if record.kind != SnapshotKind::Active {
-            return Ok(());
-        }
+        crash_point::here("mount: mounted");
+        self.grow(record)
+    }
+
+    /// Lets the file system of a snapshot that is attached fill its device, where it does not yet:
+    /// the snapshot shall be larger than what it was made from.
+    ///
+    /// # Errors
+    /// What keeps it from being grown.
+    pub fn grow(&self, record: &SnapshotRecord) -> Result<()> {
+        let dir = self.dir(record.id);
         let base = Header::read(&**self.store.storage(), &self.store.layer_dir(record.base))?;
-        if base.virtual_size >= record.virtual_size {
+        if record.kind != SnapshotKind::Active || base.virtual_size >= record.virtual_size {
             return Ok(());
         }
-        match ext4::grow(dir, record.virtual_size) {
-            Err(error) if error.kind() == ErrorKind::Permission => {
-                ext4::unmount(dir, Duration::from_secs(1))?;
-                ext4::grow_unmounted(device)?;
-                ext4::mount(device, dir, options)
-            }
-            other => other,
+        let device = self.loop_device(record.id)?;
+        let path = device.path();
+        // The last block of a file system may be one that does not fit.
+        let is_now = file_system_size(&path)?.next_multiple_of(BLOCK_SIZE);
+        if is_now >= record.virtual_size {
+            return Ok(());
         }
+        if is_mount_point(&dir) {
+            match ext4::grow(&dir, record.virtual_size) {
+                Err(error) if error.kind() == ErrorKind::Permission => {
+                    ext4::unmount(&dir, Duration::from_secs(1))?;
+                    ext4::grow_unmounted(&path)?;
+                    ext4::mount(&path, &dir, ext4::MountOptions::default())?;
+                }
+                other => other?,
+            }
+        } else if !device.is_claimed()? {
+            ext4::grow_unmounted(&path)?;
+        }
+        crash_point::here("mount: grown");
+        Ok(())
+    }
+
+    /// Inodes in use in the file system of a snapshot that is mounted below the store.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] while it is not mounted.
+    pub fn inodes(&self, id: Uuid) -> Result<u64> {
+        let dir = self.dir(id);
+        if !is_mount_point(&dir) {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("{}: nothing is mounted there", dir.display()),
+            ));
+        }
+        Ok(ext4::usage(&dir)?.files_used)
     }
 
     /// Takes away what there is of a snapshot's device, in use or not.
@@ -203,22 +302,18 @@ impl Mounts {
         let sealed: Sealed = serde_json::from_value(answer).map_err(|error| {
             Error::with_source(ErrorKind::Protocol, "the device server's answer", error)
         })?;
-        Ok(sealed.blocks * crate::block::BLOCK_SIZE)
+        Ok(sealed.blocks * BLOCK_SIZE)
     }
 
     /// Seals the layer of a snapshot under those who have it mounted, who go on in the layer
-    /// `next`.
+    /// `next`. Returns for how long their writes waited.
     ///
     /// # Errors
     /// Where the host fails.
-    pub fn seal_under_users(&self, id: Uuid, next: Uuid) -> Result<()> {
-        let dir = self.dir(id);
-        sync_file_system(&dir)?;
-        let run_dir = self.run_dir(id);
-        control::call(&run_dir, "flush", Value::Null, SEAL_TIMEOUT)?;
-        let seconds = seal_frozen(&run_dir, &dir, next)?;
+    pub fn seal_under_users(&self, id: Uuid, next: Uuid) -> Result<Duration> {
+        let seconds = seal_frozen(&self.run_dir(id), &self.dir(id), next)?;
         tracing::info!(%id, seconds, "sealed while it was mounted");
-        Ok(())
+        Ok(Duration::from_secs_f64(seconds))
     }
 
     /// Data blocks in the top layer of a snapshot that is attached.
@@ -250,11 +345,13 @@ impl Mounts {
     /// [`ErrorKind::InUse`] while somebody still has it mounted.
     pub fn release(&self, id: Uuid) -> Result<()> {
         self.hide(id)?;
+        crash_point::here("retire: unmounted");
         let options = DetachOptions {
             force: false,
             timeout: Duration::from_millis(500),
         };
         device::detach(&self.run_dir(id), &options)?;
+        crash_point::here("retire: device detached");
         let dir = self.dir(id);
         match fs::remove_dir(&dir) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -298,4 +395,27 @@ fn is_mount_point(dir: &Path) -> bool {
         Ok(there) => there.dev() != parent.dev(),
         Err(error) => error.kind() != std::io::ErrorKind::NotFound,
     }
+}
+
+/// A process that has the block device `path` open; mounts do not count.
+fn process_with_open(path: &Path) -> Result<Option<u32>> {
+    let number = fs::metadata(path)
+        .context(|| format!("cannot stat {}", path.display()))?
+        .rdev();
+    let processes = fs::read_dir("/proc").context(|| "cannot list /proc")?;
+    for process in processes.flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse().ok()) else {
+            continue;
+        };
+        // One that ends meanwhile has nothing open.
+        let files = fs::read_dir(process.path().join("fd"));
+        for file in files.into_iter().flatten().flatten() {
+            let is_device = fs::metadata(file.path())
+                .is_ok_and(|file| file.file_type().is_block_device() && file.rdev() == number);
+            if is_device {
+                return Ok(Some(pid));
+            }
+        }
+    }
+    Ok(None)
 }

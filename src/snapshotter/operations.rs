@@ -6,20 +6,18 @@ use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
+use super::config::MountMode;
+use super::labels::{wanted_mode, wanted_size};
 use super::metadata::Index;
+use super::metrics::Metrics;
 use super::mounts::Mounts;
 use super::retire::{Job, Retirer};
-use crate::block::BLOCK_SIZE;
+use crate::crash_point;
 use crate::engine::template;
 use crate::error::{Error, ErrorKind};
-use crate::layer::{Header, SealedLayer, data_blocks_on_disk};
+use crate::layer::{Header, SealedLayer};
 use crate::store::{LayerInfo, SnapshotKind, SnapshotRecord, Store};
 
-/// The size of a container's device.
-const SIZE_LABELS: [&str; 2] = [
-    "containerd.io/snapshot/vellum.size",
-    "containerd.io/snapshot/max-size",
-];
 /// The name that a remote snapshot would have: one that we have already need not be unpacked.
 const REF_LABEL: &str = "containerd.io/snapshot.ref";
 
@@ -38,29 +36,41 @@ impl From<Error> for Failure {
     }
 }
 
-type Result<T> = std::result::Result<T, Failure>;
+pub(super) type Result<T> = std::result::Result<T, Failure>;
 
-fn request<T>(result: crate::Result<T>) -> Result<T> {
+pub(super) fn request<T>(result: crate::Result<T>) -> Result<T> {
     result.map_err(Failure::Request)
 }
 
 /// A mount as containerd carries it out.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bind {
-    /// Where we mounted the snapshot.
+pub struct MountSpec {
+    /// Where we mounted the snapshot, or its device.
     pub source: PathBuf,
+    /// The source is a block device with an ext4 on it.
+    pub device: bool,
     /// Without writes.
     pub read_only: bool,
+}
+
+/// What snapshots are like that no label says anything else of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Defaults {
+    /// Bytes of a file system.
+    pub size: u64,
+    /// How snapshots are handed out.
+    pub mounts: MountMode,
 }
 
 /// The snapshots of one store, served to one containerd.
 #[derive(Debug)]
 pub struct Snapshotter {
-    store: Store,
-    index: Index,
-    mounts: Mounts,
+    pub(super) store: Store,
+    pub(super) index: Index,
+    pub(super) mounts: Mounts,
     retirer: Retirer,
-    default_size: u64,
+    defaults: Defaults,
+    metrics: Metrics,
 }
 
 impl Snapshotter {
@@ -69,35 +79,36 @@ impl Snapshotter {
     ///
     /// # Errors
     /// Where the store cannot be read or the template not be made.
-    pub fn start(store: &Store, default_size: u64) -> crate::Result<Self> {
+    pub fn start(store: &Store, defaults: Defaults) -> crate::Result<Self> {
         store.prepare_snapshots()?;
         let mounts = Mounts::new(store)?;
         let index = Index::load(store)?;
         {
             let pin = store.pin_layers()?;
-            template::get(store, default_size, &pin)?;
-        }
-        if let Err(error) = store.prune() {
-            tracing::error!(%error, "what crashes left is not removed");
+            template::get(store, defaults.size, &pin)?;
         }
         let retirer = Retirer::start(store, &mounts)?;
         let records = index.all();
         let needed = |id: Uuid| {
-            records
-                .iter()
-                .any(|record| record.id == id && record.kind != SnapshotKind::Committed)
+            let mut live = records.iter();
+            live.find(|record| record.id == id && record.kind != SnapshotKind::Committed)
         };
         let mut adopted = 0u32;
         for id in mounts.present()? {
-            if needed(id) {
-                adopted += u32::from(mounts.is_mounted(id)?);
-            } else {
-                retirer.push(Job {
+            match needed(id) {
+                Some(record) => adopted += u32::from(mounts.is_ready(record)?),
+                // Its device may keep layers from being removed until it is gone.
+                None => retirer.push(Job {
                     id: Some(id),
+                    sweep: true,
                     ..Job::default()
-                });
+                }),
             }
         }
+        retirer.push(Job {
+            sweep: true,
+            ..Job::default()
+        });
         let committed = records
             .iter()
             .filter(|record| record.kind == SnapshotKind::Committed);
@@ -122,7 +133,8 @@ impl Snapshotter {
             index,
             mounts,
             retirer,
-            default_size,
+            defaults,
+            metrics: Metrics::default(),
         })
     }
 
@@ -137,23 +149,25 @@ impl Snapshotter {
         parent: &str,
         labels: BTreeMap<String, String>,
         kind: SnapshotKind,
-    ) -> Result<Bind> {
+    ) -> Result<MountSpec> {
         if key.is_empty() {
             return Err(invalid("a snapshot needs a key"));
         }
         let wanted = wanted_size(&labels)?;
+        let device = wanted_mode(&labels)?.unwrap_or(self.defaults.mounts) == MountMode::Device;
         let _lock = self.index.lock_key(key);
         let pin = self.store.pin_layers()?;
         let parent = (!parent.is_empty()).then_some(parent);
-        let (base, least) = match parent {
+        let (base, least, base_inodes) = match parent {
             Some(parent) => {
                 let parent = request(self.index.parent(parent))?;
-                (parent.top(), parent.virtual_size)
+                (parent.top(), parent.virtual_size, parent.inodes)
             }
             None => {
-                let size = wanted.unwrap_or(self.default_size);
+                let size = wanted.unwrap_or(self.defaults.size);
                 let template = template::get(&self.store, size, &pin)?;
-                (template.layer, size)
+                let inodes = self.template_inodes(template.layer)?;
+                (template.layer, size, Some(inodes))
             }
         };
         let virtual_size = wanted.unwrap_or(least);
@@ -173,17 +187,22 @@ impl Snapshotter {
             layers: Vec::new(),
             virtual_size,
             bytes: 0,
+            base_inodes,
+            inodes: None,
+            device,
             labels,
             created: now,
             updated: now,
         };
         request(self.index.reserve(&record))?;
+        crash_point::here("prepare: key taken");
         let made = self.make(&mut record, &pin);
         drop(pin);
         match made {
-            Ok(bind) => {
+            Ok(mount) => {
                 self.index.show(record, None);
-                Ok(bind)
+                crash_point::here("prepare: done");
+                Ok(mount)
             }
             Err(failure) => {
                 self.undo(&record);
@@ -193,7 +212,11 @@ impl Snapshotter {
     }
 
     /// The part of [`Snapshotter::prepare`] that touches the host.
-    fn make(&self, record: &mut SnapshotRecord, pin: &crate::store::StoreGuard) -> Result<Bind> {
+    fn make(
+        &self,
+        record: &mut SnapshotRecord,
+        pin: &crate::store::StoreGuard,
+    ) -> Result<MountSpec> {
         if record.kind == SnapshotKind::Active {
             if self.adopt_remote(record, pin)? {
                 return Err(Failure::Request(Error::new(
@@ -202,11 +225,13 @@ impl Snapshotter {
                 )));
             }
             let layer = self.add_layer(record.base, record.virtual_size, pin)?;
+            crash_point::here("prepare: layer published");
             record.layers.push(layer);
         }
         self.store.put_snapshot(record, pin)?;
+        crash_point::here("prepare: record in place");
         let source = self.mounts.mount(record)?;
-        Ok(bind(record, source))
+        Ok(mount_spec(record, source))
     }
 
     /// Where a layer with this reference is there already, on the same layers, under another
@@ -235,6 +260,7 @@ impl Snapshotter {
             kind: SnapshotKind::Committed,
             layers: found.layers,
             bytes: found.bytes,
+            inodes: found.inodes,
             virtual_size: found.virtual_size,
             ..record.clone()
         };
@@ -243,6 +269,7 @@ impl Snapshotter {
             self.index.forget(&shared.key);
             return Err(error.into());
         }
+        crash_point::here("remote: record in place");
         // The other may have been removed meanwhile, and its layers with it.
         if request(self.index.get(&found.key)).is_err() {
             self.store.remove_snapshot(shared.id)?;
@@ -260,6 +287,7 @@ impl Snapshotter {
         pin: &crate::store::StoreGuard,
     ) -> crate::Result<Uuid> {
         let staged = self.store.stage_layer(Some(parent), virtual_size)?;
+        crash_point::here("prepare: layer made");
         let info = LayerInfo {
             origin: "containerd snapshot".into(),
             ..LayerInfo::default()
@@ -288,7 +316,7 @@ impl Snapshotter {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] (a failed precondition) for a committed one.
-    pub fn mounts(&self, key: &str) -> Result<Bind> {
+    pub fn mounts(&self, key: &str) -> Result<MountSpec> {
         let _lock = self.index.lock_key(key);
         let mut record = request(self.index.get(key))?;
         if record.kind == SnapshotKind::Committed {
@@ -298,23 +326,32 @@ impl Snapshotter {
             )));
         }
         let source = self.ensure_mounted(&mut record)?;
-        Ok(bind(&record, source))
+        Ok(mount_spec(&record, source))
     }
 
     fn ensure_mounted(&self, record: &mut SnapshotRecord) -> Result<PathBuf> {
-        if self.mounts.is_mounted(record.id)? {
-            return Ok(self.mounts.dir(record.id));
-        }
-        if record.kind == SnapshotKind::Active {
-            self.settle(record)?;
+        // A commit may have been cut off with the device still there.
+        let stale = record.kind == SnapshotKind::Active && self.settle(record)?;
+        if !stale && self.mounts.is_ready(record)? {
+            // Whoever mounted it may have been killed before this.
+            self.mounts.grow(record)?;
+            let device = match record.device {
+                true => self.mounts.device(record.id)?,
+                false => None,
+            };
+            return Ok(device.unwrap_or_else(|| self.mounts.dir(record.id)));
         }
         tracing::info!(key = %record.key, "mounts again");
+        if !stale && let Some(dir) = self.mounts.mount_again(record)? {
+            return Ok(dir);
+        }
         Ok(self.mounts.mount(record)?)
     }
 
     /// Makes the last layer of an active snapshot one that can be written, after a commit was cut
-    /// off on either side of the seal. Its device is not mounted.
-    fn settle(&self, record: &mut SnapshotRecord) -> Result<()> {
+    /// off on either side of the seal. A server that is there writes to the first of the layers
+    /// that is not sealed. True where there was none: its device can only be read then.
+    fn settle(&self, record: &mut SnapshotRecord) -> Result<bool> {
         let sealed = |layer: Uuid| -> crate::Result<bool> {
             let header = Header::read(&**self.store.storage(), &self.store.layer_dir(layer))?;
             Ok(header.sealed)
@@ -327,9 +364,13 @@ impl Snapshotter {
             }
         }
         let top = layers.last().copied().unwrap_or(record.base);
-        let pin = self.store.pin_layers()?;
         let dropped: Vec<Uuid> = record.layers.iter().skip(layers.len()).copied().collect();
-        if sealed(top)? {
+        let ended = sealed(top)?;
+        if !ended && dropped.is_empty() {
+            return Ok(false);
+        }
+        let pin = self.store.pin_layers()?;
+        if ended {
             layers.push(self.add_layer(top, record.virtual_size, &pin)?);
         }
         if layers != record.layers {
@@ -342,7 +383,7 @@ impl Snapshotter {
                 ..Job::default()
             });
         }
-        Ok(())
+        Ok(ended)
     }
 
     /// Makes the active snapshot `key` the committed snapshot `name`. Also while it is mounted:
@@ -378,8 +419,10 @@ impl Snapshotter {
             self.index.forget(name);
             return Err(failure);
         }
+        crash_point::here("commit: record in place");
         let job = Job {
             id: Some(record.id),
+            sweep: false,
             checksum: committed.layers.clone(),
             discard: record
                 .layers
@@ -390,6 +433,7 @@ impl Snapshotter {
         };
         self.index.show(committed, Some(key));
         self.retirer.push(job);
+        crash_point::here("commit: done");
         Ok(())
     }
 
@@ -397,32 +441,40 @@ impl Snapshotter {
     fn seal(&self, record: &mut SnapshotRecord, committed: &mut SnapshotRecord) -> Result<()> {
         self.ensure_mounted(record)?;
         let id = record.id;
+        if record.device {
+            self.mounts.mount_for_commit(record).map_err(|error| {
+                match error.kind() {
+                    // containerd shall say so, and not take it for a fault of the host.
+                    ErrorKind::InUse => Failure::Request(error),
+                    _ => Failure::Host(error),
+                }
+            })?;
+        }
+        crash_point::here("commit: mounted");
+        // A missing number is no reason to fail.
+        committed.inodes = self.mounts.inodes(id).ok();
         committed.layers.clone_from(&record.layers);
         let pin = self.store.pin_layers()?;
         if self.mounts.unmount_unshared(id)? {
+            crash_point::here("commit: unmounted");
             self.mounts.seal(id)?;
+            crash_point::here("commit: sealed");
         } else {
             // Written first: once the top is sealed, its users are in the next.
             let next = self.add_layer(record.top(), record.virtual_size, &pin)?;
+            crash_point::here("commit: next layer published");
             record.layers.push(next);
             self.store.put_snapshot(record, &pin)?;
             self.index.show(record.clone(), None);
-            self.mounts.seal_under_users(id, next)?;
+            crash_point::here("commit: next layer recorded");
+            let waited = self.mounts.seal_under_users(id, next)?;
+            self.metrics.frozen(waited);
             self.mounts.hide(id)?;
+            crash_point::here("commit: hidden");
         }
         committed.bytes = self.sealed_bytes(&committed.layers)?;
         self.store.put_snapshot(committed, &pin)?;
         Ok(())
-    }
-
-    fn sealed_bytes(&self, layers: &[Uuid]) -> crate::Result<u64> {
-        let mut bytes = 0;
-        for layer in layers {
-            let dir = self.store.layer_dir(*layer);
-            let sealed = SealedLayer::open(&**self.store.storage(), &dir)?;
-            bytes += sealed.data_blocks() * BLOCK_SIZE;
-        }
-        Ok(bytes)
     }
 
     /// Removes a snapshot. Who still has it mounted keeps that until it is unmounted.
@@ -432,14 +484,17 @@ impl Snapshotter {
     pub fn remove(&self, key: &str) -> Result<()> {
         let _lock = self.index.lock_key(key);
         let record = request(self.index.begin_removal(key))?;
+        crash_point::here("remove: begun");
         if let Err(error) = self.store.remove_snapshot(record.id) {
             self.index.keep(key);
             return Err(error.into());
         }
         self.index.forget(key);
+        crash_point::here("remove: record gone");
         if let Err(error) = self.mounts.hide(record.id) {
             tracing::warn!(key, %error, "a removed snapshot is still mounted");
         }
+        crash_point::here("remove: hidden");
         let shared = |layer: &Uuid| self.index.names_layer(*layer, record.id);
         let (_, discard) = record
             .layers
@@ -450,6 +505,7 @@ impl Snapshotter {
             discard,
             ..Job::default()
         });
+        crash_point::here("remove: done");
         Ok(())
     }
 
@@ -497,6 +553,16 @@ impl Snapshotter {
         }
         // An empty value removes a label.
         record.labels.retain(|_, value| !value.is_empty());
+        if let Some(size) = wanted_size(&record.labels)?
+            && record.kind == SnapshotKind::Active
+            && size != record.virtual_size
+        {
+            return Err(invalid(format!(
+                "snapshot {key:?} has {} bytes, and the labels would say {size}: the size is set \
+                 when a snapshot is made; make another with this label",
+                record.virtual_size
+            )));
+        }
         record.updated = SystemTime::now();
         let pin = self.store.pin_layers()?;
         self.store.put_snapshot(&record, &pin)?;
@@ -504,35 +570,32 @@ impl Snapshotter {
         Ok(record)
     }
 
-    /// Bytes of data in the snapshot's own layers.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`].
-    pub fn usage(&self, key: &str) -> Result<u64> {
-        let record = request(self.index.get(key))?;
-        match record.kind {
-            SnapshotKind::View => Ok(0),
-            SnapshotKind::Committed => Ok(record.bytes),
-            SnapshotKind::Active => {
-                let (top, below) = match record.layers.split_last() {
-                    Some((top, below)) => (*top, below),
-                    None => return Ok(0),
-                };
-                let blocks = match self.mounts.stats(record.id) {
-                    Ok(stats) => stats.top_blocks,
-                    // Nobody serves it: the map on disk is all there is.
-                    Err(_) => {
-                        let dir = self.store.layer_dir(top);
-                        data_blocks_on_disk(&**self.store.storage(), &dir)?
-                    }
-                };
-                Ok(blocks * BLOCK_SIZE + self.sealed_bytes(below)?)
-            }
-        }
+    /// The counters.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
-    /// Waits a while for the space of removed snapshots to be free.
+    /// The devices and mounts of its snapshots.
+    pub fn devices(&self) -> &Mounts {
+        &self.mounts
+    }
+
+    /// The store that it serves.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Jobs that wait to be done, those on devices in use included.
+    pub fn backlog(&self) -> usize {
+        self.retirer.backlog()
+    }
+
+    /// Waits a while for the space of removed snapshots to be free, and of what nothing names.
     pub fn cleanup(&self) {
+        self.retirer.push(Job {
+            sweep: true,
+            ..Job::default()
+        });
         if !self.retirer.drain(Duration::from_secs(20)) {
             tracing::warn!("removed snapshots are still being cleared away");
         }
@@ -544,14 +607,15 @@ impl Snapshotter {
     }
 }
 
-fn bind(record: &SnapshotRecord, source: PathBuf) -> Bind {
-    Bind {
+fn mount_spec(record: &SnapshotRecord, source: PathBuf) -> MountSpec {
+    MountSpec {
         source,
+        device: record.device,
         read_only: record.kind != SnapshotKind::Active,
     }
 }
 
-fn invalid(text: impl Into<String>) -> Failure {
+pub(super) fn invalid(text: impl Into<String>) -> Failure {
     Failure::Request(Error::new(ErrorKind::InvalidInput, text))
 }
 
@@ -559,17 +623,4 @@ fn has_checksums(store: &Store, layer: Uuid) -> bool {
     // One that cannot be opened says so when it is used.
     SealedLayer::open(&**store.storage(), &store.layer_dir(layer))
         .map_or(true, |layer| layer.is_checksummed())
-}
-
-fn wanted_size(labels: &BTreeMap<String, String>) -> Result<Option<u64>> {
-    for label in SIZE_LABELS {
-        if let Some(text) = labels.get(label) {
-            let size = super::config::parse_size(text);
-            return match size {
-                Ok(size) => Ok(Some(size)),
-                Err(error) => Err(invalid(format!("label {label}: {error}"))),
-            };
-        }
-    }
-    Ok(None)
 }

@@ -10,6 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
 use super::mounts::Mounts;
+use crate::crash_point;
 use crate::engine::check::count_layer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::seal_in_place;
@@ -28,6 +29,8 @@ pub struct Job {
     pub checksum: Vec<Uuid>,
     /// Layers that no record names.
     pub discard: Vec<Uuid>,
+    /// Then remove everything that no record names: what it was, a killed process knew.
+    pub sweep: bool,
 }
 
 #[derive(Debug, Default)]
@@ -96,6 +99,12 @@ impl Retirer {
         true
     }
 
+    /// Jobs that are not done, those on devices in use included.
+    pub fn backlog(&self) -> usize {
+        let queue = self.shared.queue.lock();
+        queue.ready.len() + queue.later.len() + queue.running
+    }
+
     /// Does what can be done within `limit` and ends the threads.
     pub fn stop(mut self, limit: Duration) {
         // What was in use a moment ago may not be any more.
@@ -151,14 +160,26 @@ impl Shared {
         }
     }
 
-    fn carry_out(&self, job: Job) {
+    /// Gives a sealed layer what it got no time for at the commit: its size in its description,
+    /// then checksums, by which a later start tells that it is done.
+    fn complete(&self, layer: Uuid) -> Result<()> {
+        count_layer(&self.store, layer)?;
+        let dir = self.store.layer_dir(layer);
+        seal_in_place(&**self.store.storage(), &dir, |_| {}).map(drop)
+    }
+
+    fn later(&self, job: Job) {
+        self.queue.lock().later.push((Instant::now() + RETRY, job));
+    }
+
+    fn carry_out(&self, mut job: Job) {
+        let mut in_use = false;
         if let Some(id) = job.id {
             match self.mounts.release(id) {
-                Ok(()) => {}
+                Ok(()) => crash_point::here("retire: released"),
                 Err(error) if error.kind() == ErrorKind::InUse => {
                     tracing::debug!(%id, %error, "still in use");
-                    self.queue.lock().later.push((Instant::now() + RETRY, job));
-                    return;
+                    in_use = true;
                 }
                 Err(error) => {
                     // Its layers stay too: something may still read them.
@@ -167,22 +188,42 @@ impl Shared {
                 }
             }
         }
-        for layer in job.discard {
-            if let Err(error) = self.store.discard_snapshot_layer(layer) {
-                tracing::warn!(%layer, %error, "a layer was not removed");
-            }
-        }
-        for layer in job.checksum {
-            let dir = self.store.layer_dir(layer);
-            // The count first: a layer without checksums is done again at the next start.
-            let counted = count_layer(&self.store, layer);
-            match counted
-                .and_then(|()| seal_in_place(&**self.store.storage(), &dir, |_| {}).map(drop))
-            {
+        // Sealed layers do not change, so this need not wait for those who read them.
+        for layer in std::mem::take(&mut job.checksum) {
+            match self.complete(layer) {
                 Ok(()) => {}
                 // Removed meanwhile.
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => tracing::error!(%layer, %error, "a layer got no checksums"),
+            }
+            crash_point::here("retire: checksums made");
+        }
+        if in_use {
+            return self.later(job);
+        }
+        for layer in std::mem::take(&mut job.discard) {
+            if let Err(error) = self.store.discard_snapshot_layer(layer) {
+                tracing::warn!(%layer, %error, "a layer was not removed");
+            }
+            crash_point::here("retire: layer discarded");
+        }
+        if job.sweep {
+            match self.store.sweep() {
+                // Somebody makes a layer at this moment.
+                Ok(report) if report.busy => self.later(Job {
+                    sweep: true,
+                    ..Job::default()
+                }),
+                Ok(report) => {
+                    if !report.layers.is_empty() || !report.leftovers.is_empty() {
+                        tracing::info!(
+                            layers = report.layers.len(),
+                            others = report.leftovers.len(),
+                            "removed what a crash left"
+                        );
+                    }
+                }
+                Err(error) => tracing::error!(%error, "what crashes left is not removed"),
             }
         }
     }

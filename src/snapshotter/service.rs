@@ -12,7 +12,8 @@ use tonic::{Code, Request, Response, Status};
 
 use super::authority::Connection;
 use super::filter::Filters;
-use super::operations::Bind;
+use super::metrics;
+use super::operations::MountSpec;
 use super::proto::services::snapshots::v1 as api;
 use super::proto::types::Mount;
 use super::{Failure, Snapshotter};
@@ -30,6 +31,7 @@ const LIST_CHUNK: usize = 100;
 pub fn serve(
     snapshotter: &Arc<Snapshotter>,
     listener: std::os::unix::net::UnixListener,
+    metrics: Option<std::net::TcpListener>,
     ready: impl FnOnce(),
 ) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -42,6 +44,9 @@ pub fn serve(
         listener.set_nonblocking(true).map_err(failed)?;
         let listener = UnixListener::from_std(listener).map_err(failed)?;
         let stop = stop_signal().map_err(failed)?;
+        if let Some(listener) = metrics {
+            metrics::serve(listener, Arc::downgrade(snapshotter)).map_err(failed)?;
+        }
         ready();
         let service = Service {
             snapshotter: Arc::clone(snapshotter),
@@ -99,9 +104,10 @@ impl Service {
         let snapshotter = Arc::clone(&self.snapshotter);
         let begin = std::time::Instant::now();
         let done = tokio::task::spawn_blocking(move || operation(&snapshotter)).await;
-        let micros = begin.elapsed().as_micros() as u64;
-        match done {
+        let took = begin.elapsed();
+        let answer = match done {
             Ok(Ok(answer)) => {
+                let micros = took.as_micros() as u64;
                 tracing::debug!(what, key, micros, "done");
                 Ok(Response::new(answer))
             }
@@ -112,7 +118,12 @@ impl Service {
                     "{what} {key:?} broke off: {error}"
                 )))
             }
-        }
+        };
+        let code = answer
+            .as_ref()
+            .map_or_else(|status| status.code(), |_| Code::Ok);
+        self.snapshotter.metrics().request(what, code, took);
+        answer
     }
 }
 
@@ -150,13 +161,24 @@ fn sorted(labels: HashMap<String, String>) -> BTreeMap<String, String> {
     labels.into_iter().collect()
 }
 
-fn mount(bind: Bind) -> Vec<Mount> {
-    let mode = if bind.read_only { "ro" } else { "rw" };
+fn mount(spec: MountSpec) -> Vec<Mount> {
+    let mode = if spec.read_only { "ro" } else { "rw" };
+    let mut options = vec![mode.to_owned()];
+    let kind = if spec.device {
+        let more = crate::fs::ext4::MountOptions {
+            read_only: spec.read_only,
+        };
+        options.extend(more.data().split(',').map(str::to_owned));
+        "ext4"
+    } else {
+        options.push("rbind".into());
+        "bind"
+    };
     vec![Mount {
-        r#type: "bind".into(),
-        source: bind.source.to_string_lossy().into_owned(),
+        r#type: kind.into(),
+        source: spec.source.to_string_lossy().into_owned(),
         target: String::new(),
-        options: vec![mode.into(), "rbind".into()],
+        options,
     }]
 }
 
@@ -193,8 +215,8 @@ impl Snapshots for Service {
         self.run("prepare", &key, move |snapshotter| {
             let labels = sorted(request.labels);
             let kind = SnapshotKind::Active;
-            let bind = snapshotter.prepare(&request.key, &request.parent, labels, kind)?;
-            let mounts = mount(bind);
+            let spec = snapshotter.prepare(&request.key, &request.parent, labels, kind)?;
+            let mounts = mount(spec);
             Ok(api::PrepareSnapshotResponse { mounts })
         })
         .await
@@ -209,8 +231,8 @@ impl Snapshots for Service {
         self.run("view", &key, move |snapshotter| {
             let labels = sorted(request.labels);
             let kind = SnapshotKind::View;
-            let bind = snapshotter.prepare(&request.key, &request.parent, labels, kind)?;
-            let mounts = mount(bind);
+            let spec = snapshotter.prepare(&request.key, &request.parent, labels, kind)?;
+            let mounts = mount(spec);
             Ok(api::ViewSnapshotResponse { mounts })
         })
         .await
@@ -309,11 +331,10 @@ impl Snapshots for Service {
     async fn usage(&self, request: Request<api::UsageRequest>) -> Answer<api::UsageResponse> {
         let key = request.into_inner().key;
         self.run("usage", &key.clone(), move |snapshotter| {
-            let size = snapshotter.usage(&key)?;
+            let usage = snapshotter.usage(&key)?;
             Ok(api::UsageResponse {
-                size: i64::try_from(size).unwrap_or(i64::MAX),
-                // A block layer has no inodes of its own.
-                inodes: 0,
+                size: i64::try_from(usage.bytes).unwrap_or(i64::MAX),
+                inodes: i64::try_from(usage.inodes).unwrap_or(i64::MAX),
             })
         })
         .await

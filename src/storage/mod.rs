@@ -17,6 +17,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::crash_point;
+
 /// How to open a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OpenMode {
@@ -100,6 +102,7 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
             file.write_at(bytes, 0)?;
             file.sync()?;
             drop(file);
+            crash_point::here("storage: file written aside");
             self.rename(&tmp, path)?;
             self.sync_dir(dir)
         };

@@ -50,9 +50,12 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::NotFound`], with what to do.
     pub fn container(&self, name: &str) -> Result<ContainerRecord> {
-        check_name("container", name)?;
+        check_name("container", name).map_err(|error| self.snapshot_hint(name).unwrap_or(error))?;
         self.read_json(&self.record_path("containers", name))?
             .ok_or_else(|| {
+                if let Some(error) = self.snapshot_hint(name) {
+                    return error;
+                }
                 let hint = self
                     .quarantine_hint("containers", name)
                     .unwrap_or_else(|| "`vellum ps` lists them, `vellum create` makes one".into());

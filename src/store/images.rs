@@ -21,9 +21,12 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::NotFound`], with what to do.
     pub fn image(&self, name: &str) -> Result<ImageRecord> {
-        check_reference(name)?;
+        check_reference(name).map_err(|error| self.snapshot_hint(name).unwrap_or(error))?;
         self.read_json(&self.record_path("images", name))?
             .ok_or_else(|| {
+                if let Some(error) = self.snapshot_hint(name) {
+                    return error;
+                }
                 let hint = self.quarantine_hint("images", name).unwrap_or_else(|| {
                     "`vellum images` lists them, `vellum import` makes one".into()
                 });

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::records::{LayerInfo, TemplateRecord};
 use super::{Store, StoreGuard};
+use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::layer::{Header, WritableLayer};
 use crate::storage::{Held, LockMode};
@@ -275,6 +276,7 @@ impl Store {
         let trash = self.root.join("trash").join(layer.to_string());
         let discard = || {
             self.storage.rename(&self.layer_dir(layer), &trash)?;
+            crash_point::here("retire: layer in the trash");
             self.storage.remove_tree(&trash)
         };
         discard().context(|| format!("cannot remove the layer {layer}"))

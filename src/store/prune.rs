@@ -108,6 +108,14 @@ impl Store {
     /// [`ErrorKind::Corrupt`] where a record is damaged: it may name any layer, so none is removed.
     pub fn prune(&self) -> Result<PruneReport> {
         self.drop_unused_templates()?;
+        self.sweep()
+    }
+
+    /// As [`Store::prune`], but templates stay, used or not: for one who makes images all the time.
+    ///
+    /// # Errors
+    /// As [`Store::prune`].
+    pub fn sweep(&self) -> Result<PruneReport> {
         let mut report = self.collect_layers()?;
         // Whoever stages a layer has pinned layers first, so with this lock nobody does.
         let Some(_gc) = self.try_collection_lock()? else {
@@ -165,8 +173,11 @@ impl Store {
                     .filter(|path| directory == "trash" || !self.is_staged(path)),
             );
         }
-        for directory in ["images", "containers", "templates"] {
+        for directory in ["images", "containers", "templates", "snapshots"] {
             let dir = self.root.join(directory);
+            if directory == "snapshots" && !self.storage.exists(&dir).unwrap_or(false) {
+                continue;
+            }
             let unfinished = self.entries(&dir)?.filter(|e| e.name.ends_with(".tmp"));
             found.extend(unfinished.map(|entry| dir.join(entry.name)));
         }

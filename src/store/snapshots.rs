@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{Store, StoreGuard};
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 const DIRECTORY: &str = "snapshots";
 
@@ -47,6 +47,15 @@ pub struct SnapshotRecord {
     /// Bytes of data in its layers, known once it is committed.
     #[serde(default)]
     pub bytes: u64,
+    /// Inodes in use in the file system that it was made from; `None` where nobody counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_inodes: Option<u64>,
+    /// Inodes in use in its file system, known once it is committed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inodes: Option<u64>,
+    /// containerd mounts its block device itself; it is not mounted below the store.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub device: bool,
     /// containerd's labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -99,6 +108,41 @@ impl Store {
             return Ok(Vec::new());
         }
         self.read_records(DIRECTORY, damaged)
+    }
+
+    /// The snapshot with this key. Damaged records are left out.
+    ///
+    /// # Errors
+    /// As [`Store::snapshots`].
+    pub fn snapshot(&self, key: &str) -> Result<Option<SnapshotRecord>> {
+        let all = self.snapshots(Store::warn_damaged)?;
+        Ok(all.into_iter().find(|record| record.key == key))
+    }
+
+    /// Where a snapshot is mounted, while it is.
+    pub fn snapshot_mount_dir(&self, id: Uuid) -> PathBuf {
+        self.root.join("mnt").join(id.to_string())
+    }
+
+    /// The directory for the running state of a snapshot's device.
+    pub fn snapshot_run_dir(&self, id: Uuid) -> PathBuf {
+        self.root.join("run").join(id.to_string())
+    }
+
+    /// Why a name is none of a container or image, where it is a snapshot's.
+    pub(super) fn snapshot_hint(&self, name: &str) -> Option<Error> {
+        let record = self.snapshot(name).ok().flatten()?;
+        let what = match record.kind {
+            SnapshotKind::Committed => "a layer of an image",
+            SnapshotKind::Active | SnapshotKind::View => "a container",
+        };
+        Some(Error::new(
+            ErrorKind::InUse,
+            format!(
+                "{name} is a snapshot of containerd's, {what} that is its own to change: use \
+                 ctr, nerdctl, crictl or docker for that; `vellum inspect {name}` shows it"
+            ),
+        ))
     }
 
     /// Adds or replaces the record of a snapshot, durably. Its layers are published, and `_pin`

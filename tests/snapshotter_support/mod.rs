@@ -5,8 +5,12 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::indexing_slicing,
     reason = "helpers of tests fail the test"
 )]
+
+pub mod client;
+pub mod rig;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -68,6 +72,17 @@ impl Area {
                 let proc = PathBuf::from(format!("/proc/{pid}"));
                 named(proc.join("cmdline")) || named(proc.join("environ"))
             })
+            .collect()
+    }
+
+    /// Command lines of the processes that serve devices.
+    pub fn device_processes(&self) -> Vec<String> {
+        let lines = self.processes().into_iter().filter_map(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            Some(String::from_utf8_lossy(&line).replace('\0', " "))
+        });
+        lines
+            .filter(|line| line.starts_with("@vellum-device"))
             .collect()
     }
 

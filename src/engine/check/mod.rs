@@ -96,6 +96,8 @@ pub struct CheckReport {
     pub images: u64,
     /// Containers looked at.
     pub containers: u64,
+    /// containerd's snapshots looked at.
+    pub snapshots: u64,
     /// Data blocks read.
     pub blocks: u64,
 }
@@ -210,7 +212,8 @@ impl Check<'_> {
         let mut layers = Vec::new();
         for name in names {
             let known = self.records.images.iter().any(|image| image.name == *name)
-                || self.records.containers.iter().any(|c| c.name == *name);
+                || self.records.containers.iter().any(|c| c.name == *name)
+                || self.records.snapshots.iter().any(|s| s.key == *name);
             match uuid::Uuid::parse_str(name) {
                 Ok(layer) if !known => layers.push(layer),
                 _ if known => {}
@@ -223,6 +226,11 @@ impl Check<'_> {
         }
         self.records.images.retain(|i| names.contains(&i.name));
         self.records.containers.retain(|c| names.contains(&c.name));
+        self.records.snapshots.retain(|s| names.contains(&s.key));
+        // Those that they were made from are part of them.
+        for snapshot in &self.records.snapshots {
+            layers.extend(self.store.ancestry(Some(snapshot.base)).unwrap_or_default());
+        }
         self.records.templates.clear();
         self.records.quarantined_layers.clear();
         layers.extend(self.records.used_layers());

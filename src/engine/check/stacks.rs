@@ -8,7 +8,7 @@ use super::layers::LayerStates;
 use super::{Check, Finding, Remedy, Severity};
 use crate::error::Result;
 use crate::storage::LockMode;
-use crate::store::{ContainerRecord, ImageRecord};
+use crate::store::{ContainerRecord, ImageRecord, SnapshotKind, SnapshotRecord};
 
 /// What is wrong with a stack of layers.
 struct Trouble {
@@ -28,7 +28,43 @@ impl Check<'_> {
             self.report.containers += 1;
             self.container(&container, states)?;
         }
+        for snapshot in std::mem::take(&mut self.records.snapshots) {
+            self.report.snapshots += 1;
+            self.snapshot(&snapshot, states);
+        }
         Ok(())
+    }
+
+    fn snapshot(&mut self, snapshot: &SnapshotRecord, states: &LayerStates) {
+        let chain = self.store.ancestry(Some(snapshot.base));
+        let trouble = match chain {
+            Ok(mut chain) => {
+                chain.extend(&snapshot.layers);
+                let writable = snapshot.kind == SnapshotKind::Active;
+                // An interrupted commit leaves more than one of its own: the next mount sorts
+                // them out.
+                match writable && snapshot.layers.len() > 1 {
+                    true => None,
+                    false if writable => stack_of(&chain, states, true),
+                    false => stack(&chain, states),
+                }
+            }
+            Err(error) => Some(Trouble {
+                problem: error.to_string(),
+                fatal: true,
+            }),
+        };
+        let Some(trouble) = trouble else { return };
+        let path = self.store.root().join("snapshots");
+        self.find(Finding::new(
+            Severity::Error,
+            format!("snapshot {}", snapshot.key),
+            path.join(format!("{}.json", snapshot.id)),
+            trouble.problem,
+            "containerd owns it: remove what was made from it there, then the image, and pull or \
+             import that again",
+            None,
+        ));
     }
 
     fn image(&mut self, image: &ImageRecord, states: &LayerStates) {

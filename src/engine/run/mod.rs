@@ -30,6 +30,7 @@ use spec::{Bind, ContainerPlan, ProcessPlan};
 
 pub use activity::{Activity, activity};
 pub(super) use activity::{end_for_good, end_running};
+pub(super) use runtime::find as find_runtime;
 pub use spec::Network;
 pub use volume::{check_volumes, parse_volume};
 

@@ -20,7 +20,7 @@ const UNIFIED: &str = "/sys/fs/cgroup/unified";
 ///
 /// # Errors
 /// [`ErrorKind::Missing`] where there is none, with what to install.
-pub(super) fn find() -> Result<PathBuf> {
+pub(in crate::engine) fn find() -> Result<PathBuf> {
     if let Some(name) = std::env::var_os(VARIABLE).filter(|name| !name.is_empty()) {
         return on_path(&name).ok_or_else(|| {
             Error::new(
