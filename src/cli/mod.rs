@@ -24,6 +24,7 @@ mod remove;
 mod run;
 mod size;
 mod snapshotter;
+mod verify_durability;
 mod volume;
 
 use std::path::{Path, PathBuf};
@@ -101,6 +102,8 @@ enum Command {
     Prune(prune::Args),
     /// Serve containerd as a snapshotter until stopped
     Snapshotter(snapshotter::Args),
+    /// Find out whether a stack keeps what it acknowledged: kill it, cut the power, then check
+    VerifyDurability(verify_durability::Args),
     /// Measure copy-up, chain depth and flush cost on this host
     Bench(bench::Args),
     /// List and remove named volumes
@@ -176,6 +179,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
         Command::Snapshotter(args) => snapshotter::run(&args, context)?,
+        Command::VerifyDurability(args) => verify_durability::run(&args, context)?,
         Command::Bench(args) => bench::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,
         Command::Completions(args) => completions::completions(&args)?,

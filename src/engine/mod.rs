@@ -6,6 +6,7 @@ pub mod check;
 pub mod commit;
 pub mod device;
 pub mod diff;
+pub mod durability;
 pub mod import;
 pub mod mount;
 pub mod raw;
