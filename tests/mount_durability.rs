@@ -65,7 +65,7 @@ fn check(store: &TestStore, dir: &Path, log: &Path) {
 #[test]
 fn a_mount_has_all_that_it_acknowledged_when_workers_are_killed_and_when_all_of_its_server_is() {
     let store = TestStore::new();
-    store.import("image");
+    store.small_image("image");
     store.ok(&["create", "image", "--name", "web", "--size", "256M"]);
     let mount = store.mount("web");
     let run = run_dir(&store);

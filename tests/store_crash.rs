@@ -322,7 +322,7 @@ fn empty(disk: &SimStorage, store: &Store) -> Result<()> {
         disk.remove_file(&entry.path).unwrap();
     }
     prune(store)?;
-    assert_eq!(store.layers()?, []);
+    assert_eq!(store.layers()?, Vec::<Uuid>::new());
     let left = leaks(disk, store)?;
     assert!(left.is_empty(), "left in an empty store: {left:?}");
     Ok(())

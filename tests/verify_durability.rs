@@ -386,30 +386,6 @@ fn a_server_that_swallows_flush_is_found_out_when_it_is_killed() {
     }
 }
 
-/// The data is in the page cache, which survives the kill: what is lost are qcow2's tables, which
-/// QEMU keeps in memory.
-#[test]
-fn qemu_with_an_unsafe_cache_is_found_out_when_it_is_killed_and_with_a_safe_one_it_is_not() {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("s");
-    for (cache, expected) in [("unsafe", Some(1)), ("writeback", Some(0))] {
-        let file = dir.path().join(format!("{cache}.qcow2"));
-        let made = Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2", &arg(&file), "16M"])
-            .status()
-            .expect("qemu-img is missing: apt-get install qemu-utils");
-        assert!(made.success());
-        let start = || {
-            let mut command = Command::new("qemu-nbd");
-            command.args(["-t", "-f", "qcow2", "-e", "8", "--cache", cache, "-k"]);
-            command.arg(&socket).arg(&file);
-            Server::start(&mut command, &socket, "")
-        };
-        let (status, report) = kill_and_check(&dir.path().join(format!("{cache}.log")), start);
-        assert_eq!(status, expected, "{cache}: {report}");
-    }
-}
-
 #[test]
 fn a_server_without_flush_or_without_the_export_is_refused() {
     let dir = tempfile::tempdir().unwrap();
