@@ -26,7 +26,9 @@ use vellum::engine::commit::commit;
 use vellum::engine::device::Target;
 use vellum::engine::import::{ImportOptions, Quiet, import};
 use vellum::layer::{Header, LayerOptions, WritableLayer};
-use vellum::storage::{Moment, Observer, OpKind, SeededRng, SimStorage, Storage};
+use vellum::storage::{
+    Fault, FaultPlan, FaultStorage, Moment, Observer, OpKind, SeededRng, SimStorage, Storage,
+};
 use vellum::store::{
     FsInfo, LayerInfo, NewContainer, SnapshotKind, SnapshotRecord, Store, TemplateRecord,
 };
@@ -80,7 +82,7 @@ struct World {
     failure: Option<String>,
 }
 
-fn open_store(disk: &SimStorage) -> Result<Store> {
+fn open_store(disk: &(impl Storage + Clone + 'static)) -> Result<Store> {
     Store::with_storage(Path::new(ROOT), Arc::new(disk.clone()))
 }
 
@@ -444,12 +446,15 @@ impl Run {
     }
 
     fn carry_out(&self, op: &Op) -> Result<()> {
-        let store = open_store(&self.disk)?;
+        self.carry_out_on(&open_store(&self.disk)?, op)
+    }
+
+    fn carry_out_on(&self, store: &Store, op: &Op) -> Result<()> {
         match op {
             Op::Open => {}
             Op::Import(name, tag) => {
                 let options = ImportOptions::default();
-                import(&store, name, &self.raw(*tag).0, &options, &Quiet)?;
+                import(store, name, &self.raw(*tag).0, &options, &Quiet)?;
             }
             Op::Create(name, image) => {
                 store.create_container(&NewContainer {
@@ -459,22 +464,22 @@ impl Run {
                 })?;
             }
             Op::Write(name, block, tag) => {
-                let open = Target::Container(name.clone()).open(&store)?;
+                let open = Target::Container(name.clone()).open(store)?;
                 let bytes = [*tag; BLOCK_SIZE as usize];
                 let chain = open.chain();
                 chain.write_at(&bytes, block * BLOCK_SIZE, Durability::Buffered)?;
                 chain.flush()?;
             }
             Op::Commit(name, image) => {
-                commit(&store, name, image, None)?;
+                commit(store, name, image, None)?;
             }
             Op::Remove(name) => store.remove_container(name)?,
             Op::RemoveImage(name) => store.remove_image(name)?,
-            Op::Prune => prune(&store)?,
-            Op::Prepare(key, parent) => prepare(&store, key, parent.as_deref())?,
-            Op::CommitSnapshot(key, tag) => commit_snapshot(&store, key, *tag)?,
+            Op::Prune => prune(store)?,
+            Op::Prepare(key, parent) => prepare(store, key, parent.as_deref())?,
+            Op::CommitSnapshot(key, tag) => commit_snapshot(store, key, *tag)?,
             Op::RemoveSnapshot(key) => {
-                let record = snapshot(&store, key)?;
+                let record = snapshot(store, key)?;
                 store.remove_snapshot(record.id)?;
                 for layer in record.layers {
                     store.discard_snapshot_layer(layer)?;
@@ -739,5 +744,93 @@ fn a_layer_that_is_half_removed_by_a_cut_is_collected() {
         if removed.is_ok() {
             break;
         }
+    }
+}
+
+/// One run of an operation whose `nth` step fails: false where there is no such step.
+fn survive_fault(run: &Run, op: &Op, fault: Fault, nth: u64) -> std::result::Result<bool, String> {
+    let before = run.world.lock().before.clone();
+    let mut after = before.clone();
+    run.predict(op, &mut after);
+    let disk = run.disk.fork();
+    let faults = FaultStorage::new(Arc::new(disk.clone()));
+    faults.fail(FaultPlan {
+        kinds: vec![],
+        nth,
+        fault,
+        lasting: false,
+    });
+    let done = open_store(&faults).and_then(|store| run.carry_out_on(&store, op));
+    let fired = faults.fired() > 0;
+    let text = |error: Error| error.to_string();
+    for seed in 0..3 {
+        // Without a power cut first.
+        let left = if seed == 0 {
+            disk.fork()
+        } else {
+            disk.cut(seed)
+        };
+        let store = open_store(&left).map_err(|error| format!("cannot open: {error}"))?;
+        let found = view(&store).map_err(|error| format!("cannot read: {error}"))?;
+        check_state(&found, &before, &after)?;
+        if done.is_ok() && found != after {
+            return Err("reported as done, and is not".into());
+        }
+        prune(&store).map_err(|error| format!("cannot prune: {error}"))?;
+        if view(&store).map_err(text)? != found {
+            return Err("prune changed what is seen".into());
+        }
+        let leaks = leaks(&left, &store).map_err(text)?;
+        if !leaks.is_empty() {
+            return Err(format!("prune left {leaks:?}"));
+        }
+        // And it can be done now.
+        if found == before && found != after {
+            run.carry_out_on(&store, op)
+                .map_err(|error| format!("cannot be done again: {error}"))?;
+        }
+    }
+    Ok(fired)
+}
+
+#[test]
+fn a_store_operation_of_which_any_step_fails_is_done_or_not_done_and_can_be_done_again() {
+    let run = Run::new(0);
+    run.disk.observe(None);
+    let name = String::from;
+    let ops = [
+        Op::Open,
+        Op::Import(name("a"), 1),
+        Op::Create(name("c"), name("a")),
+        Op::Write(name("c"), 7, 2),
+        Op::Commit(name("c"), name("b")),
+        Op::Prepare(name("s"), None),
+        Op::CommitSnapshot(name("s"), 3),
+        Op::Prepare(name("t"), Some(name("s"))),
+        Op::RemoveSnapshot(name("t")),
+        Op::AddVolume(name("v")),
+        Op::RemoveVolume(name("v")),
+        Op::Create(name("d"), name("b")),
+        Op::Quarantine(name("d")),
+        Op::Remove(name("c")),
+        Op::RemoveImage(name("a")),
+        Op::Prune,
+    ];
+    for op in &ops {
+        for fault in [
+            Fault::Errno(libc::EIO),
+            Fault::Errno(libc::EDQUOT),
+            Fault::Short(libc::ENOSPC),
+            Fault::Done(libc::EIO),
+        ] {
+            for nth in 1.. {
+                match survive_fault(&run, op, fault, nth) {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(why) => panic!("{op:?}, step {nth} fails with {fault:?}: {why}"),
+                }
+            }
+        }
+        run.step(op).unwrap();
     }
 }
