@@ -265,7 +265,7 @@ fn a_discard_of_more_runs_than_the_log_has_entries_succeeds() {
             .write_at(&bytes, block * BLOCK_SIZE, Durability::Buffered)
             .unwrap();
     }
-    assert!(BLOCKS / 2 > LIMIT);
+    const { assert!(BLOCKS / 2 > LIMIT) };
     chain.discard(0, BLOCKS * BLOCK_SIZE).unwrap();
     assert_eq!(chain.top().unwrap().data_blocks(), 0);
 }
