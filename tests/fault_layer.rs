@@ -18,13 +18,13 @@ mod workload;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use model::{Model, pattern};
-use vellum::block::{BLOCK_SIZE, BlockDevice, Durability, ZeroMode};
+use model::Model;
+use vellum::block::{BLOCK_SIZE, BlockDevice};
 use vellum::chain::{Chain, ChainSpec, open_chain};
 use vellum::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
 use vellum::storage::{Fault, FaultPlan, FaultStorage, OpKind, SimStorage, Storage};
 use vellum::{Error, ErrorKind};
-use workload::{Op, SIZE};
+use workload::{Change, Op, SIZE};
 
 const ROOT: &str = "/layers";
 
@@ -132,56 +132,23 @@ impl Rig {
         top.is_some_and(|top| top.poisoned().is_some())
     }
 
-    fn change(
-        &mut self,
-        offset: u64,
-        bytes: &[u8],
-        fua: bool,
-        work: impl FnOnce(&Chain, Durability) -> vellum::Result<()>,
-    ) -> vellum::Result<()> {
+    fn change(&mut self, change: &Change) -> vellum::Result<()> {
+        let (offset, bytes) = (change.offset, &change.bytes);
         self.model.begin(offset, bytes);
-        let durability = if fua {
-            Durability::Durable
-        } else {
-            Durability::Buffered
-        };
-        work(self.chain(), durability)?;
+        change.apply(self.chain())?;
         self.model.complete(offset, bytes);
-        if fua {
+        if change.fua {
             self.model.acknowledge(offset, bytes.len() as u64);
         }
         Ok(())
     }
 
     fn step(&mut self, op: Op) -> vellum::Result<()> {
+        if let Some(change) = op.change(&mut self.tag) {
+            return self.change(&change);
+        }
         match op {
-            Op::Write { offset, len, fua } => {
-                self.tag += 1;
-                let bytes = pattern(self.tag, offset, len);
-                self.change(offset, &bytes, fua, |chain, durability| {
-                    chain.write_at(&bytes, offset, durability)
-                })
-            }
-            Op::Discard { offset, len } => {
-                self.change(offset, &vec![0; len as usize], false, |chain, _| {
-                    chain.discard(offset, len)
-                })
-            }
-            Op::Zero {
-                offset,
-                len,
-                keep,
-                fua,
-            } => {
-                let mode = if keep {
-                    ZeroMode::KeepAllocated
-                } else {
-                    ZeroMode::MayUnmap
-                };
-                self.change(offset, &vec![0; len as usize], fua, |chain, durability| {
-                    chain.write_zeroes(offset, len, mode, durability)
-                })
-            }
+            Op::Write { .. } | Op::Discard { .. } | Op::Zero { .. } => Ok(()),
             Op::Flush => {
                 self.chain().flush()?;
                 self.model.acknowledge_all();

@@ -16,9 +16,9 @@ use std::sync::Arc;
 
 use model::{Model, pattern};
 use vellum::ErrorKind;
-use vellum::block::{BLOCK_SIZE, BlockDevice, Durability, ZeroMode};
+use vellum::block::{BLOCK_SIZE, BlockDevice, BlockState, Durability, ZeroMode};
 use vellum::chain::{Chain, ChainSpec, open_chain};
-use vellum::layer::{Header, LayerOptions, WritableLayer};
+use vellum::layer::{Header, LayerOptions, STATE_ZERO, WritableLayer};
 use vellum::storage::{Fault, FaultPlan, FaultStorage, OpKind, SeededRng, SimStorage, Storage};
 
 const BLOCKS: u64 = 40;
@@ -254,4 +254,86 @@ fn a_poisoned_layer_goes_back_to_the_last_flush_when_it_is_opened_again_in_the_s
         .unwrap();
     let content = read(&open(disk.fork(), options));
     assert!(content[later as usize..][..BLOCK_SIZE as usize] == block(4));
+}
+
+/// As the kernel keeps them: readable, and not on the disk.
+#[test]
+fn what_a_failed_sync_lost_is_not_shown_by_a_successor_that_then_reports_it_flushed() {
+    for journal_blocks in [0, 4] {
+        let options = small(journal_blocks);
+        let disk = new_disk();
+        let faults = FaultStorage::new(Arc::new(disk.clone()));
+        faults.keep_lost();
+        let chain = open(faults.clone(), options);
+        let len = 6 * BLOCK_SIZE as usize;
+        chain
+            .write_at(&vec![1; len], 0, Durability::Buffered)
+            .unwrap();
+        chain.flush().unwrap();
+        chain
+            .write_at(&vec![2; len], 0, Durability::Buffered)
+            .unwrap();
+        faults.fail(FaultPlan {
+            kinds: vec![OpKind::SyncData],
+            nth: 1,
+            fault: Fault::LostSync(libc::EIO),
+            lasting: false,
+        });
+        chain.flush().unwrap_err();
+        drop(chain);
+        let chain = open(faults.clone(), options);
+        let shown = read(&chain);
+        chain.flush().unwrap();
+        drop(chain);
+        faults.evict().unwrap();
+        assert!(read(&open(faults.clone(), options)) == shown, "evicted");
+        for seed in 0..8 {
+            assert!(
+                read(&open(disk.cut(seed), options)) == shown,
+                "power cut {seed}"
+            );
+        }
+    }
+}
+
+/// The log of changes at its real size: 262,144 entries.
+#[test]
+fn a_log_of_its_real_size_that_is_full_survives_the_process_and_takes_changes_after_a_flush() {
+    const ENTRIES: u64 = 256 << 10;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("layer");
+    let storage: Arc<dyn Storage> = Arc::new(vellum::storage::FileStorage);
+    let header = Header::new(None, 4 * ENTRIES * BLOCK_SIZE).unwrap();
+    WritableLayer::create(&*storage, &path, &header).unwrap();
+    let options = LayerOptions {
+        background: false,
+        ..LayerOptions::default()
+    };
+    let open = || WritableLayer::open(storage.clone(), &path, options).unwrap();
+    let layer = open();
+    // Every other block, so that no two changes are one.
+    let zero = |layer: &WritableLayer, nth: u64| layer.clear_blocks(2 * nth, 1, BlockState::Zero);
+    for nth in 0..ENTRIES {
+        zero(&layer, nth).unwrap();
+    }
+    let refused = zero(&layer, ENTRIES).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::NoSpace);
+    // Nothing is flushed by going away.
+    drop(layer);
+    let layer = open();
+    let zeros = |layer: &WritableLayer| {
+        let mut zeros = 0;
+        layer.resolve(0, 4 * ENTRIES, |run| {
+            zeros += u64::from(run.value == STATE_ZERO) * run.len;
+        });
+        zeros
+    };
+    assert_eq!(zeros(&layer), ENTRIES);
+    layer.flush_if_due().unwrap();
+    zero(&layer, ENTRIES).unwrap();
+    layer.flush().unwrap();
+    drop(layer);
+    // Without the log, as after a power cut.
+    std::fs::remove_file(path.join("live")).unwrap();
+    assert_eq!(zeros(&open()), ENTRIES + 1);
 }

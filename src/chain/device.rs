@@ -11,7 +11,10 @@ use crate::block::{
     check_range,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::layer::{ABSENT, STATE_DATA, SealedLayer, ValueRun, WritableLayer};
+use crate::layer::{ABSENT, CHANGES_AT_ONCE, STATE_DATA, SealedLayer, ValueRun, WritableLayer};
+
+/// A request for zeros is carried out in pieces of so many bytes.
+const ZERO_PIECE: u64 = CHANGES_AT_ONCE * BLOCK_SIZE;
 
 /// A stack of layers: sealed ones and, unless it is read-only, a writable one on top.
 #[derive(Debug)]
@@ -241,8 +244,21 @@ impl Chain {
         Ok(allocated)
     }
 
-    /// Zeros for a byte range: whole blocks change state, the ends are written.
+    /// Zeros for a byte range. In pieces, since each may want a flush first: where a range is made
+    /// of many runs, each run is a change of its own in the log of changes.
     fn zero(&self, top: &WritableLayer, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let next = (at / ZERO_PIECE * ZERO_PIECE + ZERO_PIECE).min(end);
+            self.zero_piece(top, at, next - at, mode)?;
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// As [`Chain::zero`]: whole blocks change state, the ends are written.
+    fn zero_piece(&self, top: &WritableLayer, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
         let mut allocated = 0;
         let (first, blocks) = blocks_of(offset, len);
         top.flush_if_due()?;

@@ -28,6 +28,7 @@ mod run;
 mod size;
 mod snapshotter;
 mod stats;
+mod verify_durability;
 mod volume;
 
 use std::path::{Path, PathBuf};
@@ -113,6 +114,8 @@ enum Command {
     Doctor(doctor::Args),
     /// Serve containerd as a snapshotter until stopped
     Snapshotter(snapshotter::Args),
+    /// Find out whether a stack keeps what it acknowledged: kill it, cut the power, then check
+    VerifyDurability(verify_durability::Args),
     /// Measure copy-up, chain depth and flush cost on this host
     Bench(bench::Args),
     /// List and remove named volumes
@@ -192,6 +195,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Prune(args) => prune::run(&args, context)?,
         Command::Doctor(args) => doctor::run(&args, context)?,
         Command::Snapshotter(args) => snapshotter::run(&args, context)?,
+        Command::VerifyDurability(args) => verify_durability::run(&args, context)?,
         Command::Bench(args) => bench::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,
         Command::Completions(args) => completions::completions(&args)?,

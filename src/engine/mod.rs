@@ -7,6 +7,7 @@ pub mod commit;
 pub mod device;
 pub mod diff;
 pub mod doctor;
+pub mod durability;
 pub mod import;
 pub mod map;
 pub mod mount;

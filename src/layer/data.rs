@@ -126,6 +126,20 @@ impl DataFiles {
         Ok(DataFiles { segments })
     }
 
+    /// Has the next reads come from the disk, after a process before met a sync that failed: what
+    /// it could not write may still be in memory, where it looks as if it were durable.
+    pub(super) fn drop_cache(&self) -> Result<()> {
+        for segment in &self.segments {
+            // What is not written yet stays in memory otherwise.
+            segment.sync()?;
+            segment
+                .file
+                .drop_cache()
+                .context(|| format!("cannot read {} afresh", segment.path.display()))?;
+        }
+        Ok(())
+    }
+
     /// Calls `each` with the segment, the offset within it, and the start and length of the piece
     /// relative to `offset`.
     #[inline]

@@ -5,7 +5,9 @@
 //! The file is shared memory, not storage: it counts only within the boot that wrote it.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::codec::{Reader, Writer, check_crc};
@@ -25,10 +27,15 @@ const IDENTITY_LEN: usize = 56;
 const EPOCHS_AT: [u64; 2] = [64, 80];
 const POISON_AT: u64 = 96;
 const ENTRY_LEN: usize = 32;
-/// Entries of a region: more changes than these between two flushes are refused.
+/// Entries of a region.
 const CAPACITY: u64 = 256 << 10;
+/// More changes than these between two flushes are refused. Unit tests fill it all the time.
+const LIMIT: u64 = if cfg!(test) { 24 } else { CAPACITY };
 /// From here on a flush is due.
-const SOFT_LIMIT: u64 = 64 << 10;
+const SOFT_LIMIT: u64 = LIMIT / 4;
+/// Changes of the map that one request makes at most between two calls of
+/// [`super::WritableLayer::flush_if_due`], so that several at once find room in the log.
+pub const CHANGES_AT_ONCE: u64 = LIMIT / 8;
 const REGION_LEN: u64 = CAPACITY * ENTRY_LEN as u64;
 /// Length of the file.
 const FILE_LEN: u64 = HEADER_LEN + 2 * REGION_LEN;
@@ -42,30 +49,49 @@ pub(super) struct LiveChange {
     pub(super) new: u32,
 }
 
+/// The file of a log, shared with whoever poisons the layer without having its map.
+type LogFile = Arc<Mutex<Box<dyn SharedFile>>>;
+
 /// The log of a layer that is open.
 #[derive(Debug)]
 pub(super) struct Live {
-    file: Box<dyn SharedFile>,
+    file: LogFile,
     /// Where changes go now.
     region: usize,
     used: [u64; 2],
     epochs: [u64; 2],
 }
 
+/// Marks a log as one of a layer that is poisoned.
+#[derive(Debug, Clone)]
+pub(super) struct PoisonMark(LogFile);
+
+impl PoisonMark {
+    /// Tells whoever opens the layer next in this boot.
+    pub(super) fn set(&self) {
+        // If even that fails, the next to open it meets the host's error itself.
+        let _ = self.0.lock().write(POISON_AT, &1u32.to_le_bytes());
+    }
+}
+
 /// What a process of this boot left.
 #[derive(Debug, Default)]
 pub(super) struct Left {
+    /// A sync had failed: what the page cache shows may not be on the disk.
+    pub(super) poisoned: bool,
     /// The page cache holds everything that was written: no block may be replayed over it.
     pub(super) same_boot: bool,
     /// In order.
     pub(super) changes: Vec<LiveChange>,
 }
 
-fn identity(uuid: Uuid, boot: [u8; 16]) -> Vec<u8> {
+fn identity(uuid: Uuid, boot: [u8; 16], place: [u64; 2]) -> Vec<u8> {
+    let mut place_bytes = Writer::with_capacity(16);
+    place.into_iter().for_each(|part| place_bytes.u64(part));
     let mut out = Writer::with_capacity(IDENTITY_LEN);
     out.bytes(MAGIC);
     out.u32(VERSION);
-    out.u32(0);
+    out.u32(crc32fast::hash(&place_bytes.into_bytes()));
     out.bytes(uuid.as_bytes());
     out.bytes(&boot);
     out.u32(0);
@@ -128,18 +154,19 @@ impl Live {
         let path = dir.join(LIVE_FILE);
         let what = || format!("cannot make {}", path.display());
         let file = storage.open_shared(&tmp, FILE_LEN).context(what)?;
+        let place = file.place().context(what)?;
         let mut live = Live {
-            file,
+            file: Arc::new(Mutex::new(file)),
             region: 0,
             used: [0; 2],
             epochs: [1, 2],
         };
-        live.write_at(0, &identity(uuid, storage.boot_id()))?;
+        live.write_at(0, &identity(uuid, storage.boot_id(), place))?;
         for (at, epoch) in EPOCHS_AT.into_iter().zip(live.epochs) {
             live.write_at(at, &epoch_field(epoch))?;
         }
         for (at, change) in changes.iter().enumerate() {
-            if at as u64 == CAPACITY {
+            if at as u64 == LIMIT {
                 live.region = 1;
             }
             live.append(change.start, change.len, change.new)?;
@@ -148,8 +175,14 @@ impl Live {
         Ok(live)
     }
 
+    /// What marks this log as poisoned, to be kept apart from the map.
+    pub(super) fn poison_mark(&self) -> PoisonMark {
+        PoisonMark(self.file.clone())
+    }
+
     fn write_at(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
         self.file
+            .lock()
             .write(at, bytes)
             .context(|| "cannot note a change of the map")
     }
@@ -161,11 +194,11 @@ impl Live {
     /// flush.
     pub(super) fn append(&mut self, start: u64, len: u64, new: u32) -> Result<()> {
         let (region, epoch) = (self.region, self.epoch(self.region));
-        let used = self.used.get(region).copied().unwrap_or(CAPACITY);
-        if used >= CAPACITY {
+        let used = self.used.get(region).copied().unwrap_or(LIMIT);
+        if used >= LIMIT {
             return Err(Error::new(
                 ErrorKind::NoSpace,
-                format!("{CAPACITY} changes of the map wait for a flush: flush more often"),
+                format!("{LIMIT} changes of the map wait for a flush: flush more often"),
             ));
         }
         let at = region_at(region) + used * ENTRY_LEN as u64;
@@ -222,12 +255,6 @@ impl Live {
         }
         Ok(())
     }
-
-    /// Marks the layer poisoned for whoever opens it next in this boot.
-    pub(super) fn poison(&mut self) {
-        // If even that fails, the next to open it meets the host's error itself.
-        let _ = self.file.write(POISON_AT, &1u32.to_le_bytes());
-    }
 }
 
 /// What a process of this boot left in `dir`: nothing after an orderly close, after a reboot, and
@@ -241,13 +268,17 @@ pub(super) fn read_left(storage: &dyn Storage, dir: &Path, uuid: Uuid) -> Result
     };
     let mut header = vec![0; 128];
     file.read_at(&mut header, 0).context(what)?;
-    if header.get(..IDENTITY_LEN) != Some(&*identity(uuid, storage.boot_id())) {
+    let place = file.place().context(what)?;
+    if header.get(..IDENTITY_LEN) != Some(&*identity(uuid, storage.boot_id(), place)) {
         return Ok(Left::default());
     }
     let poisoned = header.get(POISON_AT as usize..POISON_AT as usize + 4) != Some(&[0; 4]);
     if poisoned {
         tracing::warn!(layer = %dir.display(), "a sync had failed: going back to the last flush");
-        return Ok(Left::default());
+        return Ok(Left {
+            poisoned: true,
+            ..Left::default()
+        });
     }
     let mut regions: Vec<(u64, Vec<LiveChange>)> = Vec::new();
     for (region, at) in EPOCHS_AT.into_iter().enumerate() {
@@ -279,6 +310,7 @@ pub(super) fn read_left(storage: &dyn Storage, dir: &Path, uuid: Uuid) -> Result
         .flat_map(|(_, changes)| changes)
         .collect();
     Ok(Left {
+        poisoned: false,
         same_boot: true,
         changes,
     })
@@ -295,3 +327,6 @@ pub(super) fn remove(storage: &dyn Storage, dir: &Path) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests;

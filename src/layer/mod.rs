@@ -23,6 +23,7 @@ mod writable;
 pub use check::{Finding, Repair, Severity, check_layer, fail_on_damage, repair_layer};
 pub use header::{FORMAT_VERSION, HEADER_FILE, Header};
 pub use index::{ABSENT, Index, Runs, ValueRun};
+pub use live::CHANGES_AT_ONCE;
 pub use range_lock::{RangeGuard, RangeLock};
 pub use recovery::data_blocks_on_disk;
 pub use sealed::{ScrubReport, SealedLayer, seal_in_place};

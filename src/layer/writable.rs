@@ -4,7 +4,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, RwLock};
 
@@ -13,7 +12,7 @@ use super::flush::{Committer, FlushQueue};
 use super::header::Header;
 use super::index::{ABSENT, Index};
 use super::journal::MAX_AREA;
-use super::live::{self, Left, Live};
+use super::live::{self, Left, Live, PoisonMark};
 use super::range_lock::{RangeGuard, RangeLock};
 use super::stats::{LayerCounters, LayerStats, StatsHandle};
 use super::{STATE_DATA, ValueRun, recovery, state_of_value, value_of_state};
@@ -57,9 +56,6 @@ impl LayerOptions {
         }
     }
 }
-
-/// How long a poisoned layer waits to tell its successor: whoever holds the map is about to fail.
-const POISON_WAIT: Duration = Duration::from_millis(100);
 
 /// A change of state that is not yet in the journal.
 #[derive(Debug, Clone, Copy)]
@@ -209,6 +205,8 @@ pub(super) struct Core {
     sealed: AtomicBool,
     /// There is a log of changes.
     live: AtomicBool,
+    /// Of that log. Apart from the map, which somebody may hold for long while a sync fails.
+    poison_mark: Mutex<Option<PoisonMark>>,
     /// The log is filling: a flush makes room.
     flush_due: AtomicBool,
 }
@@ -219,10 +217,8 @@ impl Core {
         tracing::error!(layer = %self.dir.display(), %error, "layer poisoned");
         // The first reason stays.
         let _ = self.poison.set(error.to_string());
-        if let Some(mut map) = self.map.try_write_for(POISON_WAIT)
-            && let Some(live) = &mut map.live
-        {
-            live.poison();
+        if let Some(mark) = &*self.poison_mark.lock() {
+            mark.set();
         }
         self.poison_error()
     }
@@ -253,10 +249,20 @@ impl Core {
         if self.live.load(Ordering::Acquire) {
             return Ok(());
         }
-        let mut map = self.map.write();
+        self.begin_live(&mut self.map.write())
+    }
+
+    /// As [`Core::ensure_live`], by whoever has the map.
+    fn begin_live(&self, map: &mut MapState) -> Result<()> {
         if map.live.is_none() {
             // Everything is durable, or there would be a log.
             let live = Live::create(&*self.storage, &self.dir, self.header.uuid, &[])?;
+            let mut mark = self.poison_mark.lock();
+            let mark = mark.insert(live.poison_mark());
+            if self.poison.get().is_some() {
+                // A sync failed just now, and there was no log to note it in.
+                mark.set();
+            }
             map.live = Some(live);
             self.live.store(true, Ordering::Release);
         }
@@ -270,11 +276,14 @@ impl Core {
         if there.value == new && there.len == len {
             return Ok(0);
         }
+        // Whoever closed the layer since this request began took the log away.
+        self.begin_live(map)?;
         if let Some(live) = &mut map.live {
-            live.append(start, len, new)?;
+            let noted = live.append(start, len, new);
             if live.is_filling() {
                 self.flush_due.store(true, Ordering::Relaxed);
             }
+            noted?;
         }
         Ok(map.change(there, len, new))
     }
@@ -295,11 +304,16 @@ impl Core {
         match live::remove(&*self.storage, &self.dir) {
             Ok(()) => {
                 map.live = None;
+                *self.poison_mark.lock() = None;
                 self.live.store(false, Ordering::Release);
             }
             // It says nothing that is not durable, so it does no harm where it stays.
             Err(error) => tracing::warn!(%error, "a log of changes is left"),
         }
+    }
+
+    fn log_is_filling(&self) -> bool {
+        self.map.read().live.as_ref().is_some_and(Live::is_filling)
     }
 
     pub(super) fn set_sealed(&self) {
@@ -392,6 +406,9 @@ impl WritableLayer {
         }
         let data = DataFiles::open(&*storage, dir, header.virtual_size, OpenMode::Write)?;
         let left = live::read_left(&*storage, dir, header.uuid)?;
+        if left.poisoned {
+            data.drop_cache()?;
+        }
         let recovered = recovery::recover(&*storage, dir, &header, &data, left.same_boot)?;
         let mut map = MapState {
             data_blocks: recovery::data_blocks(&recovered.index),
@@ -403,6 +420,7 @@ impl WritableLayer {
             map.live = Some(Live::create(&*storage, dir, header.uuid, &left.changes)?);
         }
         let map_is_filling = map.live.as_ref().is_some_and(Live::is_filling);
+        let poison_mark = map.live.as_ref().map(Live::poison_mark);
         Ok(Arc::new(WritableLayer {
             core: Arc::new(Core {
                 dir: dir.to_owned(),
@@ -410,6 +428,7 @@ impl WritableLayer {
                 map: RwLock::new(map),
                 live: AtomicBool::new(left.same_boot),
                 flush_due: AtomicBool::new(map_is_filling),
+                poison_mark: Mutex::new(poison_mark),
                 stats: StatsHandle(counters),
                 poison: OnceLock::new(),
                 sealed: AtomicBool::new(false),
@@ -507,12 +526,19 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::flush`].
     pub fn flush_if_due(&self) -> Result<()> {
-        if self.core.flush_due.load(Ordering::Relaxed)
-            && self.core.flush_due.swap(false, Ordering::Relaxed)
+        if !self.core.flush_due.load(Ordering::Relaxed)
+            || !self.core.flush_due.swap(false, Ordering::Relaxed)
         {
-            self.flush()?;
+            return Ok(());
         }
-        Ok(())
+        let mut result = self.flush();
+        // After a flush that failed, one that succeeds empties half of the log, and not the half
+        // that changes go to.
+        if result.is_ok() && self.core.log_is_filling() {
+            result = self.flush();
+        }
+        // It is still due, whoever comes next.
+        result.inspect_err(|_| self.core.flush_due.store(true, Ordering::Relaxed))
     }
 
     /// Waits for writers of the same blocks; every call below that changes blocks wants it held.

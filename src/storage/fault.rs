@@ -24,8 +24,8 @@ pub enum Fault {
     /// A write writes its first half, up to a whole sector of 512 bytes; all else does nothing.
     Short(i32),
     /// As the page cache does when writeback fails: a sync loses every write of the file since the
-    /// last sync. They can be read until the file is closed, and are gone then; later syncs
-    /// succeed and do not bring them to the disk. All else does nothing.
+    /// last sync. They can be read until the file is closed (see [`FaultStorage::keep_lost`]), and
+    /// are gone then; later syncs succeed and do not bring them to the disk. All else does nothing.
     LostSync(i32),
     /// It happens, and is reported as failed all the same.
     Done(i32),
@@ -68,6 +68,16 @@ struct State {
 struct Shared {
     state: Mutex<State>,
     hook: RwLock<Option<Hook>>,
+    /// What syncs have lost stays readable when its file is closed.
+    keeps_lost: std::sync::atomic::AtomicBool,
+    /// What was there before the writes that syncs have lost, of files that are closed.
+    lost: Mutex<Vec<LostFile>>,
+}
+
+struct LostFile {
+    path: PathBuf,
+    file: Arc<dyn StorageFile>,
+    before: Vec<Before>,
 }
 
 impl fmt::Debug for Shared {
@@ -151,6 +161,25 @@ impl FaultStorage {
         self.shared.state.lock().counts
     }
 
+    /// From now on, what a sync has lost can be read after its file was closed too, as on a real
+    /// host: until [`StorageFile::drop_cache`] or [`FaultStorage::evict`]. Keyed by path, so not
+    /// for files that are renamed.
+    pub fn keep_lost(&self) {
+        let order = std::sync::atomic::Ordering::Relaxed;
+        self.shared.keeps_lost.store(true, order);
+    }
+
+    /// The host needs its memory: what syncs have lost, of files that are closed, is gone.
+    ///
+    /// # Errors
+    /// Where the storage below fails.
+    pub fn evict(&self) -> io::Result<()> {
+        for lost in std::mem::take(&mut *self.shared.lost.lock()) {
+            put_back(&*lost.file, lost.before)?;
+        }
+        Ok(())
+    }
+
     /// Has `hook` called before each operation.
     pub fn set_hook(&self, hook: Option<Hook>) {
         *self.shared.hook.write() = hook;
@@ -170,11 +199,19 @@ impl Storage for FaultStorage {
         let inner = self
             .shared
             .run(kind, path, || self.inner.open(path, mode))?;
+        let mut undo = Undo::default();
+        self.shared.lost.lock().retain_mut(|lost| {
+            let same = lost.path == path;
+            if same {
+                undo.lost.append(&mut lost.before);
+            }
+            !same
+        });
         Ok(Arc::new(FaultFile {
             inner,
             path: path.to_owned(),
             shared: self.shared.clone(),
-            undo: Mutex::default(),
+            undo: Mutex::new(undo),
         }))
     }
 
@@ -230,6 +267,15 @@ struct FaultFile {
     undo: Mutex<Undo>,
 }
 
+/// Undoes writes, from the newest to the oldest.
+fn put_back(file: &dyn StorageFile, lost: Vec<Before>) -> io::Result<()> {
+    for before in lost.into_iter().rev() {
+        file.write_at(&before.bytes, before.offset)?;
+        file.set_len(before.len)?;
+    }
+    Ok(())
+}
+
 /// What was there before, oldest first.
 #[derive(Debug, Default)]
 struct Undo {
@@ -276,11 +322,8 @@ impl FaultFile {
 
     /// Brings back what was there before the writes that a sync lost.
     fn revert(&self) -> io::Result<()> {
-        for before in self.undo.lock().lost.drain(..).rev() {
-            self.inner.write_at(&before.bytes, before.offset)?;
-            self.inner.set_len(before.len)?;
-        }
-        Ok(())
+        let lost = std::mem::take(&mut self.undo.lock().lost);
+        put_back(&*self.inner, lost)
     }
 
     /// The bytes are durable: no lost sync takes them away.
@@ -323,6 +366,21 @@ impl FaultFile {
 
 impl Drop for FaultFile {
     fn drop(&mut self) {
+        if self
+            .shared
+            .keeps_lost
+            .load(std::sync::atomic::Ordering::Relaxed)
+        {
+            let before = std::mem::take(&mut self.undo.lock().lost);
+            if !before.is_empty() {
+                self.shared.lost.lock().push(LostFile {
+                    path: self.path.clone(),
+                    file: self.inner.clone(),
+                    before,
+                });
+            }
+            return;
+        }
         // The disk below may have lost its power; then there is nothing to bring back.
         let _ = self.revert();
     }
@@ -402,6 +460,15 @@ impl StorageFile for FaultFile {
 
     fn prefetch(&self, offset: u64, len: u64) {
         self.inner.prefetch(offset, len);
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        self.revert()?;
+        self.inner.drop_cache()
+    }
+
+    fn place(&self) -> io::Result<[u64; 2]> {
+        self.inner.place()
     }
 
     fn map(&self, offset: u64, len: usize) -> io::Result<Mapping> {

@@ -145,12 +145,21 @@ impl Storage for FileStorage {
     }
 }
 
-/// The id of the running boot, in the form of the kernel's text without dashes.
+/// The id of the running boot. Where it cannot be told it is one of this process alone: then no
+/// process trusts what another left in memory.
 fn boot_id() -> [u8; 16] {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    uuid::Uuid::parse_str(text.trim())
-        .unwrap_or_default()
-        .into_bytes()
+    static ID: std::sync::OnceLock<uuid::Uuid> = std::sync::OnceLock::new();
+    let id = ID.get_or_init(|| {
+        let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        uuid::Uuid::parse_str(text.trim()).unwrap_or_else(|_| uuid::Uuid::new_v4())
+    });
+    id.into_bytes()
+}
+
+/// Device and inode.
+fn place(file: &File) -> io::Result<[u64; 2]> {
+    let metadata = file.metadata()?;
+    Ok([metadata.dev(), metadata.ino()])
 }
 
 /// A file that is written through a shared mapping: a store in memory instead of a system call.
@@ -197,6 +206,10 @@ impl SharedFile for SharedMapping {
         // The bytes are in place before whatever the program does next.
         std::sync::atomic::compiler_fence(Ordering::SeqCst);
         Ok(())
+    }
+
+    fn place(&self) -> io::Result<[u64; 2]> {
+        place(&self.file)
     }
 }
 
@@ -371,6 +384,21 @@ impl StorageFile for HostFile {
             len as libc::off_t,
             nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED,
         );
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        // To the end of the file.
+        nix::fcntl::posix_fadvise(
+            &self.file,
+            0,
+            0,
+            nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+        )?;
+        Ok(())
+    }
+
+    fn place(&self) -> io::Result<[u64; 2]> {
+        place(&self.file)
     }
 
     fn map(&self, offset: u64, len: usize) -> io::Result<Mapping> {

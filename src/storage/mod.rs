@@ -146,6 +146,8 @@ impl Held for () {}
 pub trait SharedFile: Send + Sync + std::fmt::Debug {
     /// Writes all of `bytes`; takes their space on the host first.
     fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// As [`StorageFile::place`].
+    fn place(&self) -> io::Result<[u64; 2]>;
 }
 
 /// The page cache is such memory.
@@ -155,6 +157,10 @@ struct SharedByWriting(Arc<dyn StorageFile>);
 impl SharedFile for SharedByWriting {
     fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.0.write_at(bytes, offset)
+    }
+
+    fn place(&self) -> io::Result<[u64; 2]> {
+        self.0.place()
     }
 }
 
@@ -187,6 +193,16 @@ pub trait StorageFile: Send + Sync + std::fmt::Debug {
     fn allocated(&self) -> io::Result<u64>;
     /// A hint that the range will be read soon.
     fn prefetch(&self, _offset: u64, _len: u64) {}
+    /// Has the next read come from the disk: after a failed sync memory may show what is not there.
+    /// What was not synced stays in memory.
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+    /// Which file this is among all of the running host: a copy or a snapshot is another. Equal
+    /// where the storage cannot tell.
+    fn place(&self) -> io::Result<[u64; 2]> {
+        Ok([0; 2])
+    }
     /// The content in memory, shared with the page cache where the storage can.
     fn map(&self, offset: u64, len: usize) -> io::Result<Mapping>;
 }

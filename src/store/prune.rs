@@ -9,7 +9,18 @@ use uuid::Uuid;
 use super::Store;
 use super::quarantine::Records;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::layer::{Header, SealedLayer};
 use crate::storage::Entry;
+
+/// Directories of records; the last three are made when they are needed.
+const RECORDS: [&str; 6] = [
+    "images",
+    "containers",
+    "templates",
+    "snapshots",
+    "quarantine/images",
+    "quarantine/containers",
+];
 
 /// What [`Store::prune`] removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -123,7 +134,9 @@ impl Store {
             return Ok(report);
         };
         let _lock = self.lock()?;
-        for path in self.leftovers()? {
+        let mut leftovers = self.leftovers()?;
+        leftovers.extend(self.unfinished_layer_files()?);
+        for path in leftovers {
             let removed = match self.storage.remove_tree(&path) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
                     self.storage.remove_file(&path)
@@ -173,13 +186,8 @@ impl Store {
                     .filter(|path| directory == "trash" || !self.is_staged(path)),
             );
         }
-        for directory in ["images", "containers", "templates", "snapshots"] {
-            let dir = self.root.join(directory);
-            if directory == "snapshots" && !self.storage.exists(&dir).unwrap_or(false) {
-                continue;
-            }
-            let unfinished = self.entries(&dir)?.filter(|e| e.name.ends_with(".tmp"));
-            found.extend(unfinished.map(|entry| dir.join(entry.name)));
+        for directory in RECORDS {
+            found.extend(self.unfinished_records(&self.root.join(directory))?);
         }
         let known = self.container_ids()?;
         let dir = self.root.join("run");
@@ -189,6 +197,52 @@ impl Store {
             id.is_some_and(|id| Uuid::parse_str(id).is_ok() && !known.contains(id))
         });
         found.extend(locks.map(|entry| dir.join(entry.name)));
+        Ok(found)
+    }
+
+    /// Files in a directory of records that were being written when something stopped, and reasons
+    /// of a quarantine that did not come about. None where there is no such directory.
+    fn unfinished_records(&self, dir: &Path) -> Result<Vec<PathBuf>> {
+        let there = self
+            .storage
+            .exists(dir)
+            .context(|| format!("cannot stat {}", dir.display()))?;
+        if !there {
+            return Ok(Vec::new());
+        }
+        let names: HashSet<String> = self.entries(dir)?.map(|entry| entry.name).collect();
+        let unfinished = names.iter().filter(|name| {
+            let stem = name.strip_suffix(".reason");
+            name.ends_with(".tmp")
+                || stem.is_some_and(|stem| !names.contains(&format!("{stem}.json")))
+        });
+        Ok(unfinished.map(|name| dir.join(name)).collect())
+    }
+
+    /// Files of layers that were being written when something stopped. Not of a layer that somebody
+    /// writes, nor of one that is sealed and has no checksums yet: they may be in the making.
+    fn unfinished_layer_files(&self) -> Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for layer in self.layers()? {
+            let dir = self.layer_dir(layer);
+            let unfinished: Vec<PathBuf> = self
+                .entries(&dir)?
+                .filter(|entry| !entry.is_dir && entry.name.ends_with(".tmp"))
+                .map(|entry| dir.join(entry.name))
+                .collect();
+            if unfinished.is_empty() || self.is_leased(&dir) {
+                continue;
+            }
+            let settled = match Header::read(&*self.storage, &dir) {
+                Ok(header) if header.sealed => SealedLayer::open(&*self.storage, &dir)
+                    .is_ok_and(|sealed| sealed.is_checksummed()),
+                // `check` explains what is wrong with it.
+                other => other.is_ok(),
+            };
+            if settled {
+                found.extend(unfinished);
+            }
+        }
         Ok(found)
     }
 

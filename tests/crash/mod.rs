@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use vellum::block::{BlockDevice, Durability, ZeroMode};
+use vellum::block::{BlockDevice, Durability};
 use vellum::chain::{Chain, ChainSpec, open_chain};
 use vellum::layer::{Header, LayerOptions, SealedLayer, WritableLayer, seal_in_place};
 use vellum::storage::{Moment, Observer, OpKind, SeededRng, SimStorage, Storage};
 
 use model::{Model, pattern};
-use workload::{Op, SIZE};
+use workload::{Change, Op, SIZE};
 
 const ROOT: &str = "/layers";
 /// More sealed layers than this only cost time.
@@ -278,24 +278,14 @@ impl Run {
         }
     }
 
-    fn change(
-        &self,
-        offset: u64,
-        bytes: &[u8],
-        fua: bool,
-        work: impl FnOnce(&Chain, Durability) -> vellum::Result<()>,
-    ) {
+    fn change(&self, change: &Change) {
+        let (offset, bytes) = (change.offset, &change.bytes);
         self.world.lock().model.begin(offset, bytes);
-        let durability = if fua {
-            Durability::Durable
-        } else {
-            Durability::Buffered
-        };
-        match work(self.chain(), durability) {
+        match change.apply(self.chain()) {
             Ok(()) => {
                 let model = &mut self.world.lock().model;
                 model.complete(offset, bytes);
-                if fua {
+                if change.fua {
                     model.acknowledge(offset, bytes.len() as u64);
                 }
             }
@@ -305,34 +295,11 @@ impl Run {
 
     /// Does one operation; true while all is well.
     pub fn step(&mut self, op: Op) -> bool {
+        if let Some(change) = op.change(&mut self.tag) {
+            self.change(&change);
+        }
         match op {
-            Op::Write { offset, len, fua } => {
-                self.tag += 1;
-                let bytes = pattern(self.tag, offset, len);
-                self.change(offset, &bytes, fua, |chain, durability| {
-                    chain.write_at(&bytes, offset, durability)
-                });
-            }
-            Op::Discard { offset, len } => {
-                self.change(offset, &vec![0; len as usize], false, |chain, _| {
-                    chain.discard(offset, len)
-                });
-            }
-            Op::Zero {
-                offset,
-                len,
-                keep,
-                fua,
-            } => {
-                let mode = if keep {
-                    ZeroMode::KeepAllocated
-                } else {
-                    ZeroMode::MayUnmap
-                };
-                self.change(offset, &vec![0; len as usize], fua, |chain, durability| {
-                    chain.write_zeroes(offset, len, mode, durability)
-                });
-            }
+            Op::Write { .. } | Op::Discard { .. } | Op::Zero { .. } => {}
             Op::Flush => self.acknowledge(Chain::flush),
             Op::Close => self.acknowledge(Chain::close),
             Op::Reopen => {

@@ -1,7 +1,9 @@
 //! Random workloads that a seed decides, and their shrinking.
 
-use vellum::block::BLOCK_SIZE;
+use vellum::block::{BLOCK_SIZE, BlockDevice, Durability, ZeroMode};
 use vellum::storage::SeededRng;
+
+use super::model::pattern;
 
 /// Blocks of the device under test.
 pub const BLOCKS: u64 = 48;
@@ -37,6 +39,72 @@ pub enum Op {
     Kill,
     /// The power goes and comes back.
     Cut(u64),
+}
+
+/// A change of bytes: what a write, a discard or a write of zeros does.
+pub struct Change {
+    pub offset: u64,
+    /// What a client reads there afterwards.
+    pub bytes: Vec<u8>,
+    pub fua: bool,
+    how: How,
+}
+
+#[derive(Clone, Copy)]
+enum How {
+    Write,
+    Discard,
+    Zero(ZeroMode),
+}
+
+impl Op {
+    /// The change that it is, if it is one. `tag` counts writes, whose bytes follow from it.
+    pub fn change(self, tag: &mut u16) -> Option<Change> {
+        let zeros = |len: u64| vec![0; len as usize];
+        let (offset, bytes, fua, how) = match self {
+            Op::Write { offset, len, fua } => {
+                *tag += 1;
+                (offset, pattern(*tag, offset, len), fua, How::Write)
+            }
+            Op::Discard { offset, len } => (offset, zeros(len), false, How::Discard),
+            Op::Zero {
+                offset,
+                len,
+                keep,
+                fua,
+            } => {
+                let mode = if keep {
+                    ZeroMode::KeepAllocated
+                } else {
+                    ZeroMode::MayUnmap
+                };
+                (offset, zeros(len), fua, How::Zero(mode))
+            }
+            _ => return None,
+        };
+        Some(Change {
+            offset,
+            bytes,
+            fua,
+            how,
+        })
+    }
+}
+
+impl Change {
+    pub fn apply(&self, device: &dyn BlockDevice) -> vellum::Result<()> {
+        let durability = if self.fua {
+            Durability::Durable
+        } else {
+            Durability::Buffered
+        };
+        let len = self.bytes.len() as u64;
+        match self.how {
+            How::Write => device.write_at(&self.bytes, self.offset, durability),
+            How::Discard => device.discard(self.offset, len),
+            How::Zero(mode) => device.write_zeroes(self.offset, len, mode, durability),
+        }
+    }
 }
 
 /// What a workload is like; drawn once for each, since an even mix of everything would fill no

@@ -163,7 +163,7 @@ pub fn finish_commits(store: &Store) -> Result<()> {
             !sealed.is_checksummed()
                 || ["map", "journal.0", "journal.1"]
                     .iter()
-                    .any(|name| dir.join(name).exists())
+                    .any(|name| storage.exists(&dir.join(name)).unwrap_or(false))
                 || store
                     .layer_info(layer)
                     .is_ok_and(|info| info.bytes != sealed.data_blocks() * BLOCK_SIZE)
