@@ -331,17 +331,26 @@ pub fn is_mounted(path: &Path) -> bool {
     })
 }
 
-/// A loop device with direct I/O; detached when dropped.
+/// A loop device; detached when dropped.
 #[derive(Debug)]
 pub struct Loop {
     device: String,
 }
 
 impl Loop {
-    /// A loop device on a file.
+    /// A loop device on a file, past the page cache.
     pub fn new(file: &Path) -> Result<Self> {
+        Self::with(file, "--direct-io=on")
+    }
+
+    /// A loop device on a file, through the page cache.
+    pub fn buffered(file: &Path) -> Result<Self> {
+        Self::with(file, "--direct-io=off")
+    }
+
+    fn with(file: &Path, option: &str) -> Result<Self> {
         let file = file.to_string_lossy();
-        let shown = sh("losetup", &["--find", "--show", "--direct-io=on", &file])?.stdout;
+        let shown = sh("losetup", &["--find", "--show", option, &file])?.stdout;
         Ok(Loop {
             device: shown.trim().to_owned(),
         })

@@ -207,6 +207,7 @@ impl Drop for Containers {
                 .arg("--root")
                 .arg(self.dir.join("store"))
                 .args(["umount", "--force", &name])
+                .stdout(std::process::Stdio::null())
                 .status();
             report(
                 status

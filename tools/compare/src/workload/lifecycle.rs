@@ -38,9 +38,10 @@ impl Workload for Lifecycle {
 
     fn what(&self, sizes: &Sizes) -> String {
         format!(
-            "A container is made, mounted, runs `true` under crun, is unmounted and removed; the \
+            "A container is made, mounted, runs `true` under {}, is unmounted and removed; the \
              median of {} of them, in milliseconds. Each step is the command that a person would \
              type, so starting a program is part of it. Space: after it has been made and mounted.",
+            runtime(),
             sizes.containers
         )
     }
@@ -49,7 +50,7 @@ impl Workload for Lifecycle {
         vec![
             Metric::new("create", "create", "ms", Better::Lower),
             Metric::new("mount", "mount", "ms", Better::Lower),
-            Metric::new("start", "crun run true", "ms", Better::Lower),
+            Metric::new("start", "run true", "ms", Better::Lower),
             Metric::new("unmount", "unmount", "ms", Better::Lower),
             Metric::new("remove", "remove", "ms", Better::Lower),
             Metric::new("total", "all of it", "ms", Better::Lower),
@@ -63,7 +64,7 @@ impl Workload for Lifecycle {
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {
-        missing(&[("crun", "crun"), ("busybox", "busybox-static")])
+        missing(&[("busybox", "busybox-static")]).or_else(|| missing(&[(runtime(), runtime())]))
     }
 
     fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
@@ -111,6 +112,18 @@ impl Workload for Lifecycle {
     }
 }
 
+/// crun; runc on hosts with both cgroup hierarchies in use, which crun refuses.
+fn runtime() -> &'static str {
+    let hybrid = fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers");
+    if hybrid.is_ok_and(|controllers| !controllers.trim().is_empty())
+        || find_program("crun").is_none()
+    {
+        "runc"
+    } else {
+        "crun"
+    }
+}
+
 /// Runs `true` in a root directory.
 fn run_true(root: &Path, bundle: &Path, id: &str) -> Result<()> {
     fs::create_dir_all(bundle)?;
@@ -129,8 +142,8 @@ fn run_true(root: &Path, bundle: &Path, id: &str) -> Result<()> {
     fs::write(bundle.join("config.json"), config.to_string())?;
     let id = format!("compare-{}-{id}", std::process::id());
     host::run(
-        Command::new("crun")
-            .args(["--cgroup-manager=disabled", "--root"])
+        Command::new(runtime())
+            .arg("--root")
             .arg(bundle.join("state"))
             .args(["run", "-b"])
             .arg(bundle)

@@ -68,7 +68,7 @@ impl Workload for Nbd {
         let (size, offset) = (format!("--size={half}"), format!("--offset={half}"));
         let runtime = format!("--runtime={}", run.sizes.nbd_seconds);
         let timed: &[&str] = &["--time_based", &runtime];
-        let common: &[&str] = &[&uri, &size, "--ioengine=nbd"];
+        let common: &[&str] = &["--ioengine=nbd", &uri, &size];
         let deep: &[&str] = &["--iodepth=16"];
         let small: &[&str] = &["--bs=4k"];
         let large: &[&str] = &["--bs=1m", &offset];
