@@ -98,7 +98,7 @@ fn sizes(quick: bool, pg_scale: u32, pg_seconds: u32, tree: PathBuf) -> Sizes {
         containers: pick(10, 3) as u32,
         chain: pick(64, 32) * MIB,
         device: pick(256, 64) * MIB,
-        nbd_seconds: pick(2, 1) as u32,
+        seconds: pick(2, 1) as u32,
         tree,
     }
 }
@@ -313,7 +313,15 @@ fn places(given: &[PathBuf]) -> Result<Vec<PathBuf>> {
 fn describe_place(dir: &Path) -> Place {
     let shown = dir.display().to_string();
     let kind = host::sh("findmnt", &["-n", "-o", "FSTYPE", "-T", &shown])
-        .map(|done| done.stdout.trim().to_owned())
+        // The uppermost of several mounts is the last.
+        .map(|done| {
+            done.stdout
+                .trim()
+                .lines()
+                .last()
+                .unwrap_or_default()
+                .to_owned()
+        })
         .unwrap_or_default();
     Place {
         id: shown.clone(),

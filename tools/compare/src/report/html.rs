@@ -125,7 +125,7 @@ fn present(report: &Report, kind: Kind) -> Vec<&DriverReport> {
 
 /// Ratios of all workloads, in one table for each kind and place.
 fn overview(report: &Report) -> Markup {
-    let speeds = |metric: &&Metric| metric.better != Better::Cost;
+    let speeds = |metric: &&Metric| !metric.detail;
     html! {
         @for place in &report.places {
             @for (kind, name) in [(Kind::Files, "mounted containers"), (Kind::Nbd, "block devices over NBD")] {
@@ -184,9 +184,18 @@ fn ratio(summary: Option<&Summary>) -> Markup {
     };
     html! {
         span class=(class) {
-            (format!("{:.2}", ratio.median))
-            small { " " (format!("{:.2}–{:.2}", ratio.low, ratio.high)) }
+            (times(ratio.median))
+            small { " " (times(ratio.low)) "–" (times(ratio.high)) }
         }
+    }
+}
+
+/// A ratio with as many digits as say something.
+fn times(ratio: f64) -> String {
+    if ratio < 10.0 {
+        format!("{ratio:.2}")
+    } else {
+        format!("{ratio:.0}")
     }
 }
 

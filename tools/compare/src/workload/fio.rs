@@ -207,16 +207,27 @@ impl Workload for RandomRead {
         let filename = format!("--filename={}", file.display());
         let size = format!("--size={}", run.sizes.file);
         let number = format!("--number_ios={}", run.sizes.reads);
-        let common = [&filename, &size, &number, "--rw=randread", "--bs=8k"];
+        let runtime = format!("--runtime={}", run.sizes.seconds);
+        let common = [&filename, &size, "--rw=randread", "--bs=8k"];
         let with = |more: &[&str]| fio(&[&common[..], more].concat());
         let mut measured = Measured::default();
         run.cold(&started)?;
         let meter = run.meter();
-        let cold = with(&["--ioengine=psync"])?;
+        let cold = with(&[&number, "--ioengine=psync"])?;
         run.cold(&started)?;
-        let cold64 = with(&["--ioengine=io_uring", "--iodepth=64", "--randseed=7"])?;
+        let cold64 = with(&[
+            &number,
+            "--ioengine=io_uring",
+            "--iodepth=64",
+            "--randseed=7",
+        ])?;
         std::io::copy(&mut std::fs::File::open(&file)?, &mut std::io::sink())?;
-        let warm = with(&["--ioengine=psync", "--invalidate=0"])?;
+        let warm = with(&[
+            "--ioengine=psync",
+            "--invalidate=0",
+            "--time_based",
+            &runtime,
+        ])?;
         measured.add("cold", cold.rate);
         measured.add("cold64", cold64.rate);
         measured.add("warm", warm.rate);

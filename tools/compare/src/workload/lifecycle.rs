@@ -48,11 +48,11 @@ impl Workload for Lifecycle {
 
     fn metrics(&self) -> Vec<Metric> {
         vec![
-            Metric::new("create", "create", "ms", Better::Lower),
-            Metric::new("mount", "mount", "ms", Better::Lower),
-            Metric::new("start", "run true", "ms", Better::Lower),
-            Metric::new("unmount", "unmount", "ms", Better::Lower),
-            Metric::new("remove", "remove", "ms", Better::Lower),
+            Metric::new("create", "create", "ms", Better::Lower).detail(),
+            Metric::new("mount", "mount", "ms", Better::Lower).detail(),
+            Metric::new("start", "run true", "ms", Better::Lower).detail(),
+            Metric::new("unmount", "unmount", "ms", Better::Lower).detail(),
+            Metric::new("remove", "remove", "ms", Better::Lower).detail(),
             Metric::new("total", "all of it", "ms", Better::Lower),
             Metric::new(
                 "space",

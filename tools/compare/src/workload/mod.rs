@@ -42,8 +42,8 @@ pub struct Sizes {
     pub chain: u64,
     /// Bytes of the block device behind NBD.
     pub device: u64,
-    /// Seconds of each NBD workload that has no other end.
-    pub nbd_seconds: u32,
+    /// Seconds of what has no other end: reads from memory, requests over NBD.
+    pub seconds: u32,
     /// The tree that is unpacked.
     pub tree: PathBuf,
 }
@@ -71,6 +71,8 @@ pub struct Metric {
     pub unit: &'static str,
     /// Which way it counts.
     pub better: Better,
+    /// Only for the workload's own table.
+    pub detail: bool,
 }
 
 impl Metric {
@@ -80,7 +82,14 @@ impl Metric {
             title: title.into(),
             unit,
             better,
+            detail: better == Better::Cost,
         }
+    }
+
+    /// Not for the overview.
+    fn detail(mut self) -> Self {
+        self.detail = true;
+        self
     }
 
     /// What every workload costs besides time.

@@ -141,9 +141,9 @@ impl Workload for Pgbench {
         let mut metrics = vec![
             Metric::new("first", "first part", "TPS", Better::Higher),
             Metric::new("steady", "steady", "TPS", Better::Higher),
-            Metric::new("start", "start of the server", "ms", Better::Lower),
-            Metric::new("p50", "latency, median", "ms", Better::Lower),
-            Metric::new("p95", "latency, 95 %", "ms", Better::Lower),
+            Metric::new("start", "start of the server", "ms", Better::Lower).detail(),
+            Metric::new("p50", "latency, median", "ms", Better::Lower).detail(),
+            Metric::new("p95", "latency, 95 %", "ms", Better::Lower).detail(),
             Metric::new("p99", "latency, 99 %", "ms", Better::Lower),
         ];
         metrics.extend(Metric::costs());
