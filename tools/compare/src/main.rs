@@ -44,7 +44,7 @@ struct Cli {
     /// A first impression within 5 minutes: small sizes, one round, the rest left out
     #[arg(long)]
     quick: bool,
-    /// Begin no new round after this time
+    /// Begin nothing new after this time, which the directories share
     #[arg(long, value_name = "MINUTES")]
     time_limit: Option<f64>,
     /// Scale of pgbench: 15 MB each [default: 20, with --quick 3]
@@ -98,7 +98,7 @@ fn sizes(quick: bool, pg_scale: u32, pg_seconds: u32, tree: PathBuf) -> Sizes {
         containers: pick(10, 3) as u32,
         chain: pick(64, 32) * MIB,
         device: pick(256, 64) * MIB,
-        seconds: pick(2, 1) as u32,
+        millis: pick(2000, 500) as u32,
         tree,
     }
 }
@@ -115,6 +115,7 @@ fn smoke_sizes(tree: PathBuf) -> Sizes {
         containers: 1,
         chain: 4 * MIB,
         device: 8 * MIB,
+        millis: 50,
         ..sizes(true, 1, 2, tree)
     }
 }
@@ -191,7 +192,7 @@ fn compare(cli: &Cli) -> Result<()> {
         rounds: cli.rounds.unwrap_or(if quick { 1 } else { 5 }).max(1),
         dirs: places(&cli.dir)?,
         sizes: sizes.clone(),
-        deadline: minutes.map(|minutes| began + Duration::from_secs_f64(minutes.max(0.0) * 60.0)),
+        end: minutes.map(|minutes| began + Duration::from_secs_f64(minutes.max(0.0) * 60.0)),
     };
     let mut report = Report {
         command: std::env::args().collect::<Vec<_>>().join(" "),

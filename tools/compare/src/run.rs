@@ -26,14 +26,27 @@ pub struct Plan {
     pub dirs: Vec<PathBuf>,
     /// How much.
     pub sizes: Sizes,
-    /// When to stop measuring.
-    pub deadline: Option<Instant>,
+    /// When to begin nothing new.
+    pub end: Option<Instant>,
 }
 
-impl Plan {
-    fn late(&self) -> bool {
-        self.deadline
-            .is_some_and(|deadline| Instant::now() > deadline)
+/// When to begin nothing new in one place.
+#[derive(Debug, Clone, Copy)]
+struct Deadline(Option<Instant>);
+
+impl Deadline {
+    /// The place's part of the time that is left, when this many places are to come.
+    fn share(end: Option<Instant>, places: usize) -> Self {
+        let now = Instant::now();
+        let part = |end: Instant| {
+            let left = end.saturating_duration_since(now);
+            now + left / u32::try_from(places.max(1)).unwrap_or(1)
+        };
+        Deadline(end.map(part))
+    }
+
+    fn passed(self) -> bool {
+        self.0.is_some_and(|deadline| Instant::now() > deadline)
     }
 }
 
@@ -98,14 +111,22 @@ pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
     let progress = Progress::new(steps);
     let first = plan.dirs.first().context("no directory to measure in")?;
     check_durability(plan, report, &work_dir(first)?, &progress)?;
-    for dir in &plan.dirs {
+    for (number, dir) in plan.dirs.iter().enumerate() {
+        let deadline = Deadline::share(plan.end, plan.dirs.len() - number);
         let place = report
             .places
             .iter()
             .find(|place| Path::new(&place.dir) == dir);
         let place = place.context("a directory without a name")?.clone();
         let work = work_dir(dir)?;
-        measure(plan, report, &place, work.path(), scratch.path(), &progress)?;
+        let at = At {
+            place: &place,
+            work: work.path(),
+            scratch: scratch.path(),
+            deadline,
+            progress: &progress,
+        };
+        measure(plan, report, at)?;
     }
     progress.bar.finish_and_clear();
     Ok(())
@@ -177,6 +198,18 @@ fn fail(
     });
 }
 
+/// One place, while it is measured.
+#[derive(Clone, Copy)]
+struct At<'a> {
+    place: &'a Place,
+    /// A directory there.
+    work: &'a Path,
+    /// For what is not measured.
+    scratch: &'a Path,
+    deadline: Deadline,
+    progress: &'a Progress,
+}
+
 /// An image of a driver, ready for containers.
 struct Prepared<'a> {
     driver: &'a dyn Driver,
@@ -184,14 +217,13 @@ struct Prepared<'a> {
 }
 
 /// All workloads in one place; those that share an image after each other.
-fn measure(
-    plan: &Plan,
-    report: &mut Report,
-    place: &Place,
-    work: &Path,
-    scratch: &Path,
-    progress: &Progress,
-) -> Result<()> {
+fn measure(plan: &Plan, report: &mut Report, at: At<'_>) -> Result<()> {
+    let At {
+        place,
+        work,
+        progress,
+        ..
+    } = at;
     let mut bases: Vec<BaseKind> = Vec::new();
     for workload in &plan.workloads {
         if workload.absent(&plan.sizes).is_none() && !bases.contains(&workload.base()) {
@@ -205,7 +237,7 @@ fn measure(
             .map(AsRef::as_ref)
             .filter(|workload| workload.base() == kind)
             .collect();
-        if plan.late() {
+        if at.deadline.passed() {
             for workload in workloads {
                 let line = format!("{} in {}: no time was left", workload.title(), place.dir);
                 report.left_out.push(line);
@@ -221,17 +253,9 @@ fn measure(
         stop_if_interrupted()?;
         match base {
             Ok(base) => {
-                let mut prepared = prepare(plan, report, place, (&base, kind), work, progress)?;
+                let mut prepared = prepare(plan, report, at, (&base, kind))?;
                 for workload in workloads {
-                    rounds(
-                        plan,
-                        report,
-                        place,
-                        workload,
-                        &mut prepared,
-                        scratch,
-                        progress,
-                    )?;
+                    rounds(plan, report, at, workload, &mut prepared)?;
                 }
             }
             Err(error) => {
@@ -251,11 +275,15 @@ fn measure(
 fn prepare<'a>(
     plan: &'a Plan,
     report: &mut Report,
-    place: &Place,
+    at: At<'_>,
     (base, kind): (&Base, BaseKind),
-    work: &Path,
-    progress: &Progress,
 ) -> Result<Vec<Prepared<'a>>> {
+    let At {
+        place,
+        work,
+        progress,
+        ..
+    } = at;
     let wanted = plan.workloads.iter().find(|w| w.base() == kind);
     let wanted = wanted.map(|w| w.kind());
     let mut prepared = Vec::new();
@@ -263,6 +291,9 @@ fn prepare<'a>(
         let about = driver.about();
         if Some(about.kind) != wanted || driver.absent().is_some() {
             continue;
+        }
+        if at.deadline.passed() {
+            break;
         }
         progress
             .bar
@@ -289,25 +320,28 @@ fn prepare<'a>(
 fn rounds(
     plan: &Plan,
     report: &mut Report,
-    place: &Place,
+    at: At<'_>,
     workload: &dyn Workload,
     prepared: &mut [Prepared<'_>],
-    scratch: &Path,
-    progress: &Progress,
 ) -> Result<()> {
+    let At {
+        place, progress, ..
+    } = at;
     let id = workload.id();
     let mut broken: Vec<&str> = Vec::new();
     for round in 0..plan.rounds {
-        if plan.late() {
-            report.left_out.push(format!(
-                "{} in {}: {round} of {} rounds, then no time was left",
-                workload.title(),
-                place.dir,
-                plan.rounds
-            ));
-            break;
-        }
         for step in 0..prepared.len() {
+            if at.deadline.passed() {
+                report.left_out.push(format!(
+                    "{} in {}: {round} of {} rounds and {step} of {} drivers, then no time was \
+                     left",
+                    workload.title(),
+                    place.dir,
+                    plan.rounds,
+                    prepared.len()
+                ));
+                return Ok(());
+            }
             let number = (step + round) % prepared.len();
             let Some(Prepared { driver, image }) = prepared.get_mut(number) else {
                 continue;
@@ -327,7 +361,7 @@ fn rounds(
             host::sync_fs(Path::new(&place.dir))?;
             let result = workload.run(&mut Run {
                 sizes: &plan.sizes,
-                scratch,
+                scratch: at.scratch,
                 place: Path::new(&place.dir),
                 image: image.as_mut(),
                 name: &name,

@@ -100,7 +100,7 @@ impl Workload for Chain {
         let total = file_size(run.sizes, self.depth) * u64::from(self.depth);
         let size = format!("--size={total}");
         let number = format!("--number_ios={}", run.sizes.reads);
-        let runtime = format!("--runtime={}", run.sizes.seconds);
+        let runtime = format!("--runtime={}ms", run.sizes.millis);
         let common = [
             &filename,
             &size,

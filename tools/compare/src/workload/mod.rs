@@ -42,8 +42,8 @@ pub struct Sizes {
     pub chain: u64,
     /// Bytes of the block device behind NBD.
     pub device: u64,
-    /// Seconds of what has no other end: reads from memory, requests over NBD.
-    pub seconds: u32,
+    /// Milliseconds of what has no other end: reads from memory, requests over NBD.
+    pub millis: u32,
     /// The tree that is unpacked.
     pub tree: PathBuf,
 }

@@ -66,7 +66,7 @@ impl Workload for Nbd {
         let uri = format!("--uri={}", started.access.uri()?);
         let half = run.sizes.device / 2;
         let (size, offset) = (format!("--size={half}"), format!("--offset={half}"));
-        let runtime = format!("--runtime={}", run.sizes.seconds);
+        let runtime = format!("--runtime={}ms", run.sizes.millis);
         let timed: &[&str] = &["--time_based", &runtime];
         let common: &[&str] = &["--ioengine=nbd", &uri, &size];
         let deep: &[&str] = &["--iodepth=16"];
