@@ -330,6 +330,10 @@ fn rounds(
     let id = workload.id();
     let mut broken: Vec<&str> = Vec::new();
     for round in 0..plan.rounds {
+        if progress.bars.is_hidden() {
+            let (title, of) = (&place.title, plan.rounds);
+            progress.note(&format!("{title}: {id}, round {} of {of}", round + 1));
+        }
         for step in 0..prepared.len() {
             if at.deadline.passed() {
                 report.left_out.push(format!(
