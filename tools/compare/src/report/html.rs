@@ -3,12 +3,21 @@
 use anyhow::Result;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::plots::{Bar, Line, Look, bars, lines, short};
+use super::plots::{Axis, Bar, Line, Look, bars, lines, short};
 use super::{DriverReport, Place, Report, Summary, WorkloadReport};
 use crate::driver::{self, Kind};
 use crate::stats::Verdict;
 use crate::workload::{Better, Metric};
 
+const SECONDS: Axis<'_> = Axis {
+    label: "second",
+    shown: short,
+};
+/// Doubles from mark to mark.
+const DEPTHS: Axis<'_> = Axis {
+    label: "layers",
+    shown: |power| short(power.exp2()),
+};
 const STYLE: &str = include_str!("style.css");
 
 /// The whole report.
@@ -355,7 +364,7 @@ fn curves(report: &Report, workload: &WorkloadReport, place: &Place) -> Result<O
     if list.is_empty() {
         return Ok(None);
     }
-    let svg = lines("second", "transactions", &list, "vellum")?;
+    let svg = lines(SECONDS, "transactions", &list, "vellum")?;
     Ok((!svg.is_empty()).then_some(svg))
 }
 
@@ -379,7 +388,6 @@ fn chains(report: &Report) -> Result<Markup> {
             for driver in present(report, Kind::Files) {
                 let points = depths.iter().filter_map(|(depth, workload)| {
                     let found = report.find(&place.id, &workload.id, metric.id, driver.about.id)?;
-                    // Layers double from mark to mark.
                     Some((depth.log2(), found.value.median))
                 });
                 list.push(Line {
@@ -388,12 +396,7 @@ fn chains(report: &Report) -> Result<Markup> {
                 });
             }
             list.retain(|line| !line.points.is_empty());
-            let svg = lines(
-                "layers (0 is 1, 3 is 8, 5 is 32, 7 is 128)",
-                metric.unit,
-                &list,
-                "vellum",
-            )?;
+            let svg = lines(DEPTHS, metric.unit, &list, "vellum")?;
             if !svg.is_empty() {
                 figures.push((format!("{}: {}", place.title, metric.title), svg));
             }

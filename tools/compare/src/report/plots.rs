@@ -115,8 +115,17 @@ pub struct Line<'a> {
     pub points: Vec<(f64, f64)>,
 }
 
+/// What lies along an axis.
+#[derive(Clone, Copy)]
+pub struct Axis<'a> {
+    /// Its name.
+    pub label: &'a str,
+    /// How its figures are shown.
+    pub shown: fn(f64) -> String,
+}
+
 /// Lines over one axis; the one of this project is thicker.
-pub fn lines(across: &str, up: &str, lines: &[Line<'_>], own: &str) -> Result<String> {
+pub fn lines(across: Axis<'_>, up: &str, lines: &[Line<'_>], own: &str) -> Result<String> {
     let all = || lines.iter().flat_map(|line| line.points.iter().copied());
     let right = all().map(|(x, _)| x).fold(0.0, f64::max);
     let left = all().map(|(x, _)| x).fold(f64::INFINITY, f64::min);
@@ -139,11 +148,11 @@ pub fn lines(across: &str, up: &str, lines: &[Line<'_>], own: &str) -> Result<St
             chart
                 .configure_mesh()
                 .light_line_style(TRANSPARENT)
-                .x_desc(across)
+                .x_desc(across.label)
                 .y_desc(up)
                 .label_style((TEXT, 12))
                 .axis_desc_style((TEXT, 13))
-                .x_label_formatter(&|x| short(*x))
+                .x_label_formatter(&|x| (across.shown)(*x))
                 .y_label_formatter(&|y| short(*y))
                 .draw(),
         )?;
@@ -219,7 +228,11 @@ mod tests {
     #[test]
     fn a_plot_of_nothing_is_empty() {
         assert_eq!(bars("x", &[]).unwrap(), "");
-        assert_eq!(lines("x", "y", &[], "").unwrap(), "");
+        let axis = Axis {
+            label: "x",
+            shown: short,
+        };
+        assert_eq!(lines(axis, "y", &[], "").unwrap(), "");
     }
 
     #[test]

@@ -239,9 +239,9 @@ pub fn all() -> Vec<Box<dyn Workload>> {
         Box::new(lifecycle::Lifecycle),
         Box::new(files::Untar),
         Box::new(fio::Sequential),
+        Box::new(pgbench::Pgbench),
         Box::new(nbd::Nbd),
         Box::new(files::FirstWrite),
-        Box::new(pgbench::Pgbench),
     ];
     for depth in [1, 8, 32, 128] {
         all.push(Box::new(chain::Chain { depth }));
