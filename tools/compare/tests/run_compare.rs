@@ -16,6 +16,7 @@ use serde_json::Value;
 /// The program with its environment: an empty directory to measure in, another for the reports.
 struct Setup {
     dir: tempfile::TempDir,
+    place: tempfile::TempDir,
 }
 
 impl Setup {
@@ -35,13 +36,20 @@ impl Setup {
                 .any(|dir| Path::new(dir).join(program).exists());
             assert!(found, "{program} is missing: apt-get install {package}");
         }
+        // In memory: a run syncs the file system that it measures many times, and the disk may be
+        // busy with the tests beside this one.
+        let memory = Path::new("/dev/shm");
+        let place = if memory.is_dir() {
+            tempfile::tempdir_in(memory).unwrap()
+        } else {
+            tempfile::tempdir().unwrap()
+        };
         let dir = tempfile::tempdir().unwrap();
-        fs::create_dir(dir.path().join("place")).unwrap();
-        Setup { dir }
+        Setup { dir, place }
     }
 
     fn place(&self) -> PathBuf {
-        self.dir.path().join("place")
+        self.place.path().to_owned()
     }
 
     fn out(&self) -> PathBuf {
