@@ -108,11 +108,17 @@ impl Base {
         }
     }
 
-    /// Reads whole blocks from `block`; each is checked against its checksum.
+    /// Reads whole blocks from `block`; each is checked against its checksum. `count` is told how
+    /// many came from which layer, `None` for zeros.
     ///
     /// # Errors
     /// As [`SealedLayer::read_blocks`].
-    pub fn read_blocks(&self, buf: &mut [u8], block: u64) -> Result<()> {
+    pub fn read_blocks(
+        &self,
+        buf: &mut [u8],
+        block: u64,
+        mut count: impl FnMut(Option<u32>, u64),
+    ) -> Result<()> {
         let mut rest = buf;
         let mut at = block;
         while !rest.is_empty() {
@@ -126,8 +132,14 @@ impl Base {
             let len = (run.len * BLOCK_SIZE) as usize;
             let (piece, tail) = rest.split_at_mut(len.min(rest.len()));
             match run.source {
-                BaseSource::Layer(_, layer) => layer.read_blocks(piece, at)?,
-                _ => piece.fill(0),
+                BaseSource::Layer(number, layer) => {
+                    layer.read_blocks(piece, at)?;
+                    count(Some(number), run.len);
+                }
+                _ => {
+                    piece.fill(0);
+                    count(None, run.len);
+                }
             }
             rest = tail;
             at += run.len;

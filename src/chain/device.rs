@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 
 use super::base::{Base, BaseSource};
-use super::stats::{ChainStats, add};
+use super::stats::ChainStats;
 use crate::block::{
     BLOCK_LEN, BLOCK_SIZE, BlockDevice, BlockState, Durability, Extent, ExtentKind, ZeroMode,
     check_range,
@@ -16,15 +16,15 @@ use crate::layer::{ABSENT, STATE_DATA, SealedLayer, ValueRun, WritableLayer};
 /// A stack of layers: sealed ones and, unless it is read-only, a writable one on top.
 #[derive(Debug)]
 pub struct Chain {
-    size: u64,
-    base: Base,
+    pub(super) size: u64,
+    pub(super) base: Base,
     /// Swapped when the top is sealed under a live device. Held for reading over each request.
-    top: RwLock<Option<Arc<WritableLayer>>>,
-    stats: ChainStats,
+    pub(super) top: RwLock<Option<Arc<WritableLayer>>>,
+    pub(super) stats: Arc<ChainStats>,
 }
 
 /// The blocks that a byte range touches.
-fn blocks_of(offset: u64, len: u64) -> (u64, u64) {
+pub(super) fn blocks_of(offset: u64, len: u64) -> (u64, u64) {
     let first = offset / BLOCK_SIZE;
     (first, (offset + len).div_ceil(BLOCK_SIZE) - first)
 }
@@ -35,6 +35,15 @@ impl Chain {
     /// # Errors
     /// [`ErrorKind::InvalidInput`] when there is no layer at all.
     pub fn new(base: Base, top: Option<Arc<WritableLayer>>) -> Result<Self> {
+        Chain::counted(base, top, Arc::default())
+    }
+
+    /// As [`Chain::new`], counting in `stats`.
+    pub(super) fn counted(
+        base: Base,
+        top: Option<Arc<WritableLayer>>,
+        stats: Arc<ChainStats>,
+    ) -> Result<Self> {
         let size = match &top {
             Some(top) => top.header().virtual_size,
             None => base
@@ -43,11 +52,12 @@ impl Chain {
                 .map(|layer| layer.header().virtual_size)
                 .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a chain without layers"))?,
         };
+        stats.set_depth(base.depth());
         Ok(Chain {
             size,
             base,
             top: RwLock::new(top),
-            stats: ChainStats::default(),
+            stats,
         })
     }
 
@@ -62,7 +72,7 @@ impl Chain {
     }
 
     /// Counters of requests and copy-ups.
-    pub fn stats(&self) -> &ChainStats {
+    pub fn stats(&self) -> &Arc<ChainStats> {
         &self.stats
     }
 
@@ -122,6 +132,7 @@ impl Chain {
         SealedLayer::open(old.storage(), old.dir())
             .map(Arc::new)
             .and_then(|sealed| self.base.push(sealed.clone()).map(|()| sealed))
+            .inspect(|_| self.stats.set_depth(self.base.depth()))
             // It is sealed and may not be written, but we cannot go on above it.
             .map_err(|error| old.poison(&error))
     }
@@ -129,7 +140,7 @@ impl Chain {
     /// Reads whole blocks as they are now, `top` over base.
     fn read_blocks(&self, top: Option<&WritableLayer>, buf: &mut [u8], block: u64) -> Result<()> {
         let Some(top) = top else {
-            return self.base.read_blocks(buf, block);
+            return self.read_base(buf, block);
         };
         let mut rest = buf;
         let mut at = block;
@@ -155,61 +166,91 @@ impl Chain {
 
     fn read_run(&self, top: &WritableLayer, piece: &mut [u8], run: ValueRun) -> Result<()> {
         match run.value {
-            STATE_DATA => top.read(piece, run.start * BLOCK_SIZE),
-            ABSENT => self.base.read_blocks(piece, run.start),
+            STATE_DATA => {
+                self.stats.read_from_top(run.len);
+                top.read(piece, run.start * BLOCK_SIZE)
+            }
+            ABSENT => self.read_base(piece, run.start),
             _ => {
+                self.stats.read_from(None, run.len);
                 piece.fill(0);
                 Ok(())
             }
         }
     }
 
-    /// Writes bytes within one block: in place where the top has it, else with a copy-up.
-    fn write_partial(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<()> {
+    fn flush_top(&self, top: &WritableLayer) -> Result<()> {
+        let began = self.stats.begin();
+        let result = top.flush();
+        self.stats.flushed(began);
+        result
+    }
+
+    fn read_base(&self, buf: &mut [u8], block: u64) -> Result<()> {
+        self.base.read_blocks(buf, block, |layer, blocks| {
+            self.stats.read_from(layer, blocks);
+        })
+    }
+
+    /// Writes bytes within one block: in place where the top has it, else with a copy-up. Returns
+    /// how many blocks that allocated.
+    fn write_partial(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<u64> {
         let block = offset / BLOCK_SIZE;
         let state = top.run_at(block, 1);
         if state.value == STATE_DATA {
-            return top.write_within(offset, buf);
+            self.stats.stored(buf.len() as u64);
+            return top.write_within(offset, buf).map(|()| 0);
         }
         let mut whole = [0; BLOCK_LEN];
-        self.read_run(top, &mut whole, state)?;
+        let mut copied = false;
+        if state.value == ABSENT {
+            self.base.read_blocks(&mut whole, block, |layer, _| {
+                copied = layer.is_some();
+            })?;
+        }
         let within = (offset % BLOCK_SIZE) as usize;
         if let Some(target) = whole.get_mut(within..within + buf.len()) {
             target.copy_from_slice(buf);
         }
-        top.write_blocks(block, &whole)?;
-        add(&self.stats.first_touch_blocks, 1);
-        add(&self.stats.partial_copy_ups, 1);
-        Ok(())
+        let allocated = top.write_blocks(block, &whole)?;
+        self.stats.stored(BLOCK_SIZE);
+        if copied {
+            self.stats.copied_up(BLOCK_SIZE - buf.len() as u64);
+        }
+        Ok(allocated)
     }
 
-    fn write_buffered(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<()> {
+    /// Returns how many blocks the write allocated.
+    fn write_buffered(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<u64> {
         let (first, blocks) = blocks_of(offset, buf.len() as u64);
         top.flush_if_due()?;
         let _lock = top.lock_blocks(first, blocks);
         let (head, whole, tail) = split_buf(buf, offset);
+        let mut allocated = 0;
         if !head.is_empty() {
-            self.write_partial(top, head, offset)?;
+            allocated += self.write_partial(top, head, offset)?;
         }
         if !whole.is_empty() {
-            let allocated = top.write_blocks((offset + head.len() as u64) / BLOCK_SIZE, whole)?;
-            add(&self.stats.first_touch_blocks, allocated);
+            allocated += top.write_blocks((offset + head.len() as u64) / BLOCK_SIZE, whole)?;
+            self.stats.stored(whole.len() as u64);
         }
         if !tail.is_empty() {
-            self.write_partial(top, tail, offset + (head.len() + whole.len()) as u64)?;
+            allocated +=
+                self.write_partial(top, tail, offset + (head.len() + whole.len()) as u64)?;
         }
-        Ok(())
+        Ok(allocated)
     }
 
     /// Zeros for a byte range: whole blocks change state, the ends are written.
     fn zero(&self, top: &WritableLayer, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
+        let mut allocated = 0;
         let (first, blocks) = blocks_of(offset, len);
         top.flush_if_due()?;
         let _lock = top.lock_blocks(first, blocks);
         let head = (offset.next_multiple_of(BLOCK_SIZE) - offset).min(len);
         let tail = (offset + len) % BLOCK_SIZE;
         if head > 0 {
-            self.zero_partial(top, offset, head)?;
+            allocated += self.zero_partial(top, offset, head)?;
         }
         let whole = (len - head) / BLOCK_SIZE;
         if whole > 0 {
@@ -220,18 +261,20 @@ impl Chain {
             }
         }
         if tail > 0 && len > head {
-            self.zero_partial(top, offset + len - tail, tail)?;
+            allocated += self.zero_partial(top, offset + len - tail, tail)?;
         }
+        self.stats.zeroed(len, allocated);
         Ok(())
     }
 
-    fn zero_partial(&self, top: &WritableLayer, offset: u64, len: u64) -> Result<()> {
+    /// Returns how many blocks that allocated.
+    fn zero_partial(&self, top: &WritableLayer, offset: u64, len: u64) -> Result<u64> {
         let block = offset / BLOCK_SIZE;
-        if !self.reads_as_zero(top, block) {
-            let zeros = [0; BLOCK_LEN];
-            self.write_partial(top, zeros.get(..len as usize).unwrap_or_default(), offset)?;
+        if self.reads_as_zero(top, block) {
+            return Ok(0);
         }
-        Ok(())
+        let zeros = [0; BLOCK_LEN];
+        self.write_partial(top, zeros.get(..len as usize).unwrap_or_default(), offset)
     }
 
     /// True when the map alone says that the block is zero.
@@ -281,7 +324,7 @@ fn split_buf(buf: &[u8], offset: u64) -> (&[u8], &[u8], &[u8]) {
     (head, whole, tail)
 }
 
-fn read_only() -> Error {
+pub(super) fn read_only() -> Error {
     Error::new(ErrorKind::ReadOnly, "the chain has no writable layer")
 }
 
@@ -296,8 +339,7 @@ impl BlockDevice for Chain {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         check_range(offset, buf.len() as u64, self.size)?;
-        add(&self.stats.reads, 1);
-        add(&self.stats.read_bytes, buf.len() as u64);
+        self.stats.read(buf.len() as u64);
         let guard = self.top.read();
         let top = guard.as_deref();
         // Whole blocks straight into the buffer, the ends through one of ours.
@@ -323,20 +365,20 @@ impl BlockDevice for Chain {
         if buf.is_empty() {
             return Ok(());
         }
-        add(&self.stats.writes, 1);
-        add(&self.stats.written_bytes, buf.len() as u64);
+        let began = self.stats.begin();
         let guard = self.top.read();
         let top = guard.as_deref().ok_or_else(read_only)?;
-        self.write_buffered(top, buf, offset)?;
+        let allocated = self.write_buffered(top, buf, offset)?;
+        self.stats.wrote(began, buf.len() as u64, allocated);
         match durability {
             Durability::Buffered => Ok(()),
-            Durability::Durable => top.flush(),
+            Durability::Durable => self.flush_top(top),
         }
     }
 
     fn flush(&self) -> Result<()> {
         let guard = self.top.read();
-        guard.as_deref().map_or(Ok(()), WritableLayer::flush)
+        guard.as_deref().map_or(Ok(()), |top| self.flush_top(top))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
@@ -354,13 +396,12 @@ impl BlockDevice for Chain {
         if len == 0 {
             return Ok(());
         }
-        add(&self.stats.discarded_bytes, len);
         let guard = self.top.read();
         let top = guard.as_deref().ok_or_else(read_only)?;
         self.zero(top, offset, len, mode)?;
         match durability {
             Durability::Buffered => Ok(()),
-            Durability::Durable => top.flush(),
+            Durability::Durable => self.flush_top(top),
         }
     }
 

@@ -5,9 +5,15 @@
 mod base;
 mod device;
 mod open;
+mod prewarm;
+mod sources;
 mod stats;
 
 pub use base::Base;
 pub use device::Chain;
-pub use open::{ChainSpec, open_chain};
-pub use stats::{ChainStats, ChainStatsSnapshot};
+pub use open::{ChainSpec, open_chain, open_counted_chain};
+pub use prewarm::CopiedUp;
+pub use sources::{Source, SourceRun};
+pub use stats::{
+    ChainStats, ChainStatsSnapshot, LatencySnapshot, MAX_COUNTED_LAYERS, STATS_LEN, Sample,
+};

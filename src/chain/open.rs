@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::base::check_parent;
-use super::{Base, Chain};
+use super::{Base, Chain, ChainStats};
 use crate::error::{Result, ResultExt};
 use crate::layer::{LayerOptions, SealedLayer, WritableLayer};
 use crate::storage::Storage;
@@ -26,6 +26,18 @@ pub struct ChainSpec {
 /// [`crate::ErrorKind::Corrupt`] where a layer does not fit the one below; the message names the
 /// directory. As [`SealedLayer::open`] and [`WritableLayer::open`].
 pub fn open_chain(storage: &Arc<dyn Storage>, spec: &ChainSpec) -> Result<Chain> {
+    open_counted_chain(storage, spec, Arc::default())
+}
+
+/// As [`open_chain`], counting in `stats`, which may hold what was counted before.
+///
+/// # Errors
+/// As [`open_chain`].
+pub fn open_counted_chain(
+    storage: &Arc<dyn Storage>,
+    spec: &ChainSpec,
+    stats: Arc<ChainStats>,
+) -> Result<Chain> {
     let base = Base::default();
     for dir in &spec.sealed {
         let layer = SealedLayer::open(&**storage, dir)
@@ -35,11 +47,12 @@ pub fn open_chain(storage: &Arc<dyn Storage>, spec: &ChainSpec) -> Result<Chain>
     let below = base.layers().last().map(|layer| layer.header().uuid);
     let top = match &spec.top {
         Some(dir) => {
-            let top = WritableLayer::open(storage.clone(), dir, spec.options)?;
+            let top =
+                WritableLayer::open_counted(storage.clone(), dir, spec.options, stats.clone())?;
             check_parent(top.header().parent, below, &dir.display().to_string())?;
             Some(top)
         }
         None => None,
     };
-    Chain::new(base, top)
+    Chain::counted(base, top, stats)
 }

@@ -30,7 +30,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     let results = run_bench(&args.dir, args.rounds, &args.case, |result| {
         context
             .out
-            .note(&format!("{}: {:.2} ×", result.name, result.ratio));
+            .note(&format!("{}: {:.3} ×", result.name, result.ratio));
     })?;
     if results.is_empty() {
         return Err(Error::new(
@@ -61,7 +61,7 @@ fn cells(result: &CaseResult) -> Vec<String> {
         format!("{:.2}", result.micros),
         result.reference.clone(),
         format!("{:.2}", result.reference_micros),
-        format!("{:.2} ×", result.ratio),
-        format!("{:.2}–{:.2}", result.range.0, result.range.1),
+        format!("{:.3} ×", result.ratio),
+        format!("{:.3}–{:.3}", result.range.0, result.range.1),
     ]
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::engine::device::Target;
+use crate::engine::device::{Target, served_stats};
 use crate::error::Result;
 use crate::export::device::{SupervisorArgs, supervise};
 use crate::store::Store;
@@ -43,8 +43,9 @@ pub(super) fn run(args: &Args, root: &Path) -> Result<()> {
         (_, _, Some(layer), _) => Target::Layer(layer),
         (.., layer) => Target::Sealed(layer.unwrap_or_default()),
     };
-    supervise(&args.supervisor, &|| {
+    supervise(&args.supervisor, &|memory| {
         let store = Store::open_or_create(root)?;
-        Ok(target.open(&store)?.into_served())
+        let stats = served_stats(memory)?;
+        Ok(target.open_counted(&store, stats)?.into_served())
     })
 }

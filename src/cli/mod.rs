@@ -15,15 +15,18 @@ mod history;
 mod images;
 mod import;
 mod inspect;
+mod map;
 mod mount;
 mod nbd;
 mod output;
+mod prewarm;
 mod prune;
 mod ps;
 mod remove;
 mod run;
 mod size;
 mod snapshotter;
+mod stats;
 mod volume;
 
 use std::path::{Path, PathBuf};
@@ -93,6 +96,12 @@ enum Command {
     Commit(commit::Args),
     /// List the paths that a container changed
     Diff(diff::Args),
+    /// Show what copy-on-write costs containers: first touches, copy-ups, flushes, reads by layer
+    Stats(stats::Args),
+    /// Draw which layer each block of a container or image comes from
+    Map(map::Args),
+    /// Copy files' blocks up ahead of traffic, so that first writes cost no more than later ones
+    Prewarm(prewarm::Args),
     /// Serve containers and images over NBD until stopped
     Nbd(nbd::Args),
     /// Check that layers, images and containers are whole
@@ -172,6 +181,9 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Exec(args) => return Ok(exec::run(&args, context)),
         Command::Commit(args) => commit::run(&args, context)?,
         Command::Diff(args) => diff::run(&args, context)?,
+        Command::Stats(args) => stats::run(&args, context)?,
+        Command::Map(args) => map::run(&args, context)?,
+        Command::Prewarm(args) => prewarm::run(&args, context)?,
         Command::Nbd(args) => nbd::run(&args, context)?,
         Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,

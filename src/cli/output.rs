@@ -36,6 +36,18 @@ impl Output {
         }
     }
 
+    /// Prints `value` as JSON on one line.
+    pub(super) fn print_line<T: Serialize>(self, value: &T) -> Result<()> {
+        let mut text = serde_json::to_string(value).map_err(|error| {
+            Error::with_source(ErrorKind::Io, "the answer cannot be encoded", error)
+        })?;
+        text.push('\n');
+        match io::stdout().write_all(text.as_bytes()) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            other => other.context(|| "cannot write to standard output"),
+        }
+    }
+
     /// True when a progress bar helps somebody.
     pub(super) fn shows_progress(self) -> bool {
         !self.quiet && io::IsTerminal::is_terminal(&io::stderr())

@@ -10,9 +10,13 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::import::forget_ext4_journal;
-use crate::chain::{Chain, ChainSpec, ChainStatsSnapshot, open_chain};
+use crate::block::BlockDevice;
+use crate::chain::{
+    Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, STATS_LEN, Source,
+    open_counted_chain,
+};
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::device::{ControlHandler, Opened};
+use crate::export::device::{ControlHandler, Memory, Opened};
 use crate::layer::{LayerOptions, LayerStatsSnapshot, WritableLayer};
 use crate::store::{LayerLease, Resolved, Store};
 
@@ -22,6 +26,13 @@ pub const SEAL_TOP: &str = "seal-top";
 pub const SEAL: &str = "seal";
 /// Asks a device server for its counters: [`DeviceStats`].
 pub const STATS: &str = "stats";
+/// Asks a device server where its blocks come from: [`AskMap`], answered by [`MapPart`].
+pub const MAP: &str = "map";
+/// Asks a device server to copy blocks up: [`CopyUp`], answered by [`CopiedUp`].
+pub const COPY_UP: &str = "copy-up";
+
+/// Runs in one answer about the map, so that it fits a line of the control socket.
+const MAX_RUNS: usize = 16 << 10;
 
 /// Which chain to open.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,12 +64,17 @@ impl Target {
     }
 
     /// Opens a container's chain as it was resolved before.
-    pub(super) fn open_unsettled(&self, store: &Store, resolved: &Resolved) -> Result<OpenChain> {
+    pub(super) fn open_unsettled(
+        &self,
+        store: &Store,
+        resolved: &Resolved,
+        stats: Arc<ChainStats>,
+    ) -> Result<OpenChain> {
         let lease = store.lease_layer(resolved.top)?;
         let spec = store.chain_spec(resolved, layer_options(store));
         Ok(OpenChain::new(
             store,
-            open_chain(store.storage(), &spec)?,
+            open_counted_chain(store.storage(), &spec, stats)?,
             Some(lease),
         ))
     }
@@ -69,11 +85,19 @@ impl Target {
     /// [`ErrorKind::InUse`] while another process has a container's layer; what is wrong with a
     /// layer, by name.
     pub fn open(&self, store: &Store) -> Result<OpenChain> {
+        self.open_counted(store, Arc::default())
+    }
+
+    /// As [`Target::open`], counting in `stats`, which may hold what was counted before.
+    ///
+    /// # Errors
+    /// As [`Target::open`].
+    pub fn open_counted(&self, store: &Store, stats: Arc<ChainStats>) -> Result<OpenChain> {
         let options = layer_options(store);
         match self {
             Target::Container(name) => {
                 let resolved = store.resolve_name(name)?;
-                self.open_unsettled(store, &resolved)
+                self.open_unsettled(store, &resolved, stats)
                     .map_err(|error| error.context(format!("the container {name}")))
             }
             Target::Staged(layer) => {
@@ -87,7 +111,7 @@ impl Target {
                 };
                 Ok(OpenChain::new(
                     store,
-                    open_chain(store.storage(), &spec)?,
+                    open_counted_chain(store.storage(), &spec, stats)?,
                     None,
                 ))
             }
@@ -96,7 +120,7 @@ impl Target {
                 let header = crate::layer::Header::read(&**store.storage(), &dir)?;
                 if header.sealed {
                     // A server that died after it sealed its top.
-                    return Target::Sealed(*layer).open(store);
+                    return Target::Sealed(*layer).open_counted(store, stats);
                 }
                 let lease = store.lease_layer(*layer)?;
                 let sealed = store.layer_dirs(&store.ancestry(header.parent)?);
@@ -105,7 +129,7 @@ impl Target {
                     top: Some(dir),
                     options,
                 };
-                let chain = open_chain(store.storage(), &spec)?;
+                let chain = open_counted_chain(store.storage(), &spec, stats)?;
                 Ok(OpenChain::new(store, chain, Some(lease)))
             }
             Target::Sealed(layer) => {
@@ -118,7 +142,7 @@ impl Target {
                 let lease = store.read_layer(*layer)?;
                 Ok(OpenChain::new(
                     store,
-                    open_chain(store.storage(), &spec)?,
+                    open_counted_chain(store.storage(), &spec, stats)?,
                     Some(lease),
                 ))
             }
@@ -152,13 +176,91 @@ pub struct Sealed {
     pub blocks: u64,
 }
 
+/// Arguments of [`COPY_UP`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct CopyUp {
+    /// (first byte, length in bytes) of each range.
+    pub ranges: Vec<(u64, u64)>,
+}
+
+/// Arguments of [`MAP`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct AskMap {
+    /// First block.
+    pub start: u64,
+    /// How many runs at most.
+    pub max: usize,
+}
+
+/// Stands for a hole among the numbers of layers.
+pub const HOLE: i64 = -1;
+/// Stands for zero among the numbers of layers.
+pub const ZERO: i64 = -2;
+
+/// Answer of [`MAP`]: the runs from where it was asked for on.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct MapPart {
+    /// Layers below the top.
+    pub depth: u64,
+    /// Size of the device in bytes.
+    pub virtual_size: u64,
+    /// (blocks, source): [`HOLE`], [`ZERO`], else a layer's number from the bottom; the top
+    /// has the number `depth`. Without gaps.
+    pub runs: Vec<(u64, i64)>,
+}
+
+impl MapPart {
+    /// A part of a chain's map.
+    ///
+    /// # Errors
+    /// As [`Chain::sources`].
+    pub(super) fn new(chain: &Chain, ask: &AskMap) -> Result<Self> {
+        let depth = chain.base().depth() as u64;
+        let runs = chain.sources(ask.start, ask.max.min(MAX_RUNS))?;
+        let runs = runs.into_iter().map(|run| {
+            let code = match run.source {
+                Source::Hole => HOLE,
+                Source::Zero => ZERO,
+                Source::Sealed(number) => i64::from(number),
+                Source::Top => depth as i64,
+            };
+            (run.len, code)
+        });
+        Ok(MapPart {
+            depth,
+            virtual_size: chain.size(),
+            runs: runs.collect(),
+        })
+    }
+}
+
+/// False with `VELLUM_STATS=off` in the environment, which is there to find out what counting costs.
+pub(super) fn counts() -> bool {
+    std::env::var_os("VELLUM_STATS").is_none_or(|value| value != "off")
+}
+
+/// Counters for the worker of a device, in the memory that outlives it.
+///
+/// # Errors
+/// Where the memory cannot be mapped.
+pub fn served_stats(memory: Memory<'_>) -> Result<Arc<ChainStats>> {
+    if memory.len < STATS_LEN {
+        return Ok(Arc::default());
+    }
+    let stats = ChainStats::in_file(memory.file, memory.offset)?;
+    Ok(Arc::new(stats.counting(counts())))
+}
+
 /// Counters of a device.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStats {
     /// Data blocks in the top layer.
     pub top_blocks: u64,
     /// Layers below the top.
     pub depth: u64,
+    /// Its size in bytes.
+    #[serde(default)]
+    pub virtual_size: u64,
     /// Requests and copy-ups.
     pub chain: ChainStatsSnapshot,
     /// Flushes and the journal.
@@ -201,10 +303,11 @@ impl OpenChain {
     /// As [`Chain::seal_top`].
     pub fn seal_top(&self, next: Uuid) -> Result<()> {
         let lease = self.store.lease_layer(next)?;
-        let next = WritableLayer::open(
+        let next = WritableLayer::open_counted(
             self.store.storage().clone(),
             &self.store.layer_dir(next),
             layer_options(&self.store),
+            self.chain.stats().clone(),
         )?;
         self.chain.seal_top(next)?;
         self.leases.lock().push(lease);
@@ -230,10 +333,21 @@ impl OpenChain {
         DeviceStats {
             top_blocks: top.as_ref().map_or(0, |top| top.data_blocks()),
             depth: self.chain.base().depth() as u64,
+            virtual_size: self.chain.size(),
             chain: self.chain.stats().snapshot(),
             layer: top.map(|top| top.stats().snapshot()).unwrap_or_default(),
         }
     }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(args: Value, what: &str) -> Result<T> {
+    serde_json::from_value(args)
+        .map_err(|error| Error::with_source(ErrorKind::InvalidInput, what, error))
+}
+
+fn encode<T: Serialize>(answer: &T) -> Result<Value> {
+    serde_json::to_value(answer)
+        .map_err(|error| Error::with_source(ErrorKind::Io, "the answer cannot be encoded", error))
 }
 
 impl ControlHandler for OpenChain {
@@ -251,6 +365,20 @@ impl ControlHandler for OpenChain {
             STATS => serde_json::to_value(self.stats()).map_err(|error| {
                 Error::with_source(ErrorKind::Io, "the counters cannot be encoded", error)
             }),
+            MAP => {
+                let ask: AskMap = parse(args, "map wants a place and a number")?;
+                encode(&MapPart::new(&self.chain, &ask)?)
+            }
+            COPY_UP => {
+                let args: CopyUp = parse(args, "copy-up wants ranges")?;
+                let mut done = CopiedUp::default();
+                for (offset, len) in args.ranges {
+                    done.add(self.chain.copy_up(offset, len)?);
+                }
+                // Not for the copies, but for the clients' next flush, which would have to sync them.
+                self.chain.top().map_or(Ok(()), |top| top.flush())?;
+                encode(&done)
+            }
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("the device server knows no command {verb:?}"),

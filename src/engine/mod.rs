@@ -7,11 +7,14 @@ pub mod commit;
 pub mod device;
 pub mod diff;
 pub mod import;
+pub mod map;
 pub mod mount;
+pub mod prewarm;
 pub mod raw;
 pub mod run;
 
 pub mod serve;
+pub mod stats;
 pub mod status;
 pub(crate) mod template;
 

@@ -239,6 +239,8 @@ pub fn remove(store: &Store, name: &str, force: bool) -> Result<()> {
         .join(format!("{}.lock", container.id));
     // The last user of the name; a leftover is harmless and pruned.
     let _ = std::fs::remove_file(lock);
+    let (dir, socket) = store.socket_beside(container.id);
+    let _ = std::fs::remove_file(dir.join(socket));
     Ok(())
 }
 
@@ -270,6 +272,11 @@ impl TemporaryMount {
         };
         ext4::mount(&attached.device.path(), &mount.dir, options)?;
         Ok(mount)
+    }
+
+    /// The run directory of its device.
+    pub(super) fn run_dir(&self) -> &Path {
+        &self.run_dir
     }
 
     /// The root of the file system.

@@ -2,32 +2,72 @@
 
 use std::sync::Arc;
 
-use super::device::{OpenChain, Target};
-use crate::error::Result;
+use serde_json::Value;
+
+use super::device::{COPY_UP, MAP, OpenChain, STATS, Target, counts};
+use crate::chain::ChainStats;
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::device::ControlHandler;
+use crate::export::device::control_server::ControlServer;
 use crate::export::nbd::Export;
 use crate::store::Store;
 
-/// The export of a container (writable) or an image (read-only) under its name. The returned chain
-/// is closed in order when it is dropped, after the server's shutdown.
+/// A chain that is served, and the socket on which others ask for its counters. Both are closed in
+/// order when it is dropped, after the server's shutdown.
+#[derive(Debug)]
+pub struct Serving {
+    // First, since it holds the chain too.
+    _control: Option<ControlServer>,
+    _chain: Arc<OpenChain>,
+}
+
+/// What others may ask an NBD server for: nothing that would end or change what it serves.
+struct Answers(Arc<OpenChain>);
+
+impl ControlHandler for Answers {
+    fn handle(&self, verb: &str, args: Value) -> Result<Value> {
+        match verb {
+            STATS | MAP | COPY_UP => self.0.handle(verb, args),
+            _ => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("an NBD server knows no command {verb:?}"),
+            )),
+        }
+    }
+}
+
+/// The export of a container (writable) or an image (read-only) under its name.
 ///
 /// # Errors
 /// [`crate::ErrorKind::NotFound`] for a name that is neither; [`crate::ErrorKind::InUse`] while the
 /// container is mounted or served.
-pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, OpenChain)> {
-    let target = match store.container(name) {
-        Ok(_) => Target::Container(name.to_owned()),
+pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Serving)> {
+    let (target, id) = match store.container(name) {
+        Ok(container) => (Target::Container(name.to_owned()), Some(container.id)),
         Err(no_container) => match store
             .image(name)
             .ok()
             .and_then(|i| i.layers.last().copied())
         {
-            Some(top) => Target::Sealed(top),
+            // Several servers may have an image, so none of them answers for it.
+            Some(top) => (Target::Sealed(top), None),
             None => return Err(no_container),
         },
     };
-    let open = target.open(store)?;
-    let device = Arc::clone(open.chain());
-    let mut export = Export::new(name, device);
+    let stats = Arc::new(ChainStats::default().counting(counts()));
+    let chain = Arc::new(target.open_counted(store, stats)?);
+    let mut export = Export::new(name, chain.chain().clone());
     export.read_only = read_only;
-    Ok((export, open))
+    let control = id.and_then(|id| {
+        let (dir, socket) = store.socket_beside(id);
+        let answers = Arc::new(Answers(chain.clone()));
+        ControlServer::start(&dir, &socket, answers)
+            .inspect_err(|error| tracing::warn!(%error, "nobody can ask for counters"))
+            .ok()
+    });
+    let serving = Serving {
+        _control: control,
+        _chain: chain,
+    };
+    Ok((export, serving))
 }

@@ -12,7 +12,7 @@ use super::index::Index;
 use super::journal::{AlignedBuf, Area, RecordBody, RecordPlace, block_offset, encode_record};
 use super::recovery::{remove_journal, write_checkpoint};
 use super::state_of_value;
-use super::table::{MapExtent, push_extent, state_code, state_of_code};
+use super::table::{MapExtent, checkpoint_len, push_extent, state_code, state_of_code};
 use super::writable::{Change, Core, Dirty, MapState, WritableLayer};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -507,6 +507,8 @@ impl Core {
     fn checkpoint(&self, generation: u64, with_in_flight: bool) -> Result<()> {
         self.stats.checkpoints.add(1);
         let extents = self.durable_extents(with_in_flight);
+        let bytes = checkpoint_len(extents.len());
+        self.stats.checkpoint_bytes.add(bytes);
         write_checkpoint(
             &*self.storage,
             &self.dir,

@@ -26,7 +26,7 @@ pub use index::{ABSENT, Index, Runs, ValueRun};
 pub use range_lock::{RangeGuard, RangeLock};
 pub use recovery::data_blocks_on_disk;
 pub use sealed::{ScrubReport, SealedLayer, seal_in_place};
-pub use stats::{LayerStats, LayerStatsSnapshot};
+pub use stats::{LayerCounters, LayerStats, LayerStatsSnapshot};
 pub use table::{DIGEST_LEN, MapExtent};
 pub use writable::{LayerOptions, WritableLayer};
 

@@ -1,11 +1,15 @@
 //! Counters of one writable layer: what durability cost.
 
+use std::ops::Deref;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-/// Counters that only ever grow; reset when the layer is opened.
+/// Counters that only ever grow. They consist of atomics alone, so that they can lie in memory that
+/// outlives the process: see [`LayerCounters`].
 #[derive(Debug, Default)]
+#[repr(C)]
 pub struct LayerStats {
     pub(super) flushes: Counter,
     pub(super) flushes_coalesced: Counter,
@@ -14,16 +18,46 @@ pub struct LayerStats {
     pub(super) journal_writes: Counter,
     pub(super) journal_bytes: Counter,
     pub(super) checkpoints: Counter,
+    pub(super) checkpoint_bytes: Counter,
     pub(super) journal_waits: Counter,
+}
+
+/// Whoever keeps the counters of a layer; by default the layer itself, from when it is opened.
+pub trait LayerCounters: Send + Sync + std::fmt::Debug {
+    /// The counters.
+    fn layer(&self) -> &LayerStats;
+}
+
+impl LayerCounters for LayerStats {
+    fn layer(&self) -> &LayerStats {
+        self
+    }
+}
+
+/// Where a layer counts.
+#[derive(Debug, Clone)]
+pub(super) struct StatsHandle(pub(super) Arc<dyn LayerCounters>);
+
+impl Deref for StatsHandle {
+    type Target = LayerStats;
+
+    fn deref(&self) -> &LayerStats {
+        self.0.layer()
+    }
 }
 
 /// One relaxed counter.
 #[derive(Debug, Default)]
+#[repr(transparent)]
 pub(super) struct Counter(AtomicU64);
 
 impl Counter {
     pub(super) fn add(&self, amount: u64) {
         self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    const fn new() -> Self {
+        Counter(AtomicU64::new(0))
     }
 
     fn get(&self) -> u64 {
@@ -48,11 +82,29 @@ pub struct LayerStatsSnapshot {
     pub journal_bytes: u64,
     /// Checkpoints of the map.
     pub checkpoints: u64,
+    /// Bytes of them.
+    #[serde(default)]
+    pub checkpoint_bytes: u64,
     /// Flushes that had to wait for a checkpoint to free a journal area.
     pub journal_waits: u64,
 }
 
 impl LayerStats {
+    /// Counters that are all zero.
+    pub const fn new() -> Self {
+        LayerStats {
+            flushes: Counter::new(),
+            flushes_coalesced: Counter::new(),
+            flushes_empty: Counter::new(),
+            data_syncs: Counter::new(),
+            journal_writes: Counter::new(),
+            journal_bytes: Counter::new(),
+            checkpoints: Counter::new(),
+            checkpoint_bytes: Counter::new(),
+            journal_waits: Counter::new(),
+        }
+    }
+
     /// The counters now.
     pub fn snapshot(&self) -> LayerStatsSnapshot {
         LayerStatsSnapshot {
@@ -63,6 +115,7 @@ impl LayerStats {
             journal_writes: self.journal_writes.get(),
             journal_bytes: self.journal_bytes.get(),
             checkpoints: self.checkpoints.get(),
+            checkpoint_bytes: self.checkpoint_bytes.get(),
             journal_waits: self.journal_waits.get(),
         }
     }

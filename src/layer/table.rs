@@ -26,6 +26,11 @@ pub(super) enum TableKind {
     Seal = 2,
 }
 
+/// Bytes of a checkpoint of so many extents.
+pub(super) fn checkpoint_len(extents: usize) -> u64 {
+    (HEADER_LEN + extents * EXTENT_LEN) as u64
+}
+
 /// A run of blocks of one state in a layer's map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MapExtent {

@@ -15,7 +15,7 @@ use super::index::{ABSENT, Index};
 use super::journal::MAX_AREA;
 use super::live::{self, Left, Live};
 use super::range_lock::{RangeGuard, RangeLock};
-use super::stats::LayerStats;
+use super::stats::{LayerCounters, LayerStats, StatsHandle};
 use super::{STATE_DATA, ValueRun, recovery, state_of_value, value_of_state};
 use crate::block::{BLOCK_SIZE, BlockState};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -204,7 +204,7 @@ pub(super) struct Core {
     pub(super) header: Header,
     pub(super) data: DataFiles,
     pub(super) map: RwLock<MapState>,
-    pub(super) stats: LayerStats,
+    pub(super) stats: StatsHandle,
     poison: OnceLock<String>,
     sealed: AtomicBool,
     /// There is a log of changes.
@@ -367,6 +367,19 @@ impl WritableLayer {
         dir: &Path,
         options: LayerOptions,
     ) -> Result<Arc<WritableLayer>> {
+        WritableLayer::open_counted(storage, dir, options, Arc::new(LayerStats::new()))
+    }
+
+    /// As [`WritableLayer::open`], counting in `counters`, which may hold what was counted before.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::open`].
+    pub fn open_counted(
+        storage: Arc<dyn Storage>,
+        dir: &Path,
+        options: LayerOptions,
+        counters: Arc<dyn LayerCounters>,
+    ) -> Result<Arc<WritableLayer>> {
         let header = Header::read(&*storage, dir)?;
         if header.sealed {
             return Err(Error::new(
@@ -397,7 +410,7 @@ impl WritableLayer {
                 map: RwLock::new(map),
                 live: AtomicBool::new(left.same_boot),
                 flush_due: AtomicBool::new(map_is_filling),
-                stats: LayerStats::default(),
+                stats: StatsHandle(counters),
                 poison: OnceLock::new(),
                 sealed: AtomicBool::new(false),
                 header,

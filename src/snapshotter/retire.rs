@@ -10,6 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
 use super::mounts::Mounts;
+use crate::engine::check::count_layer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::seal_in_place;
 use crate::store::Store;
@@ -173,8 +174,12 @@ impl Shared {
         }
         for layer in job.checksum {
             let dir = self.store.layer_dir(layer);
-            match seal_in_place(&**self.store.storage(), &dir, |_| {}) {
-                Ok(_) => {}
+            // The count first: a layer without checksums is done again at the next start.
+            let counted = count_layer(&self.store, layer);
+            match counted
+                .and_then(|()| seal_in_place(&**self.store.storage(), &dir, |_| {}).map(drop))
+            {
+                Ok(()) => {}
                 // Removed meanwhile.
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => tracing::error!(%layer, %error, "a layer got no checksums"),

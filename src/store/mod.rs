@@ -83,6 +83,9 @@ pub struct StoreGuard {
     _held: Box<dyn Held>,
 }
 
+/// Ends the names of sockets in `run`.
+pub(crate) const SOCKET_SUFFIX: &str = ".sock";
+
 impl Store {
     /// Opens the store at `root` and makes it where there is none.
     ///
@@ -181,6 +184,12 @@ impl Store {
     /// The directory for the running state of a container.
     pub fn run_dir(&self, container: &ContainerRecord) -> PathBuf {
         self.root.join("run").join(container.id.to_string())
+    }
+
+    /// The directory of all running state, and the name in it of the socket on which whoever serves
+    /// the container with this id without a device of its own answers.
+    pub fn socket_beside(&self, id: uuid::Uuid) -> (PathBuf, String) {
+        (self.root.join("run"), format!("{id}{SOCKET_SUFFIX}"))
     }
 
     /// Waits until no other process changes records, and keeps them from doing so.

@@ -153,7 +153,8 @@ impl Store {
         Ok(Some(orphans))
     }
 
-    /// What lies in `staging` and `trash`, unfinished files, and locks of containers that are gone.
+    /// What lies in `staging` and `trash`, unfinished files, and locks and sockets of containers that
+    /// are gone.
     fn leftovers(&self) -> Result<Vec<PathBuf>> {
         let mut found = Vec::new();
         for directory in ["staging", "trash"] {
@@ -173,6 +174,7 @@ impl Store {
         let dir = self.root.join("run");
         let locks = self.entries(&dir)?.filter(|entry| {
             let id = entry.name.strip_suffix(".lock");
+            let id = id.or_else(|| entry.name.strip_suffix(super::SOCKET_SUFFIX));
             id.is_some_and(|id| Uuid::parse_str(id).is_ok() && !known.contains(id))
         });
         found.extend(locks.map(|entry| dir.join(entry.name)));

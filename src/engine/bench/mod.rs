@@ -1,6 +1,7 @@
 //! What copy-on-write costs on this disk: each case beside plain calls on a plain sparse file,
 //! round by round in turns, so that a ratio means something on a noisy machine.
 
+mod counting;
 mod reads;
 
 use std::fs::File;
@@ -13,7 +14,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::block::{BLOCK_SIZE, BlockDevice, Durability};
-use crate::chain::{Chain, ChainSpec, open_chain};
+use crate::chain::{Chain, ChainSpec, ChainStats, open_chain, open_counted_chain};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
 use crate::storage::{FileStorage, Storage};
@@ -70,6 +71,7 @@ pub fn run(
         cases.compare(case.name, "pwrite to a sparse file", &ours, &raw)?;
     }
     reads::run(&bench, &mut cases)?;
+    counting::run(&bench, &mut cases)?;
     for (name, overwrite) in [("allocating", false), ("overwriting", true)] {
         let name = format!("write 8 KiB and flush, {name}");
         let ours = || bench.chain_flushes(overwrite);
@@ -110,10 +112,14 @@ impl<D: FnMut(&CaseResult)> Cases<'_, D> {
     ) -> Result<()> {
         if self.wants(name) {
             let result = compare(name, reference, self.rounds, ours, theirs)?;
-            (self.done)(&result);
-            self.results.push(result);
+            self.note(result);
         }
         Ok(())
+    }
+
+    fn note(&mut self, result: CaseResult) {
+        (self.done)(&result);
+        self.results.push(result);
     }
 }
 
@@ -203,20 +209,27 @@ fn compare(
             other.push(b);
         }
     }
-    let mut ratios: Vec<f64> = mine.iter().zip(&other).map(|(a, b)| b / a).collect();
-    ratios.sort_by(f64::total_cmp);
-    let range = (
-        ratios.first().copied().unwrap_or_default(),
-        ratios.last().copied().unwrap_or_default(),
-    );
-    Ok(CaseResult {
-        name: name.to_owned(),
-        reference: reference.to_owned(),
-        micros: median(&mut mine) * 1e6,
-        reference_micros: median(&mut other) * 1e6,
-        ratio: median(&mut ratios),
-        range,
-    })
+    Ok(CaseResult::new(name, reference, &mut mine, &mut other))
+}
+
+impl CaseResult {
+    /// From the seconds an operation of both sides, round by round.
+    fn new(name: &str, reference: &str, mine: &mut [f64], other: &mut [f64]) -> Self {
+        let mut ratios: Vec<f64> = mine.iter().zip(other.iter()).map(|(a, b)| b / a).collect();
+        ratios.sort_by(f64::total_cmp);
+        let range = (
+            ratios.first().copied().unwrap_or_default(),
+            ratios.last().copied().unwrap_or_default(),
+        );
+        CaseResult {
+            name: name.to_owned(),
+            reference: reference.to_owned(),
+            micros: median(mine) * 1e6,
+            reference_micros: median(other) * 1e6,
+            ratio: median(&mut ratios),
+            range,
+        }
+    }
 }
 
 fn median(values: &mut [f64]) -> f64 {
@@ -282,13 +295,19 @@ impl Bench {
 
     /// A fresh layer on the parent, gone when the guard is dropped.
     fn fresh_chain(&self) -> Result<(Scratch, Chain)> {
+        self.counted_chain(Arc::default())
+    }
+
+    /// As `fresh_chain`, with these counters.
+    fn counted_chain(&self, stats: Arc<ChainStats>) -> Result<(Scratch, Chain)> {
         let (top, _) = self.new_layer(Some(self.parent_uuid), DEVICE)?;
         let spec = ChainSpec {
             sealed: vec![self.parent.clone()],
             top: Some(top.clone()),
             options: LayerOptions::default(),
         };
-        Ok((Scratch(top), open_chain(&self.storage, &spec)?))
+        let chain = open_counted_chain(&self.storage, &spec, stats)?;
+        Ok((Scratch(top), chain))
     }
 
     fn fresh_file(&self) -> Result<(File, Scratch)> {

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Records, Store};
 
-pub use repair::finish_commits;
+pub use repair::{count_layer, finish_commits};
 
 /// What to check, and what to do about it.
 #[derive(Debug, Clone, Default)]

@@ -50,12 +50,12 @@ fn apply(store: &Store, remedy: &Remedy) -> Result<String> {
         Remedy::Layer(layer) => {
             let _gc = exclusive(store)?;
             repair_layer(&**store.storage(), &store.layer_dir(*layer))?;
-            count(store, *layer)?;
+            count_layer(store, *layer)?;
             Ok("the layer is complete".into())
         }
         Remedy::Count(layer) => {
             let _gc = exclusive(store)?;
-            count(store, *layer)?;
+            count_layer(store, *layer)?;
             Ok("counted again".into())
         }
         Remedy::Settle(name) => {
@@ -106,8 +106,11 @@ fn exclusive(store: &Store) -> Result<crate::store::StoreGuard> {
     store.try_collection_lock()?.ok_or_else(busy)
 }
 
-/// Writes how much a sealed layer holds.
-fn count(store: &Store, layer: Uuid) -> Result<()> {
+/// Writes down how much a sealed layer holds.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] where it is gone; where it cannot be opened, or the host fails.
+pub fn count_layer(store: &Store, layer: Uuid) -> Result<()> {
     let sealed = SealedLayer::open(&**store.storage(), &store.layer_dir(layer))?;
     let mut info = store.layer_info(layer).unwrap_or_else(|_| LayerInfo {
         origin: "unknown: its info.json was lost".into(),
@@ -167,7 +170,7 @@ pub fn finish_commits(store: &Store) -> Result<()> {
         });
         if pending {
             seal_in_place(storage, &dir, |_| {})?;
-            count(store, layer)?;
+            count_layer(store, layer)?;
         }
     }
     Ok(())

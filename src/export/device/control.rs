@@ -153,8 +153,16 @@ fn short_path(dir: &Path, name: &str) -> Result<(File, PathBuf)> {
 /// # Errors
 /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
 pub fn bind(run_dir: &Path) -> Result<UnixListener> {
-    let (_handle, path) = short_path(run_dir, CONTROL)?;
-    let name = run_dir.join(CONTROL);
+    bind_at(run_dir, CONTROL)
+}
+
+/// As [`bind`], with a name for the socket.
+///
+/// # Errors
+/// As [`bind`].
+pub fn bind_at(dir: &Path, socket: &str) -> Result<UnixListener> {
+    let (_handle, path) = short_path(dir, socket)?;
+    let name = dir.join(socket);
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).context(|| name.display().to_string())?;
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
@@ -168,9 +176,23 @@ pub fn bind(run_dir: &Path) -> Result<UnixListener> {
 /// What the device answered, [`ErrorKind::NotFound`] when there is none, [`ErrorKind::Timeout`]
 /// when it does not answer.
 pub fn call(run_dir: &Path, verb: &str, args: Value, timeout: Duration) -> Result<Value> {
-    let name = run_dir.join(CONTROL);
+    call_at(run_dir, CONTROL, verb, args, timeout)
+}
+
+/// As [`call`], with the name of the socket.
+///
+/// # Errors
+/// As [`call`].
+pub fn call_at(
+    dir: &Path,
+    socket: &str,
+    verb: &str,
+    args: Value,
+    timeout: Duration,
+) -> Result<Value> {
+    let name = dir.join(socket);
     let what = || format!("{}: {verb}", name.display());
-    let (_handle, path) = short_path(run_dir, CONTROL)?;
+    let (_handle, path) = short_path(dir, socket)?;
     let stream = UnixStream::connect(&path).map_err(|error| match error.raw_os_error() {
         Some(libc::ECONNREFUSED | libc::ENOENT) => Error::with_source(
             ErrorKind::NotFound,

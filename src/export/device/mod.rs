@@ -23,6 +23,7 @@ mod attach;
 mod backoff;
 pub mod command;
 pub mod control;
+pub mod control_server;
 mod detach;
 mod process;
 mod state;
@@ -39,6 +40,21 @@ pub use detach::{DetachOptions, Leak, detach, find_leaks};
 pub use process::Identity;
 pub use state::{DeviceStatus, RunState, Status, status};
 pub use supervisor::{SupervisorArgs, supervise};
+
+/// Memory that the workers of one device share, one after the other: what a killed one left there
+/// its successor finds. All zero at first.
+#[derive(Debug, Clone, Copy)]
+pub struct Memory<'a> {
+    /// To be mapped; a memfd, never shortened.
+    pub file: &'a std::fs::File,
+    /// First byte, a multiple of the page size.
+    pub offset: u64,
+    /// Bytes.
+    pub len: usize,
+}
+
+/// Opens the device in a worker.
+pub type Open<'a> = &'a dyn Fn(Memory<'_>) -> crate::Result<Opened>;
 
 /// What a worker serves: the device, and the commands it takes beside the built-in ones.
 pub struct Opened {

@@ -28,9 +28,9 @@ use serde::{Deserialize, Serialize};
 use super::backoff::{Backoff, Death, Verdict};
 use super::control::{self, Failure};
 use super::process::{Identity, Process, monotonic_ns};
+use super::state;
 use super::state::{DEV, RunState, Status};
 use super::worker::{self, Worker};
-use super::{Opened, state};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::session::{self, Features};
 use crate::export::fuse::slot::{self, MAX_THREADS, Shared};
@@ -129,14 +129,15 @@ struct Supervisor {
     ever_served: bool,
 }
 
-/// Runs a device: the body of the hidden subcommand. `open` is called in each worker.
+/// Runs a device: the body of the hidden subcommand. `open` is called in each worker, with the memory
+/// that they share.
 ///
 /// It returns in every process that it forks, when that process is to end. The calling process
 /// must have no other threads. Standard output is the pipe that `attach` reads.
 ///
 /// # Errors
 /// What kept the device from being served; the caller of `attach` gets the same text.
-pub fn supervise(args: &SupervisorArgs, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
+pub fn supervise(args: &SupervisorArgs, open: super::Open<'_>) -> Result<()> {
     if args.probe {
         return writeln!(io::stdout(), "{}", handover::PROBE_ANSWER)
             .context(|| "the answer to --probe");

@@ -25,11 +25,11 @@ use super::control::{Call, Failure, MAX_LINE, Reply, send};
 use super::process::{Identity, monotonic_ns};
 use super::state::RunState;
 use super::supervisor::{ARG0, Event, Resume, event_pipe, own_arguments, set_close_on_exec};
-use super::{Opened, state};
+use super::{Memory, Opened, state};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::server::{Ended, Server};
 use crate::export::fuse::session::{self, Features};
-use crate::export::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, Shared};
+use crate::export::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, Shared};
 
 /// Control connections served at once; the next ones wait.
 const MAX_CONNECTIONS: usize = 8;
@@ -68,7 +68,7 @@ struct Context {
 }
 
 /// Serves until the session is over or SIGTERM asks to stop. Returns when the process should end.
-pub(super) fn run(worker: Worker, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
+pub(super) fn run(worker: Worker, open: super::Open<'_>) -> Result<()> {
     let me = Identity::current();
     let table = worker.shared.table();
     table.worker_start.store(me.start, Ordering::Release);
@@ -81,9 +81,14 @@ pub(super) fn run(worker: Worker, open: &dyn Fn() -> Result<Opened>) -> Result<(
     result
 }
 
-fn serve(worker: Worker, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
+fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
     let started = Instant::now();
-    let opened = match open() {
+    let memory = Memory {
+        file: worker.shared.fd(),
+        offset: worker.shared.extra_at(),
+        len: EXTRA_LEN,
+    };
+    let opened = match open(memory) {
         Ok(opened) => opened,
         Err(error) => {
             report(&worker, &Event::OpenFailed(Failure::from(&error)));

@@ -31,6 +31,10 @@ const HEAD_AT: usize = PAGE - HEAD_LEN;
 const SLOT_LEN: usize = PAGE + abi::MAX_IO;
 /// The shared counters take less than this.
 const TABLE_LEN: usize = PAGE;
+/// Bytes behind the buffers for whoever opens the device.
+pub const EXTRA_LEN: usize = 64 << 10;
+const EXTRA_AT: usize = TABLE_LEN + MAX_THREADS * SLOT_LEN;
+const MEMORY_LEN: u64 = (EXTRA_AT + EXTRA_LEN) as u64;
 /// Changes with the layout of [`Table`] and of the buffers.
 const LAYOUT: u64 = 0x5645_4c46_5553_0001;
 
@@ -101,7 +105,7 @@ impl Shared {
         let fd = memfd_create(c"vellum-device", MFdFlags::MFD_CLOEXEC)
             .context(|| "the shared memory of a device server cannot be made")?;
         let file = File::from(fd);
-        file.set_len((TABLE_LEN + MAX_THREADS * SLOT_LEN) as u64)
+        file.set_len(MEMORY_LEN)
             .context(|| "the shared memory of a device server cannot be made")?;
         let shared = Shared::map(file)?;
         shared.table().layout.store(LAYOUT, Ordering::Release);
@@ -118,7 +122,7 @@ impl Shared {
             .metadata()
             .context(|| "the shared memory of a device server is lost")?
             .len();
-        if len != (TABLE_LEN + MAX_THREADS * SLOT_LEN) as u64 {
+        if len != MEMORY_LEN {
             return Shared::create();
         }
         let shared = Shared::map(file)?;
@@ -139,6 +143,12 @@ impl Shared {
     /// The descriptor, for a program that takes over.
     pub fn fd(&self) -> &File {
         &self.file
+    }
+
+    /// Where in the memory the [`EXTRA_LEN`] bytes are that are not the server's own. They are zero
+    /// at first and never cleared again.
+    pub fn extra_at(&self) -> u64 {
+        EXTRA_AT as u64
     }
 
     /// The shared counters.
