@@ -1,0 +1,256 @@
+//! The drivers: ways to give a container its own writable copy of an image.
+
+mod file_level;
+mod loop_file;
+mod nbd;
+mod vellum;
+mod volume;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use anyhow::{Result, bail};
+
+use crate::host::{self, find_program};
+
+/// What containers are made from.
+#[derive(Debug)]
+pub struct Base {
+    /// Trees, from the bottom up; each adds files to those below.
+    pub layers: Vec<PathBuf>,
+    /// Bytes of the block devices and file systems that drivers make for it.
+    pub size: u64,
+    /// The same as one raw disk image, when a driver has asked for it.
+    raw: OnceLock<PathBuf>,
+}
+
+impl Base {
+    /// An image of these trees.
+    pub fn of_layers(layers: Vec<PathBuf>, size: u64) -> Self {
+        Base {
+            layers,
+            size,
+            raw: OnceLock::new(),
+        }
+    }
+
+    /// An image that is a raw disk, without a file system.
+    pub fn of_raw(raw: PathBuf, size: u64) -> Self {
+        Base {
+            layers: Vec::new(),
+            size,
+            raw: OnceLock::from(raw),
+        }
+    }
+
+    /// A raw disk image with all layers on one ext4, made once.
+    pub fn raw(&self) -> Result<&Path> {
+        if let Some(raw) = self.raw.get() {
+            return Ok(raw);
+        }
+        let Some(first) = self.layers.first() else {
+            bail!("an image needs at least one layer");
+        };
+        let path = first.with_extension("raw");
+        loop_file::make_ext4(&path, self.size, &self.layers)?;
+        Ok(self.raw.get_or_init(|| path))
+    }
+}
+
+/// What containers of a driver are used through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A directory.
+    Files,
+    /// A network block device.
+    Nbd,
+}
+
+/// What a reader should know of a driver.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub struct About {
+    /// For `--drivers`.
+    pub id: &'static str,
+    /// For tables.
+    pub title: &'static str,
+    /// One sentence: how it works.
+    pub what: &'static str,
+    /// What its containers are used through.
+    pub kind: Kind,
+}
+
+/// A driver.
+pub trait Driver {
+    /// What it is.
+    fn about(&self) -> About;
+
+    /// Why this host cannot have it; none when it can.
+    fn absent(&self) -> Option<String>;
+
+    /// Makes an image in an empty directory.
+    fn prepare(&self, dir: &Path, base: &Base) -> Result<()>;
+
+    /// Opens an image that was made there, perhaps before a power cut.
+    fn open(&self, dir: &Path) -> Result<Box<dyn Image>>;
+}
+
+/// How a started container is used.
+#[derive(Debug, Clone)]
+pub enum Access {
+    /// Its root directory.
+    Dir(PathBuf),
+    /// The address of its block device.
+    Nbd(String),
+}
+
+impl Access {
+    /// Its root directory.
+    pub fn dir(&self) -> Result<&Path> {
+        match self {
+            Access::Dir(dir) => Ok(dir),
+            Access::Nbd(uri) => bail!("{uri} is no directory"),
+        }
+    }
+
+    /// The address of its block device.
+    pub fn uri(&self) -> Result<&str> {
+        match self {
+            Access::Dir(dir) => bail!("{} is no NBD address", dir.display()),
+            Access::Nbd(uri) => Ok(uri),
+        }
+    }
+}
+
+/// An image, with its containers. Dropping it ends whatever is started.
+pub trait Image {
+    /// Makes a container, which may not exist yet.
+    fn create(&mut self, name: &str) -> Result<()>;
+
+    /// Mounts or serves a container.
+    fn start(&mut self, name: &str) -> Result<Access>;
+
+    /// Unmounts it or stops its server, after which it can be started again.
+    fn stop(&mut self, name: &str) -> Result<()>;
+
+    /// Removes a stopped container and all that it wrote.
+    fn remove(&mut self, name: &str) -> Result<()>;
+
+    /// The driver's own processes that serve a started container.
+    fn servers(&self, name: &str) -> Vec<u32>;
+
+    /// Bytes on the disk that the image and its containers take.
+    fn used(&self) -> Result<u64>;
+
+    /// A drawing (SVG) of where a started container's blocks lie, if the driver makes one.
+    fn picture(&self, _name: &str, _scratch: &Path) -> Option<String> {
+        None
+    }
+}
+
+/// The reference of each kind: what it costs with no copy-on-write at all.
+pub fn reference(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Files => "raw",
+        Kind::Nbd => "nbdkit-file",
+    }
+}
+
+/// The reference measured once more, which shows how much is noise.
+pub fn control(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Files => "raw-again",
+        Kind::Nbd => "nbdkit-file-again",
+    }
+}
+
+/// All drivers, in the order of tables. `vellum` is the program of that name.
+pub fn all(vellum: &Path) -> Vec<Box<dyn Driver>> {
+    let mut drivers: Vec<Box<dyn Driver>> = vec![
+        Box::new(loop_file::LoopFile::Raw),
+        Box::new(Again(
+            Box::new(loop_file::LoopFile::Raw),
+            About {
+                id: "raw-again",
+                title: "raw file (again)",
+                what: "The reference once more in each round: what differs is noise.",
+                kind: Kind::Files,
+            },
+        )),
+        Box::new(vellum::Mounted(vellum.to_owned())),
+        Box::new(file_level::FileLevel::Overlay),
+        Box::new(volume::Volume::Btrfs),
+        Box::new(volume::Volume::Xfs),
+        Box::new(file_level::FileLevel::Copy),
+        Box::new(loop_file::LoopFile::Qcow2),
+        Box::new(file_level::FileLevel::FuseOverlay),
+    ];
+    drivers.push(Box::new(nbd::Server::NbdkitFile));
+    drivers.push(Box::new(Again(
+        Box::new(nbd::Server::NbdkitFile),
+        About {
+            id: "nbdkit-file-again",
+            title: "nbdkit file (again)",
+            what: "The reference once more in each round: what differs is noise.",
+            kind: Kind::Nbd,
+        },
+    )));
+    drivers.push(Box::new(vellum::Served(vellum.to_owned())));
+    drivers.push(Box::new(nbd::Server::QemuRaw));
+    drivers.push(Box::new(nbd::Server::QemuQcow2));
+    drivers.push(Box::new(nbd::Server::QemuQcow2ExtendedL2));
+    drivers.push(Box::new(nbd::Server::NbdkitCow));
+    drivers
+}
+
+/// A driver under another name.
+struct Again(Box<dyn Driver>, About);
+
+impl Driver for Again {
+    fn about(&self) -> About {
+        self.1
+    }
+
+    fn absent(&self) -> Option<String> {
+        self.0.absent()
+    }
+
+    fn prepare(&self, dir: &Path, base: &Base) -> Result<()> {
+        self.0.prepare(dir, base)
+    }
+
+    fn open(&self, dir: &Path) -> Result<Box<dyn Image>> {
+        self.0.open(dir)
+    }
+}
+
+/// The reason when one of the programs is not installed; each with its Debian package.
+fn missing(programs: &[(&str, &str)]) -> Option<String> {
+    programs
+        .iter()
+        .find(|(program, _)| find_program(program).is_none())
+        .map(|(program, package)| {
+            format!("{program} is not installed (Debian: apt-get install {package})")
+        })
+}
+
+/// The reason when the kernel lacks a file system.
+fn not_in_kernel(kind: &str) -> Option<String> {
+    (!host::kernel_mounts(kind)).then(|| format!("this kernel has no {kind}"))
+}
+
+/// Puts a file that nobody writes at `to`: linked, or copied from another file system.
+fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
+    if fs::hard_link(from, to).is_err() {
+        copy_sparse(from, to)?;
+    }
+    Ok(())
+}
+
+/// A full copy that keeps holes, and shares nothing.
+fn copy_sparse(from: &Path, to: &Path) -> Result<()> {
+    let (from, to) = (from.to_string_lossy(), to.to_string_lossy());
+    host::sh("cp", &["--sparse=always", "--reflink=never", &from, &to])?;
+    Ok(())
+}

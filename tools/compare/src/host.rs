@@ -1,0 +1,466 @@
+//! What a run needs of the host: other programs, servers, mounts and loop devices, each with an
+//! end that is certain.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+
+use crate::cpu;
+
+/// No single command takes longer than this, or it is killed and counts as failed.
+const LONGEST_COMMAND: Duration = Duration::from_secs(900);
+
+static INTERRUPTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+
+/// From here on SIGINT and SIGTERM end what runs and clean up; a second one ends at once.
+pub fn catch_signals() -> Result<()> {
+    let flag = Arc::clone(INTERRUPTED.get_or_init(Arc::default));
+    for signal in [2, 15] {
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&flag))?;
+        signal_hook::flag::register(signal, Arc::clone(&flag))?;
+    }
+    Ok(())
+}
+
+/// Whether the user wants to end.
+pub fn interrupted() -> bool {
+    INTERRUPTED
+        .get()
+        .is_some_and(|flag| flag.load(Ordering::Relaxed))
+}
+
+/// A program that has ended well.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its standard output.
+    pub stdout: String,
+    /// Seconds from start to end.
+    pub seconds: f64,
+    /// CPU seconds of it and of the children that it waited for.
+    pub cpu: f64,
+}
+
+/// Runs a program to its end.
+///
+/// # Errors
+/// Without the program, when it fails (with what it said), when the user interrupts.
+pub fn run(command: &mut Command) -> Result<Finished> {
+    let name = shown(command);
+    // Files, not pipes: nobody has to read along.
+    let mut stdout = tempfile::tempfile()?;
+    let mut stderr = tempfile::tempfile()?;
+    let start = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(stdout.try_clone()?)
+        .stderr(stderr.try_clone()?)
+        .process_group(0)
+        .spawn()
+        .with_context(|| format!("cannot start {name}"))?;
+    let ended = wait(&mut child, LONGEST_COMMAND);
+    let seconds = start.elapsed().as_secs_f64();
+    let (status, cpu) = ended.with_context(|| name.clone())?;
+    if !status.success() {
+        let said = text(&mut stderr)? + &text(&mut stdout)?;
+        bail!("{name}: {status}: {}", tail(&said, 600));
+    }
+    Ok(Finished {
+        stdout: text(&mut stdout)?,
+        seconds,
+        cpu,
+    })
+}
+
+/// [`run`] for a program and its arguments.
+pub fn sh(program: &str, arguments: &[&str]) -> Result<Finished> {
+    run(Command::new(program).args(arguments))
+}
+
+/// A command as a person would type it.
+fn shown(command: &Command) -> String {
+    let mut line = command.get_program().to_string_lossy().into_owned();
+    for argument in command.get_args() {
+        line.push(' ');
+        line.push_str(&argument.to_string_lossy());
+    }
+    line
+}
+
+fn text(file: &mut File) -> Result<String> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The last `length` characters of what a program said.
+fn tail(said: &str, length: usize) -> String {
+    let said = said.trim();
+    let skip = said.chars().count().saturating_sub(length);
+    said.chars().skip(skip).collect()
+}
+
+/// Waits for a child; its status, and the CPU seconds of it and its children.
+fn wait(child: &mut Child, limit: Duration) -> Result<(ExitStatus, f64)> {
+    let pid = Pid::from_raw(i32::try_from(child.id())?);
+    let start = Instant::now();
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
+    loop {
+        if waitid(Id::Pid(pid), flags)? != WaitStatus::StillAlive {
+            // It has ended but is still listed, with its times.
+            let cpu = cpu::of_process(child.id()).unwrap_or(0.0);
+            return Ok((child.wait()?, cpu));
+        }
+        let elapsed = start.elapsed();
+        if interrupted() || elapsed > limit {
+            let _ = kill(pid, Signal::SIGKILL);
+            child.wait()?;
+            bail!(if interrupted() {
+                "interrupted".to_owned()
+            } else {
+                format!("killed after {} s", limit.as_secs())
+            });
+        }
+        // Short waits for short commands: an error of 2 % at most.
+        sleep((elapsed / 50).clamp(Duration::from_micros(100), Duration::from_millis(10)));
+    }
+}
+
+/// Polls until something holds; false when it does not within `limit`.
+pub fn poll(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
+    let start = Instant::now();
+    loop {
+        if holds() {
+            return true;
+        }
+        if start.elapsed() > limit || interrupted() {
+            return false;
+        }
+        sleep(Duration::from_millis(5));
+    }
+}
+
+/// A server that runs until it is stopped or dropped.
+#[derive(Debug)]
+pub struct Server {
+    child: Option<Child>,
+    stop: Signal,
+    name: String,
+}
+
+impl Server {
+    /// Starts it and waits until it is `ready`. `stop` is the signal that ends it well.
+    ///
+    /// # Errors
+    /// When it ends before it is ready, with what it said; or is not ready within 60 s.
+    pub fn start(
+        command: &mut Command,
+        stop: Signal,
+        mut ready: impl FnMut() -> bool,
+    ) -> Result<Self> {
+        let name = shown(command);
+        let mut output = tempfile::tempfile()?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output.try_clone()?)
+            // Ctrl-C is for us: the server is stopped after those who use it.
+            .process_group(0)
+            .spawn()
+            .with_context(|| format!("cannot start {name}"))?;
+        let mut server = Server {
+            child: Some(child),
+            stop,
+            name,
+        };
+        let mut ended = false;
+        let is_ready = poll(Duration::from_secs(60), || {
+            ended = server
+                .child
+                .as_mut()
+                .is_none_or(|child| !matches!(child.try_wait(), Ok(None)));
+            ended || ready()
+        });
+        if ended || !is_ready {
+            let why = if ended { "ended" } else { "is not ready" };
+            bail!("{} {why}: {}", server.name, tail(&text(&mut output)?, 600));
+        }
+        Ok(server)
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// Stops it; the CPU seconds that it and its children took in all.
+    pub fn stop(mut self) -> Result<f64> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<f64> {
+        let Some(mut child) = self.child.take() else {
+            return Ok(0.0);
+        };
+        let pid = Pid::from_raw(i32::try_from(child.id())?);
+        let _ = kill(pid, self.stop);
+        let name = &self.name;
+        let stopped = poll_uninterrupted(Duration::from_secs(60), || {
+            let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
+            waitid(Id::Pid(pid), flags) != Ok(WaitStatus::StillAlive)
+        });
+        let cpu = cpu::of_process(child.id()).unwrap_or(0.0);
+        if !stopped {
+            drop(child.kill());
+        }
+        child.wait()?;
+        if !stopped {
+            bail!("{name} did not stop within 60 s and was killed");
+        }
+        Ok(cpu)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        report(self.end().map(drop));
+    }
+}
+
+/// [`poll`], also after an interrupt: for cleaning up.
+fn poll_uninterrupted(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
+    let start = Instant::now();
+    while start.elapsed() < limit {
+        if holds() {
+            return true;
+        }
+        sleep(Duration::from_millis(2));
+    }
+    false
+}
+
+/// What goes wrong while cleaning up is said, and stops nothing.
+pub fn report(result: Result<()>) {
+    if let Err(error) = result {
+        eprintln!("compare: while cleaning up: {error:#}");
+    }
+}
+
+/// A mounted directory (or file); unmounted when dropped.
+#[derive(Debug)]
+pub struct Mount {
+    dir: Option<PathBuf>,
+}
+
+impl Mount {
+    /// Mounts with mount(8), which is given `arguments` and then the directory, from the working
+    /// directory `cwd`.
+    pub fn new(dir: &Path, cwd: &Path, arguments: &[&str]) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        run(Command::new("mount")
+            .current_dir(cwd)
+            .args(arguments)
+            .arg(dir))?;
+        Ok(Self::existing(dir))
+    }
+
+    /// Takes over what somebody else has mounted.
+    pub fn existing(dir: &Path) -> Self {
+        Mount {
+            dir: Some(dir.to_owned()),
+        }
+    }
+
+    /// Where.
+    pub fn dir(&self) -> &Path {
+        self.dir.as_deref().unwrap_or(Path::new(""))
+    }
+
+    /// Unmounts; also through dropping, which only says what went wrong.
+    pub fn unmount(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<()> {
+        let Some(dir) = self.dir.take() else {
+            return Ok(());
+        };
+        let mut last = nix::errno::Errno::EBUSY;
+        let done = poll_uninterrupted(Duration::from_secs(10), || {
+            match nix::mount::umount2(&dir, nix::mount::MntFlags::empty()) {
+                Ok(()) => true,
+                Err(error) => {
+                    last = error;
+                    error != nix::errno::Errno::EBUSY
+                }
+            }
+        });
+        if !done || (last != nix::errno::Errno::EBUSY && is_mounted(&dir)) {
+            let _ = nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_DETACH);
+            bail!("cannot unmount {}: {last}; detached it", dir.display());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        report(self.end());
+    }
+}
+
+/// Whether something is mounted exactly there.
+pub fn is_mounted(path: &Path) -> bool {
+    let path = path.to_string_lossy();
+    fs::read_to_string("/proc/self/mountinfo").is_ok_and(|table| {
+        table
+            .lines()
+            .any(|line| line.split(' ').nth(4) == Some(&*path))
+    })
+}
+
+/// A loop device; detached when dropped.
+#[derive(Debug)]
+pub struct Loop {
+    device: String,
+}
+
+impl Loop {
+    /// A loop device on a file, past the page cache.
+    pub fn new(file: &Path) -> Result<Self> {
+        Self::with(file, "--direct-io=on")
+    }
+
+    /// A loop device on a file, through the page cache.
+    pub fn buffered(file: &Path) -> Result<Self> {
+        Self::with(file, "--direct-io=off")
+    }
+
+    fn with(file: &Path, option: &str) -> Result<Self> {
+        let file = file.to_string_lossy();
+        let shown = sh("losetup", &["--find", "--show", option, &file])?.stdout;
+        Ok(Loop {
+            device: shown.trim().to_owned(),
+        })
+    }
+
+    /// Like `/dev/loop7`.
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
+    /// Flush requests that the device has carried out so far (Documentation/block/stat.rst of
+    /// Linux: the 16th figure).
+    pub fn flushes(&self) -> Result<u64> {
+        let name = self.device.trim_start_matches("/dev/");
+        let stat = fs::read_to_string(format!("/sys/block/{name}/stat"))?;
+        stat.split_whitespace()
+            .nth(15)
+            .and_then(|figure| figure.parse().ok())
+            .context("this kernel counts no flushes of block devices")
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        report(detach(&self.device));
+    }
+}
+
+fn detach(device: &str) -> Result<()> {
+    // Not through `run`, which ends when the user interrupts.
+    let status = Command::new("losetup").args(["-d", device]).status()?;
+    if !status.success() {
+        bail!("losetup -d {device}: {status}");
+    }
+    // The kernel detaches when the last user has closed it, perhaps a moment later.
+    let name = device.trim_start_matches("/dev/").to_owned();
+    let backing = PathBuf::from(format!("/sys/block/{name}/loop/backing_file"));
+    poll_uninterrupted(Duration::from_secs(5), || !backing.exists());
+    Ok(())
+}
+
+/// Where a program is, looked for in PATH and in the places of system programs.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/bin"].map(PathBuf::from))
+        .map(|dir| dir.join(name))
+        .find(|file| file.is_file())
+}
+
+/// Whether the kernel can mount this type of file system.
+pub fn kernel_mounts(kind: &str) -> bool {
+    let listed = || {
+        fs::read_to_string("/proc/filesystems").is_ok_and(|list| {
+            list.lines()
+                .any(|line| line.split_whitespace().last() == Some(kind))
+        })
+    };
+    listed() || (sh("modprobe", &["-q", kind]).is_ok() && listed())
+}
+
+/// Bytes that a file or all files of a tree take on the disk. Files that vanish meanwhile count
+/// nothing; other file systems mounted below are left out.
+pub fn allocated(path: &Path) -> u64 {
+    let Ok(metadata) = fs::symlink_metadata(path) else {
+        return 0;
+    };
+    let device = metadata.dev();
+    let mut seen = std::collections::HashSet::new();
+    let mut sum = 0;
+    let mut todo = vec![path.to_owned()];
+    while let Some(path) = todo.pop() {
+        let Ok(metadata) = fs::symlink_metadata(&path) else {
+            continue;
+        };
+        if metadata.dev() != device {
+            continue;
+        }
+        if metadata.nlink() == 1 || metadata.is_dir() || seen.insert(metadata.ino()) {
+            sum += metadata.blocks() * 512;
+        }
+        if metadata.is_dir() {
+            let entries = fs::read_dir(&path).into_iter().flatten().flatten();
+            todo.extend(entries.map(|entry| entry.path()));
+        }
+    }
+    sum
+}
+
+/// Writes back all that is dirty on the file system of a path.
+pub fn sync_fs(path: &Path) -> Result<()> {
+    let file = File::open(path).with_context(|| path.display().to_string())?;
+    nix::unistd::syncfs(&file).with_context(|| format!("syncfs {}", path.display()))
+}
+
+/// Makes the page cache cold. What is on these paths is written back first.
+pub fn drop_caches(paths: &[&Path]) -> Result<()> {
+    for path in paths {
+        sync_fs(path)?;
+    }
+    fs::write("/proc/sys/vm/drop_caches", "3").context("/proc/sys/vm/drop_caches")
+}
+
+/// Copies a tree with `cp -a`.
+pub fn copy_tree(from: &Path, to: &Path, options: &[&str]) -> Result<()> {
+    fs::create_dir_all(to)?;
+    run(Command::new("cp")
+        .arg("-a")
+        .args(options)
+        .arg(from.join("."))
+        .arg(to))?;
+    Ok(())
+}

@@ -1,0 +1,380 @@
+//! What a run has found, as data; [`html`] shows it.
+
+pub mod html;
+mod plots;
+
+use serde::Serialize;
+
+use crate::driver::{self, About, Kind};
+use crate::durability::Flush;
+use crate::stats::{Spread, Verdict, ratios, verdict};
+use crate::workload::{Better, Metric, Sizes};
+
+/// Everything.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The command that was run.
+    pub command: String,
+    /// When it began (RFC 3339).
+    pub started: String,
+    /// How long it took, in seconds.
+    pub seconds: f64,
+    /// The host.
+    pub host: Host,
+    /// How much was done.
+    pub sizes: Sizes,
+    /// Rounds that were wanted.
+    pub rounds: usize,
+    /// Directories that were measured.
+    pub places: Vec<Place>,
+    /// Drivers.
+    pub drivers: Vec<DriverReport>,
+    /// Workloads.
+    pub workloads: Vec<WorkloadReport>,
+    /// Each figure of each run.
+    pub samples: Vec<Sample>,
+    /// pgbench's transactions a second.
+    pub curves: Vec<Curve>,
+    /// Where a container's blocks lie (SVG) after pgbench, from drivers that draw it.
+    #[serde(skip)]
+    pub pictures: Vec<(String, String)>,
+    /// Runs that failed.
+    pub failures: Vec<Failure>,
+    /// What was not done, and why.
+    pub left_out: Vec<String>,
+    /// The figures over the rounds.
+    pub summary: Vec<Summary>,
+}
+
+/// The host.
+#[derive(Debug, Default, Serialize)]
+pub struct Host {
+    /// Kernel release.
+    pub kernel: String,
+    /// Processor, and how many.
+    pub processors: String,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// The mean number of running processes over a minute, at the start and at the end.
+    pub load: Vec<String>,
+    /// Versions of programs.
+    pub versions: Vec<String>,
+}
+
+/// A directory that was measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct Place {
+    /// In the data.
+    pub id: String,
+    /// For people: its file system.
+    pub title: String,
+    /// The directory.
+    pub dir: String,
+}
+
+/// A driver.
+#[derive(Debug, Serialize)]
+pub struct DriverReport {
+    /// What it is.
+    #[serde(flatten)]
+    pub about: About,
+    /// Why this host has it not.
+    pub absent: Option<String>,
+    /// The flush check.
+    pub flush: Option<Flush>,
+}
+
+/// A workload.
+#[derive(Debug, Serialize)]
+pub struct WorkloadReport {
+    /// For `--workloads`.
+    pub id: String,
+    /// For headings.
+    pub title: String,
+    /// What it does.
+    pub what: String,
+    /// For which drivers.
+    pub kind: Kind,
+    /// Its figures.
+    pub metrics: Vec<Metric>,
+}
+
+/// One figure of one run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Sample {
+    /// Of [`Place`].
+    pub place: String,
+    /// Of [`WorkloadReport`].
+    pub workload: String,
+    /// Of [`Metric`].
+    pub metric: &'static str,
+    /// Of [`About`].
+    pub driver: &'static str,
+    /// From 0.
+    pub round: usize,
+    /// The figure.
+    pub value: f64,
+}
+
+/// Something a second, over a run.
+#[derive(Debug, Serialize)]
+pub struct Curve {
+    /// Of [`Place`].
+    pub place: String,
+    /// Of [`WorkloadReport`].
+    pub workload: String,
+    /// Of [`About`].
+    pub driver: &'static str,
+    /// From 0.
+    pub round: usize,
+    /// One figure for each second.
+    pub values: Vec<f64>,
+}
+
+/// A run that failed.
+#[derive(Debug, Serialize)]
+pub struct Failure {
+    /// Of [`Place`].
+    pub place: String,
+    /// Of [`WorkloadReport`], or what was prepared.
+    pub workload: String,
+    /// Of [`About`].
+    pub driver: &'static str,
+    /// Why.
+    pub error: String,
+}
+
+/// A figure over the rounds.
+#[derive(Debug, Clone, Serialize)]
+pub struct Summary {
+    /// Of [`Place`].
+    pub place: String,
+    /// Of [`WorkloadReport`].
+    pub workload: String,
+    /// Of [`Metric`].
+    pub metric: &'static str,
+    /// Of [`About`].
+    pub driver: &'static str,
+    /// The figure itself.
+    pub value: Spread,
+    /// How many times as fast as the reference, pair by pair; none for costs.
+    pub ratio: Option<Spread>,
+    /// What the ratio says.
+    pub verdict: Option<Verdict>,
+    /// Its durability check was passed: the ratio compares like with like.
+    pub comparable: bool,
+}
+
+impl Report {
+    /// Makes the summary from the samples.
+    pub fn summarise(&mut self) {
+        let mut summary = Vec::new();
+        for place in &self.places {
+            for workload in &self.workloads {
+                for metric in &workload.metrics {
+                    for driver in &self.drivers {
+                        let key = (&*place.id, &*workload.id, metric.id);
+                        summary.extend(self.summary_of(key, workload.kind, metric, driver));
+                    }
+                }
+            }
+        }
+        self.summary = summary;
+    }
+
+    fn rounds_of(&self, key: (&str, &str, &str), driver: &str) -> Vec<(usize, f64)> {
+        let matching = self.samples.iter().filter(|sample| {
+            (&*sample.place, &*sample.workload, sample.metric) == key && sample.driver == driver
+        });
+        matching
+            .map(|sample| (sample.round, sample.value))
+            .collect()
+    }
+
+    fn summary_of(
+        &self,
+        key: (&str, &str, &str),
+        kind: Kind,
+        metric: &Metric,
+        driver: &DriverReport,
+    ) -> Option<Summary> {
+        let values = self.rounds_of(key, driver.about.id);
+        let value = Spread::of(values.iter().map(|(_, value)| *value))?;
+        let reference = driver::reference(kind);
+        let higher = metric.better == Better::Higher;
+        let against = |values: &[(usize, f64)]| {
+            let base = self.rounds_of(key, reference);
+            ratios(values, &base, higher)
+        };
+        let ratio = (metric.better != Better::Cost && driver.about.id != reference)
+            .then(|| against(&values))
+            .flatten();
+        let control = against(&self.rounds_of(key, driver::control(kind)));
+        Some(Summary {
+            place: key.0.to_owned(),
+            workload: key.1.to_owned(),
+            metric: metric.id,
+            driver: driver.about.id,
+            value,
+            ratio,
+            verdict: ratio.map(|ratio| {
+                if driver.about.id == driver::control(kind) {
+                    Verdict::Noise
+                } else {
+                    verdict(ratio, control)
+                }
+            }),
+            comparable: driver.flush.as_ref().is_some_and(|flush| flush.passed),
+        })
+    }
+
+    /// A driver's line of the summary.
+    pub fn find(
+        &self,
+        place: &str,
+        workload: &str,
+        metric: &str,
+        driver: &str,
+    ) -> Option<&Summary> {
+        self.summary.iter().find(|summary| {
+            summary.place == place
+                && summary.workload == workload
+                && summary.metric == metric
+                && summary.driver == driver
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::workload;
+
+    /// A report of three rounds in which overlayfs is twice as fast as raw, though the machine
+    /// gets slower from round to round, and btrfs fails its flush check.
+    pub(crate) fn example() -> Report {
+        let sizes = crate::sizes(false, 1, 1, "/".into());
+        let all = workload::all();
+        let workload = all.iter().find(|w| w.id() == "fio-fsync").unwrap();
+        let place = Place {
+            id: "disk".into(),
+            title: "ext4".into(),
+            dir: "/x".into(),
+        };
+        let drivers = driver::all(std::path::Path::new("vellum"))
+            .iter()
+            .map(|driver| {
+                let about = driver.about();
+                DriverReport {
+                    about,
+                    absent: (about.id == "qcow2").then(|| "qemu <is> not here".to_owned()),
+                    flush: Some(Flush {
+                        passed: about.id != "btrfs",
+                        detail: "for a test".into(),
+                    }),
+                }
+            })
+            .collect();
+        let mut samples = Vec::new();
+        for round in 0..3 {
+            let speed = 1000.0 / (round + 1) as f64;
+            for (driver, factor) in [
+                ("raw", 1.0),
+                ("raw-again", 0.95 + 0.05 * round as f64),
+                ("overlayfs", 2.0),
+                ("btrfs", 9.0),
+                ("vellum", 1.02),
+            ] {
+                samples.push(Sample {
+                    place: "disk".into(),
+                    workload: "fio-fsync".into(),
+                    metric: "first",
+                    driver,
+                    round,
+                    value: speed * factor,
+                });
+            }
+        }
+        let mut report = Report {
+            command: "compare".into(),
+            started: "now".into(),
+            seconds: 1.0,
+            host: Host::default(),
+            workloads: vec![WorkloadReport {
+                id: workload.id(),
+                title: workload.title(),
+                what: workload.what(&sizes),
+                kind: workload.kind(),
+                metrics: workload.metrics(),
+            }],
+            sizes,
+            rounds: 3,
+            places: vec![place],
+            drivers,
+            samples,
+            curves: vec![Curve {
+                place: "disk".into(),
+                workload: "fio-fsync".into(),
+                driver: "raw",
+                round: 0,
+                values: vec![1.0, 2.0, 3.0],
+            }],
+            pictures: Vec::new(),
+            failures: Vec::new(),
+            left_out: vec!["MariaDB".into()],
+            summary: Vec::new(),
+        };
+        report.summarise();
+        report
+    }
+
+    #[test]
+    fn ratios_are_of_pairs_and_not_of_medians() {
+        let report = example();
+        let found = report
+            .find("disk", "fio-fsync", "first", "overlayfs")
+            .unwrap();
+        let ratio = found.ratio.unwrap();
+        assert_eq!((ratio.low, ratio.median, ratio.high), (2.0, 2.0, 2.0));
+        assert_eq!(found.verdict, Some(Verdict::Faster));
+        assert!(found.comparable);
+    }
+
+    #[test]
+    fn what_lies_within_the_reference_beside_itself_is_noise() {
+        let report = example();
+        let found = report.find("disk", "fio-fsync", "first", "vellum").unwrap();
+        assert_eq!(found.verdict, Some(Verdict::Noise));
+    }
+
+    #[test]
+    fn a_driver_that_failed_its_flush_check_is_measured_and_marked() {
+        let report = example();
+        let found = report.find("disk", "fio-fsync", "first", "btrfs").unwrap();
+        assert!(found.ratio.is_some());
+        assert!(!found.comparable);
+    }
+
+    #[test]
+    fn costs_have_no_ratio_and_the_reference_none_to_itself() {
+        let mut report = example();
+        for driver in ["raw", "overlayfs"] {
+            report.samples.push(Sample {
+                place: "disk".into(),
+                workload: "fio-fsync".into(),
+                metric: "space",
+                driver,
+                round: 0,
+                value: 5.0,
+            });
+        }
+        report.summarise();
+        let space = report
+            .find("disk", "fio-fsync", "space", "overlayfs")
+            .unwrap();
+        assert_eq!(space.value.median, 5.0);
+        assert_eq!(space.ratio, None);
+        let raw = report.find("disk", "fio-fsync", "first", "raw").unwrap();
+        assert_eq!(raw.ratio, None);
+    }
+}

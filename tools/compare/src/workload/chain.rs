@@ -1,0 +1,130 @@
+//! Images of many layers.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::Result;
+
+use super::fio::fio;
+use super::{BaseKind, Better, Measured, Metric, Run, Sizes, Workload, missing, random_file};
+use crate::driver::Base;
+
+/// An image of `depth` layers, with one file in each; all files together are always of one size.
+pub(super) fn make(dir: &Path, depth: u32, sizes: &Sizes) -> Result<Base> {
+    let size = file_size(sizes, depth);
+    let mut layers = Vec::new();
+    for number in 0..depth {
+        let layer = dir.join(number.to_string());
+        fs::create_dir_all(layer.join("data"))?;
+        random_file(&layer.join(file(number)), size)?;
+        layers.push(layer);
+    }
+    // Some MiB for each layer of a file system that copies each time.
+    Ok(Base::of_layers(
+        layers,
+        (sizes.chain + (2 << 30)).div_ceil(1 << 30) << 30,
+    ))
+}
+
+fn file_size(sizes: &Sizes, depth: u32) -> u64 {
+    (sizes.chain / u64::from(depth)) & !0xffff
+}
+
+fn file(number: u32) -> String {
+    format!("data/file-{number}")
+}
+
+/// Reads and a life at one depth.
+pub(super) struct Chain {
+    pub depth: u32,
+}
+
+impl Workload for Chain {
+    fn id(&self) -> String {
+        format!("chain-{}", self.depth)
+    }
+
+    fn title(&self) -> String {
+        if self.depth == 1 {
+            "An image of 1 layer".to_owned()
+        } else {
+            format!("An image of {} layers", self.depth)
+        }
+    }
+
+    fn what(&self, sizes: &Sizes) -> String {
+        format!(
+            "The image holds {} MiB of files, spread evenly over {} layer{}. fio reads blocks of \
+             4 KiB at random places of all files, with a cold cache, and warm after all files \
+             have been read. Life: create, mount, unmount, remove.",
+            sizes.chain >> 20,
+            self.depth,
+            if self.depth == 1 { "" } else { "s" }
+        )
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        let mut metrics = vec![
+            Metric::new("cold", "cold reads", "reads/s", Better::Higher),
+            Metric::new("warm", "warm reads", "reads/s", Better::Higher),
+            Metric::new("life", "life", "ms", Better::Lower),
+        ];
+        metrics.extend(Metric::costs());
+        metrics
+    }
+
+    fn base(&self) -> BaseKind {
+        BaseKind::Layers(self.depth)
+    }
+
+    fn absent(&self, _sizes: &Sizes) -> Option<String> {
+        missing(&[("fio", "fio")])
+    }
+
+    fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
+        let mut measured = Measured::default();
+        let start = Instant::now();
+        run.image.create(run.name)?;
+        run.image.start(run.name)?;
+        run.image.stop(run.name)?;
+        run.image.remove(run.name)?;
+        measured.add("life", start.elapsed().as_secs_f64() * 1000.0);
+
+        let started = run.container()?;
+        let dir = started.access.dir()?;
+        let files: Vec<String> = (0..self.depth)
+            .map(|number| dir.join(file(number)).display().to_string())
+            .collect();
+        let filename = format!("--filename={}", files.join(":"));
+        let total = file_size(run.sizes, self.depth) * u64::from(self.depth);
+        let size = format!("--size={total}");
+        let number = format!("--number_ios={}", run.sizes.reads);
+        let runtime = format!("--runtime={}ms", run.sizes.millis);
+        let common = [
+            &filename,
+            &size,
+            "--rw=randread",
+            "--bs=4k",
+            "--ioengine=psync",
+        ];
+        let many = [
+            "--file_service_type=random",
+            "--openfiles=200",
+            "--invalidate=0",
+        ];
+        let with = |more: &[&str]| fio(&[&common[..], &many, more].concat());
+        run.cold(&started)?;
+        let meter = run.meter();
+        let cold = with(&[&number])?;
+        for file in &files {
+            std::io::copy(&mut fs::File::open(file)?, &mut std::io::sink())?;
+        }
+        let warm = with(&["--time_based", &runtime])?;
+        measured.add("cold", cold.rate);
+        measured.add("warm", warm.rate);
+        measured.cpu(meter.stop(cold.cpu + warm.cpu));
+        run.done(&started, &mut measured)?;
+        Ok(measured)
+    }
+}

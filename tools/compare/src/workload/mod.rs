@@ -1,0 +1,299 @@
+//! The work that is measured.
+
+mod chain;
+mod files;
+mod fio;
+mod lifecycle;
+mod nbd;
+mod pgbench;
+mod sqlite;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::cpu::{Cpu, Meter};
+use crate::driver::{Access, Base, Image, Kind};
+use crate::host;
+
+/// How much of everything.
+#[derive(Debug, Clone, Serialize)]
+pub struct Sizes {
+    /// Bytes of the file in the image that fio works on.
+    pub file: u64,
+    /// Bytes of the large file whose first block is written.
+    pub large_file: u64,
+    /// Writes that are each synced.
+    pub synced_writes: u32,
+    /// Writes that are not.
+    pub buffered_writes: u32,
+    /// Random reads of each sort.
+    pub reads: u32,
+    /// Commits of SQLite, in each of two passes.
+    pub commits: u32,
+    /// pgbench's scale: 15 MB each.
+    pub pg_scale: u32,
+    /// Seconds of pgbench.
+    pub pg_seconds: u32,
+    /// Containers that are made and removed.
+    pub containers: u32,
+    /// Bytes in all layers of a chain together.
+    pub chain: u64,
+    /// Bytes of the block device behind NBD.
+    pub device: u64,
+    /// Milliseconds of what has no other end: reads from memory, requests over NBD.
+    pub millis: u32,
+    /// The tree that is unpacked.
+    pub tree: PathBuf,
+}
+
+/// Which way a figure counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Better {
+    /// More is faster.
+    Higher,
+    /// Less is faster.
+    Lower,
+    /// What it cost: shown as it is, without a ratio.
+    Cost,
+}
+
+/// One figure of a workload.
+#[derive(Debug, Clone, Serialize)]
+pub struct Metric {
+    /// Its name in the report's data.
+    pub id: &'static str,
+    /// For people.
+    pub title: String,
+    /// Of the figures.
+    pub unit: &'static str,
+    /// Which way it counts.
+    pub better: Better,
+    /// Only for the workload's own table.
+    pub detail: bool,
+}
+
+impl Metric {
+    fn new(id: &'static str, title: impl Into<String>, unit: &'static str, better: Better) -> Self {
+        Metric {
+            id,
+            title: title.into(),
+            unit,
+            better,
+            detail: better == Better::Cost,
+        }
+    }
+
+    /// Not for the overview.
+    fn detail(mut self) -> Self {
+        self.detail = true;
+        self
+    }
+
+    /// What every workload costs besides time.
+    fn costs() -> Vec<Self> {
+        [
+            ("cpu_client", "CPU time of the program", "s"),
+            ("cpu_server", "CPU time of the driver's processes", "s"),
+            ("cpu_kernel", "CPU time of kernel threads (whole host)", "s"),
+            ("space", "space taken by the container afterwards", "MB"),
+        ]
+        .map(|(id, title, unit)| Metric::new(id, title, unit, Better::Cost))
+        .to_vec()
+    }
+}
+
+/// What one run gave.
+#[derive(Debug, Default)]
+pub struct Measured {
+    /// Figures by the metrics' names.
+    pub values: Vec<(&'static str, f64)>,
+    /// Something a second, from the start on.
+    pub curve: Vec<f64>,
+    /// A drawing of the container (SVG), if the driver has one.
+    pub picture: Option<String>,
+}
+
+impl Measured {
+    fn add(&mut self, id: &'static str, value: f64) {
+        self.values.push((id, value));
+    }
+
+    fn cpu(&mut self, cpu: Cpu) {
+        self.add("cpu_client", cpu.client);
+        self.add("cpu_server", cpu.server);
+        self.add("cpu_kernel", cpu.kernel);
+    }
+}
+
+/// The images that workloads start from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BaseKind {
+    /// A small root, a file for fio, an SQLite database.
+    General,
+    /// One large file.
+    LargeFile,
+    /// A PostgreSQL cluster.
+    Cluster,
+    /// Files spread over this many layers.
+    Layers(u32),
+    /// A block device full of random bytes.
+    Device,
+}
+
+/// What a run needs.
+pub struct Run<'a> {
+    /// How much.
+    pub sizes: &'a Sizes,
+    /// A directory for things that are not measured.
+    pub scratch: &'a Path,
+    /// The place that is measured, to sync it.
+    pub place: &'a Path,
+    /// Where containers come from.
+    pub image: &'a mut dyn Image,
+    /// The container's name, new for each run.
+    pub name: &'a str,
+}
+
+impl Run<'_> {
+    /// Makes and starts a container.
+    fn container(&mut self) -> Result<Started> {
+        let before = self.image.used()?;
+        self.image.create(self.name)?;
+        let access = self.image.start(self.name)?;
+        Ok(Started { access, before })
+    }
+
+    /// The space that a container has taken, then stops and removes it.
+    fn done(&mut self, started: &Started, measured: &mut Measured) -> Result<()> {
+        if let Access::Dir(dir) = &started.access {
+            host::sync_fs(dir)?;
+        }
+        let used = self.image.used()?.saturating_sub(started.before);
+        measured.add("space", used as f64 / 1e6);
+        self.image.stop(self.name)?;
+        self.image.remove(self.name)
+    }
+
+    /// Counts CPU time from here on.
+    fn meter(&self) -> Meter {
+        Meter::start(self.image.servers(self.name))
+    }
+
+    /// Empties the page cache, and leaves nothing to write back to disturb what follows.
+    fn cold(&self, started: &Started) -> Result<()> {
+        match &started.access {
+            Access::Dir(dir) => host::drop_caches(&[dir, self.place]),
+            Access::Nbd(_) => host::drop_caches(&[self.place]),
+        }
+    }
+}
+
+/// A container in use.
+struct Started {
+    access: Access,
+    before: u64,
+}
+
+/// Some work.
+pub trait Workload {
+    /// For `--workloads`.
+    fn id(&self) -> String;
+
+    /// For headings.
+    fn title(&self) -> String;
+
+    /// What it does, for readers who do not know the programs.
+    fn what(&self, sizes: &Sizes) -> String;
+
+    /// What it gives.
+    fn metrics(&self) -> Vec<Metric>;
+
+    /// The drivers it is for.
+    fn kind(&self) -> Kind {
+        Kind::Files
+    }
+
+    /// What its containers start from.
+    fn base(&self) -> BaseKind {
+        BaseKind::General
+    }
+
+    /// Why this host cannot do it; none when it can.
+    fn absent(&self, sizes: &Sizes) -> Option<String>;
+
+    /// Does it once, in a new container.
+    fn run(&self, run: &mut Run<'_>) -> Result<Measured>;
+}
+
+/// All workloads, those first that tell most.
+pub fn all() -> Vec<Box<dyn Workload>> {
+    let mut all: Vec<Box<dyn Workload>> = vec![
+        Box::new(fio::RandomWrite { synced: true }),
+        Box::new(fio::RandomWrite { synced: false }),
+        Box::new(fio::RandomRead),
+        Box::new(sqlite::Sqlite { wal: true }),
+        Box::new(sqlite::Sqlite { wal: false }),
+        Box::new(lifecycle::Lifecycle),
+        Box::new(files::Untar),
+        Box::new(fio::Sequential),
+        Box::new(pgbench::Pgbench),
+        Box::new(nbd::Nbd),
+        Box::new(files::FirstWrite),
+    ];
+    for depth in [1, 8, 32, 128] {
+        all.push(Box::new(chain::Chain { depth }));
+    }
+    all
+}
+
+/// Makes the image that workloads of this kind start from, in an empty directory.
+pub fn make_base(kind: BaseKind, dir: &Path, sizes: &Sizes) -> Result<Base> {
+    let layer = dir.join("0");
+    std::fs::create_dir_all(&layer)?;
+    match kind {
+        BaseKind::General => {
+            fio::fill(&layer, sizes)?;
+            sqlite::fill(&layer)?;
+            lifecycle::fill(&layer)?;
+        }
+        BaseKind::LargeFile => files::fill(&layer, sizes)?,
+        BaseKind::Cluster => pgbench::fill(&layer, sizes)?,
+        BaseKind::Layers(depth) => return chain::make(dir, depth, sizes),
+        BaseKind::Device => {
+            let raw = dir.join("device.raw");
+            random_file(&raw, sizes.device)?;
+            return Ok(Base::of_raw(raw, sizes.device));
+        }
+    }
+    let size = device_size(&layer, sizes)?;
+    Ok(Base::of_layers(vec![layer], size))
+}
+
+/// Twice what the tree has, what workloads add, and some more; whole GiB.
+fn device_size(tree: &Path, sizes: &Sizes) -> Result<u64> {
+    host::sync_fs(tree)?;
+    let bytes = host::allocated(tree) * 2 + sizes.file + (2 << 30);
+    Ok(bytes.div_ceil(1 << 30) << 30)
+}
+
+/// A file of bytes that no driver can compress or leave out.
+fn random_file(path: &Path, size: u64) -> Result<()> {
+    use std::io::Read;
+    let mut random = std::fs::File::open("/dev/urandom")?.take(size);
+    let mut file = std::fs::File::create(path)?;
+    std::io::copy(&mut random, &mut file)?;
+    Ok(())
+}
+
+/// The reason when a program is missing.
+fn missing(programs: &[(&str, &str)]) -> Option<String> {
+    programs
+        .iter()
+        .find(|(program, _)| host::find_program(program).is_none())
+        .map(|(program, package)| {
+            format!("{program} is not installed (Debian: apt-get install {package})")
+        })
+}
