@@ -292,10 +292,10 @@ pub fn upgrade(run_dir: &Path, program: &Path, timeout: Duration) -> Result<Valu
         if !state.is_alive() {
             return Err(no_device());
         }
-        if let Some(error) = state.error
-            && Some(&error) != before.error.as_ref()
+        if state.failed_upgrades > before.failed_upgrades
+            && let Some(failure) = state.upgrade_error
         {
-            return Err(Error::new(ErrorKind::Unsupported, error));
+            return Err(Error::from(failure));
         }
         if Instant::now() >= deadline {
             return Err(Error::new(

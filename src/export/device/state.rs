@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use super::control::Failure;
 use super::process::{Identity, boot_id};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::session::Features;
@@ -51,7 +52,7 @@ pub struct RunState {
     pub boot_id: String,
     /// How the device is doing.
     pub status: Status,
-    /// Why it failed, or why the last upgrade did.
+    /// Why it failed, or why the last worker could not open the device.
     pub error: Option<String>,
     /// The process that owns the session.
     pub supervisor: Identity,
@@ -65,6 +66,24 @@ pub struct RunState {
     pub read_only: bool,
     /// Programs that took the session over by upgrades.
     pub generation: u32,
+    /// Workers that replaced another, upgrades among them.
+    #[serde(default)]
+    pub restarts: u64,
+    /// Deaths of workers in a row that count towards giving the device up.
+    #[serde(default)]
+    pub deaths: u32,
+    /// Microseconds from the last worker's death to the service of the next one.
+    #[serde(default)]
+    pub last_pause_us: u64,
+    /// The longest of all such times, in microseconds.
+    #[serde(default)]
+    pub longest_pause_us: u64,
+    /// Upgrades that failed while the old program went on.
+    #[serde(default)]
+    pub failed_upgrades: u32,
+    /// Why the last of them did.
+    #[serde(default)]
+    pub upgrade_error: Option<Failure>,
 }
 
 impl RunState {
@@ -81,6 +100,12 @@ impl RunState {
             features: None,
             read_only,
             generation: 0,
+            restarts: 0,
+            deaths: 0,
+            last_pause_us: 0,
+            longest_pause_us: 0,
+            failed_upgrades: 0,
+            upgrade_error: None,
         }
     }
 
