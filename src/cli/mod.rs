@@ -24,6 +24,7 @@ mod remove;
 mod run;
 mod size;
 mod snapshotter;
+mod upgrade_servers;
 mod volume;
 
 use std::path::{Path, PathBuf};
@@ -99,6 +100,13 @@ enum Command {
     Check(check::Args),
     /// Remove what crashes left and nothing uses
     Prune(prune::Args),
+    /// Let this program serve what is mounted, after it was replaced by a newer one
+    ///
+    /// The servers of mounted containers go on with the program that started them. This command
+    /// has each of them execute the program that it is run from, with the file system mounted and
+    /// in use: requests wait for some milliseconds. If the new program cannot serve, the old one
+    /// goes on.
+    UpgradeServers(upgrade_servers::Args),
     /// Serve containerd as a snapshotter until stopped
     Snapshotter(snapshotter::Args),
     /// Measure copy-up, chain depth and flush cost on this host
@@ -175,6 +183,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Nbd(args) => nbd::run(&args, context)?,
         Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
+        Command::UpgradeServers(args) => upgrade_servers::run(&args, context)?,
         Command::Snapshotter(args) => snapshotter::run(&args, context)?,
         Command::Bench(args) => bench::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,

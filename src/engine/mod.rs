@@ -10,10 +10,10 @@ pub mod import;
 pub mod mount;
 pub mod raw;
 pub mod run;
-
 pub mod serve;
 pub mod status;
 pub(crate) mod template;
+pub mod upgrade;
 
 use crate::error::{Result, ResultExt};
 use crate::storage::{Held, LockMode};

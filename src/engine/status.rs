@@ -44,7 +44,7 @@ pub fn status(store: &Store, record: ContainerRecord, with_size: bool) -> Result
     let device = device::status(&store.run_dir(&record))?;
     let mounted = mounted(store, &record)?;
     let activity = activity(store, &record)?;
-    let status = describe(activity, device.as_ref(), mounted.as_ref());
+    let status = describe(&record.name, activity, device.as_ref(), mounted.as_ref());
     let pid = match activity {
         Activity::Running { pid, .. } => Some(pid),
         _ => None,
@@ -66,6 +66,7 @@ pub fn status(store: &Store, record: ContainerRecord, with_size: bool) -> Result
 }
 
 fn describe(
+    name: &str,
     activity: Activity,
     device: Option<&DeviceStatus>,
     mounted: Option<&Mounted>,
@@ -85,10 +86,23 @@ fn describe(
     let trouble = match device.state.status {
         Status::Failed => {
             let why = device.state.error.as_deref().unwrap_or("its server died");
-            Some(format!("failed: {why}"))
+            Some(format!(
+                "failed: {why}: `vellum umount {name}`, then mount it again"
+            ))
         }
-        _ if !device.alive => Some("failed: its server is dead".into()),
+        _ if !device.alive => Some(format!(
+            "failed: its server is dead: `vellum umount {name}` cleans up"
+        )),
+        Status::Restarting if device.state.deaths > 1 => {
+            let deaths = device.state.deaths;
+            let why = device.state.error.as_deref();
+            let why = why.map_or(String::new(), |why| format!(": {why}"));
+            Some(format!("restarting, {deaths} failures in a row{why}"))
+        }
         Status::Restarting => Some("restarting".into()),
+        _ if !device.supervised => {
+            Some("served without a supervisor: `vellum check --repair` starts one".into())
+        }
         _ => None,
     };
     match (trouble, place) {

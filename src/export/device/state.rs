@@ -154,7 +154,8 @@ pub struct DeviceStatus {
     pub state: RunState,
     /// True while any of its processes runs.
     pub alive: bool,
-    /// False when the supervisor is dead, so that a worker's death would end the device.
+    /// False when supervisor and standby are dead, so that the worker's death would end the
+    /// device.
     pub supervised: bool,
     /// The loop device on it.
     pub loop_device: Option<PathBuf>,
@@ -171,7 +172,7 @@ pub fn status(run_dir: &Path) -> Result<Option<DeviceStatus>> {
     let device = hinted_loop(run_dir).map(LoopDevice::path);
     Ok(Some(DeviceStatus {
         alive: state.is_alive(),
-        supervised: state.supervisor.is_alive(),
+        supervised: state.supervisor.is_alive() || state.standby.is_some_and(Identity::is_alive),
         loop_device: device,
         state,
     }))

@@ -35,6 +35,8 @@ use crate::export::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, Shared};
 const MAX_CONNECTIONS: usize = 8;
 /// From include/uapi/linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: i32 = 57;
+/// How long commands that are being carried out may go on when the worker is told to stop.
+const FINISH: Duration = Duration::from_secs(5);
 /// A control connection that says nothing for this long is closed.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -62,6 +64,8 @@ struct Context {
     opened: Opened,
     failures: AtomicU64,
     connections: AtomicUsize,
+    /// Commands that are being carried out.
+    busy: AtomicUsize,
     stop: AtomicBool,
     /// Written to end the main thread's wait.
     wake: EventFd,
@@ -97,6 +101,7 @@ fn serve(worker: Worker, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
         opened,
         failures: AtomicU64::new(0),
         connections: AtomicUsize::new(0),
+        busy: AtomicUsize::new(0),
         stop: AtomicBool::new(false),
         wake,
     });
@@ -124,6 +129,10 @@ fn serve(worker: Worker, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
     context.stop.store(true, Ordering::Release);
     let ended = join(threads)?;
     result?;
+    let deadline = Instant::now() + FINISH;
+    while context.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     // What was answered is in the kernel; this makes it durable too before the device closes.
     context.opened.device.flush()?;
     let ended = match ended {
@@ -280,12 +289,15 @@ fn converse(context: &Context, stream: &UnixStream) -> Result<()> {
         if read == 0 {
             return Ok(());
         }
+        context.busy.fetch_add(1, Ordering::AcqRel);
         let result = serde_json::from_str::<Call>(&line)
             .map_err(|error| {
                 Error::with_source(ErrorKind::Protocol, "a line that is no command", error)
             })
             .and_then(|call| command(context, &call.verb, call.args));
-        send(stream, &Reply::from(result)).context(what)?;
+        let sent = send(stream, &Reply::from(result));
+        context.busy.fetch_sub(1, Ordering::AcqRel);
+        sent.context(what)?;
     }
 }
 
