@@ -420,8 +420,13 @@ fn report_status(context: &Context) -> Value {
 
 fn prepare_process() -> Result<()> {
     let _ = nix::sys::prctl::set_name(c"vellum-worker");
-    // Forked from the supervisor, which is exempt.
-    let _ = std::fs::write("/proc/self/oom_score_adj", "-999");
+    // For want of memory rather this process than the supervisor, from which it was forked.
+    let adjustment = "/proc/self/oom_score_adj";
+    if let Ok(text) = std::fs::read_to_string(adjustment)
+        && let Ok(supervisors) = text.trim().parse::<i32>()
+    {
+        let _ = std::fs::write(adjustment, (supervisors + 1).min(1000).to_string());
+    }
     // Reclaiming memory must not wait for I/O on our own device. It can fail even for root.
     // SAFETY: the call takes integers and changes a flag of this thread, which its threads inherit.
     unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
