@@ -16,11 +16,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use common::{TestStore, VELLUM, kill, wait_until};
+use serde_json::Value;
 use server_support::{Container, Load, fsck, row};
+use vellum::export::device::control;
 
 // --- Upgrade ------------------------------------------------------------------------------------
 
@@ -49,6 +52,37 @@ fn install(program: &Path) -> u64 {
     fs::metadata(program).unwrap().ino()
 }
 
+/// Commands to a device's server, one after the other: each must be answered.
+struct Calls {
+    finish: Arc<AtomicBool>,
+    thread: JoinHandle<u32>,
+}
+
+impl Calls {
+    fn start(container: &Container) -> Calls {
+        let finish = Arc::new(AtomicBool::new(false));
+        let run_dir = container.run_dir.clone();
+        let thread = std::thread::spawn({
+            let finish = finish.clone();
+            move || {
+                let mut calls = 0;
+                while !finish.load(Ordering::Acquire) {
+                    let wait = Duration::from_secs(20);
+                    control::call(&run_dir, "flush", Value::Null, wait).unwrap();
+                    calls += 1;
+                }
+                calls
+            }
+        });
+        Calls { finish, thread }
+    }
+
+    fn finish(self) {
+        self.finish.store(true, Ordering::Release);
+        println!("{} calls were answered", self.thread.join().unwrap());
+    }
+}
+
 #[test]
 fn upgrade_servers_has_every_mounted_container_served_by_the_new_program_under_load() {
     let store = TestStore::new();
@@ -67,6 +101,7 @@ fn upgrade_servers_has_every_mounted_container_served_by_the_new_program_under_l
     };
     let (busy, idle) = (mount("busy"), mount("idle"));
     let loads = [Load::synced(&busy.data()), Load::buffered(&busy.data())];
+    let calls = Calls::start(&idle);
     for round in 1..=3 {
         let inode = install(&program);
         for container in [&busy, &idle] {
@@ -100,6 +135,7 @@ fn upgrade_servers_has_every_mounted_container_served_by_the_new_program_under_l
         // The new program's processes save each other as the old ones did.
         busy.kill_worker();
     }
+    calls.finish();
     // A second time there is nothing to do.
     let workers = [&busy, &idle].map(|container| container.settled().worker);
     let text = installed(&store, &program, &["upgrade-servers", "busy", "idle"]);

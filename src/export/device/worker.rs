@@ -37,6 +37,8 @@ const MAX_CONNECTIONS: usize = 8;
 const PR_SET_IO_FLUSHER: i32 = 57;
 /// How long commands that are being carried out may go on when the worker is told to stop.
 const FINISH: Duration = Duration::from_secs(5);
+/// How long a connection that was just taken may be without a command then.
+const FINISH_FRESH: Duration = Duration::from_millis(100);
 /// A control connection that says nothing for this long is closed.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -66,6 +68,8 @@ struct Context {
     connections: AtomicUsize,
     /// Commands that are being carried out.
     busy: AtomicUsize,
+    /// Connections without an answer so far: the first command is on its way.
+    fresh: AtomicUsize,
     stop: AtomicBool,
     /// Written to end the main thread's wait.
     wake: EventFd,
@@ -102,6 +106,7 @@ fn serve(worker: Worker, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
         failures: AtomicU64::new(0),
         connections: AtomicUsize::new(0),
         busy: AtomicUsize::new(0),
+        fresh: AtomicUsize::new(0),
         stop: AtomicBool::new(false),
         wake,
     });
@@ -129,10 +134,7 @@ fn serve(worker: Worker, open: &dyn Fn() -> Result<Opened>) -> Result<()> {
     context.stop.store(true, Ordering::Release);
     let ended = join(threads)?;
     result?;
-    let deadline = Instant::now() + FINISH;
-    while context.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    finish_commands(&context);
     // What was answered is in the kernel; this makes it durable too before the device closes.
     context.opened.device.flush()?;
     let ended = match ended {
@@ -153,6 +155,18 @@ impl Context {
             remember: !self.worker.use_resend,
             failures: &self.failures,
         }
+    }
+}
+
+/// Waits for commands that are being carried out, so that no caller is left without an answer
+/// when the next worker takes over.
+fn finish_commands(context: &Context) {
+    let stopped = Instant::now();
+    let waiting = |count: &AtomicUsize, limit: Duration| {
+        count.load(Ordering::Acquire) > 0 && stopped.elapsed() < limit
+    };
+    while waiting(&context.fresh, FINISH_FRESH) || waiting(&context.busy, FINISH) {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -222,16 +236,19 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
         match listener.accept() {
             Ok((stream, _)) => {
                 context.connections.fetch_add(1, Ordering::AcqRel);
+                context.fresh.fetch_add(1, Ordering::AcqRel);
                 let held = Arc::clone(context);
                 let spawned = std::thread::Builder::new()
                     .name("control".to_string())
                     .spawn(move || {
-                        if let Err(error) = converse(&held, &stream) {
+                        let fresh = Fresh(&held.fresh);
+                        if let Err(error) = converse(&held, &stream, fresh) {
                             tracing::debug!("control connection: {error}");
                         }
                         held.connections.fetch_sub(1, Ordering::AcqRel);
                     });
                 if spawned.is_err() {
+                    context.fresh.fetch_sub(1, Ordering::AcqRel);
                     context.connections.fetch_sub(1, Ordering::AcqRel);
                 }
             }
@@ -273,13 +290,23 @@ fn report(worker: &Worker, event: &Event) -> bool {
     worker.events.lock().write_all(&line).is_ok()
 }
 
+/// A connection that has had no answer so far.
+struct Fresh<'a>(&'a AtomicUsize);
+
+impl Drop for Fresh<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 /// Serves one control connection until the other side closes it.
-fn converse(context: &Context, stream: &UnixStream) -> Result<()> {
+fn converse(context: &Context, stream: &UnixStream, fresh: Fresh<'_>) -> Result<()> {
     let what = || "the connection";
     stream.set_nonblocking(false).context(what)?;
     stream.set_read_timeout(Some(IDLE)).context(what)?;
     stream.set_write_timeout(Some(IDLE)).context(what)?;
     let mut reader = BufReader::new(stream);
+    let mut fresh = Some(fresh);
     loop {
         let mut line = String::new();
         let read = (&mut reader)
@@ -297,6 +324,7 @@ fn converse(context: &Context, stream: &UnixStream) -> Result<()> {
             .and_then(|call| command(context, &call.verb, call.args));
         let sent = send(stream, &Reply::from(result));
         context.busy.fetch_sub(1, Ordering::AcqRel);
+        fresh = None;
         sent.context(what)?;
     }
 }
