@@ -21,6 +21,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use common::{TestStore, VELLUM, kill, wait_until};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use server_support::{Container, Load, fsck, row};
 use vellum::export::device::control;
@@ -158,7 +159,7 @@ fn upgrade_servers_has_every_mounted_container_served_by_the_new_program_under_l
 }
 
 #[test]
-fn upgrade_servers_gives_a_supervisor_to_a_server_that_lost_its_own() {
+fn upgrade_servers_finds_a_server_that_has_just_lost_its_supervisor() {
     let store = TestStore::new();
     let container = Container::mounted(&store, "c");
     let before = container.settled();
@@ -202,8 +203,9 @@ fn a_dead_supervisor_is_replaced_and_one_without_standby_is_reported_and_repaire
     kill(before.supervisor.pid);
     container.served(Some(before.worker.unwrap().pid));
 
-    // Supervisor and standby: nobody would restart the worker.
+    // Supervisor and standby, while the worker cannot help itself.
     let before = container.settled();
+    signal(before.worker.unwrap().pid, Signal::SIGSTOP);
     kill(before.standby.unwrap().pid);
     kill(before.supervisor.pid);
     wait_until("the worker is alone", || {
@@ -215,9 +217,12 @@ fn a_dead_supervisor_is_replaced_and_one_without_standby_is_reported_and_repaire
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("nobody would restart it"), "{text}");
+    // Then it starts a supervisor, unless the repair comes first.
+    signal(before.worker.unwrap().pid, Signal::SIGCONT);
     store.ok(&["check", "--repair"]);
     let after = container.settled();
     assert_eq!(after.worker, before.worker, "the worker goes on");
+    assert_ne!(after.supervisor, before.supervisor);
     container.kill_worker();
     let listed = store.ok(&["ps"]);
     assert!(
@@ -228,6 +233,38 @@ fn a_dead_supervisor_is_replaced_and_one_without_standby_is_reported_and_repaire
     for load in loads {
         load.finish();
     }
+    assert_eq!(container.call("status")["failures"], 0);
+    store.ok(&["umount", "c"]);
+    fsck(&store, "c");
+    store.assert_nothing_runs();
+}
+
+fn signal(pid: i32, signal: Signal) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).unwrap();
+}
+
+#[test]
+fn a_supervisor_killed_while_it_replaces_the_worker_is_replaced_and_the_device_is_not_taken_for_dead()
+ {
+    let store = TestStore::new();
+    let container = Container::mounted(&store, "c");
+    let load = Load::synced(&container.data());
+    for round in 0..8 {
+        let before = container.settled();
+        kill(before.worker.unwrap().pid);
+        // From before it has noticed until after the standby has taken over.
+        std::thread::sleep(Duration::from_millis(round));
+        kill(before.supervisor.pid);
+        wait_until("the supervisor is dead", || !before.supervisor.is_alive());
+        // Also where the state names no worker yet.
+        let row = row(&store, "c");
+        assert_eq!(row["device"]["alive"], true, "round {round}: {row}");
+        let error = store.fails(&["mount", "c"]);
+        assert!(error.contains("is mounted at"), "{error}");
+    }
+    container.settled();
+    assert!(load.is_running());
+    load.finish();
     assert_eq!(container.call("status")["failures"], 0);
     store.ok(&["umount", "c"]);
     fsck(&store, "c");

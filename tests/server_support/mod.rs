@@ -22,7 +22,7 @@ use std::time::Duration;
 use serde_json::Value;
 use vellum::export::device::{Identity, RunState, Status, control, status};
 
-use crate::common::{Running, TestStore, kill, run, wait_until};
+use crate::common::{Running, TestStore, kill, kill_together, run, wait_until};
 
 /// A container that is mounted, and the processes that serve it.
 pub struct Container {
@@ -95,12 +95,14 @@ impl Container {
         self.served(Some(before))
     }
 
-    /// Kills all that serves it, the standby first, or it would take over.
+    /// Kills all that serves it.
     pub fn kill_everything(&self) {
         let state = self.settled();
-        kill(state.standby.unwrap().pid);
-        kill(state.supervisor.pid);
-        kill(state.worker.unwrap().pid);
+        kill_together(&[
+            state.standby.unwrap().pid,
+            state.supervisor.pid,
+            state.worker.unwrap().pid,
+        ]);
         wait_until("all are dead", || !self.state().is_alive());
     }
 

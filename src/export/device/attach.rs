@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Value, json};
 
 use super::control;
-use super::detach::{DetachOptions, clean, detach_locked};
+use super::detach::{DetachOptions, clean, detach_locked, is_served};
 use super::state::{DEV, LOG, LOOP, RunLock, RunState, Status, loop_tag};
 use super::supervisor::{ARG0, Ready};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -82,8 +82,8 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
         ));
     };
     if let Some(state) = RunState::read(&run_dir)?
-        && state.is_alive()
         && state.status != Status::Ended
+        && is_served(&run_dir, Some(&state))?
     {
         return Err(Error::new(
             ErrorKind::AlreadyExists,
@@ -230,7 +230,8 @@ fn tail(path: &Path) -> String {
 }
 
 /// Gives the device of `run_dir` a new supervisor, where a crash took supervisor and standby both
-/// and the worker serves alone. Returns true when that was needed.
+/// and the worker serves alone, which the worker else does by itself. Returns true when that was
+/// needed.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] when no device is attached there, [`ErrorKind::Timeout`].

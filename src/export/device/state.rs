@@ -9,6 +9,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::control::Failure;
+use super::detach::is_served;
 use super::process::{Identity, boot_id};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::session::Features;
@@ -171,7 +172,7 @@ pub fn status(run_dir: &Path) -> Result<Option<DeviceStatus>> {
     };
     let device = hinted_loop(run_dir).map(LoopDevice::path);
     Ok(Some(DeviceStatus {
-        alive: state.is_alive(),
+        alive: is_served(run_dir, Some(&state))?,
         supervised: state.supervisor.is_alive() || state.standby.is_some_and(Identity::is_alive),
         loop_device: device,
         state,

@@ -133,7 +133,7 @@ pub fn supervise(args: &SupervisorArgs, open: &dyn Fn() -> Result<Opened>) -> Re
                 threads: supervisor.args.threads.clamp(1, MAX_THREADS),
                 shared: Arc::clone(&supervisor.shared),
                 listener: supervisor.listener,
-                events: Mutex::new(supervisor.events_out),
+                events: Mutex::new(Arc::new(supervisor.events_out)),
                 supervisor: supervisor.state.supervisor,
                 generation: supervisor.state.generation,
                 resume,

@@ -52,7 +52,7 @@ pub(super) struct Worker {
     pub shared: Arc<Shared>,
     pub listener: UnixListener,
     /// The pipe to the supervisor.
-    pub events: Mutex<File>,
+    pub events: Mutex<Arc<File>>,
     pub supervisor: Identity,
     pub generation: u32,
     /// Another worker served before.
@@ -211,22 +211,37 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
     listener
         .set_nonblocking(true)
         .context(|| "the control socket")?;
+    let mut adopt_at: Option<Instant> = None;
     loop {
-        let mut fds = [
+        let left = adopt_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let events = Arc::clone(&context.worker.events.lock());
+        let mut fds = vec![
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(context.wake.as_fd(), PollFlags::POLLIN),
             PollFd::new(listener.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut fds, PollTimeout::NONE) {
+        let timeout = match left {
+            Some(left) if !left.is_zero() => PollTimeout::from(left.as_millis() as u16 + 1),
+            _ => {
+                // An error there means that nobody can read it: supervisor and standby are dead.
+                fds.push(PollFd::new(events.as_fd(), PollFlags::empty()));
+                PollTimeout::NONE
+            }
+        };
+        match poll(&mut fds, timeout) {
             Ok(_) => {}
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(Error::io("poll", errno.into())),
         }
+        let alone = fds.get(3).is_some_and(|fd| fd.any() == Some(true));
         if matches!(signals.read_signal(), Ok(Some(_))) {
             return Ok(());
         }
         if threads.iter().any(JoinHandle::is_finished) || context.stop.load(Ordering::Acquire) {
             return Ok(());
+        }
+        if alone {
+            adopt_at = adopt_alone(&context.worker);
         }
         if context.connections.load(Ordering::Acquire) >= MAX_CONNECTIONS {
             // Rare, and not worth a queue: the kernel's backlog holds the next ones.
@@ -287,7 +302,8 @@ fn report(worker: &Worker, event: &Event) -> bool {
         return false;
     };
     line.push(b'\n');
-    worker.events.lock().write_all(&line).is_ok()
+    let events = Arc::clone(&worker.events.lock());
+    (&*events).write_all(&line).is_ok()
 }
 
 /// A connection that has had no answer so far.
@@ -324,7 +340,7 @@ fn converse(context: &Context, stream: &UnixStream, fresh: Fresh<'_>) -> Result<
             .and_then(|call| command(context, &call.verb, call.args));
         let sent = send(stream, &Reply::from(result));
         context.busy.fetch_sub(1, Ordering::AcqRel);
-        fresh = None;
+        drop(fresh.take());
         sent.context(what)?;
     }
 }
@@ -358,6 +374,24 @@ fn command(context: &Context, verb: &str, args: Value) -> Result<Value> {
         }
         "adopt" => adopt(&context.worker),
         _ => context.opened.control.handle(verb, args),
+    }
+}
+
+/// Starts a supervisor, since this worker has none. Returns when to try again.
+fn adopt_alone(worker: &Worker) -> Option<Instant> {
+    match adopt(worker) {
+        Ok(_) => {
+            tracing::warn!("supervisor and standby died: another supervisor was started");
+            None
+        }
+        // Not quite dead.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            Some(Instant::now() + Duration::from_millis(20))
+        }
+        Err(error) => {
+            tracing::error!("{error}");
+            Some(Instant::now() + Duration::from_secs(1))
+        }
     }
 }
 
@@ -417,7 +451,7 @@ fn adopt(worker: &Worker) -> Result<Value> {
             format!("{}: {status}", what()),
         ));
     }
-    *events = events_out;
+    *events = Arc::new(events_out);
     Ok(Value::Null)
 }
 

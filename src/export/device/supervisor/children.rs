@@ -123,6 +123,7 @@ impl Supervisor {
         } else {
             self.standby_at = Some(Instant::now() + STANDBY_DELAY);
         }
+        self.note_counts();
         self.write_state();
     }
 

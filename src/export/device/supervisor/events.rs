@@ -100,10 +100,7 @@ impl Supervisor {
         self.state.status = Status::Serving;
         self.state.standby = None;
         self.state.error = None;
-        let table = self.shared.table();
-        self.state.restarts = table.restarts.load(Ordering::Relaxed);
-        self.state.last_pause_us = table.last_pause_ns.load(Ordering::Relaxed) / 1000;
-        self.state.longest_pause_us = table.longest_pause_ns.load(Ordering::Relaxed) / 1000;
+        self.note_counts();
         self.standby_at = Some(Instant::now() + STANDBY_DELAY);
         if let Some(old) = self.old_standby.take() {
             // Killed before its pipe is closed, or it would take over.
@@ -119,6 +116,14 @@ impl Supervisor {
             return Ok(self.begin_stop());
         }
         Ok(None)
+    }
+
+    /// Copies what the processes count together into the state.
+    pub(super) fn note_counts(&mut self) {
+        let table = self.shared.table();
+        self.state.restarts = table.restarts.load(Ordering::Relaxed);
+        self.state.last_pause_us = table.last_pause_ns.load(Ordering::Relaxed) / 1000;
+        self.state.longest_pause_us = table.longest_pause_ns.load(Ordering::Relaxed) / 1000;
     }
 
     /// Asks the worker to stop; a role when there is none, so that all ends at once.

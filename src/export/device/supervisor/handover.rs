@@ -78,7 +78,7 @@ impl Supervisor {
                 go: adopt_fd(go)?,
             }),
         };
-        let supervisor = Supervisor {
+        let mut supervisor = Supervisor {
             args: SupervisorArgs {
                 resume: None,
                 ..args.clone()
@@ -104,6 +104,7 @@ impl Supervisor {
             stopping: None,
             ever_served: true,
         };
+        supervisor.note_counts();
         supervisor.write_state();
         Ok(Some(supervisor))
     }
