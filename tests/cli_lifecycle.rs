@@ -78,6 +78,23 @@ fn a_life_from_import_to_rmi_leaves_nothing() {
 }
 
 #[test]
+fn fsx_finds_nothing_wrong_on_a_mounted_container_and_check_neither() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let dir = store.mount("c");
+    // The second is a file of the image, which fsx cuts first.
+    for (name, seed) in [("fsx", "1"), ("file", "2")] {
+        let file = dir.join(name);
+        run("fsx", &["-N", "3000", "-S", seed, file.to_str().unwrap()]);
+    }
+    store.ok(&["umount", "c"]);
+    store.ok(&["check", "--scrub"]);
+    store.ok(&["rm", "c"]);
+    store.assert_nothing_runs();
+}
+
+#[test]
 fn a_commit_under_writers_makes_a_clean_image_and_the_container_goes_on() {
     let store = TestStore::new();
     store.small_image("base");

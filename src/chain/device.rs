@@ -144,6 +144,15 @@ impl Chain {
         Ok(())
     }
 
+    /// Reads bytes within one block.
+    fn read_partial(&self, top: Option<&WritableLayer>, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut block = [0; BLOCK_LEN];
+        self.read_blocks(top, &mut block, offset / BLOCK_SIZE)?;
+        let within = (offset % BLOCK_SIZE) as usize;
+        buf.copy_from_slice(block.get(within..within + buf.len()).unwrap_or_default());
+        Ok(())
+    }
+
     fn read_run(&self, top: &WritableLayer, piece: &mut [u8], run: ValueRun) -> Result<()> {
         match run.value {
             STATE_DATA => top.read(piece, run.start * BLOCK_SIZE),
@@ -296,19 +305,15 @@ impl BlockDevice for Chain {
         let (head, rest) = buf.split_at_mut(head);
         let whole_len = rest.len() / BLOCK_LEN * BLOCK_LEN;
         let (whole, tail) = rest.split_at_mut(whole_len);
-        let mut block = [0; BLOCK_LEN];
-        if !head.is_empty() {
-            self.read_blocks(top, &mut block, offset / BLOCK_SIZE)?;
-            let within = (offset % BLOCK_SIZE) as usize;
-            head.copy_from_slice(block.get(within..within + head.len()).unwrap_or_default());
-        }
         let next = offset + head.len() as u64;
+        if !head.is_empty() {
+            self.read_partial(top, head, offset)?;
+        }
         if !whole.is_empty() {
             self.read_blocks(top, whole, next / BLOCK_SIZE)?;
         }
         if !tail.is_empty() {
-            self.read_blocks(top, &mut block, (next + whole_len as u64) / BLOCK_SIZE)?;
-            tail.copy_from_slice(block.get(..tail.len()).unwrap_or_default());
+            self.read_partial(top, tail, next + whole_len as u64)?;
         }
         Ok(())
     }

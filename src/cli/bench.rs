@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::Context;
 use super::output::table;
 use crate::engine::bench::{CaseResult, run as run_bench};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -16,14 +16,31 @@ pub(super) struct Args {
     /// Rounds of each case
     #[arg(long, value_name = "N", default_value_t = 7)]
     rounds: usize,
+    /// Only cases whose names contain this, as "first write" or "depth 128"
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
+    case: String,
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
-    let results = run_bench(&args.dir, args.rounds, |result| {
+    let results = run_bench(&args.dir, args.rounds, &args.case, |result| {
         context
             .out
             .note(&format!("{}: {:.2} ×", result.name, result.ratio));
     })?;
+    if results.is_empty() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "no case has {:?} in its name: without --case all of them run",
+                args.case
+            ),
+        ));
+    }
     context.out.print(&results, |results| {
         let rows: Vec<Vec<String>> = results.iter().map(cells).collect();
         let header = [

@@ -2,8 +2,8 @@
 //!
 //! A layer keeps one of states; a chain keeps one of layer numbers. The tree has two fixed levels
 //! over *leaves* of 1024 blocks (4 MiB). A leaf is a short sorted list of runs, or, once that would
-//! cost more, an array. A block that a person writes at random costs about 8 to 24 bytes, a
-//! sequential GiB about 6 KiB.
+//! cost more, an array, of bytes while its values fit. A block that a person writes at random costs
+//! about 8 to 24 bytes, a sequential GiB about 6 KiB.
 
 use std::ops::Range;
 
@@ -17,7 +17,7 @@ const NODE: usize = 512;
 /// Blocks of a node.
 const NODE_BLOCKS: u64 = (LEAF * NODE) as u64;
 /// A leaf of more runs than this becomes an array.
-const MAX_RUNS: usize = 128;
+const MAX_RUNS: usize = 64;
 
 /// A run of equal values within a leaf.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +37,37 @@ impl Run {
 enum Leaf {
     /// Sorted, not overlapping, neighbours of one value merged; gaps are [`ABSENT`].
     Runs(Vec<Run>),
+    /// Values that [`narrow`] knows: every cache line that a lookup touches counts.
+    Bytes(Box<[u8; LEAF]>),
     Array(Box<[u32; LEAF]>),
+}
+
+/// A value as a byte: small ones, and the two largest.
+fn narrow(value: u32) -> Option<u8> {
+    match value {
+        0..254 => Some(value as u8),
+        0xffff_fffe.. => Some(value as u8),
+        _ => None,
+    }
+}
+
+/// What [`narrow`] made a byte of.
+fn widen(byte: u8) -> u32 {
+    match byte {
+        0..254 => byte.into(),
+        // The bytes of u32::MAX and the one below are theirs.
+        _ => u32::from(byte) | !0xff,
+    }
+}
+
+/// The first value of a slice, and how many of it there are.
+fn same<T: Copy + PartialEq>(values: &[T]) -> Option<(T, usize)> {
+    let first = *values.first()?;
+    let len = values
+        .iter()
+        .position(|&other| other != first)
+        .unwrap_or(values.len());
+    Some((first, len))
 }
 
 impl Default for Leaf {
@@ -221,44 +251,69 @@ impl Leaf {
                     Some(run) => (run.value, max.min(usize::from(run.end()) - within)),
                 }
             }
+            Leaf::Bytes(values) => {
+                let piece = values.get(within..within + max).and_then(same);
+                piece.map_or((ABSENT, max), |(byte, len)| (widen(byte), len))
+            }
             Leaf::Array(values) => {
-                let tail = values.get(within..).unwrap_or_default();
-                let value = tail.first().copied().unwrap_or(ABSENT);
-                let len = tail
-                    .iter()
-                    .take(max)
-                    .take_while(|&&other| other == value)
-                    .count();
-                (value, len.max(1))
+                let piece = values.get(within..within + max).and_then(same);
+                piece.unwrap_or((ABSENT, max))
             }
         }
     }
 
     fn set(&mut self, within: usize, len: usize, value: u32) {
+        if len == LEAF {
+            *self = Leaf::Runs(Vec::new());
+        }
         match self {
+            Leaf::Runs(runs) => {
+                set_runs(runs, within as u16, len as u16, value);
+                if runs.len() > MAX_RUNS {
+                    *self = Leaf::array_of(runs);
+                }
+            }
+            Leaf::Bytes(values) => match narrow(value) {
+                Some(byte) => {
+                    if let Some(target) = values.get_mut(within..within + len) {
+                        target.fill(byte);
+                    }
+                }
+                None => {
+                    *self = Leaf::Array(Box::new(values.map(widen)));
+                    self.set(within, len, value);
+                }
+            },
             Leaf::Array(values) => {
                 if let Some(target) = values.get_mut(within..within + len) {
                     target.fill(value);
                 }
-                if len == LEAF {
-                    *self = Leaf::Runs(Vec::new());
-                    self.set(0, LEAF, value);
-                }
-            }
-            Leaf::Runs(runs) => {
-                set_runs(runs, within as u16, len as u16, value);
-                if runs.len() > MAX_RUNS {
-                    let mut values = Box::new([ABSENT; LEAF]);
-                    for run in runs.iter() {
-                        let range = usize::from(run.start)..usize::from(run.end());
-                        if let Some(target) = values.get_mut(range) {
-                            target.fill(run.value);
-                        }
-                    }
-                    *self = Leaf::Array(values);
-                }
             }
         }
+    }
+
+    /// The same as an array.
+    fn array_of(runs: &[Run]) -> Self {
+        let mut bytes = Box::new([u8::MAX; LEAF]);
+        let mut fits = true;
+        for run in runs {
+            let range = usize::from(run.start)..usize::from(run.end());
+            match (narrow(run.value), bytes.get_mut(range)) {
+                (Some(byte), Some(target)) => target.fill(byte),
+                _ => fits = false,
+            }
+        }
+        if fits {
+            return Leaf::Bytes(bytes);
+        }
+        let mut values = Box::new([ABSENT; LEAF]);
+        for run in runs {
+            let range = usize::from(run.start)..usize::from(run.end());
+            if let Some(target) = values.get_mut(range) {
+                target.fill(run.value);
+            }
+        }
+        Leaf::Array(values)
     }
 }
 
@@ -316,7 +371,11 @@ fn set_runs(runs: &mut Vec<Run>, start: u16, len: u16, value: u32) {
         }
         return;
     }
-    runs.splice(first..last, [head, new, tail].into_iter().flatten());
+    match new {
+        // The next commonest, without the cost of a splice.
+        Some(new) if first == last => runs.insert(first, new),
+        _ => drop(runs.splice(first..last, [head, new, tail].into_iter().flatten())),
+    }
 }
 
 #[cfg(test)]
@@ -387,13 +446,15 @@ mod tests {
         fn any_sequence_of_sets_reads_as_a_plain_map(
             ops in prop::collection::vec((0u64..3000, 1u64..1500, 0u32..4), 1..200),
             base in prop::sample::select(vec![0u64, NODE_BLOCKS - 2000, 1 << 33]),
+            // Values that fit in a byte, that do not, and that just do.
+            names in prop::sample::select(vec![[0, 1, 2], [0, 1, 254], [253, ABSENT - 1, 7], [70_000, 3, ABSENT - 2]]),
         ) {
             let mut index = Index::new();
             let mut model = BTreeMap::new();
             for (start, len, value) in ops {
                 // Short runs too, so that leaves become arrays.
                 let len = if value == 2 { 1 } else { len };
-                let value = if value == 3 { ABSENT } else { value };
+                let value = names.get(value as usize).copied().unwrap_or(ABSENT);
                 index.set(base + start, len, value);
                 for block in start..start + len {
                     if value == ABSENT { model.remove(&block); } else { model.insert(block, value); }

@@ -73,15 +73,19 @@ fn identity(uuid: Uuid, boot: [u8; 16]) -> Vec<u8> {
     out.into_bytes()
 }
 
-fn entry(change: LiveChange, epoch: u64) -> Vec<u8> {
-    let mut out = Writer::with_capacity(ENTRY_LEN);
-    out.u64(change.start);
+/// On the stack: every first write to a block makes one.
+fn entry(change: LiveChange, epoch: u64) -> [u8; ENTRY_LEN] {
+    let mut out = [0; ENTRY_LEN];
     // Lengths stay far below 2^48.
-    out.u64(change.len | u64::from(change.new.wrapping_add(1)) << 48);
-    out.u64(epoch);
-    out.u32(0);
-    out.crc();
-    out.into_bytes()
+    let packed = change.len | u64::from(change.new.wrapping_add(1)) << 48;
+    let fields = [change.start, packed, epoch];
+    for (field, value) in out.chunks_exact_mut(8).zip(fields) {
+        field.copy_from_slice(&value.to_le_bytes());
+    }
+    if let Some((body, crc)) = out.split_last_chunk_mut::<4>() {
+        *crc = crc32fast::hash(body).to_le_bytes();
+    }
+    out
 }
 
 fn decode_entry(bytes: &[u8], epoch: u64) -> Option<LiveChange> {

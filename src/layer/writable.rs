@@ -16,7 +16,7 @@ use super::journal::MAX_AREA;
 use super::live::{self, Left, Live};
 use super::range_lock::{RangeGuard, RangeLock};
 use super::stats::LayerStats;
-use super::{STATE_DATA, recovery, state_of_value, value_of_state};
+use super::{STATE_DATA, ValueRun, recovery, state_of_value, value_of_state};
 use crate::block::{BLOCK_SIZE, BlockState};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::{OpenMode, Storage};
@@ -131,50 +131,56 @@ impl MapState {
                 .checked_add(change.len)
                 .is_some_and(|end| end <= blocks)
             {
-                self.change(change.start, change.len, change.new);
+                let there = self.index.run_at(change.start, change.len);
+                self.change(there, change.len, change.new);
             }
         }
         // What it wrote in place without a flush nobody knows.
         self.dirty.add_unknown();
     }
 
-    /// Sets a range of blocks to one state and remembers what changed. Returns the number of blocks
-    /// that changed.
-    fn change(&mut self, start: u64, len: u64, new: u32) -> u64 {
-        let mut changed = 0;
-        let end = start + len;
-        let mut at = start;
+    /// Sets `len` blocks to one state and remembers what changed; `first` is the run that begins
+    /// there, at most that long. Returns the number of blocks that changed.
+    fn change(&mut self, first: ValueRun, len: u64, new: u32) -> u64 {
+        let end = first.start + len;
+        let mut changed = self.change_run(first, new);
+        let mut at = first.start + first.len;
         while at < end {
             let run = self.index.run_at(at, end - at);
+            changed += self.change_run(run, new);
             at += run.len;
-            if run.value == new {
-                continue;
-            }
-            changed += run.len;
-            if run.value == STATE_DATA {
-                self.data_blocks -= run.len;
-            }
-            if new == STATE_DATA {
-                self.data_blocks += run.len;
-            }
-            // A sequential writer makes one change of many.
-            match self.changes.last_mut() {
-                Some(last)
-                    if last.start + last.len == run.start
-                        && (last.old, last.new) == (run.value, new) =>
-                {
-                    last.len += run.len;
-                }
-                _ => self.changes.push(Change {
-                    start: run.start,
-                    len: run.len,
-                    old: run.value,
-                    new,
-                }),
-            }
-            self.index.set(run.start, run.len, new);
         }
         changed
+    }
+
+    /// As [`MapState::change`], for one run.
+    fn change_run(&mut self, run: ValueRun, new: u32) -> u64 {
+        if run.value == new {
+            return 0;
+        }
+        if run.value == STATE_DATA {
+            self.data_blocks -= run.len;
+        }
+        if new == STATE_DATA {
+            self.data_blocks += run.len;
+        }
+        // A sequential writer makes one change of many.
+        match self.changes.last_mut() {
+            Some(last)
+                if last.start + last.len == run.start
+                    && (last.old, last.new) == (run.value, new) =>
+            {
+                last.len += run.len;
+            }
+            _ => self.changes.push(Change {
+                start: run.start,
+                len: run.len,
+                old: run.value,
+                new,
+            }),
+        }
+        self.index.set(run.start, run.len, new);
+        run.len
     }
 }
 
@@ -270,7 +276,7 @@ impl Core {
                 self.flush_due.store(true, Ordering::Relaxed);
             }
         }
-        Ok(map.change(start, len, new))
+        Ok(map.change(there, len, new))
     }
 
     /// Blocks that were written become data. Where that cannot be noted, some may have been data
@@ -444,13 +450,13 @@ impl WritableLayer {
     }
 
     /// The index value at `block` and for how many blocks from there (at most `max`) it holds.
-    pub fn run_at(&self, block: u64, max: u64) -> super::ValueRun {
+    pub fn run_at(&self, block: u64, max: u64) -> ValueRun {
         self.core.map.read().index.run_at(block, max)
     }
 
     /// Calls `each` with the runs of index values that cover a range, gaps ([`ABSENT`]) included,
     /// as they are at one moment.
-    pub fn resolve(&self, start: u64, len: u64, mut each: impl FnMut(super::ValueRun)) {
+    pub fn resolve(&self, start: u64, len: u64, mut each: impl FnMut(ValueRun)) {
         let map = self.core.map.read();
         let mut at = start;
         while at < start + len {

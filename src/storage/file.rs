@@ -108,6 +108,8 @@ impl Storage for FileStorage {
         // SAFETY: the file was just made by us, in a directory that only its owner writes, and
         // nobody cuts it while the layer's lease is held.
         let map = unsafe { memmap2::MmapMut::map_mut(&file)? };
+        // Otherwise the first touch reads around itself: megabytes of zeros, and milliseconds.
+        map.advise(memmap2::Advice::Random)?;
         let pieces = len.div_ceil(RESERVE) as usize;
         Ok(Box::new(SharedMapping {
             file,
@@ -177,6 +179,12 @@ impl SharedFile for SharedMapping {
                     start as libc::off_t,
                     len as libc::off_t,
                 )?;
+                // All its pages at once cost less than a fault for each; kernels before 5.14 cannot.
+                let _ = self.map.advise_range(
+                    memmap2::Advice::PopulateWrite,
+                    start as usize,
+                    len as usize,
+                );
                 if let Some(slot) = self.reserved.get_mut(piece as usize) {
                     *slot = true;
                 }

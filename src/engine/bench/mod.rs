@@ -1,11 +1,13 @@
 //! What copy-on-write costs on this disk: each case beside plain calls on a plain sparse file,
 //! round by round in turns, so that a ratio means something on a noisy machine.
 
+mod reads;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::Serialize;
 use uuid::Uuid;
@@ -40,63 +42,79 @@ pub struct CaseResult {
     pub range: (f64, f64),
 }
 
-/// Runs all cases in a directory of its own under `dir`, and removes it.
+/// Runs the cases whose names contain `only` (all, where it is empty) in a directory of its own
+/// under `dir`, and removes it.
 ///
 /// # Errors
 /// Where the host fails.
 pub fn run(
     dir: &Path,
     rounds: usize,
-    mut done: impl FnMut(&CaseResult),
+    only: &str,
+    done: impl FnMut(&CaseResult),
 ) -> Result<Vec<CaseResult>> {
     let scratch = tempfile::Builder::new()
         .prefix("vellum-bench-")
         .tempdir_in(dir)
         .context(|| format!("cannot make a directory in {}", dir.display()))?;
     let bench = Bench::new(scratch.path())?;
-    let mut results = Vec::new();
-    let mut note = |result: CaseResult| {
-        done(&result);
-        results.push(result);
+    let mut cases = Cases {
+        rounds,
+        only,
+        done,
+        results: Vec::new(),
     };
     for case in WRITES {
         let raw = || bench.raw_writes(case);
         let ours = || bench.chain_writes(case);
-        note(compare(
-            case.name,
-            "pwrite to a sparse file",
-            rounds,
-            &ours,
-            &raw,
-        )?);
+        cases.compare(case.name, "pwrite to a sparse file", &ours, &raw)?;
     }
-    let shallow = bench.deep_chain(1, 16)?;
-    for depth in [8, 32, 128] {
-        let deep = bench.deep_chain(depth, 16)?;
-        let name = format!("read 4 KiB at random, depth {depth}");
-        let ours = || random_reads(&deep);
-        let reference = || random_reads(&shallow);
-        note(compare(&name, "depth 1", rounds, &ours, &reference)?);
-    }
+    reads::run(&bench, &mut cases)?;
     for (name, overwrite) in [("allocating", false), ("overwriting", true)] {
         let name = format!("write 8 KiB and flush, {name}");
         let ours = || bench.chain_flushes(overwrite);
         let raw = || bench.raw_flushes(overwrite);
-        note(compare(&name, "pwrite and fdatasync", rounds, &ours, &raw)?);
+        cases.compare(&name, "pwrite and fdatasync", &ours, &raw)?;
     }
-    let deep = bench.open_spec(128, 8 << 20)?;
-    let flat = bench.open_spec(1, 1 << 30)?;
-    let ours = || bench.open_once(&deep);
-    let reference = || bench.open_once(&flat);
     let name = "open 128 layers, 1 GiB in 10 GiB";
-    note(compare(
-        name,
-        "the same in 1 layer",
-        rounds,
-        &ours,
-        &reference,
-    )?);
-    Ok(results)
+    if cases.wants(name) {
+        let deep = bench.open_spec(128, 8 << 20)?;
+        let flat = bench.open_spec(1, 1 << 30)?;
+        let ours = || bench.open_once(&deep);
+        let reference = || bench.open_once(&flat);
+        cases.compare(name, "the same in 1 layer", &ours, &reference)?;
+    }
+    Ok(cases.results)
+}
+
+/// What was measured so far.
+struct Cases<'a, D> {
+    rounds: usize,
+    only: &'a str,
+    done: D,
+    results: Vec<CaseResult>,
+}
+
+impl<D: FnMut(&CaseResult)> Cases<'_, D> {
+    fn wants(&self, name: &str) -> bool {
+        name.contains(self.only)
+    }
+
+    /// Measures a case, where it is wanted.
+    fn compare(
+        &mut self,
+        name: &str,
+        reference: &str,
+        ours: Side<'_>,
+        theirs: Side<'_>,
+    ) -> Result<()> {
+        if self.wants(name) {
+            let result = compare(name, reference, self.rounds, ours, theirs)?;
+            (self.done)(&result);
+            self.results.push(result);
+        }
+        Ok(())
+    }
 }
 
 /// A kind of first write.
@@ -263,18 +281,23 @@ impl Bench {
     }
 
     /// A fresh layer on the parent, gone when the guard is dropped.
-    fn fresh_chain(&self) -> Result<(Chain, Scratch)> {
+    fn fresh_chain(&self) -> Result<(Scratch, Chain)> {
         let (top, _) = self.new_layer(Some(self.parent_uuid), DEVICE)?;
         let spec = ChainSpec {
             sealed: vec![self.parent.clone()],
             top: Some(top.clone()),
             options: LayerOptions::default(),
         };
-        Ok((open_chain(&self.storage, &spec)?, Scratch(top)))
+        Ok((Scratch(top), open_chain(&self.storage, &spec)?))
     }
 
     fn fresh_file(&self) -> Result<(File, Scratch)> {
-        let path = self.dir.join("raw");
+        self.file("raw", DEVICE)
+    }
+
+    /// A new sparse file, gone when the guard is dropped.
+    fn file(&self, name: &str, len: u64) -> Result<(File, Scratch)> {
+        let path = self.dir.join(name);
         let file = File::options()
             .read(true)
             .write(true)
@@ -282,13 +305,14 @@ impl Bench {
             .truncate(true)
             .open(&path);
         let file = file.context(|| format!("cannot make {}", path.display()))?;
-        file.set_len(DEVICE)
+        file.set_len(len)
             .context(|| format!("cannot extend {}", path.display()))?;
         Ok((file, Scratch(path)))
     }
 
     fn chain_writes(&self, case: &WriteCase) -> Result<f64> {
-        let (chain, _scratch) = self.fresh_chain()?;
+        // Dropped in the opposite order: nothing writes where the files are gone.
+        let (_scratch, chain) = self.fresh_chain()?;
         let offsets = case.offsets();
         let buf = vec![0xa5; case.len - case.short];
         let begin = Instant::now();
@@ -311,7 +335,7 @@ impl Bench {
     }
 
     fn chain_flushes(&self, overwrite: bool) -> Result<f64> {
-        let (chain, _scratch) = self.fresh_chain()?;
+        let (_scratch, chain) = self.fresh_chain()?;
         let buf = [0xa5; 8192];
         if overwrite {
             chain.write_at(&vec![1; ROUND as usize], 0, Durability::Buffered)?;
@@ -344,29 +368,6 @@ impl Bench {
             file.sync_data().context(what)?;
         }
         Ok(per_operation(begin, FLUSHES as usize))
-    }
-
-    /// A read-only chain of `depth` layers, `mib` MiB in all, whose blocks take turns.
-    fn deep_chain(&self, depth: u64, mib: u64) -> Result<Chain> {
-        let blocks = (mib << 20) / BLOCK_SIZE;
-        let mut sealed = Vec::new();
-        let mut parent = None;
-        for number in 0..depth {
-            let (dir, uuid) = self.sealed_layer(parent, mib << 20, |layer| {
-                (number..blocks)
-                    .step_by(depth as usize)
-                    .try_for_each(|block| layer.write_blocks(block, &[0x77; 4096]).map(drop))
-            })?;
-            sealed.push(dir);
-            parent = Some(uuid);
-        }
-        open_chain(
-            &self.storage,
-            &ChainSpec {
-                sealed,
-                ..ChainSpec::default()
-            },
-        )
     }
 
     /// `depth` layers of 10 GiB that hold `bytes` each, in runs of 64 KiB all over.
@@ -402,23 +403,6 @@ impl Bench {
         }
         Ok(seconds)
     }
-}
-
-/// Reads every block of the chain once, in an order without order.
-fn random_reads(chain: &Chain) -> Result<f64> {
-    let blocks = chain.size() / BLOCK_SIZE;
-    let stride = (blocks as f64 * 0.618) as u64 | 1;
-    let mut buf = [0; 4096];
-    let begin = Instant::now();
-    // Long enough for a clock tick or two of noise not to matter.
-    let mut count = 0;
-    while begin.elapsed() < Duration::from_millis(60) {
-        for at in 0..blocks {
-            chain.read_at(&mut buf, at * stride % blocks * BLOCK_SIZE)?;
-        }
-        count += blocks as usize;
-    }
-    Ok(per_operation(begin, count))
 }
 
 /// A file or directory that is removed at the end.
