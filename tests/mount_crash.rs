@@ -33,6 +33,7 @@ impl Load {
                 "--verify=crc32c",
                 "--verify_backlog=256",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 "--numjobs=2",
                 "--time_based",
                 &runtime,

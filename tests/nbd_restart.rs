@@ -341,6 +341,7 @@ fn fio_behind_a_client_that_retries_verifies_its_data_while_the_server_is_killed
         .args(["--size=24m", "--offset=32m", "--iodepth=8", "--fsync=16"])
         // Slow enough for kills while it writes.
         .args(["--rate_iops=600", "--verify=crc32c", "--verify_fatal=1"])
+        .arg("--verify_state_save=0")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

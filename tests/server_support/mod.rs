@@ -154,7 +154,7 @@ pub struct Load {
     thread: Option<JoinHandle<Result<u32, String>>>,
 }
 
-/// A file of fio's: its name, and options.
+/// What fio does with a file of its own in a directory.
 #[derive(Clone)]
 pub struct Job {
     directory: PathBuf,
@@ -167,7 +167,6 @@ impl Job {
         let mut command = Command::new("fio");
         command
             .arg(format!("--name={}", self.name))
-            .arg(format!("--filename={}", self.name))
             .arg(format!("--directory={}", self.directory.display()))
             .arg(format!("--randseed={}", pass + 1))
             .args([
@@ -178,8 +177,10 @@ impl Job {
                 "--verify=crc32c",
                 "--verify_fatal=1",
                 "--fallocate=none",
+                "--verify_state_save=0",
             ])
             .args(self.options)
+            .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
@@ -221,7 +222,7 @@ impl Job {
 }
 
 impl Load {
-    /// Begins at once.
+    /// Begins at once; returns when its file is there.
     pub fn start(directory: &Path, name: &'static str, options: &'static [&'static str]) -> Load {
         let job = Job {
             directory: directory.to_owned(),
@@ -243,12 +244,16 @@ impl Load {
                 Ok(passes)
             }
         });
-        Load {
+        // As fio names it.
+        let file = directory.join(format!("{name}.0.0"));
+        let load = Load {
             job,
             finish,
             abort,
             thread: Some(thread),
-        }
+        };
+        wait_until("fio writes", || file.exists());
+        load
     }
 
     /// With a sync after every few writes.
