@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{TestStore, kill, run, wait_until};
-use server_support::{Container, Load, fsck};
+use common::{TestStore, kill, run};
+use server_support::{Container, Load, fsck, wait_long};
 
 #[test]
 fn thirty_kills_of_the_worker_of_a_mounted_container_lose_no_write() {
@@ -209,7 +209,7 @@ impl MemoryGroup {
             };
             pipe.write_all(&vec![1; bit]).unwrap();
             taken += bit as u64;
-            wait_until("memory was taken, or somebody was killed", || {
+            wait_long("memory was taken, or somebody was killed", || {
                 file.path().metadata().unwrap().len() >= taken || self.kills() > before
             });
         }

@@ -23,7 +23,7 @@ use std::time::Duration;
 use common::{TestStore, VELLUM, kill, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use server_support::{Container, Load, fsck, row};
+use server_support::{Container, Load, fsck, row, wait_long};
 use vellum::export::device::control;
 
 // --- Upgrade ------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ fn kill_everything_then(arguments: &[&str], mounted_after: bool) {
     let container = Container::mounted(&store, "c");
     let path = container.data().join("log");
     let log = Log::start(&path);
-    wait_until("numbers are synced", || log.synced() > 50);
+    wait_long("numbers are synced", || log.synced() > 50);
     container.kill_everything();
     let acknowledged = log.end();
     println!("{acknowledged} numbers were synced");
@@ -386,7 +386,7 @@ fn a_server_that_cannot_open_its_layer_again_is_given_up_and_ps_says_why() {
     let container = Container::mounted(&store, "c");
     let path = container.data().join("log");
     let log = Log::start(&path);
-    wait_until("numbers are synced", || log.synced() > 50);
+    wait_long("numbers are synced", || log.synced() > 50);
     let top = row(&store, "c")["top"].as_str().unwrap().to_owned();
     let layer = store.root.join("layers").join(&top);
     let hidden = store.root.join("layers").join("hidden");
@@ -396,7 +396,7 @@ fn a_server_that_cannot_open_its_layer_again_is_given_up_and_ps_says_why() {
     fs::rename(&layer, &hidden).unwrap();
     kill(container.served(None).worker.unwrap().pid);
     let mut seen = Vec::new();
-    wait_until("it is given up", || {
+    wait_long("it is given up", || {
         let row = row(&store, "c");
         let status = row["device"]["state"]["status"]
             .as_str()
@@ -423,7 +423,9 @@ fn a_server_that_cannot_open_its_layer_again_is_given_up_and_ps_says_why() {
     }
     // Nobody tries for ever.
     wait_until("nothing runs", || store.processes().is_empty());
-    assert!(fs::write(container.data().join("more"), "x").is_err());
+    let more = File::create(container.data().join("more"));
+    let synced = more.and_then(|mut file| file.write_all(b"x").and_then(|()| file.sync_all()));
+    assert!(synced.is_err(), "its users see errors");
 
     // As it says: nothing synced is lost.
     fs::rename(&hidden, &layer).unwrap();
@@ -447,7 +449,7 @@ fn a_server_that_opens_its_layer_again_before_it_is_given_up_serves_on() {
     let before = container.settled().worker.unwrap().pid;
     fs::rename(&layer, &hidden).unwrap();
     kill(before);
-    wait_until("some attempts failed", || container.state().deaths >= 2);
+    wait_long("some attempts failed", || container.state().deaths >= 2);
     fs::rename(&hidden, &layer).unwrap();
     let state = container.served(Some(before));
     println!(

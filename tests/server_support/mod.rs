@@ -17,7 +17,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vellum::export::device::{Identity, RunState, Status, control, status};
@@ -65,7 +65,7 @@ impl Container {
     /// The state once a worker other than `before` serves.
     pub fn served(&self, before: Option<i32>) -> RunState {
         let mut found = None;
-        wait_until("a worker serves", || {
+        wait_long("a worker serves", || {
             let state = self.state();
             let other = state
                 .worker
@@ -79,7 +79,7 @@ impl Container {
     /// The state once a worker serves and a standby waits.
     pub fn settled(&self) -> RunState {
         let mut found = None;
-        wait_until("there is a standby", || {
+        wait_long("there is a standby", || {
             let state = self.served(None);
             let standby = state.standby.is_some_and(Identity::is_alive);
             found = (standby && state.supervisor.is_alive()).then_some(state);
@@ -108,6 +108,15 @@ impl Container {
 
     pub fn call(&self, verb: &str) -> Value {
         control::call(&self.run_dir, verb, Value::Null, Duration::from_secs(20)).unwrap()
+    }
+}
+
+/// Waits at most two minutes: under load the host's disk can take many seconds for a sync.
+pub fn wait_long(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !condition() {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -252,7 +261,7 @@ impl Load {
             abort,
             thread: Some(thread),
         };
-        wait_until("fio writes", || file.exists());
+        wait_long("fio writes", || file.exists());
         load
     }
 
