@@ -416,13 +416,13 @@ fn a_server_that_cannot_open_its_layer_again_is_given_up_and_ps_says_why() {
     let state = &failed["device"]["state"];
     assert_eq!(state["deaths"], 6, "{state}");
     assert!(state["error"].as_str().unwrap().contains(&top), "{state}");
-    assert_eq!(failed["device"]["alive"], false);
     let listed = store.ok(&["ps"]);
     for part in ["failed: ", "6 times in a row", &top, "`vellum umount c`"] {
         assert!(listed.contains(part), "{part} is not in {listed}");
     }
     // Nobody tries for ever.
     wait_until("nothing runs", || store.processes().is_empty());
+    assert_eq!(row(&store, "c")["device"]["alive"], false);
     let more = File::create(container.data().join("more"));
     let synced = more.and_then(|mut file| file.write_all(b"x").and_then(|()| file.sync_all()));
     assert!(synced.is_err(), "its users see errors");
