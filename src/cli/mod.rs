@@ -28,6 +28,7 @@ mod run;
 mod size;
 mod snapshotter;
 mod stats;
+mod upgrade_servers;
 mod verify_durability;
 mod volume;
 
@@ -112,6 +113,13 @@ enum Command {
     Prune(prune::Args),
     /// Look whether this host has what is needed, and say what to do where it has not
     Doctor(doctor::Args),
+    /// Let this program serve what is mounted, after it was replaced by a newer one
+    ///
+    /// The servers of mounted containers go on with the program that started them. This command
+    /// has each of them execute the program that it is run from, with the file system mounted and
+    /// in use: requests wait for some milliseconds. If the new program cannot serve, the old one
+    /// goes on.
+    UpgradeServers(upgrade_servers::Args),
     /// Serve containerd as a snapshotter until stopped
     Snapshotter(snapshotter::Args),
     /// Find out whether a stack keeps what it acknowledged: kill it, cut the power, then check
@@ -194,6 +202,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
         Command::Doctor(args) => doctor::run(&args, context)?,
+        Command::UpgradeServers(args) => upgrade_servers::run(&args, context)?,
         Command::Snapshotter(args) => snapshotter::run(&args, context)?,
         Command::VerifyDurability(args) => verify_durability::run(&args, context)?,
         Command::Bench(args) => bench::run(&args, context)?,

@@ -14,11 +14,11 @@ pub mod mount;
 pub mod prewarm;
 pub mod raw;
 pub mod run;
-
 pub mod serve;
 pub mod stats;
 pub mod status;
 pub(crate) mod template;
+pub mod upgrade;
 
 use crate::error::{Result, ResultExt};
 use crate::storage::{Held, LockMode};

@@ -68,6 +68,7 @@ pub(super) fn mount_locked(
             ),
         ));
     }
+    clear_dead(store, container)?;
     if let Some(there) = mounted(store, container)? {
         return Err(Error::new(
             ErrorKind::InUse,
@@ -158,6 +159,21 @@ pub fn mounted(store: &Store, container: &ContainerRecord) -> Result<Option<Moun
         dir: mount.target,
         device,
     }))
+}
+
+/// Takes away a mount whose device servers are all dead: whoever looks there gets I/O errors, and
+/// what was flushed is in the layer.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while a program still has its working directory or files there.
+pub(super) fn clear_dead(store: &Store, container: &ContainerRecord) -> Result<()> {
+    let dead = device::status(&store.run_dir(container))?.is_some_and(|status| !status.alive);
+    // Without a mount attaching clears the rest.
+    let Some(mounted) = mounted(store, container)?.filter(|_| dead) else {
+        return Ok(());
+    };
+    tracing::warn!("{}: its server is dead: unmounted", mounted.dir.display());
+    umount_locked(store, container, false)
 }
 
 /// Unmounts a container wherever it is mounted and ends its server. One that is not mounted is

@@ -46,7 +46,12 @@ pub fn status(store: &Store, record: ContainerRecord, with_size: bool) -> Result
     let device = device::status(&store.run_dir(&record))?;
     let mounted = mounted(store, &record)?;
     let activity = activity(store, &record)?;
-    let status = describe(activity, device.as_ref(), mounted.as_ref());
+    let status = describe(
+        Some(&record.name),
+        activity,
+        device.as_ref(),
+        mounted.as_ref(),
+    );
     let pid = match activity {
         Activity::Running { pid, .. } => Some(pid),
         _ => None,
@@ -67,7 +72,9 @@ pub fn status(store: &Store, record: ContainerRecord, with_size: bool) -> Result
     })
 }
 
+/// In words; `name` of a container that is ours to unmount, `None` for what the snapshotter mounts.
 fn describe(
+    name: Option<&str>,
     activity: Activity,
     device: Option<&DeviceStatus>,
     mounted: Option<&Mounted>,
@@ -87,10 +94,25 @@ fn describe(
     let trouble = match device.state.status {
         Status::Failed => {
             let why = device.state.error.as_deref().unwrap_or("its server died");
-            Some(format!("failed: {why}"))
+            Some(match name {
+                Some(name) => format!("failed: {why}: `vellum umount {name}`, then mount it again"),
+                None => format!("failed: {why}"),
+            })
         }
-        _ if !device.alive => Some("failed: its server is dead".into()),
+        _ if !device.alive => Some(match name {
+            Some(name) => format!("failed: its server is dead: `vellum umount {name}` cleans up"),
+            None => "failed: its server is dead".into(),
+        }),
+        Status::Restarting if device.state.deaths > 1 => {
+            let deaths = device.state.deaths;
+            let why = device.state.error.as_deref();
+            let why = why.map_or(String::new(), |why| format!(": {why}"));
+            Some(format!("restarting, {deaths} failures in a row{why}"))
+        }
         Status::Restarting => Some("restarting".into()),
+        _ if !device.supervised => {
+            Some("served without a supervisor: `vellum check --repair` starts one".into())
+        }
         _ => None,
     };
     match (trouble, place) {
@@ -185,7 +207,7 @@ pub fn snapshot_status(
     });
     let status = match record.kind {
         SnapshotKind::Committed => "committed".to_owned(),
-        _ => describe(Activity::Idle, device.as_ref(), mounted.as_ref()),
+        _ => describe(None, Activity::Idle, device.as_ref(), mounted.as_ref()),
     };
     let size = with_size.then(|| snapshot_size(store, record)).flatten();
     let mut total = size;

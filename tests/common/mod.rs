@@ -285,6 +285,16 @@ pub fn kill(pid: i32) {
     );
 }
 
+/// Kills processes that watch each other: none of them sees the death of another.
+pub fn kill_together(pids: &[i32]) {
+    use nix::sys::signal::Signal;
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for pid in pids {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), signal).unwrap();
+        }
+    }
+}
+
 /// Kills a child that is dropped before it has ended.
 pub struct Running(pub Child);
 

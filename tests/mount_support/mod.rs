@@ -228,3 +228,13 @@ pub fn kill(pid: i32) {
     )
     .unwrap();
 }
+
+/// Kills processes that watch each other: none of them sees the death of another.
+pub fn kill_together(pids: &[i32]) {
+    use nix::sys::signal::Signal;
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for pid in pids {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), signal).unwrap();
+        }
+    }
+}

@@ -73,6 +73,8 @@ enum Remedy {
     Settle(String),
     /// End what is left of a container's device.
     Detach(String),
+    /// Give a container's device a new supervisor.
+    Supervise(String),
     /// Remove leftovers.
     Prune,
     /// Never build on this layer again.
@@ -357,6 +359,20 @@ impl Check<'_> {
                 advice,
                 Some(Remedy::Detach(owner.name.clone())),
             ));
+        }
+        for container in &records.containers {
+            let run_dir = self.store.run_dir(container);
+            let status = crate::export::device::status(&run_dir)?;
+            if status.is_some_and(|status| status.alive && !status.supervised) {
+                self.find(Finding::new(
+                    Severity::Warning,
+                    format!("container {}", container.name),
+                    run_dir,
+                    "its server works, but nobody would restart it: its supervisor is dead",
+                    "--repair starts a supervisor",
+                    Some(Remedy::Supervise(container.name.clone())),
+                ));
+            }
         }
         Ok(())
     }

@@ -1,14 +1,20 @@
 //! What can be put right without guessing.
 
+use std::time::Duration;
+
 use uuid::Uuid;
 
 use super::{CheckReport, Remedy};
 use crate::block::BLOCK_SIZE;
 use crate::engine::mount::{clean_orphaned_run_dirs, umount};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::device::ensure_supervised;
 use crate::layer::{SealedLayer, repair_layer, seal_in_place};
 use crate::storage::LockMode;
 use crate::store::{ContainerRecord, LayerInfo, Store};
+
+/// How long a device server may take to start a supervisor.
+const SUPERVISE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Applies the remedies of all findings. One that fails is noted as such and the others go on.
 pub(super) fn repair(store: &Store, report: &mut CheckReport) {
@@ -68,6 +74,11 @@ fn apply(store: &Store, remedy: &Remedy) -> Result<String> {
         Remedy::Detach(name) => {
             umount(store, name, true)?;
             Ok("cleaned up".into())
+        }
+        Remedy::Supervise(name) => {
+            let run_dir = store.run_dir(&store.container(name)?);
+            ensure_supervised(&run_dir, SUPERVISE_TIMEOUT)?;
+            Ok("it has a supervisor".into())
         }
         Remedy::MarkDamaged(layer, problem) => {
             let mut info = store.layer_info(*layer)?;

@@ -19,7 +19,7 @@ use std::process::Command;
 use uuid::Uuid;
 
 use super::lock_container;
-use super::mount::{self, mount_locked, mounted, umount_locked};
+use super::mount::{self, clear_dead, mount_locked, mounted, umount_locked};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::Identity;
 use crate::store::{ContainerRecord, NewContainer, Store};
@@ -176,6 +176,7 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
     let busy = lock_container(store, container)?;
     // What a killed command left is in the way of the new one.
     end_for_good(store, container, false)?;
+    clear_dead(store, container)?;
     let before = mounted(store, container)?;
     let keep_mounted = before.is_some();
     let rootfs = match before {

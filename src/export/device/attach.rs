@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Value, json};
 
 use super::control;
-use super::detach::{DetachOptions, clean, detach_locked};
+use super::detach::{DetachOptions, clean, detach_locked, is_served};
 use super::state::{DEV, LOG, LOOP, RunLock, RunState, Status, loop_tag};
 use super::supervisor::{ARG0, Ready};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -82,8 +82,8 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
         ));
     };
     if let Some(state) = RunState::read(&run_dir)?
-        && state.is_alive()
         && state.status != Status::Ended
+        && is_served(&run_dir, Some(&state))?
     {
         return Err(Error::new(
             ErrorKind::AlreadyExists,
@@ -230,7 +230,8 @@ fn tail(path: &Path) -> String {
 }
 
 /// Gives the device of `run_dir` a new supervisor, where a crash took supervisor and standby both
-/// and the worker serves alone. Returns true when that was needed.
+/// and the worker serves alone, which the worker else does by itself. Returns true when that was
+/// needed.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] when no device is attached there, [`ErrorKind::Timeout`].
@@ -292,10 +293,10 @@ pub fn upgrade(run_dir: &Path, program: &Path, timeout: Duration) -> Result<Valu
         if !state.is_alive() {
             return Err(no_device());
         }
-        if let Some(error) = state.error
-            && Some(&error) != before.error.as_ref()
+        if state.failed_upgrades > before.failed_upgrades
+            && let Some(failure) = state.upgrade_error
         {
-            return Err(Error::new(ErrorKind::Unsupported, error));
+            return Err(Error::from(failure));
         }
         if Instant::now() >= deadline {
             return Err(Error::new(

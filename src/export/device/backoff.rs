@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-/// Deaths in a row after which the device is given up.
-const MAX_DEATHS: u32 = 5;
+/// Deaths in a row that were the worker's own fault, after which the device is given up.
+const MAX_FAULTS: u32 = 5;
+/// Deaths in a row of any kind after which it is: 22 s, in which a want of memory may end.
+const MAX_DEATHS: u32 = 9;
 /// A worker that lived this long ends the row.
 const STABLE: Duration = Duration::from_secs(10);
-/// The wait before the second restart; each further one is four times as long.
+/// The wait before the second restart; each further one is four times as long, up to the longest.
 const FIRST_DELAY: Duration = Duration::from_millis(20);
+const LONGEST_DELAY: Duration = Duration::from_secs(5);
 
 /// How a worker died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,32 +32,37 @@ pub enum Verdict {
     GiveUp,
 }
 
-/// Counts the deaths in a row that are the worker's own fault.
+/// Counts the deaths in a row.
 ///
 /// A SIGKILL of a worker that served ends the row, however often it comes and whether or not anyone
-/// asked the worker for something. Everything else counts: an abort, a fault, an exit, or a SIGKILL
-/// before it could serve.
+/// asked the worker for something. Everything else counts: an abort, a fault or an exit as a fault
+/// of its own, and a SIGKILL before it could serve, of which more are put up with.
 #[derive(Debug, Default)]
 pub struct Backoff {
     deaths: u32,
+    faults: u32,
 }
 
 impl Backoff {
     /// Judges one death.
     pub fn judge(&mut self, death: Death) -> Verdict {
         if death.lived >= STABLE {
-            self.deaths = 0;
+            *self = Backoff::default();
         }
         if death.killed && death.served {
-            self.deaths = 0;
+            *self = Backoff::default();
             return Verdict::Restart(Duration::ZERO);
         }
         self.deaths += 1;
-        match self.deaths {
-            1 => Verdict::Restart(Duration::ZERO),
-            n if n <= MAX_DEATHS => Verdict::Restart(FIRST_DELAY * 4u32.pow(n - 2)),
-            _ => Verdict::GiveUp,
+        self.faults += u32::from(!death.killed);
+        if self.deaths > MAX_DEATHS || self.faults > MAX_FAULTS {
+            return Verdict::GiveUp;
         }
+        let Some(steps) = self.deaths.checked_sub(2) else {
+            return Verdict::Restart(Duration::ZERO);
+        };
+        let delay = FIRST_DELAY.saturating_mul(4u32.saturating_pow(steps));
+        Verdict::Restart(delay.min(LONGEST_DELAY))
     }
 
     /// Deaths in a row that count.
@@ -99,17 +107,37 @@ mod tests {
     }
 
     #[test]
-    fn kills_before_any_worker_serves_lead_to_giving_up() {
+    fn kills_before_any_worker_serves_lead_to_giving_up_after_twenty_seconds() {
         let mut backoff = Backoff::default();
         let killed = Death {
             killed: true,
             served: false,
             ..FAULT
         };
-        for _ in 0..5 {
-            assert_ne!(backoff.judge(killed), Verdict::GiveUp);
+        let mut waited = Duration::ZERO;
+        for _ in 0..9 {
+            match backoff.judge(killed) {
+                Verdict::Restart(delay) => waited += delay,
+                Verdict::GiveUp => panic!("too early"),
+            }
         }
+        assert!((20..30).contains(&waited.as_secs()), "{waited:?}");
         assert_eq!(backoff.judge(killed), Verdict::GiveUp);
+    }
+
+    #[test]
+    fn faults_among_kills_count_as_faults() {
+        let mut backoff = Backoff::default();
+        for _ in 0..5 {
+            assert_ne!(backoff.judge(FAULT), Verdict::GiveUp);
+        }
+        let killed = Death {
+            killed: true,
+            served: false,
+            ..FAULT
+        };
+        assert_ne!(backoff.judge(killed), Verdict::GiveUp);
+        assert_eq!(backoff.judge(FAULT), Verdict::GiveUp);
     }
 
     #[test]

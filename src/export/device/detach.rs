@@ -75,8 +75,7 @@ pub(super) fn detach_locked(run_dir: &Path, options: &DetachOptions) -> Result<(
 /// All of [`detach`] but the files.
 pub(super) fn clean(run_dir: &Path, options: &DetachOptions) -> Result<()> {
     let state = RunState::read(run_dir)?;
-    let alive = state.as_ref().is_some_and(RunState::is_alive);
-    if !alive || options.force {
+    if options.force || !is_served(run_dir, state.as_ref())? {
         // Nobody answers any more, or nobody shall: with the last process the session is aborted,
         // so that nothing below can wait for an answer.
         kill_all(run_dir, options.timeout)?;
@@ -239,6 +238,22 @@ fn processes(run_dir: &Path) -> Result<Vec<Identity>> {
     Ok(found)
 }
 
+/// True while any process of the device runs. The state may be behind: a supervisor that is killed
+/// just after it sent a standby to work has not written who serves.
+pub(super) fn is_served(run_dir: &Path, state: Option<&RunState>) -> Result<bool> {
+    if state.is_some_and(RunState::is_alive) {
+        return Ok(true);
+    }
+    if state.is_none() {
+        return Ok(false);
+    }
+    match fs::canonicalize(run_dir) {
+        Ok(run_dir) => Ok(!processes(&run_dir)?.is_empty()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io(run_dir.display().to_string(), error)),
+    }
+}
+
 /// The run directory of a device process, `None` for any other process.
 fn run_dir_of(pid: i32) -> Option<PathBuf> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
@@ -292,12 +307,13 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
             continue;
         }
         let run_dir = entry.path();
-        if !is_there(&run_dir.join(DEV)) && !is_there(&run_dir.join(STATE)) {
+        let state = RunState::read(&run_dir)?;
+        // Before a look at the device's file, for whose answer a server that hangs lets us wait.
+        if is_served(&run_dir, state.as_ref())? {
             continue;
         }
-        let state = RunState::read(&run_dir)?;
         let of_this_boot = state.is_some();
-        if state.as_ref().is_some_and(RunState::is_alive) {
+        if !is_there(&run_dir.join(DEV)) && !is_there(&run_dir.join(STATE)) {
             continue;
         }
         let mut what = vec![match state {

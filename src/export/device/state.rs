@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use super::control::Failure;
+use super::detach::is_served;
 use super::process::{Identity, boot_id};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::session::Features;
@@ -51,7 +53,7 @@ pub struct RunState {
     pub boot_id: String,
     /// How the device is doing.
     pub status: Status,
-    /// Why it failed, or why the last upgrade did.
+    /// Why it failed, or why the last worker could not open the device.
     pub error: Option<String>,
     /// The process that owns the session.
     pub supervisor: Identity,
@@ -65,6 +67,24 @@ pub struct RunState {
     pub read_only: bool,
     /// Programs that took the session over by upgrades.
     pub generation: u32,
+    /// Workers that replaced another, upgrades among them.
+    #[serde(default)]
+    pub restarts: u64,
+    /// Deaths of workers in a row that count towards giving the device up.
+    #[serde(default)]
+    pub deaths: u32,
+    /// Microseconds from the last worker's death to the service of the next one.
+    #[serde(default)]
+    pub last_pause_us: u64,
+    /// The longest of all such times, in microseconds.
+    #[serde(default)]
+    pub longest_pause_us: u64,
+    /// Upgrades that failed while the old program went on.
+    #[serde(default)]
+    pub failed_upgrades: u32,
+    /// Why the last of them did.
+    #[serde(default)]
+    pub upgrade_error: Option<Failure>,
 }
 
 impl RunState {
@@ -81,6 +101,12 @@ impl RunState {
             features: None,
             read_only,
             generation: 0,
+            restarts: 0,
+            deaths: 0,
+            last_pause_us: 0,
+            longest_pause_us: 0,
+            failed_upgrades: 0,
+            upgrade_error: None,
         }
     }
 
@@ -129,7 +155,8 @@ pub struct DeviceStatus {
     pub state: RunState,
     /// True while any of its processes runs.
     pub alive: bool,
-    /// False when the supervisor is dead, so that a worker's death would end the device.
+    /// False when supervisor and standby are dead, so that the worker's death would end the
+    /// device.
     pub supervised: bool,
     /// The loop device on it.
     pub loop_device: Option<PathBuf>,
@@ -145,8 +172,8 @@ pub fn status(run_dir: &Path) -> Result<Option<DeviceStatus>> {
     };
     let device = hinted_loop(run_dir).map(LoopDevice::path);
     Ok(Some(DeviceStatus {
-        alive: state.is_alive(),
-        supervised: state.supervisor.is_alive(),
+        alive: is_served(run_dir, Some(&state))?,
+        supervised: state.supervisor.is_alive() || state.standby.is_some_and(Identity::is_alive),
         loop_device: device,
         state,
     }))

@@ -35,6 +35,10 @@ use crate::export::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, Sh
 const MAX_CONNECTIONS: usize = 8;
 /// From include/uapi/linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: i32 = 57;
+/// How long commands that are being carried out may go on when the worker is told to stop.
+const FINISH: Duration = Duration::from_secs(5);
+/// How long a connection that was just taken may be without a command then.
+const FINISH_FRESH: Duration = Duration::from_millis(100);
 /// A control connection that says nothing for this long is closed.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -48,7 +52,7 @@ pub(super) struct Worker {
     pub shared: Arc<Shared>,
     pub listener: UnixListener,
     /// The pipe to the supervisor.
-    pub events: Mutex<File>,
+    pub events: Mutex<Arc<File>>,
     pub supervisor: Identity,
     pub generation: u32,
     /// Another worker served before.
@@ -62,6 +66,10 @@ struct Context {
     opened: Opened,
     failures: AtomicU64,
     connections: AtomicUsize,
+    /// Commands that are being carried out.
+    busy: AtomicUsize,
+    /// Connections without an answer so far: the first command is on its way.
+    fresh: AtomicUsize,
     stop: AtomicBool,
     /// Written to end the main thread's wait.
     wake: EventFd,
@@ -102,6 +110,8 @@ fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
         opened,
         failures: AtomicU64::new(0),
         connections: AtomicUsize::new(0),
+        busy: AtomicUsize::new(0),
+        fresh: AtomicUsize::new(0),
         stop: AtomicBool::new(false),
         wake,
     });
@@ -129,6 +139,7 @@ fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
     context.stop.store(true, Ordering::Release);
     let ended = join(threads)?;
     result?;
+    finish_commands(&context);
     // What was answered is in the kernel; this makes it durable too before the device closes.
     context.opened.device.flush()?;
     let ended = match ended {
@@ -149,6 +160,18 @@ impl Context {
             remember: !self.worker.use_resend,
             failures: &self.failures,
         }
+    }
+}
+
+/// Waits for commands that are being carried out, so that no caller is left without an answer
+/// when the next worker takes over.
+fn finish_commands(context: &Context) {
+    let stopped = Instant::now();
+    let waiting = |count: &AtomicUsize, limit: Duration| {
+        count.load(Ordering::Acquire) > 0 && stopped.elapsed() < limit
+    };
+    while waiting(&context.fresh, FINISH_FRESH) || waiting(&context.busy, FINISH) {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -193,22 +216,37 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
     listener
         .set_nonblocking(true)
         .context(|| "the control socket")?;
+    let mut adopt_at: Option<Instant> = None;
     loop {
-        let mut fds = [
+        let left = adopt_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let events = Arc::clone(&context.worker.events.lock());
+        let mut fds = vec![
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(context.wake.as_fd(), PollFlags::POLLIN),
             PollFd::new(listener.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut fds, PollTimeout::NONE) {
+        let timeout = match left {
+            Some(left) if !left.is_zero() => PollTimeout::from(left.as_millis() as u16 + 1),
+            _ => {
+                // An error there means that nobody can read it: supervisor and standby are dead.
+                fds.push(PollFd::new(events.as_fd(), PollFlags::empty()));
+                PollTimeout::NONE
+            }
+        };
+        match poll(&mut fds, timeout) {
             Ok(_) => {}
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(Error::io("poll", errno.into())),
         }
+        let alone = fds.get(3).is_some_and(|fd| fd.any() == Some(true));
         if matches!(signals.read_signal(), Ok(Some(_))) {
             return Ok(());
         }
         if threads.iter().any(JoinHandle::is_finished) || context.stop.load(Ordering::Acquire) {
             return Ok(());
+        }
+        if alone {
+            adopt_at = adopt_alone(&context.worker);
         }
         if context.connections.load(Ordering::Acquire) >= MAX_CONNECTIONS {
             // Rare, and not worth a queue: the kernel's backlog holds the next ones.
@@ -218,16 +256,19 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
         match listener.accept() {
             Ok((stream, _)) => {
                 context.connections.fetch_add(1, Ordering::AcqRel);
+                context.fresh.fetch_add(1, Ordering::AcqRel);
                 let held = Arc::clone(context);
                 let spawned = std::thread::Builder::new()
                     .name("control".to_string())
                     .spawn(move || {
-                        if let Err(error) = converse(&held, &stream) {
+                        let fresh = Fresh(&held.fresh);
+                        if let Err(error) = converse(&held, &stream, fresh) {
                             tracing::debug!("control connection: {error}");
                         }
                         held.connections.fetch_sub(1, Ordering::AcqRel);
                     });
                 if spawned.is_err() {
+                    context.fresh.fetch_sub(1, Ordering::AcqRel);
                     context.connections.fetch_sub(1, Ordering::AcqRel);
                 }
             }
@@ -266,16 +307,27 @@ fn report(worker: &Worker, event: &Event) -> bool {
         return false;
     };
     line.push(b'\n');
-    worker.events.lock().write_all(&line).is_ok()
+    let events = Arc::clone(&worker.events.lock());
+    (&*events).write_all(&line).is_ok()
+}
+
+/// A connection that has had no answer so far.
+struct Fresh<'a>(&'a AtomicUsize);
+
+impl Drop for Fresh<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// Serves one control connection until the other side closes it.
-fn converse(context: &Context, stream: &UnixStream) -> Result<()> {
+fn converse(context: &Context, stream: &UnixStream, fresh: Fresh<'_>) -> Result<()> {
     let what = || "the connection";
     stream.set_nonblocking(false).context(what)?;
     stream.set_read_timeout(Some(IDLE)).context(what)?;
     stream.set_write_timeout(Some(IDLE)).context(what)?;
     let mut reader = BufReader::new(stream);
+    let mut fresh = Some(fresh);
     loop {
         let mut line = String::new();
         let read = (&mut reader)
@@ -285,12 +337,16 @@ fn converse(context: &Context, stream: &UnixStream) -> Result<()> {
         if read == 0 {
             return Ok(());
         }
+        context.busy.fetch_add(1, Ordering::AcqRel);
         let result = serde_json::from_str::<Call>(&line)
             .map_err(|error| {
                 Error::with_source(ErrorKind::Protocol, "a line that is no command", error)
             })
             .and_then(|call| command(context, &call.verb, call.args));
-        send(stream, &Reply::from(result)).context(what)?;
+        let sent = send(stream, &Reply::from(result));
+        context.busy.fetch_sub(1, Ordering::AcqRel);
+        drop(fresh.take());
+        sent.context(what)?;
     }
 }
 
@@ -323,6 +379,24 @@ fn command(context: &Context, verb: &str, args: Value) -> Result<Value> {
         }
         "adopt" => adopt(&context.worker),
         _ => context.opened.control.handle(verb, args),
+    }
+}
+
+/// Starts a supervisor, since this worker has none. Returns when to try again.
+fn adopt_alone(worker: &Worker) -> Option<Instant> {
+    match adopt(worker) {
+        Ok(_) => {
+            tracing::warn!("supervisor and standby died: another supervisor was started");
+            None
+        }
+        // Not quite dead.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            Some(Instant::now() + Duration::from_millis(20))
+        }
+        Err(error) => {
+            tracing::error!("{error}");
+            Some(Instant::now() + Duration::from_secs(1))
+        }
     }
 }
 
@@ -382,7 +456,7 @@ fn adopt(worker: &Worker) -> Result<Value> {
             format!("{}: {status}", what()),
         ));
     }
-    *events = events_out;
+    *events = Arc::new(events_out);
     Ok(Value::Null)
 }
 
@@ -413,6 +487,13 @@ fn report_status(context: &Context) -> Value {
 
 fn prepare_process() -> Result<()> {
     let _ = nix::sys::prctl::set_name(c"vellum-worker");
+    // For want of memory rather this process than the supervisor, from which it was forked.
+    let adjustment = "/proc/self/oom_score_adj";
+    if let Ok(text) = std::fs::read_to_string(adjustment)
+        && let Ok(supervisors) = text.trim().parse::<i32>()
+    {
+        let _ = std::fs::write(adjustment, (supervisors + 1).min(1000).to_string());
+    }
     // Reclaiming memory must not wait for I/O on our own device. It can fail even for root.
     // SAFETY: the call takes integers and changes a flag of this thread, which its threads inherit.
     unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };

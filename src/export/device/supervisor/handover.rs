@@ -16,8 +16,9 @@ use nix::sys::signal::Signal;
 use nix::unistd::ForkResult;
 use serde::{Deserialize, Serialize};
 
+use super::children::{Standby, serving_process};
 use super::system::{block_signals, fork, prepare_process, reap};
-use super::{ARG0, STOP_TIMEOUT, Standby, Supervisor, SupervisorArgs, serving_process};
+use super::{ARG0, STOP_TIMEOUT, Supervisor, SupervisorArgs};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::backoff::Backoff;
 use crate::export::device::process::{Identity, Process};
@@ -77,7 +78,7 @@ impl Supervisor {
                 go: adopt_fd(go)?,
             }),
         };
-        let supervisor = Supervisor {
+        let mut supervisor = Supervisor {
             args: SupervisorArgs {
                 resume: None,
                 ..args.clone()
@@ -103,6 +104,7 @@ impl Supervisor {
             stopping: None,
             ever_served: true,
         };
+        supervisor.note_counts();
         supervisor.write_state();
         Ok(Some(supervisor))
     }

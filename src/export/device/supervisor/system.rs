@@ -54,9 +54,12 @@ pub(super) fn block_signals() -> Result<SignalFd> {
 }
 
 /// Best effort: none of it is worth failing for.
+///
+/// The supervisor and its standby are a few pages each and never killed for memory, where we may
+/// say so (CAP_SYS_RESOURCE); the worker is more likely to be, since another takes its place.
 pub(super) fn prepare_process() {
     let _ = nix::sys::prctl::set_name(c"vellum-device");
-    let _ = fs::write("/proc/self/oom_score_adj", "-999");
+    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
 }
 
 /// Standard output becomes the log, and what it was is returned.

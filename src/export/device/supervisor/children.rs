@@ -1,0 +1,241 @@
+//! The processes that the supervisor forks: their starts, their deaths, and the end of them all.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
+use nix::unistd::ForkResult;
+
+use super::system::{fork, open_child, reap};
+use super::{Ready, Role, STANDBY_DELAY, STOP_TIMEOUT, Supervisor, send_ready};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::device::backoff::{Backoff, Death, Verdict};
+use crate::export::device::control::Failure;
+use crate::export::device::process::{Identity, Process, monotonic_ns};
+use crate::export::device::state::{self, DEV, Status};
+use crate::export::fuse::slot::{self, Shared};
+
+/// The process that waits to be the next worker, or the next supervisor.
+pub(super) struct Standby {
+    pub(super) process: Process,
+    /// One byte sends it to work; closing this makes it the supervisor.
+    pub(super) go: OwnedFd,
+}
+
+impl Supervisor {
+    /// Sends the standby to work, or forks a worker. Returns a role in the new process.
+    pub(super) fn start_worker(&mut self) -> Result<Option<Role>> {
+        let resume = self.ever_served;
+        self.worker_served = false;
+        self.worker_since = Instant::now();
+        self.shared.table().worker_ended.store(0, Ordering::Release);
+        if let Some(standby) = self.standby.take() {
+            match nix::unistd::write(&standby.go, b"g") {
+                Ok(_) => {
+                    self.worker = Some(standby.process);
+                    // While it opens the device: nobody may take it for a standby.
+                    self.state.standby = None;
+                    self.state.status = Status::Restarting;
+                    self.write_state();
+                    return Ok(None);
+                }
+                Err(_) => {
+                    reap(standby.process.pid());
+                }
+            }
+        }
+        match fork()? {
+            ForkResult::Parent { child } => {
+                self.worker = Some(open_child(child)?);
+                Ok(None)
+            }
+            ForkResult::Child => {
+                self.forget_children();
+                Ok(Some(Role::Worker { resume }))
+            }
+        }
+    }
+
+    /// Forks the process that waits. In it, returns only to become the worker, or, when the
+    /// supervisor is dead, goes on as the supervisor.
+    pub(super) fn fork_standby(&mut self) -> Result<Option<Role>> {
+        let (wait, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC)
+            .context(|| "a pipe for the standby cannot be made")?;
+        match fork()? {
+            ForkResult::Parent { child } => {
+                let process = open_child(child)?;
+                self.state.standby = Identity::of(child.as_raw());
+                self.standby = Some(Standby { process, go });
+                self.write_state();
+                Ok(None)
+            }
+            ForkResult::Child => {
+                drop(go);
+                self.forget_children();
+                let mut byte = [0];
+                let told = loop {
+                    match nix::unistd::read(&wait, &mut byte) {
+                        Err(Errno::EINTR) => {}
+                        Ok(1) => break true,
+                        _ => break false,
+                    }
+                };
+                if told {
+                    return Ok(Some(Role::Worker { resume: true }));
+                }
+                self.promote();
+                Ok(None)
+            }
+        }
+    }
+
+    /// In a fork: what belongs to the supervisor alone is closed.
+    pub(super) fn forget_children(&mut self) {
+        self.ready = None;
+        self.worker = None;
+        self.standby = None;
+        self.old_standby = None;
+    }
+
+    /// The standby becomes the supervisor, since that one is dead.
+    pub(super) fn promote(&mut self) {
+        tracing::warn!("the supervisor died: the standby takes its place");
+        self.state.supervisor = Identity::current();
+        self.state.standby = None;
+        self.event_bytes.clear();
+        self.backoff = Backoff::default();
+        self.restart_at = None;
+        self.stopping = None;
+        self.worker = serving_process(&self.shared);
+        self.state.worker = self
+            .worker
+            .as_ref()
+            .and_then(|worker| Identity::of(worker.pid()));
+        self.worker_since = Instant::now();
+        self.worker_served = true;
+        if self.worker.is_none() {
+            self.state.status = Status::Restarting;
+            self.note_death();
+            self.restart_at = Some(Instant::now());
+        } else {
+            self.standby_at = Some(Instant::now() + STANDBY_DELAY);
+        }
+        self.note_counts();
+        self.write_state();
+    }
+
+    pub(super) fn note_death(&self) {
+        let table = self.shared.table();
+        table.death_ns.store(monotonic_ns(), Ordering::Release);
+        table.restarts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn worker_died(&mut self) -> Result<Option<Role>> {
+        let Some(worker) = self.worker.take() else {
+            return Ok(None);
+        };
+        let killed = reap(worker.pid());
+        self.state.worker = None;
+        let ended = self.shared.table().worker_ended.load(Ordering::Acquire);
+        if ended == slot::ENDED_SESSION_OVER || self.stopping.is_some() {
+            return Ok(Some(self.end(Status::Ended, None)));
+        }
+        if !self.ever_served {
+            let error = Error::new(
+                ErrorKind::Io,
+                format!(
+                    "the device server died before it served (see {})",
+                    self.args.run_dir.join(state::LOG).display()
+                ),
+            );
+            return Ok(Some(self.end(Status::Failed, Some(error))));
+        }
+        self.note_death();
+        if ended == slot::ENDED_STOPPED {
+            self.restart_at = Some(Instant::now());
+            return Ok(None);
+        }
+        let death = Death {
+            killed,
+            served: self.worker_served,
+            lived: self.worker_since.elapsed(),
+        };
+        match self.backoff.judge(death) {
+            Verdict::Restart(delay) => {
+                tracing::warn!(
+                    killed,
+                    deaths = self.backoff.deaths(),
+                    "the worker died and is replaced"
+                );
+                self.restart_at = Some(Instant::now() + delay);
+                self.state.deaths = self.backoff.deaths();
+                // The replacement is on its way: the state is written when it serves, or now if
+                // that takes a while.
+                if !delay.is_zero() {
+                    self.state.status = Status::Restarting;
+                    self.write_state();
+                }
+                Ok(None)
+            }
+            Verdict::GiveUp => {
+                self.state.deaths = self.backoff.deaths();
+                let reason = self.state.error.take();
+                let error = Error::new(
+                    ErrorKind::Io,
+                    format!(
+                        "the device server died {} times in a row{} and is given up: its users get \
+                         I/O errors, nothing that was flushed is lost (see {})",
+                        self.backoff.deaths(),
+                        reason.map_or(String::new(), |reason| format!(" ({reason})")),
+                        self.args.run_dir.join(state::LOG).display()
+                    ),
+                );
+                Ok(Some(self.end(Status::Failed, Some(error))))
+            }
+        }
+    }
+
+    /// The end of the device: nobody else holds the session when this process is gone.
+    pub(super) fn end(&mut self, status: Status, error: Option<Error>) -> Role {
+        if let Some(worker) = self.worker.take() {
+            worker.signal(Signal::SIGKILL);
+            let _ = worker.wait(STOP_TIMEOUT);
+            reap(worker.pid());
+        }
+        for standby in [self.standby.take(), self.old_standby.take()]
+            .into_iter()
+            .flatten()
+        {
+            standby.process.signal(Signal::SIGKILL);
+            let _ = standby.process.wait(STOP_TIMEOUT);
+            reap(standby.process.pid());
+        }
+        self.state.status = status;
+        self.state.worker = None;
+        self.state.standby = None;
+        self.state.error = error.as_ref().map(Error::to_string);
+        if status == Status::Failed && !self.ever_served {
+            // Nobody has seen the device: leave nothing behind.
+            let dev = self.args.run_dir.join(DEV);
+            let _ = nix::mount::umount2(&dev, nix::mount::MntFlags::MNT_DETACH);
+        }
+        self.write_state();
+        if let (Some(mut ready), Some(error)) = (self.ready.take(), &error) {
+            send_ready(&mut ready, &Ready::Failed(Failure::from(error)));
+        }
+        Role::End(error.map_or(Ok(()), Err))
+    }
+}
+
+/// The worker that serves now, whoever its parent is.
+pub(super) fn serving_process(shared: &Shared) -> Option<Process> {
+    let table = shared.table();
+    let worker = Identity {
+        pid: table.worker_pid.load(Ordering::Acquire) as i32,
+        start: table.worker_start.load(Ordering::Acquire),
+    };
+    worker.open()
+}
