@@ -22,7 +22,7 @@ impl Snapshotter {
     /// What the snapshot takes beyond what it was made from.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`].
+    /// [`crate::ErrorKind::NotFound`].
     pub fn usage(&self, key: &str) -> Result<SnapshotUsage> {
         let record = request(self.index.get(key))?;
         Ok(self.usage_of(&record)?)

@@ -18,7 +18,7 @@ const CRC_AT: usize = SECTOR - 4;
 /// What one version of a block is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stamp {
-    /// The call of [`super::write`] that wrote it.
+    /// The call of [`super::write()`] that wrote it.
     pub(super) run: Uuid,
     /// Number of the block within the target.
     pub(super) block: u64,

@@ -72,7 +72,7 @@ struct Run<'a> {
 ///
 /// # Errors
 /// Where the target fails, which ends the run: the message says how much was acknowledged, and
-/// [`super::check`] whether it is there. [`ErrorKind::InvalidInput`] for options that cannot work;
+/// [`super::check()`] whether it is there. [`ErrorKind::InvalidInput`] for options that cannot work;
 /// [`ErrorKind::AlreadyExists`] where something would be destroyed, or the log is there;
 /// [`ErrorKind::Unsupported`] for an NBD server without FLUSH.
 pub fn write(

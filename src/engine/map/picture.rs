@@ -150,7 +150,7 @@ pub fn png(map: &BlockMap, layout: Layout) -> Result<Vec<u8>> {
 /// The map as an SVG file: title and legend as text, the cells as an image within.
 ///
 /// # Errors
-/// As [`png`].
+/// As [`png()`].
 pub fn svg(map: &BlockMap, layout: Layout) -> Result<String> {
     let side = cells(map);
     let grid = Grid::new(map, layout, side, side);

@@ -275,7 +275,7 @@ pub struct Leak {
     /// What is there, for a person.
     pub what: String,
     /// True where it is files alone: nothing is attached or mounted, and no process runs. So it is
-    /// after every crash of the host; the next [`attach`](super::attach) replaces them.
+    /// after every crash of the host; the next [`attach`](super::attach()) replaces them.
     pub only_files: bool,
 }
 
