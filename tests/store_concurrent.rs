@@ -10,9 +10,11 @@ mod common;
 
 use std::fs;
 use std::process::{Child, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{SIZE, TestStore};
+use vellum::store::{LayerInfo, Store};
 
 fn start(store: &TestStore, arguments: &[&str]) -> Child {
     store
@@ -342,4 +344,29 @@ fn a_commit_killed_at_any_moment_costs_the_container_nothing() {
     assert_eq!(fs::read(dir.join("file")).unwrap(), vec![7; 100_000]);
     store.ok(&["umount", "c"]);
     store.assert_nothing_runs();
+}
+
+#[test]
+fn a_layer_that_prune_and_its_owner_remove_at_once_is_removed_without_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(dir.path()).unwrap();
+    for _ in 0..20 {
+        let layers: Vec<_> = {
+            let pin = store.pin_layers().unwrap();
+            (0..8)
+                .map(|_| {
+                    let staged = store.stage_layer(None, 1 << 20).unwrap();
+                    staged.publish(&LayerInfo::default(), &pin).unwrap()
+                })
+                .collect()
+        };
+        thread::scope(|scope| {
+            let prune = scope.spawn(|| store.prune().map(drop));
+            for layer in layers {
+                store.discard_snapshot_layer(layer).unwrap();
+            }
+            prune.join().unwrap().unwrap();
+        });
+        assert!(store.layers().unwrap().is_empty());
+    }
 }

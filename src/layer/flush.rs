@@ -10,14 +10,12 @@ use std::thread::JoinHandle;
 use super::header::Header;
 use super::index::Index;
 use super::journal::{AlignedBuf, Area, RecordBody, RecordPlace, block_offset, encode_record};
-use super::recovery::{remove_journal, write_checkpoint};
+use super::map_state::{Change, Dirty, MapState};
+use super::recovery::remove_journal;
 use super::state_of_value;
-use super::table::{MapExtent, checkpoint_len, push_extent, state_code, state_of_code};
-use super::writable::{Change, Core, Dirty, MapState, WritableLayer};
+use super::table::{state_code, state_of_code};
+use super::writable::WritableLayer;
 use crate::error::{Error, ErrorKind, Result};
-
-/// Blocks whose part of the map is copied under one lock.
-const CHECKPOINT_CHUNK: u64 = 1 << 19;
 
 /// How much longer an area is than the one before it, while they fill.
 const GROWTH: u64 = 4;
@@ -282,7 +280,7 @@ impl WritableLayer {
     ) -> Result<()> {
         let carry = !barrier && !dirty.many;
         if carry {
-            body.blocks = distinct_blocks(dirty);
+            body.blocks = dirty.distinct_blocks();
         } else {
             self.core.sync_data()?;
             body.barrier = true;
@@ -488,131 +486,6 @@ fn spawn(
         .spawn(work)
 }
 
-impl Core {
-    /// Makes an area; `None` where there is no space for it.
-    fn make_area(&self, which: usize, len: u64) -> Result<Option<Area>> {
-        match Area::create(&*self.storage, &self.dir, which, len) {
-            Ok(area) => Ok(Some(area)),
-            Err(error) if error.kind() == ErrorKind::NoSpace => Ok(None),
-            Err(error) => Err(self.poison(&error)),
-        }
-    }
-
-    /// A failure to make something durable: out of space can be tried again, all else poisons.
-    fn fatal(&self, error: Error) -> Error {
-        if error.kind() == ErrorKind::NoSpace {
-            error
-        } else {
-            self.poison(&error)
-        }
-    }
-
-    /// Syncs the data files. Any failure poisons: the kernel has forgotten what it could not write.
-    fn sync_data(&self) -> Result<()> {
-        let syncs = self.data.sync().map_err(|error| self.poison(&error))?;
-        self.stats.data_syncs.add(syncs);
-        self.check_poison()
-    }
-
-    /// Makes the records of generation `full` and before unnecessary.
-    fn retire(&self, full: u64) -> Result<()> {
-        self.sync_data()?;
-        self.checkpoint(full, false)
-    }
-
-    fn checkpoint(&self, generation: u64, with_in_flight: bool) -> Result<()> {
-        self.stats.checkpoints.add(1);
-        let extents = self.durable_extents(with_in_flight);
-        let bytes = checkpoint_len(extents.len());
-        self.stats.checkpoint_bytes.add(bytes);
-        write_checkpoint(
-            &*self.storage,
-            &self.dir,
-            &self.header,
-            generation,
-            &extents,
-        )
-        .map_err(|error| self.fatal(error))
-    }
-
-    /// The map without the changes that are not durable. Each part is as it was at one moment;
-    /// what changes between the parts is in newer records, and replaying those makes it whole.
-    fn durable_extents(&self, with_in_flight: bool) -> Vec<MapExtent> {
-        let mut extents = Extents::default();
-        let mut start = 0;
-        loop {
-            let range = start..start + CHECKPOINT_CHUNK;
-            let (runs, undo) = {
-                let map = self.map.read();
-                if start >= map.index.end() {
-                    break;
-                }
-                let in_flight: &[Change] = if with_in_flight { &[] } else { &map.in_flight };
-                let undo: Vec<Change> = in_flight
-                    .iter()
-                    .chain(&map.changes)
-                    .filter(|change| {
-                        change.start < range.end && range.start < change.start + change.len
-                    })
-                    .copied()
-                    .collect();
-                (map.index.runs(range.clone()).collect::<Vec<_>>(), undo)
-            };
-            if undo.is_empty() {
-                runs.iter()
-                    .for_each(|run| extents.push(run.start, run.len, run.value));
-            } else {
-                let mut index = Index::new();
-                runs.iter()
-                    .for_each(|run| index.set(run.start, run.len, run.value));
-                // From the newest to the oldest: what was there first is what is durable.
-                for change in undo.iter().rev() {
-                    index.set(change.start, change.len, change.old);
-                }
-                index
-                    .runs(range)
-                    .for_each(|run| extents.push(run.start, run.len, run.value));
-            }
-            start += CHECKPOINT_CHUNK;
-        }
-        extents.finish()
-    }
-}
-
-/// Collects runs, joining those that touch.
-#[derive(Default)]
-struct Extents {
-    done: Vec<MapExtent>,
-    last: Option<(u64, u64, u32)>,
-}
-
-impl Extents {
-    fn push(&mut self, start: u64, len: u64, value: u32) {
-        match &mut self.last {
-            Some((last, last_len, last_value))
-                if *last + *last_len == start && *last_value == value =>
-            {
-                *last_len += len;
-            }
-            _ => {
-                self.close();
-                self.last = Some((start, len, value));
-            }
-        }
-    }
-
-    fn close(&mut self) {
-        if let Some((start, len, value)) = self.last.take() {
-            push_extent(&mut self.done, start, len, state_of_value(value));
-        }
-    }
-
-    fn finish(mut self) -> Vec<MapExtent> {
-        self.close();
-        self.done
-    }
-}
-
 /// What a sequence of changes comes to.
 fn net_changes(changes: &[Change]) -> RecordBody {
     let mut body = RecordBody::default();
@@ -635,64 +508,4 @@ fn net_changes(changes: &[Change]) -> RecordBody {
         }
     }
     body
-}
-
-/// The blocks of the runs, each once, in order.
-fn distinct_blocks(dirty: &Dirty) -> Vec<u64> {
-    let mut blocks: Vec<u64> = dirty
-        .runs
-        .iter()
-        .flat_map(|&(start, len)| start..start + len)
-        .collect();
-    blocks.sort_unstable();
-    blocks.dedup();
-    blocks
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::block::BlockState;
-    use crate::layer::LayerOptions;
-    use crate::storage::SimStorage;
-    use std::path::Path;
-    use std::sync::Arc;
-
-    /// A map that says *data* of a block whose bytes no sync and no record has would show whatever
-    /// the data file happens to hold.
-    #[test]
-    fn a_checkpoint_leaves_out_changes_that_no_record_holds_yet() {
-        let storage = Arc::new(SimStorage::new());
-        let dir = Path::new("/layer");
-        WritableLayer::create(&*storage, dir, &Header::new(None, 1 << 20).unwrap()).unwrap();
-        let layer = WritableLayer::open(storage, dir, LayerOptions::default()).unwrap();
-        layer.write_blocks(0, &[1; 4 * 4096]).unwrap();
-        layer.flush().unwrap();
-        let flushed = layer.core.durable_extents(false);
-        layer.clear_blocks(1, 2, BlockState::Zero).unwrap();
-        layer.write_blocks(2, &[2; 4096]).unwrap();
-        layer.write_blocks(9, &[2; 4096]).unwrap();
-        layer.clear_blocks(3, 1, BlockState::Parent).unwrap();
-        assert_eq!(layer.core.durable_extents(false), flushed);
-        {
-            let map = &mut *layer.core.map.write();
-            map.in_flight = std::mem::take(&mut map.changes);
-        }
-        layer.write_blocks(20, &[3; 4096]).unwrap();
-        layer.write_blocks(1, &[3; 4096]).unwrap();
-        // The background's checkpoint, while the record of some is being written.
-        assert_eq!(layer.core.durable_extents(false), flushed);
-        // A checkpoint in that record's place contains them, and nothing newer.
-        let extents: Vec<_> = layer
-            .core
-            .durable_extents(true)
-            .iter()
-            .map(|extent| (extent.start, extent.len, extent.state))
-            .collect();
-        let (data, zero) = (BlockState::Data, BlockState::Zero);
-        assert_eq!(
-            extents,
-            [(0, 1, data), (1, 1, zero), (2, 1, data), (9, 1, data)]
-        );
-    }
 }

@@ -6,6 +6,7 @@
 //! * [`Index`]: block → value, in memory.
 
 mod check;
+mod checkpoint;
 mod codec;
 mod data;
 mod flush;
@@ -13,9 +14,11 @@ mod header;
 mod index;
 mod journal;
 mod live;
+mod map_state;
 mod range_lock;
 mod recovery;
 mod sealed;
+mod shared;
 mod stats;
 mod table;
 mod writable;

@@ -1,19 +1,21 @@
 //! A writable layer: the map in memory, writes to the data files, and what is not yet durable.
 //! Making it durable is in [`super::flush`], coming back after a crash in [`super::recovery`].
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use parking_lot::{Condvar, Mutex, RwLock};
+use parking_lot::{Condvar, Mutex};
 
 use super::data::DataFiles;
 use super::flush::{Committer, FlushQueue};
 use super::header::Header;
 use super::index::{ABSENT, Index};
 use super::journal::MAX_AREA;
-use super::live::{self, Left, Live, PoisonMark};
+use super::live::{self, Live};
+use super::map_state::MapState;
 use super::range_lock::{RangeGuard, RangeLock};
+use super::shared::Core;
 use super::stats::{LayerCounters, LayerStats, StatsHandle};
 use super::{STATE_DATA, ValueRun, recovery, state_of_value, value_of_state};
 use crate::block::{BLOCK_SIZE, BlockState};
@@ -57,129 +59,6 @@ impl LayerOptions {
     }
 }
 
-/// A change of state that is not yet in the journal.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Change {
-    pub(super) start: u64,
-    pub(super) len: u64,
-    /// Index values.
-    pub(super) old: u32,
-    pub(super) new: u32,
-}
-
-/// Blocks whose bytes changed since the last flush.
-#[derive(Debug, Default)]
-pub(super) struct Dirty {
-    /// Runs in the order they were written; complete unless `many`.
-    pub(super) runs: Vec<(u64, u64)>,
-    pub(super) blocks: u64,
-    /// More than a journal record would carry: only a sync of the data file will do.
-    pub(super) many: bool,
-}
-
-impl Dirty {
-    fn add(&mut self, start: u64, len: u64, limit: u64) {
-        if self.many {
-            return;
-        }
-        self.blocks += len;
-        if self.blocks > limit {
-            self.many = true;
-            self.runs = Vec::new();
-        } else {
-            self.runs.push((start, len));
-        }
-    }
-
-    /// Something changed, and nobody knows what.
-    fn add_unknown(&mut self) {
-        self.blocks += 1;
-        self.many = true;
-        self.runs = Vec::new();
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.blocks == 0
-    }
-}
-
-/// The map as clients see it, and how it differs from the durable one.
-#[derive(Debug, Default)]
-pub(super) struct MapState {
-    /// [`STATE_DATA`] and [`super::STATE_ZERO`] by block.
-    pub(super) index: Index,
-    /// Changes since the last flush began.
-    pub(super) changes: Vec<Change>,
-    /// Changes that a flush is writing to the journal now.
-    pub(super) in_flight: Vec<Change>,
-    pub(super) dirty: Dirty,
-    pub(super) data_blocks: u64,
-    /// Changes that are not durable, for our successor.
-    pub(super) live: Option<Live>,
-}
-
-impl MapState {
-    /// Goes on where a process of this boot died: what it told clients of holds.
-    fn take_over(&mut self, left: &Left, blocks: u64) {
-        for change in &left.changes {
-            if change
-                .start
-                .checked_add(change.len)
-                .is_some_and(|end| end <= blocks)
-            {
-                let there = self.index.run_at(change.start, change.len);
-                self.change(there, change.len, change.new);
-            }
-        }
-        // What it wrote in place without a flush nobody knows.
-        self.dirty.add_unknown();
-    }
-
-    /// Sets `len` blocks to one state and remembers what changed; `first` is the run that begins
-    /// there, at most that long. Returns the number of blocks that changed.
-    fn change(&mut self, first: ValueRun, len: u64, new: u32) -> u64 {
-        let end = first.start + len;
-        let mut changed = self.change_run(first, new);
-        let mut at = first.start + first.len;
-        while at < end {
-            let run = self.index.run_at(at, end - at);
-            changed += self.change_run(run, new);
-            at += run.len;
-        }
-        changed
-    }
-
-    /// As [`MapState::change`], for one run.
-    fn change_run(&mut self, run: ValueRun, new: u32) -> u64 {
-        if run.value == new {
-            return 0;
-        }
-        if run.value == STATE_DATA {
-            self.data_blocks -= run.len;
-        }
-        if new == STATE_DATA {
-            self.data_blocks += run.len;
-        }
-        // A sequential writer makes one change of many.
-        match self.changes.last_mut() {
-            Some(last)
-                if last.start + last.len == run.start
-                    && (last.old, last.new) == (run.value, new) =>
-            {
-                last.len += run.len;
-            }
-            _ => self.changes.push(Change {
-                start: run.start,
-                len: run.len,
-                old: run.value,
-                new,
-            }),
-        }
-        self.index.set(run.start, run.len, new);
-        run.len
-    }
-}
-
 /// The top layer of a chain. Blocks it holds are read and written here; what it says nothing of is
 /// the chain's to resolve.
 #[derive(Debug)]
@@ -190,160 +69,6 @@ pub struct WritableLayer {
     pub(super) queue: Mutex<FlushQueue>,
     pub(super) flushed: Condvar,
     locks: RangeLock,
-}
-
-/// What a layer shares with the thread that frees a journal area.
-#[derive(Debug)]
-pub(super) struct Core {
-    pub(super) storage: Arc<dyn Storage>,
-    pub(super) dir: PathBuf,
-    pub(super) header: Header,
-    pub(super) data: DataFiles,
-    pub(super) map: RwLock<MapState>,
-    pub(super) stats: StatsHandle,
-    poison: OnceLock<String>,
-    sealed: AtomicBool,
-    /// There is a log of changes.
-    live: AtomicBool,
-    /// Of that log. Apart from the map, which somebody may hold for long while a sync fails.
-    poison_mark: Mutex<Option<PoisonMark>>,
-    /// The log is filling: a flush makes room.
-    flush_due: AtomicBool,
-}
-
-impl Core {
-    /// Marks the layer as one whose promises cannot be kept any more.
-    pub(super) fn poison(&self, error: &Error) -> Error {
-        tracing::error!(layer = %self.dir.display(), %error, "layer poisoned");
-        // The first reason stays.
-        let _ = self.poison.set(error.to_string());
-        if let Some(mark) = &*self.poison_mark.lock() {
-            mark.set();
-        }
-        self.poison_error()
-    }
-
-    fn poison_error(&self) -> Error {
-        let why = self.poison.get().map(String::as_str).unwrap_or_default();
-        Error::new(
-            ErrorKind::Poisoned,
-            format!(
-                "{}: a sync failed ({why}), so writes may be lost and the layer refuses to go on; \
-                 check the host's disk, then open the layer again",
-                self.dir.display()
-            ),
-        )
-    }
-
-    pub(super) fn check_poison(&self) -> Result<()> {
-        if self.poison.get().is_some() {
-            Err(self.poison_error())
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Sees to it that there is a log of changes before anything is written: it also tells our
-    /// successor that the page cache is to be trusted.
-    fn ensure_live(&self) -> Result<()> {
-        if self.live.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        self.begin_live(&mut self.map.write())
-    }
-
-    /// As [`Core::ensure_live`], by whoever has the map.
-    fn begin_live(&self, map: &mut MapState) -> Result<()> {
-        if map.live.is_none() {
-            // Everything is durable, or there would be a log.
-            let live = Live::create(&*self.storage, &self.dir, self.header.uuid, &[])?;
-            let mut mark = self.poison_mark.lock();
-            let mark = mark.insert(live.poison_mark());
-            if self.poison.get().is_some() {
-                // A sync failed just now, and there was no log to note it in.
-                mark.set();
-            }
-            map.live = Some(live);
-            self.live.store(true, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    /// Changes the map, and notes it for our successor first. Returns the number of blocks that
-    /// changed.
-    fn change(&self, map: &mut MapState, start: u64, len: u64, new: u32) -> Result<u64> {
-        let there = map.index.run_at(start, len);
-        if there.value == new && there.len == len {
-            return Ok(0);
-        }
-        // Whoever closed the layer since this request began took the log away.
-        self.begin_live(map)?;
-        if let Some(live) = &mut map.live {
-            let noted = live.append(start, len, new);
-            if live.is_filling() {
-                self.flush_due.store(true, Ordering::Relaxed);
-            }
-            noted?;
-        }
-        Ok(map.change(there, len, new))
-    }
-
-    /// Blocks that were written become data. Where that cannot be noted, some may have been data
-    /// before and hold the new bytes: the next flush makes them durable.
-    fn become_data(&self, map: &mut MapState, start: u64, len: u64) -> Result<u64> {
-        self.change(map, start, len, STATE_DATA)
-            .inspect_err(|_| map.dirty.add_unknown())
-    }
-
-    /// Ends the log where everything is durable.
-    pub(super) fn end_live(&self) {
-        let mut map = self.map.write();
-        if map.live.is_none() || !map.changes.is_empty() || !map.dirty.is_empty() {
-            return;
-        }
-        match live::remove(&*self.storage, &self.dir) {
-            Ok(()) => {
-                map.live = None;
-                *self.poison_mark.lock() = None;
-                self.live.store(false, Ordering::Release);
-            }
-            // It says nothing that is not durable, so it does no harm where it stays.
-            Err(error) => tracing::warn!(%error, "a log of changes is left"),
-        }
-    }
-
-    fn log_is_filling(&self) -> bool {
-        self.map.read().live.as_ref().is_some_and(Live::is_filling)
-    }
-
-    pub(super) fn set_sealed(&self) {
-        self.sealed.store(true, Ordering::Release);
-    }
-
-    pub(super) fn is_sealed(&self) -> bool {
-        self.sealed.load(Ordering::Acquire)
-    }
-
-    /// For whoever still holds the layer after it was sealed.
-    fn check_writable(&self) -> Result<()> {
-        self.check_poison()?;
-        if self.is_sealed() {
-            return Err(Error::new(
-                ErrorKind::ReadOnly,
-                format!("{}: the layer was sealed", self.dir.display()),
-            ));
-        }
-        Ok(())
-    }
-
-    /// Writes bytes. Where that fails, some of them may be there: the next flush makes whatever a
-    /// client reads from then on durable.
-    fn write_data(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.ensure_live()?;
-        self.data.write(buf, offset).inspect_err(|_| {
-            self.map.write().dirty.add_unknown();
-        })
-    }
 }
 
 impl Drop for WritableLayer {
@@ -419,22 +144,15 @@ impl WritableLayer {
             map.take_over(&left, header.blocks());
             map.live = Some(Live::create(&*storage, dir, header.uuid, &left.changes)?);
         }
-        let map_is_filling = map.live.as_ref().is_some_and(Live::is_filling);
-        let poison_mark = map.live.as_ref().map(Live::poison_mark);
         Ok(Arc::new(WritableLayer {
-            core: Arc::new(Core {
-                dir: dir.to_owned(),
-                data,
-                map: RwLock::new(map),
-                live: AtomicBool::new(left.same_boot),
-                flush_due: AtomicBool::new(map_is_filling),
-                poison_mark: Mutex::new(poison_mark),
-                stats: StatsHandle(counters),
-                poison: OnceLock::new(),
-                sealed: AtomicBool::new(false),
-                header,
+            core: Arc::new(Core::new(
                 storage,
-            }),
+                dir,
+                header,
+                data,
+                map,
+                StatsHandle(counters),
+            )),
             options: options.within_bounds(),
             committer: Mutex::new(Committer::new(recovered.generation)),
             queue: Mutex::default(),
@@ -505,7 +223,7 @@ impl WritableLayer {
 
     /// Why the layer is poisoned, if it is.
     pub fn poisoned(&self) -> Option<&str> {
-        self.core.poison.get().map(String::as_str)
+        self.core.poisoned()
     }
 
     /// Marks the layer as one whose promises cannot be kept any more: from then on every request

@@ -271,7 +271,8 @@ impl Store {
         self.write_json(&self.record_path("templates", &record.key), record)
     }
 
-    /// Moves a layer to the trash, where it is nobody's, and removes it there.
+    /// Moves a layer to the trash, where it is nobody's, and removes it there. So may another thread
+    /// that empties the trash at the same time, and what is gone is gone.
     pub(super) fn discard_layer(&self, layer: Uuid) -> Result<()> {
         let trash = self.root.join("trash").join(layer.to_string());
         let discard = || {
@@ -279,6 +280,14 @@ impl Store {
             crash_point::here("retire: layer in the trash");
             self.storage.remove_tree(&trash)
         };
-        discard().context(|| format!("cannot remove the layer {layer}"))
+        match discard() {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::NotFound
+                    && !self.storage.exists(&self.layer_dir(layer)).unwrap_or(true) =>
+            {
+                Ok(())
+            }
+            other => other.context(|| format!("cannot remove the layer {layer}")),
+        }
     }
 }

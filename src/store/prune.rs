@@ -143,7 +143,11 @@ impl Store {
                 }
                 other => other,
             };
-            removed.context(|| format!("cannot remove {}", path.display()))?;
+            match removed {
+                // Whoever put it into the trash has removed it meanwhile.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                other => other.context(|| format!("cannot remove {}", path.display()))?,
+            }
             let name = path.strip_prefix(&self.root).unwrap_or(&path);
             report.leftovers.push(name.display().to_string());
         }

@@ -1,0 +1,199 @@
+//! What a writable layer shares with the thread that frees a journal area: its files, its map, and
+//! whether it may still be written.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Mutex, RwLock};
+
+use super::STATE_DATA;
+use super::data::DataFiles;
+use super::header::Header;
+use super::live::{self, Live, PoisonMark};
+use super::map_state::MapState;
+use super::stats::StatsHandle;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+
+/// What a layer shares with the thread that frees a journal area.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) dir: PathBuf,
+    pub(super) header: Header,
+    pub(super) data: DataFiles,
+    pub(super) map: RwLock<MapState>,
+    pub(super) stats: StatsHandle,
+    poison: OnceLock<String>,
+    sealed: AtomicBool,
+    /// There is a log of changes.
+    live: AtomicBool,
+    /// Of that log. Apart from the map, which somebody may hold for long while a sync fails.
+    poison_mark: Mutex<Option<PoisonMark>>,
+    /// The log is filling: a flush makes room.
+    pub(super) flush_due: AtomicBool,
+}
+
+impl Core {
+    pub(super) fn new(
+        storage: Arc<dyn Storage>,
+        dir: &Path,
+        header: Header,
+        data: DataFiles,
+        map: MapState,
+        stats: StatsHandle,
+    ) -> Self {
+        Core {
+            dir: dir.to_owned(),
+            data,
+            live: AtomicBool::new(map.live.is_some()),
+            flush_due: AtomicBool::new(map.live.as_ref().is_some_and(Live::is_filling)),
+            poison_mark: Mutex::new(map.live.as_ref().map(Live::poison_mark)),
+            map: RwLock::new(map),
+            stats,
+            poison: OnceLock::new(),
+            sealed: AtomicBool::new(false),
+            header,
+            storage,
+        }
+    }
+
+    /// Why the layer is poisoned, if it is.
+    pub(super) fn poisoned(&self) -> Option<&str> {
+        self.poison.get().map(String::as_str)
+    }
+
+    /// Marks the layer as one whose promises cannot be kept any more.
+    pub(super) fn poison(&self, error: &Error) -> Error {
+        tracing::error!(layer = %self.dir.display(), %error, "layer poisoned");
+        // The first reason stays.
+        let _ = self.poison.set(error.to_string());
+        if let Some(mark) = &*self.poison_mark.lock() {
+            mark.set();
+        }
+        self.poison_error()
+    }
+
+    fn poison_error(&self) -> Error {
+        let why = self.poison.get().map(String::as_str).unwrap_or_default();
+        Error::new(
+            ErrorKind::Poisoned,
+            format!(
+                "{}: a sync failed ({why}), so writes may be lost and the layer refuses to go on; \
+                 check the host's disk, then open the layer again",
+                self.dir.display()
+            ),
+        )
+    }
+
+    pub(super) fn check_poison(&self) -> Result<()> {
+        if self.poison.get().is_some() {
+            Err(self.poison_error())
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Sees to it that there is a log of changes before anything is written: it also tells our
+    /// successor that the page cache is to be trusted.
+    pub(super) fn ensure_live(&self) -> Result<()> {
+        if self.live.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.begin_live(&mut self.map.write())
+    }
+
+    /// As [`Core::ensure_live`], by whoever has the map.
+    fn begin_live(&self, map: &mut MapState) -> Result<()> {
+        if map.live.is_none() {
+            // Everything is durable, or there would be a log.
+            let live = Live::create(&*self.storage, &self.dir, self.header.uuid, &[])?;
+            let mut mark = self.poison_mark.lock();
+            let mark = mark.insert(live.poison_mark());
+            if self.poison.get().is_some() {
+                // A sync failed just now, and there was no log to note it in.
+                mark.set();
+            }
+            map.live = Some(live);
+            self.live.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Changes the map, and notes it for our successor first. Returns the number of blocks that
+    /// changed.
+    pub(super) fn change(&self, map: &mut MapState, start: u64, len: u64, new: u32) -> Result<u64> {
+        let there = map.index.run_at(start, len);
+        if there.value == new && there.len == len {
+            return Ok(0);
+        }
+        // Whoever closed the layer since this request began took the log away.
+        self.begin_live(map)?;
+        if let Some(live) = &mut map.live {
+            let noted = live.append(start, len, new);
+            if live.is_filling() {
+                self.flush_due.store(true, Ordering::Relaxed);
+            }
+            noted?;
+        }
+        Ok(map.change(there, len, new))
+    }
+
+    /// Blocks that were written become data. Where that cannot be noted, some may have been data
+    /// before and hold the new bytes: the next flush makes them durable.
+    pub(super) fn become_data(&self, map: &mut MapState, start: u64, len: u64) -> Result<u64> {
+        self.change(map, start, len, STATE_DATA)
+            .inspect_err(|_| map.dirty.add_unknown())
+    }
+
+    /// Ends the log where everything is durable.
+    pub(super) fn end_live(&self) {
+        let mut map = self.map.write();
+        if map.live.is_none() || !map.changes.is_empty() || !map.dirty.is_empty() {
+            return;
+        }
+        match live::remove(&*self.storage, &self.dir) {
+            Ok(()) => {
+                map.live = None;
+                *self.poison_mark.lock() = None;
+                self.live.store(false, Ordering::Release);
+            }
+            // It says nothing that is not durable, so it does no harm where it stays.
+            Err(error) => tracing::warn!(%error, "a log of changes is left"),
+        }
+    }
+
+    pub(super) fn log_is_filling(&self) -> bool {
+        self.map.read().live.as_ref().is_some_and(Live::is_filling)
+    }
+
+    pub(super) fn set_sealed(&self) {
+        self.sealed.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::Acquire)
+    }
+
+    /// For whoever still holds the layer after it was sealed.
+    pub(super) fn check_writable(&self) -> Result<()> {
+        self.check_poison()?;
+        if self.is_sealed() {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{}: the layer was sealed", self.dir.display()),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Writes bytes. Where that fails, some of them may be there: the next flush makes whatever a
+    /// client reads from then on durable.
+    pub(super) fn write_data(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.ensure_live()?;
+        self.data.write(buf, offset).inspect_err(|_| {
+            self.map.write().dirty.add_unknown();
+        })
+    }
+}
