@@ -19,6 +19,7 @@
 //! * [`snapshotter`]: the store as a containerd snapshotter, over gRPC.
 //! * [`cli`]: the `vellum` command, one file a command.
 //! * [`crash_point`]: where tests have a process die.
+//! * [`memory`]: what a process keeps of the memory it needed once.
 
 pub mod block;
 pub mod chain;
@@ -30,6 +31,7 @@ pub mod export;
 pub mod fs;
 pub mod image;
 pub mod layer;
+pub mod memory;
 pub mod snapshotter;
 pub mod storage;
 pub mod store;

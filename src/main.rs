@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    vellum::memory::keep_small();
     vellum::cli::main()
 }

@@ -8,6 +8,10 @@ use super::shared::Core;
 use super::state_of_value;
 use super::table::{MapExtent, checkpoint_len, push_extent};
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory;
+
+/// A map of this many bytes needed memory that is worth giving back.
+const MUCH_MEMORY: u64 = 1 << 20;
 
 /// Blocks whose part of the map is copied under one lock.
 const CHECKPOINT_CHUNK: u64 = 1 << 19;
@@ -49,14 +53,18 @@ impl Core {
         let extents = self.durable_extents(with_in_flight);
         let bytes = checkpoint_len(extents.len());
         self.stats.checkpoint_bytes.add(bytes);
-        write_checkpoint(
+        let written = write_checkpoint(
             &*self.storage,
             &self.dir,
             &self.header,
             generation,
             &extents,
-        )
-        .map_err(|error| self.fatal(error))
+        );
+        if bytes > MUCH_MEMORY {
+            drop(extents);
+            memory::give_back();
+        }
+        written.map_err(|error| self.fatal(error))
     }
 
     /// The map without the changes that are not durable. Each part is as it was at one moment;

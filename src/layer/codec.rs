@@ -39,6 +39,11 @@ impl Writer {
         self.u32(crc);
     }
 
+    /// The CRC of what follows the first `start` bytes.
+    pub(super) fn crc_from(&self, start: usize) -> u32 {
+        crc32fast::hash(self.bytes.get(start..).unwrap_or_default())
+    }
+
     pub(super) fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }

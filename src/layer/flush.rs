@@ -486,11 +486,34 @@ fn spawn(
         .spawn(work)
 }
 
+/// The changes by block, where no block is in two of them, as first writes to blocks are.
+fn in_order(changes: &[Change]) -> Option<Vec<Change>> {
+    let mut ordered = changes.to_vec();
+    ordered.sort_unstable_by_key(|change| change.start);
+    let apart = ordered
+        .iter()
+        .zip(ordered.iter().skip(1))
+        .all(|(change, next)| change.start + change.len <= next.start);
+    apart.then_some(ordered)
+}
+
 /// What a sequence of changes comes to.
 fn net_changes(changes: &[Change]) -> RecordBody {
     let mut body = RecordBody::default();
     if let [only] = changes {
         body.push_change(only.start, only.len, state_of_value(only.new));
+        return body;
+    }
+    if let Some(ordered) = in_order(changes) {
+        let mut changes = ordered.iter().copied().peekable();
+        while let Some(mut change) = changes.next() {
+            while let Some(next) = changes
+                .next_if(|next| next.start == change.start + change.len && next.new == change.new)
+            {
+                change.len += next.len;
+            }
+            body.push_change(change.start, change.len, state_of_value(change.new));
+        }
         return body;
     }
     // Codes of states, since parent is a change like the others here.
@@ -508,4 +531,44 @@ fn net_changes(changes: &[Change]) -> RecordBody {
         }
     }
     body
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::{ABSENT, STATE_DATA, STATE_ZERO};
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    proptest! {
+        #[test]
+        fn net_changes_are_the_last_of_each_block_in_runs_as_long_as_can_be(
+            changes in prop::collection::vec(
+                (0u64..300, 1u64..20, prop::sample::select(vec![ABSENT, STATE_DATA, STATE_ZERO])),
+                0..12,
+            ),
+        ) {
+            let mut model = BTreeMap::new();
+            let changes: Vec<Change> = changes
+                .into_iter()
+                .map(|(start, len, new)| {
+                    for block in start..start + len {
+                        model.insert(block, state_of_value(new));
+                    }
+                    Change { start, len, old: ABSENT, new }
+                })
+                .collect();
+            let body = net_changes(&changes);
+            let mut seen = BTreeMap::new();
+            let mut last = None;
+            for change in &body.changes {
+                prop_assert!(last.is_none_or(|(end, state)| end < change.start || end == change.start && state != change.state));
+                last = Some((change.start + u64::from(change.len), change.state));
+                for block in change.start..change.start + u64::from(change.len) {
+                    seen.insert(block, change.state);
+                }
+            }
+            prop_assert_eq!(seen, model);
+        }
+    }
 }

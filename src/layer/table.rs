@@ -73,44 +73,49 @@ pub(super) struct TableContent<'a> {
 impl TableContent<'_> {
     /// The table as it lies on disk.
     pub(super) fn encode(&self) -> Vec<u8> {
-        let mut extents = Writer::with_capacity(self.extents.len() * EXTENT_LEN);
+        // In place, since a table may be large: room for the header, which has the CRCs, comes first.
+        let mut out = Writer::with_capacity(sums_offset(self.extents.len()) + self.sums.len() * 4);
+        out.pad_to(HEADER_LEN);
         let mut next_sum = 0;
         for extent in self.extents {
-            extents.u64(extent.start);
-            extents.u32(extent.len);
-            extents.u32(state_code(extent.state));
+            out.u64(extent.start);
+            out.u32(extent.len);
+            out.u32(state_code(extent.state));
             if self.kind == TableKind::Seal && extent.state == BlockState::Data {
-                extents.u64(next_sum);
+                out.u64(next_sum);
                 next_sum += u64::from(extent.len);
             } else {
-                extents.u64(0);
+                out.u64(0);
             }
         }
-        let extents = extents.into_bytes();
-        let mut sums = Writer::with_capacity(self.sums.len() * 4);
-        self.sums.iter().for_each(|&sum| sums.u32(sum));
-        let sums = sums.into_bytes();
-
-        let mut out = Writer::with_capacity(HEADER_LEN + extents.len() + sums.len() + HEADER_LEN);
-        out.bytes(MAGIC);
-        out.u32(VERSION);
-        out.u32(self.kind as u32);
-        out.bytes(self.uuid.as_bytes());
-        out.u64(self.generation);
-        out.u64(self.virtual_size);
-        out.u64(self.extents.len() as u64);
-        out.u64(self.sums.len() as u64);
-        out.bytes(&self.digest);
-        out.u32(crc32fast::hash(&extents));
-        out.u32(crc32fast::hash(&sums));
-        out.pad_to(HEADER_LEN - 4);
-        out.crc();
-        out.bytes(&extents);
+        let extents_crc = out.crc_from(HEADER_LEN);
+        let mut sums_crc = crc32fast::hash(&[]);
         if self.kind == TableKind::Seal {
-            out.pad_to(sums_offset(self.extents.len()));
-            out.bytes(&sums);
+            let start = sums_offset(self.extents.len());
+            out.pad_to(start);
+            self.sums.iter().for_each(|&sum| out.u32(sum));
+            sums_crc = out.crc_from(start);
         }
-        out.into_bytes()
+
+        let mut header = Writer::with_capacity(HEADER_LEN);
+        header.bytes(MAGIC);
+        header.u32(VERSION);
+        header.u32(self.kind as u32);
+        header.bytes(self.uuid.as_bytes());
+        header.u64(self.generation);
+        header.u64(self.virtual_size);
+        header.u64(self.extents.len() as u64);
+        header.u64(self.sums.len() as u64);
+        header.bytes(&self.digest);
+        header.u32(extents_crc);
+        header.u32(sums_crc);
+        header.pad_to(HEADER_LEN - 4);
+        header.crc();
+        let mut bytes = out.into_bytes();
+        if let Some(place) = bytes.get_mut(..HEADER_LEN) {
+            place.copy_from_slice(&header.into_bytes());
+        }
+        bytes
     }
 }
 
