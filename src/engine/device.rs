@@ -276,14 +276,9 @@ pub struct OpenChain {
     store: Store,
     chain: Arc<Chain>,
     leases: Mutex<Vec<LayerLease>>,
-    /// The layer that [`PREPARE_SEAL`] opened.
-    next: Mutex<Option<Next>>,
-}
-
-#[derive(Debug)]
-struct Next {
-    layer: Arc<WritableLayer>,
-    lease: LayerLease,
+    /// The layer that [`PREPARE_SEAL`] opened. Without a lease: if whoever wants it dies before it
+    /// comes to that, the layer is nobody's.
+    next: Mutex<Option<Arc<WritableLayer>>>,
 }
 
 impl OpenChain {
@@ -315,24 +310,20 @@ impl OpenChain {
     /// Where `next` cannot be opened, and as [`WritableLayer::flush`].
     pub fn prepare_seal(&self, next: Uuid) -> Result<()> {
         let mut prepared = self.next.lock();
-        if prepared.as_ref().map(|there| there.layer.header().uuid) != Some(next) {
-            // One of a seal that never came: its lease goes with it.
-            *prepared = None;
+        if prepared.as_ref().map(|there| there.header().uuid) != Some(next) {
             *prepared = Some(self.open_next(next)?);
         }
         drop(prepared);
         self.chain.top().map_or(Ok(()), |top| top.prepare_seal())
     }
 
-    fn open_next(&self, next: Uuid) -> Result<Next> {
-        let lease = self.store.lease_layer(next)?;
-        let layer = WritableLayer::open_counted(
+    fn open_next(&self, next: Uuid) -> Result<Arc<WritableLayer>> {
+        WritableLayer::open_counted(
             self.store.storage().clone(),
             &self.store.layer_dir(next),
             layer_options(&self.store),
             self.chain.stats().clone(),
-        )?;
-        Ok(Next { layer, lease })
+        )
     }
 
     /// Seals the top and goes on in the layer `next`.
@@ -340,9 +331,10 @@ impl OpenChain {
     /// # Errors
     /// As [`Chain::seal_top`].
     pub fn seal_top(&self, next: Uuid) -> Result<()> {
+        let lease = self.store.lease_layer(next)?;
         let prepared = self.next.lock().take();
-        let Next { layer, lease } = match prepared {
-            Some(there) if there.layer.header().uuid == next => there,
+        let layer = match prepared {
+            Some(there) if there.header().uuid == next => there,
             // Also where the server that prepared it died since.
             _ => self.open_next(next)?,
         };
