@@ -102,10 +102,15 @@ impl Area {
     }
 
     fn unmount_all(&self) {
+        // First, while their files still have names: a device that is mounted goes with its mount.
+        self.detach_all();
         for mount in self.mounts() {
             let flags = nix::mount::MntFlags::MNT_DETACH;
             let _ = nix::mount::umount2(&mount, flags);
         }
+    }
+
+    fn detach_all(&self) {
         let listed = Command::new("losetup")
             .args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"])
             .output();
