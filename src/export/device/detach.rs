@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 
 use super::process::Identity;
 use super::state::{
-    CONTROL, DEV, LOG, LOOP, RunLock, RunState, STATE, Status, hinted_loop, loop_tag,
+    self, CONTROL, DEV, LOG, LOOP, RunLock, RunState, STATE, Status, hinted_loop, loop_tag,
 };
 use super::supervisor::ARG0;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -56,8 +56,8 @@ pub fn detach(run_dir: &Path, options: &DetachOptions) -> Result<()> {
 
 pub(super) fn detach_locked(run_dir: &Path, options: &DetachOptions) -> Result<()> {
     clean(run_dir, options)?;
-    for name in [DEV, STATE, "state.json.tmp", CONTROL, LOG, LOOP] {
-        let path = run_dir.join(name);
+    let files = [DEV, STATE, CONTROL, LOG, LOOP].map(|name| run_dir.join(name));
+    for path in files.into_iter().chain(state::unfinished(run_dir)?) {
         match fs::remove_file(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -19,6 +19,8 @@ use crate::export::loop_device::LoopDevice;
 pub const DEV: &str = "dev";
 /// The state, as JSON.
 pub const STATE: &str = "state.json";
+/// How the name ends of a [`STATE`] that is being written.
+const UNFINISHED: &str = ".tmp";
 /// The control socket.
 pub const CONTROL: &str = "control.sock";
 /// What the processes had to say.
@@ -116,7 +118,8 @@ impl RunState {
     /// # Errors
     /// [`ErrorKind::NoSpace`] or [`ErrorKind::Io`].
     pub fn write(&self, run_dir: &Path) -> Result<()> {
-        let tmp = run_dir.join("state.json.tmp");
+        // Of this process alone: while a supervisor is replaced there may be two that write.
+        let tmp = run_dir.join(format!("{STATE}.{}{UNFINISHED}", std::process::id()));
         let bytes = serde_json::to_vec_pretty(self).map_err(|error| {
             Error::with_source(ErrorKind::Io, "the state cannot be encoded", error)
         })?;
@@ -179,6 +182,23 @@ pub fn status(run_dir: &Path) -> Result<Option<DeviceStatus>> {
     }))
 }
 
+/// Files that processes which were killed while they wrote the state left in `run_dir`.
+///
+/// # Errors
+/// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+pub(super) fn unfinished(run_dir: &Path) -> Result<Vec<PathBuf>> {
+    let what = || run_dir.display().to_string();
+    let mut found = Vec::new();
+    for entry in fs::read_dir(run_dir).context(what)? {
+        let path = entry.context(what)?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        if name.is_some_and(|name| name.starts_with(STATE) && name.ends_with(UNFINISHED)) {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
 /// The tag that a loop device of `run_dir` carries, also after its file was unmounted.
 pub fn loop_tag(run_dir: &Path) -> String {
     use sha2::Digest;
@@ -229,5 +249,22 @@ impl RunLock {
                 _ => {}
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What another process has written half of is neither taken for the state nor destroyed.
+    #[test]
+    fn a_state_that_another_process_is_writing_is_left_to_it_and_found_when_it_died() {
+        let dir = tempfile::tempdir().unwrap();
+        let half = dir.path().join(format!("{STATE}.1{UNFINISHED}"));
+        fs::write(&half, b"{\"version\"").unwrap();
+        RunState::new(false).write(dir.path()).unwrap();
+        assert!(RunState::read(dir.path()).unwrap().is_some());
+        assert_eq!(fs::read(&half).unwrap(), b"{\"version\"");
+        assert_eq!(unfinished(dir.path()).unwrap(), [half]);
     }
 }

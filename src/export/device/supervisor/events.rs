@@ -98,7 +98,10 @@ impl Supervisor {
         self.worker_served = true;
         self.state.worker = Identity::of(pid);
         self.state.status = Status::Serving;
-        self.state.standby = None;
+        if self.standby.is_none() {
+            // Not one that was forked while this worker was opening the device.
+            self.state.standby = None;
+        }
         self.state.error = None;
         self.note_counts();
         self.standby_at = Some(Instant::now() + STANDBY_DELAY);
