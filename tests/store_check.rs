@@ -8,12 +8,16 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use common::{TestStore, shell};
 use serde_json::Value;
+use uuid::Uuid;
+use vellum::store::{SnapshotKind, SnapshotRecord, Store};
 
 /// Two images of which one has a layer of its own, and a container on each.
 fn two_images() -> (TestStore, PathBuf) {
@@ -116,6 +120,49 @@ fn a_flipped_bit_is_found_by_scrub_and_never_stops_the_others() {
     store.ok(&["prune"]);
     assert!(!dir.exists());
     store.ok(&["check", "--scrub"]);
+}
+
+#[test]
+fn a_flipped_bit_in_a_layer_that_only_a_snapshot_uses_is_an_error_of_the_snapshot_too() {
+    let (store, dir) = two_images();
+    let opened = Store::open_or_create(&store.root).unwrap();
+    let image = opened.image("app").unwrap();
+    let [.., base, layer] = image.layers[..] else {
+        panic!("{:?}", image.layers);
+    };
+    let record = SnapshotRecord {
+        key: "unpacked".into(),
+        id: Uuid::new_v4(),
+        kind: SnapshotKind::Committed,
+        parent: None,
+        base,
+        layers: vec![layer],
+        virtual_size: image.virtual_size,
+        bytes: 0,
+        base_inodes: None,
+        inodes: None,
+        device: false,
+        labels: BTreeMap::new(),
+        created: SystemTime::now(),
+        updated: SystemTime::now(),
+    };
+    opened.prepare_snapshots().unwrap();
+    let pin = opened.pin_layers().unwrap();
+    opened.put_snapshot(&record, &pin).unwrap();
+    drop(pin);
+    // As containerd owns the truth there, the image and its container go by the store itself.
+    opened.remove_container("on-app").unwrap();
+    opened.remove_image("app").unwrap();
+    store.ok(&["check", "--scrub"]);
+
+    damage_data(&dir, |block| block.iter().all(|byte| *byte == 9));
+    let found = findings(&store, &["--scrub"], 1);
+    let errors: Vec<&str> = found
+        .iter()
+        .filter(|finding| finding["severity"] == "error")
+        .map(|finding| finding["what"].as_str().unwrap())
+        .collect();
+    assert_eq!(errors, [&*format!("layer {layer}"), "snapshot unpacked"]);
 }
 
 #[test]

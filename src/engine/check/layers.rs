@@ -147,11 +147,16 @@ impl Check<'_> {
         }
     }
 
-    /// True where an image or a container would miss the layer. One that is in quarantine does not.
+    /// True where an image, a container or a snapshot would miss the layer. One that is in
+    /// quarantine does not.
     fn is_needed(&self, layer: Uuid) -> bool {
         let images = self.records.images.iter();
         let containers = self.records.containers.iter();
+        let snapshots = self.records.snapshots.iter();
         images.flat_map(|image| &image.layers).any(|l| *l == layer)
+            || snapshots
+                .flat_map(|s| s.layers.iter().chain([&s.base]))
+                .any(|l| *l == layer)
             || containers
                 .flat_map(|c| c.layers.iter().chain([&c.top]).chain(&c.next))
                 .any(|l| *l == layer)
@@ -164,7 +169,7 @@ impl Check<'_> {
                 format!("layer {layer}"),
                 dir,
                 problem,
-                "no image and no container outside of quarantine needs it",
+                "no image, container or snapshot outside of quarantine needs it",
                 None,
             ));
             return;
@@ -204,6 +209,10 @@ impl Check<'_> {
                 Err(error) => Some(error.to_string()),
             };
             let info = self.store.layer_info(layer).ok();
+            // Whatever stands on it says so too.
+            if let (Some(problem), Some(state)) = (&problem, states.get_mut(&layer)) {
+                state.corrupt = Some(problem.clone());
+            }
             match problem {
                 Some(problem) if !self.is_needed(layer) => {
                     self.broken_layer(layer, opened.dir(), &problem);
@@ -218,9 +227,6 @@ impl Check<'_> {
                          need from its containers, and import the image again",
                         info.map(|_| Remedy::MarkDamaged(layer, problem.clone())),
                     ));
-                    if let Some(state) = states.get_mut(&layer) {
-                        state.corrupt = Some(problem);
-                    }
                 }
                 None if info.as_ref().is_some_and(|info| info.damaged.is_some()) => {
                     self.find(Finding::new(

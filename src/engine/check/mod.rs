@@ -257,7 +257,8 @@ impl Check<'_> {
         if self.report.findings.is_empty() {
             return Ok(());
         }
-        let used = self.store.records()?.used_layers();
+        let records = self.store.records()?;
+        let used = records.used_layers();
         let store = self.store;
         self.report.findings.retain(|finding| {
             let gone = |error: Error| error.kind() == ErrorKind::NotFound;
@@ -267,6 +268,7 @@ impl Check<'_> {
                     .is_ok_and(|layer| used.contains(&layer) || store.layer_dir(layer).exists()),
                 Some(("image", name)) => !store.image(name).is_err_and(gone),
                 Some(("container", name)) => !store.container(name).is_err_and(gone),
+                Some(("snapshot", key)) => records.snapshots.iter().any(|s| s.key == key),
                 _ => true,
             }
         });
