@@ -203,8 +203,8 @@ impl Metrics {
         for (state, count) in states.into_iter().zip(counts) {
             self.devices.get_or_create(&OfState { state }).set(count);
         }
-        // Counters of each container's device (copy-ups, flushes) belong here, once they outlive
-        // the server that counted them: `Mounts::stats` gives those of the present one.
+        // Counters of each container's device (copy-ups, flushes) are not exported yet; their
+        // place is here, and `engine::stats::served` gives them.
         if let Ok(stat) = nix::sys::statvfs::statvfs(snapshotter.store().root()) {
             let unit = stat.fragment_size();
             self.store_size.set(signed(stat.blocks() * unit));

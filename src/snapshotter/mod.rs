@@ -15,6 +15,7 @@
 //! * [`filter`]: containerd's language for choosing from a list.
 
 mod authority;
+mod commit;
 pub mod config;
 pub mod filter;
 mod labels;

@@ -61,11 +61,11 @@ impl Mounts {
 
     /// Where a snapshot is mounted.
     pub fn dir(&self, id: Uuid) -> PathBuf {
-        self.store.root().join(MOUNTS).join(id.to_string())
+        self.store.snapshot_mount_dir(id)
     }
 
     fn run_dir(&self, id: Uuid) -> PathBuf {
-        self.store.root().join("run").join(id.to_string())
+        self.store.snapshot_run_dir(id)
     }
 
     /// The loop device of a snapshot whose server works; `None` where a crash or a reboot took it.
@@ -316,7 +316,7 @@ impl Mounts {
         Ok(Duration::from_secs_f64(seconds))
     }
 
-    /// Data blocks in the top layer of a snapshot that is attached.
+    /// The counters of a snapshot that is attached.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] while it is not.
