@@ -340,6 +340,18 @@ fn split_buf(buf: &[u8], offset: u64) -> (&[u8], &[u8], &[u8]) {
     (head, whole, tail)
 }
 
+/// What the top says from `start` on, for at most `len` blocks; without one, nothing.
+pub(super) fn top_run(top: Option<&WritableLayer>, start: u64, len: u64) -> ValueRun {
+    match top {
+        Some(top) => top.run_at(start, len),
+        None => ValueRun {
+            start,
+            len,
+            value: ABSENT,
+        },
+    }
+}
+
 pub(super) fn read_only() -> Error {
     Error::new(ErrorKind::ReadOnly, "the chain has no writable layer")
 }
@@ -436,14 +448,7 @@ impl BlockDevice for Chain {
         let (first, blocks) = blocks_of(offset, len);
         let mut at = first;
         while at < first + blocks && !out.full() {
-            let run = match guard.as_deref() {
-                Some(top) => top.run_at(at, first + blocks - at),
-                None => ValueRun {
-                    start: at,
-                    len: first + blocks - at,
-                    value: ABSENT,
-                },
-            };
+            let run = top_run(guard.as_deref(), at, first + blocks - at);
             match run.value {
                 STATE_DATA => out.push(run.start, run.len, ExtentKind::Data),
                 ABSENT => self.base.resolve(run.start, run.len, |run| {
@@ -467,14 +472,7 @@ impl BlockDevice for Chain {
         let (first, blocks) = blocks_of(offset, len);
         let mut at = first;
         while at < first + blocks {
-            let run = match guard.as_deref() {
-                Some(top) => top.run_at(at, first + blocks - at),
-                None => ValueRun {
-                    start: at,
-                    len: first + blocks - at,
-                    value: ABSENT,
-                },
-            };
+            let run = top_run(guard.as_deref(), at, first + blocks - at);
             if let (STATE_DATA, Some(top)) = (run.value, guard.as_deref()) {
                 top.prefetch(run.start * BLOCK_SIZE, run.len * BLOCK_SIZE)?;
             } else if run.value == ABSENT {

@@ -2,8 +2,8 @@
 
 use super::Chain;
 use super::base::BaseSource;
-use crate::error::Result;
-use crate::layer::{ABSENT, STATE_DATA, ValueRun};
+use super::device::top_run;
+use crate::layer::{ABSENT, STATE_DATA};
 
 /// Blocks that are looked up at a time: an answer may end within them.
 const STEP: u64 = 1 << 16;
@@ -35,24 +35,13 @@ pub struct SourceRun {
 impl Chain {
     /// The sources of the blocks from `start` on, in order and without gaps, in at most `max`
     /// runs; neighbours may be of one source. The end of the device ends the list.
-    ///
-    /// # Errors
-    /// None at present.
-    pub fn sources(&self, start: u64, max: usize) -> Result<Vec<SourceRun>> {
+    pub fn sources(&self, start: u64, max: usize) -> Vec<SourceRun> {
         let end = self.size.div_ceil(crate::block::BLOCK_SIZE);
         let mut runs: Vec<SourceRun> = Vec::new();
         let guard = self.top.read();
         let mut at = start;
         while at < end && runs.len() < max {
-            let step = STEP.min(end - at);
-            let run = match guard.as_deref() {
-                Some(top) => top.run_at(at, step),
-                None => ValueRun {
-                    start: at,
-                    len: step,
-                    value: ABSENT,
-                },
-            };
+            let run = top_run(guard.as_deref(), at, STEP.min(end - at));
             match run.value {
                 STATE_DATA => push(&mut runs, run.start, run.len, Source::Top),
                 ABSENT => self.base.resolve(run.start, run.len, |run| {
@@ -68,7 +57,7 @@ impl Chain {
             at += run.len;
         }
         runs.truncate(max);
-        Ok(runs)
+        runs
     }
 }
 

@@ -8,7 +8,7 @@ use super::Context;
 use super::output::{human_size, table};
 use crate::engine::status::{SnapshotStatus, snapshot_status};
 use crate::error::Result;
-use crate::store::{ImageRecord, SnapshotKind};
+use crate::store::{ImageRecord, SnapshotKind, Store};
 
 /// Arguments of `images`.
 #[derive(Debug, clap::Args)]
@@ -46,7 +46,7 @@ pub(super) fn run(_: &Args, context: &Context) -> Result<()> {
             image: Box::new(image),
         })
         .collect();
-    let mut snapshots = store.snapshots(|error| tracing::warn!(%error, "left out"))?;
+    let mut snapshots = store.snapshots(Store::warn_damaged)?;
     snapshots.sort_by(|a, b| a.key.cmp(&b.key));
     let committed = snapshots
         .iter()

@@ -44,7 +44,7 @@ fn inspect(store: &Store, name: &str) -> Result<Value> {
         let layers = layers(store, image.layers.iter());
         return Ok(json!({ "type": "image", "image": image, "layers": layers }));
     }
-    let snapshots = store.snapshots(|error| tracing::warn!(%error, "left out"))?;
+    let snapshots = store.snapshots(Store::warn_damaged)?;
     if let Some(record) = snapshots.iter().find(|record| record.key == name) {
         let chain = store.ancestry(Some(record.top()))?;
         return Ok(json!({

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::engine::status::{ContainerStatus, SnapshotStatus, snapshot_status, status};
 use crate::error::Result;
-use crate::store::SnapshotKind;
+use crate::store::{SnapshotKind, Store};
 
 /// Arguments of `ps`.
 #[derive(Debug, clap::Args)]
@@ -23,7 +23,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         .into_iter()
         .map(|record| status(&store, record, args.size).map(|row| Row::Container(Box::new(row))))
         .collect::<Result<_>>()?;
-    let mut snapshots = store.snapshots(|error| tracing::warn!(%error, "left out"))?;
+    let mut snapshots = store.snapshots(Store::warn_damaged)?;
     snapshots.sort_by(|a, b| a.key.cmp(&b.key));
     for record in snapshots
         .iter()

@@ -1,7 +1,7 @@
 //! `vellum stats [NAME…]`
 
 use std::io::{IsTerminal, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Context;
 use super::output::{human_size, table};
@@ -45,9 +45,13 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         )
     })?;
     let mut before: Vec<Stats> = Vec::new();
+    let mut since = Instant::now();
     let mut times = 0;
     loop {
         let now = collect(&store, &args.names)?;
+        // Asking takes its time too.
+        let seconds = since.elapsed().max(pause).as_secs_f64();
+        since = Instant::now();
         if context.out.json {
             context.out.print_line(&now)?;
         } else {
@@ -57,7 +61,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             } else {
                 ""
             };
-            let rates = rates(&before, &now, args.interval);
+            let rates = rates(&before, &now, seconds);
             let text = format!("{clear}{}\n", whole(&now, &rates));
             match std::io::stdout().write_all(text.as_bytes()) {
                 Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),

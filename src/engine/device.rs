@@ -219,7 +219,7 @@ impl MapPart {
     /// As [`Chain::sources`].
     pub(super) fn new(chain: &Chain, ask: &AskMap) -> Result<Self> {
         let depth = chain.base().depth() as u64;
-        let runs = chain.sources(ask.start, ask.max.min(MAX_RUNS))?;
+        let runs = chain.sources(ask.start, ask.max.min(MAX_RUNS));
         let runs = runs.into_iter().map(|run| {
             let code = match run.source {
                 Source::Hole => HOLE,
@@ -383,23 +383,15 @@ impl ControlHandler for OpenChain {
     fn handle(&self, verb: &str, args: Value) -> Result<Value> {
         match verb {
             SEAL_TOP => {
-                let args: SealTop = serde_json::from_value(args).map_err(|error| {
-                    Error::with_source(ErrorKind::InvalidInput, "seal-top wants a layer", error)
-                })?;
+                let args: SealTop = parse(args, "seal-top wants a layer")?;
                 self.seal_top(args.next).map(|()| Value::Null)
             }
             PREPARE_SEAL => {
-                let args: SealTop = serde_json::from_value(args).map_err(|error| {
-                    Error::with_source(ErrorKind::InvalidInput, "prepare-seal wants a layer", error)
-                })?;
+                let args: SealTop = parse(args, "prepare-seal wants a layer")?;
                 self.prepare_seal(args.next).map(|()| Value::Null)
             }
-            SEAL => serde_json::to_value(self.seal()?).map_err(|error| {
-                Error::with_source(ErrorKind::Io, "the answer cannot be encoded", error)
-            }),
-            STATS => serde_json::to_value(self.stats()).map_err(|error| {
-                Error::with_source(ErrorKind::Io, "the counters cannot be encoded", error)
-            }),
+            SEAL => encode(&self.seal()?),
+            STATS => encode(&self.stats()),
             MAP => {
                 let ask: AskMap = parse(args, "map wants a place and a number")?;
                 encode(&MapPart::new(&self.chain, &ask)?)

@@ -1,6 +1,6 @@
 //! Whether a host has what Vellum needs, and what to do where it has not. Changes nothing.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::run::find_runtime;
 use crate::export::loop_device::LoopDevice;
+use crate::fs::mountinfo::MountInfo;
 
 /// Where programs are looked for, as where they are started.
 const PROGRAM_DIRS: [&str; 6] = [
@@ -469,11 +470,7 @@ fn existing(path: &Path) -> Option<PathBuf> {
 }
 
 fn is_devtmpfs(path: &Path) -> bool {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let target = format!(" {} ", path.display());
-    mounts
-        .lines()
-        .any(|line| line.contains(&target) && line.contains(" - devtmpfs "))
+    MountInfo::at(path).is_ok_and(|mount| mount.is_some_and(|mount| mount.fs_type == "devtmpfs"))
 }
 
 /// The mount that `dir` lies on, and whether it is shared with other mount namespaces.
@@ -490,7 +487,7 @@ fn propagation_of(mountinfo: &str, dir: &Path) -> Option<(String, bool)> {
 /// True when a hole that is punched into a file in `dir` takes no space.
 fn punch(dir: &Path) -> std::io::Result<bool> {
     const LEN: usize = 1 << 20;
-    let file = unnamed(dir)?;
+    let file = tempfile::tempfile_in(dir)?;
     file.set_len(64 << 20)?;
     file.write_all_at(&vec![1; LEN], 0)?;
     file.sync_data()?;
@@ -506,11 +503,6 @@ fn punch(dir: &Path) -> std::io::Result<bool> {
     let left = file.metadata()?.blocks();
     // 64 MiB long, 1 MiB written, which is gone again.
     Ok(full <= (16 << 20) / 512 && left < full)
-}
-
-/// A file in `dir` that is gone when it is closed, however the program ends.
-fn unnamed(dir: &Path) -> std::io::Result<File> {
-    tempfile::tempfile_in(dir)
 }
 
 #[cfg(test)]

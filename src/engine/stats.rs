@@ -1,7 +1,8 @@
 //! The cost of copy-on-write as numbers: the counters of whoever serves a container, without
 //! disturbing it, and what the layer files say.
 //!
-//! [`stats`] is what `vellum stats` prints, [`served`] what a metrics endpoint exports.
+//! [`stats`] is what `vellum stats` prints, [`served`] the same of all
+//! that is served.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};

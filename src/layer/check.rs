@@ -11,10 +11,10 @@ use super::header::{HEADER_FILE, Header};
 use super::index::Index;
 use super::journal::AREA_FILES;
 use super::live::LIVE_FILE;
-use super::recovery::{MAP_FILE, data_blocks, load_for_check, sync_names};
+use super::recovery::{MAP_FILE, data_blocks, load_for_check, remove_if_there, sync_names};
 use super::sealed::{SEAL_FILE, SealedLayer, seal_in_place};
 use crate::block::BLOCK_SIZE;
-use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{OpenMode, Storage};
 
 /// Bytes read at a time.
@@ -92,7 +92,7 @@ pub fn check_layer(storage: &dyn Storage, dir: &Path, deep: bool) -> Vec<Finding
         Ok(header) => {
             let whole = check.segments(&header);
             if header.sealed {
-                check.sealed(&header, whole && deep);
+                check.sealed(whole && deep);
             } else {
                 check.writable(&header, whole && deep);
             }
@@ -114,13 +114,8 @@ pub fn repair_layer(storage: &dyn Storage, dir: &Path) -> Result<Vec<Finding>> {
             Some(Repair::Remove) => {
                 // What makes the file superfluous may be in memory only.
                 sync_names(storage, dir)?;
-                match storage.remove_file(&finding.file) {
-                    // The seal took it along.
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                    other => {
-                        other.context(|| format!("cannot remove {}", finding.file.display()))?
-                    }
-                }
+                // The seal may have taken it along.
+                remove_if_there(storage, &finding.file)?;
             }
         }
         done.push(finding);
@@ -268,13 +263,16 @@ impl Check<'_> {
                 );
             }
         }
-        self.space(header, &loaded.index);
+        let allocated =
+            DataFiles::open(self.storage, self.dir, header.virtual_size, OpenMode::Read)
+                .and_then(|data| data.allocated());
+        self.space(data_blocks(&loaded.index), allocated);
         if read {
             self.read_blocks(header, &loaded.index);
         }
     }
 
-    fn sealed(&mut self, header: &Header, read: bool) {
+    fn sealed(&mut self, read: bool) {
         let layer = match SealedLayer::open_unsynced(self.storage, self.dir) {
             Ok(layer) => layer,
             Err(error) => {
@@ -285,11 +283,6 @@ impl Check<'_> {
                 );
             }
         };
-        let mut index = Index::new();
-        layer.for_each_extent(|extent| {
-            let run = super::ValueRun::from(extent);
-            index.set(run.start, run.len, run.value);
-        });
         if layer.is_checksummed() {
             for name in [MAP_FILE].iter().chain(&AREA_FILES) {
                 if self.exists(name) {
@@ -311,7 +304,7 @@ impl Check<'_> {
                 Some(Repair::MakeSeal),
             );
         }
-        self.space(header, &index);
+        self.space(layer.data_blocks(), layer.allocated_bytes());
         if !read {
             return;
         }
@@ -345,11 +338,8 @@ impl Check<'_> {
     }
 
     /// Space that the data files take for blocks that the layer does not hold.
-    fn space(&mut self, header: &Header, index: &Index) {
-        let allocated =
-            DataFiles::open(self.storage, self.dir, header.virtual_size, OpenMode::Read)
-                .and_then(|data| data.allocated());
-        let held = data_blocks(index) * BLOCK_SIZE;
+    fn space(&mut self, held_blocks: u64, allocated: Result<u64>) {
+        let held = held_blocks * BLOCK_SIZE;
         if let Ok(allocated) = allocated
             && allocated > held + held / 8 + SLACK
         {

@@ -194,13 +194,16 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::flush`].
     pub fn prepare_seal(&self) -> Result<()> {
-        self.lead(self.queue.lock(), |layer, committer| {
-            layer.commit(committer, true)?;
-            if layer.wait_for_retirement(committer).is_err() || committer.must_checkpoint {
-                layer.checkpoint_all(committer)?;
-            }
-            Ok(())
-        })
+        self.lead(self.queue.lock(), WritableLayer::settle)
+    }
+
+    /// Flushes so that no block lives in the journal alone, and waits for its thread.
+    fn settle(&self, committer: &mut Committer) -> Result<()> {
+        self.commit(committer, true)?;
+        if self.wait_for_retirement(committer).is_err() || committer.must_checkpoint {
+            self.checkpoint_all(committer)?;
+        }
+        Ok(())
     }
 
     /// Makes the layer sealed: durable and never to change again. Takes about as long as a flush,
@@ -210,10 +213,7 @@ impl WritableLayer {
     /// As [`WritableLayer::flush`].
     pub fn seal(&self) -> Result<()> {
         self.lead(self.queue.lock(), |layer, committer| {
-            layer.commit(committer, true)?;
-            if layer.wait_for_retirement(committer).is_err() || committer.must_checkpoint {
-                layer.checkpoint_all(committer)?;
-            }
+            layer.settle(committer)?;
             let header = Header {
                 sealed: true,
                 ..layer.core.header.clone()
@@ -234,15 +234,18 @@ impl WritableLayer {
 
     /// Freezes what changed and commits it. With `barrier`, no record stays live.
     fn commit(&self, committer: &mut Committer, barrier: bool) -> Result<()> {
-        let (dirty, body) = {
+        let (dirty, frozen) = {
             let mut map = self.core.map.write();
             let map: &mut MapState = &mut map;
             map.in_flight = std::mem::take(&mut map.changes);
             if let Some(live) = &mut map.live {
                 live.freeze();
             }
-            (std::mem::take(&mut map.dirty), net_changes(&map.in_flight))
+            (std::mem::take(&mut map.dirty), map.in_flight.clone())
         };
+        // Not under the lock: there may be very many, and requests would wait.
+        let body = net_changes(&frozen);
+        drop(frozen);
         if dirty.is_empty() && body.changes.is_empty() && !(barrier && committer.has_live_blocks())
         {
             self.core.stats.flushes_empty.add(1);

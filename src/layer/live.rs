@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::codec::{Reader, Writer, check_crc};
+use super::recovery::remove_if_there;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::{OpenMode, SharedFile, Storage};
 
@@ -257,8 +258,8 @@ impl Live {
     }
 }
 
-/// What a process of this boot left in `dir`: nothing after an orderly close, after a reboot, and
-/// where the layer was poisoned, since what its page cache holds cannot be trusted then.
+/// What a process of this boot left in `dir`: nothing after an orderly close and after a reboot, no
+/// changes where the layer was poisoned, since what its page cache holds cannot be trusted then.
 pub(super) fn read_left(storage: &dyn Storage, dir: &Path, uuid: Uuid) -> Result<Left> {
     let path = dir.join(LIVE_FILE);
     let what = || format!("cannot read {}", path.display());
@@ -318,14 +319,7 @@ pub(super) fn read_left(storage: &dyn Storage, dir: &Path, uuid: Uuid) -> Result
 
 /// Removes the log of a layer that was closed in order.
 pub(super) fn remove(storage: &dyn Storage, dir: &Path) -> Result<()> {
-    let path = dir.join(LIVE_FILE);
-    match storage.remove_file(&path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(
-            format!("cannot remove {}", path.display()),
-            error,
-        )),
-        _ => Ok(()),
-    }
+    remove_if_there(storage, &dir.join(LIVE_FILE))
 }
 
 #[cfg(test)]

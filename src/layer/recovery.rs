@@ -245,19 +245,17 @@ pub(super) fn write_checkpoint(
 
 /// Removes the areas; their generations are all in the checkpoint.
 pub(super) fn remove_journal(storage: &dyn Storage, dir: &Path) -> Result<()> {
-    for name in AREA_FILES {
-        let path = dir.join(name);
-        match storage.remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io(
-                    format!("cannot remove {}", path.display()),
-                    error,
-                ));
-            }
-            _ => {}
-        }
+    AREA_FILES
+        .iter()
+        .try_for_each(|name| remove_if_there(storage, &dir.join(name)))
+}
+
+/// Removes a file; one that is gone is fine.
+pub(super) fn remove_if_there(storage: &dyn Storage, path: &Path) -> Result<()> {
+    match storage.remove_file(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other.context(|| format!("cannot remove {}", path.display())),
     }
-    Ok(())
 }
 
 /// Data blocks in the map of a writable layer as it stands on disk. Reads only, so it may be called

@@ -7,9 +7,10 @@ use sha2::{Digest, Sha256};
 use super::data::DataFiles;
 use super::header::Header;
 use super::index::Index;
-use super::recovery::{MAP_FILE, extents_of, load_map, remove_journal, sync_names};
+use super::recovery::{
+    MAP_FILE, extents_of, load_map, remove_if_there, remove_journal, sync_names,
+};
 use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
-use super::value_of_state;
 use crate::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::{OpenMode, Storage};
@@ -316,22 +317,7 @@ pub fn seal_in_place(
         }
     };
     let map = dir.join(MAP_FILE);
-    match storage.remove_file(&map) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(Error::io(format!("cannot remove {}", map.display()), error));
-        }
-        _ => {}
-    }
+    remove_if_there(storage, &map)?;
     remove_journal(storage, dir)?;
     Ok(digest)
-}
-
-impl From<MapExtent> for super::ValueRun {
-    fn from(extent: MapExtent) -> Self {
-        super::ValueRun {
-            start: extent.start,
-            len: u64::from(extent.len),
-            value: value_of_state(extent.state),
-        }
-    }
 }

@@ -10,7 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use super::data::DataFiles;
 use super::flush::{Committer, FlushQueue};
 use super::header::Header;
-use super::index::{ABSENT, Index};
+use super::index::ABSENT;
 use super::journal::MAX_AREA;
 use super::live::{self, Live};
 use super::map_state::MapState;
@@ -214,11 +214,6 @@ impl WritableLayer {
             at += run.len;
             each(run);
         }
-    }
-
-    /// A copy of the map in memory.
-    pub fn index_snapshot(&self) -> Index {
-        self.core.map.read().index.clone()
     }
 
     /// Why the layer is poisoned, if it is.

@@ -268,7 +268,7 @@ impl HostFile {
 }
 
 /// One synchronous write (RWF_DSYNC); returns the bytes written.
-fn write_dsync(file: &File, buf: &[u8], offset: u64) -> io::Result<usize> {
+pub(crate) fn write_dsync(file: &File, buf: &[u8], offset: u64) -> io::Result<usize> {
     let iov = libc::iovec {
         iov_base: buf.as_ptr().cast_mut().cast(),
         iov_len: buf.len(),

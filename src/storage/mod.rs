@@ -9,6 +9,7 @@ mod sim;
 
 pub use fault::{Fault, FaultPlan, FaultStorage, Hook};
 pub use file::FileStorage;
+pub(crate) use file::write_dsync;
 pub use op::{OpCounts, OpKind};
 pub use rng::SeededRng;
 pub use sim::{Moment, Observer, PowerCut, SimStorage, is_power_cut};

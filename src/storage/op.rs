@@ -46,11 +46,6 @@ impl OpKind {
             OpKind::SyncDir | OpKind::WriteDurable | OpKind::SyncData | OpKind::Sync
         )
     }
-
-    /// True for what changes a file or a name, or makes a change durable.
-    pub fn is_change(self) -> bool {
-        !matches!(self, OpKind::Open | OpKind::Look | OpKind::Read)
-    }
 }
 
 /// How many operations of each kind there were.

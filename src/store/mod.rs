@@ -296,7 +296,7 @@ impl Store {
     }
 
     /// Says which records cannot be read.
-    fn warn_damaged(error: Error) {
+    pub(crate) fn warn_damaged(error: Error) {
         tracing::warn!(%error, "left out: see `vellum check`");
     }
 }

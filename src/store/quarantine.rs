@@ -201,11 +201,6 @@ impl Store {
             path.display()
         ))
     }
-
-    /// The directory of the records in quarantine.
-    pub fn quarantine_dir(&self) -> PathBuf {
-        self.root.join(QUARANTINE)
-    }
 }
 
 /// The name of a store's directory that is made only when something goes there.

@@ -167,13 +167,6 @@ impl Store {
     /// # Errors
     /// Where the host fails; [`Store::prune`] removes it later.
     pub fn discard_snapshot_layer(&self, layer: Uuid) -> Result<()> {
-        let there = self
-            .storage
-            .exists(&self.layer_dir(layer))
-            .context(|| format!("cannot stat the layer {layer}"))?;
-        if there {
-            self.discard_layer(layer)?;
-        }
-        Ok(())
+        self.discard_layer(layer)
     }
 }

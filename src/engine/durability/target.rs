@@ -2,7 +2,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +11,7 @@ use parking_lot::Mutex;
 use super::nbd::{Address, Client};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::nbd::protocol::transmission_flag;
+use crate::storage::write_dsync;
 
 /// The file that is made in a directory.
 const FILE: &str = "vellum-durability";
@@ -293,6 +293,10 @@ impl Channel for FileChannel {
     fn write_durable(&mut self, mut bytes: &[u8], mut offset: u64) -> Result<()> {
         while !bytes.is_empty() {
             let written = write_dsync(&self.0, bytes, offset)
+                .and_then(|written| match written {
+                    0 => Err(io::ErrorKind::WriteZero.into()),
+                    written => Ok(written),
+                })
                 .context(|| "a synchronous write (RWF_DSYNC) fails")?;
             bytes = bytes.get(written..).unwrap_or_default();
             offset += written as u64;
@@ -302,29 +306,6 @@ impl Channel for FileChannel {
 
     fn flush(&mut self) -> Result<()> {
         self.0.sync_data().context(|| "fdatasync fails")
-    }
-}
-
-fn write_dsync(file: &File, bytes: &[u8], offset: u64) -> io::Result<usize> {
-    let iov = libc::iovec {
-        iov_base: bytes.as_ptr().cast_mut().cast(),
-        iov_len: bytes.len(),
-    };
-    // SAFETY: the descriptor is open for the call, and `iov` describes `bytes`, which outlives it
-    // and is only read.
-    let written = unsafe {
-        libc::pwritev2(
-            file.as_raw_fd(),
-            &iov,
-            1,
-            offset as libc::off_t,
-            libc::RWF_DSYNC,
-        )
-    };
-    match written {
-        0 => Err(io::Error::from(io::ErrorKind::WriteZero)),
-        1.. => Ok(written as usize),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 
