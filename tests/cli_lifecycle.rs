@@ -13,7 +13,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Running, TestStore, kill, run, wait_until};
+use common::{TestStore, run};
 
 fn size_of(store: &TestStore, container: &str) -> u64 {
     let rows = store.json(&["ps", "-s"]);
@@ -159,30 +159,11 @@ fn a_commit_under_writers_makes_a_clean_image_and_the_container_goes_on() {
     store.ok(&["check", "--scrub"]);
 }
 
-fn serve(store: &TestStore, name: &str) -> (Running, std::path::PathBuf) {
-    let socket = store.path("nbd.sock");
-    let child = store
-        .command()
-        .args(["-q", "nbd", name, "--socket"])
-        .arg(&socket)
-        .spawn()
-        .unwrap();
-    let server = Running(child);
-    wait_until("the server listens", || socket.exists());
-    (server, socket)
-}
-
-fn end(mut server: Running) {
-    let pid = nix::unistd::Pid::from_raw(server.0.id() as i32);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    assert!(server.0.wait().unwrap().success());
-}
-
 fn copy_over_nbd(store: &TestStore, name: &str, target: &std::path::Path) {
-    let (server, socket) = serve(store, name);
+    let (server, socket) = store.serve(name);
     let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
     run("nbdcopy", &[uri.as_str(), target.to_str().unwrap()]);
-    end(server);
+    server.end();
 }
 
 #[test]
@@ -211,12 +192,12 @@ fn what_is_in_use_is_not_removed_and_the_message_names_the_user() {
     drop(open);
     store.ok(&["umount", "c"]);
 
-    let (server, _) = serve(&store, "c");
+    let (server, _) = store.serve("c");
     for command in [&["mount", "c"][..], &["rm", "c"]] {
         let error = store.fails(command);
         assert!(error.contains("in use"), "{command:?}: {error}");
     }
-    end(server);
+    server.end();
     assert_eq!(store.names("ps"), ["c"]);
     store.ok(&["rm", "c"]);
     store.ok(&["rmi", "base"]);
@@ -227,11 +208,11 @@ fn what_is_in_use_is_not_removed_and_the_message_names_the_user() {
 fn an_image_that_is_served_is_not_removed() {
     let store = TestStore::new();
     store.small_image("base");
-    let (server, _) = serve(&store, "base");
+    let (server, _) = store.serve("base");
     let error = store.fails(&["rmi", "base"]);
     assert!(error.contains("in use by another process"), "{error}");
     assert_eq!(store.names("images"), ["base"]);
-    end(server);
+    server.end();
     store.ok(&["rmi", "base"]);
 }
 
@@ -330,12 +311,7 @@ fn a_container_whose_processes_were_killed_is_cleaned_up_and_keeps_what_it_synce
         file.sync_all().unwrap();
         drop(file);
         fs::File::open(&dir).unwrap().sync_all().unwrap();
-        // A standby takes the place of one that dies, so more than once.
-        wait_until("all are dead", || {
-            let all = store.processes();
-            all.iter().for_each(|(pid, _)| kill(*pid));
-            all.is_empty()
-        });
+        assert!(store.kill_all());
         let listed = store.ok(&["ps"]);
         assert!(listed.contains("failed: its server is dead"), "{listed}");
         let error = store.fails(&["check"]);
@@ -348,11 +324,7 @@ fn a_container_whose_processes_were_killed_is_cleaned_up_and_keeps_what_it_synce
         store.ok(&["umount", container]);
     }
     store.mount("a");
-    wait_until("all are dead", || {
-        let all = store.processes();
-        all.iter().for_each(|(pid, _)| kill(*pid));
-        all.is_empty()
-    });
+    assert!(store.kill_all());
     store.ok(&["rm", "--force", "a"]);
     store.ok(&["rm", "b"]);
     store.assert_nothing_runs();

@@ -10,11 +10,11 @@ mod common;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Running, TestStore, kill, run, wait_until};
+use common::{TestStore, kill, run, wait_until};
 use serde_json::Value;
 use vellum::store::Store;
 
@@ -79,25 +79,6 @@ fn number(value: &Value, path: &str) -> u64 {
     let found = value.pointer(path);
     let found = found.unwrap_or_else(|| panic!("no {path} in {value}"));
     found.as_u64().unwrap_or_else(|| panic!("{path}: {found}"))
-}
-
-fn serve(store: &TestStore, name: &str) -> (Running, PathBuf) {
-    let socket = store.path("nbd.sock");
-    let child = store
-        .command()
-        .args(["-q", "nbd", name, "--socket"])
-        .arg(&socket)
-        .spawn()
-        .unwrap();
-    let server = Running(child);
-    wait_until("the server listens", || socket.exists());
-    (server, socket)
-}
-
-fn end(mut server: Running) {
-    let pid = nix::unistd::Pid::from_raw(server.0.id() as i32);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    assert!(server.0.wait().unwrap().success());
 }
 
 #[test]
@@ -234,7 +215,7 @@ fn a_container_served_over_nbd_has_exact_counters_and_no_socket_is_left() {
     assert_eq!(layers.last().unwrap()["blocks"], 0);
     assert!(number(&layers[layers.len() - 2], "/blocks") >= LARGE as u64);
 
-    let (server, socket) = serve(&store, "c");
+    let (server, socket) = store.serve("c");
     let uri = format!("nbd+unix:///c?socket={}", socket.display());
     // Where the image has a block: found on the map.
     let map = store.json(&["map", "c"]);
@@ -289,7 +270,7 @@ fn a_container_served_over_nbd_has_exact_counters_and_no_socket_is_left() {
     assert_eq!(map["layers"][image as usize + 1]["shown_blocks"], 3);
     let refused = store.fails(&["prewarm", "c", "/db"]);
     assert!(refused.contains("in use"), "{refused}");
-    end(server);
+    server.end();
     assert_eq!(stats(&store, "c")["server"], Value::Null);
     let left: Vec<_> = fs::read_dir(store.root.join("run"))
         .unwrap()
@@ -299,14 +280,13 @@ fn a_container_served_over_nbd_has_exact_counters_and_no_socket_is_left() {
     assert_eq!(left, Vec::<String>::new());
 
     // One that was killed leaves a socket on which nobody answers, and the next replaces it.
-    let (mut killed, socket) = serve(&store, "c");
+    let (mut killed, _) = store.serve("c");
     killed.0.kill().unwrap();
     killed.0.wait().unwrap();
     assert_eq!(stats(&store, "c")["server"], Value::Null);
-    fs::remove_file(socket).unwrap();
-    let (server, _) = serve(&store, "c");
+    let (server, _) = store.serve("c");
     assert_eq!(stats(&store, "c")["server"], "nbd");
-    end(server);
+    server.end();
     store.ok(&["rm", "c"]);
     store.assert_nothing_runs();
 }
@@ -318,7 +298,7 @@ fn all_served_containers_come_in_one_call_and_the_others_do_not() {
         store.ok(&["create", "base", "--name", name]);
     }
     store.mount("mounted");
-    let (server, _) = serve(&store, "over-nbd");
+    let (server, _) = store.serve("over-nbd");
     let opened = Store::open_or_create(&store.root).unwrap();
     let names: Vec<String> = vellum::engine::stats::served(&opened)
         .unwrap()
@@ -341,7 +321,7 @@ fn all_served_containers_come_in_one_call_and_the_others_do_not() {
     assert!(lines.iter().all(|line| line[0]["name"] == "mounted"));
     let text = store.ok(&["stats", "--watch", "-n", "2", "-i", "0.05"]);
     assert!(text.contains("a second: "), "{text}");
-    end(server);
+    server.end();
     store.ok(&["umount", "mounted"]);
     assert_eq!(store.json(&["stats"]), serde_json::json!([]));
 }

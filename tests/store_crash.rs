@@ -840,7 +840,7 @@ fn prove_faults(kinds: &[OpKind], fault: Fault) {
 }
 
 /// What changes something on the disk.
-const CHANGES: [OpKind; 11] = [
+const CHANGES: [OpKind; 12] = [
     OpKind::Create,
     OpKind::CreateDir,
     OpKind::Rename,
@@ -852,6 +852,7 @@ const CHANGES: [OpKind; 11] = [
     OpKind::Sync,
     OpKind::SetLen,
     OpKind::Punch,
+    OpKind::Allocate,
 ];
 
 #[test]

@@ -270,9 +270,10 @@ impl Server {
             .stdout(Stdio::null())
             .spawn()
             .unwrap_or_else(|error| panic!("{command:?}: {error}: apt-get install nbdkit"));
+        let process = Running(process);
         wait_until("the server listens", || UnixStream::connect(socket).is_ok());
         Server {
-            process: Running(process),
+            process,
             uri: format!("nbd+unix:///{export}?socket={}", socket.display()),
         }
     }

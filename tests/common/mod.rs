@@ -15,11 +15,13 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use vellum::export::loop_device::LoopDevice;
 
 /// The binary under test.
 pub const VELLUM: &str = env!("CARGO_BIN_EXE_vellum");
@@ -212,6 +214,37 @@ impl TestStore {
         found
     }
 
+    /// Kills all that runs for the store; false if that takes too long. A standby takes the place
+    /// of one that dies, so more than once.
+    pub fn kill_all(&self) -> bool {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let all = self.processes();
+            if all.is_empty() || Instant::now() > deadline {
+                return all.is_empty();
+            }
+            all.iter().for_each(|(pid, _)| kill(*pid));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Serves a container or an image over NBD; returns the server and its socket.
+    pub fn serve(&self, name: &str) -> (Running, PathBuf) {
+        let socket = self.path("nbd.sock");
+        let child = self
+            .command()
+            .args(["-q", "nbd", name, "--socket"])
+            .arg(&socket)
+            .spawn()
+            .unwrap();
+        let server = Running(child);
+        // The file is there before anybody listens.
+        wait_until("the server listens", || {
+            UnixStream::connect(&socket).is_ok()
+        });
+        (server, socket)
+    }
+
     /// (pid, command line) of every process of this store.
     pub fn processes(&self) -> Vec<(i32, String)> {
         let root = self.root.display().to_string();
@@ -265,8 +298,13 @@ impl Drop for TestStore {
             let _ = self.output(&["rm", "--force", &name]);
         }
         let _ = self.output(&["prune"]);
-        for (pid, _) in self.processes() {
-            kill(pid);
+        self.kill_all();
+        // While their files still have names: a device that is mounted goes with its mount.
+        for device in LoopDevice::attached().into_iter().flatten() {
+            let file = device.backing_file();
+            if file.is_some_and(|file| file.starts_with(&self.root)) {
+                let _ = device.detach_lazily();
+            }
         }
         let root = self.root.display().to_string();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -297,6 +335,15 @@ pub fn kill_together(pids: &[i32]) {
 
 /// Kills a child that is dropped before it has ended.
 pub struct Running(pub Child);
+
+impl Running {
+    /// Has it end in order; it must succeed.
+    pub fn end(mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.0.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        assert!(self.0.wait().unwrap().success());
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {

@@ -129,17 +129,7 @@ pub fn row(store: &TestStore, name: &str) -> Value {
 
 /// Checks the file system of a container that is not mounted, as it is in its layer.
 pub fn fsck(store: &TestStore, name: &str) {
-    let socket = store.path("fsck.sock");
-    let child = store
-        .command()
-        .args(["-q", "nbd", name, "--socket"])
-        .arg(&socket)
-        .spawn()
-        .unwrap();
-    let server = Running(child);
-    wait_until("the server listens", || {
-        std::os::unix::net::UnixStream::connect(&socket).is_ok()
-    });
+    let (server, socket) = store.serve(name);
     let raw = store.arg("fsck.raw");
     let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
     run("nbdcopy", &[uri.as_str(), raw.as_str()]);

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use vellum::export::loop_device::LoopDevice;
 use vellum::fs::mountinfo::MountInfo;
 
 pub const PACKAGES: &str = "apt-get install -y --no-install-recommends containerd runc \
@@ -111,16 +112,10 @@ impl Area {
     }
 
     fn detach_all(&self) {
-        let listed = Command::new("losetup")
-            .args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"])
-            .output();
-        let text = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-        let text = text.unwrap_or_default();
-        for line in text.lines() {
-            if let Some((device, file)) = line.split_once(char::is_whitespace)
-                && file.trim().starts_with(&self.path().display().to_string())
-            {
-                let _ = Command::new("losetup").args(["-d", device]).status();
+        for device in LoopDevice::attached().into_iter().flatten() {
+            let file = device.backing_file();
+            if file.is_some_and(|file| file.starts_with(self.path())) {
+                let _ = device.detach_lazily();
             }
         }
     }
