@@ -433,7 +433,33 @@ pub fn archive_seeds() -> Vec<Seed> {
         .entry(Type::Symlink, "one/layer.tar", "../two/layer.tar", b"")
         .entry(Type::Symlink, "two/layer.tar", "../one/layer.tar", b"")
         .done();
+    // Indexes each of which lists the next one twenty times, and the last of which is empty.
+    let mut nested = vec![br#"{"schemaVersion":2,"manifests":[]}"#.to_vec()];
+    for _ in 0..7 {
+        let below = nested.last().unwrap();
+        let entry = format!(
+            r#"{{"mediaType":"application/vnd.oci.image.index.v1+json","digest":"sha256:{}","size":{}}}"#,
+            hex(below),
+            below.len()
+        );
+        let list = vec![entry; 20].join(",");
+        nested.push(format!(r#"{{"schemaVersion":2,"manifests":[{list}]}}"#).into_bytes());
+    }
+    let top = nested.pop().unwrap();
+    let mut indexes = Builder::new();
+    indexes.entry(Type::Regular, "oci-layout", "", layout);
+    indexes.entry(Type::Regular, "index.json", "", &top);
+    for index in &nested {
+        indexes.entry(
+            Type::Regular,
+            &format!("blobs/sha256/{}", hex(index)),
+            "",
+            index,
+        );
+    }
+    let indexes = indexes.done();
     vec![
+        ("indexes-in-indexes".into(), with(RAW | FIX, &indexes)),
         ("oci".into(), pack(OCI, &oci)),
         ("oci-gzip".into(), pack(OCI | GZIP | LAYER_GZIP, &oci)),
         ("oci-zstd".into(), pack(OCI | ZSTD, &oci)),

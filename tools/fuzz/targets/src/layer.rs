@@ -21,8 +21,10 @@ const SMALL: u64 = 64 * BLOCK_SIZE;
 const FIX: u8 = 1;
 /// Bit of the first byte: the layer has 64 TiB.
 const LARGE: u8 = 2;
-/// Data files' bytes are read up to this many blocks.
+/// Layers of up to this many blocks of data are read whole.
 const READABLE: u64 = 1024;
+/// So many blocks of a device are looked at.
+const SAMPLES: u64 = 64;
 
 fn path(name: &str) -> PathBuf {
     Path::new(DIR).join(name)
@@ -134,7 +136,7 @@ fn template(
 /// What blocks hold; `None` for one that cannot be read. All of a small device, samples of a large.
 fn content(device: &dyn BlockDevice) -> Vec<Option<Vec<u8>>> {
     let blocks = device.size() / BLOCK_SIZE;
-    let step = (blocks / READABLE).max(1);
+    let step = (blocks / SAMPLES).max(1);
     let read = |block: u64| {
         let mut bytes = vec![0; BLOCK_SIZE as usize];
         match device.read_at(&mut bytes, block * BLOCK_SIZE) {
