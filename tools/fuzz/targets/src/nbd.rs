@@ -194,7 +194,7 @@ impl<'a> Replies<'a> {
                         }
                         chunk::BLOCK_STATUS => {
                             assert_eq!(command, Some(Command::BlockStatus));
-                            assert!(len > 4 && (len - 4) % 8 == 0);
+                            assert!(len > 4 && (len - 4).is_multiple_of(8));
                             assert_eq!(self.u32()?, wire::BASE_ALLOCATION_ID);
                             let mut sum = 0;
                             for _ in 0..(len - 4) / 8 {
