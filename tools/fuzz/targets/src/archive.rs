@@ -203,7 +203,7 @@ pub fn tar_seeds() -> Vec<Seed> {
             Type::GNULongName,
             "././@LongLink",
             "",
-            &[b"n/".repeat(150), vec![0]].concat(),
+            &[b"n/".repeat(150), b"file\0".to_vec()].concat(),
         )
         .entry(file, "n", "", b"long")
         .entry(Type::GNULongLink, "././@LongLink", "", &[b'l'; 200])
