@@ -184,7 +184,7 @@ fn times(latency: &Latency) -> [String; 5] {
         latency.max_us,
     ];
     values.map(|micros| {
-        if latency.count == 0 {
+        if latency.timed == 0 {
             "-".into()
         } else {
             human_time(micros)
