@@ -27,7 +27,12 @@ use workload::{BaseKind, Sizes};
 /// Each workload runs through each driver that this host has, in turns, round by round. Needs
 /// root. Writes report.html, for people, and report.json, with every figure.
 #[derive(Debug, Parser)]
-#[command(name = "compare", version, max_term_width = 100, args_override_self = true)]
+#[command(
+    name = "compare",
+    version,
+    max_term_width = 100,
+    args_override_self = true
+)]
 struct Cli {
     /// Only these drivers (the references always run too); see --list
     #[arg(long, value_delimiter = ',', value_name = "ID")]

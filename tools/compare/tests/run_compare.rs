@@ -175,10 +175,7 @@ fn report(setup: &Setup) -> Value {
 fn containers_side_by_side_and_a_deep_ones_life_answer_goals_twice_in_a_row() {
     let setup = Setup::new();
     for _ in 0..2 {
-        let output = setup
-            .command("vellum", "swarm,fio-read")
-            .output()
-            .unwrap();
+        let output = setup.command("vellum", "swarm,fio-read").output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{said}");
         assert_eq!(setup.leftovers(), Vec::<String>::new());
