@@ -18,6 +18,8 @@ const SEGMENT_LEN: u64 = BLOCK_SIZE << SEGMENT_SHIFT;
 #[derive(Debug)]
 pub(super) struct DataFiles {
     segments: Vec<Segment>,
+    /// A thread is telling the host to begin.
+    writing_back: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -123,7 +125,10 @@ impl DataFiles {
                 syncing: Mutex::default(),
             });
         }
-        Ok(DataFiles { segments })
+        Ok(DataFiles {
+            segments,
+            writing_back: Arc::default(),
+        })
     }
 
     /// Has the next reads come from the disk, after a process before met a sync that failed: what
@@ -235,6 +240,32 @@ impl DataFiles {
             syncs += u64::from(segment.sync()?);
         }
         Ok(syncs)
+    }
+
+    /// Has the host begin to write what was written so far to its disk, in a thread of its own: a
+    /// sync later waits for less, and the disk works while requests are still coming. A hint, and
+    /// none while an older one is being taken.
+    pub(super) fn start_writing_back(&self) {
+        if self.writing_back.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let dirty = self
+            .segments
+            .iter()
+            .filter(|segment| segment.dirty.load(Ordering::Acquire));
+        let files: Vec<_> = dirty.map(|segment| segment.file.clone()).collect();
+        let done = self.writing_back.clone();
+        let started = std::thread::Builder::new()
+            .name("vellum-write-back".into())
+            .spawn(move || {
+                for file in files {
+                    file.start_writing_back();
+                }
+                done.store(false, Ordering::Release);
+            });
+        if started.is_err() {
+            self.writing_back.store(false, Ordering::Release);
+        }
     }
 
     /// Bytes that the files take on the host.

@@ -16,6 +16,7 @@ use super::state_of_value;
 use super::table::{state_code, state_of_code};
 use super::writable::WritableLayer;
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::about_to_wait;
 
 /// How much longer an area is than the one before it, while they fill.
 const GROWTH: u64 = 4;
@@ -127,6 +128,7 @@ impl WritableLayer {
         // Only a flush that begins from now on covers us.
         let mine = queue.begun + 1;
         while queue.running && queue.done < mine {
+            about_to_wait();
             self.flushed.wait(&mut queue);
         }
         if queue.done >= mine {
