@@ -141,6 +141,9 @@ impl LayerCounters for ChainStats {
     }
 }
 
+/// A counter of a slot.
+type Pick = fn(&Slot) -> &Count;
+
 /// The moment at which a request began; `None` for one that is not timed.
 pub(super) type Began = Option<u64>;
 
@@ -260,7 +263,7 @@ impl ChainStats {
     }
 
     /// Adds to counters of this thread.
-    fn count<const N: usize>(&self, amounts: [(fn(&Slot) -> &Count, u64); N]) {
+    fn count<const N: usize>(&self, amounts: [(Pick, u64); N]) {
         if let Some((slot, adder)) = self.table().slots.own() {
             for (counter, amount) in amounts {
                 adder.add(counter(slot), amount);

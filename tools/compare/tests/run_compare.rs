@@ -172,17 +172,17 @@ fn report(setup: &Setup) -> Value {
 }
 
 #[test]
-fn containers_side_by_side_and_a_deep_ones_life_answer_goals_twice_in_a_row() {
+fn containers_side_by_side_answer_goals_twice_in_a_row() {
     let setup = Setup::new();
     for _ in 0..2 {
-        let output = setup.command("vellum", "swarm,fio-read").output().unwrap();
+        let output = setup.command("vellum", "swarm").output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{said}");
         assert_eq!(setup.leftovers(), Vec::<String>::new());
         let report = report(&setup);
         assert_eq!(report["cut_short"], Value::Null);
         let goals = report["goals"].as_array().unwrap();
-        for figure in ["swarm.total", "swarm.fair", "fio-read.cold64"] {
+        for figure in ["swarm.total", "swarm.fair", "swarm.synced"] {
             let goal = goals.iter().find(|goal| goal["figure"] == figure).unwrap();
             assert_eq!(goal["reached"]["rounds"], 2, "{goal}");
             assert!(goal["reached"]["median"].as_f64().unwrap() > 0.0);
@@ -208,9 +208,9 @@ fn a_limit_of_time_leaves_out_further_drivers_first_and_says_so() {
     let setup = Setup::new();
     let start = Instant::now();
     let output = setup
-        .command("vellum,copy,fuse-overlayfs,btrfs", "sqlite-wal,untar")
+        .command("vellum,copy", "sqlite-wal,untar")
         .args(["--rounds", "1000", "--time-limit", "0.4", "--tree"])
-        .arg(env!("CARGO_MANIFEST_DIR"))
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("src"))
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);

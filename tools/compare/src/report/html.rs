@@ -12,7 +12,7 @@ use crate::workload::{Better, Metric};
 
 const SECONDS: Axis<'_> = Axis {
     label: "second",
-    shown: short,
+    shown: |second| format!("{second:.0}"),
 };
 /// Doubles from mark to mark.
 const DEPTHS: Axis<'_> = Axis {
@@ -323,10 +323,15 @@ fn workload_at(
             Better::Higher => "more is better",
             _ => "less is better",
         };
-        plots.push((
-            format!("{} ({}, {way})", metric.title, metric.unit),
-            bars(metric.unit, &list)?,
-        ));
+        // Like the first minute of what took less.
+        if list.is_empty() {
+            continue;
+        }
+        let caption = match metric.unit {
+            "" => format!("{} ({way})", metric.title),
+            unit => format!("{} ({unit}, {way})", metric.title),
+        };
+        plots.push((caption, bars(metric.unit, &list)?));
     }
     let curve = curves(report, workload, place)?;
     Ok(html! {
