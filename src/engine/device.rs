@@ -33,6 +33,8 @@ pub const STATS: &str = "stats";
 pub const MAP: &str = "map";
 /// Asks a device server to copy blocks up: [`CopyUp`], answered by [`CopiedUp`].
 pub const COPY_UP: &str = "copy-up";
+/// Asks a device server to make its device larger: [`Grow`]. One that is as large is fine.
+pub const GROW: &str = "grow";
 
 /// Runs in one answer about the map, so that it fits a line of the control socket.
 const MAX_RUNS: usize = 16 << 10;
@@ -184,6 +186,13 @@ pub struct Sealed {
 pub struct CopyUp {
     /// (first byte, length in bytes) of each range.
     pub ranges: Vec<(u64, u64)>,
+}
+
+/// Arguments of [`GROW`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Grow {
+    /// Bytes that the device shall have.
+    pub size: u64,
 }
 
 /// Arguments of [`MAP`].
@@ -395,6 +404,10 @@ impl ControlHandler for OpenChain {
             MAP => {
                 let ask: AskMap = parse(args, "map wants a place and a number")?;
                 encode(&MapPart::new(&self.chain, &ask)?)
+            }
+            GROW => {
+                let args: Grow = parse(args, "grow wants a size")?;
+                self.chain.grow(args.size).map(|()| Value::Null)
             }
             COPY_UP => {
                 let args: CopyUp = parse(args, "copy-up wants ranges")?;

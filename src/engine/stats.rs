@@ -346,7 +346,7 @@ impl Sockets {
 }
 
 /// The answer of a server, decoded.
-pub(super) fn decode<T: serde::de::DeserializeOwned>(answer: Value) -> Result<T> {
+pub(crate) fn decode<T: serde::de::DeserializeOwned>(answer: Value) -> Result<T> {
     serde_json::from_value(answer).map_err(|error| {
         Error::with_source(
             ErrorKind::Protocol,
@@ -354,6 +354,14 @@ pub(super) fn decode<T: serde::de::DeserializeOwned>(answer: Value) -> Result<T>
             error,
         )
     })
+}
+
+/// The raw counters of the device that is served from `run_dir`.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] while none is.
+pub(crate) fn device_stats(run_dir: &Path) -> Result<DeviceStats> {
+    decode(control::call(run_dir, STATS, Value::Null, ASK_TIMEOUT)?)
 }
 
 /// The raw counters of whoever serves `id`; `None` for nobody.

@@ -129,7 +129,7 @@ impl WritableLayer {
                 ),
             ));
         }
-        let data = DataFiles::open(&*storage, dir, header.virtual_size, OpenMode::Write)?;
+        let data = DataFiles::open(&*storage, dir, &header, OpenMode::Write)?;
         let left = live::read_left(&*storage, dir, header.uuid)?;
         if left.poisoned {
             data.drop_cache()?;
@@ -161,9 +161,14 @@ impl WritableLayer {
         }))
     }
 
-    /// Identity, parent and size.
-    pub fn header(&self) -> &Header {
-        &self.core.header
+    /// Identity, parent and present size.
+    pub fn header(&self) -> Header {
+        self.core.header()
+    }
+
+    /// Present size in bytes.
+    pub fn size(&self) -> u64 {
+        self.core.size()
     }
 
     /// The layer's directory.

@@ -15,7 +15,7 @@ use super::retire::{Job, Retirer};
 use crate::crash_point;
 use crate::engine::template;
 use crate::error::{Error, ErrorKind};
-use crate::layer::SealedLayer;
+use crate::layer::{Header, SealedLayer, check_size};
 use crate::store::{LayerInfo, SnapshotKind, SnapshotRecord, Store};
 
 /// The name that a remote snapshot would have: one that we have already need not be unpacked.
@@ -333,8 +333,11 @@ impl Snapshotter {
         // A commit may have been cut off with the device still there.
         let stale = record.kind == SnapshotKind::Active && self.settle(record)?;
         if !stale && self.mounts.is_ready(record)? {
-            // Whoever mounted it may have been killed before this.
-            self.mounts.grow(record)?;
+            // Whoever mounted it, or was to make it larger, may have been killed before this. What
+            // is there can be used as it is, though.
+            if let Err(error) = self.mounts.grow(record) {
+                tracing::warn!(key = %record.key, %error, "is smaller than it should be");
+            }
             let device = match record.device {
                 true => self.mounts.device(record.id)?,
                 false => None,
@@ -424,21 +427,56 @@ impl Snapshotter {
         }
         // An empty value removes a label.
         record.labels.retain(|_, value| !value.is_empty());
-        if let Some(size) = wanted_size(&record.labels)?
-            && record.kind == SnapshotKind::Active
-            && size != record.virtual_size
-        {
+        let size = wanted_size(&record.labels)?.unwrap_or(record.virtual_size);
+        if record.kind == SnapshotKind::Active && size < record.virtual_size {
             return Err(invalid(format!(
-                "snapshot {key:?} has {} bytes, and the labels would say {size}: the size is set \
-                 when a snapshot is made; make another with this label",
+                "snapshot {key:?} has {} bytes, and the labels would say {size}: a file system can \
+                 only grow",
                 record.virtual_size
             )));
         }
         record.updated = SystemTime::now();
-        let pin = self.store.pin_layers()?;
-        self.store.put_snapshot(&record, &pin)?;
-        self.index.show(record.clone(), None);
+        if record.kind == SnapshotKind::Active && size > record.virtual_size {
+            return self.grow(record, size);
+        }
+        self.put(&record)?;
         Ok(record)
+    }
+
+    fn put(&self, record: &SnapshotRecord) -> Result<()> {
+        let pin = self.store.pin_layers()?;
+        self.store.put_snapshot(record, &pin)?;
+        self.index.show(record.clone(), None);
+        Ok(())
+    }
+
+    /// Makes an active snapshot larger, whose new labels `record` has, also under its users. The
+    /// record is written first: from then on the next Mounts or Update finishes what is cut off.
+    fn grow(&self, mut record: SnapshotRecord, size: u64) -> Result<SnapshotRecord> {
+        request(check_size(size))?;
+        let mut before = request(self.index.get(&record.key))?;
+        self.ensure_mounted(&mut before)?;
+        // Settling may have changed them.
+        record.layers.clone_from(&before.layers);
+        record.virtual_size = size;
+        self.put(&record)?;
+        crash_point::here("update: record in place");
+        let Err(error) = self.mounts.grow(&record) else {
+            return Ok(record);
+        };
+        let top = self.store.layer_dir(record.top());
+        let header = Header::read(&**self.store.storage(), &top)?;
+        if header.virtual_size < size {
+            self.put(&before)?;
+        }
+        let error = error.context(format!(
+            "snapshot {:?} cannot grow to {size} bytes",
+            record.key
+        ));
+        Err(match error.kind() {
+            ErrorKind::InUse => Failure::Request(error),
+            _ => Failure::Host(error),
+        })
     }
 
     /// The counters.
