@@ -321,10 +321,7 @@ fn an_update_makes_a_snapshot_larger_where_it_is_and_refuses_to_make_it_smaller(
         format!("{smaller:?}").contains("can only grow"),
         "{smaller:?}"
     );
-    let huge = rig
-        .client
-        .update("key", &[(SIZE, "100T")])
-        .unwrap_err();
+    let huge = rig.client.update("key", &[(SIZE, "100T")]).unwrap_err();
     assert_eq!(huge.code(), Some(INVALID_ARGUMENT), "{huge:?}");
     assert_eq!(rig.client.stat("key").unwrap().labels[SIZE], "1G");
     rig.client.update("key", &[]).unwrap();
@@ -475,6 +472,17 @@ fn get(address: &str, path: &str) -> String {
     text
 }
 
+/// Parsed as the OpenMetrics specification has it: types, suffixes, units, buckets, order.
+fn strictly_parsed(response: &str) {
+    let (_, text) = response.split_once("\r\n\r\n").unwrap();
+    let parsed = openmetrics_parser::openmetrics::parse_openmetrics(text);
+    let parsed = parsed.unwrap_or_else(|error| panic!("{error:?}\n{text}"));
+    for (name, family) in &parsed.families {
+        assert!(name.starts_with("vellum_"), "{name}");
+        assert!(!family.help.is_empty(), "{name} has no help");
+    }
+}
+
 #[test]
 fn prometheus_gets_calls_snapshots_devices_and_space() {
     // A port that is free now; nobody else on the host is likely to take it in between.
@@ -484,9 +492,13 @@ fn prometheus_gets_calls_snapshots_devices_and_space() {
     };
     let rig = Rig::new(&format!("[metrics]\naddress = '{address}'\n"));
     rig.committed("base", "", "file", &"base".repeat(100_000));
-    rig.client.prepare("a", "base", &[]).unwrap();
+    let key = "ns/1/a \"quoted\" \\ key";
+    let source = rig.client.prepare(key, "base", &[]).unwrap().source;
+    let file = Path::new(&source).join("own");
+    fs::write(&file, vec![1; 1 << 20]).unwrap();
+    fs::File::open(&file).unwrap().sync_all().unwrap();
     rig.client.view("v", "base", &[]).unwrap();
-    rig.client.prepare("a", "base", &[]).unwrap_err();
+    rig.client.prepare(key, "base", &[]).unwrap_err();
     wait_for(
         "the committed one's device is gone",
         Duration::from_secs(30),
@@ -517,6 +529,37 @@ fn prometheus_gets_calls_snapshots_devices_and_space() {
     assert!(number("vellum_snapshot_data_bytes{kind=\"committed\"}") > 400_000);
     assert!(number("vellum_store_free_bytes") < number("vellum_store_size_bytes"));
     assert!(text.trim_end().ends_with("# EOF"), "{text}");
+    // The container, by its key; views and committed ones have no counters.
+    let label = "{kind=\"snapshot\",key=\"ns/1/a \\\"quoted\\\" \\\\ key\"";
+    let of = |metric: &str| number(&format!("vellum_container_{metric}{label}"));
+    assert!(of("written_bytes_total") >= 1 << 20, "{text}");
+    assert!(of("data_bytes") >= 1 << 20);
+    assert_eq!(of("size_bytes"), 64 << 20);
+    assert!(of("flush_duration_seconds_count") > 0);
+    let first = text.lines().filter(|line| {
+        line.starts_with("vellum_container_write_duration_seconds_bucket")
+            && line.contains("le=\"+Inf\"")
+            && line.contains("touch=\"first\"")
+    });
+    let first: Vec<&str> = first.collect();
+    assert!(first.len() == 1 && !first[0].ends_with(" 0"), "{first:?}");
+    assert_eq!(number("vellum_containers_left_out"), 0);
+    let keys = text
+        .lines()
+        .filter(|l| l.starts_with("vellum_container_size_bytes"));
+    assert_eq!(keys.count(), 1);
+    strictly_parsed(&text);
+    // Counters only grow, and one that is removed has none any more.
+    let written = of("written_bytes_total");
+    fs::write(&file, vec![2; 2 << 20]).unwrap();
+    fs::File::open(&file).unwrap().sync_all().unwrap();
+    let text = get(&address, "/metrics");
+    let line = format!("vellum_container_written_bytes_total{label}");
+    let line = text.lines().find(|l| l.starts_with(&line)).unwrap();
+    let now: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(now >= written + (2 << 20), "{written} to {now}");
+    rig.client.remove(key).unwrap();
+    assert!(!get(&address, "/metrics").contains("vellum_container_"));
     assert!(get(&address, "/").starts_with("HTTP/1.1 404"));
 }
 

@@ -313,6 +313,23 @@ impl OpenChain {
         }
     }
 
+    /// Makes the journal of the top in a thread of its own, while the kernel is still told of the
+    /// device: the mount's first flush wants it.
+    pub fn prepare_journal(&self) {
+        let Some(top) = self.chain.top() else {
+            return;
+        };
+        let prepare = move || {
+            if let Err(error) = top.prepare_journal() {
+                tracing::warn!(%error, "the journal is left to the first flush");
+            }
+        };
+        // Without a thread the first flush makes it.
+        let _ = std::thread::Builder::new()
+            .name("vellum-journal".into())
+            .spawn(prepare);
+    }
+
     /// Opens the layer `next` for [`OpenChain::seal_top`] and flushes the top.
     ///
     /// # Errors

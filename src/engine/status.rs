@@ -1,6 +1,5 @@
 //! How containers are doing: sizes, mounts, servers.
 
-
 use serde::Serialize;
 
 use super::device::DeviceStats;

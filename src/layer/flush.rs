@@ -206,6 +206,23 @@ impl WritableLayer {
         Ok(())
     }
 
+    /// Makes the first area of the journal before a flush wants it. Where there is no space it is
+    /// left to that flush.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn prepare_journal(&self) -> Result<()> {
+        self.lead(self.queue.lock(), |layer, committer| {
+            if committer.area().is_some() || committer.must_checkpoint || layer.core.is_sealed() {
+                return Ok(());
+            }
+            let which = committer.current;
+            layer
+                .create_area(committer, which, layer.options.journal_start)
+                .map(drop)
+        })
+    }
+
     /// Makes the layer `size` bytes large, durably; it may be in use. What it gains reads as
     /// zeros. One that is as large already stays as it is.
     ///

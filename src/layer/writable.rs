@@ -86,10 +86,25 @@ impl WritableLayer {
     /// # Errors
     /// [`ErrorKind::AlreadyExists`] where `dir` is there.
     pub fn create(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<()> {
+        WritableLayer::create_beside(storage, dir, header, || Ok(()))
+    }
+
+    /// As [`WritableLayer::create`], with further files in `dir`, whose content `beside` makes
+    /// durable; their names are with the layer's own.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::create`], and what `beside` says.
+    pub fn create_beside(
+        storage: &dyn Storage,
+        dir: &Path,
+        header: &Header,
+        beside: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         storage
             .create_dir(dir)
             .context(|| format!("cannot make the layer {}", dir.display()))?;
         DataFiles::create(storage, dir, header.virtual_size)?;
+        beside()?;
         // Last, and it syncs the directory: a layer with a header is whole.
         header.write(storage, dir)
     }

@@ -17,6 +17,7 @@
 mod authority;
 mod commit;
 pub mod config;
+mod container_metrics;
 pub mod filter;
 mod labels;
 pub mod metadata;

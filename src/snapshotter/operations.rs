@@ -21,6 +21,9 @@ use crate::store::{LayerInfo, SnapshotKind, SnapshotRecord, Store};
 /// The name that a remote snapshot would have: one that we have already need not be unpacked.
 const REF_LABEL: &str = "containerd.io/snapshot.ref";
 
+/// Where the layers that are made here come from.
+const ORIGIN: &str = "containerd snapshot";
+
 /// Why an operation failed.
 #[derive(Debug)]
 pub enum Failure {
@@ -224,14 +227,40 @@ impl Snapshotter {
                     format!("target snapshot {:?}: already exists", record.key),
                 )));
             }
-            let layer = self.add_layer(record.base, record.virtual_size, pin)?;
-            crash_point::here("prepare: layer published");
-            record.layers.push(layer);
+            let info = LayerInfo {
+                origin: ORIGIN.into(),
+                ..LayerInfo::default()
+            };
+            let (base, size) = (record.base, record.virtual_size);
+            let staged = self.store.stage_described(base, size, &info)?;
+            crash_point::here("prepare: layer made");
+            record.layers.push(staged.place(pin)?);
         }
-        self.store.put_snapshot(record, pin)?;
-        crash_point::here("prepare: record in place");
-        let source = self.mounts.mount(record)?;
-        Ok(mount_spec(record, source))
+        let record = &*record;
+        // What is written here is durable before the answer, not before the mount: that takes as
+        // long, and what no record names is cleared away like any other rest.
+        let write = || -> crate::Result<()> {
+            if record.kind == SnapshotKind::Active {
+                self.store.sync_layers()?;
+                crash_point::here("prepare: layer published");
+            }
+            self.store.put_snapshot(record, pin)?;
+            crash_point::here("prepare: record in place");
+            Ok(())
+        };
+        let (written, mounted) = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().spawn_scoped(scope, write);
+            let mounted = self.mounts.mount(record);
+            let written = match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|_| {
+                    Err(Error::new(ErrorKind::Io, "the thread of a record panicked"))
+                }),
+                Err(_) => write(),
+            };
+            (written, mounted)
+        });
+        written?;
+        Ok(mount_spec(record, mounted?))
     }
 
     /// Where a layer with this reference is there already, on the same layers, under another
@@ -289,7 +318,7 @@ impl Snapshotter {
         let staged = self.store.stage_layer(Some(parent), virtual_size)?;
         crash_point::here("prepare: layer made");
         let info = LayerInfo {
-            origin: "containerd snapshot".into(),
+            origin: ORIGIN.into(),
             ..LayerInfo::default()
         };
         staged.publish(&info, pin)
