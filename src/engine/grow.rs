@@ -2,7 +2,7 @@
 //! finds after each step. All of it can be cut off anywhere and called again.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::device::{GROW, Grow};
 use crate::block::BLOCK_SIZE;
@@ -16,6 +16,9 @@ use crate::fs::superblock::Superblock;
 /// How long a server may take to make everything durable and write a header.
 const GROW_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long the kernel may take to believe the new size.
+const RESIZE_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Makes the layer behind a device that is served from `run_dir`, and the device, at least `size`
 /// bytes large.
 ///
@@ -27,16 +30,25 @@ pub(crate) fn grow_device(run_dir: &Path, device: LoopDevice, size: u64) -> Resu
     }
     grow_layer(run_dir, size)?;
     crash_point::here("grow: layer grown");
-    device.resize()?;
-    let now = device.size()?;
-    if now < size {
-        return Err(Error::new(
-            ErrorKind::Io,
-            format!(
-                "{}: it has {now} bytes after it grew to {size}",
-                device.path().display()
-            ),
-        ));
+    // The kernel drops what it is told of a FUSE file's size where a write was answered meanwhile:
+    // under a writer it takes a few attempts.
+    let deadline = Instant::now() + RESIZE_TIMEOUT;
+    loop {
+        device.resize()?;
+        let now = device.size()?;
+        if now >= size {
+            break;
+        }
+        if Instant::now() > deadline {
+            return Err(Error::new(
+                ErrorKind::Timeout,
+                format!(
+                    "{}: the kernel says {now} bytes after it grew to {size}",
+                    device.path().display()
+                ),
+            ));
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
     crash_point::here("grow: device grown");
     Ok(())
