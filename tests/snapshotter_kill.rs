@@ -161,7 +161,7 @@ fn a_growth_that_is_killed_at_any_step_is_finished_by_mounts_by_update_or_after_
             let room = room(&source);
             assert!(room > 160 << 20, "{place}, {finished_by}: {room}");
             assert_eq!(file_of(&source, "own"), "own", "{place}, {finished_by}");
-            fs::write(Path::new(&source).join("new"), vec![1; 80 << 20]).unwrap();
+            fs::write(Path::new(&source).join("new"), vec![1; 4 << 20]).unwrap();
             rig.client.remove(&key).unwrap();
         }
         rig.assert_whole(place);
