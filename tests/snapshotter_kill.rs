@@ -231,6 +231,7 @@ fn commit_is_done_or_not_begun_wherever_it_is_killed() {
         let source = rig.client.prepare(&key, "base", &[]).unwrap().source;
         fs::write(Path::new(&source).join("own"), "own").unwrap();
         let died = rig.dies_at(place, |client| client.commit(&name, &key, &[]).is_ok());
+        rig.assert_no_errors(place);
         finish_commit(rig, place, &key, &name);
         rig.assert_whole(place);
         rig.client.remove(&name).unwrap();

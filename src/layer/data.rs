@@ -21,6 +21,8 @@ const MAX_SEGMENTS: usize = (MAX_VIRTUAL_SIZE / SEGMENT_LEN) as usize;
 pub(super) struct DataFiles {
     /// Filled from the front; a layer that grows gets more.
     segments: [OnceLock<Segment>; MAX_SEGMENTS],
+    /// A thread is telling the host to begin.
+    writing_back: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -115,6 +117,7 @@ impl DataFiles {
     ) -> Result<Self> {
         let data = DataFiles {
             segments: Default::default(),
+            writing_back: Arc::default(),
         };
         for ((segment, expected), slot) in layout(header.virtual_size).zip(&data.segments) {
             let path = dir.join(segment_name(segment));
@@ -304,6 +307,31 @@ impl DataFiles {
             syncs += u64::from(segment.sync()?);
         }
         Ok(syncs)
+    }
+
+    /// Has the host begin to write what was written so far to its disk, in a thread of its own: a
+    /// sync later waits for less, and the disk works while requests are still coming. A hint, and
+    /// none while an older one is being taken.
+    pub(super) fn start_writing_back(&self) {
+        if self.writing_back.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let dirty = self
+            .segments()
+            .filter(|segment| segment.dirty.load(Ordering::Acquire));
+        let files: Vec<_> = dirty.map(|segment| segment.file.clone()).collect();
+        let done = self.writing_back.clone();
+        let started = std::thread::Builder::new()
+            .name("vellum-write-back".into())
+            .spawn(move || {
+                for file in files {
+                    file.start_writing_back();
+                }
+                done.store(false, Ordering::Release);
+            });
+        if started.is_err() {
+            self.writing_back.store(false, Ordering::Release);
+        }
     }
 
     /// Bytes that the files take on the host.

@@ -16,6 +16,7 @@ use super::state_of_value;
 use super::table::{state_code, state_of_code};
 use super::writable::WritableLayer;
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::about_to_wait;
 
 /// How much longer an area is than the one before it, while they fill.
 const GROWTH: u64 = 4;
@@ -51,6 +52,8 @@ pub(super) struct Committer {
     must_checkpoint: bool,
     /// Frees the other area, or makes a larger one in its place.
     retiring: Option<JoinHandle<Result<Option<Area>>>>,
+    /// The generation in which the other area was made ahead, or found to have no space.
+    prepared: u64,
     buf: AlignedBuf,
 }
 
@@ -67,6 +70,7 @@ impl Committer {
             live: [false; 2],
             must_checkpoint: false,
             retiring: None,
+            prepared: 0,
             buf: AlignedBuf::default(),
         }
     }
@@ -127,6 +131,7 @@ impl WritableLayer {
         // Only a flush that begins from now on covers us.
         let mine = queue.begun + 1;
         while queue.running && queue.done < mine {
+            about_to_wait();
             self.flushed.wait(&mut queue);
         }
         if queue.done >= mine {
@@ -374,8 +379,8 @@ impl WritableLayer {
             return Ok(Room::NeedsCheckpoint);
         }
         let Some(area_len) = committer.area().map(Area::len) else {
-            let len = self.options.journal_start.max(len.next_power_of_two());
-            return self.create_area(committer, committer.current, len);
+            let wanted = self.area_for(len, self.options.journal_start);
+            return self.create_area(committer, committer.current, wanted);
         };
         if committer.position + len <= area_len {
             return Ok(Room::Fits);
@@ -406,6 +411,14 @@ impl WritableLayer {
         (area_len * GROWTH).min(self.options.journal_max)
     }
 
+    /// The length of an area of at least `least` bytes that a record of `len` bytes, which is no
+    /// longer than an area can be, fits into.
+    fn area_for(&self, len: u64, least: u64) -> u64 {
+        least
+            .max(len.next_power_of_two())
+            .min(self.options.journal_max)
+    }
+
     /// Makes the other area, or a larger one in its place, before it is wanted, so that no flush
     /// has to wait for that.
     fn prepare_other_area(&self, committer: &mut Committer) {
@@ -424,9 +437,14 @@ impl WritableLayer {
         }
         let other = 1 - committer.current;
         let wanted = self.next_len(area_len);
-        if committer.must_checkpoint || committer.area_len(other) >= wanted {
+        if committer.must_checkpoint
+            || committer.area_len(other) >= wanted
+            // On a full disk not again for each flush.
+            || committer.prepared == committer.generation
+        {
             return;
         }
+        committer.prepared = committer.generation;
         // Its file is cut first, so it is no area any more.
         committer.set_area(other, None);
         let core = self.core.clone();
@@ -436,7 +454,7 @@ impl WritableLayer {
     /// Goes on in the other area, which is free, and has this one freed in the background.
     fn switch_area(&self, committer: &mut Committer, area_len: u64, len: u64) -> Result<Room> {
         let other = 1 - committer.current;
-        let wanted = self.next_len(area_len).max(len.next_power_of_two());
+        let wanted = self.area_for(len, self.next_len(area_len));
         if committer.area_len(other) < len
             && let Room::NeedsCheckpoint = self.create_area(committer, other, wanted)?
         {

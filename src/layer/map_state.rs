@@ -22,11 +22,17 @@ pub(super) struct Dirty {
     pub(super) blocks: u64,
     /// More than a journal record would carry: only a sync of the data file will do.
     pub(super) many: bool,
+    /// Of those, what nobody has started on its way to the disk.
+    waiting: u64,
 }
+
+/// Blocks that are worth being sent to the disk ahead of the sync that they will need.
+const WRITE_BACK_BLOCKS: u64 = 512;
 
 impl Dirty {
     pub(super) fn add(&mut self, start: u64, len: u64, limit: u64) {
         if self.many {
+            self.waiting += len;
             return;
         }
         self.blocks += len;
@@ -43,6 +49,15 @@ impl Dirty {
         self.blocks += 1;
         self.many = true;
         self.runs = Vec::new();
+    }
+
+    /// True once for every [`WRITE_BACK_BLOCKS`] of blocks that will need a sync of the data file.
+    pub(super) fn write_back_due(&mut self) -> bool {
+        let due = self.waiting >= WRITE_BACK_BLOCKS;
+        if due {
+            self.waiting = 0;
+        }
+        due
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -301,6 +301,11 @@ impl WritableLayer {
         let allocated = self.core.become_data(&mut map, start, len)?;
         map.dirty
             .add(start, len, self.options.journal_blocks as u64);
+        let due = map.dirty.write_back_due();
+        drop(map);
+        if due && self.options.background {
+            self.core.data.start_writing_back();
+        }
         Ok(allocated)
     }
 

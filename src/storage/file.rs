@@ -6,10 +6,11 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::waiting::about_to_wait;
 use super::{Entry, Held, LockMode, Mapping, OpenMode, SharedFile, Storage, StorageFile};
 
 /// The host's own files. Directories are made with mode 0700, files with 0600.
@@ -45,6 +46,7 @@ impl Storage for FileStorage {
         Ok(Arc::new(HostFile {
             file,
             direct: Direct::default(),
+            reads_cached: AtomicBool::new(true),
         }))
     }
 
@@ -239,6 +241,8 @@ const DIRECT_ALIGN: usize = 4096;
 struct HostFile {
     file: File,
     direct: Direct,
+    /// The file system can say that a read would wait.
+    reads_cached: AtomicBool,
 }
 
 impl HostFile {
@@ -291,10 +295,42 @@ pub(crate) fn write_dsync(file: &File, buf: &[u8], offset: u64) -> io::Result<us
     }
 }
 
+/// Reads what the page cache holds at `offset`; EAGAIN where the rest would have to wait for the disk,
+/// EOPNOTSUPP where the file system cannot tell (preadv2(2), RWF_NOWAIT).
+fn read_cached(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    let iov = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    // SAFETY: the descriptor is open for the call, and `iov` describes `buf`, which outlives it and
+    // is borrowed for writing.
+    let read = unsafe {
+        libc::preadv2(
+            file.as_raw_fd(),
+            &iov,
+            1,
+            offset as libc::off_t,
+            libc::RWF_NOWAIT,
+        )
+    };
+    if read < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(read as usize)
+    }
+}
+
 impl StorageFile for HostFile {
     fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+        // What is in memory is read without a word; only the rest waits.
+        let mut cached = self.reads_cached.load(Ordering::Relaxed);
         while !buf.is_empty() {
-            match self.file.read_at(buf, offset) {
+            let read = if cached {
+                read_cached(&self.file, buf, offset)
+            } else {
+                self.file.read_at(buf, offset)
+            };
+            match read {
                 Ok(0) => {
                     buf.fill(0);
                     break;
@@ -304,6 +340,13 @@ impl StorageFile for HostFile {
                     offset += read as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if cached => {
+                    if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
+                        self.reads_cached.store(false, Ordering::Relaxed);
+                    }
+                    cached = false;
+                    about_to_wait();
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -315,6 +358,7 @@ impl StorageFile for HostFile {
     }
 
     fn write_durable(&self, mut buf: &[u8], mut offset: u64) -> io::Result<()> {
+        about_to_wait();
         while !buf.is_empty() {
             let aligned = (buf.as_ptr() as usize).is_multiple_of(DIRECT_ALIGN)
                 && buf.len().is_multiple_of(DIRECT_ALIGN)
@@ -337,10 +381,12 @@ impl StorageFile for HostFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        about_to_wait();
         self.file.sync_data()
     }
 
     fn sync(&self) -> io::Result<()> {
+        about_to_wait();
         self.file.sync_all()
     }
 
@@ -374,6 +420,12 @@ impl StorageFile for HostFile {
 
     fn allocated(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    fn start_writing_back(&self) {
+        // SAFETY: the descriptor is open for the call, which takes integers alone. It neither waits
+        // for what it starts nor takes note of errors, so those are still the next sync's to tell.
+        unsafe { libc::sync_file_range(self.file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
     }
 
     fn prefetch(&self, offset: u64, len: u64) {
@@ -418,5 +470,43 @@ impl StorageFile for HostFile {
                 .map(&self.file)?
         };
         Ok(Mapping::Mapped(map))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    #[test]
+    fn a_thread_hears_of_reads_that_wait_for_the_disk_and_of_syncs_but_not_of_reads_from_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let file = FileStorage.open(&path, OpenMode::CreateNew).unwrap();
+        file.write_at(&[7; 8192], 0).unwrap();
+        let waits = Rc::new(Cell::new(0));
+        let heard = Rc::clone(&waits);
+        super::super::listen_for_waits(move || heard.set(heard.get() + 1));
+        file.sync_data().unwrap();
+        assert_eq!(waits.get(), 1);
+        let mut buf = [0; 8192];
+        file.read_at(&mut buf, 0).unwrap();
+        assert_eq!((waits.get(), buf), (1, [7; 8192]));
+        let in_memory = nix::sys::statfs::fstatfs(&File::open(&path).unwrap())
+            .unwrap()
+            .filesystem_type()
+            == nix::sys::statfs::TMPFS_MAGIC;
+        if !in_memory {
+            file.drop_cache().unwrap();
+            file.read_at(&mut buf, 0).unwrap();
+            assert_eq!((waits.get(), buf), (2, [7; 8192]));
+        }
+        // Beyond the end: zeros, as in a hole.
+        file.read_at(&mut buf, 4096).unwrap();
+        assert_eq!(
+            (&buf[..4096], &buf[4096..]),
+            (&[7; 4096][..], &[0; 4096][..])
+        );
     }
 }

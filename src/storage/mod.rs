@@ -6,6 +6,7 @@ mod file;
 mod op;
 mod rng;
 mod sim;
+mod waiting;
 
 pub use fault::{Fault, FaultPlan, FaultStorage, Hook};
 pub use file::FileStorage;
@@ -13,6 +14,8 @@ pub(crate) use file::write_dsync;
 pub use op::{OpCounts, OpKind};
 pub use rng::SeededRng;
 pub use sim::{Moment, Observer, PowerCut, SimStorage, is_power_cut};
+pub(crate) use waiting::about_to_wait;
+pub use waiting::listen as listen_for_waits;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -192,6 +195,9 @@ pub trait StorageFile: Send + Sync + std::fmt::Debug {
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Bytes that the file takes on the host.
     fn allocated(&self) -> io::Result<u64>;
+    /// A hint that what was written should begin its way to the disk, without waiting for it: the
+    /// next sync has less to do then. It says nothing of whether that went well.
+    fn start_writing_back(&self) {}
     /// A hint that the range will be read soon.
     fn prefetch(&self, _offset: u64, _len: u64) {}
     /// Has the next read come from the disk: after a failed sync memory may show what is not there.

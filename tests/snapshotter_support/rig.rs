@@ -247,6 +247,15 @@ impl Rig {
         }
     }
 
+    /// `vellum check` finds no error now; it may warn of what will be done in time.
+    pub fn assert_no_errors(&self, place: &str) {
+        let output = self.vellum(&["check"]);
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        assert!(said.contains(" 2 snapshots"), "{place}: {said}");
+        assert!(!said.contains("error: "), "{place}: {said}");
+    }
+
     /// Another command on the same root.
     pub fn vellum(&self, arguments: &[&str]) -> std::process::Output {
         Command::new(program())

@@ -41,13 +41,14 @@ impl Check<'_> {
         let trouble = match chain {
             Ok(mut chain) => {
                 chain.extend(&snapshot.layers);
-                let writable = snapshot.kind == SnapshotKind::Active;
-                // An interrupted commit leaves more than one of its own: the next mount sorts
-                // them out.
-                match writable && snapshot.layers.len() > 1 {
-                    true => None,
-                    false if writable => stack_of(&chain, states, true),
-                    false => stack(&chain, states),
+                let top = chain.last().and_then(|layer| states.get(layer));
+                let sealed = top.and_then(|state| state.header.as_ref());
+                let sealed = sealed.is_some_and(|header| header.sealed);
+                match (snapshot.kind, snapshot.layers.len()) {
+                    // A commit is at work, or was cut off: the next mount sorts its layers out.
+                    (SnapshotKind::Active, 2..) => None,
+                    (SnapshotKind::Active, _) if !sealed => stack_of(&chain, states, true),
+                    _ => stack(&chain, states),
                 }
             }
             Err(error) => Some(Trouble {

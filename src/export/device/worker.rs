@@ -27,9 +27,13 @@ use super::state::RunState;
 use super::supervisor::{ARG0, Event, Resume, event_pipe, own_arguments, set_close_on_exec};
 use super::{Memory, Opened, state};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::fuse::readers::Readers;
 use crate::export::fuse::server::{Ended, Server};
 use crate::export::fuse::session::{self, Features};
-use crate::export::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, Shared};
+use crate::export::fuse::slot::{
+    ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared,
+};
+use crate::storage::listen_for_waits;
 
 /// Control connections served at once; the next ones wait.
 const MAX_CONNECTIONS: usize = 8;
@@ -48,6 +52,7 @@ pub(super) struct Worker {
     pub session: Arc<File>,
     pub features: Features,
     pub use_resend: bool,
+    /// Threads that take requests at once; more stand by for when they wait for the disk.
     pub threads: usize,
     pub shared: Arc<Shared>,
     pub listener: UnixListener,
@@ -64,6 +69,7 @@ struct Context {
     worker: Worker,
     started: Instant,
     opened: Opened,
+    readers: Arc<Readers>,
     failures: AtomicU64,
     connections: AtomicUsize,
     /// Commands that are being carried out.
@@ -104,10 +110,12 @@ fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
         }
     };
     let wake = EventFd::new().context(|| "an eventfd cannot be made")?;
+    let readers = Readers::new(worker.threads);
     let context = Arc::new(Context {
         worker,
         started,
         opened,
+        readers,
         failures: AtomicU64::new(0),
         connections: AtomicUsize::new(0),
         busy: AtomicUsize::new(0),
@@ -118,25 +126,26 @@ fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
     let mut threads = Vec::new();
     recover(&context)?;
     for index in 0..context.worker.threads {
-        let mut slot = context.worker.shared.slot(index)?;
-        let context = Arc::clone(&context);
-        let thread = std::thread::Builder::new()
-            .name(format!("fuse-{index}"))
-            .spawn(move || {
-                let result = context.server().run(&mut slot);
-                let _ = context.wake.write(1);
-                result
-            })
-            .context(|| "a serving thread cannot be started")?;
-        threads.push(thread);
+        threads.push(serving_thread(&context, index)?);
     }
     note_pause(&context.worker);
     report(
         &context.worker,
         &Event::Serving(nix::unistd::getpid().as_raw()),
     );
+    for index in context.worker.threads..MAX_THREADS {
+        match serving_thread(&context, index) {
+            Ok(thread) => threads.push(thread),
+            // It serves, with less in flight.
+            Err(error) => {
+                tracing::warn!("{error}");
+                break;
+            }
+        }
+    }
     let result = main_loop(&context, &threads);
     context.stop.store(true, Ordering::Release);
+    context.readers.close();
     let ended = join(threads)?;
     result?;
     finish_commands(&context);
@@ -151,11 +160,29 @@ fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Starts thread `index` of those that answer requests.
+fn serving_thread(context: &Arc<Context>, index: usize) -> Result<JoinHandle<Result<Ended>>> {
+    let populate = index < context.worker.threads;
+    let mut slot = context.worker.shared.slot(index, populate)?;
+    let context = Arc::clone(context);
+    std::thread::Builder::new()
+        .name(format!("fuse-{index}"))
+        .spawn(move || {
+            let readers = Arc::clone(&context.readers);
+            listen_for_waits(move || readers.relieve());
+            let result = context.server().run(&mut slot);
+            let _ = context.wake.write(1);
+            result
+        })
+        .context(|| "a serving thread cannot be started")
+}
+
 impl Context {
     fn server(&self) -> Server<'_> {
         Server {
             session: &self.worker.session,
             device: &*self.opened.device,
+            readers: &self.readers,
             stop: &self.stop,
             remember: !self.worker.use_resend,
             failures: &self.failures,
@@ -188,8 +215,8 @@ fn recover(context: &Context) -> Result<()> {
         }
         return Ok(());
     }
-    for index in 0..context.worker.threads {
-        let mut slot = context.worker.shared.slot(index)?;
+    for index in 0..MAX_THREADS {
+        let mut slot = context.worker.shared.slot(index, false)?;
         context.server().replay(&mut slot)?;
     }
     Ok(())

@@ -8,9 +8,11 @@
 //! * [`abi`]: the bytes of the kernel's protocol, parsed from slices.
 //! * [`session`]: the mount and the handshake; what the process that owns the descriptor does.
 //! * [`slot`]: the buffer of one serving thread, which outlives a killed server.
+//! * [`readers`]: which threads take requests while others wait for the disk.
 //! * [`server`]: the loop that answers requests from a [`crate::block::BlockDevice`].
 
 pub mod abi;
+pub mod readers;
 pub mod server;
 pub mod session;
 pub mod slot;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use nix::errno::Errno;
 
 use super::abi::{self, Operation, ParseError, Request};
+use super::readers::Readers;
 use super::slot::{Owed, Slot};
 use crate::block::{BlockDevice, Durability, ExtentKind, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
@@ -26,7 +27,10 @@ pub struct Server<'a> {
     pub session: &'a File,
     /// What is served.
     pub device: &'a dyn BlockDevice,
-    /// Set to end the threads; one that waits for a request must be woken by a signal.
+    /// Who of the threads takes the next request.
+    pub readers: &'a Readers,
+    /// Set to end the threads; one that waits for a request must be woken by a signal, and those
+    /// that are spare by [`Readers::close`].
     pub stop: &'a AtomicBool,
     /// Note each request in the slot before answering it, for kernels that cannot resend.
     pub remember: bool,
@@ -66,10 +70,14 @@ impl Server<'_> {
     /// the session's descriptor fails.
     pub fn run(&self, slot: &mut Slot) -> Result<Ended> {
         loop {
+            self.readers.begin();
             if self.stop.load(Ordering::Acquire) {
+                self.readers.end();
                 return Ok(Ended::Stopped);
             }
-            let read = match nix::unistd::read(self.session, slot.take(self.remember)) {
+            let read = nix::unistd::read(self.session, slot.take(self.remember));
+            self.readers.end();
+            let read = match read {
                 Ok(read) => read,
                 Err(Errno::EINTR | Errno::EAGAIN | Errno::ENOENT) => continue,
                 Err(Errno::ENODEV | Errno::ECONNABORTED) => return Ok(Ended::SessionOver),

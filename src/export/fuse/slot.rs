@@ -21,7 +21,7 @@ use super::abi;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// The most threads that serve one device.
-pub const MAX_THREADS: usize = 8;
+pub const MAX_THREADS: usize = 16;
 
 /// Bytes in front of a request's data: header and arguments.
 pub const HEAD_LEN: usize = abi::IN_HEADER_LEN + abi::WRITE_IN_LEN;
@@ -36,7 +36,7 @@ pub const EXTRA_LEN: usize = 64 << 10;
 const EXTRA_AT: usize = TABLE_LEN + MAX_THREADS * SLOT_LEN;
 const MEMORY_LEN: u64 = (EXTRA_AT + EXTRA_LEN) as u64;
 /// Changes with the layout of [`Table`] and of the buffers.
-const LAYOUT: u64 = 0x5645_4c46_5553_0001;
+const LAYOUT: u64 = 0x5645_4c46_5553_0002;
 
 /// The thread holds no request.
 const IDLE: u64 = 0;
@@ -179,27 +179,29 @@ impl Shared {
         self.table().records.iter().any(owes)
     }
 
-    /// The buffer of thread `index`. At most one thread of all processes may use it at a time.
+    /// The buffer of thread `index`. At most one thread of all processes may use it at a time. With
+    /// `populate` its memory is there at once, otherwise as far as requests fill it.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] beyond [`MAX_THREADS`].
-    pub fn slot(self: &Arc<Self>, index: usize) -> Result<Slot> {
+    pub fn slot(self: &Arc<Self>, index: usize, populate: bool) -> Result<Slot> {
         if index >= MAX_THREADS {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!("a device is served by at most {MAX_THREADS} threads"),
             ));
         }
+        let mut options = MmapOptions::new();
+        options
+            .offset((TABLE_LEN + index * SLOT_LEN) as u64)
+            .len(SLOT_LEN);
+        if populate {
+            options.populate();
+        }
         // SAFETY: the memfd is ours and never shortened. Two processes never use one slot at the
         // same time: the next server starts when the last one is dead.
-        let buf = unsafe {
-            MmapOptions::new()
-                .offset((TABLE_LEN + index * SLOT_LEN) as u64)
-                .len(SLOT_LEN)
-                .populate()
-                .map_mut(self.file.as_raw_fd())
-        }
-        .context(|| "a request buffer cannot be mapped")?;
+        let buf = unsafe { options.map_mut(self.file.as_raw_fd()) }
+            .context(|| "a request buffer cannot be mapped")?;
         Ok(Slot {
             shared: Arc::clone(self),
             index,
@@ -333,7 +335,7 @@ mod tests {
     #[test]
     fn a_request_taken_and_not_answered_is_found_by_the_next_process() {
         let shared = Shared::create().unwrap();
-        let mut slot = shared.slot(1).unwrap();
+        let mut slot = shared.slot(1, false).unwrap();
         assert_eq!(slot.owed(), None);
         slot.take(true)[..4].copy_from_slice(&48u32.to_ne_bytes());
         slot.take(false)[40..48].copy_from_slice(b"argument");
@@ -344,7 +346,7 @@ mod tests {
         drop(slot);
 
         let inherited = Shared::inherit(shared.fd().try_clone().unwrap().into()).unwrap();
-        let mut slot = inherited.slot(1).unwrap();
+        let mut slot = inherited.slot(1, false).unwrap();
         assert_eq!(
             slot.owed(),
             Some(Owed {
@@ -359,7 +361,7 @@ mod tests {
     #[test]
     fn a_request_that_arrived_while_the_server_was_killed_is_found_by_its_length() {
         let shared = Shared::create().unwrap();
-        let mut slot = shared.slot(0).unwrap();
+        let mut slot = shared.slot(0, false).unwrap();
         slot.take(true);
         assert_eq!(slot.owed(), None);
         slot.take(true)[..4].copy_from_slice(&56u32.to_ne_bytes());
@@ -375,7 +377,7 @@ mod tests {
     #[test]
     fn a_request_carried_out_keeps_its_errno_until_it_is_answered() {
         let shared = Shared::create().unwrap();
-        let mut slot = shared.slot(0).unwrap();
+        let mut slot = shared.slot(0, false).unwrap();
         slot.taken(40);
         slot.done(libc::ENOSPC);
         let done = Some(libc::ENOSPC);
@@ -389,12 +391,12 @@ mod tests {
     #[test]
     fn data_is_page_aligned_and_answers_are_counted() {
         let shared = Shared::create().unwrap();
-        let mut slot = shared.slot(0).unwrap();
+        let mut slot = shared.slot(0, false).unwrap();
         assert_eq!(slot.data(abi::MAX_IO).unwrap().as_ptr() as usize % 4096, 0);
         assert!(slot.data(abi::MAX_IO + 1).is_none());
         slot.answered(true);
         slot.answered(false);
         assert_eq!((shared.served(), shared.resent()), (2, 1));
-        assert!(shared.slot(MAX_THREADS).is_err());
+        assert!(shared.slot(MAX_THREADS, false).is_err());
     }
 }

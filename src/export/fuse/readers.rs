@@ -1,0 +1,149 @@
+//! Which of a session's threads read the next request: few at a time, since more of them than
+//! processors only get in each other's way, but always one, however many wait for the disk.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Thread;
+
+use parking_lot::Mutex;
+
+/// The threads of one session that read requests, and those that are spare.
+#[derive(Debug)]
+pub struct Readers {
+    /// How many read at once.
+    limit: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Threads in read(2), or on their way there.
+    reading: usize,
+    /// The last to come is the first to go: its buffer is in the caches.
+    spare: Vec<Arc<Spare>>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Spare {
+    thread: Thread,
+    called: AtomicBool,
+}
+
+impl Readers {
+    /// At most `limit` threads, at least one, read at once.
+    pub fn new(limit: usize) -> Arc<Readers> {
+        Arc::new(Readers {
+            limit: limit.max(1),
+            state: Mutex::default(),
+        })
+    }
+
+    /// Waits until this thread is wanted as a reader. [`Readers::end`] is to follow.
+    pub fn begin(&self) {
+        let spare = {
+            let mut state = self.state.lock();
+            if state.closed || state.reading < self.limit {
+                state.reading += 1;
+                return;
+            }
+            let spare = Arc::new(Spare {
+                thread: std::thread::current(),
+                called: AtomicBool::new(false),
+            });
+            state.spare.push(Arc::clone(&spare));
+            spare
+        };
+        while !spare.called.load(Ordering::Acquire) {
+            std::thread::park();
+        }
+    }
+
+    /// This thread has a request, or will not read any more.
+    pub fn end(&self) {
+        self.state.lock().reading -= 1;
+    }
+
+    /// This thread has a request and will wait for the disk: a spare one reads in its place where
+    /// nobody does.
+    pub fn relieve(&self) {
+        let mut state = self.state.lock();
+        if state.reading == 0 {
+            call(&mut state);
+        }
+    }
+
+    /// Lets all threads through, now and from now on.
+    pub fn close(&self) {
+        let mut state = self.state.lock();
+        state.closed = true;
+        while call(&mut state) {}
+    }
+}
+
+/// Makes a spare thread a reader; false where there is none.
+fn call(state: &mut State) -> bool {
+    let Some(spare) = state.spare.pop() else {
+        return false;
+    };
+    state.reading += 1;
+    spare.called.store(true, Ordering::Release);
+    spare.thread.unpark();
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    /// Starts a thread that reads once and says so.
+    fn reader(readers: &Arc<Readers>, tell: &mpsc::Sender<usize>, name: usize) {
+        let (readers, tell) = (Arc::clone(readers), tell.clone());
+        std::thread::spawn(move || {
+            readers.begin();
+            tell.send(name).unwrap();
+        });
+    }
+
+    #[test]
+    fn no_more_than_the_limit_read_until_one_waits_while_nobody_reads() {
+        let readers = Readers::new(2);
+        let (tell, told) = mpsc::channel();
+        for name in 0..2 {
+            reader(&readers, &tell, name);
+            assert_eq!(told.recv().unwrap(), name);
+        }
+        reader(&readers, &tell, 2);
+        while readers.state.lock().spare.is_empty() {
+            std::thread::yield_now();
+        }
+        // One has a request and waits, the other still reads.
+        readers.end();
+        readers.relieve();
+        assert!(told.recv_timeout(Duration::from_millis(20)).is_err());
+        // The other one waits too.
+        readers.end();
+        readers.relieve();
+        assert_eq!(told.recv().unwrap(), 2);
+        assert_eq!(readers.state.lock().reading, 1);
+    }
+
+    #[test]
+    fn closing_lets_the_spare_threads_and_all_later_ones_through() {
+        let readers = Readers::new(1);
+        let (tell, told) = mpsc::channel();
+        for name in 0..3 {
+            reader(&readers, &tell, name);
+        }
+        while readers.state.lock().spare.len() < 2 {
+            std::thread::yield_now();
+        }
+        readers.close();
+        reader(&readers, &tell, 3);
+        let mut through: Vec<usize> = (0..4).map(|_| told.recv().unwrap()).collect();
+        through.sort_unstable();
+        assert_eq!(through, [0, 1, 2, 3]);
+    }
+}
