@@ -493,7 +493,7 @@ mod tests {
         let mut buf = [0; 8192];
         file.read_at(&mut buf, 0).unwrap();
         assert_eq!((waits.get(), buf), (1, [7; 8192]));
-        let in_memory = nix::sys::statfs::fstatfs(&File::open(&path).unwrap())
+        let in_memory = nix::sys::statfs::fstatfs(File::open(&path).unwrap())
             .unwrap()
             .filesystem_type()
             == nix::sys::statfs::TMPFS_MAGIC;
