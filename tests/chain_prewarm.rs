@@ -122,8 +122,8 @@ fn copy_up_changes_no_byte_and_leaves_nothing_to_touch_first() {
     }
     let stats = chain.stats().snapshot();
     assert_eq!(stats.prewarmed_blocks, 1023);
-    assert_eq!(stats.first_touch.count, 1, "before the copy-up");
-    assert_eq!(stats.steady.count, BLOCKS);
+    assert_eq!(stats.first_touch_writes, 1, "before the copy-up");
+    assert_eq!(stats.steady_writes, BLOCKS);
     assert_eq!(stats.partial_copy_ups, 0);
     // Durable like any other block.
     chain.flush().unwrap();
@@ -221,8 +221,8 @@ fn counters_tell_first_touches_copies_and_layers_apart() {
         .write_at(&[4; 1024], 3 * 4096 - 512, Durability::Durable)
         .unwrap();
     let stats = chain.stats().snapshot();
-    assert_eq!(stats.first_touch.count, 5);
-    assert_eq!(stats.steady.count, 1);
+    assert_eq!(stats.first_touch_writes, 5);
+    assert_eq!(stats.steady_writes, 1);
     assert_eq!(stats.first_touch_blocks, 6);
     assert_eq!(stats.partial_copy_ups, 3);
     assert_eq!(stats.copied_bytes, 3 * 3584);
@@ -230,7 +230,7 @@ fn counters_tell_first_touches_copies_and_layers_apart() {
     assert_eq!(stats.stored_bytes, 6 * 4096 + 512);
     assert_eq!(stats.flush.count, 1);
     assert_eq!(stats.allocated.last().unwrap().total, 6);
-    assert!(stats.first_touch.max_ns > 0);
+    assert!(stats.flush.max_ns > 0);
 
     let mut all = vec![0; SIZE as usize];
     chain.read_at(&mut all, 0).unwrap();

@@ -190,7 +190,39 @@ fn open_device_is_not_detached_and_keeps_working() {
     };
     let error = detach(&device.run_dir, &options).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InUse);
+    let holder = format!("process {} (", std::process::id());
+    assert!(error.to_string().contains(&holder), "{error}");
     drop(held);
+    device.detach();
+    device.assert_nothing_left();
+}
+
+#[test]
+fn a_device_that_another_mount_namespace_has_mounted_is_not_detached_and_the_error_says_whose() {
+    let device = Device::attached(64 << 20);
+    device.mkfs();
+    device.mount();
+    // Its copy of the mount stays when ours goes.
+    let mut other = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c"])
+        .arg("echo ready; read line")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut ready = [0; 6];
+    std::io::Read::read_exact(&mut other.stdout.take().unwrap(), &mut ready).unwrap();
+    device.umount();
+    let options = DetachOptions {
+        force: false,
+        timeout: Duration::from_millis(100),
+    };
+    let error = detach(&device.run_dir, &options).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+    let whose = format!("in the mount namespace of process {} (", other.id());
+    drop(other.stdin.take());
+    other.wait().unwrap();
+    assert!(error.to_string().contains(&whose), "{error}");
     device.detach();
     device.assert_nothing_left();
 }

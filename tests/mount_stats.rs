@@ -125,7 +125,9 @@ fn first_touches_and_steady_writes_of_a_mounted_container_are_told_apart() {
     assert!(at("p99_us") <= at("p999_us") && at("p999_us") <= at("max_us"));
     let counted = latency["histogram"]["buckets"].as_array().unwrap();
     let counted: u64 = counted.iter().map(|pair| pair[1].as_u64().unwrap()).sum();
-    assert_eq!(counted, latency["count"].as_u64().unwrap());
+    assert_eq!(counted, latency["timed"].as_u64().unwrap());
+    // One in 16, and the few of the file system's own.
+    assert!((5..100).contains(&counted), "{counted} writes were timed");
 
     let layers = after["layers"].as_array().unwrap();
     let top = layers.last().unwrap();

@@ -547,9 +547,7 @@ fn prometheus_gets_calls_snapshots_devices_and_space() {
     assert_eq!(of("size_bytes"), 64 << 20);
     assert!(of("flush_duration_seconds_count") > 0);
     let first = text.lines().filter(|line| {
-        line.starts_with("vellum_container_write_duration_seconds_bucket")
-            && line.contains("le=\"+Inf\"")
-            && line.contains("touch=\"first\"")
+        line.starts_with("vellum_container_writes_total") && line.contains("touch=\"first\"")
     });
     let first: Vec<&str> = first.collect();
     assert!(first.len() == 1 && !first[0].ends_with(" 0"), "{first:?}");

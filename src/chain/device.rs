@@ -207,7 +207,7 @@ impl Chain {
     }
 
     fn flush_top(&self, top: &WritableLayer) -> Result<()> {
-        let began = self.stats.begin();
+        let began = self.stats.begin_flush();
         let result = top.flush();
         self.stats.flushed(began);
         result

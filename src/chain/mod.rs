@@ -15,5 +15,6 @@ pub use open::{ChainSpec, open_chain, open_counted_chain};
 pub use prewarm::CopiedUp;
 pub use sources::{Source, SourceRun};
 pub use stats::{
-    ChainStats, ChainStatsSnapshot, LatencySnapshot, MAX_COUNTED_LAYERS, STATS_LEN, Sample,
+    ChainStats, ChainStatsSnapshot, LatencySnapshot, MAX_COUNTED_LAYERS, SAMPLE_EVERY, STATS_LEN,
+    Sample,
 };

@@ -37,10 +37,11 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     bar.finish_and_clear();
     context.out.print(&report?, |report| {
         format!(
-            "prewarmed {} of {} in {} files: {} copied, {} made room for, {} there before, in {:.1} s\n",
+            "prewarmed {} of {} in {} {}: {} copied, {} made room for, {} there before, in {:.1} s\n",
             human_size(report.bytes),
             report.name,
             report.files,
+            if report.files == 1 { "file" } else { "files" },
             human_size(report.copied_blocks * BLOCK_SIZE),
             human_size(report.zeroed_blocks * BLOCK_SIZE),
             human_size(report.present_blocks * BLOCK_SIZE),

@@ -138,7 +138,7 @@ fn one(stats: &Stats, rate: &str) -> String {
 }
 
 fn requests(counters: &Counters) -> String {
-    let none = ["", "", "", "", ""].map(str::to_owned);
+    let none = ["", "", "", "", "", ""].map(str::to_owned);
     let reads = &counters.reads;
     let mut rows = vec![row(
         "read",
@@ -163,41 +163,45 @@ fn requests(counters: &Counters) -> String {
     rows.push(row("flush", flush.count, String::new(), times(flush)));
     table(
         &[
-            "REQUEST", "COUNT", "BYTES", "MEDIAN", "90 %", "99 %", "99.9 %", "LONGEST",
+            "REQUEST", "COUNT", "BYTES", "TIMED", "MEDIAN", "90 %", "99 %", "99.9 %", "LONGEST",
         ],
         &rows,
     )
 }
 
-fn row(name: &str, count: u64, bytes: String, times: [String; 5]) -> Vec<String> {
+fn row(name: &str, count: u64, bytes: String, times: [String; 6]) -> Vec<String> {
     let mut row = vec![name.to_owned(), count.to_string(), bytes];
     row.extend(times);
     row
 }
 
-fn times(latency: &Latency) -> [String; 5] {
-    let values = [
+/// How many were timed, and their percentiles.
+fn times(latency: &Latency) -> [String; 6] {
+    let [p50, p90, p99, p999, max] = [
         latency.p50_us,
         latency.p90_us,
         latency.p99_us,
         latency.p999_us,
         latency.max_us,
-    ];
-    values.map(|micros| {
-        if latency.count == 0 {
+    ]
+    .map(|micros| {
+        if latency.timed == 0 {
             "-".into()
         } else {
             human_time(micros)
         }
-    })
+    });
+    [latency.timed.to_string(), p50, p90, p99, p999, max]
 }
 
 /// Microseconds for people.
 fn human_time(micros: f64) -> String {
     if micros < 9.95 {
         format!("{micros:.1} µs")
-    } else if micros < 9_950.0 {
+    } else if micros < 995.0 {
         format!("{micros:.0} µs")
+    } else if micros < 9_950.0 {
+        format!("{:.1} ms", micros / 1e3)
     } else if micros < 995_000.0 {
         format!("{:.0} ms", micros / 1e3)
     } else {

@@ -201,11 +201,14 @@ pub struct BlockCounters {
     pub over_time: Vec<Sample>,
 }
 
-/// How long requests took, in microseconds; 0 where there were none.
+/// How long requests took, in microseconds; 0 where none was timed.
 #[derive(Debug, Clone, Serialize)]
 pub struct Latency {
-    /// Requests.
+    /// Requests, all of them.
     pub count: u64,
+    /// Of those, requests that were timed: about one write in [`crate::chain::SAMPLE_EVERY`], drawn
+    /// at random, and every flush. The times below are theirs.
+    pub timed: u64,
     /// Mean.
     pub mean_us: f64,
     /// Median.
@@ -216,19 +219,20 @@ pub struct Latency {
     pub p99_us: f64,
     /// 999 of 1000 were no slower.
     pub p999_us: f64,
-    /// The slowest.
+    /// The slowest of those that were timed.
     pub max_us: f64,
     /// The histogram in nanoseconds: what a metrics endpoint makes its own buckets of.
     pub histogram: LatencySnapshot,
 }
 
 impl Latency {
-    fn new(histogram: LatencySnapshot) -> Result<Self> {
+    fn new(count: u64, histogram: LatencySnapshot) -> Result<Self> {
         let all = histogram.histogram()?;
         let micros = |nanos: u64| nanos as f64 / 1000.0;
         let at = |quantile: f64| micros(all.value_at_quantile(quantile).min(histogram.max_ns));
         Ok(Latency {
-            count: histogram.count,
+            count,
+            timed: histogram.count,
             mean_us: ratio(histogram.sum_ns, histogram.count) / 1000.0,
             p50_us: at(0.5),
             p90_us: at(0.9),
@@ -267,8 +271,8 @@ impl Counters {
                 requests: chain.writes,
                 bytes: chain.written_bytes,
                 discarded_bytes: chain.discarded_bytes,
-                first_touch: Latency::new(chain.first_touch)?,
-                steady: Latency::new(chain.steady)?,
+                first_touch: Latency::new(chain.first_touch_writes, chain.first_touch)?,
+                steady: Latency::new(chain.steady_writes, chain.steady)?,
             },
             copy_up: CopyUpCounters {
                 first_touch_blocks: chain.first_touch_blocks,
@@ -285,7 +289,7 @@ impl Counters {
                 factor: ratio(to_disk, chain.written_bytes),
             },
             flushes: FlushCounters {
-                latency: Latency::new(chain.flush)?,
+                latency: Latency::new(chain.flush.count, chain.flush)?,
                 count: layer.flushes,
                 coalesced: layer.flushes_coalesced,
                 empty: layer.flushes_empty,

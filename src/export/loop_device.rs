@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::fs::mountinfo::MountInfo;
 
 const CONTROL: &str = "/dev/loop-control";
 /// Loop numbers that a racing process may take from us before we give up.
@@ -369,15 +370,49 @@ impl LoopDevice {
             if Instant::now() >= deadline {
                 return Err(Error::new(
                     ErrorKind::InUse,
-                    format!(
-                        "{}: it is mounted or open somewhere (see findmnt and fuser)",
-                        self.path().display()
-                    ),
+                    format!("{}: {}", self.path().display(), self.user()),
                 ));
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(20));
         }
+    }
+
+    /// Who keeps the device from being detached, as far as can be found out, and what to do.
+    fn user(&self) -> String {
+        let path = self.path();
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let own = fs::read_link("/proc/self/ns/mnt").ok();
+        for process in processes {
+            let name = process.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
+                continue;
+            };
+            let dir = process.path();
+            let comm = || fs::read_to_string(dir.join("comm")).unwrap_or_default();
+            let mounts = fs::read(dir.join("mountinfo")).unwrap_or_default();
+            let mounts = MountInfo::parse(&mounts);
+            if let Some(mount) = mounts.iter().find(|mount| mount.source == path) {
+                let target = mount.target.display();
+                return if fs::read_link(dir.join("ns/mnt")).ok() == own {
+                    format!("it is mounted at {target}: unmount that first")
+                } else {
+                    format!(
+                        "it is mounted at {target} in the mount namespace of process {pid} ({}): \
+                         end that, or `nsenter -t {pid} -m umount {target}`",
+                        comm().trim_end()
+                    )
+                };
+            }
+            let files = fs::read_dir(dir.join("fd")).into_iter().flatten().flatten();
+            if files
+                .filter_map(|file| fs::read_link(file.path()).ok())
+                .any(|file| file == path)
+            {
+                return format!("process {pid} ({}) has it open", comm().trim_end());
+            }
+        }
+        "it is mounted or open somewhere (see findmnt and fuser)".into()
     }
 
     /// Detaches as soon as the last opener is gone, which may be now.

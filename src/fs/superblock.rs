@@ -130,7 +130,7 @@ fn journal_ranges(fields: &Fields<'_>, block_size: u64, size: u64) -> Result<Vec
             return Err(corrupt("the journal's map is cut"));
         };
         let mut start = (u64::from(high) << 32 | u64::from(low)) * block_size;
-        let end = start + u64::from(len) * block_size;
+        let end = start.saturating_add(u64::from(len) * block_size);
         if end > size {
             return Err(corrupt("the journal lies beyond the end"));
         }

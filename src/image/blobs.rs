@@ -20,6 +20,9 @@ const MAX_JSON: u64 = 8 << 20;
 /// The most members that the outer tar of an image may have.
 const MAX_MEMBERS: usize = 1 << 20;
 
+/// The most bytes that their names, and what links among them name, may have together.
+const MAX_NAMES: usize = 128 << 20;
+
 /// How many links inside an archive are followed from one name.
 const MAX_LINKS: usize = 8;
 
@@ -47,6 +50,7 @@ impl Archive {
         let file = Arc::new(file);
         let mut members = Members::new(Slice::new(file.clone(), 0, length));
         let mut places = HashMap::new();
+        let mut names = 0;
         while let Some(member) = members.next()? {
             let path = member.node.path;
             let place = match member.node.kind {
@@ -70,12 +74,19 @@ impl Archive {
                 _ => None,
             };
             if let Some(place) = place {
+                names += path.len();
+                if let Place::Link(target) = &place {
+                    names += target.len();
+                }
                 places.insert(path, place);
             }
-            if places.len() > MAX_MEMBERS {
+            if places.len() > MAX_MEMBERS || names > MAX_NAMES {
                 return Err(Error::new(
                     ErrorKind::InvalidInput,
-                    format!("the archive has more than {MAX_MEMBERS} members"),
+                    format!(
+                        "the archive has more than {MAX_MEMBERS} members, or names of more than \
+                         {MAX_NAMES} bytes"
+                    ),
                 ));
             }
             members.seek_past_content();

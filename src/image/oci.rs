@@ -19,8 +19,8 @@ use crate::{Error, ErrorKind, Result};
 /// How deep indexes nest.
 const MAX_INDEXES: usize = 8;
 
-/// The most manifests that are looked at.
-const MAX_MANIFESTS: usize = 10_000;
+/// The most entries of indexes that are looked at, one within the other.
+const MAX_ENTRIES: usize = 10_000;
 
 /// What kind of machine an image is for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -124,8 +124,9 @@ pub(super) fn load(blobs: Blobs, options: &SourceOptions) -> Result<Image> {
     let index: ImageIndex = json(&blobs.read("index.json")?, "index.json")?;
     let named = select_name(&index, options.image.as_deref())?;
     let mut candidates = Vec::new();
+    let mut looked_at = 0;
     for descriptor in &named {
-        collect(&blobs, descriptor, 0, &mut candidates)?;
+        collect(&blobs, descriptor, 0, &mut looked_at, &mut candidates)?;
     }
     let wanted = options.platform.clone().unwrap_or_else(Platform::host);
     let chosen = choose(&blobs, candidates, &wanted, options.platform.is_some())?;
@@ -312,12 +313,15 @@ fn collect(
     blobs: &Blobs,
     descriptor: &Descriptor,
     depth: usize,
+    looked_at: &mut usize,
     found: &mut Vec<Candidate>,
 ) -> Result<()> {
-    if found.len() >= MAX_MANIFESTS {
+    // Not the manifests found: a few indexes, each many times in the next, lead to none for ever.
+    *looked_at += 1;
+    if *looked_at > MAX_ENTRIES {
         return Err(Error::new(
             ErrorKind::InvalidInput,
-            format!("the index leads to more than {MAX_MANIFESTS} manifests"),
+            format!("the index leads to more than {MAX_ENTRIES} manifests and indexes"),
         ));
     }
     if is_index(descriptor) {
@@ -330,7 +334,7 @@ fn collect(
         let digest = descriptor.digest().to_string();
         let index: ImageIndex = json(&blobs.read_blob(&digest)?, &digest)?;
         for inner in index.manifests() {
-            collect(blobs, inner, depth + 1, found)?;
+            collect(blobs, inner, depth + 1, looked_at, found)?;
         }
         return Ok(());
     }

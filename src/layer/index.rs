@@ -87,10 +87,24 @@ pub struct ValueRun {
     pub value: u32,
 }
 
+/// 2 GiB of blocks. Where all of them have one value, that is all there is to it: one extent of a
+/// map may cover terabytes, and must not take memory in proportion.
+#[derive(Debug, Clone)]
+enum Node {
+    Same(u32),
+    Leaves(Box<[Leaf]>),
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Node::Same(ABSENT)
+    }
+}
+
 /// A sparse array of `u32` over block numbers.
 #[derive(Debug, Clone, Default)]
 pub struct Index {
-    nodes: Vec<Option<Box<[Leaf]>>>,
+    nodes: Vec<Node>,
 }
 
 /// Splits a block into (node, leaf within it, block within that).
@@ -140,15 +154,19 @@ impl Index {
         }
     }
 
-    /// As [`Index::run_at`], within one leaf or one missing node.
+    /// As [`Index::run_at`], within one leaf or one node of a single value.
     #[inline]
     fn piece_at(&self, block: u64, max: u64) -> (u32, u64) {
         let (node, leaf, within) = locate(block);
-        let Some(slot) = self.nodes.get(node) else {
-            return (ABSENT, max);
+        let leaf = match self.nodes.get(node) {
+            Some(Node::Leaves(leaves)) => leaves.get(leaf),
+            Some(Node::Same(value)) => {
+                return (*value, max.min(NODE_BLOCKS - block % NODE_BLOCKS));
+            }
+            None => None,
         };
-        let Some(leaf) = slot.as_deref().and_then(|leaves| leaves.get(leaf)) else {
-            return (ABSENT, max.min(NODE_BLOCKS - block % NODE_BLOCKS));
+        let Some(leaf) = leaf else {
+            return (ABSENT, max);
         };
         let (value, len) = leaf.piece_at(within, max.min((LEAF - within) as u64) as usize);
         (value, len as u64)
@@ -160,6 +178,13 @@ impl Index {
         let mut at = start;
         while at < end {
             let (node, leaf, within) = locate(at);
+            if at.is_multiple_of(NODE_BLOCKS) && end - at >= NODE_BLOCKS {
+                if let Some(slot) = self.node_mut(node, value) {
+                    *slot = Node::Same(value);
+                }
+                at += NODE_BLOCKS;
+                continue;
+            }
             let piece = ((LEAF - within) as u64).min(end - at);
             if let Some(leaf) = self.leaf_mut(node, leaf, value) {
                 leaf.set(within, piece as usize, value);
@@ -168,22 +193,31 @@ impl Index {
         }
     }
 
-    /// The leaf to change, made where it is missing; `None` where there is nothing to forget.
-    fn leaf_mut(&mut self, node: usize, leaf: usize, value: u32) -> Option<&mut Leaf> {
+    /// The node to change, made where it is missing; `None` where there is nothing to forget.
+    fn node_mut(&mut self, node: usize, value: u32) -> Option<&mut Node> {
         if node >= self.nodes.len() {
             if value == ABSENT {
                 return None;
             }
-            self.nodes.resize_with(node + 1, || None);
+            self.nodes.resize_with(node + 1, Node::default);
         }
-        let slot = self.nodes.get_mut(node)?;
-        if slot.is_none() {
-            if value == ABSENT {
+        self.nodes.get_mut(node)
+    }
+
+    /// The leaf to change, made where it is missing; `None` where it has the value already.
+    fn leaf_mut(&mut self, node: usize, leaf: usize, value: u32) -> Option<&mut Leaf> {
+        let slot = self.node_mut(node, value)?;
+        if let Node::Same(same) = *slot {
+            if same == value {
                 return None;
             }
-            *slot = Some(std::iter::repeat_with(Leaf::default).take(NODE).collect());
+            let leaves = std::iter::repeat_with(|| Leaf::same(same)).take(NODE);
+            *slot = Node::Leaves(leaves.collect());
         }
-        slot.as_deref_mut()?.get_mut(leaf)
+        match slot {
+            Node::Leaves(leaves) => leaves.get_mut(leaf),
+            Node::Same(_) => None,
+        }
     }
 
     /// Forgets every block from `end` on.
@@ -238,6 +272,15 @@ impl Iterator for Runs<'_> {
 }
 
 impl Leaf {
+    /// A leaf of one value.
+    fn same(value: u32) -> Self {
+        let mut leaf = Leaf::default();
+        if value != ABSENT {
+            leaf.set(0, LEAF, value);
+        }
+        leaf
+    }
+
     #[inline]
     fn piece_at(&self, within: usize, max: usize) -> (u32, usize) {
         match self {
@@ -430,15 +473,47 @@ mod tests {
     }
 
     #[test]
+    fn terabytes_of_one_value_take_no_leaves_but_where_they_begin_and_end() {
+        let mut index = Index::new();
+        index.set(5, 1 << 34, 2);
+        let leaves = |index: &Index| {
+            let nodes = index.nodes.iter();
+            nodes.filter(|node| matches!(node, Node::Leaves(_))).count()
+        };
+        assert_eq!(leaves(&index), 2);
+        let run = |start, len, value| ValueRun { start, len, value };
+        assert_eq!(index.iter().collect::<Vec<_>>(), [run(5, 1 << 34, 2)]);
+        // Within a node of one value, over two of them, and a whole one away.
+        index.set(7 * NODE_BLOCKS + 9, 1, 1);
+        index.set(9 * NODE_BLOCKS - 1, 2, 2);
+        index.set(10 * NODE_BLOCKS, NODE_BLOCKS, ABSENT);
+        index.set(20 * NODE_BLOCKS, 2 * NODE_BLOCKS, 1);
+        assert_eq!(leaves(&index), 3);
+        assert_eq!(
+            index.iter().collect::<Vec<_>>(),
+            [
+                run(5, 7 * NODE_BLOCKS + 4, 2),
+                run(7 * NODE_BLOCKS + 9, 1, 1),
+                run(7 * NODE_BLOCKS + 10, 3 * NODE_BLOCKS - 10, 2),
+                run(11 * NODE_BLOCKS, 9 * NODE_BLOCKS, 2),
+                run(20 * NODE_BLOCKS, 2 * NODE_BLOCKS, 1),
+                run(22 * NODE_BLOCKS, (1 << 34) + 5 - 22 * NODE_BLOCKS, 2),
+            ]
+        );
+        assert_eq!(index.get(10 * NODE_BLOCKS + 1), ABSENT);
+    }
+
+    #[test]
     fn a_leaf_that_was_an_array_shrinks_when_it_is_overwritten_whole() {
         let mut index = Index::new();
         for block in 0..LEAF as u64 {
             index.set(block, 1, (block % 2) as u32);
         }
         index.set(0, LEAF as u64, 3);
-        assert!(
-            matches!(index.nodes[0].as_ref().unwrap()[0], Leaf::Runs(ref runs) if runs.len() == 1)
-        );
+        let Node::Leaves(leaves) = &index.nodes[0] else {
+            panic!("{:?}", index.nodes[0]);
+        };
+        assert!(matches!(leaves[0], Leaf::Runs(ref runs) if runs.len() == 1));
     }
 
     proptest! {

@@ -1,5 +1,6 @@
 //! Opening a layer after it was closed or after a crash. format.md, section 3.3.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::data::DataFiles;
@@ -147,20 +148,42 @@ fn load(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<Loaded> {
         generation = area.generation;
         records.extend(area.records);
     }
-    for record in &records {
-        for change in &record.body.changes {
-            index.set(
-                change.start,
-                u64::from(change.len),
-                value_of_state(change.state),
-            );
-        }
-    }
+    let changes = records.iter().flat_map(|record| &record.body.changes);
+    apply(&mut index, changes);
     Ok(Loaded {
         index,
         generation,
         records,
     })
+}
+
+/// Applies changes, the last one first and each block once: a damaged or hostile journal may change
+/// terabytes a million times over.
+fn apply<'a>(index: &mut Index, changes: impl DoubleEndedIterator<Item = &'a MapExtent>) {
+    // Start and end of what later changes have settled; none touches another.
+    let mut settled: BTreeMap<u64, u64> = BTreeMap::new();
+    for change in changes.rev() {
+        let value = value_of_state(change.state);
+        let (start, end) = (change.start, change.start + u64::from(change.len));
+        let (mut from, mut to) = (start, end);
+        // Where the part of the change begins that was dealt with, from its end on.
+        let mut rest = end;
+        while let Some((&first, &last)) = settled.range(..=end).next_back()
+            && last >= start
+        {
+            if last < rest {
+                index.set(last, rest - last, value);
+            }
+            rest = rest.min(first);
+            from = from.min(first);
+            to = to.max(last);
+            settled.remove(&first);
+        }
+        if start < rest {
+            index.set(start, rest - start, value);
+        }
+        settled.insert(from, to);
+    }
 }
 
 /// The generations behind checkpoint `covered`, in order.
@@ -297,4 +320,37 @@ pub(super) fn data_blocks(index: &Index) -> u64 {
         .filter(|run| run.value == STATE_DATA)
         .map(|run| run.len)
         .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::BlockState;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn changes_applied_from_the_last_on_come_to_the_same_as_in_order(
+            there in prop::collection::vec((0u64..300, 1u32..60, 0usize..3), 0..10),
+            changes in prop::collection::vec((0u64..300, 1u32..60, 0usize..3), 0..40),
+        ) {
+            let extent = |&(start, len, state): &(u64, u32, usize)| MapExtent {
+                start,
+                len,
+                state: [BlockState::Parent, BlockState::Data, BlockState::Zero][state],
+            };
+            let mut index = Index::new();
+            let set = |index: &mut Index, change: &MapExtent| {
+                index.set(change.start, change.len.into(), value_of_state(change.state));
+            };
+            there.iter().map(extent).for_each(|change| set(&mut index, &change));
+            let mut in_order = index.clone();
+            let changes: Vec<MapExtent> = changes.iter().map(extent).collect();
+            changes.iter().for_each(|change| set(&mut in_order, change));
+            apply(&mut index, changes.iter());
+            for block in 0..400 {
+                prop_assert_eq!(index.get(block), in_order.get(block), "block {}", block);
+            }
+        }
+    }
 }

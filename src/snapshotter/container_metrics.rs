@@ -267,8 +267,28 @@ fn read_sources(encoder: &mut DescriptorEncoder<'_>, containers: &[Served]) -> s
 
 fn latencies(encoder: &mut DescriptorEncoder<'_>, containers: &[Served]) -> std::fmt::Result {
     let mut metric = encoder.encode_descriptor(
+        "container_writes",
+        "Write requests that allocated a block (touch=first) and those that did not (steady)",
+        None,
+        MetricType::Counter,
+    )?;
+    for container in containers {
+        let chain = &container.counters.chain;
+        for (touch, writes) in [
+            ("first", chain.first_touch_writes),
+            ("steady", chain.steady_writes),
+        ] {
+            let labels = OfTouch {
+                kind: kind(container),
+                key: Key::of(container),
+                touch,
+            };
+            ConstCounter::new(writes).encode(metric.encode_family(&labels)?)?;
+        }
+    }
+    let mut metric = encoder.encode_descriptor(
         "container_write_duration",
-        "Time of writes that allocated a block (touch=first) and of those that did not (steady)",
+        "Time of some of those writes, drawn at random",
         Some(&Unit::Seconds),
         MetricType::Histogram,
     )?;

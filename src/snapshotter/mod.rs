@@ -6,6 +6,7 @@
 //! Devices and mounts belong to no process of this module, so they outlive it: what is mounted is
 //! asked of the kernel at each call, never remembered.
 //!
+//! * [`authority`]: connections of clients whose requests name no host.
 //! * [`service`]: gRPC, and nothing else: messages in, messages out.
 //! * [`Snapshotter`]: the operations.
 //! * [`metadata`]: what containerd knows of snapshots, in memory and on disk.
@@ -14,7 +15,7 @@
 //! * [`metrics`]: counters, and the HTTP server that shows them to Prometheus.
 //! * [`filter`]: containerd's language for choosing from a list.
 
-mod authority;
+pub mod authority;
 mod commit;
 pub mod config;
 mod container_metrics;

@@ -117,8 +117,7 @@ impl LatencySnapshot {
         self.buckets
             .iter()
             .take_while(|(end, _)| *end <= nanos)
-            .map(|(_, count)| count)
-            .sum()
+            .fold(0, |sum, (_, count)| sum.saturating_add(*count))
     }
 }
 

@@ -2,11 +2,14 @@
 //!
 //! All of them lie in one [`Table`] of atomics, in memory of this process or in memory that
 //! outlives it ([`ChainStats::in_file`]): then the successor of a killed server goes on counting.
+//! Every request is counted; of writes one in [`SAMPLE_EVERY`] is timed (see `slots`).
 
 mod histogram;
+mod slots;
 mod timeline;
 
 pub use histogram::LatencySnapshot;
+pub use slots::SAMPLE_EVERY;
 pub use timeline::Sample;
 
 use std::fs::File;
@@ -18,6 +21,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use serde::{Deserialize, Serialize};
 
 use self::histogram::LatencyCounts;
+use self::slots::{Count, Slot, Slots};
 use self::timeline::Timeline;
 use crate::block::BLOCK_SIZE;
 use crate::error::{Result, ResultExt};
@@ -30,7 +34,7 @@ pub const MAX_COUNTED_LAYERS: usize = 1024;
 pub const STATS_LEN: usize = 64 << 10;
 
 /// Changes with the meaning of the fields of [`Table`]; its size counts too.
-const LAYOUT: u64 = 0x5645_4c53_5441_0001;
+const LAYOUT: u64 = 0x5645_4c53_5441_0002;
 
 /// The counters. They only ever grow.
 #[derive(Debug)]
@@ -42,8 +46,9 @@ struct Table {
     since: AtomicU64,
     /// Layers below the top plus one, as `layer_reads` numbers them; 0 before the first chain.
     depth: AtomicU64,
-    reads: Reads,
-    writes: Writes,
+    /// What reads and writes change.
+    slots: Slots,
+    rare: Rare,
     first_touch: LatencyCounts,
     steady: LatencyCounts,
     flush: LatencyCounts,
@@ -52,29 +57,23 @@ struct Table {
     layer_reads: [AtomicU64; MAX_COUNTED_LAYERS],
 }
 
-/// What readers change.
+/// What seldom changes, or goes along with work that takes far longer than an atomic addition.
 #[derive(Debug)]
 #[repr(C, align(128))]
-struct Reads {
-    requests: AtomicU64,
-    bytes: AtomicU64,
-    top_blocks: AtomicU64,
-    zero_blocks: AtomicU64,
+struct Rare {
+    /// Blocks read from layers above the counted ones.
     deeper_blocks: AtomicU64,
-}
-
-/// What writers change.
-#[derive(Debug)]
-#[repr(C, align(128))]
-struct Writes {
-    bytes: AtomicU64,
-    stored_bytes: AtomicU64,
+    /// Blocks read from tops that were sealed since: they count for their layers.
+    sealed_top_blocks: AtomicU64,
     discarded_bytes: AtomicU64,
-    first_touch_blocks: AtomicU64,
     partial_copy_ups: AtomicU64,
     copied_bytes: AtomicU64,
     prewarmed_blocks: AtomicU64,
+    prewarmed_bytes: AtomicU64,
+    /// By writes, zeroing and prewarming.
     allocated_blocks: AtomicU64,
+    /// What of it the timeline knows.
+    noted_blocks: AtomicU64,
 }
 
 const _: () = assert!(size_of::<Table>() <= STATS_LEN);
@@ -89,22 +88,17 @@ impl Table {
             layout: zero(),
             since: zero(),
             depth: zero(),
-            reads: Reads {
-                requests: zero(),
-                bytes: zero(),
-                top_blocks: zero(),
-                zero_blocks: zero(),
+            slots: Slots::new(),
+            rare: Rare {
                 deeper_blocks: zero(),
-            },
-            writes: Writes {
-                bytes: zero(),
-                stored_bytes: zero(),
+                sealed_top_blocks: zero(),
                 discarded_bytes: zero(),
-                first_touch_blocks: zero(),
                 partial_copy_ups: zero(),
                 copied_bytes: zero(),
                 prewarmed_blocks: zero(),
+                prewarmed_bytes: zero(),
                 allocated_blocks: zero(),
+                noted_blocks: zero(),
             },
             first_touch: LatencyCounts::new(),
             steady: LatencyCounts::new(),
@@ -147,7 +141,10 @@ impl LayerCounters for ChainStats {
     }
 }
 
-/// The moment at which a request began; `None` where nobody counts.
+/// A counter of a slot.
+type Pick = fn(&Slot) -> &Count;
+
+/// The moment at which a request began; `None` for one that is not timed.
 pub(super) type Began = Option<u64>;
 
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes of a host share.
@@ -241,7 +238,9 @@ impl ChainStats {
         if before == 0 || before == depth as u64 + 1 {
             return;
         }
-        let blocks = table.reads.top_blocks.swap(0, Relaxed);
+        // Not taken off the slots, which other threads may write.
+        let all = table.slots.sum(|slot| &slot.top_blocks);
+        let blocks = all.saturating_sub(table.rare.sealed_top_blocks.swap(all, Relaxed));
         if before <= depth as u64 {
             self.layer_read(before as usize - 1, blocks);
         } else {
@@ -258,24 +257,31 @@ impl ChainStats {
             table
                 .layer_reads
                 .get(number)
-                .unwrap_or(&table.reads.deeper_blocks),
+                .unwrap_or(&table.rare.deeper_blocks),
             blocks,
         );
+    }
+
+    /// Adds to counters of this thread.
+    fn count<const N: usize>(&self, amounts: [(Pick, u64); N]) {
+        if let Some((slot, adder)) = self.table().slots.own() {
+            for (counter, amount) in amounts {
+                adder.add(counter(slot), amount);
+            }
+        }
     }
 
     /// Counts a read request.
     pub(super) fn read(&self, bytes: u64) {
         if self.counts {
-            let reads = &self.table().reads;
-            add(&reads.requests, 1);
-            add(&reads.bytes, bytes);
+            self.count([(|slot| &slot.reads, 1), (|slot| &slot.read_bytes, bytes)]);
         }
     }
 
     /// Counts blocks that the top answered for.
     pub(super) fn read_from_top(&self, blocks: u64) {
         if self.counts {
-            add(&self.table().reads.top_blocks, blocks);
+            self.count([(|slot| &slot.top_blocks, blocks)]);
         }
     }
 
@@ -284,113 +290,145 @@ impl ChainStats {
         if self.counts {
             match layer {
                 Some(number) => self.layer_read(number as usize, blocks),
-                None => drop(add(&self.table().reads.zero_blocks, blocks)),
+                None => self.count([(|slot| &slot.zero_blocks, blocks)]),
             }
         }
     }
 
-    /// The moment at which a request begins.
+    /// The moment at which a write begins, if it is one of those that are timed.
     pub(super) fn begin(&self) -> Began {
-        self.counts.then(now)
+        (self.counts && slots::is_sampled()).then(now)
     }
 
     /// Counts a write request that allocated so many blocks and is done.
     pub(super) fn wrote(&self, began: Began, bytes: u64, allocated: u64) {
-        let Some(began) = began else { return };
-        let now = now();
-        let nanos = now.saturating_sub(began);
+        if !self.counts {
+            return;
+        }
         let table = self.table();
-        add(&table.writes.bytes, bytes);
         if allocated == 0 {
-            table.steady.record(nanos);
+            self.count([
+                (|slot| &slot.steady_writes, 1),
+                (|slot| &slot.written_bytes, bytes),
+            ]);
         } else {
-            table.first_touch.record(nanos);
-            add(&table.writes.first_touch_blocks, allocated);
-            self.allocated(now, allocated);
+            self.count([
+                (|slot| &slot.first_touch_writes, 1),
+                (|slot| &slot.written_bytes, bytes),
+            ]);
+            add(&table.rare.allocated_blocks, allocated);
+        }
+        if let Some(began) = began {
+            let now = now();
+            let nanos = now.saturating_sub(began);
+            if allocated == 0 {
+                table.steady.record(nanos);
+            } else {
+                table.first_touch.record(nanos);
+                self.note_allocated(now);
+            }
         }
     }
 
-    fn allocated(&self, now: u64, blocks: u64) {
+    /// Brings the timeline up to date: with a timed write, a flush, a snapshot.
+    fn note_allocated(&self, now: u64) {
         let table = self.table();
-        let total = add(&table.writes.allocated_blocks, blocks);
-        table.allocated.note(now, total);
+        let total = table.rare.allocated_blocks.load(Relaxed);
+        if table.rare.noted_blocks.load(Relaxed) != total {
+            table.rare.noted_blocks.store(total, Relaxed);
+            table.allocated.note(now, total);
+        }
     }
 
     /// Counts bytes that went into the data file of the top.
     pub(super) fn stored(&self, bytes: u64) {
         if self.counts {
-            add(&self.table().writes.stored_bytes, bytes);
+            self.count([(|slot| &slot.stored_bytes, bytes)]);
         }
     }
 
     /// Counts a block of which a client wrote a part and a layer below gave the rest.
     pub(super) fn copied_up(&self, bytes: u64) {
         if self.counts {
-            let writes = &self.table().writes;
-            add(&writes.partial_copy_ups, 1);
-            add(&writes.copied_bytes, bytes);
+            let rare = &self.table().rare;
+            add(&rare.partial_copy_ups, 1);
+            add(&rare.copied_bytes, bytes);
         }
     }
 
     /// Counts blocks that were copied up ahead of traffic, `copied` of them from a layer below.
     pub(super) fn prewarmed(&self, copied: u64, zeroed: u64) {
         if self.counts && copied + zeroed > 0 {
-            let writes = &self.table().writes;
-            add(&writes.prewarmed_blocks, copied + zeroed);
-            add(&writes.stored_bytes, copied * BLOCK_SIZE);
-            self.allocated(now(), copied + zeroed);
+            let rare = &self.table().rare;
+            add(&rare.prewarmed_blocks, copied + zeroed);
+            add(&rare.prewarmed_bytes, copied * BLOCK_SIZE);
+            add(&rare.allocated_blocks, copied + zeroed);
+            self.note_allocated(now());
         }
     }
 
     /// Counts blocks that zeroing allocated: its ends, which are written.
     pub(super) fn zeroed(&self, bytes: u64, allocated: u64) {
         if self.counts {
-            let writes = &self.table().writes;
-            add(&writes.discarded_bytes, bytes);
+            let rare = &self.table().rare;
+            add(&rare.discarded_bytes, bytes);
             if allocated > 0 {
-                add(&writes.first_touch_blocks, allocated);
-                self.allocated(now(), allocated);
+                add(&rare.allocated_blocks, allocated);
+                self.note_allocated(now());
             }
         }
+    }
+
+    /// The moment at which a flush begins. Flushes are all timed: they take far longer than a
+    /// reading of the clock.
+    pub(super) fn begin_flush(&self) -> Began {
+        self.counts.then(now)
     }
 
     /// Counts a flush request that is done.
     pub(super) fn flushed(&self, began: Began) {
         if let Some(began) = began {
-            let nanos = now().saturating_sub(began);
-            self.table().flush.record(nanos);
+            let now = now();
+            self.table().flush.record(now.saturating_sub(began));
+            self.note_allocated(now);
         }
     }
 
     /// The counters now.
     pub fn snapshot(&self) -> ChainStatsSnapshot {
         let table = self.table();
+        let now = now();
+        self.note_allocated(now);
         let get = |counter: &AtomicU64| counter.load(Relaxed);
         let depth = get(&table.depth).saturating_sub(1) as usize;
         let layers = table.layer_reads.iter().take(depth);
-        let first_touch = table.first_touch.snapshot();
-        let steady = table.steady.snapshot();
-        let (reads, writes) = (&table.reads, &table.writes);
+        let (slots, rare) = (&table.slots, &table.rare);
+        let first_touch_writes = slots.sum(|slot| &slot.first_touch_writes);
+        let steady_writes = slots.sum(|slot| &slot.steady_writes);
+        let top_blocks = slots.sum(|slot| &slot.top_blocks);
+        let prewarmed_blocks = get(&rare.prewarmed_blocks);
         ChainStatsSnapshot {
             since: get(&table.since),
-            reads: get(&reads.requests),
-            read_bytes: get(&reads.bytes),
-            top_read_blocks: get(&reads.top_blocks),
-            zero_read_blocks: get(&reads.zero_blocks),
+            reads: slots.sum(|slot| &slot.reads),
+            read_bytes: slots.sum(|slot| &slot.read_bytes),
+            top_read_blocks: top_blocks.saturating_sub(get(&rare.sealed_top_blocks)),
+            zero_read_blocks: slots.sum(|slot| &slot.zero_blocks),
             layer_read_blocks: layers.map(get).collect(),
-            deeper_read_blocks: get(&reads.deeper_blocks),
-            writes: first_touch.count + steady.count,
-            written_bytes: get(&writes.bytes),
-            stored_bytes: get(&writes.stored_bytes),
-            first_touch_blocks: get(&writes.first_touch_blocks),
-            partial_copy_ups: get(&writes.partial_copy_ups),
-            copied_bytes: get(&writes.copied_bytes),
-            prewarmed_blocks: get(&writes.prewarmed_blocks),
-            discarded_bytes: get(&writes.discarded_bytes),
-            first_touch,
-            steady,
+            deeper_read_blocks: get(&rare.deeper_blocks),
+            writes: first_touch_writes + steady_writes,
+            first_touch_writes,
+            steady_writes,
+            written_bytes: slots.sum(|slot| &slot.written_bytes),
+            stored_bytes: slots.sum(|slot| &slot.stored_bytes) + get(&rare.prewarmed_bytes),
+            first_touch_blocks: get(&rare.allocated_blocks).saturating_sub(prewarmed_blocks),
+            partial_copy_ups: get(&rare.partial_copy_ups),
+            copied_bytes: get(&rare.copied_bytes),
+            prewarmed_blocks,
+            discarded_bytes: get(&rare.discarded_bytes),
+            first_touch: table.first_touch.snapshot(),
+            steady: table.steady.snapshot(),
             flush: table.flush.snapshot(),
-            allocated: table.allocated.samples(now()),
+            allocated: table.allocated.samples(now),
         }
     }
 }
@@ -415,6 +453,10 @@ pub struct ChainStatsSnapshot {
     pub deeper_read_blocks: u64,
     /// Write requests that were carried out.
     pub writes: u64,
+    /// Of those, writes that allocated a block.
+    pub first_touch_writes: u64,
+    /// Of those, writes that found all their blocks allocated.
+    pub steady_writes: u64,
     /// Bytes that clients wrote.
     pub written_bytes: u64,
     /// Bytes that went into data files for that: whole blocks at a first touch. Copied up ahead of
@@ -431,11 +473,12 @@ pub struct ChainStatsSnapshot {
     pub prewarmed_blocks: u64,
     /// Bytes that clients discarded or zeroed.
     pub discarded_bytes: u64,
-    /// How long writes took that allocated a block, a flush for a durable write left out.
+    /// How long writes took that allocated a block, a flush for a durable write left out; of one in
+    /// [`SAMPLE_EVERY`].
     pub first_touch: LatencySnapshot,
-    /// How long writes took that found all their blocks allocated.
+    /// How long writes took that found all their blocks allocated; of one in [`SAMPLE_EVERY`].
     pub steady: LatencySnapshot,
-    /// How long flush requests took.
+    /// How long flush requests took, all of them.
     pub flush: LatencySnapshot,
     /// Blocks allocated since counting began (freed ones not taken off), over time.
     pub allocated: Vec<Sample>,
@@ -494,6 +537,31 @@ mod tests {
     }
 
     #[test]
+    fn every_write_is_counted_and_one_in_sixteen_timed() {
+        let stats = ChainStats::default();
+        for _ in 0..16_000 {
+            let began = stats.begin();
+            stats.stored(4096);
+            stats.wrote(began, 100, 1);
+            stats.wrote(stats.begin(), 50, 0);
+        }
+        stats.flushed(stats.begin_flush());
+        let snapshot = stats.snapshot();
+        assert_eq!(snapshot.writes, 32_000);
+        assert_eq!(snapshot.first_touch_writes, 16_000);
+        assert_eq!(snapshot.steady_writes, 16_000);
+        assert_eq!(snapshot.first_touch_blocks, 16_000);
+        assert_eq!(snapshot.written_bytes, 16_000 * 150);
+        assert_eq!(snapshot.stored_bytes, 16_000 * 4096);
+        for timed in [snapshot.first_touch.count, snapshot.steady.count] {
+            assert!((800..1200).contains(&timed), "{timed} of 16000 were timed");
+        }
+        assert_eq!(snapshot.flush.count, 1);
+        // Those that came after the last timed one as well.
+        assert_eq!(snapshot.allocated.last().unwrap().total, 16_000);
+    }
+
+    #[test]
     fn layers_beyond_the_counted_ones_count_together() {
         let stats = ChainStats::default();
         stats.set_depth(MAX_COUNTED_LAYERS + 10);
@@ -510,7 +578,7 @@ mod tests {
         stats.read(1);
         stats.read_from_top(1);
         stats.wrote(stats.begin(), 1, 1);
-        stats.flushed(stats.begin());
+        stats.flushed(stats.begin_flush());
         let snapshot = stats.snapshot();
         assert_eq!((snapshot.reads, snapshot.writes), (0, 0));
         assert_eq!(snapshot.flush.count, 0);

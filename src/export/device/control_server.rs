@@ -101,8 +101,11 @@ fn listen(listener: &UnixListener, stop: &EventFd, handler: &Arc<dyn ControlHand
     }
 }
 
-/// Answers one connection until the other side closes it.
-fn converse(stream: &UnixStream, handler: &dyn ControlHandler) -> Result<()> {
+/// Answers one connection until the other side closes it: one line for each that it sends.
+///
+/// # Errors
+/// Where the connection fails, is silent for too long, or sends what is not text.
+pub fn converse(stream: &UnixStream, handler: &dyn ControlHandler) -> Result<()> {
     let what = || "the connection";
     stream.set_nonblocking(false).context(what)?;
     stream.set_read_timeout(Some(IDLE)).context(what)?;

@@ -22,6 +22,32 @@ use crate::cpu;
 /// No single command takes longer than this, or it is killed and counts as failed.
 const LONGEST_COMMAND: Duration = Duration::from_secs(900);
 
+/// When all ends; a command that is under way then may take this much longer.
+static END: OnceLock<Instant> = OnceLock::new();
+const GRACE: Duration = Duration::from_secs(60);
+
+/// From here on no command runs for much longer than until `end`.
+pub fn limit_commands(end: Instant) {
+    let _ = END.set(end);
+}
+
+fn longest_command() -> Duration {
+    END.get().map_or(LONGEST_COMMAND, |end| {
+        let left = end.saturating_duration_since(Instant::now());
+        (left + GRACE).min(LONGEST_COMMAND)
+    })
+}
+
+/// Bytes of memory that programs can have without swapping; 0 where the kernel does not say.
+pub fn available_memory() -> u64 {
+    let table = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = table
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
 static INTERRUPTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 
 /// From here on SIGINT and SIGTERM end what runs and clean up; a second one ends at once.
@@ -69,7 +95,7 @@ pub fn run(command: &mut Command) -> Result<Finished> {
         .process_group(0)
         .spawn()
         .with_context(|| format!("cannot start {name}"))?;
-    let ended = wait(&mut child, LONGEST_COMMAND);
+    let ended = wait(&mut child, longest_command());
     let seconds = start.elapsed().as_secs_f64();
     let (status, cpu) = ended.with_context(|| name.clone())?;
     if !status.success() {

@@ -7,6 +7,7 @@ mod durability;
 mod host;
 mod report;
 mod run;
+mod schedule;
 mod stats;
 mod workload;
 
@@ -26,7 +27,12 @@ use workload::{BaseKind, Sizes};
 /// Each workload runs through each driver that this host has, in turns, round by round. Needs
 /// root. Writes report.html, for people, and report.json, with every figure.
 #[derive(Debug, Parser)]
-#[command(name = "compare", version, max_term_width = 100)]
+#[command(
+    name = "compare",
+    version,
+    max_term_width = 100,
+    args_override_self = true
+)]
 struct Cli {
     /// Only these drivers (the references always run too); see --list
     #[arg(long, value_delimiter = ',', value_name = "ID")]
@@ -44,13 +50,14 @@ struct Cli {
     /// A first impression within 5 minutes: small sizes, one round, the rest left out
     #[arg(long)]
     quick: bool,
-    /// Begin nothing new after this time, which the directories share
+    /// Take this long in all; what says least is left out first, and the report says what
+    /// [default: 40 for each directory, with --quick 4.5; 0 for no limit]
     #[arg(long, value_name = "MINUTES")]
     time_limit: Option<f64>,
-    /// Scale of pgbench: 15 MB each [default: 20, with --quick 3]
+    /// Scale of pgbench: 15 MB each [default: 130, so 2 GB; with --quick 3]
     #[arg(long, value_name = "N")]
     pg_scale: Option<u32>,
-    /// Seconds of pgbench [default: 90, with --quick 4]
+    /// Seconds of pgbench; 60 or more for figures of the first minute [default: 45, with --quick 4]
     #[arg(long, value_name = "N")]
     pg_seconds: Option<u32>,
     /// The tree of many small files
@@ -89,13 +96,19 @@ fn sizes(quick: bool, pg_scale: u32, pg_seconds: u32, tree: PathBuf) -> Sizes {
     Sizes {
         file: pick(256, 64) * MIB,
         large_file: pick(1024, 256) * MIB,
-        synced_writes: pick(2000, 200) as u32,
+        synced_writes: pick(1500, 200) as u32,
         buffered_writes: pick(16_384, 4096) as u32,
         reads: pick(4000, 1000) as u32,
-        commits: pick(1000, 100) as u32,
+        commits: pick(600, 100) as u32,
         pg_scale,
         pg_seconds,
+        maria_rows: pick(100_000, 5000) as u32,
+        maria_seconds: pick(20, 4) as u32,
         containers: pick(10, 3) as u32,
+        swarm: 16,
+        swarm_file: pick(32, 8) * MIB,
+        swarm_writes: pick(2048, 256) as u32,
+        swarm_synced: pick(150, 16) as u32,
         chain: pick(64, 32) * MIB,
         device: pick(256, 64) * MIB,
         millis: pick(2000, 500) as u32,
@@ -113,6 +126,12 @@ fn smoke_sizes(tree: PathBuf) -> Sizes {
         reads: 16,
         commits: 4,
         containers: 1,
+        maria_rows: 50,
+        maria_seconds: 2,
+        swarm: 3,
+        swarm_file: MIB,
+        swarm_writes: 16,
+        swarm_synced: 4,
         chain: 4 * MIB,
         device: 8 * MIB,
         millis: 50,
@@ -128,8 +147,8 @@ fn compare(cli: &Cli) -> Result<()> {
     let sizes = if cli.smoke {
         smoke_sizes(cli.tree.clone())
     } else {
-        let scale = cli.pg_scale.unwrap_or(if quick { 3 } else { 20 });
-        let seconds = cli.pg_seconds.unwrap_or(if quick { 4 } else { 90 });
+        let scale = cli.pg_scale.unwrap_or(if quick { 3 } else { 130 });
+        let seconds = cli.pg_seconds.unwrap_or(if quick { 4 } else { 45 });
         sizes(quick, scale.max(1), seconds.max(2), cli.tree.clone())
     };
     if cli.list {
@@ -179,25 +198,42 @@ fn compare(cli: &Cli) -> Result<()> {
         .collect();
     left_out.extend(
         [
-            "MariaDB and sysbench are not part of this comparison.",
-            "Drivers that need a kernel module of their own (ublk, device-mapper thin pools, \
-             ZFS) are not part of this comparison.",
+            "Drivers that need a kernel module of their own (ublk, device-mapper thin pools, ZFS) \
+          are not part of this comparison.",
         ]
         .map(str::to_owned),
     );
-    let minutes = cli.time_limit.or(quick.then_some(4.0));
+    let dirs = places(&cli.dir)?;
+    let usual = if quick { 4.5 } else { 40.0 * dirs.len() as f64 };
+    let minutes = cli.time_limit.unwrap_or(usual);
+    ensure!(
+        (0.0..=1e6).contains(&minutes),
+        "--time-limit {minutes}: no number of minutes"
+    );
+    let end = (minutes > 0.0).then(|| began + Duration::from_secs_f64(minutes * 60.0));
+    if let Some(end) = end {
+        host::limit_commands(end);
+    }
+    fs::create_dir_all(&cli.out).with_context(|| cli.out.display().to_string())?;
+    let out = cli.out.clone();
     let plan = run::Plan {
         drivers: selected,
         workloads: chosen,
         rounds: cli.rounds.unwrap_or(if quick { 1 } else { 5 }).max(1),
-        dirs: places(&cli.dir)?,
+        dirs,
         sizes: sizes.clone(),
-        end: minutes.map(|minutes| began + Duration::from_secs_f64(minutes.max(0.0) * 60.0)),
+        end,
+        save: Box::new(move |report| {
+            report.cut_short = Some("it was still running when this was written".to_owned());
+            let saved = finish(report, began, &out);
+            host::report(saved.context("the report so far"));
+        }),
     };
     let mut report = Report {
         command: std::env::args().collect::<Vec<_>>().join(" "),
         started: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         seconds: 0.0,
+        cut_short: None,
         host: describe_host(&vellum),
         sizes,
         rounds: plan.rounds,
@@ -207,15 +243,20 @@ fn compare(cli: &Cli) -> Result<()> {
         samples: Vec::new(),
         curves: Vec::new(),
         pictures: Vec::new(),
+        took: Vec::new(),
         failures: Vec::new(),
         left_out,
         summary: Vec::new(),
+        goals: Vec::new(),
     };
-    run::run(&plan, &mut report)?;
-    report.seconds = began.elapsed().as_secs_f64();
+    let ended = run::run(&plan, &mut report);
+    report.cut_short = ended.as_ref().err().map(|error| format!("{error:#}"));
     report.host.load.push(load());
-    report.summarise();
-    write(&report, &cli.out)?;
+    finish(&mut report, began, &cli.out)?;
+    for name in ["report.html", "report.json"] {
+        println!("{}", cli.out.join(name).display());
+    }
+    ended?;
     ensure!(
         report.failures.is_empty(),
         "{} runs failed; the report says which",
@@ -224,14 +265,22 @@ fn compare(cli: &Cli) -> Result<()> {
     Ok(())
 }
 
-fn write(report: &Report, out: &Path) -> Result<()> {
-    fs::create_dir_all(out)?;
-    let (page, data) = (out.join("report.html"), out.join("report.json"));
-    fs::write(&page, html::render(report)?).with_context(|| page.display().to_string())?;
-    fs::write(&data, serde_json::to_string_pretty(report)?)
-        .with_context(|| data.display().to_string())?;
-    println!("{}\n{}", page.display(), data.display());
-    Ok(())
+/// Works out what the figures say and writes both reports, each at once or not at all.
+fn finish(report: &mut Report, began: Instant, out: &Path) -> Result<()> {
+    report.seconds = began.elapsed().as_secs_f64();
+    report.summarise();
+    replace(
+        &out.join("report.json"),
+        &serde_json::to_string_pretty(report)?,
+    )?;
+    replace(&out.join("report.html"), &html::render(report)?)
+}
+
+fn replace(file: &Path, content: &str) -> Result<()> {
+    let beside = file.with_extension("new");
+    fs::write(&beside, content)
+        .and_then(|()| fs::rename(&beside, file))
+        .with_context(|| file.display().to_string())
 }
 
 fn check_names(what: &str, names: &[String], known: impl Iterator<Item = String>) -> Result<()> {
@@ -332,6 +381,7 @@ fn describe_place(dir: &Path) -> Place {
             kind => format!("Disk ({kind})"),
         },
         dir: shown,
+        in_memory: kind == "tmpfs",
     }
 }
 
@@ -361,7 +411,7 @@ fn describe_host(vellum: &Path) -> Host {
                 .ok()
         })
         .unwrap_or(0_u64);
-    let commands: [(&str, &[&str]); 7] = [
+    let commands: [(&str, &[&str]); 9] = [
         (&vellum.to_string_lossy(), &["--version"]),
         ("fio", &["--version"]),
         ("qemu-nbd", &["--version"]),
@@ -369,6 +419,8 @@ fn describe_host(vellum: &Path) -> Host {
         ("fuse-overlayfs", &["--version"]),
         ("crun", &["--version"]),
         ("sqlite3", &["--version"]),
+        ("mariadbd", &["--version"]),
+        ("sysbench", &["--version"]),
     ];
     let version = |(program, arguments): (&str, &[&str])| {
         let said = host::sh(program, arguments).ok()?.stdout;

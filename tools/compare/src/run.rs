@@ -1,5 +1,6 @@
 //! The order of things: durability, then every workload through every driver, round by round.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -8,10 +9,11 @@ use anyhow::{Context, Result, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tempfile::TempDir;
 
-use crate::driver::{Base, Driver, Image};
+use crate::driver::{self, Base, Driver, Image, Kind};
 use crate::durability;
 use crate::host::{self, interrupted};
-use crate::report::{Curve, DriverReport, Failure, Place, Report, Sample, WorkloadReport};
+use crate::report::{Curve, DriverReport, Failure, Place, Report, Sample, WorkloadReport, goals};
+use crate::schedule::{Budget, Rounds};
 use crate::workload::{BaseKind, Measured, Run, Sizes, Workload, make_base};
 
 /// What to measure.
@@ -28,26 +30,8 @@ pub struct Plan {
     pub sizes: Sizes,
     /// When to begin nothing new.
     pub end: Option<Instant>,
-}
-
-/// When to begin nothing new in one place.
-#[derive(Debug, Clone, Copy)]
-struct Deadline(Option<Instant>);
-
-impl Deadline {
-    /// The place's part of the time that is left, when this many places are to come.
-    fn share(end: Option<Instant>, places: usize) -> Self {
-        let now = Instant::now();
-        let part = |end: Instant| {
-            let left = end.saturating_duration_since(now);
-            now + left / u32::try_from(places.max(1)).unwrap_or(1)
-        };
-        Deadline(end.map(part))
-    }
-
-    fn passed(self) -> bool {
-        self.0.is_some_and(|deadline| Instant::now() > deadline)
-    }
+    /// Keeps what has been measured so far.
+    pub save: Box<dyn Fn(&mut Report)>,
 }
 
 /// Shows how far it is, on a terminal; lines for what went wrong.
@@ -111,25 +95,45 @@ pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
     let progress = Progress::new(steps);
     let first = plan.dirs.first().context("no directory to measure in")?;
     check_durability(plan, report, &work_dir(first)?, &progress)?;
+    let there = plan.workloads.iter();
+    let there = there.filter(|workload| workload.absent(&plan.sizes).is_none());
+    let weight: f64 = there.map(|workload| workload.weight()).sum();
     for (number, dir) in plan.dirs.iter().enumerate() {
-        let deadline = Deadline::share(plan.end, plan.dirs.len() - number);
+        let mut budget = Budget::new(plan.end, plan.dirs.len() - number, weight);
         let place = report
             .places
             .iter()
             .find(|place| Path::new(&place.dir) == dir);
         let place = place.context("a directory without a name")?.clone();
         let work = work_dir(dir)?;
+        let sizes = fit(&plan.sizes, &place, report);
         let at = At {
             place: &place,
             work: work.path(),
             scratch: scratch.path(),
-            deadline,
+            sizes: &sizes,
             progress: &progress,
         };
-        measure(plan, report, at)?;
+        measure(plan, report, at, &mut budget)?;
     }
     progress.bar.finish_and_clear();
     Ok(())
+}
+
+/// Sizes for a place: a database in memory takes its size several times over, once for each driver
+/// that copies, and the host needs some of its memory for itself.
+fn fit(sizes: &Sizes, place: &Place, report: &mut Report) -> Sizes {
+    let mut sizes = sizes.clone();
+    let fits = host::available_memory() / 2 / 8 / (16 << 20);
+    let fits = u32::try_from(fits).unwrap_or(u32::MAX).max(1);
+    if place.in_memory && sizes.pg_scale > fits {
+        report.left_out.push(format!(
+            "pgbench in {}: scale {fits} instead of {}, since memory is not larger",
+            place.dir, sizes.pg_scale
+        ));
+        sizes.pg_scale = fits;
+    }
+    sizes
 }
 
 /// A directory of our own. Its path is short: sockets lie below it.
@@ -157,6 +161,7 @@ fn check_durability(
         let absent = driver.absent();
         let mut flush = None;
         if absent.is_none() {
+            let start = Instant::now();
             match durability::check(driver.as_ref(), work.path()) {
                 Ok(found) => flush = Some(found),
                 Err(error) => {
@@ -164,6 +169,8 @@ fn check_durability(
                     fail(report, progress, ("-", "flush check", about.id), &error);
                 }
             }
+            let seconds = start.elapsed().as_secs_f64();
+            report.took("-", "flush check", about.id, seconds);
         }
         stop_if_interrupted()?;
         report.drivers.push(DriverReport {
@@ -206,7 +213,7 @@ struct At<'a> {
     work: &'a Path,
     /// For what is not measured.
     scratch: &'a Path,
-    deadline: Deadline,
+    sizes: &'a Sizes,
     progress: &'a Progress,
 }
 
@@ -217,101 +224,168 @@ struct Prepared<'a> {
 }
 
 /// All workloads in one place; those that share an image after each other.
-fn measure(plan: &Plan, report: &mut Report, at: At<'_>) -> Result<()> {
-    let At {
-        place,
-        work,
-        progress,
-        ..
-    } = at;
+fn measure(plan: &Plan, report: &mut Report, at: At<'_>, budget: &mut Budget) -> Result<()> {
     let mut bases: Vec<BaseKind> = Vec::new();
     for workload in &plan.workloads {
-        if workload.absent(&plan.sizes).is_none() && !bases.contains(&workload.base()) {
+        if workload.absent(at.sizes).is_none() && !bases.contains(&workload.base()) {
             bases.push(workload.base());
         }
     }
-    for kind in bases {
+    for (number, kind) in bases.into_iter().enumerate() {
         let workloads: Vec<&dyn Workload> = plan
             .workloads
             .iter()
             .map(AsRef::as_ref)
-            .filter(|workload| workload.base() == kind)
+            .filter(|workload| workload.base() == kind && workload.absent(at.sizes).is_none())
             .collect();
-        if at.deadline.passed() {
-            for workload in workloads {
-                let line = format!("{} in {}: no time was left", workload.title(), place.dir);
-                report.left_out.push(line);
-            }
-            continue;
-        }
-        let base_dir = work.join("b");
-        progress
-            .bar
-            .set_message(format!("{}: making the image", place.title));
-        fs::create_dir(&base_dir)?;
-        let base = make_base(kind, &base_dir, &plan.sizes).context("making the image");
-        stop_if_interrupted()?;
-        match base {
-            Ok(base) => {
-                let mut prepared = prepare(plan, report, at, (&base, kind))?;
-                for workload in workloads {
-                    rounds(plan, report, at, workload, &mut prepared)?;
-                }
-            }
-            Err(error) => {
-                for workload in workloads {
-                    fail(report, progress, (&place.id, &workload.id(), "all"), &error);
-                }
-            }
-        }
-        for entry in fs::read_dir(work)?.flatten() {
-            fs::remove_dir_all(entry.path())?;
+        // Each image in a directory of its own: one that cannot be removed hinders no other.
+        let dir = at.work.join(number.to_string());
+        let done = measure_image(plan, report, at, budget, (kind, &dir, &workloads));
+        // What was measured is kept, whatever happens next.
+        (plan.save)(report);
+        done?;
+        if let Err(error) = fs::remove_dir_all(&dir) {
+            let error = anyhow::Error::new(error).context(dir.display().to_string());
+            fail(
+                report,
+                at.progress,
+                (&at.place.id, "cleaning up", "-"),
+                &error,
+            );
         }
     }
     Ok(())
 }
 
-/// The image in every driver that is there and that the workloads are for.
+/// The workloads that start from one image.
+fn measure_image(
+    plan: &Plan,
+    report: &mut Report,
+    at: At<'_>,
+    budget: &mut Budget,
+    (kind, dir, workloads): (BaseKind, &Path, &[&dyn Workload]),
+) -> Result<()> {
+    let At {
+        place, progress, ..
+    } = at;
+    fs::create_dir(dir)?;
+    let weight: f64 = workloads.iter().map(|workload| workload.weight()).sum();
+    let share = budget.share(weight);
+    // Less than that is not even enough to make the image.
+    if share < 1.0 {
+        for workload in workloads {
+            let line = format!("{} in {}: no time was left", workload.title(), place.dir);
+            report.left_out.push(line);
+        }
+        budget.done(weight);
+        return Ok(());
+    }
+    progress
+        .bar
+        .set_message(format!("{}: making the image", place.title));
+    let base_dir = dir.join("b");
+    fs::create_dir(&base_dir)?;
+    let base = make_base(kind, &base_dir, at.sizes).context("making the image");
+    stop_if_interrupted()?;
+    let base = match base {
+        Ok(base) => base,
+        Err(error) => {
+            for workload in workloads {
+                fail(report, progress, (&place.id, &workload.id(), "-"), &error);
+            }
+            budget.done(weight);
+            return Ok(());
+        }
+    };
+    let mut prepared = prepare(plan, report, at, (&base, dir, workloads), share)?;
+    for workload in workloads {
+        rounds(plan, report, at, *workload, &mut prepared, budget)?;
+        budget.done(workload.weight());
+        (plan.save)(report);
+    }
+    Ok(())
+}
+
+/// The drivers that say most about a workload: its reference, ours, and those that goals name.
+fn foremost(workload: &dyn Workload) -> Vec<&'static str> {
+    let mut foremost = vec![
+        driver::reference(workload.kind()),
+        driver::own(workload.kind()),
+    ];
+    // What most hosts use today.
+    if workload.kind() == Kind::Files {
+        foremost.push("overlayfs");
+    }
+    foremost.extend(goals::drivers_of(&workload.id()));
+    foremost
+}
+
+/// The image in every driver that is there and that the workloads are for; those first that say
+/// most, and of the others as many as a third of the time is enough for.
 fn prepare<'a>(
     plan: &'a Plan,
     report: &mut Report,
     at: At<'_>,
-    (base, kind): (&Base, BaseKind),
+    (base, dir, workloads): (&Base, &Path, &[&dyn Workload]),
+    share: f64,
 ) -> Result<Vec<Prepared<'a>>> {
     let At {
-        place,
-        work,
-        progress,
-        ..
+        place, progress, ..
     } = at;
-    let wanted = plan.workloads.iter().find(|w| w.base() == kind);
-    let wanted = wanted.map(|w| w.kind());
+    let begin = Instant::now();
+    let kind = workloads.first().map(|workload| workload.kind());
+    let first: Vec<&str> = workloads.iter().flat_map(|w| foremost(*w)).collect();
+    let mut drivers: Vec<(usize, &dyn Driver)> = plan
+        .drivers
+        .iter()
+        .map(AsRef::as_ref)
+        .enumerate()
+        .filter(|(_, driver)| Some(driver.about().kind) == kind && driver.absent().is_none())
+        .collect();
+    drivers.sort_by_key(|(_, driver)| {
+        let id = driver.about().id;
+        let control = kind.is_some_and(|kind| driver::control(kind) == id);
+        (!first.contains(&id), !control)
+    });
     let mut prepared = Vec::new();
-    for (number, driver) in plan.drivers.iter().enumerate() {
+    let mut longest: f64 = 0.0;
+    let mut without = Vec::new();
+    for (number, driver) in drivers {
         let about = driver.about();
-        if Some(about.kind) != wanted || driver.absent().is_some() {
+        let time = begin.elapsed().as_secs_f64() + longest < share / 3.0;
+        if !time && !first.contains(&about.id) {
+            without.push(about.id);
             continue;
-        }
-        if at.deadline.passed() {
-            break;
         }
         progress
             .bar
             .set_message(format!("{}: the image in {}", place.title, about.title));
-        let dir = work.join(number.to_string());
+        let dir = dir.join(number.to_string());
         fs::create_dir(&dir)?;
+        let start = Instant::now();
         let image = driver
             .prepare(&dir, base)
             .and_then(|()| driver.open(&dir))
             .context("preparing the image");
+        let seconds = start.elapsed().as_secs_f64();
+        longest = longest.max(seconds);
+        let images: Vec<String> = workloads.iter().map(|workload| workload.id()).collect();
+        let images = format!("image for {}", images.join(", "));
+        report.took(&place.id, &images, about.id, seconds);
         stop_if_interrupted()?;
         match image {
-            Ok(image) => prepared.push(Prepared {
-                driver: driver.as_ref(),
-                image,
-            }),
+            Ok(image) => prepared.push(Prepared { driver, image }),
             Err(error) => fail(report, progress, (&place.id, "image", about.id), &error),
         }
+    }
+    if !without.is_empty() {
+        let titles: Vec<String> = workloads.iter().map(|workload| workload.title()).collect();
+        report.left_out.push(format!(
+            "{} in {}: for lack of time without {}",
+            titles.join("; "),
+            place.dir,
+            without.join(", ")
+        ));
     }
     Ok(prepared)
 }
@@ -323,29 +397,27 @@ fn rounds(
     at: At<'_>,
     workload: &dyn Workload,
     prepared: &mut [Prepared<'_>],
+    budget: &Budget,
 ) -> Result<()> {
     let At {
         place, progress, ..
     } = at;
     let id = workload.id();
+    let mut time = Rounds::new(
+        budget.share(workload.weight()),
+        plan.rounds,
+        foremost(workload)
+            .into_iter()
+            .filter(|id| prepared.iter().any(|p| p.driver.about().id == *id)),
+    );
     let mut broken: Vec<&str> = Vec::new();
+    let mut skipped: BTreeMap<&str, usize> = BTreeMap::new();
     for round in 0..plan.rounds {
         if progress.bars.is_hidden() {
             let (title, of) = (&place.title, plan.rounds);
             progress.note(&format!("{title}: {id}, round {} of {of}", round + 1));
         }
         for step in 0..prepared.len() {
-            if at.deadline.passed() {
-                report.left_out.push(format!(
-                    "{} in {}: {round} of {} rounds and {step} of {} drivers, then no time was \
-                     left",
-                    workload.title(),
-                    place.dir,
-                    plan.rounds,
-                    prepared.len()
-                ));
-                return Ok(());
-            }
             let number = (step + round) % prepared.len();
             let Some(Prepared { driver, image }) = prepared.get_mut(number) else {
                 continue;
@@ -355,6 +427,10 @@ fn rounds(
             if broken.contains(&driver) {
                 continue;
             }
+            if !time.has_time(driver, round, budget.left()) {
+                *skipped.entry(driver).or_default() += 1;
+                continue;
+            }
             progress.bar.set_message(format!(
                 "{}: {id}, round {} of {}, {driver}",
                 place.title,
@@ -362,27 +438,60 @@ fn rounds(
                 plan.rounds
             ));
             let name = format!("{id}-{round}");
-            host::sync_fs(Path::new(&place.dir))?;
-            let result = workload.run(&mut Run {
-                sizes: &plan.sizes,
-                scratch: at.scratch,
-                place: Path::new(&place.dir),
-                image: image.as_mut(),
-                name: &name,
+            let start = Instant::now();
+            let result = host::sync_fs(Path::new(&place.dir)).and_then(|()| {
+                workload.run(&mut Run {
+                    sizes: at.sizes,
+                    scratch: at.scratch,
+                    place: Path::new(&place.dir),
+                    image: image.as_mut(),
+                    name: &name,
+                })
             });
+            let seconds = start.elapsed().as_secs_f64();
+            time.had(driver, seconds);
+            report.took(&place.id, &id, driver, seconds);
             stop_if_interrupted()?;
             match result {
                 Ok(measured) => record(report, place, &id, (driver, round), measured),
                 Err(error) => {
                     fail(report, progress, (&place.id, &id, driver), &error);
                     broken.push(driver);
+                    time.gave_up(driver);
                     drop(image.stop(&name));
                     drop(image.remove(&name));
                 }
             }
         }
     }
+    if !skipped.is_empty() {
+        let line = format!(
+            "{} in {}: for lack of time {}",
+            workload.title(),
+            place.dir,
+            fewer(&skipped, plan.rounds)
+        );
+        report.left_out.push(line);
+    }
     Ok(())
+}
+
+/// Who had fewer rounds, like “overlayfs 3 of 5 rounds; without copy, btrfs”.
+fn fewer(skipped: &BTreeMap<&str, usize>, rounds: usize) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for had in (0..rounds).rev() {
+        let drivers = skipped
+            .iter()
+            .filter(|(_, without)| rounds - **without == had);
+        let drivers: Vec<&str> = drivers.map(|(driver, _)| *driver).collect();
+        let drivers_list = drivers.join(", ");
+        match (drivers.is_empty(), had) {
+            (true, _) => {}
+            (false, 0) => parts.push(format!("without {drivers_list}")),
+            (false, had) => parts.push(format!("{drivers_list} {had} of {rounds} rounds")),
+        }
+    }
+    parts.join("; ")
 }
 
 fn record(
@@ -414,5 +523,19 @@ fn record(
     if let Some(picture) = measured.picture.filter(|_| round == 0) {
         let caption = format!("{driver} after {workload}, {}", place.title);
         report.pictures.push((caption, picture));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lacked_time_is_said_by_the_number_of_rounds() {
+        let skipped = BTreeMap::from([("copy", 5), ("overlayfs", 2), ("btrfs", 5), ("raw", 2)]);
+        assert_eq!(
+            fewer(&skipped, 5),
+            "overlayfs, raw 3 of 5 rounds; without btrfs, copy"
+        );
     }
 }

@@ -66,14 +66,15 @@ impl Setup {
         );
         let mut command = Command::new(compare);
         command
-            .args(["--smoke", "--rounds", "2", "--time-limit", "60"])
+            .arg("--smoke")
             .args(["--drivers", drivers, "--workloads", workloads])
             .arg("--vellum")
             .arg(vellum)
             .arg("--dir")
             .arg(self.place())
             .arg("--out")
-            .arg(self.out());
+            .arg(self.out())
+            .args(["--rounds", "2", "--time-limit", "60"]);
         command
     }
 
@@ -164,8 +165,133 @@ fn every_driver_is_checked_then_measured_in_turns_and_nothing_is_left() {
     assert!(page.contains("<svg") && page.contains("✗ nbdkit cow"));
 }
 
+/// The report's data.
+fn report(setup: &Setup) -> Value {
+    let json = fs::read(setup.out().join("report.json")).unwrap();
+    serde_json::from_slice(&json).unwrap()
+}
+
 #[test]
-fn an_interrupted_run_cleans_up_and_fails() {
+fn containers_side_by_side_answer_goals_twice_in_a_row() {
+    let setup = Setup::new();
+    for _ in 0..2 {
+        let output = setup.command("vellum", "swarm").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        assert_eq!(setup.leftovers(), Vec::<String>::new());
+        let report = report(&setup);
+        assert_eq!(report["cut_short"], Value::Null);
+        let goals = report["goals"].as_array().unwrap();
+        for figure in ["swarm.total", "swarm.fair", "swarm.synced"] {
+            let goal = goals.iter().find(|goal| goal["figure"] == figure).unwrap();
+            assert_eq!(goal["reached"]["rounds"], 2, "{goal}");
+            assert!(goal["reached"]["median"].as_f64().unwrap() > 0.0);
+            // Two rounds prove nothing.
+            let outcome = goal["outcome"].as_str().unwrap();
+            assert!(outcome.starts_with("noise-"), "{goal}");
+        }
+        let fair = goals.iter().find(|goal| goal["figure"] == "swarm.fair");
+        let fair = fair.unwrap()["reached"]["high"].as_f64().unwrap();
+        assert!(
+            fair <= 1.0,
+            "the slowest is no faster than the mean: {fair}"
+        );
+        let life = goals.iter().find(|goal| goal["figure"] == "life-64.life");
+        assert_eq!(life.unwrap()["outcome"], "not-measured");
+        let page = fs::read_to_string(setup.out().join("report.html")).unwrap();
+        assert!(page.contains("<h2>Goals</h2>") && page.contains("≥ 0.9 × raw"));
+    }
+}
+
+#[test]
+fn a_limit_of_time_leaves_out_further_drivers_first_and_says_so() {
+    let setup = Setup::new();
+    let start = Instant::now();
+    let output = setup
+        .command("vellum,copy", "sqlite-wal,untar")
+        .args(["--rounds", "1000", "--time-limit", "0.4", "--tree"])
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("src"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    // Its 24 s, and what was under way at their end; on a machine that is busy with other tests.
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(120), "{took:?}");
+    assert_eq!(setup.leftovers(), Vec::<String>::new());
+    let report = report(&setup);
+    let rounds = |driver: &str| {
+        let samples = report["samples"].as_array().unwrap().iter();
+        let of = samples.filter(|s| s["workload"] == "sqlite-wal" && s["metric"] == "steady");
+        of.filter(|s| s["driver"] == driver).count()
+    };
+    let (raw, own, copy) = (rounds("raw"), rounds("vellum"), rounds("copy"));
+    assert!(raw >= 1 && own >= 1 && raw < 1000, "{raw} {own}");
+    assert!(raw.abs_diff(own) <= 1, "{raw} {own}");
+    assert!(copy < raw, "{copy} {raw}");
+    let left_out = report["left_out"].to_string();
+    assert!(left_out.contains("for lack of time"), "{left_out}");
+    let took = report["took"].as_array().unwrap();
+    assert!(took.iter().any(|took| took["what"] == "flush check"));
+}
+
+#[test]
+fn a_driver_that_fails_loses_no_figure_of_the_others() {
+    let setup = Setup::new();
+    // A program that answers nothing.
+    let output = setup
+        .command("vellum,overlayfs", "fio-fsync")
+        .args(["--vellum", "/bin/false"])
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    assert_eq!(setup.leftovers(), Vec::<String>::new());
+    let report = report(&setup);
+    let failures = report["failures"].as_array().unwrap();
+    assert!(!failures.is_empty());
+    assert!(failures.iter().all(|failure| failure["driver"] == "vellum"));
+    let samples = report["samples"].as_array().unwrap().iter();
+    let overlay = samples.filter(|s| s["driver"] == "overlayfs" && s["metric"] == "steady");
+    assert_eq!(overlay.count(), 2);
+}
+
+#[test]
+fn databases_give_a_curve_and_a_picture_of_their_blocks() {
+    let setup = Setup::new();
+    for (program, package) in [("mariadbd", "mariadb-server"), ("sysbench", "sysbench")] {
+        let found = ["/usr/bin", "/usr/sbin"]
+            .iter()
+            .any(|dir| Path::new(dir).join(program).exists());
+        assert!(found, "{program} is missing: apt-get install {package}");
+    }
+    assert!(
+        Path::new("/usr/lib/postgresql").exists(),
+        "PostgreSQL is missing: apt-get install postgresql"
+    );
+    let output = setup
+        .command("vellum", "pgbench,mariadb")
+        .args(["--rounds", "1"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(setup.leftovers(), Vec::<String>::new());
+    let report = report(&setup);
+    for workload in ["pgbench", "mariadb"] {
+        let curves = report["curves"].as_array().unwrap().iter();
+        let mut of = curves.filter(|c| c["workload"] == workload && c["driver"] == "vellum");
+        let values = of.next().unwrap()["values"].as_array().unwrap();
+        assert!(!values.is_empty());
+        let samples = report["samples"].as_array().unwrap().iter();
+        let mut steady = samples.filter(|s| s["workload"] == workload && s["metric"] == "steady");
+        assert!(steady.all(|s| s["value"].as_f64().unwrap() > 0.0));
+    }
+    let page = fs::read_to_string(setup.out().join("report.html")).unwrap();
+    assert!(page.contains("Where the blocks lie"));
+}
+
+#[test]
+fn an_interrupted_run_cleans_up_fails_and_keeps_what_it_measured() {
     let setup = Setup::new();
     let mut child = setup
         .command("vellum", "fio-fsync")
@@ -191,5 +317,11 @@ fn an_interrupted_run_cleans_up_and_fails() {
     let status = child.wait().unwrap();
     assert!(!status.success());
     assert_eq!(setup.leftovers(), Vec::<String>::new());
-    assert!(!setup.out().exists(), "no report of half a run");
+    // What was measured until then is kept, and said to be a part.
+    let json = fs::read(setup.out().join("report.json")).unwrap();
+    let report: Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!(report["cut_short"], "interrupted");
+    assert!(report["samples"].is_array());
+    let page = fs::read_to_string(setup.out().join("report.html")).unwrap();
+    assert!(page.contains("did not reach its end: interrupted"));
 }

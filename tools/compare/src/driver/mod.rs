@@ -157,6 +157,14 @@ pub fn reference(kind: Kind) -> &'static str {
     }
 }
 
+/// This project's driver of each kind.
+pub fn own(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Files => "vellum",
+        Kind::Nbd => "vellum-nbd",
+    }
+}
+
 /// The reference measured once more, which shows how much is noise.
 pub fn control(kind: Kind) -> &'static str {
     match kind {

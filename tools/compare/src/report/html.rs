@@ -3,6 +3,7 @@
 use anyhow::Result;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
+use super::goals::{GoalResult, Outcome};
 use super::plots::{Axis, Bar, Line, Look, bars, lines, short};
 use super::{DriverReport, Place, Report, Summary, WorkloadReport};
 use crate::driver::{self, Kind};
@@ -11,7 +12,7 @@ use crate::workload::{Better, Metric};
 
 const SECONDS: Axis<'_> = Axis {
     label: "second",
-    shown: short,
+    shown: |second| format!("{second:.0}"),
 };
 /// Doubles from mark to mark.
 const DEPTHS: Axis<'_> = Axis {
@@ -34,6 +35,7 @@ pub fn render(report: &Report) -> Result<String> {
             body {
                 h1 { "Storage drivers for containers, compared" }
                 (introduction(report))
+                (goals(report))
                 h2 { "The drivers" }
                 (drivers(report))
                 h2 { "Speed beside the reference" }
@@ -50,6 +52,10 @@ pub fn render(report: &Report) -> Result<String> {
 fn introduction(report: &Report) -> Markup {
     let host = &report.host;
     html! {
+        @if let Some(why) = &report.cut_short {
+            p.cut { "This run did not reach its end: " (why) ". What it had measured until then is \
+                     below." }
+        }
         p {
             "A container starts from an image and writes without changing it. A "
             em { "storage driver" }
@@ -91,6 +97,65 @@ fn introduction(report: &Report) -> Markup {
             tr { th { "Command" } td { code { (report.command) } } }
         }
     }
+}
+
+/// Each goal beside what was reached; nothing where no goal was measured.
+fn goals(report: &Report) -> Markup {
+    let measured = |goal: &GoalResult| goal.outcome != Outcome::NotMeasured;
+    if !report.goals.iter().any(measured) {
+        return html! {};
+    }
+    html! {
+        h2 { "Goals" }
+        p {
+            "What this project wants to reach, and what it did in this run: the median of the \
+             ratios of each round, with the lowest and the highest. " b { "Met" } " and "
+            b { "missed" } " are said where every round says so, of at least three; all else is "
+            span.noise { "noise" } "."
+        }
+        @for place in &report.places {
+            @let rows: Vec<_> = report.goals.iter().filter(|goal| goal.place == place.id).collect();
+            @let count = |outcomes: &[Outcome]| {
+                rows.iter().filter(|goal| outcomes.contains(&goal.outcome)).count()
+            };
+            h3 { (place.title) ": " (count(&[Outcome::Met])) " met, "
+                (count(&[Outcome::Missed])) " missed, "
+                (count(&[Outcome::NoiseMet, Outcome::NoiseMissed])) " not decided (noise), "
+                (count(&[Outcome::NotMeasured, Outcome::NotComparable])) " without a figure" }
+            div.wide { table {
+                tr { th { "What" } th { "Figure" } th { "Goal" } th { "Reached" } th { "Rounds" } th { "" } }
+                @for goal in rows {
+                    tr {
+                        td { (goal.what) }
+                        td.figure { code { (goal.figure) } }
+                        td { (goal.wanted) }
+                        td {
+                            @if let Some(reached) = goal.reached {
+                                b { (times(reached.median)) }
+                                @if reached.rounds > 1 {
+                                    small { " " (times(reached.low)) "–" (times(reached.high)) }
+                                }
+                            } @else { "–" }
+                        }
+                        td { (goal.reached.map_or(0, |reached| reached.rounds)) }
+                        td { (outcome(goal.outcome)) }
+                    }
+                }
+            } }
+        }
+    }
+}
+
+fn outcome(outcome: Outcome) -> Markup {
+    let (class, text) = match outcome {
+        Outcome::Met => ("faster", "✓ met"),
+        Outcome::Missed => ("slower", "missed"),
+        Outcome::NoiseMet => ("noise", "noise; the median reaches it"),
+        Outcome::NoiseMissed => ("noise", "noise; the median misses it"),
+        Outcome::NotComparable => ("noise", "not comparable: a flush check failed"),
+        Outcome::NotMeasured => ("noise", "not measured"),
+    };
+    html! { span.said class=(class) { (text) } }
 }
 
 fn drivers(report: &Report) -> Markup {
@@ -258,10 +323,15 @@ fn workload_at(
             Better::Higher => "more is better",
             _ => "less is better",
         };
-        plots.push((
-            format!("{} ({}, {way})", metric.title, metric.unit),
-            bars(metric.unit, &list)?,
-        ));
+        // Like the first minute of what took less.
+        if list.is_empty() {
+            continue;
+        }
+        let caption = match metric.unit {
+            "" => format!("{} ({way})", metric.title),
+            unit => format!("{} ({unit}, {way})", metric.title),
+        };
+        plots.push((caption, bars(metric.unit, &list)?));
     }
     let curve = curves(report, workload, place)?;
     Ok(html! {

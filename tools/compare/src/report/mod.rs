@@ -1,5 +1,6 @@
 //! What a run has found, as data; [`html`] shows it.
 
+pub mod goals;
 pub mod html;
 mod plots;
 
@@ -19,6 +20,8 @@ pub struct Report {
     pub started: String,
     /// How long it took, in seconds.
     pub seconds: f64,
+    /// Why it ended before its end; none when it did not. What was measured until then is here.
+    pub cut_short: Option<String>,
     /// The host.
     pub host: Host,
     /// How much was done.
@@ -38,12 +41,16 @@ pub struct Report {
     /// Where a container's blocks lie (SVG) after pgbench, from drivers that draw it.
     #[serde(skip)]
     pub pictures: Vec<(String, String)>,
+    /// How long each piece of work took, with all that is around what is measured.
+    pub took: Vec<Took>,
     /// Runs that failed.
     pub failures: Vec<Failure>,
     /// What was not done, and why.
     pub left_out: Vec<String>,
     /// The figures over the rounds.
     pub summary: Vec<Summary>,
+    /// The project's goals, each with the figure that answers it.
+    pub goals: Vec<goals::GoalResult>,
 }
 
 /// The host.
@@ -70,6 +77,8 @@ pub struct Place {
     pub title: String,
     /// The directory.
     pub dir: String,
+    /// It is memory (a tmpfs) and no disk.
+    pub in_memory: bool,
 }
 
 /// A driver.
@@ -131,6 +140,19 @@ pub struct Curve {
     pub values: Vec<f64>,
 }
 
+/// How long something took.
+#[derive(Debug, Serialize)]
+pub struct Took {
+    /// Of [`Place`].
+    pub place: String,
+    /// A workload, an image, the flush check.
+    pub what: String,
+    /// Of [`About`].
+    pub driver: &'static str,
+    /// In all.
+    pub seconds: f64,
+}
+
 /// A run that failed.
 #[derive(Debug, Serialize)]
 pub struct Failure {
@@ -180,6 +202,27 @@ impl Report {
             }
         }
         self.summary = summary;
+        self.goals = goals::goals(self);
+    }
+
+    /// Notes how long something took.
+    pub fn took(&mut self, place: &str, what: &str, driver: &'static str, seconds: f64) {
+        self.took.push(Took {
+            place: place.to_owned(),
+            what: what.to_owned(),
+            driver,
+            seconds,
+        });
+    }
+
+    fn metric(&self, workload: &str, metric: &str) -> Option<&Metric> {
+        let workload = self.workloads.iter().find(|w| w.id == workload)?;
+        workload.metrics.iter().find(|m| m.id == metric)
+    }
+
+    fn higher_is_better(&self, workload: &str, metric: &str) -> bool {
+        self.metric(workload, metric)
+            .is_none_or(|metric| metric.better == Better::Higher)
     }
 
     fn rounds_of(&self, key: (&str, &str, &str), driver: &str) -> Vec<(usize, f64)> {
@@ -260,6 +303,7 @@ pub(crate) mod tests {
             id: "disk".into(),
             title: "ext4".into(),
             dir: "/x".into(),
+            in_memory: false,
         };
         let drivers = driver::all(std::path::Path::new("vellum"))
             .iter()
@@ -299,6 +343,7 @@ pub(crate) mod tests {
             command: "compare".into(),
             started: "now".into(),
             seconds: 1.0,
+            cut_short: None,
             host: Host::default(),
             workloads: vec![WorkloadReport {
                 id: workload.id(),
@@ -320,9 +365,11 @@ pub(crate) mod tests {
                 values: vec![1.0, 2.0, 3.0],
             }],
             pictures: Vec::new(),
+            took: Vec::new(),
             failures: Vec::new(),
             left_out: vec!["MariaDB".into()],
             summary: Vec::new(),
+            goals: Vec::new(),
         };
         report.summarise();
         report

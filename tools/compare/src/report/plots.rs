@@ -33,13 +33,15 @@ impl Look {
     fn colour(self) -> RGBColor {
         match self {
             Look::Reference => RGBColor(150, 150, 150),
-            Look::Own => RGBColor(0, 114, 178),
+            Look::Own => OWN,
             Look::Other => RGBColor(230, 159, 0),
             Look::NotComparable => RGBColor(235, 215, 215),
         }
     }
 }
 
+/// What is this project's.
+const OWN: RGBColor = RGBColor(0, 114, 178);
 const TEXT: &str = "sans-serif";
 const LABELS: i32 = 190;
 const ROW: i32 = 24;
@@ -157,10 +159,13 @@ pub fn lines(across: Axis<'_>, up: &str, lines: &[Line<'_>], own: &str) -> Resul
                 .draw(),
         )?;
         for (number, line) in lines.iter().enumerate() {
-            let colour = PALETTE
-                .get(number % PALETTE.len())
-                .copied()
-                .unwrap_or(BLACK);
+            // Ours is the same in every plot, whoever else is there.
+            let colour = if line.label == own {
+                OWN
+            } else {
+                let colour = PALETTE.get(number % PALETTE.len());
+                colour.copied().unwrap_or(BLACK)
+            };
             let style = colour.stroke_width(if line.label == own { 3 } else { 1 });
             draw(chart.draw_series(LineSeries::new(line.points.iter().copied(), style)))?;
             if line.points.len() < 20 {
@@ -182,10 +187,9 @@ pub fn lines(across: Axis<'_>, up: &str, lines: &[Line<'_>], own: &str) -> Resul
 }
 
 /// Colours that people who see colours differently tell apart (Okabe and Ito).
-const PALETTE: [RGBColor; 9] = [
+const PALETTE: [RGBColor; 8] = [
     RGBColor(120, 120, 120),
     RGBColor(180, 180, 180),
-    RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),
     RGBColor(204, 121, 167),

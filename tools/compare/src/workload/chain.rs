@@ -9,6 +9,7 @@ use anyhow::Result;
 use super::fio::fio;
 use super::{BaseKind, Better, Measured, Metric, Run, Sizes, Workload, missing, random_file};
 use crate::driver::Base;
+use crate::stats::Spread;
 
 /// An image of `depth` layers, with one file in each; all files together are always of one size.
 pub(super) fn make(dir: &Path, depth: u32, sizes: &Sizes) -> Result<Base> {
@@ -84,12 +85,7 @@ impl Workload for Chain {
 
     fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
         let mut measured = Measured::default();
-        let start = Instant::now();
-        run.image.create(run.name)?;
-        run.image.start(run.name)?;
-        run.image.stop(run.name)?;
-        run.image.remove(run.name)?;
-        measured.add("life", start.elapsed().as_secs_f64() * 1000.0);
+        measured.add("life", live(run)?);
 
         let started = run.container()?;
         let dir = started.access.dir()?;
@@ -127,4 +123,65 @@ impl Workload for Chain {
         run.done(&started, &mut measured)?;
         Ok(measured)
     }
+}
+
+/// The lives of containers on a deep image, and nothing else.
+pub(super) struct Life {
+    pub depth: u32,
+}
+
+/// Lives in a row; the median counts.
+const LIVES: usize = 7;
+
+impl Workload for Life {
+    fn id(&self) -> String {
+        format!("life-{}", self.depth)
+    }
+
+    fn title(&self) -> String {
+        format!("A container's life on {} layers", self.depth)
+    }
+
+    fn what(&self, _sizes: &Sizes) -> String {
+        format!(
+            "A container of an image of {} layers is made, mounted, unmounted and removed; the \
+             median of {LIVES} in a row, in milliseconds. Each step is the command that a person \
+             would type, so starting a program is part of it.",
+            self.depth
+        )
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        vec![Metric::new("life", "life", "ms", Better::Lower)]
+    }
+
+    fn base(&self) -> BaseKind {
+        BaseKind::Layers(self.depth)
+    }
+
+    fn absent(&self, _sizes: &Sizes) -> Option<String> {
+        None
+    }
+
+    fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
+        let mut measured = Measured::default();
+        let mut lives = Vec::new();
+        for _ in 0..LIVES {
+            lives.push(live(run)?);
+        }
+        if let Some(spread) = Spread::of(lives) {
+            measured.add("life", spread.median);
+        }
+        Ok(measured)
+    }
+}
+
+/// Milliseconds of a container that is made, mounted, unmounted and removed.
+fn live(run: &mut Run<'_>) -> Result<f64> {
+    let start = Instant::now();
+    run.image.create(run.name)?;
+    run.image.start(run.name)?;
+    run.image.stop(run.name)?;
+    run.image.remove(run.name)?;
+    Ok(start.elapsed().as_secs_f64() * 1000.0)
 }

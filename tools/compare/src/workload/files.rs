@@ -50,6 +50,10 @@ impl Workload for FirstWrite {
         BaseKind::LargeFile
     }
 
+    fn weight(&self) -> f64 {
+        2.0
+    }
+
     fn absent(&self, _sizes: &Sizes) -> Option<String> {
         None
     }

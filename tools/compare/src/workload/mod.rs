@@ -4,9 +4,11 @@ mod chain;
 mod files;
 mod fio;
 mod lifecycle;
+mod mariadb;
 mod nbd;
 mod pgbench;
 mod sqlite;
+mod swarm;
 
 use std::path::{Path, PathBuf};
 
@@ -36,8 +38,20 @@ pub struct Sizes {
     pub pg_scale: u32,
     /// Seconds of pgbench.
     pub pg_seconds: u32,
+    /// Rows of each of MariaDB's tables.
+    pub maria_rows: u32,
+    /// Seconds of sysbench.
+    pub maria_seconds: u32,
     /// Containers that are made and removed.
     pub containers: u32,
+    /// Containers that write at once.
+    pub swarm: u32,
+    /// Bytes of the file that each of them writes.
+    pub swarm_file: u64,
+    /// Writes of each of them, buffered.
+    pub swarm_writes: u32,
+    /// Writes of each of them that are each synced.
+    pub swarm_synced: u32,
     /// Bytes in all layers of a chain together.
     pub chain: u64,
     /// Bytes of the block device behind NBD.
@@ -137,6 +151,10 @@ pub enum BaseKind {
     LargeFile,
     /// A PostgreSQL cluster.
     Cluster,
+    /// MariaDB's data directory.
+    MariaDb,
+    /// A small file for each of many containers.
+    Swarm,
     /// Files spread over this many layers.
     Layers(u32),
     /// A block device full of random bytes.
@@ -221,6 +239,11 @@ pub trait Workload {
         BaseKind::General
     }
 
+    /// Its share of the time there is, beside 1 for the shortest ones.
+    fn weight(&self) -> f64 {
+        1.5
+    }
+
     /// Why this host cannot do it; none when it can.
     fn absent(&self, sizes: &Sizes) -> Option<String>;
 
@@ -228,7 +251,8 @@ pub trait Workload {
     fn run(&self, run: &mut Run<'_>) -> Result<Measured>;
 }
 
-/// All workloads, those first that tell most.
+/// All workloads, in the order in which they run: the longest last, which take what time the others
+/// leave.
 pub fn all() -> Vec<Box<dyn Workload>> {
     let mut all: Vec<Box<dyn Workload>> = vec![
         Box::new(fio::RandomWrite { synced: true }),
@@ -239,13 +263,16 @@ pub fn all() -> Vec<Box<dyn Workload>> {
         Box::new(lifecycle::Lifecycle),
         Box::new(files::Untar),
         Box::new(fio::Sequential),
-        Box::new(pgbench::Pgbench),
-        Box::new(nbd::Nbd),
         Box::new(files::FirstWrite),
+        Box::new(nbd::Nbd),
+        Box::new(swarm::Swarm),
+        Box::new(chain::Life { depth: 64 }),
     ];
     for depth in [1, 8, 32, 128] {
         all.push(Box::new(chain::Chain { depth }));
     }
+    all.push(Box::new(mariadb::Sysbench));
+    all.push(Box::new(pgbench::Pgbench));
     all
 }
 
@@ -261,6 +288,8 @@ pub fn make_base(kind: BaseKind, dir: &Path, sizes: &Sizes) -> Result<Base> {
         }
         BaseKind::LargeFile => files::fill(&layer, sizes)?,
         BaseKind::Cluster => pgbench::fill(&layer, sizes)?,
+        BaseKind::MariaDb => mariadb::fill(&layer, sizes)?,
+        BaseKind::Swarm => swarm::fill(&layer, sizes)?,
         BaseKind::Layers(depth) => return chain::make(dir, depth, sizes),
         BaseKind::Device => {
             let raw = dir.join("device.raw");

@@ -49,6 +49,10 @@ impl Workload for Nbd {
         Kind::Nbd
     }
 
+    fn weight(&self) -> f64 {
+        6.0
+    }
+
     fn base(&self) -> BaseKind {
         BaseKind::Device
     }

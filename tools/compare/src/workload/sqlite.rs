@@ -68,6 +68,10 @@ impl Workload for Sqlite {
         metrics
     }
 
+    fn weight(&self) -> f64 {
+        2.5
+    }
+
     fn absent(&self, _sizes: &Sizes) -> Option<String> {
         missing(&[("sqlite3", "sqlite3")])
     }

@@ -1,0 +1,338 @@
+//! The NBD server: what a client sends, from its first byte to its last.
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+
+use vellum::block::MemoryDevice;
+use vellum::export::nbd::handshake::{Handshake, Outcome};
+use vellum::export::nbd::protocol::{self as wire, Command, Request, chunk, command_flag, option};
+use vellum::export::nbd::{Export, session_over};
+
+use crate::Seed;
+
+/// A client that stops listening after this many bytes.
+const PATIENCE: usize = 4 << 20;
+
+/// The client's side of a connection.
+struct Client<'a> {
+    input: &'a [u8],
+    at: usize,
+    out: Vec<u8>,
+    gone: bool,
+}
+
+impl<'a> Client<'a> {
+    fn new(input: &'a [u8]) -> Self {
+        Client {
+            input,
+            at: 0,
+            out: Vec::new(),
+            gone: false,
+        }
+    }
+}
+
+impl Read for Client<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let rest = &self.input[self.at..];
+        let len = rest.len().min(buf.len());
+        buf[..len].copy_from_slice(&rest[..len]);
+        self.at += len;
+        Ok(len)
+    }
+}
+
+impl Write for Client<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let len = buf.len().min(PATIENCE - self.out.len());
+        self.out.extend_from_slice(&buf[..len]);
+        if len == 0 && !buf.is_empty() {
+            self.gone = true;
+            return Err(io::Error::from(io::ErrorKind::BrokenPipe));
+        }
+        Ok(len)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn exports() -> Vec<Arc<Export>> {
+    let disk = Export::new("disk", Arc::new(MemoryDevice::new(1 << 20)));
+    let mut described = Export::new("large", Arc::new(MemoryDevice::new(40 << 20)));
+    described.description = "forty MiB".into();
+    let fixed = Export::new("fixed", Arc::new(MemoryDevice::new(8 << 10).read_only()));
+    vec![Arc::new(disk), Arc::new(described), Arc::new(fixed)]
+}
+
+/// A session, from the greeting on: handshake and transmission.
+///
+/// * Before TLS, where TLS is asked for, nobody gets an export.
+/// * The session does what the handshake alone does, and goes on with what that left unread.
+/// * Every request gets one whole reply, in order here, with its cookie and an error number of the
+///   protocol; reads get exactly the bytes that they asked for; nothing else is sent.
+pub fn session(input: &[u8]) {
+    let exports = exports();
+
+    let mut client = Client::new(input);
+    let mut secure = Handshake::new(&exports[..], true);
+    let outcome = secure
+        .greet(&mut client)
+        .and_then(|()| secure.haggle(&mut client));
+    assert!(!matches!(outcome, Ok(Outcome::Transmit(_))));
+
+    let mut client = Client::new(input);
+    let mut plain = Handshake::new(&exports[..], false);
+    let outcome = plain
+        .greet(&mut client)
+        .and_then(|()| plain.haggle(&mut client));
+    let (said, read) = (client.out, client.at);
+
+    let mut client = Client::new(input);
+    let _ = session_over(&mut client, &exports);
+    let replies = client.out.strip_prefix(&said[..]);
+    let replies = replies.expect("the handshake says something else in a session");
+    match outcome {
+        Ok(Outcome::Transmit(negotiated)) => {
+            let mut check = Replies {
+                rest: replies,
+                structured: negotiated.structured,
+            };
+            let whole = check.follow(&input[read..]);
+            assert!(
+                whole.is_none() || check.rest.is_empty() || client.gone,
+                "{} bytes that no request asked for",
+                check.rest.len()
+            );
+        }
+        _ => assert!(replies.is_empty(), "it goes on after the handshake ended"),
+    }
+}
+
+struct Replies<'a> {
+    rest: &'a [u8],
+    structured: bool,
+}
+
+impl<'a> Replies<'a> {
+    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (head, rest) = self.rest.split_at_checked(len)?;
+        self.rest = rest;
+        Some(head)
+    }
+
+    fn field<const N: usize>(&mut self) -> Option<[u8; N]> {
+        self.take(N).map(|bytes| bytes.try_into().unwrap())
+    }
+
+    fn u16(&mut self) -> Option<u16> {
+        self.field().map(u16::from_be_bytes)
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.field().map(u32::from_be_bytes)
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.field().map(u64::from_be_bytes)
+    }
+
+    /// Takes the reply to each of the requests in `input`; `None` where replies end in the middle
+    /// of one.
+    fn follow(&mut self, input: &[u8]) -> Option<()> {
+        let mut input = input;
+        while let Ok(Some(request)) = Request::parse(input) {
+            input = &input[Request::WIRE_LEN..];
+            let command = Command::from_wire(request.command);
+            let known = command.is_some_and(|c| request.flags & !c.valid_flags() == 0);
+            if known && command == Some(Command::Disconnect) {
+                break;
+            }
+            if command == Some(Command::Write) {
+                input = input.get(request.len as usize..).unwrap_or_default();
+            }
+            if self.rest.is_empty() {
+                // The client was cut off within a payload, or announced an absurd one.
+                break;
+            }
+            self.reply(&request, command)?;
+        }
+        Some(())
+    }
+
+    fn reply(&mut self, request: &Request, command: Option<Command>) -> Option<()> {
+        let read = command == Some(Command::Read);
+        match self.u32()? {
+            wire::SIMPLE_REPLY_MAGIC => {
+                let (error, cookie) = (self.u32()?, self.u64()?);
+                assert_eq!(cookie, request.cookie);
+                check_errno(error, true);
+                assert!(!(read && self.structured), "a simple reply to a read");
+                if read && error == 0 {
+                    self.take(request.len as usize)?;
+                }
+            }
+            wire::STRUCTURED_REPLY_MAGIC => {
+                assert!(self.structured, "a chunk that nobody agreed to");
+                let mut covered = 0;
+                let mut failed = false;
+                loop {
+                    let (flags, kind) = (self.u16()?, self.u16()?);
+                    assert_eq!(self.u64()?, request.cookie);
+                    let len = self.u32()? as usize;
+                    match kind {
+                        chunk::OFFSET_DATA | chunk::OFFSET_HOLE if read => {
+                            assert_eq!(self.u64()?, request.offset + covered);
+                            covered += if kind == chunk::OFFSET_DATA {
+                                self.take(len - 8)?;
+                                len as u64 - 8
+                            } else {
+                                assert_eq!(len, 12);
+                                u64::from(self.u32()?)
+                            };
+                        }
+                        chunk::BLOCK_STATUS => {
+                            assert_eq!(command, Some(Command::BlockStatus));
+                            assert!(len > 4 && (len - 4).is_multiple_of(8));
+                            assert_eq!(self.u32()?, wire::BASE_ALLOCATION_ID);
+                            let mut sum = 0;
+                            for _ in 0..(len - 4) / 8 {
+                                sum += u64::from(self.u32()?);
+                                assert!(self.u32()? <= 3);
+                            }
+                            assert!(sum <= u64::from(request.len));
+                        }
+                        chunk::ERROR => {
+                            check_errno(self.u32()?, false);
+                            let text = usize::from(self.u16()?);
+                            assert_eq!(len, 6 + text);
+                            std::str::from_utf8(self.take(text)?).unwrap();
+                            failed = true;
+                        }
+                        _ => panic!("a chunk of type {kind} for {request:?}"),
+                    }
+                    if flags & chunk::FLAG_DONE != 0 {
+                        break;
+                    }
+                    assert_eq!(self.u32()?, wire::STRUCTURED_REPLY_MAGIC);
+                }
+                if read && !failed {
+                    assert_eq!(covered, u64::from(request.len));
+                }
+            }
+            other => panic!("{other:#x} where a reply to {request:?} begins"),
+        }
+        Some(())
+    }
+}
+
+fn check_errno(error: u32, may_be_none: bool) {
+    let known = [1, 5, 12, 22, 28, 75, 95, 108];
+    assert!(
+        (may_be_none && error == 0) || known.contains(&error),
+        "{error}"
+    );
+}
+
+fn options(list: &[(u32, Vec<u8>)]) -> Vec<u8> {
+    let mut out = 3u32.to_be_bytes().to_vec();
+    for (option, data) in list {
+        out.extend(wire::OPTION_MAGIC.to_be_bytes());
+        out.extend(option.to_be_bytes());
+        out.extend((data.len() as u32).to_be_bytes());
+        out.extend(data);
+    }
+    out
+}
+
+fn string(text: &str) -> Vec<u8> {
+    [&(text.len() as u32).to_be_bytes()[..], text.as_bytes()].concat()
+}
+
+fn go(name: &str) -> Vec<u8> {
+    [string(name), vec![0, 2, 0, 1, 0, 3]].concat()
+}
+
+fn request(command: u16, flags: u16, offset: u64, len: u32, payload: &[u8]) -> Vec<u8> {
+    let mut out = wire::REQUEST_MAGIC.to_be_bytes().to_vec();
+    out.extend(flags.to_be_bytes());
+    out.extend(command.to_be_bytes());
+    out.extend((offset ^ 0x1234).to_be_bytes());
+    out.extend(offset.to_be_bytes());
+    out.extend(len.to_be_bytes());
+    out.extend(payload);
+    out
+}
+
+pub fn session_seeds() -> Vec<Seed> {
+    let all_requests = [
+        request(1, 0, 4096, 600, &[7; 600]),
+        request(1, command_flag::FUA, 100, 5, b"hello"),
+        request(0, 0, 0, 8192, &[]),
+        request(0, command_flag::DF, 4096, 512, &[]),
+        request(3, 0, 0, 0, &[]),
+        request(4, command_flag::FUA, 0, 4096, &[]),
+        request(6, command_flag::NO_HOLE, 8192, 100, &[]),
+        request(6, command_flag::FAST_ZERO, 8192, 4096, &[]),
+        request(7, 0, 0, 1 << 20, &[]),
+        request(7, command_flag::REQ_ONE, 0, 1 << 20, &[]),
+        request(5, 0, 0, 65536, &[]),
+        request(0, 0, (1 << 20) - 1, 2, &[]),
+        request(9, 0, 0, 1, &[]),
+        request(0, 0, 0, 0, &[]),
+        request(2, 0, 0, 0, &[]),
+    ]
+    .concat();
+    let meta = [string("disk"), vec![0, 0, 0, 1], string("base:allocation")].concat();
+    let structured = options(&[
+        (option::STRUCTURED_REPLY, vec![]),
+        (
+            option::LIST_META_CONTEXT,
+            [string("disk"), vec![0; 4]].concat(),
+        ),
+        (option::SET_META_CONTEXT, meta),
+        (option::GO, go("disk")),
+    ]);
+    let simple = options(&[(option::GO, go("disk"))]);
+    let large = options(&[
+        (option::STRUCTURED_REPLY, vec![]),
+        (option::GO, go("large")),
+    ]);
+    let haggling = options(&[
+        (option::LIST, vec![]),
+        (option::INFO, go("nobody")),
+        (option::INFO, go("large")),
+        (option::STARTTLS, vec![]),
+        (77, b"what".to_vec()),
+        (option::LIST, vec![0; 70_000 - 60_000]),
+        (option::ABORT, vec![]),
+    ]);
+    let old = [
+        options(&[(option::EXPORT_NAME, b"fixed".to_vec())]),
+        request(0, 0, 0, 4096, &[]),
+        request(1, 0, 0, 4, b"none"),
+        request(2, 0, 0, 0, &[]),
+    ];
+    let mut with_zeroes = old.concat();
+    with_zeroes[3] = 1;
+    vec![
+        (
+            "structured".into(),
+            [structured, all_requests.clone()].concat(),
+        ),
+        ("simple".into(), [simple, all_requests].concat()),
+        (
+            "large".into(),
+            [
+                large,
+                request(0, 0, 0, 32 << 20, &[]),
+                request(1, 0, 4096, 32 << 20, &[1; 3000]),
+            ]
+            .concat(),
+        ),
+        ("haggling".into(), haggling),
+        ("export-name".into(), old.concat()),
+        ("export-name-with-zeroes".into(), with_zeroes),
+    ]
+}
