@@ -8,7 +8,7 @@
 pub const VARIABLE: &str = "VELLUM_CRASH_AT";
 
 /// Every place, in the order in which a snapshot comes by them.
-pub const ALL: [&str; 33] = [
+pub const ALL: [&str; 36] = [
     "prepare: key taken",
     "prepare: layer made",
     "prepare: layer published",
@@ -19,6 +19,9 @@ pub const ALL: [&str; 33] = [
     "mount: grown",
     "prepare: done",
     "remote: record in place",
+    "update: record in place",
+    "grow: layer grown",
+    "grow: device grown",
     "commit: mounted",
     "commit: unmounted",
     "commit: sealed",

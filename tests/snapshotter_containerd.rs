@@ -377,6 +377,64 @@ fn a_running_container_is_committed_as_it_was_and_goes_on() {
 }
 
 #[test]
+fn a_label_makes_a_running_container_larger_or_is_refused_where_this_host_may_not() {
+    let stack = Stack::start();
+    stack.import();
+    let writes = "while busybox true; do busybox dd if=/dev/zero of=/busy bs=64k count=9 conv=fsync \
+                  2>/dev/null || echo failed >> /failed; echo x >> /rounds; done";
+    let command = ["/bin/busybox", "sh", "-c", writes];
+    stack.run(&["--detach"], "c", &command);
+    let kilobytes = || -> u64 {
+        let text = stack.exec("c", "set -- $(busybox df -k / | busybox tail -1); echo $2");
+        text.trim().parse().unwrap()
+    };
+    let label = "containerd.io/snapshot/vellum.size=3G";
+    let grow = ["snapshots", "--snapshotter", "vellum", "label", "c", label];
+    if vellum::fs::ext4::may_grow_mounted().unwrap() {
+        stack.ctr(&grow);
+    } else {
+        let refused = stack.try_ctr(&grow);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(
+            !refused.status.success() && said.contains("CAP_SYS_RESOURCE"),
+            "{said}"
+        );
+        assert!(kilobytes() < 1_100_000, "nothing is changed");
+        stack.ctr(&["tasks", "kill", "--signal", "KILL", "c"]);
+        wait_for("the task ends", Duration::from_secs(10), || {
+            stack.try_ctr(&["tasks", "rm", "c"]).status.success()
+        });
+        stack.ctr(&grow);
+        stack.ctr(&["tasks", "start", "--detach", "c"]);
+    }
+    assert!(kilobytes() > 2_900_000, "{}", kilobytes());
+    stack.exec(
+        "c",
+        "busybox dd if=/dev/zero of=/fill bs=1M count=1100 2>/dev/null",
+    );
+    assert_eq!(
+        stack.exec("c", "busybox cat /failed 2>/dev/null; busybox true"),
+        ""
+    );
+    let smaller = "containerd.io/snapshot/vellum.size=1G";
+    let smaller = [
+        "snapshots",
+        "--snapshotter",
+        "vellum",
+        "label",
+        "c",
+        smaller,
+    ];
+    let refused = stack.try_ctr(&smaller);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && said.contains("can only grow"),
+        "{said}"
+    );
+    stack.end("c");
+}
+
+#[test]
 fn check_finds_nothing_wrong_with_the_layers_of_unpacked_images() {
     let stack = Stack::start();
     stack.import();

@@ -29,6 +29,13 @@ const PREPARE: [&str; 9] = [
     "mount: grown",
     "prepare: done",
 ];
+/// Of an Update that makes a snapshot larger.
+const GROW: [&str; 4] = [
+    "update: record in place",
+    "grow: layer grown",
+    "grow: device grown",
+    "mount: grown",
+];
 const REMOTE: &str = "remote: record in place";
 const COMMIT: [&str; 9] = [
     "commit: mounted",
@@ -66,7 +73,7 @@ const ASIDE: &str = "storage: file written aside";
 
 #[test]
 fn every_place_to_die_at_is_in_one_of_the_tests_below() {
-    let tested: Vec<&str> = [&PREPARE[..], &COMMIT, &COMMIT_UNDER_USERS, &REMOVE]
+    let tested: Vec<&str> = [&PREPARE[..], &COMMIT, &COMMIT_UNDER_USERS, &REMOVE, &GROW]
         .concat()
         .into_iter()
         .chain([REMOTE, ASIDE])
@@ -109,14 +116,56 @@ fn prepare_is_whole_or_gone_wherever_it_is_killed() {
         // It is there wholly, however that came about.
         let source = rig.client.mounts(&key).unwrap().source;
         assert_eq!(file_of(&source, "file"), "base", "{place}");
-        let room = nix::sys::statvfs::statvfs(source.as_str()).unwrap();
-        let room = room.blocks() * room.fragment_size();
+        let room = room(&source);
         assert!(room > 70 << 20, "{place}: {room}");
         fs::write(Path::new(&source).join("own"), "x").unwrap();
         rig.client.remove(&key).unwrap();
         rig.assert_whole(place);
         died
     });
+    rig.assert_checks();
+}
+
+fn room(source: &str) -> u64 {
+    let room = nix::sys::statvfs::statvfs(source).unwrap();
+    room.blocks() * room.fragment_size()
+}
+
+#[test]
+fn a_growth_that_is_killed_at_any_step_is_finished_by_mounts_by_update_or_after_a_reboot() {
+    let mut rig = Rig::new("");
+    rig.committed("base", "", "file", "base");
+    let size = "containerd.io/snapshot/vellum.size";
+    for (number, place) in GROW.into_iter().enumerate() {
+        for finished_by in ["mounts", "update", "reboot", "commit"] {
+            let key = format!("key {number} {finished_by}");
+            let source = rig.client.prepare(&key, "base", &[]).unwrap().source;
+            fs::write(Path::new(&source).join("own"), "own").unwrap();
+            fs::File::open(Path::new(&source).join("own"))
+                .unwrap()
+                .sync_all()
+                .unwrap();
+            let died = rig.dies_at(place, |client| client.update(&key, &[(size, "192M")]));
+            assert!(died, "it does not come by {place:?}");
+            match finished_by {
+                "update" => drop(rig.client.update(&key, &[(size, "192M")]).unwrap()),
+                "reboot" => rig.area.end_devices(),
+                "commit" => {
+                    let name = format!("name {number}");
+                    rig.client.commit(&name, &key, &[]).unwrap();
+                    rig.client.prepare(&key, &name, &[]).unwrap();
+                }
+                _ => {}
+            }
+            let source = rig.client.mounts(&key).unwrap().source;
+            let room = room(&source);
+            assert!(room > 160 << 20, "{place}, {finished_by}: {room}");
+            assert_eq!(file_of(&source, "own"), "own", "{place}, {finished_by}");
+            fs::write(Path::new(&source).join("new"), vec![1; 4 << 20]).unwrap();
+            rig.client.remove(&key).unwrap();
+        }
+        rig.assert_whole(place);
+    }
     rig.assert_checks();
 }
 

@@ -1,6 +1,7 @@
 //! The chain as a block device.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
@@ -19,7 +20,8 @@ const ZERO_PIECE: u64 = CHANGES_AT_ONCE * BLOCK_SIZE;
 /// A stack of layers: sealed ones and, unless it is read-only, a writable one on top.
 #[derive(Debug)]
 pub struct Chain {
-    pub(super) size: u64,
+    /// Bytes; grows with the top.
+    size: AtomicU64,
     pub(super) base: Base,
     /// Swapped when the top is sealed under a live device. Held for reading over each request.
     pub(super) top: RwLock<Option<Arc<WritableLayer>>>,
@@ -48,7 +50,7 @@ impl Chain {
         stats: Arc<ChainStats>,
     ) -> Result<Self> {
         let size = match &top {
-            Some(top) => top.header().virtual_size,
+            Some(top) => top.size(),
             None => base
                 .layers()
                 .last()
@@ -57,7 +59,7 @@ impl Chain {
         };
         stats.set_depth(base.depth());
         Ok(Chain {
-            size,
+            size: AtomicU64::new(size),
             base,
             top: RwLock::new(top),
             stats,
@@ -87,6 +89,28 @@ impl Chain {
         self.top().map_or(Ok(()), |top| top.close())
     }
 
+    /// Makes the device `size` bytes large, durably, by way of its top; it may be in use. What it
+    /// gains reads as zeros.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for less than it has; [`ErrorKind::ReadOnly`] without a top; as
+    /// [`WritableLayer::grow`].
+    pub fn grow(&self, size: u64) -> Result<()> {
+        let top = self.top.read();
+        let top = top.as_ref().ok_or_else(read_only)?;
+        let before = self.size();
+        if size < before {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("the device has {before} bytes and cannot shrink to {size}"),
+            ));
+        }
+        top.grow(size)?;
+        // Not before: what it tells of its size must hold after any crash.
+        self.size.fetch_max(size, Ordering::AcqRel);
+        Ok(())
+    }
+
     /// Seals the top as it is at this moment and goes on in `next`, an empty layer whose parent is
     /// the old top. Requests wait meanwhile: about as long as a flush takes. What was written and
     /// not flushed is part of the sealed layer. The caller freezes the file system above before.
@@ -102,7 +126,7 @@ impl Chain {
             Some(old.header().uuid),
             &next.dir().display().to_string(),
         )?;
-        if next.header().virtual_size != self.size || !next.is_untouched() {
+        if next.size() != self.size() || !next.is_untouched() {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!(
@@ -358,7 +382,7 @@ pub(super) fn read_only() -> Error {
 
 impl BlockDevice for Chain {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     fn is_read_only(&self) -> bool {
@@ -366,7 +390,7 @@ impl BlockDevice for Chain {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        check_range(offset, buf.len() as u64, self.size)?;
+        check_range(offset, buf.len() as u64, self.size())?;
         self.stats.read(buf.len() as u64);
         let guard = self.top.read();
         let top = guard.as_deref();
@@ -389,7 +413,7 @@ impl BlockDevice for Chain {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
-        check_range(offset, buf.len() as u64, self.size)?;
+        check_range(offset, buf.len() as u64, self.size())?;
         if buf.is_empty() {
             return Ok(());
         }
@@ -420,7 +444,7 @@ impl BlockDevice for Chain {
         mode: ZeroMode,
         durability: Durability,
     ) -> Result<()> {
-        check_range(offset, len, self.size)?;
+        check_range(offset, len, self.size())?;
         if len == 0 {
             return Ok(());
         }
@@ -434,7 +458,7 @@ impl BlockDevice for Chain {
     }
 
     fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>> {
-        check_range(offset, len, self.size)?;
+        check_range(offset, len, self.size())?;
         let mut out = ExtentList {
             offset,
             end: offset + len,
@@ -467,7 +491,7 @@ impl BlockDevice for Chain {
     }
 
     fn prefetch(&self, offset: u64, len: u64) -> Result<()> {
-        check_range(offset, len, self.size)?;
+        check_range(offset, len, self.size())?;
         let guard = self.top.read();
         let (first, blocks) = blocks_of(offset, len);
         let mut at = first;

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::Chain;
 use super::base::BaseSource;
 use super::device::{blocks_of, read_only};
-use crate::block::{BLOCK_LEN, BLOCK_SIZE, check_range};
+use crate::block::{BLOCK_LEN, BLOCK_SIZE, BlockDevice, check_range};
 use crate::error::Result;
 use crate::layer::STATE_DATA;
 
@@ -41,7 +41,7 @@ impl Chain {
     /// [`crate::ErrorKind::ReadOnly`] without a top, [`crate::ErrorKind::OutOfRange`] past the end,
     /// [`crate::ErrorKind::NoSpace`] when the host is full: what was copied so far stays.
     pub fn copy_up(&self, offset: u64, len: u64) -> Result<CopiedUp> {
-        check_range(offset, len, self.size)?;
+        check_range(offset, len, self.size())?;
         let mut done = CopiedUp::default();
         if len == 0 {
             return Ok(done);

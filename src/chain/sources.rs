@@ -3,6 +3,7 @@
 use super::Chain;
 use super::base::BaseSource;
 use super::device::top_run;
+use crate::block::BlockDevice;
 use crate::layer::{ABSENT, STATE_DATA};
 
 /// Blocks that are looked up at a time: an answer may end within them.
@@ -36,7 +37,7 @@ impl Chain {
     /// The sources of the blocks from `start` on, in order and without gaps, in at most `max`
     /// runs; neighbours may be of one source. The end of the device ends the list.
     pub fn sources(&self, start: u64, max: usize) -> Vec<SourceRun> {
-        let end = self.size.div_ceil(crate::block::BLOCK_SIZE);
+        let end = self.size().div_ceil(crate::block::BLOCK_SIZE);
         let mut runs: Vec<SourceRun> = Vec::new();
         let guard = self.top.read();
         let mut at = start;

@@ -46,6 +46,11 @@ pub(super) fn run(args: &Args, root: &Path) -> Result<()> {
     supervise(&args.supervisor, &|memory| {
         let store = Store::open_or_create(root)?;
         let stats = served_stats(memory)?;
-        Ok(target.open_counted(&store, stats)?.into_served())
+        let open = target.open_counted(&store, stats)?;
+        if let Target::Layer(_) = target {
+            // Which is mounted at once.
+            open.prepare_journal();
+        }
+        Ok(open.into_served())
     })
 }

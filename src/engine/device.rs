@@ -33,6 +33,8 @@ pub const STATS: &str = "stats";
 pub const MAP: &str = "map";
 /// Asks a device server to copy blocks up: [`CopyUp`], answered by [`CopiedUp`].
 pub const COPY_UP: &str = "copy-up";
+/// Asks a device server to make its device larger: [`Grow`]. One that is as large is fine.
+pub const GROW: &str = "grow";
 
 /// Runs in one answer about the map, so that it fits a line of the control socket.
 const MAX_RUNS: usize = 16 << 10;
@@ -186,6 +188,13 @@ pub struct CopyUp {
     pub ranges: Vec<(u64, u64)>,
 }
 
+/// Arguments of [`GROW`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Grow {
+    /// Bytes that the device shall have.
+    pub size: u64,
+}
+
 /// Arguments of [`MAP`].
 #[derive(Debug, Serialize, Deserialize)]
 pub struct AskMap {
@@ -304,6 +313,23 @@ impl OpenChain {
         }
     }
 
+    /// Makes the journal of the top in a thread of its own, while the kernel is still told of the
+    /// device: the mount's first flush wants it.
+    pub fn prepare_journal(&self) {
+        let Some(top) = self.chain.top() else {
+            return;
+        };
+        let prepare = move || {
+            if let Err(error) = top.prepare_journal() {
+                tracing::warn!(%error, "the journal is left to the first flush");
+            }
+        };
+        // Without a thread the first flush makes it.
+        let _ = std::thread::Builder::new()
+            .name("vellum-journal".into())
+            .spawn(prepare);
+    }
+
     /// Opens the layer `next` for [`OpenChain::seal_top`] and flushes the top.
     ///
     /// # Errors
@@ -395,6 +421,10 @@ impl ControlHandler for OpenChain {
             MAP => {
                 let ask: AskMap = parse(args, "map wants a place and a number")?;
                 encode(&MapPart::new(&self.chain, &ask)?)
+            }
+            GROW => {
+                let args: Grow = parse(args, "grow wants a size")?;
+                self.chain.grow(args.size).map(|()| Value::Null)
             }
             COPY_UP => {
                 let args: CopyUp = parse(args, "copy-up wants ranges")?;

@@ -8,6 +8,7 @@ pub mod device;
 pub mod diff;
 pub mod doctor;
 pub mod durability;
+pub(crate) mod grow;
 pub mod import;
 pub mod map;
 pub mod mount;
@@ -20,16 +21,22 @@ pub mod status;
 pub(crate) mod template;
 pub mod upgrade;
 
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
 use crate::error::{Result, ResultExt};
 use crate::storage::{Held, LockMode};
 use crate::store::{ContainerRecord, Store};
 
+/// The file whose lock keeps other processes from a container.
+pub(crate) fn container_lock(store: &Store, id: Uuid) -> PathBuf {
+    store.root().join("run").join(format!("{id}.lock"))
+}
+
 /// Keeps other processes from mounting, unmounting or committing the same container.
 pub(crate) fn lock_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
-    let path = store
-        .root()
-        .join("run")
-        .join(format!("{}.lock", container.id));
+    let path = container_lock(store, container.id);
     let held = store
         .storage()
         .lock(&path, LockMode::Exclusive, true)

@@ -7,14 +7,13 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::device::Target;
-use super::{lock_container, run};
-use crate::block::BLOCK_SIZE;
+use super::grow::grow_file_system;
+use super::{container_lock, lock_container, run};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{self, AttachSpec, DetachOptions};
 use crate::export::loop_device::LoopDevice;
 use crate::fs::ext4;
 use crate::fs::mountinfo::MountInfo;
-use crate::fs::superblock::Superblock;
 use crate::store::{ContainerRecord, Store};
 
 /// The hidden subcommand that serves a device.
@@ -111,30 +110,10 @@ pub(super) fn mount_locked(
 /// Mounts a container's device, and lets the file system fill one that is larger than the image's.
 fn mount_grown(container: &ContainerRecord, device: &Path, dir: &Path) -> Result<()> {
     ext4::mount(device, dir, ext4::MountOptions::default())?;
-    // The last block of a file system may be one that does not fit.
-    let smaller = file_system_size(device)?.next_multiple_of(BLOCK_SIZE) < container.virtual_size;
-    if !smaller {
-        return Ok(());
-    }
-    match ext4::grow(dir, container.virtual_size) {
-        // The kernel grows mounted ones for the root of the host alone.
-        Err(error) if error.kind() == ErrorKind::Permission => {
-            ext4::unmount(dir, UNMOUNT_TIMEOUT)?;
-            ext4::grow_unmounted(device)?;
-            ext4::mount(device, dir, ext4::MountOptions::default())
-        }
-        other => other,
-    }
-}
-
-/// What the ext4 on `device` says of its size, in bytes.
-pub(crate) fn file_system_size(device: &Path) -> Result<u64> {
-    use std::os::unix::fs::FileExt;
-    let mut bytes = [0; 1024];
-    std::fs::File::open(device)
-        .and_then(|file| file.read_exact_at(&mut bytes, 1024))
-        .context(|| format!("cannot read {}", device.display()))?;
-    Ok(Superblock::parse(&bytes)?.size)
+    grow_file_system(device, dir, container.virtual_size, || {
+        ext4::unmount(dir, UNMOUNT_TIMEOUT)
+    })
+    .map(drop)
 }
 
 /// Where a container is mounted, if it is.
@@ -249,10 +228,7 @@ pub fn remove(store: &Store, name: &str, force: bool) -> Result<()> {
         umount_locked(store, &container, force)?;
         store.remove_container(name)?;
     }
-    let lock = store
-        .root()
-        .join("run")
-        .join(format!("{}.lock", container.id));
+    let lock = container_lock(store, container.id);
     // The last user of the name; a leftover is harmless and pruned.
     let _ = std::fs::remove_file(lock);
     let (dir, socket) = store.socket_beside(container.id);

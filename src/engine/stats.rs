@@ -27,7 +27,7 @@ pub const STATS_SCHEMA: u32 = 1;
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a name stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// A container of this store.
@@ -350,7 +350,7 @@ impl Sockets {
 }
 
 /// The answer of a server, decoded.
-pub(super) fn decode<T: serde::de::DeserializeOwned>(answer: Value) -> Result<T> {
+pub(crate) fn decode<T: serde::de::DeserializeOwned>(answer: Value) -> Result<T> {
     serde_json::from_value(answer).map_err(|error| {
         Error::with_source(
             ErrorKind::Protocol,
@@ -358,6 +358,14 @@ pub(super) fn decode<T: serde::de::DeserializeOwned>(answer: Value) -> Result<T>
             error,
         )
     })
+}
+
+/// The raw counters of the device that is served from `run_dir`.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] while none is.
+pub(crate) fn device_stats(run_dir: &Path) -> Result<DeviceStats> {
+    decode(control::call(run_dir, STATS, Value::Null, ASK_TIMEOUT)?)
 }
 
 /// The raw counters of whoever serves `id`; `None` for nobody.
@@ -476,4 +484,54 @@ pub fn served(store: &Store) -> Result<Vec<Stats>> {
     }
     all.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(all)
+}
+
+/// A container, or an active snapshot of containerd's, that is served, and its raw counters.
+#[derive(Debug, Clone)]
+pub struct Served {
+    /// What it is.
+    pub kind: Kind,
+    /// The container's name, or the snapshot's key.
+    pub name: String,
+    /// What its server counted.
+    pub counters: DeviceStats,
+}
+
+/// The counters of the containers and active snapshots that are served now, the first `most` of
+/// them by name, and how many more there are. One whose server does not answer is left out with a
+/// warning.
+///
+/// # Errors
+/// Where the records cannot be listed.
+pub fn served_counters(store: &Store, most: usize) -> Result<(Vec<Served>, usize)> {
+    let containers = store.containers()?.into_iter();
+    let mut all: Vec<(String, Kind, Uuid)> = containers
+        .map(|record| (record.name, Kind::Container, record.id))
+        .collect();
+    let damaged = |error: Error| tracing::warn!(%error, "left out: see `vellum check`");
+    let snapshots = store.snapshots(damaged)?.into_iter();
+    all.extend(
+        snapshots
+            .filter(|record| record.kind == SnapshotKind::Active)
+            .map(|record| (record.key, Kind::Snapshot, record.id)),
+    );
+    all.sort();
+    let mut found = Vec::new();
+    let mut more = 0;
+    for (name, kind, id) in all {
+        if found.len() >= most {
+            more += usize::from(store.root().join("run").join(id.to_string()).exists());
+            continue;
+        }
+        match ask(store, id) {
+            Ok(Some((_, counters))) => found.push(Served {
+                kind,
+                name,
+                counters,
+            }),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%name, %error, "no counters"),
+        }
+    }
+    Ok((found, more))
 }

@@ -1,22 +1,17 @@
 //! How containers are doing: sizes, mounts, servers.
 
-use std::path::Path;
-use std::time::Duration;
-
 use serde::Serialize;
 
-use super::device::{DeviceStats, STATS};
+use super::device::DeviceStats;
 use super::mount::{Mounted, mounted};
 use super::run::{Activity, activity};
+use super::stats::device_stats;
 use crate::block::BLOCK_SIZE;
-use crate::error::{Error, ErrorKind, Result};
-use crate::export::device::{self, DeviceStatus, Status, control};
+use crate::error::Result;
+use crate::export::device::{self, DeviceStatus, Status};
 use crate::fs::mountinfo::MountInfo;
 use crate::layer::data_blocks_on_disk;
 use crate::store::{ContainerRecord, SnapshotKind, SnapshotRecord, Store};
-
-/// How long a device server may take to answer.
-const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A container and its present state.
 #[derive(Debug, Clone, Serialize)]
@@ -148,18 +143,7 @@ fn sizes(store: &Store, record: &ContainerRecord) -> (Option<u64>, Option<u64>) 
 /// # Errors
 /// [`ErrorKind::NotFound`] while it is not mounted.
 pub fn stats(store: &Store, record: &ContainerRecord) -> Result<DeviceStats> {
-    ask_stats(&store.run_dir(record))
-}
-
-fn ask_stats(run_dir: &Path) -> Result<DeviceStats> {
-    let answer = control::call(run_dir, STATS, serde_json::Value::Null, ASK_TIMEOUT)?;
-    serde_json::from_value(answer).map_err(|error| {
-        Error::with_source(
-            ErrorKind::Protocol,
-            "the device server's counters make no sense",
-            error,
-        )
-    })
+    device_stats(&store.run_dir(record))
 }
 
 /// A snapshot of containerd's and its present state.
@@ -259,5 +243,5 @@ fn snapshot_size(store: &Store, record: &SnapshotRecord) -> Option<u64> {
 /// # Errors
 /// [`ErrorKind::NotFound`] while it is not attached.
 pub fn snapshot_stats(store: &Store, record: &SnapshotRecord) -> Result<DeviceStats> {
-    ask_stats(&store.snapshot_run_dir(record.id))
+    device_stats(&store.snapshot_run_dir(record.id))
 }

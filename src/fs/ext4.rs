@@ -284,6 +284,19 @@ pub fn grow(target: &Path, size: u64) -> Result<()> {
     Ok(())
 }
 
+/// True when this process has the right that [`grow`] needs: CAP_SYS_RESOURCE.
+///
+/// # Errors
+/// Where /proc is missing.
+pub fn may_grow_mounted() -> Result<bool> {
+    // include/uapi/linux/capability.h
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = fs::read_to_string("/proc/self/status").context(|| "/proc/self/status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    Ok(mask.is_some_and(|mask| mask >> CAP_SYS_RESOURCE & 1 == 1))
+}
+
 /// Grows the ext4 on `device`, which is not mounted, to the device's size. It must be
 /// [clean](super::superblock::Superblock::clean).
 ///

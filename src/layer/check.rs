@@ -210,6 +210,16 @@ impl Check<'_> {
                 .and_then(|file| file.len());
             let what = match len {
                 Ok(len) if len == expected => continue,
+                Ok(len) if len > expected && !header.sealed => {
+                    self.add(
+                        Severity::Note,
+                        &name,
+                        format!("{len} bytes where {expected} belong"),
+                        "the layer was to grow when something stopped; the next open cuts it",
+                        None,
+                    );
+                    continue;
+                }
                 Ok(len) => format!("{len} bytes where {expected} belong"),
                 Err(error) => format!("cannot be opened: {error}"),
             };
@@ -263,9 +273,8 @@ impl Check<'_> {
                 );
             }
         }
-        let allocated =
-            DataFiles::open(self.storage, self.dir, header.virtual_size, OpenMode::Read)
-                .and_then(|data| data.allocated());
+        let allocated = DataFiles::open(self.storage, self.dir, header, OpenMode::Read)
+            .and_then(|data| data.allocated());
         self.space(data_blocks(&loaded.index), allocated);
         if read {
             self.read_blocks(header, &loaded.index);
@@ -357,8 +366,7 @@ impl Check<'_> {
     /// Reads the data blocks of a layer without checksums: whether the host can.
     fn read_blocks(&mut self, header: &Header, index: &Index) {
         let result = || -> Result<()> {
-            let data =
-                DataFiles::open(self.storage, self.dir, header.virtual_size, OpenMode::Read)?;
+            let data = DataFiles::open(self.storage, self.dir, header, OpenMode::Read)?;
             let mut buf = vec![0; READ_LEN as usize];
             for run in index.iter().filter(|run| run.value == STATE_DATA) {
                 let end = (run.start + run.len) * BLOCK_SIZE;

@@ -56,7 +56,7 @@ impl Core {
         let written = write_checkpoint(
             &*self.storage,
             &self.dir,
-            &self.header,
+            &self.header(),
             generation,
             &extents,
         );

@@ -1,23 +1,26 @@
 //! The blocks themselves: sparse segment files. format.md, section 2.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
-use super::header::SEGMENT_SHIFT;
-use crate::block::BLOCK_SIZE;
+use super::header::{Header, SEGMENT_SHIFT};
+use crate::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::{OpenMode, Storage, StorageFile};
 
 /// Bytes of a segment.
 const SEGMENT_LEN: u64 = BLOCK_SIZE << SEGMENT_SHIFT;
+/// Segments of the largest layer.
+const MAX_SEGMENTS: usize = (MAX_VIRTUAL_SIZE / SEGMENT_LEN) as usize;
 
 /// The data files of one layer, addressed by byte offset within the layer.
 #[derive(Debug)]
 pub(super) struct DataFiles {
-    segments: Vec<Segment>,
+    /// Filled from the front; a layer that grows gets more.
+    segments: [OnceLock<Segment>; MAX_SEGMENTS],
     /// A thread is telling the host to begin.
     writing_back: Arc<AtomicBool>,
 }
@@ -35,6 +38,15 @@ struct Segment {
 }
 
 impl Segment {
+    fn new(path: PathBuf, file: Arc<dyn StorageFile>, dirty: bool) -> Self {
+        Segment {
+            path,
+            file,
+            dirty: AtomicBool::new(dirty),
+            syncing: Mutex::default(),
+        }
+    }
+
     /// Runs `work`, which changes bytes; what is left of a failed change wants a sync too.
     fn change(&self, work: impl FnOnce() -> std::io::Result<()>) -> std::io::Result<()> {
         let result = work();
@@ -92,18 +104,22 @@ impl DataFiles {
         Ok(())
     }
 
-    /// Opens the segments and checks their lengths.
+    /// Opens the segments and checks their lengths. One that is longer than a layer that is not
+    /// sealed was left by a growth that was cut off: whoever may write cuts it.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] where a segment is missing or has another length.
     pub(super) fn open(
         storage: &dyn Storage,
         dir: &Path,
-        virtual_size: u64,
+        header: &Header,
         mode: OpenMode,
     ) -> Result<Self> {
-        let mut segments = Vec::new();
-        for (segment, expected) in layout(virtual_size) {
+        let data = DataFiles {
+            segments: Default::default(),
+            writing_back: Arc::default(),
+        };
+        for ((segment, expected), slot) in layout(header.virtual_size).zip(&data.segments) {
             let path = dir.join(segment_name(segment));
             let file = storage
                 .open(&path, mode)
@@ -111,30 +127,80 @@ impl DataFiles {
             let len = file
                 .len()
                 .context(|| format!("cannot read {}", path.display()))?;
-            if len != expected {
+            if len < expected || len > expected && header.sealed {
                 return Err(Error::new(
                     ErrorKind::Corrupt,
                     format!("{}: {len} bytes where {expected} belong", path.display()),
                 ));
             }
-            segments.push(Segment {
-                path,
-                file,
-                // Another process may have written here and died before it synced.
-                dirty: AtomicBool::new(mode != OpenMode::Read),
-                syncing: Mutex::default(),
-            });
+            if len > expected && mode != OpenMode::Read {
+                file.set_len(expected)
+                    .context(|| format!("cannot cut {} to {expected} bytes", path.display()))?;
+            }
+            // Another process may have written here and died before it synced.
+            let _ = slot.set(Segment::new(path, file, mode != OpenMode::Read));
         }
-        Ok(DataFiles {
-            segments,
-            writing_back: Arc::default(),
-        })
+        Ok(data)
+    }
+
+    /// The segments that there are.
+    fn segments(&self) -> impl Iterator<Item = &Segment> {
+        self.segments.iter().map_while(OnceLock::get)
+    }
+
+    /// Makes the files long enough for a layer of `to` bytes: with holes, and durable at the next
+    /// [`DataFiles::sync`]. Each step may be cut off and made again.
+    ///
+    /// # Errors
+    /// Where the host refuses; call [`DataFiles::cut`] then.
+    pub(super) fn grow(&self, storage: &dyn Storage, dir: &Path, to: u64) -> Result<()> {
+        let mut made = false;
+        for ((segment, len), slot) in layout(to).zip(&self.segments) {
+            let path = dir.join(segment_name(segment));
+            let what = || format!("cannot make {} {len} bytes long (sparse)", path.display());
+            if let Some(there) = slot.get() {
+                if there.file.len().context(what)? < len {
+                    there.change(|| there.file.set_len(len)).context(what)?;
+                }
+                continue;
+            }
+            let make = || -> std::io::Result<Arc<dyn StorageFile>> {
+                // One that a growth before left is of no use to anybody.
+                let file = storage.open(&path, OpenMode::Create)?;
+                file.set_len(0)?;
+                file.set_len(len)?;
+                Ok(file)
+            };
+            let file = make().context(what)?;
+            let _ = slot.set(Segment::new(path, file, true));
+            made = true;
+        }
+        if made {
+            storage
+                .sync_dir(dir)
+                .context(|| format!("cannot sync {}", dir.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Takes a growth back that did not come to its end. A whole segment too many stays until the
+    /// next growth: nothing looks at it.
+    ///
+    /// # Errors
+    /// Where the host refuses.
+    pub(super) fn cut(&self, to: u64) -> Result<()> {
+        for ((_, len), segment) in layout(to).zip(self.segments()) {
+            segment
+                .change(|| segment.file.set_len(len))
+                .context(|| format!("cannot cut {} to {len} bytes", segment.path.display()))?;
+        }
+        Ok(())
     }
 
     /// Has the next reads come from the disk, after a process before met a sync that failed: what
     /// it could not write may still be in memory, where it looks as if it were durable.
     pub(super) fn drop_cache(&self) -> Result<()> {
-        for segment in &self.segments {
+        for segment in self.segments() {
             // What is not written yet stays in memory otherwise.
             segment.sync()?;
             segment
@@ -162,6 +228,7 @@ impl DataFiles {
             let segment = self
                 .segments
                 .get((at / SEGMENT_LEN) as usize)
+                .and_then(OnceLock::get)
                 .ok_or_else(|| {
                     Error::new(
                         ErrorKind::OutOfRange,
@@ -236,7 +303,7 @@ impl DataFiles {
     /// once a sync has failed.
     pub(super) fn sync(&self) -> Result<u64> {
         let mut syncs = 0;
-        for segment in &self.segments {
+        for segment in self.segments() {
             syncs += u64::from(segment.sync()?);
         }
         Ok(syncs)
@@ -250,8 +317,7 @@ impl DataFiles {
             return;
         }
         let dirty = self
-            .segments
-            .iter()
+            .segments()
             .filter(|segment| segment.dirty.load(Ordering::Acquire));
         let files: Vec<_> = dirty.map(|segment| segment.file.clone()).collect();
         let done = self.writing_back.clone();
@@ -270,7 +336,7 @@ impl DataFiles {
 
     /// Bytes that the files take on the host.
     pub(super) fn allocated(&self) -> Result<u64> {
-        self.segments.iter().try_fold(0, |sum, segment| {
+        self.segments().try_fold(0, |sum, segment| {
             let bytes = segment
                 .file
                 .allocated()
@@ -300,7 +366,8 @@ mod tests {
         let storage = FaultStorage::new(Arc::new(SimStorage::new()));
         let dir = Path::new("/");
         DataFiles::create(&storage, dir, 1 << 20).unwrap();
-        let data = DataFiles::open(&storage, dir, 1 << 20, OpenMode::Write).unwrap();
+        let header = Header::new(None, 1 << 20).unwrap();
+        let data = DataFiles::open(&storage, dir, &header, OpenMode::Write).unwrap();
         data.write(&[1; 4096], 0).unwrap();
         storage.fail(FaultPlan {
             kinds: vec![OpKind::SyncData],

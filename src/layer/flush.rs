@@ -211,6 +211,33 @@ impl WritableLayer {
         Ok(())
     }
 
+    /// Makes the first area of the journal before a flush wants it. Where there is no space it is
+    /// left to that flush.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn prepare_journal(&self) -> Result<()> {
+        self.lead(self.queue.lock(), |layer, committer| {
+            if committer.area().is_some() || committer.must_checkpoint || layer.core.is_sealed() {
+                return Ok(());
+            }
+            let which = committer.current;
+            layer
+                .create_area(committer, which, layer.options.journal_start)
+                .map(drop)
+        })
+    }
+
+    /// Makes the layer `size` bytes large, durably; it may be in use. What it gains reads as
+    /// zeros. One that is as large already stays as it is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a size that cannot be; where the host refuses, the layer is
+    /// as before.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        self.lead(self.queue.lock(), |layer, _| layer.core.grow(size))
+    }
+
     /// Makes the layer sealed: durable and never to change again. Takes about as long as a flush,
     /// whatever the layer holds. The caller sees to it that no writes come any more.
     ///
@@ -221,7 +248,7 @@ impl WritableLayer {
             layer.settle(committer)?;
             let header = Header {
                 sealed: true,
-                ..layer.core.header.clone()
+                ..layer.core.header()
             };
             let (storage, dir) = (&*layer.core.storage, &*layer.core.dir);
             header.write(storage, dir).map_err(|error| {
@@ -310,17 +337,11 @@ impl WritableLayer {
             records_before: committer.records_before,
         };
         let mut buf = std::mem::take(&mut committer.buf);
-        let encoded = encode_record(
-            &mut buf,
-            self.core.header.uuid,
-            place,
-            body,
-            |block, bytes| {
-                // A writer of the block comes before or after, never in the middle.
-                let _lock = self.lock_blocks(block, 1);
-                self.core.data.read(bytes, block_offset(block))
-            },
-        );
+        let encoded = encode_record(&mut buf, self.core.uuid(), place, body, |block, bytes| {
+            // A writer of the block comes before or after, never in the middle.
+            let _lock = self.lock_blocks(block, 1);
+            self.core.data.read(bytes, block_offset(block))
+        });
         let written = encoded.and_then(|()| {
             let Some(area) = committer.area() else {
                 return Err(Error::new(ErrorKind::Io, "the journal has no area"));

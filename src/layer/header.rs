@@ -173,8 +173,11 @@ impl Header {
     }
 }
 
-/// Checks a virtual size in bytes.
-fn check_size(size: u64) -> Result<()> {
+/// Checks a virtual size in bytes: a multiple of 4096, from 4096 to 64 TiB.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`].
+pub fn check_size(size: u64) -> Result<()> {
     if size == 0 || !size.is_multiple_of(BLOCK_SIZE) || size > MAX_VIRTUAL_SIZE {
         return Err(Error::new(
             ErrorKind::InvalidInput,

@@ -24,7 +24,7 @@ mod table;
 mod writable;
 
 pub use check::{Finding, Repair, Severity, check_layer, fail_on_damage, repair_layer};
-pub use header::{FORMAT_VERSION, HEADER_FILE, Header};
+pub use header::{FORMAT_VERSION, HEADER_FILE, Header, check_size};
 pub use index::{ABSENT, Index, Runs, ValueRun};
 pub use live::CHANGES_AT_ONCE;
 pub use range_lock::{RangeGuard, RangeLock};

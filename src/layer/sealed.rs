@@ -76,7 +76,7 @@ impl SealedLayer {
                 format!("{}: the layer is not sealed", dir.display()),
             ));
         }
-        let data = DataFiles::open(storage, dir, header.virtual_size, OpenMode::Read)?;
+        let data = DataFiles::open(storage, dir, &header, OpenMode::Read)?;
         let expected = Expected {
             kind: TableKind::Seal,
             uuid: header.uuid,

@@ -2,14 +2,15 @@
 //! whether it may still be written.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
+use uuid::Uuid;
 
 use super::STATE_DATA;
 use super::data::DataFiles;
-use super::header::Header;
+use super::header::{Header, check_size};
 use super::live::{self, Live, PoisonMark};
 use super::map_state::MapState;
 use super::stats::StatsHandle;
@@ -21,7 +22,10 @@ use crate::storage::Storage;
 pub(super) struct Core {
     pub(super) storage: Arc<dyn Storage>,
     pub(super) dir: PathBuf,
-    pub(super) header: Header,
+    /// As it was when the layer was opened: it may have grown since.
+    opened: Header,
+    /// Virtual size in bytes, never more than the header on disk says.
+    size: AtomicU64,
     pub(super) data: DataFiles,
     pub(super) map: RwLock<MapState>,
     pub(super) stats: StatsHandle,
@@ -54,9 +58,59 @@ impl Core {
             stats,
             poison: OnceLock::new(),
             sealed: AtomicBool::new(false),
-            header,
+            size: AtomicU64::new(header.virtual_size),
+            opened: header,
             storage,
         }
+    }
+
+    pub(super) fn uuid(&self) -> Uuid {
+        self.opened.uuid
+    }
+
+    /// Present size in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// What the header on disk says now.
+    pub(super) fn header(&self) -> Header {
+        Header {
+            virtual_size: self.size(),
+            ..self.opened.clone()
+        }
+    }
+
+    /// Makes the layer larger. The header decides: before it is replaced the files are as long as
+    /// it will say, durably, and after that the size holds. No flush or seal may run meanwhile.
+    pub(super) fn grow(&self, size: u64) -> Result<()> {
+        self.check_writable()?;
+        let before = self.size();
+        if size <= before {
+            return Ok(());
+        }
+        check_size(size)?;
+        let (storage, dir) = (&*self.storage, &*self.dir);
+        // A file that stayed longer than the header says could not be sealed.
+        let take_back = |error: Error| match self.data.cut(before) {
+            Ok(()) => error,
+            Err(second) => self.poison(&second),
+        };
+        self.data.grow(storage, dir, size).map_err(take_back)?;
+        self.sync_data()?;
+        let header = Header {
+            virtual_size: size,
+            ..self.header()
+        };
+        header
+            .write(storage, dir)
+            .map_err(|error| match Header::read(storage, dir) {
+                Ok(found) if found.virtual_size == before => take_back(self.fatal(error)),
+                // A crash may find it larger.
+                _ => self.poison(&error),
+            })?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 
     /// Why the layer is poisoned, if it is.
@@ -108,7 +162,7 @@ impl Core {
     fn begin_live(&self, map: &mut MapState) -> Result<()> {
         if map.live.is_none() {
             // Everything is durable, or there would be a log.
-            let live = Live::create(&*self.storage, &self.dir, self.header.uuid, &[])?;
+            let live = Live::create(&*self.storage, &self.dir, self.uuid(), &[])?;
             let mut mark = self.poison_mark.lock();
             let mark = mark.insert(live.poison_mark());
             if self.poison.get().is_some() {

@@ -86,10 +86,25 @@ impl WritableLayer {
     /// # Errors
     /// [`ErrorKind::AlreadyExists`] where `dir` is there.
     pub fn create(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<()> {
+        WritableLayer::create_beside(storage, dir, header, || Ok(()))
+    }
+
+    /// As [`WritableLayer::create`], with further files in `dir`, whose content `beside` makes
+    /// durable; their names are with the layer's own.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::create`], and what `beside` says.
+    pub fn create_beside(
+        storage: &dyn Storage,
+        dir: &Path,
+        header: &Header,
+        beside: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         storage
             .create_dir(dir)
             .context(|| format!("cannot make the layer {}", dir.display()))?;
         DataFiles::create(storage, dir, header.virtual_size)?;
+        beside()?;
         // Last, and it syncs the directory: a layer with a header is whole.
         header.write(storage, dir)
     }
@@ -129,7 +144,7 @@ impl WritableLayer {
                 ),
             ));
         }
-        let data = DataFiles::open(&*storage, dir, header.virtual_size, OpenMode::Write)?;
+        let data = DataFiles::open(&*storage, dir, &header, OpenMode::Write)?;
         let left = live::read_left(&*storage, dir, header.uuid)?;
         if left.poisoned {
             data.drop_cache()?;
@@ -161,9 +176,14 @@ impl WritableLayer {
         }))
     }
 
-    /// Identity, parent and size.
-    pub fn header(&self) -> &Header {
-        &self.core.header
+    /// Identity, parent and present size.
+    pub fn header(&self) -> Header {
+        self.core.header()
+    }
+
+    /// Present size in bytes.
+    pub fn size(&self) -> u64 {
+        self.core.size()
     }
 
     /// The layer's directory.

@@ -118,6 +118,10 @@ impl Snapshotter {
             })?;
         }
         crash_point::here("commit: mounted");
+        // A growth may have failed before it came to the layer.
+        let top = self.store.layer_dir(record.top());
+        let size = Header::read(&**self.store.storage(), &top)?.virtual_size;
+        committed.virtual_size = size;
         // A missing number is no reason to fail.
         committed.inodes = self.mounts.inodes(id).ok();
         committed.layers.clone_from(&record.layers);
@@ -128,7 +132,7 @@ impl Snapshotter {
             crash_point::here("commit: sealed");
         } else {
             // Written first: once the top is sealed, its users are in the next.
-            let next = self.add_layer(record.top(), record.virtual_size, &pin)?;
+            let next = self.add_layer(record.top(), size, &pin)?;
             crash_point::here("commit: next layer published");
             record.layers.push(next);
             self.store.put_snapshot(record, &pin)?;

@@ -21,6 +21,7 @@ use tokio::net::TcpListener;
 use tonic::Code;
 
 use super::Snapshotter;
+use super::container_metrics::Containers;
 use crate::export::device::Status;
 use crate::store::SnapshotKind;
 
@@ -62,6 +63,7 @@ pub struct Metrics {
     store_size: Gauge,
     store_free: Gauge,
     backlog: Gauge,
+    containers: Arc<Containers>,
 }
 
 /// From 250 microseconds to 16 seconds.
@@ -127,6 +129,8 @@ impl Default for Metrics {
             "Removed or committed snapshots whose devices and layers are not cleared away yet",
             backlog.clone(),
         );
+        let containers = Arc::<Containers>::default();
+        registry.register_collector(Box::new(Arc::clone(&containers)));
         Metrics {
             registry,
             requests,
@@ -138,6 +142,7 @@ impl Default for Metrics {
             store_size,
             store_free,
             backlog,
+            containers,
         }
     }
 }
@@ -203,8 +208,9 @@ impl Metrics {
         for (state, count) in states.into_iter().zip(counts) {
             self.devices.get_or_create(&OfState { state }).set(count);
         }
-        // Counters of each container's device (copy-ups, flushes) are not exported yet; their
-        // place is here, and `engine::stats::served` gives them.
+        if let Err(error) = self.containers.look(snapshotter.store()) {
+            tracing::warn!(%error, "the containers' counters are those of before");
+        }
         if let Ok(stat) = nix::sys::statvfs::statvfs(snapshotter.store().root()) {
             let unit = stat.fragment_size();
             self.store_size.set(signed(stat.blocks() * unit));

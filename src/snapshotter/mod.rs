@@ -18,6 +18,7 @@
 pub mod authority;
 mod commit;
 pub mod config;
+mod container_metrics;
 pub mod filter;
 mod labels;
 pub mod metadata;

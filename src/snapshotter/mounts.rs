@@ -12,8 +12,10 @@ use uuid::Uuid;
 use crate::block::BLOCK_SIZE;
 use crate::crash_point;
 use crate::engine::commit::seal_frozen;
-use crate::engine::device::{DeviceStats, SEAL, STATS, Sealed, Target};
-use crate::engine::mount::{attach_spec, file_system_size};
+use crate::engine::device::{DeviceStats, SEAL, Sealed, Target};
+use crate::engine::grow::{grow_device, grow_file_system, is_filled};
+use crate::engine::mount::attach_spec;
+use crate::engine::stats::{decode, device_stats};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{self, DetachOptions, DeviceStatus, Status, control};
 use crate::export::loop_device::LoopDevice;
@@ -25,7 +27,6 @@ use crate::store::{SnapshotKind, SnapshotRecord, Store};
 const MOUNTS: &str = "mnt";
 /// How long a server may take to flush and seal.
 const SEAL_TIMEOUT: Duration = Duration::from_secs(120);
-const STATS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The devices and mounts of a store's snapshots.
 #[derive(Debug, Clone)]
@@ -197,38 +198,72 @@ impl Mounts {
         self.grow(record)
     }
 
-    /// Lets the file system of a snapshot that is attached fill its device, where it does not yet:
-    /// the snapshot shall be larger than what it was made from.
+    /// Makes the device of a snapshot that is attached, and its file system, as large as its record
+    /// says, where they are not yet, also under whoever uses them.
     ///
     /// # Errors
-    /// What keeps it from being grown.
+    /// [`ErrorKind::InUse`] where this process may not grow a file system that is in use: nothing
+    /// is changed then. What else keeps it from being grown: the device may be larger by then.
     pub fn grow(&self, record: &SnapshotRecord) -> Result<()> {
-        let dir = self.dir(record.id);
         let base = Header::read(&**self.store.storage(), &self.store.layer_dir(record.base))?;
-        if record.kind != SnapshotKind::Active || base.virtual_size >= record.virtual_size {
+        let size = record.virtual_size;
+        if record.kind != SnapshotKind::Active || base.virtual_size >= size {
             return Ok(());
         }
         let device = self.loop_device(record.id)?;
         let path = device.path();
-        // The last block of a file system may be one that does not fit.
-        let is_now = file_system_size(&path)?.next_multiple_of(BLOCK_SIZE);
-        if is_now >= record.virtual_size {
+        if device.size()? >= size && is_filled(&path, size)? {
             return Ok(());
         }
-        if is_mount_point(&dir) {
-            match ext4::grow(&dir, record.virtual_size) {
-                Err(error) if error.kind() == ErrorKind::Permission => {
-                    ext4::unmount(&dir, Duration::from_secs(1))?;
-                    ext4::grow_unmounted(&path)?;
-                    ext4::mount(&path, &dir, ext4::MountOptions::default())?;
-                }
-                other => other?,
+        let run_dir = self.run_dir(record.id);
+        let Some(mounted) = self.mounted_at(record, device)? else {
+            grow_device(&run_dir, device, size)?;
+            // A machine that has it open, or a namespace that has it mounted, grows its own.
+            if !device.is_claimed()? && process_with_open(&path)?.is_none() {
+                ext4::grow_unmounted(&path)?;
+                crash_point::here("mount: grown");
             }
-        } else if !device.is_claimed()? {
-            ext4::grow_unmounted(&path)?;
+            return Ok(());
+        };
+        let unmount = || {
+            if !record.device && self.unmount_unshared(record.id)? {
+                return Ok(());
+            }
+            Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "snapshot {:?} is in use, and growing a file system in use needs \
+                     CAP_SYS_RESOURCE, which this process lacks: give it that, or stop the container",
+                    record.key
+                ),
+            ))
+        };
+        if !ext4::may_grow_mounted()? {
+            // First, so that it is refused with nothing changed.
+            unmount()?;
+            let grown =
+                grow_device(&run_dir, device, size).and_then(|()| ext4::grow_unmounted(&path));
+            ext4::mount(&path, &mounted, ext4::MountOptions::default())?;
+            grown?;
+        } else {
+            grow_device(&run_dir, device, size)?;
+            grow_file_system(&path, &mounted, size, unmount)?;
         }
         crash_point::here("mount: grown");
         Ok(())
+    }
+
+    /// Where the device of a snapshot is mounted: below the store, or where containerd did so.
+    fn mounted_at(&self, record: &SnapshotRecord, device: LoopDevice) -> Result<Option<PathBuf>> {
+        let dir = self.dir(record.id);
+        if is_mount_point(&dir) {
+            return Ok(Some(dir));
+        }
+        let number = (7, device.number());
+        let mut mounts = MountInfo::read()?.into_iter();
+        Ok(mounts
+            .find(|mount| mount.major_minor == number)
+            .map(|mount| mount.target))
     }
 
     /// Inodes in use in the file system of a snapshot that is mounted below the store.
@@ -299,9 +334,7 @@ impl Mounts {
     /// Where the host fails; the layer is not sealed then.
     pub fn seal(&self, id: Uuid) -> Result<u64> {
         let answer = control::call(&self.run_dir(id), SEAL, Value::Null, SEAL_TIMEOUT)?;
-        let sealed: Sealed = serde_json::from_value(answer).map_err(|error| {
-            Error::with_source(ErrorKind::Protocol, "the device server's answer", error)
-        })?;
+        let sealed: Sealed = decode(answer)?;
         Ok(sealed.blocks * BLOCK_SIZE)
     }
 
@@ -321,10 +354,7 @@ impl Mounts {
     /// # Errors
     /// [`ErrorKind::NotFound`] while it is not.
     pub fn stats(&self, id: Uuid) -> Result<DeviceStats> {
-        let answer = control::call(&self.run_dir(id), STATS, Value::Null, STATS_TIMEOUT)?;
-        serde_json::from_value(answer).map_err(|error| {
-            Error::with_source(ErrorKind::Protocol, "the device server's counters", error)
-        })
+        device_stats(&self.run_dir(id))
     }
 
     /// Takes the mount of a snapshot out of sight. Who has it mounted elsewhere keeps it.

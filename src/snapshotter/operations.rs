@@ -15,11 +15,14 @@ use super::retire::{Job, Retirer};
 use crate::crash_point;
 use crate::engine::template;
 use crate::error::{Error, ErrorKind};
-use crate::layer::SealedLayer;
+use crate::layer::{Header, SealedLayer, check_size};
 use crate::store::{LayerInfo, SnapshotKind, SnapshotRecord, Store};
 
 /// The name that a remote snapshot would have: one that we have already need not be unpacked.
 const REF_LABEL: &str = "containerd.io/snapshot.ref";
+
+/// Where the layers that are made here come from.
+const ORIGIN: &str = "containerd snapshot";
 
 /// Why an operation failed.
 #[derive(Debug)]
@@ -224,14 +227,40 @@ impl Snapshotter {
                     format!("target snapshot {:?}: already exists", record.key),
                 )));
             }
-            let layer = self.add_layer(record.base, record.virtual_size, pin)?;
-            crash_point::here("prepare: layer published");
-            record.layers.push(layer);
+            let info = LayerInfo {
+                origin: ORIGIN.into(),
+                ..LayerInfo::default()
+            };
+            let (base, size) = (record.base, record.virtual_size);
+            let staged = self.store.stage_described(base, size, &info)?;
+            crash_point::here("prepare: layer made");
+            record.layers.push(staged.place(pin)?);
         }
-        self.store.put_snapshot(record, pin)?;
-        crash_point::here("prepare: record in place");
-        let source = self.mounts.mount(record)?;
-        Ok(mount_spec(record, source))
+        let record = &*record;
+        // What is written here is durable before the answer, not before the mount: that takes as
+        // long, and what no record names is cleared away like any other rest.
+        let write = || -> crate::Result<()> {
+            if record.kind == SnapshotKind::Active {
+                self.store.sync_layers()?;
+                crash_point::here("prepare: layer published");
+            }
+            self.store.put_snapshot(record, pin)?;
+            crash_point::here("prepare: record in place");
+            Ok(())
+        };
+        let (written, mounted) = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().spawn_scoped(scope, write);
+            let mounted = self.mounts.mount(record);
+            let written = match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|_| {
+                    Err(Error::new(ErrorKind::Io, "the thread of a record panicked"))
+                }),
+                Err(_) => write(),
+            };
+            (written, mounted)
+        });
+        written?;
+        Ok(mount_spec(record, mounted?))
     }
 
     /// Where a layer with this reference is there already, on the same layers, under another
@@ -289,7 +318,7 @@ impl Snapshotter {
         let staged = self.store.stage_layer(Some(parent), virtual_size)?;
         crash_point::here("prepare: layer made");
         let info = LayerInfo {
-            origin: "containerd snapshot".into(),
+            origin: ORIGIN.into(),
             ..LayerInfo::default()
         };
         staged.publish(&info, pin)
@@ -333,8 +362,11 @@ impl Snapshotter {
         // A commit may have been cut off with the device still there.
         let stale = record.kind == SnapshotKind::Active && self.settle(record)?;
         if !stale && self.mounts.is_ready(record)? {
-            // Whoever mounted it may have been killed before this.
-            self.mounts.grow(record)?;
+            // Whoever mounted it, or was to make it larger, may have been killed before this. What
+            // is there can be used as it is, though.
+            if let Err(error) = self.mounts.grow(record) {
+                tracing::warn!(key = %record.key, %error, "is smaller than it should be");
+            }
             let device = match record.device {
                 true => self.mounts.device(record.id)?,
                 false => None,
@@ -424,21 +456,56 @@ impl Snapshotter {
         }
         // An empty value removes a label.
         record.labels.retain(|_, value| !value.is_empty());
-        if let Some(size) = wanted_size(&record.labels)?
-            && record.kind == SnapshotKind::Active
-            && size != record.virtual_size
-        {
+        let size = wanted_size(&record.labels)?.unwrap_or(record.virtual_size);
+        if record.kind == SnapshotKind::Active && size < record.virtual_size {
             return Err(invalid(format!(
-                "snapshot {key:?} has {} bytes, and the labels would say {size}: the size is set \
-                 when a snapshot is made; make another with this label",
+                "snapshot {key:?} has {} bytes, and the labels would say {size}: a file system can \
+                 only grow",
                 record.virtual_size
             )));
         }
         record.updated = SystemTime::now();
-        let pin = self.store.pin_layers()?;
-        self.store.put_snapshot(&record, &pin)?;
-        self.index.show(record.clone(), None);
+        if record.kind == SnapshotKind::Active && size > record.virtual_size {
+            return self.grow(record, size);
+        }
+        self.put(&record)?;
         Ok(record)
+    }
+
+    fn put(&self, record: &SnapshotRecord) -> Result<()> {
+        let pin = self.store.pin_layers()?;
+        self.store.put_snapshot(record, &pin)?;
+        self.index.show(record.clone(), None);
+        Ok(())
+    }
+
+    /// Makes an active snapshot larger, whose new labels `record` has, also under its users. The
+    /// record is written first: from then on the next Mounts or Update finishes what is cut off.
+    fn grow(&self, mut record: SnapshotRecord, size: u64) -> Result<SnapshotRecord> {
+        request(check_size(size))?;
+        let mut before = request(self.index.get(&record.key))?;
+        self.ensure_mounted(&mut before)?;
+        // Settling may have changed them.
+        record.layers.clone_from(&before.layers);
+        record.virtual_size = size;
+        self.put(&record)?;
+        crash_point::here("update: record in place");
+        let Err(error) = self.mounts.grow(&record) else {
+            return Ok(record);
+        };
+        let top = self.store.layer_dir(record.top());
+        let header = Header::read(&**self.store.storage(), &top)?;
+        if header.virtual_size < size {
+            self.put(&before)?;
+        }
+        let error = error.context(format!(
+            "snapshot {:?} cannot grow to {size} bytes",
+            record.key
+        ));
+        Err(match error.kind() {
+            ErrorKind::InUse => Failure::Request(error),
+            _ => Failure::Host(error),
+        })
     }
 
     /// The counters.

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use super::records::{LayerInfo, TemplateRecord};
-use super::{Store, StoreGuard};
+use super::{Store, StoreGuard, record_bytes};
 use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::layer::{Header, WritableLayer};
-use crate::storage::{Held, LockMode};
+use crate::storage::{Held, LockMode, OpenMode};
 
 const INFO_FILE: &str = "info.json";
 pub(super) const LEASE_FILE: &str = "lease";
@@ -43,30 +43,32 @@ impl StagedLayer {
         self.dir.clone().unwrap_or_default()
     }
 
-    /// Makes the layer one of the store's, durably. No record names it yet: `_pin` keeps it.
+    /// Makes the layer one of the store's, durably. No record names it yet: `pin` keeps it.
     ///
     /// # Errors
     /// Where the host fails; nothing is visible then.
-    pub fn publish(mut self, info: &LayerInfo, _pin: &StoreGuard) -> Result<Uuid> {
+    pub fn publish(self, info: &LayerInfo, pin: &StoreGuard) -> Result<Uuid> {
+        self.store.write_json(&self.dir().join(INFO_FILE), info)?;
+        let store = self.store.clone();
+        let uuid = self.place(pin)?;
+        store.sync_layers()?;
+        Ok(uuid)
+    }
+
+    /// Gives the layer its place in the store: it can be opened from now on, but its name is durable
+    /// only after [`Store::sync_layers`], before which no record may name it.
+    ///
+    /// # Errors
+    /// Where the host fails; nothing is visible then.
+    pub fn place(mut self, _pin: &StoreGuard) -> Result<Uuid> {
         let uuid = self.header.uuid;
-        let Some(dir) = self.dir.take() else {
-            return Ok(uuid);
-        };
         let target = self.store.layer_dir(uuid);
-        let publish = || -> Result<()> {
-            self.store.write_json(&dir.join(INFO_FILE), info)?;
-            let storage = &self.store.storage;
-            let rename = || {
-                storage.rename(&dir, &target)?;
-                storage.sync_dir(&self.store.root.join("layers"))
-            };
-            rename().context(|| format!("cannot publish the layer {}", target.display()))
-        };
-        let published = publish();
-        if published.is_err() {
-            self.dir = Some(dir);
-        }
-        published.map(|()| uuid)
+        self.store
+            .storage
+            .rename(&self.dir(), &target)
+            .context(|| format!("cannot publish the layer {}", target.display()))?;
+        self.dir = None;
+        Ok(uuid)
     }
 }
 
@@ -103,6 +105,49 @@ impl Store {
         let header = Header::new(parent, virtual_size)?;
         let dir = self.staging_dir(header.uuid);
         WritableLayer::create(&*self.storage, &dir, &header)?;
+        self.staged(header)
+    }
+
+    /// As [`Store::stage_layer`], with its description, in fewer syncs than by
+    /// [`StagedLayer::publish`]: to be [placed](StagedLayer::place).
+    ///
+    /// # Errors
+    /// As [`Store::stage_layer`].
+    pub fn stage_described(
+        &self,
+        parent: Uuid,
+        virtual_size: u64,
+        info: &LayerInfo,
+    ) -> Result<StagedLayer> {
+        let header = Header::new(Some(parent), virtual_size)?;
+        let dir = self.staging_dir(header.uuid);
+        let bytes = record_bytes(info)?;
+        WritableLayer::create_beside(&*self.storage, &dir, &header, || {
+            let path = dir.join(INFO_FILE);
+            let write = || {
+                let file = self.storage.open(&path, OpenMode::CreateNew)?;
+                file.write_at(&bytes, 0)?;
+                file.sync()
+            };
+            write().context(|| format!("cannot write {}", path.display()))
+        })?;
+        self.staged(header)
+    }
+
+    /// Makes the names of placed layers durable.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn sync_layers(&self) -> Result<()> {
+        let dir = self.root.join("layers");
+        self.storage
+            .sync_dir(&dir)
+            .context(|| format!("cannot sync {}", dir.display()))
+    }
+
+    /// Takes hold of a layer that was made in `staging`.
+    fn staged(&self, header: Header) -> Result<StagedLayer> {
+        let dir = self.staging_dir(header.uuid);
         let lease = match self.try_lease(&dir) {
             Ok(Some(lease)) => lease,
             other => {

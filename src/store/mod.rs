@@ -86,6 +86,13 @@ pub struct StoreGuard {
 /// Ends the names of sockets in `run`.
 pub(crate) const SOCKET_SUFFIX: &str = ".sock";
 
+/// A record as it lies on disk.
+fn record_bytes<T: Serialize>(record: &T) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(record).map_err(|error| {
+        Error::with_source(ErrorKind::InvalidInput, "a record cannot be written", error)
+    })
+}
+
 impl Store {
     /// Opens the store at `root` and makes it where there is none.
     ///
@@ -255,9 +262,7 @@ impl Store {
 
     /// Replaces the record at `path`, durably.
     fn write_json<T: Serialize>(&self, path: &Path, record: &T) -> Result<()> {
-        let bytes = serde_json::to_vec_pretty(record).map_err(|error| {
-            Error::with_source(ErrorKind::InvalidInput, "a record cannot be written", error)
-        })?;
+        let bytes = record_bytes(record)?;
         self.storage
             .write_atomic(path, &bytes)
             .context(|| format!("cannot write {}", path.display()))

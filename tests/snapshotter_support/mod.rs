@@ -76,6 +76,16 @@ impl Area {
             .collect()
     }
 
+    /// Processes that serve a device's requests.
+    pub fn workers(&self) -> Vec<Pid> {
+        let mut found = self.processes();
+        found.retain(|pid| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            name.trim() == "vellum-worker"
+        });
+        found
+    }
+
     /// Command lines of the processes that serve devices.
     pub fn device_processes(&self) -> Vec<String> {
         let lines = self.processes().into_iter().filter_map(|pid| {

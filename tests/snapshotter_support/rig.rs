@@ -23,6 +23,11 @@ pub struct Rig {
     pub area: Area,
 }
 
+/// The program: another one where this is not the machine that built it.
+fn program() -> std::ffi::OsString {
+    std::env::var_os("VELLUM_TEST_PROGRAM").unwrap_or_else(|| env!("CARGO_BIN_EXE_vellum").into())
+}
+
 impl Rig {
     /// A snapshotter that runs, with this text in its configuration.
     pub fn new(config: &str) -> Rig {
@@ -48,7 +53,7 @@ impl Rig {
 
     /// Starts it, to die at a place of `vellum::crash_point` where one is given.
     pub fn start(&mut self, crash_at: Option<&str>) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vellum"));
+        let mut command = Command::new(program());
         command
             .args(["--root", &self.area.at("root"), "snapshotter"])
             .args(["--config", &self.area.at("config.toml")])
@@ -253,7 +258,7 @@ impl Rig {
 
     /// Another command on the same root.
     pub fn vellum(&self, arguments: &[&str]) -> std::process::Output {
-        Command::new(env!("CARGO_BIN_EXE_vellum"))
+        Command::new(program())
             .args(["--root", &self.area.at("root")])
             .args(arguments)
             .output()

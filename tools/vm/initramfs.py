@@ -64,8 +64,9 @@ class Tree:
                 shutil.copy(library, place)
 
 
-def build(directory, vellum, modules, scripts):
-    """Makes the archive in a directory and returns its path. `modules` are in the order of loading."""
+def build(directory, vellum, modules, scripts, test=None):
+    """Makes the archive in a directory and returns its path. `modules` are in the order of loading;
+    `test` is a program to be tested with."""
     tree = Tree(directory / "root")
     for name, place in PROGRAMS.items():
         tree.program(find(name), place, name)
@@ -73,6 +74,10 @@ def build(directory, vellum, modules, scripts):
     # Debug information is most of a development build.
     run("strip", "-o", stripped, vellum)
     tree.program(stripped, "usr/bin")
+    if test:
+        smaller = directory / "test"
+        run("strip", "-o", smaller, test)
+        tree.program(smaller, "usr/bin", "vellum-test")
     attach = directory / "nbd-attach"
     run("cc", "-O1", "-static", "-o", attach, pathlib.Path(__file__).with_name("nbd_attach.c"))
     tree.program(attach, "usr/sbin")

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 
-from . import initramfs, kernel, nbd, power
+from . import grow, initramfs, kernel, nbd, power
 from .common import Failure, fail_on_signals, run, say
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -62,6 +62,10 @@ def arguments():
         help="how often the NBD server is killed under load [3]",
     )
     parser.add_argument("--no-nbd", action="store_true", help="leave out the NBD client")
+    parser.add_argument(
+        "--grow", type=pathlib.Path, metavar="PATH",
+        help="only run this test program's test of file systems that grow in use (tests/vm_grow.rs)",
+    )
     parser.add_argument("--seed", type=int, help="draws the moments and what survives [random]")
     parser.add_argument(
         "--vellum", type=pathlib.Path, metavar="PATH", help="this program [built: release]"
@@ -134,12 +138,14 @@ def main():
         say(f"kernel {guest_kernel.version}, seed {seed}, files in {directory}")
         archive = initramfs.build(
             directory, vellum, guest_kernel.load_order(options.fs),
-            pathlib.Path(__file__).with_name("guest"),
+            pathlib.Path(__file__).with_name("guest"), options.grow,
         )
         guest = power.Guest(options, guest_kernel, archive, directory)
-        if options.cuts or not options.no_control:
+        if options.grow:
+            grow.exercise(guest, seed)
+        elif options.cuts or not options.no_control:
             power.exercise(guest, seed)
-        if not options.no_nbd:
+        if not options.no_nbd and not options.grow:
             nbd.exercise(guest, seed)
         say("passed")
         keep = options.keep

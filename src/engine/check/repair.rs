@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::{CheckReport, Remedy};
 use crate::block::BLOCK_SIZE;
+use crate::engine::container_lock;
 use crate::engine::mount::{clean_orphaned_run_dirs, umount};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::ensure_supervised;
@@ -133,10 +134,7 @@ pub fn count_layer(store: &Store, layer: Uuid) -> Result<()> {
 
 /// Settles a container unless a command is at work on it: then false.
 fn settle(store: &Store, container: &ContainerRecord) -> Result<bool> {
-    let lock = store
-        .root()
-        .join("run")
-        .join(format!("{}.lock", container.id));
+    let lock = container_lock(store, container.id);
     let held = store
         .storage()
         .lock(&lock, LockMode::Exclusive, false)

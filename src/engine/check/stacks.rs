@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::layers::LayerStates;
 use super::{Check, Finding, Remedy, Severity};
+use crate::engine::container_lock;
 use crate::error::Result;
 use crate::storage::LockMode;
 use crate::store::{ContainerRecord, ImageRecord, SnapshotKind, SnapshotRecord};
@@ -106,11 +107,7 @@ impl Check<'_> {
     fn container(&mut self, container: &ContainerRecord, states: &LayerStates) -> Result<()> {
         let what = format!("container {}", container.name);
         let path = self.record(&format!("containers/{}", container.name));
-        let lock = self
-            .store
-            .root()
-            .join("run")
-            .join(format!("{}.lock", container.id));
+        let lock = container_lock(self.store, container.id);
         // A command that has it changes its layers.
         let held = self
             .store
