@@ -141,7 +141,7 @@ fn sizes(store: &Store, record: &ContainerRecord) -> (Option<u64>, Option<u64>) 
 /// The counters of a container's device server.
 ///
 /// # Errors
-/// [`ErrorKind::NotFound`] while it is not mounted.
+/// [`crate::ErrorKind::NotFound`] while it is not mounted.
 pub fn stats(store: &Store, record: &ContainerRecord) -> Result<DeviceStats> {
     device_stats(&store.run_dir(record))
 }
@@ -241,7 +241,7 @@ fn snapshot_size(store: &Store, record: &SnapshotRecord) -> Option<u64> {
 /// The counters of a snapshot's device server.
 ///
 /// # Errors
-/// [`ErrorKind::NotFound`] while it is not attached.
+/// [`crate::ErrorKind::NotFound`] while it is not attached.
 pub fn snapshot_stats(store: &Store, record: &SnapshotRecord) -> Result<DeviceStats> {
     device_stats(&store.snapshot_run_dir(record.id))
 }

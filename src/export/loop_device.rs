@@ -443,8 +443,9 @@ impl LoopDevice {
                 return Err(Error::new(
                     ErrorKind::InUse,
                     format!(
-                        "{}: detaches when the process that has it open closes it (see fuser)",
-                        self.path().display()
+                        "{}: detaches when it is closed, but {}",
+                        self.path().display(),
+                        self.user()
                     ),
                 ));
             }

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, User};
 
 use crate::cpu;
 
@@ -489,4 +489,26 @@ pub fn copy_tree(from: &Path, to: &Path, options: &[&str]) -> Result<()> {
         .arg(from.join("."))
         .arg(to))?;
     Ok(())
+}
+
+/// Makes `dir`, where it is missing, a directory of the user `name` alone.
+pub fn give(dir: &Path, name: &str) -> Result<()> {
+    let user = User::from_name(name)?.with_context(|| format!("no user {name}"))?;
+    fs::create_dir_all(dir)?;
+    nix::unistd::chown(dir, Some(user.uid), Some(user.gid))?;
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
+    Ok(())
+}
+
+/// A directory of the user `name` with a short path, for sockets and temporary files: in TMPDIR
+/// where that user gets there, else in /tmp.
+pub fn directory_for(name: &str) -> Result<tempfile::TempDir> {
+    let own = std::env::temp_dir();
+    let open = own.ancestors().all(|dir| {
+        fs::metadata(dir).is_ok_and(|metadata| metadata.permissions().mode() & 0o001 != 0)
+    });
+    let parent = if open { own } else { "/tmp".into() };
+    let dir = tempfile::Builder::new().prefix("vcs").tempdir_in(parent)?;
+    give(dir.path(), name)?;
+    Ok(dir)
 }

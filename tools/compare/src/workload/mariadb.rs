@@ -1,7 +1,5 @@
 //! MariaDB under sysbench.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -33,14 +31,6 @@ fn program(name: &str) -> Result<Command> {
     Ok(command)
 }
 
-fn own_directory(dir: &Path) -> Result<()> {
-    let user = User::from_name(USER)?.context("no user mysql")?;
-    fs::create_dir_all(dir)?;
-    nix::unistd::chown(dir, Some(user.uid), Some(user.gid))?;
-    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
-    Ok(())
-}
-
 /// A running server, with Debian's defaults of the program itself: every commit is durable.
 struct MariaDb {
     server: Server,
@@ -50,8 +40,7 @@ struct MariaDb {
 
 impl MariaDb {
     fn start(data: &Path) -> Result<Self> {
-        let sockets = tempfile::Builder::new().prefix("vcm").tempdir()?;
-        own_directory(sockets.path())?;
+        let sockets = host::directory_for(USER)?;
         let socket = sockets.path().join("s");
         let server = Server::start(
             program("mariadbd")?
@@ -92,9 +81,11 @@ impl MariaDb {
 /// Puts a data directory with filled tables into the image's tree.
 pub(super) fn fill(tree: &Path, sizes: &Sizes) -> Result<()> {
     let data = tree.join(DATA);
-    own_directory(&data)?;
+    host::give(&data, USER)?;
+    let scratch = host::directory_for(USER)?;
     host::run(
         Command::new(find_program("mariadb-install-db").context("mariadb-install-db")?)
+            .env("TMPDIR", scratch.path())
             .args(["--no-defaults", "--skip-test-db"])
             .args(["--user=mysql", "--auth-root-authentication-method=normal"])
             .arg(format!("--datadir={}", data.display())),

@@ -1,7 +1,6 @@
 //! PostgreSQL under pgbench.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -44,15 +43,6 @@ fn program(name: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// A directory that PostgreSQL's user owns.
-fn own_directory(dir: &Path) -> Result<()> {
-    let user = User::from_name(USER)?.context("no user postgres")?;
-    fs::create_dir_all(dir)?;
-    nix::unistd::chown(dir, Some(user.uid), Some(user.gid))?;
-    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
-    Ok(())
-}
-
 /// A running server.
 struct Postgres {
     server: Server,
@@ -62,8 +52,7 @@ struct Postgres {
 
 impl Postgres {
     fn start(cluster: &Path) -> Result<Self> {
-        let sockets = tempfile::Builder::new().prefix("vcp").tempdir()?;
-        own_directory(sockets.path())?;
+        let sockets = host::directory_for(USER)?;
         let server = Server::start(
             program("postgres")?
                 .arg("-D")
@@ -97,7 +86,7 @@ impl Postgres {
 /// Puts a cluster into the image's tree.
 pub(super) fn fill(tree: &Path, sizes: &Sizes) -> Result<()> {
     let cluster = tree.join(CLUSTER);
-    own_directory(&cluster)?;
+    host::give(&cluster, USER)?;
     // Nothing has to survive a crash while it is made.
     host::run(program("initdb")?.arg("-D").arg(&cluster).args([
         "-A",
