@@ -249,6 +249,21 @@ fn noise_anywhere_is_an_error_or_changes_nothing() {
 }
 
 #[test]
+fn a_seal_in_a_layer_that_is_not_sealed_is_refused() {
+    let (disk, _) = layer(Shape::Writable);
+    let (other, _) = layer(Shape::Sealed);
+    let seal = Path::new(LAYER).join("seal");
+    let bytes = other.read_all(&seal, 1 << 20).unwrap();
+    disk.open(&seal, OpenMode::CreateNew)
+        .unwrap()
+        .write_at(&bytes, 0)
+        .unwrap();
+    let error = open_and_read(&disk, Shape::Writable).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.to_string().contains("seal"), "{error}");
+}
+
+#[test]
 fn a_missing_file_of_a_sealed_layer_is_damage() {
     for name in ["layer", "data"] {
         let (disk, _) = layer(Shape::Sealed);

@@ -5,6 +5,7 @@
 //! journal: no sync of the data file at all); more is synced first, and then the record carries a
 //! *barrier* that retires the blocks of older records. docs/durability.md argues each step.
 
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 use super::header::Header;
@@ -127,6 +128,7 @@ impl WritableLayer {
     /// back. Any other failure poisons the layer.
     pub fn flush(&self) -> Result<()> {
         self.core.stats.flushes.add(1);
+        self.last_flush.store(self.age_ms(), Ordering::Relaxed);
         let mut queue = self.queue.lock();
         // Only a flush that begins from now on covers us.
         let mine = queue.begun + 1;

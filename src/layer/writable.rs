@@ -3,7 +3,8 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
@@ -15,12 +16,16 @@ use super::journal::MAX_AREA;
 use super::live::{self, Live};
 use super::map_state::MapState;
 use super::range_lock::{RangeGuard, RangeLock};
+use super::sealed::SEAL_FILE;
 use super::shared::Core;
 use super::stats::{LayerCounters, LayerStats, StatsHandle};
 use super::{STATE_DATA, ValueRun, recovery, state_of_value, value_of_state};
 use crate::block::{BLOCK_SIZE, BlockState};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::{OpenMode, Storage};
+
+/// A client that flushed within this time is expected to do it again.
+const FLUSHES_WITHIN_MS: u64 = 15_000;
 
 /// How a writable layer trades.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +74,10 @@ pub struct WritableLayer {
     pub(super) queue: Mutex<FlushQueue>,
     pub(super) flushed: Condvar,
     locks: RangeLock,
+    /// When the layer was opened.
+    since: Instant,
+    /// Milliseconds from then to the last flush that a client asked for; 0 before the first.
+    pub(super) last_flush: AtomicU64,
 }
 
 impl Drop for WritableLayer {
@@ -144,6 +153,21 @@ impl WritableLayer {
                 ),
             ));
         }
+        let seal = dir.join(SEAL_FILE);
+        let stray = storage
+            .exists(&seal)
+            .context(|| format!("cannot look for {}", seal.display()))?;
+        if stray {
+            // Sealing would take it for the layer's own.
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "{}: a seal in a layer that is not sealed: it was put there by hand, or the \
+                     header is an older one; take away the one that is wrong",
+                    seal.display()
+                ),
+            ));
+        }
         let data = DataFiles::open(&*storage, dir, &header, OpenMode::Write)?;
         let left = live::read_left(&*storage, dir, header.uuid)?;
         if left.poisoned {
@@ -173,6 +197,8 @@ impl WritableLayer {
             queue: Mutex::default(),
             flushed: Condvar::new(),
             locks: RangeLock::default(),
+            since: Instant::now(),
+            last_flush: AtomicU64::new(0),
         }))
     }
 
@@ -303,10 +329,22 @@ impl WritableLayer {
             .add(start, len, self.options.journal_blocks as u64);
         let due = map.dirty.write_back_due();
         drop(map);
-        if due && self.options.background {
+        // Who does not flush gains nothing by it.
+        if due && self.options.background && self.flushed_of_late() {
             self.core.data.start_writing_back();
         }
         Ok(allocated)
+    }
+
+    /// Milliseconds since the layer was opened, from 1.
+    pub(super) fn age_ms(&self) -> u64 {
+        self.since.elapsed().as_millis() as u64 + 1
+    }
+
+    /// A client flushed a short while ago, so it will again.
+    fn flushed_of_late(&self) -> bool {
+        let last = self.last_flush.load(Ordering::Relaxed);
+        last != 0 && self.age_ms() < last + FLUSHES_WITHIN_MS
     }
 
     /// Writes bytes within one block that is data already.

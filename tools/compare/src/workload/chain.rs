@@ -92,13 +92,17 @@ impl Workload for Chain {
         let files: Vec<String> = (0..self.depth)
             .map(|number| dir.join(file(number)).display().to_string())
             .collect();
-        let filename = format!("--filename={}", files.join(":"));
+        // A list of 128 names is longer than fio takes.
+        let directory = format!("--directory={}", dir.join("data").display());
+        let nrfiles = format!("--nrfiles={}", self.depth);
         let total = file_size(run.sizes, self.depth) * u64::from(self.depth);
         let size = format!("--size={total}");
         let number = format!("--number_ios={}", run.sizes.reads);
         let runtime = format!("--runtime={}ms", run.sizes.millis);
         let common = [
-            &filename,
+            &directory,
+            "--filename_format=file-$filenum",
+            &nrfiles,
             &size,
             "--rw=randread",
             "--bs=4k",
