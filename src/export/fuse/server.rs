@@ -75,6 +75,7 @@ impl Server<'_> {
                 self.readers.end();
                 return Ok(Ended::Stopped);
             }
+            slot.populate()?;
             let read = nix::unistd::read(self.session, slot.take(self.remember));
             self.readers.end();
             let read = match read {

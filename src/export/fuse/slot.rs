@@ -180,7 +180,7 @@ impl Shared {
     }
 
     /// The buffer of thread `index`. At most one thread of all processes may use it at a time. With
-    /// `populate` its memory is there at once, otherwise as far as requests fill it.
+    /// `populate` its memory is there at once, otherwise from [`Slot::populate`] on.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] beyond [`MAX_THREADS`].
@@ -191,6 +191,16 @@ impl Shared {
                 format!("a device is served by at most {MAX_THREADS} threads"),
             ));
         }
+        let buf = self.map_slot(index, populate)?;
+        Ok(Slot {
+            shared: Arc::clone(self),
+            index,
+            buf,
+            populated: populate,
+        })
+    }
+
+    fn map_slot(&self, index: usize, populate: bool) -> Result<MmapMut> {
         let mut options = MmapOptions::new();
         options
             .offset((TABLE_LEN + index * SLOT_LEN) as u64)
@@ -200,13 +210,8 @@ impl Shared {
         }
         // SAFETY: the memfd is ours and never shortened. Two processes never use one slot at the
         // same time: the next server starts when the last one is dead.
-        let buf = unsafe { options.map_mut(self.file.as_raw_fd()) }
-            .context(|| "a request buffer cannot be mapped")?;
-        Ok(Slot {
-            shared: Arc::clone(self),
-            index,
-            buf,
-        })
+        let buf = unsafe { options.map_mut(self.file.as_raw_fd()) };
+        buf.context(|| "a request buffer cannot be mapped")
     }
 }
 
@@ -226,9 +231,24 @@ pub struct Slot {
     shared: Arc<Shared>,
     index: usize,
     buf: MmapMut,
+    populated: bool,
 }
 
 impl Slot {
+    /// Sees to it that all of the buffer's memory is there, to be called before a request is taken:
+    /// a thread that is killed while the kernel copies a request to a page that is not there yet
+    /// ends that request with EIO.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] where the kernel has no memory for it.
+    pub fn populate(&mut self) -> Result<()> {
+        if !self.populated {
+            self.buf = self.shared.map_slot(self.index, true)?;
+            self.populated = true;
+        }
+        Ok(())
+    }
+
     fn record(&self) -> Option<&Record> {
         self.shared.table().records.get(self.index)
     }
