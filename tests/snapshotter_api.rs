@@ -544,6 +544,9 @@ fn prometheus_gets_calls_snapshots_devices_and_space() {
     let of = |metric: &str| number(&format!("vellum_container_{metric}{label}"));
     assert!(of("written_bytes_total") >= 1 << 20, "{text}");
     assert!(of("data_bytes") >= 1 << 20);
+    // The only active one, and its server is asked once.
+    let active = number("vellum_snapshot_data_bytes{kind=\"active\"}");
+    assert_eq!(active, of("data_bytes"));
     assert_eq!(of("size_bytes"), 64 << 20);
     assert!(of("flush_duration_seconds_count") > 0);
     let first = text.lines().filter(|line| {

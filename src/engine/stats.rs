@@ -18,7 +18,7 @@ use crate::chain::{LatencySnapshot, Sample};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::control;
 use crate::layer::data_blocks_on_disk;
-use crate::store::{ContainerRecord, SnapshotKind, Store};
+use crate::store::{ContainerRecord, SnapshotKind, SnapshotRecord, Store};
 
 /// Version of [`Stats`] as JSON: fields may be added, others only change with this number.
 pub const STATS_SCHEMA: u32 = 1;
@@ -463,8 +463,7 @@ pub fn served(store: &Store) -> Result<Vec<Stats>> {
     for record in store.containers()? {
         note(&record.name, of_container(store, &record));
     }
-    let damaged = |error: Error| tracing::warn!(%error, "left out: see `vellum check`");
-    for record in store.snapshots(damaged)? {
+    for record in store.snapshots(Store::warn_damaged)? {
         if record.kind != SnapshotKind::Active {
             continue;
         }
@@ -493,27 +492,32 @@ pub struct Served {
     pub kind: Kind,
     /// The container's name, or the snapshot's key.
     pub name: String,
+    /// Its id.
+    pub id: Uuid,
     /// What its server counted.
     pub counters: DeviceStats,
 }
 
-/// The counters of the containers and active snapshots that are served now, the first `most` of
-/// them by name, and how many more there are. One whose server does not answer is left out with a
-/// warning.
+/// The counters of the containers, and of the active ones of `snapshots`, that are served now, the
+/// first `most` of them by name, and how many more there are. One whose server does not answer is
+/// left out with a warning.
 ///
 /// # Errors
 /// Where the records cannot be listed.
-pub fn served_counters(store: &Store, most: usize) -> Result<(Vec<Served>, usize)> {
+pub fn served_counters(
+    store: &Store,
+    snapshots: &[SnapshotRecord],
+    most: usize,
+) -> Result<(Vec<Served>, usize)> {
     let containers = store.containers()?.into_iter();
     let mut all: Vec<(String, Kind, Uuid)> = containers
         .map(|record| (record.name, Kind::Container, record.id))
         .collect();
-    let damaged = |error: Error| tracing::warn!(%error, "left out: see `vellum check`");
-    let snapshots = store.snapshots(damaged)?.into_iter();
     all.extend(
         snapshots
+            .iter()
             .filter(|record| record.kind == SnapshotKind::Active)
-            .map(|record| (record.key, Kind::Snapshot, record.id)),
+            .map(|record| (record.key.clone(), Kind::Snapshot, record.id)),
     );
     all.sort();
     let mut found = Vec::new();
@@ -527,6 +531,7 @@ pub fn served_counters(store: &Store, most: usize) -> Result<(Vec<Served>, usize
             Ok(Some((_, counters))) => found.push(Served {
                 kind,
                 name,
+                id,
                 counters,
             }),
             Ok(None) => {}

@@ -1,5 +1,6 @@
 //! What copy-on-write costs each container that is served, for Prometheus.
 
+use std::collections::HashMap;
 use std::fmt::Write;
 
 use parking_lot::Mutex;
@@ -12,12 +13,13 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
+use uuid::Uuid;
 
 use crate::block::BLOCK_SIZE;
 use crate::chain::LatencySnapshot;
 use crate::engine::stats::{Kind, Served, served_counters};
 use crate::error::Result;
-use crate::store::Store;
+use crate::store::{SnapshotRecord, Store};
 
 /// Containers that are told apart: each has some 80 series.
 pub(super) const MOST: usize = 250;
@@ -93,14 +95,21 @@ pub(super) struct Containers {
 }
 
 impl Containers {
-    /// Asks the servers of a store.
+    /// Asks the servers of a store, whose snapshots are these. Returns the blocks that each of them
+    /// has in its writable layer.
     ///
     /// # Errors
     /// Where the records cannot be listed.
-    pub(super) fn look(&self, store: &Store) -> Result<()> {
-        let now = served_counters(store, MOST)?;
+    pub(super) fn look(
+        &self,
+        store: &Store,
+        snapshots: &[SnapshotRecord],
+    ) -> Result<HashMap<Uuid, u64>> {
+        let now = served_counters(store, snapshots, MOST)?;
+        let top_blocks = now.0.iter().map(|of| (of.id, of.counters.top_blocks));
+        let top_blocks = top_blocks.collect();
         *self.seen.lock() = now;
-        Ok(())
+        Ok(top_blocks)
     }
 }
 

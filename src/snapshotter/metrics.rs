@@ -1,5 +1,6 @@
 //! What Prometheus can ask: calls, snapshots, devices, space. In the OpenMetrics text format.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
@@ -169,13 +170,21 @@ impl Metrics {
             ("committed", SnapshotKind::Committed),
         ];
         let records = snapshotter.list();
+        let asked = self.containers.look(snapshotter.store(), &records);
+        let top_blocks = asked.unwrap_or_else(|error| {
+            tracing::warn!(%error, "the containers' counters are those of before");
+            HashMap::new()
+        });
         for (name, kind) in kinds {
             let of_kind = records.iter().filter(|record| record.kind == kind);
             let bytes: u64 = of_kind
                 .clone()
-                // One that is removed meanwhile takes nothing.
-                .filter_map(|record| snapshotter.usage(&record.key).ok())
-                .map(|usage| usage.bytes)
+                .filter_map(|record| match top_blocks.get(&record.id) {
+                    // No server is asked twice.
+                    Some(blocks) => snapshotter.bytes_of(record, Some(*blocks)).ok(),
+                    // One that is removed meanwhile takes nothing.
+                    None => snapshotter.usage(&record.key).ok().map(|usage| usage.bytes),
+                })
                 .sum();
             let label = OfKind { kind: name };
             self.snapshots
@@ -207,9 +216,6 @@ impl Metrics {
         }
         for (state, count) in states.into_iter().zip(counts) {
             self.devices.get_or_create(&OfState { state }).set(count);
-        }
-        if let Err(error) = self.containers.look(snapshotter.store()) {
-            tracing::warn!(%error, "the containers' counters are those of before");
         }
         if let Ok(stat) = nix::sys::statvfs::statvfs(snapshotter.store().root()) {
             let unit = stat.fragment_size();

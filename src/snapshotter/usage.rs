@@ -29,35 +29,40 @@ impl Snapshotter {
     }
 
     fn usage_of(&self, record: &SnapshotRecord) -> crate::Result<SnapshotUsage> {
-        let inodes = match record.kind {
-            SnapshotKind::View => None,
-            SnapshotKind::Committed => record.inodes,
-            SnapshotKind::Active => self.mounts.inodes(record.id).ok(),
+        let (inodes, top_blocks) = match record.kind {
+            SnapshotKind::View => (None, None),
+            SnapshotKind::Committed => (record.inodes, None),
+            SnapshotKind::Active => {
+                let stats = self.mounts.stats(record.id).ok();
+                let inodes = self.mounts.inodes(record.id).ok();
+                (inodes, stats.map(|stats| stats.top_blocks))
+            }
         };
         let inodes = inodes.zip(record.base_inodes);
-        let bytes = match record.kind {
-            SnapshotKind::View => 0,
-            SnapshotKind::Committed => record.bytes,
-            SnapshotKind::Active => match record.layers.split_last() {
-                None => 0,
-                Some((top, below)) => {
-                    let blocks = match self.mounts.stats(record.id) {
-                        Ok(stats) => stats.top_blocks,
-                        // Nobody serves it: the map on disk is all there is.
-                        Err(_) => {
-                            let dir = self.store.layer_dir(*top);
-                            data_blocks_on_disk(&**self.store.storage(), &dir)?
-                        }
-                    };
-                    blocks * BLOCK_SIZE + self.sealed_bytes(below)?
-                }
-            },
-        };
         Ok(SnapshotUsage {
-            bytes,
+            bytes: self.bytes_of(record, top_blocks)?,
             // More may have been deleted than made.
             inodes: inodes.map_or(0, |(now, before)| now.saturating_sub(before)),
         })
+    }
+
+    /// Bytes of data in a snapshot's own layers. Of an active one `top_blocks` is what its server
+    /// says of the top; without a server the map on disk is all there is.
+    pub(super) fn bytes_of(
+        &self,
+        record: &SnapshotRecord,
+        top_blocks: Option<u64>,
+    ) -> crate::Result<u64> {
+        let (top, below) = match (record.kind, record.layers.split_last()) {
+            (SnapshotKind::Committed, _) => return Ok(record.bytes),
+            (SnapshotKind::View, _) | (SnapshotKind::Active, None) => return Ok(0),
+            (SnapshotKind::Active, Some(layers)) => layers,
+        };
+        let top_blocks = match top_blocks {
+            Some(blocks) => blocks,
+            None => data_blocks_on_disk(&**self.store.storage(), &self.store.layer_dir(*top))?,
+        };
+        Ok(top_blocks * BLOCK_SIZE + self.sealed_bytes(below)?)
     }
 
     /// Bytes of data in sealed layers.
