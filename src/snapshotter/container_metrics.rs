@@ -47,12 +47,6 @@ const BOUNDS: [u64; 15] = [
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key(String);
 
-impl Key {
-    fn of(container: &Served) -> Self {
-        Key(container.name.clone())
-    }
-}
-
 impl EncodeLabelValue for Key {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
         for letter in self.0.chars() {
@@ -75,15 +69,15 @@ struct Of {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfTouch {
-    kind: &'static str,
-    key: Key,
+    #[prometheus(flatten)]
+    of: Of,
     touch: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfSource {
-    kind: &'static str,
-    key: Key,
+    #[prometheus(flatten)]
+    of: Of,
     source: &'static str,
 }
 
@@ -113,17 +107,13 @@ impl Containers {
     }
 }
 
-fn kind(container: &Served) -> &'static str {
-    match container.kind {
-        Kind::Container => "container",
-        Kind::Snapshot => "snapshot",
-    }
-}
-
 fn of(container: &Served) -> Of {
     Of {
-        kind: kind(container),
-        key: Key::of(container),
+        kind: match container.kind {
+            Kind::Container => "container",
+            Kind::Snapshot => "snapshot",
+        },
+        key: Key(container.name.clone()),
     }
 }
 
@@ -264,8 +254,7 @@ fn read_sources(encoder: &mut DescriptorEncoder<'_>, containers: &[Served]) -> s
             ("zero", chain.zero_read_blocks),
         ] {
             let labels = OfSource {
-                kind: kind(container),
-                key: Key::of(container),
+                of: of(container),
                 source,
             };
             ConstCounter::new(blocks).encode(metric.encode_family(&labels)?)?;
@@ -288,8 +277,7 @@ fn latencies(encoder: &mut DescriptorEncoder<'_>, containers: &[Served]) -> std:
             ("steady", chain.steady_writes),
         ] {
             let labels = OfTouch {
-                kind: kind(container),
-                key: Key::of(container),
+                of: of(container),
                 touch,
             };
             ConstCounter::new(writes).encode(metric.encode_family(&labels)?)?;
@@ -305,8 +293,7 @@ fn latencies(encoder: &mut DescriptorEncoder<'_>, containers: &[Served]) -> std:
         let chain = &container.counters.chain;
         for (touch, latency) in [("first", &chain.first_touch), ("steady", &chain.steady)] {
             let labels = OfTouch {
-                kind: kind(container),
-                key: Key::of(container),
+                of: of(container),
                 touch,
             };
             let (sum, buckets) = buckets(latency);
