@@ -11,6 +11,7 @@ use super::device::{PREPARE_SEAL, SEAL_TOP, SealTop, Target};
 use super::import::forget_ext4_journal;
 use super::lock_container;
 use super::mount::{TemporaryMount, mounted};
+use super::stats::encode;
 use crate::block::BLOCK_SIZE;
 use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -139,13 +140,7 @@ fn image_record(container: &ContainerRecord, image: &str, comment: Option<&str>)
 /// What can be done before the freeze is: `next` is opened, and what was written is made durable,
 /// so that the freeze itself finds little to write. In between are the last flush and the seal.
 pub(crate) fn seal_frozen(run_dir: &Path, dir: &Path, next: Uuid) -> Result<f64> {
-    let args = serde_json::to_value(SealTop { next }).map_err(|error| {
-        Error::with_source(
-            ErrorKind::InvalidInput,
-            "the request cannot be encoded",
-            error,
-        )
-    })?;
+    let args = encode(&SealTop { next })?;
     sync_file_system(dir)?;
     match control::call(run_dir, PREPARE_SEAL, args.clone(), FLUSH_TIMEOUT) {
         // A server of an older version does it all at the seal.

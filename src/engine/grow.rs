@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::device::{GROW, Grow};
+use super::stats::encode;
 use crate::block::BLOCK_SIZE;
 use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -55,13 +56,7 @@ pub(crate) fn grow_device(run_dir: &Path, device: LoopDevice, size: u64) -> Resu
 }
 
 fn grow_layer(run_dir: &Path, size: u64) -> Result<()> {
-    let args = serde_json::to_value(Grow { size }).map_err(|error| {
-        Error::with_source(
-            ErrorKind::InvalidInput,
-            "the request cannot be encoded",
-            error,
-        )
-    })?;
+    let args = encode(&Grow { size })?;
     let ask = || control::call(run_dir, GROW, args.clone(), GROW_TIMEOUT).map(drop);
     match ask() {
         // Its worker may have died over it: the next one answers, and finds what is done.

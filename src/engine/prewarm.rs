@@ -22,7 +22,7 @@ use serde::Serialize;
 use super::device::{COPY_UP, CopyUp, Target};
 use super::lock_container;
 use super::mount::{TemporaryMount, mounted};
-use super::stats::{Sockets, decode};
+use super::stats::{Sockets, decode, encode};
 use crate::block::BLOCK_SIZE;
 use crate::chain::CopiedUp;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -130,9 +130,7 @@ fn prewarm_mounted(
     for batch in batches(&ranges) {
         leave_space(store)?;
         let bytes: u64 = batch.iter().map(|(_, len)| len).sum();
-        let args = serde_json::to_value(CopyUp { ranges: batch }).map_err(|error| {
-            Error::with_source(ErrorKind::InvalidInput, "the ranges cannot be sent", error)
-        })?;
+        let args = encode(&CopyUp { ranges: batch })?;
         let (_, answer) = sockets.ask(COPY_UP, &args, TIMEOUT)?;
         let copied: CopiedUp = decode(answer)?;
         report.copied_blocks += copied.copied;

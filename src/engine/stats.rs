@@ -349,6 +349,17 @@ impl Sockets {
     }
 }
 
+/// The arguments of a request to a server.
+pub(super) fn encode<T: Serialize>(args: &T) -> Result<Value> {
+    serde_json::to_value(args).map_err(|error| {
+        Error::with_source(
+            ErrorKind::InvalidInput,
+            "the request cannot be encoded",
+            error,
+        )
+    })
+}
+
 /// The answer of a server, decoded.
 pub(crate) fn decode<T: serde::de::DeserializeOwned>(answer: Value) -> Result<T> {
     serde_json::from_value(answer).map_err(|error| {

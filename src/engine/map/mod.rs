@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::device::{AskMap, HOLE, MAP, MapPart, OpenChain, Target, ZERO};
 use super::lock_container;
-use super::stats::{Sockets, decode};
+use super::stats::{Sockets, decode, encode};
 use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Store;
@@ -87,9 +87,7 @@ pub fn map(store: &Store, name: &str) -> Result<BlockMap> {
     };
     let sockets = Sockets::new(store, container.id);
     let asked = all_runs(|ask| {
-        let args = serde_json::to_value(ask).map_err(|error| {
-            Error::with_source(ErrorKind::InvalidInput, "a question that cannot be", error)
-        })?;
+        let args = encode(ask)?;
         decode(sockets.ask(MAP, &args, TIMEOUT)?.1)
     });
     let (part, runs) = match asked {
