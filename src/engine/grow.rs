@@ -74,7 +74,7 @@ fn grow_layer(run_dir: &Path, size: u64) -> Result<()> {
 
 /// Lets the ext4 on `device`, mounted at `dir`, fill `size` bytes, where it does not yet. A mounted
 /// one can be grown by whoever has CAP_SYS_RESOURCE; others have it unmounted for a moment, by
-/// `unmount`, which refuses where it is in use. True when it grew.
+/// `unmount`, which refuses where it is in use.
 ///
 /// # Errors
 /// What `unmount` says; what keeps it from being grown.
@@ -83,20 +83,19 @@ pub(crate) fn grow_file_system(
     dir: &Path,
     size: u64,
     unmount: impl FnOnce() -> Result<()>,
-) -> Result<bool> {
+) -> Result<()> {
     if is_filled(device, size)? {
-        return Ok(false);
+        return Ok(());
     }
     match ext4::grow(dir, size) {
         Err(error) if error.kind() == ErrorKind::Permission => {
             unmount()?;
             let grown = ext4::grow_unmounted(device);
             ext4::mount(device, dir, ext4::MountOptions::default())?;
-            grown?;
+            grown
         }
-        other => other?,
+        other => other,
     }
-    Ok(true)
 }
 
 /// True when the ext4 on `device` takes `size` bytes, or more.

@@ -113,7 +113,6 @@ fn mount_grown(container: &ContainerRecord, device: &Path, dir: &Path) -> Result
     grow_file_system(device, dir, container.virtual_size, || {
         ext4::unmount(dir, UNMOUNT_TIMEOUT)
     })
-    .map(drop)
 }
 
 /// Where a container is mounted, if it is.
