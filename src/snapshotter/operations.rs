@@ -21,9 +21,6 @@ use crate::store::{LayerInfo, SnapshotKind, SnapshotRecord, Store};
 /// The name that a remote snapshot would have: one that we have already need not be unpacked.
 const REF_LABEL: &str = "containerd.io/snapshot.ref";
 
-/// Where the layers that are made here come from.
-const ORIGIN: &str = "containerd snapshot";
-
 /// Why an operation failed.
 #[derive(Debug)]
 pub enum Failure {
@@ -227,14 +224,8 @@ impl Snapshotter {
                     format!("target snapshot {:?}: already exists", record.key),
                 )));
             }
-            let info = LayerInfo {
-                origin: ORIGIN.into(),
-                ..LayerInfo::default()
-            };
-            let (base, size) = (record.base, record.virtual_size);
-            let staged = self.store.stage_described(base, size, &info)?;
-            crash_point::here("prepare: layer made");
-            record.layers.push(staged.place(pin)?);
+            let layer = self.place_layer(record.base, record.virtual_size, pin)?;
+            record.layers.push(layer);
         }
         let record = &*record;
         // What is written here is durable before the answer, not before the mount: that takes as
@@ -309,19 +300,32 @@ impl Snapshotter {
         Ok(true)
     }
 
+    /// Makes an empty layer that a record may name.
     pub(super) fn add_layer(
         &self,
         parent: Uuid,
         virtual_size: u64,
         pin: &crate::store::StoreGuard,
     ) -> crate::Result<Uuid> {
-        let staged = self.store.stage_layer(Some(parent), virtual_size)?;
-        crash_point::here("prepare: layer made");
+        let layer = self.place_layer(parent, virtual_size, pin)?;
+        self.store.sync_layers()?;
+        Ok(layer)
+    }
+
+    /// Makes an empty layer that a record may name after [`Store::sync_layers`].
+    fn place_layer(
+        &self,
+        parent: Uuid,
+        virtual_size: u64,
+        pin: &crate::store::StoreGuard,
+    ) -> crate::Result<Uuid> {
         let info = LayerInfo {
-            origin: ORIGIN.into(),
+            origin: "containerd snapshot".into(),
             ..LayerInfo::default()
         };
-        staged.publish(&info, pin)
+        let staged = self.store.stage_described(parent, virtual_size, &info)?;
+        crash_point::here("prepare: layer made");
+        staged.place(pin)
     }
 
     /// Takes back what a failed [`Snapshotter::prepare`] did.
