@@ -363,7 +363,7 @@ fn a_layer_that_prune_and_its_owner_remove_at_once_is_removed_without_an_error()
         thread::scope(|scope| {
             let prune = scope.spawn(|| store.prune().map(drop));
             for layer in layers {
-                store.discard_snapshot_layer(layer).unwrap();
+                store.discard_layer(layer).unwrap();
             }
             prune.join().unwrap().unwrap();
         });

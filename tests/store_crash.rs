@@ -482,7 +482,7 @@ impl Run {
                 let record = snapshot(store, key)?;
                 store.remove_snapshot(record.id)?;
                 for layer in record.layers {
-                    store.discard_snapshot_layer(layer)?;
+                    store.discard_layer(layer)?;
                 }
             }
             Op::AddVolume(name) => {

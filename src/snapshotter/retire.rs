@@ -202,7 +202,7 @@ impl Shared {
             return self.later(job);
         }
         for layer in std::mem::take(&mut job.discard) {
-            if let Err(error) = self.store.discard_snapshot_layer(layer) {
+            if let Err(error) = self.store.discard_layer(layer) {
                 tracing::warn!(%layer, %error, "a layer was not removed");
             }
             crash_point::here("retire: layer discarded");

@@ -316,9 +316,13 @@ impl Store {
         self.write_json(&self.record_path("templates", &record.key), record)
     }
 
-    /// Moves a layer to the trash, where it is nobody's, and removes it there. So may another thread
-    /// that empties the trash at the same time, and what is gone is gone.
-    pub(super) fn discard_layer(&self, layer: Uuid) -> Result<()> {
+    /// Moves a layer that no record names any more to the trash, where it is nobody's, and removes it
+    /// there. So may another thread that empties the trash at the same time; one that is gone already
+    /// is fine.
+    ///
+    /// # Errors
+    /// Where the host fails; [`Store::prune`] removes it later.
+    pub fn discard_layer(&self, layer: Uuid) -> Result<()> {
         let trash = self.root.join("trash").join(layer.to_string());
         let discard = || {
             self.storage.rename(&self.layer_dir(layer), &trash)?;

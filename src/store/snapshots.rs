@@ -161,12 +161,4 @@ impl Store {
     pub fn remove_snapshot(&self, id: Uuid) -> Result<()> {
         self.remove_json(&self.snapshot_path(id))
     }
-
-    /// Removes a layer that no record names any more. One that is gone already is fine.
-    ///
-    /// # Errors
-    /// Where the host fails; [`Store::prune`] removes it later.
-    pub fn discard_snapshot_layer(&self, layer: Uuid) -> Result<()> {
-        self.discard_layer(layer)
-    }
 }
