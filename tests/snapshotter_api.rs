@@ -21,7 +21,7 @@ use snapshotter_support::client::{
     ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT, NOT_FOUND,
 };
 use snapshotter_support::rig::Rig;
-use snapshotter_support::wait_for;
+use snapshotter_support::{room, wait_for};
 use vellum::snapshotter::proto::types::Mount;
 
 const REF: &str = "containerd.io/snapshot.ref";
@@ -149,8 +149,7 @@ fn in_device_mode_mounts_returns_the_device_and_what_is_written_there_is_committ
     assert!(mount.options.contains(&"rw".to_owned()), "{mount:?}");
     let mounted = Mounted::new(&rig, "key", &mount);
     fs::write(mounted.0.join("file"), "text").unwrap();
-    let room = nix::sys::statvfs::statvfs(&mounted.0).unwrap();
-    let room = room.blocks() * room.fragment_size();
+    let room = room(&mounted.0);
     assert!(room > 70 << 20, "{room}");
     assert_eq!(rig.client.mounts("key").unwrap(), mount);
     // Nothing is mounted below the store.
@@ -287,11 +286,6 @@ fn a_larger_size_grows_the_file_system() {
     assert_eq!(smaller.code(), Some(INVALID_ARGUMENT));
 }
 
-fn room(source: &str) -> u64 {
-    let stat = nix::sys::statvfs::statvfs(source).unwrap();
-    stat.blocks() * stat.fragment_size()
-}
-
 #[test]
 fn an_update_makes_a_snapshot_larger_where_it_is_and_refuses_to_make_it_smaller() {
     let mut rig = Rig::new("");
@@ -408,7 +402,7 @@ fn a_device_grows_under_a_program_that_writes_to_it_and_through_kills_of_its_ser
     // The program that has it open would have to grow the file system itself.
     drop(device);
     let mounted = Mounted::new(&rig, "mounted", &rig.client.mounts("key").unwrap());
-    assert!(room(mounted.0.to_str().unwrap()) > 950 << 20);
+    assert!(room(&mounted.0) > 950 << 20);
     drop(mounted);
     rig.client.remove("key").unwrap();
     rig.assert_whole("grown");

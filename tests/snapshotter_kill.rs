@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use snapshotter_support::client::{ALREADY_EXISTS, Client, NOT_FOUND};
 use snapshotter_support::rig::Rig;
-use snapshotter_support::wait_for;
+use snapshotter_support::{room, wait_for};
 use vellum::crash_point::ALL;
 
 const PREPARE: [&str; 9] = [
@@ -124,11 +124,6 @@ fn prepare_is_whole_or_gone_wherever_it_is_killed() {
         died
     });
     rig.assert_checks();
-}
-
-fn room(source: &str) -> u64 {
-    let room = nix::sys::statvfs::statvfs(source).unwrap();
-    room.blocks() * room.fragment_size()
 }
 
 #[test]

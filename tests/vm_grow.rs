@@ -21,6 +21,7 @@ use std::thread::JoinHandle;
 use nix::mount::{MntFlags, MsFlags};
 use nix::sys::signal::{Signal, kill};
 use snapshotter_support::rig::Rig;
+use snapshotter_support::{room, wait_for};
 
 const SIZE: &str = "containerd.io/snapshot/vellum.size";
 
@@ -37,11 +38,6 @@ fn file_systems_in_use_grow_in_a_machine_whose_root_may_do_that() {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {said}{errors}", output.status);
     assert!(said.contains("grow: done"), "{said}");
-}
-
-fn room(source: &Path) -> u64 {
-    let stat = nix::sys::statvfs::statvfs(source).unwrap();
-    stat.blocks() * stat.fragment_size()
 }
 
 /// A container: it has the snapshot mounted in a place of its own, and writes, syncs and reads back
@@ -94,7 +90,7 @@ impl Container {
     /// It has gone on since.
     fn goes_on(&self) {
         let before = self.rounds.load(Ordering::Relaxed);
-        snapshotter_support::wait_for(
+        wait_for(
             "the container writes on",
             std::time::Duration::from_secs(120),
             || self.rounds.load(Ordering::Relaxed) > before + 2,

@@ -25,6 +25,12 @@ use vellum::fs::mountinfo::MountInfo;
 pub const PACKAGES: &str = "apt-get install -y --no-install-recommends containerd runc \
      busybox-static e2fsprogs golang-go golang-github-containerd-containerd-dev";
 
+/// Bytes of the file system that `path` lies in.
+pub fn room(path: impl AsRef<Path>) -> u64 {
+    let stat = nix::sys::statvfs::statvfs(path.as_ref()).unwrap();
+    stat.blocks() * stat.fragment_size()
+}
+
 /// A directory; when it is dropped, everything that runs from it or is mounted in it ends.
 pub struct Area {
     dir: tempfile::TempDir,
