@@ -408,6 +408,19 @@ mod tests {
         assert_eq!(slot.owed(), None);
     }
 
+    /// Otherwise a thread that is killed while the kernel fills it fails that request.
+    #[test]
+    fn a_buffer_is_in_memory_whole_before_a_request_is_taken() {
+        use std::os::unix::fs::MetadataExt;
+        let shared = Shared::create().unwrap();
+        let mut slot = shared.slot(MAX_THREADS - 1).unwrap();
+        let in_memory = || shared.fd().metadata().unwrap().blocks() * 512;
+        let before = in_memory();
+        assert!(before < SLOT_LEN as u64);
+        slot.populate().unwrap();
+        assert!(in_memory() >= before + SLOT_LEN as u64);
+    }
+
     #[test]
     fn data_is_page_aligned_and_answers_are_counted() {
         let shared = Shared::create().unwrap();
