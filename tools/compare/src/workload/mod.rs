@@ -317,6 +317,12 @@ fn random_file(path: &Path, size: u64) -> Result<()> {
     Ok(())
 }
 
+/// The reason when there is no user of that name.
+fn missing_user(name: &str) -> Option<String> {
+    let reason = || format!("there is no user {name} to run it as");
+    host::user(name).is_err().then(reason)
+}
+
 /// The reason when a program is missing.
 fn missing(programs: &[(&str, &str)]) -> Option<String> {
     programs
