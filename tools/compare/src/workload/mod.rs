@@ -108,14 +108,24 @@ impl Metric {
 
     /// What every workload costs besides time.
     fn costs() -> Vec<Self> {
+        let mut costs = Self::cpu();
+        costs.push(Self::space("space taken by the container afterwards"));
+        costs
+    }
+
+    /// What [`Measured::cpu`] gives.
+    fn cpu() -> Vec<Self> {
         [
-            ("cpu_client", "CPU time of the program", "s"),
-            ("cpu_server", "CPU time of the driver's processes", "s"),
-            ("cpu_kernel", "CPU time of kernel threads (whole host)", "s"),
-            ("space", "space taken by the container afterwards", "MB"),
+            ("cpu_client", "CPU time of the program"),
+            ("cpu_server", "CPU time of the driver's processes"),
+            ("cpu_kernel", "CPU time of kernel threads (whole host)"),
         ]
-        .map(|(id, title, unit)| Metric::new(id, title, unit, Better::Cost))
+        .map(|(id, title)| Metric::new(id, title, "s", Better::Cost))
         .to_vec()
+    }
+
+    fn space(title: &str) -> Self {
+        Metric::new("space", title, "MB", Better::Cost)
     }
 }
 
