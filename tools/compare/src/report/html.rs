@@ -214,8 +214,8 @@ fn overview(report: &Report) -> Markup {
                         tr {
                             th { "× as fast as " (title(report, driver::reference(kind))) }
                             @for driver in &columns {
-                                th.fails[!comparable(driver)] {
-                                    @if !comparable(driver) { "✗ " }
+                                th.fails[!driver.comparable()] {
+                                    @if !driver.comparable() { "✗ " }
                                     (driver.about.title)
                                 }
                             }
@@ -240,10 +240,6 @@ fn overview(report: &Report) -> Markup {
 fn title<'a>(report: &'a Report, id: &'a str) -> &'a str {
     let found = report.drivers.iter().find(|driver| driver.about.id == id);
     found.map_or(id, |driver| driver.about.title)
-}
-
-fn comparable(driver: &DriverReport) -> bool {
-    driver.flush.as_ref().is_some_and(|flush| flush.passed)
 }
 
 fn ratio(summary: Option<&Summary>) -> Markup {
@@ -349,12 +345,14 @@ fn workload_at(
             div.wide { table {
                 tr {
                     th { "Median " small { "lowest–highest" } }
-                    @for metric in &workload.metrics { th { (metric.title) ", " (metric.unit) } }
+                    @for metric in &workload.metrics {
+                        th { (metric.title) @if !metric.unit.is_empty() { ", " (metric.unit) } }
+                    }
                 }
                 @for driver in &drivers {
                     tr {
-                        th.fails[!comparable(driver)] {
-                            @if !comparable(driver) { "✗ " }
+                        th.fails[!driver.comparable()] {
+                            @if !driver.comparable() { "✗ " }
                             (driver.about.title)
                         }
                         @for metric in &workload.metrics {
@@ -375,11 +373,11 @@ fn workload_at(
 
 fn look(driver: &DriverReport) -> Look {
     let about = &driver.about;
-    if !comparable(driver) {
+    if !driver.comparable() {
         Look::NotComparable
     } else if about.id == driver::reference(about.kind) || about.id == driver::control(about.kind) {
         Look::Reference
-    } else if about.id.starts_with("vellum") {
+    } else if about.id == driver::own(about.kind) {
         Look::Own
     } else {
         Look::Other
