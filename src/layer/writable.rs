@@ -3,13 +3,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::areas::Committer;
 use super::data::DataFiles;
-use super::flush::{Committer, FlushQueue};
+use super::flush::FlushQueue;
 use super::header::Header;
 use super::index::ABSENT;
 use super::journal::MAX_AREA;
@@ -25,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::{OpenMode, Storage};
 
 /// A client that flushed within this time is expected to do it again.
-const FLUSHES_WITHIN_MS: u64 = 15_000;
+const FLUSHES_WITHIN: Duration = Duration::from_secs(15);
 
 /// How a writable layer trades.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,10 +75,6 @@ pub struct WritableLayer {
     pub(super) queue: Mutex<FlushQueue>,
     pub(super) flushed: Condvar,
     locks: RangeLock,
-    /// When the layer was opened.
-    since: Instant,
-    /// Milliseconds from then to the last flush that a client asked for; 0 before the first.
-    pub(super) last_flush: AtomicU64,
 }
 
 impl Drop for WritableLayer {
@@ -197,8 +194,6 @@ impl WritableLayer {
             queue: Mutex::default(),
             flushed: Condvar::new(),
             locks: RangeLock::default(),
-            since: Instant::now(),
-            last_flush: AtomicU64::new(0),
         }))
     }
 
@@ -336,15 +331,10 @@ impl WritableLayer {
         Ok(allocated)
     }
 
-    /// Milliseconds since the layer was opened, from 1.
-    pub(super) fn age_ms(&self) -> u64 {
-        self.since.elapsed().as_millis() as u64 + 1
-    }
-
-    /// A client flushed a short while ago, so it will again.
+    /// Somebody flushed a short while ago, so it will be done again.
     fn flushed_of_late(&self) -> bool {
-        let last = self.last_flush.load(Ordering::Relaxed);
-        last != 0 && self.age_ms() < last + FLUSHES_WITHIN_MS
+        let last = self.queue.lock().last;
+        last.is_some_and(|last| last.elapsed() < FLUSHES_WITHIN)
     }
 
     /// Writes bytes within one block that is data already.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
+use serde_json::Value;
 
 use super::control::{Call, ControlHandler, MAX_LINE, Reply, bind_at, send};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -90,7 +91,8 @@ fn listen(listener: &UnixListener, stop: &EventFd, handler: &Arc<dyn ControlHand
         let spawned = std::thread::Builder::new()
             .name("control".into())
             .spawn(move || {
-                if let Err(error) = converse(&stream, &*handler) {
+                let answer = |verb: &str, args| handler.handle(verb, args);
+                if let Err(error) = converse(&stream, || (), answer) {
                     tracing::debug!("control connection: {error}");
                 }
                 counted.fetch_sub(1, Ordering::AcqRel);
@@ -101,11 +103,16 @@ fn listen(listener: &UnixListener, stop: &EventFd, handler: &Arc<dyn ControlHand
     }
 }
 
-/// Answers one connection until the other side closes it: one line for each that it sends.
+/// Answers one connection until the other side closes it: one line for each that it sends. What
+/// `begin` returns when a line has come is kept until its answer was sent.
 ///
 /// # Errors
 /// Where the connection fails, is silent for too long, or sends what is not text.
-pub fn converse(stream: &UnixStream, handler: &dyn ControlHandler) -> Result<()> {
+pub fn converse<Held>(
+    stream: &UnixStream,
+    mut begin: impl FnMut() -> Held,
+    answer: impl Fn(&str, Value) -> Result<Value>,
+) -> Result<()> {
     let what = || "the connection";
     stream.set_nonblocking(false).context(what)?;
     stream.set_read_timeout(Some(IDLE)).context(what)?;
@@ -120,12 +127,15 @@ pub fn converse(stream: &UnixStream, handler: &dyn ControlHandler) -> Result<()>
         if read == 0 {
             return Ok(());
         }
+        let held = begin();
         let result = serde_json::from_str::<Call>(&line)
             .map_err(|error| {
                 Error::with_source(ErrorKind::Protocol, "a line that is no command", error)
             })
-            .and_then(|call| handler.handle(&call.verb, call.args));
-        send(stream, &Reply::from(result)).context(what)?;
+            .and_then(|call| answer(&call.verb, call.args));
+        let sent = send(stream, &Reply::from(result));
+        drop(held);
+        sent.context(what)?;
     }
 }
 

@@ -1,9 +1,9 @@
 //! The process that serves a device: opens it, answers the kernel, listens to commands.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::path::PathBuf;
@@ -21,7 +21,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::control::{Call, Failure, MAX_LINE, Reply, send};
+use super::control::Failure;
+use super::control_server::converse;
 use super::process::{Identity, monotonic_ns};
 use super::state::RunState;
 use super::supervisor::{ARG0, Event, Resume, event_pipe, own_arguments, set_close_on_exec};
@@ -43,8 +44,6 @@ const PR_SET_IO_FLUSHER: i32 = 57;
 const FINISH: Duration = Duration::from_secs(5);
 /// How long a connection that was just taken may be without a command then.
 const FINISH_FRESH: Duration = Duration::from_millis(100);
-/// A control connection that says nothing for this long is closed.
-const IDLE: Duration = Duration::from_secs(10);
 
 /// What a worker gets from the process that it was forked from.
 pub(super) struct Worker {
@@ -162,8 +161,7 @@ fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
 
 /// Starts thread `index` of those that answer requests.
 fn serving_thread(context: &Arc<Context>, index: usize) -> Result<JoinHandle<Result<Ended>>> {
-    let populate = index < context.worker.threads;
-    let mut slot = context.worker.shared.slot(index, populate)?;
+    let mut slot = context.worker.shared.slot(index)?;
     let context = Arc::clone(context);
     std::thread::Builder::new()
         .name(format!("fuse-{index}"))
@@ -216,7 +214,7 @@ fn recover(context: &Context) -> Result<()> {
         return Ok(());
     }
     for index in 0..MAX_THREADS {
-        let mut slot = context.worker.shared.slot(index, false)?;
+        let mut slot = context.worker.shared.slot(index)?;
         context.server().replay(&mut slot)?;
     }
     Ok(())
@@ -288,8 +286,11 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
                 let spawned = std::thread::Builder::new()
                     .name("control".to_string())
                     .spawn(move || {
-                        let fresh = Fresh(&held.fresh);
-                        if let Err(error) = converse(&held, &stream, fresh) {
+                        // It was counted as fresh when it was taken.
+                        let mut fresh = Some(Counted(&held.fresh));
+                        let begin = || (Counted::new(&held.busy), fresh.take());
+                        let answer = |verb: &str, args| command(&held, verb, args);
+                        if let Err(error) = converse(&stream, begin, answer) {
                             tracing::debug!("control connection: {error}");
                         }
                         held.connections.fetch_sub(1, Ordering::AcqRel);
@@ -338,42 +339,19 @@ fn report(worker: &Worker, event: &Event) -> bool {
     (&*events).write_all(&line).is_ok()
 }
 
-/// A connection that has had no answer so far.
-struct Fresh<'a>(&'a AtomicUsize);
+/// Is counted until it is dropped.
+struct Counted<'a>(&'a AtomicUsize);
 
-impl Drop for Fresh<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Counted(count)
     }
 }
 
-/// Serves one control connection until the other side closes it.
-fn converse(context: &Context, stream: &UnixStream, fresh: Fresh<'_>) -> Result<()> {
-    let what = || "the connection";
-    stream.set_nonblocking(false).context(what)?;
-    stream.set_read_timeout(Some(IDLE)).context(what)?;
-    stream.set_write_timeout(Some(IDLE)).context(what)?;
-    let mut reader = BufReader::new(stream);
-    let mut fresh = Some(fresh);
-    loop {
-        let mut line = String::new();
-        let read = (&mut reader)
-            .take(MAX_LINE)
-            .read_line(&mut line)
-            .context(what)?;
-        if read == 0 {
-            return Ok(());
-        }
-        context.busy.fetch_add(1, Ordering::AcqRel);
-        let result = serde_json::from_str::<Call>(&line)
-            .map_err(|error| {
-                Error::with_source(ErrorKind::Protocol, "a line that is no command", error)
-            })
-            .and_then(|call| command(context, &call.verb, call.args));
-        let sent = send(stream, &Reply::from(result));
-        context.busy.fetch_sub(1, Ordering::AcqRel);
-        drop(fresh.take());
-        sent.context(what)?;
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

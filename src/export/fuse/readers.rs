@@ -39,13 +39,14 @@ impl Readers {
         })
     }
 
-    /// Waits until this thread is wanted as a reader. [`Readers::end`] is to follow.
-    pub fn begin(&self) {
+    /// Waits until this thread is wanted as a reader. It is one until the answer is dropped: when it
+    /// has a request, or will not read any more.
+    pub fn begin(&self) -> Reading<'_> {
         let spare = {
             let mut state = self.state.lock();
             if state.closed || state.reading < self.limit {
                 state.reading += 1;
-                return;
+                return Reading(self);
             }
             let spare = Arc::new(Spare {
                 thread: std::thread::current(),
@@ -57,11 +58,7 @@ impl Readers {
         while !spare.called.load(Ordering::Acquire) {
             std::thread::park();
         }
-    }
-
-    /// This thread has a request, or will not read any more.
-    pub fn end(&self) {
-        self.state.lock().reading -= 1;
+        Reading(self)
     }
 
     /// This thread has a request and will wait for the disk: a spare one reads in its place where
@@ -78,6 +75,16 @@ impl Readers {
         let mut state = self.state.lock();
         state.closed = true;
         while call(&mut state) {}
+    }
+}
+
+/// A thread that reads.
+#[derive(Debug)]
+pub struct Reading<'a>(&'a Readers);
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().reading -= 1;
     }
 }
 
@@ -98,33 +105,45 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
-    /// Starts a thread that reads once and says so.
-    fn reader(readers: &Arc<Readers>, tell: &mpsc::Sender<usize>, name: usize) {
+    /// Starts a thread that says when it reads, and does so until the answer is dropped.
+    fn reader(readers: &Arc<Readers>, tell: &mpsc::Sender<usize>, name: usize) -> mpsc::Sender<()> {
         let (readers, tell) = (Arc::clone(readers), tell.clone());
+        let (end, ended) = mpsc::channel();
         std::thread::spawn(move || {
-            readers.begin();
+            let _reading = readers.begin();
             tell.send(name).unwrap();
+            let _: Result<(), _> = ended.recv();
         });
+        end
+    }
+
+    fn reading_becomes(readers: &Readers, number: usize) {
+        while readers.state.lock().reading != number {
+            std::thread::yield_now();
+        }
     }
 
     #[test]
     fn no_more_than_the_limit_read_until_one_waits_while_nobody_reads() {
         let readers = Readers::new(2);
         let (tell, told) = mpsc::channel();
+        let mut ends = Vec::new();
         for name in 0..2 {
-            reader(&readers, &tell, name);
+            ends.push(reader(&readers, &tell, name));
             assert_eq!(told.recv().unwrap(), name);
         }
-        reader(&readers, &tell, 2);
+        let _third = reader(&readers, &tell, 2);
         while readers.state.lock().spare.is_empty() {
             std::thread::yield_now();
         }
         // One has a request and waits, the other still reads.
-        readers.end();
+        ends.pop();
+        reading_becomes(&readers, 1);
         readers.relieve();
         assert!(told.recv_timeout(Duration::from_millis(20)).is_err());
         // The other one waits too.
-        readers.end();
+        ends.pop();
+        reading_becomes(&readers, 0);
         readers.relieve();
         assert_eq!(told.recv().unwrap(), 2);
         assert_eq!(readers.state.lock().reading, 1);
@@ -134,14 +153,12 @@ mod tests {
     fn closing_lets_the_spare_threads_and_all_later_ones_through() {
         let readers = Readers::new(1);
         let (tell, told) = mpsc::channel();
-        for name in 0..3 {
-            reader(&readers, &tell, name);
-        }
+        let mut ends: Vec<_> = (0..3).map(|name| reader(&readers, &tell, name)).collect();
         while readers.state.lock().spare.len() < 2 {
             std::thread::yield_now();
         }
         readers.close();
-        reader(&readers, &tell, 3);
+        ends.push(reader(&readers, &tell, 3));
         let mut through: Vec<usize> = (0..4).map(|_| told.recv().unwrap()).collect();
         through.sort_unstable();
         assert_eq!(through, [0, 1, 2, 3]);

@@ -70,14 +70,13 @@ impl Server<'_> {
     /// the session's descriptor fails.
     pub fn run(&self, slot: &mut Slot) -> Result<Ended> {
         loop {
-            self.readers.begin();
+            let reading = self.readers.begin();
             if self.stop.load(Ordering::Acquire) {
-                self.readers.end();
                 return Ok(Ended::Stopped);
             }
             slot.populate()?;
             let read = nix::unistd::read(self.session, slot.take(self.remember));
-            self.readers.end();
+            drop(reading);
             let read = match read {
                 Ok(read) => read,
                 Err(Errno::EINTR | Errno::EAGAIN | Errno::ENOENT) => continue,

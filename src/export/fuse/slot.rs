@@ -179,24 +179,24 @@ impl Shared {
         self.table().records.iter().any(owes)
     }
 
-    /// The buffer of thread `index`. At most one thread of all processes may use it at a time. With
-    /// `populate` its memory is there at once, otherwise from [`Slot::populate`] on.
+    /// The buffer of thread `index`. At most one thread of all processes may use it at a time. Its
+    /// memory is there whole from [`Slot::populate`] on.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] beyond [`MAX_THREADS`].
-    pub fn slot(self: &Arc<Self>, index: usize, populate: bool) -> Result<Slot> {
+    pub fn slot(self: &Arc<Self>, index: usize) -> Result<Slot> {
         if index >= MAX_THREADS {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!("a device is served by at most {MAX_THREADS} threads"),
             ));
         }
-        let buf = self.map_slot(index, populate)?;
+        let buf = self.map_slot(index, false)?;
         Ok(Slot {
             shared: Arc::clone(self),
             index,
             buf,
-            populated: populate,
+            populated: false,
         })
     }
 
@@ -355,7 +355,7 @@ mod tests {
     #[test]
     fn a_request_taken_and_not_answered_is_found_by_the_next_process() {
         let shared = Shared::create().unwrap();
-        let mut slot = shared.slot(1, false).unwrap();
+        let mut slot = shared.slot(1).unwrap();
         assert_eq!(slot.owed(), None);
         slot.take(true)[..4].copy_from_slice(&48u32.to_ne_bytes());
         slot.take(false)[40..48].copy_from_slice(b"argument");
@@ -366,7 +366,7 @@ mod tests {
         drop(slot);
 
         let inherited = Shared::inherit(shared.fd().try_clone().unwrap().into()).unwrap();
-        let mut slot = inherited.slot(1, false).unwrap();
+        let mut slot = inherited.slot(1).unwrap();
         assert_eq!(
             slot.owed(),
             Some(Owed {
@@ -381,7 +381,7 @@ mod tests {
     #[test]
     fn a_request_that_arrived_while_the_server_was_killed_is_found_by_its_length() {
         let shared = Shared::create().unwrap();
-        let mut slot = shared.slot(0, false).unwrap();
+        let mut slot = shared.slot(0).unwrap();
         slot.take(true);
         assert_eq!(slot.owed(), None);
         slot.take(true)[..4].copy_from_slice(&56u32.to_ne_bytes());
@@ -397,7 +397,7 @@ mod tests {
     #[test]
     fn a_request_carried_out_keeps_its_errno_until_it_is_answered() {
         let shared = Shared::create().unwrap();
-        let mut slot = shared.slot(0, false).unwrap();
+        let mut slot = shared.slot(0).unwrap();
         slot.taken(40);
         slot.done(libc::ENOSPC);
         let done = Some(libc::ENOSPC);
@@ -411,12 +411,12 @@ mod tests {
     #[test]
     fn data_is_page_aligned_and_answers_are_counted() {
         let shared = Shared::create().unwrap();
-        let mut slot = shared.slot(0, false).unwrap();
+        let mut slot = shared.slot(0).unwrap();
         assert_eq!(slot.data(abi::MAX_IO).unwrap().as_ptr() as usize % 4096, 0);
         assert!(slot.data(abi::MAX_IO + 1).is_none());
         slot.answered(true);
         slot.answered(false);
         assert_eq!((shared.served(), shared.resent()), (2, 1));
-        assert!(shared.slot(MAX_THREADS, false).is_err());
+        assert!(shared.slot(MAX_THREADS).is_err());
     }
 }

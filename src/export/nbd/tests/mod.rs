@@ -1,5 +1,6 @@
 //! Sessions over scripted bytes: what a client sends, and what it must get for it.
 
+mod devices;
 mod handshake;
 mod transmission;
 

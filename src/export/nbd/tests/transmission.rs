@@ -3,33 +3,33 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::block::{Durability, Extent, ExtentKind, ZeroMode};
+use crate::block::{Durability, ExtentKind};
 
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISC: u16 = 2;
-const FLUSH: u16 = 3;
-const TRIM: u16 = 4;
-const CACHE: u16 = 5;
-const ZEROES: u16 = 6;
-const STATUS: u16 = 7;
+pub(super) const READ: u16 = 0;
+pub(super) const WRITE: u16 = 1;
+pub(super) const DISC: u16 = 2;
+pub(super) const FLUSH: u16 = 3;
+pub(super) const TRIM: u16 = 4;
+pub(super) const CACHE: u16 = 5;
+pub(super) const ZEROES: u16 = 6;
+pub(super) const STATUS: u16 = 7;
 
-const EPERM: u32 = 1;
-const EIO: u32 = 5;
-const EINVAL: u32 = 22;
-const ENOSPC: u32 = 28;
-const EOVERFLOW: u32 = 75;
-const ENOTSUP: u32 = 95;
+pub(super) const EPERM: u32 = 1;
+pub(super) const EIO: u32 = 5;
+pub(super) const EINVAL: u32 = 22;
+pub(super) const ENOSPC: u32 = 28;
+pub(super) const EOVERFLOW: u32 = 75;
+pub(super) const ENOTSUP: u32 = 95;
 
-fn simple() -> Script {
+pub(super) fn simple() -> Script {
     Script::new().go("disk")
 }
 
-fn structured() -> Script {
+pub(super) fn structured() -> Script {
     Script::new().structured().go("disk")
 }
 
-fn with_status() -> Script {
+pub(super) fn with_status() -> Script {
     Script::new()
         .structured()
         .option(
@@ -80,7 +80,7 @@ fn what_was_written_is_read_back_in_simple_and_structured_replies() {
 }
 
 /// Puts structured replies to a read together.
-fn reassemble(answers: &mut Answers, offset: u64, len: usize) -> (Vec<u8>, Vec<u16>) {
+pub(super) fn reassemble(answers: &mut Answers, offset: u64, len: usize) -> (Vec<u8>, Vec<u16>) {
     let mut bytes = vec![0xee; len];
     let mut kinds = Vec::new();
     loop {
@@ -321,7 +321,7 @@ fn a_context_selected_for_another_export_does_not_count() {
 }
 
 /// The descriptors, length and status, of the next reply.
-fn statuses(answers: &mut Answers) -> Vec<(u32, u32)> {
+pub(super) fn statuses(answers: &mut Answers) -> Vec<(u32, u32)> {
     let Reply::Chunk { flags, kind, data } = answers.reply() else {
         panic!("a simple reply to BLOCK_STATUS");
     };
@@ -429,189 +429,6 @@ fn a_stream_that_ends_within_a_request_changes_nothing_on_the_device() {
             assert_eq!(extents[0].kind, ExtentKind::Hole);
         }
     }
-}
-
-/// A device that fails every call in one way.
-struct Broken(ErrorKind);
-
-impl Broken {
-    fn fail<T>(&self) -> Result<T> {
-        // Longer than any client would read, and cut within a letter.
-        Err(Error::new(self.0, format!("broken: {}", "ü".repeat(5000))))
-    }
-}
-
-impl BlockDevice for Broken {
-    fn size(&self) -> u64 {
-        SIZE
-    }
-
-    fn is_read_only(&self) -> bool {
-        false
-    }
-
-    fn read_at(&self, _: &mut [u8], _: u64) -> Result<()> {
-        self.fail()
-    }
-
-    fn write_at(&self, _: &[u8], _: u64, _: Durability) -> Result<()> {
-        self.fail()
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.fail()
-    }
-
-    fn discard(&self, _: u64, _: u64) -> Result<()> {
-        self.fail()
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode, _: Durability) -> Result<()> {
-        self.fail()
-    }
-
-    fn extents(&self, _: u64, _: u64, _: usize) -> Result<Vec<Extent>> {
-        self.fail()
-    }
-
-    fn prefetch(&self, _: u64, _: u64) -> Result<()> {
-        self.fail()
-    }
-}
-
-#[test]
-fn the_devices_errors_reach_the_client_by_their_kind() {
-    for (kind, error) in [
-        (ErrorKind::NoSpace, ENOSPC),
-        (ErrorKind::ReadOnly, EPERM),
-        (ErrorKind::InvalidInput, EINVAL),
-        (ErrorKind::OutOfRange, EINVAL),
-        (ErrorKind::Unsupported, ENOTSUP),
-        (ErrorKind::Io, EIO),
-        (ErrorKind::Corrupt, EIO),
-        (ErrorKind::Poisoned, EIO),
-    ] {
-        for script in [simple, with_status] {
-            let mut script = script()
-                .request(READ, 0, 0, 512)
-                .request(READ, 0, 0, 5 << 20)
-                .request(WRITE, command_flag::FUA, 0, 512)
-                .bytes(&[1; 512])
-                .request(WRITE, 0, 0, 100_000)
-                .bytes(&[1; 100_000])
-                .request(FLUSH, 0, 0, 0)
-                .request(TRIM, 0, 0, 512)
-                .request(ZEROES, 0, 0, 512)
-                .request(CACHE, 0, 0, 512);
-            script = script.request(DISC, 0, 0, 0);
-            let mut answers = script.run(&[named("disk", Broken(kind))]);
-            answers.transmitting();
-            for _ in 0..7 {
-                assert_eq!(answers.error(), error, "{kind:?}");
-            }
-            assert!(answers.success().end().is_ok());
-        }
-    }
-}
-
-#[test]
-fn a_read_that_fails_half_way_ends_with_an_error_chunk() {
-    /// Fails beyond the second MiB.
-    struct Half;
-    impl BlockDevice for Half {
-        fn size(&self) -> u64 {
-            SIZE
-        }
-        fn is_read_only(&self) -> bool {
-            true
-        }
-        fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-            if offset >= 2 << 20 {
-                return Err(Error::new(ErrorKind::Io, "the rest is gone"));
-            }
-            buf.fill(1);
-            Ok(())
-        }
-        fn write_at(&self, _: &[u8], _: u64, _: Durability) -> Result<()> {
-            Ok(())
-        }
-        fn flush(&self) -> Result<()> {
-            Ok(())
-        }
-        fn discard(&self, _: u64, _: u64) -> Result<()> {
-            Ok(())
-        }
-        fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode, _: Durability) -> Result<()> {
-            Ok(())
-        }
-        fn extents(&self, offset: u64, len: u64, _: usize) -> Result<Vec<Extent>> {
-            let kind = ExtentKind::Data;
-            Ok(vec![Extent { offset, len, kind }])
-        }
-    }
-    let mut answers = structured()
-        .request(READ, 0, 0, 4 << 20)
-        .request(FLUSH, 0, 0, 0)
-        .request(DISC, 0, 0, 0)
-        .run(&[named("disk", Half)]);
-    answers.transmitting();
-    for _ in 0..2 {
-        match answers.reply() {
-            Reply::Chunk { flags, kind, data } => {
-                assert_eq!((flags, kind), (0, chunk::OFFSET_DATA));
-                assert!(data[8..].iter().all(|byte| *byte == 1));
-            }
-            reply => panic!("{reply:?}"),
-        }
-    }
-    assert_eq!(answers.error(), EIO);
-    assert!(answers.success().end().is_ok());
-}
-
-#[test]
-fn extents_that_lie_outside_the_request_are_never_passed_on() {
-    /// Describes the device as one hole, whatever it is asked.
-    struct Careless(MemoryDevice);
-    impl BlockDevice for Careless {
-        fn size(&self) -> u64 {
-            SIZE
-        }
-        fn is_read_only(&self) -> bool {
-            true
-        }
-        fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-            self.0.read_at(buf, offset)
-        }
-        fn write_at(&self, _: &[u8], _: u64, _: Durability) -> Result<()> {
-            Ok(())
-        }
-        fn flush(&self) -> Result<()> {
-            Ok(())
-        }
-        fn discard(&self, _: u64, _: u64) -> Result<()> {
-            Ok(())
-        }
-        fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode, _: Durability) -> Result<()> {
-            Ok(())
-        }
-        fn extents(&self, _: u64, _: u64, _: usize) -> Result<Vec<Extent>> {
-            Ok(vec![Extent {
-                offset: 0,
-                len: u64::MAX,
-                kind: ExtentKind::Hole,
-            }])
-        }
-    }
-    let mut answers = with_status()
-        .request(STATUS, 0, 4096, 8192)
-        .request(READ, 0, 4096, 1 << 20)
-        .request(DISC, 0, 0, 0)
-        .run(&[named("disk", Careless(MemoryDevice::new(SIZE)))]);
-    answers.transmitting();
-    assert_eq!(statuses(&mut answers), [(8192, 3)]);
-    let (_, kinds) = reassemble(&mut answers, 4096, 1 << 20);
-    assert_eq!(kinds, [chunk::OFFSET_HOLE]);
-    assert!(answers.end().is_ok());
 }
 
 proptest! {

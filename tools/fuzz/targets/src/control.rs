@@ -86,7 +86,7 @@ fn lines(input: &[u8]) {
     let (mut client, server) = UnixStream::pair().unwrap();
     client.write_all(input).unwrap();
     client.shutdown(Shutdown::Write).unwrap();
-    let ended = converse(&server, &Echo);
+    let ended = converse(&server, || (), |verb, args| Echo.handle(verb, args));
     drop(server);
     let mut answers = String::new();
     client.read_to_string(&mut answers).unwrap();

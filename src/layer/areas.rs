@@ -1,0 +1,242 @@
+//! The journal's two areas: where the next record goes, and how an area is made, left and freed.
+
+use std::thread::JoinHandle;
+
+use super::journal::{AlignedBuf, Area};
+use super::writable::WritableLayer;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How much longer an area is than the one before it, while they fill.
+const GROWTH: u64 = 4;
+
+/// Where the journal stands. Only the flush that leads touches it.
+#[derive(Debug)]
+pub(super) struct Committer {
+    pub(super) areas: [Option<Area>; 2],
+    pub(super) current: usize,
+    /// The generation being written.
+    pub(super) generation: u64,
+    pub(super) sequence: u64,
+    pub(super) records_before: u64,
+    /// Where the next record goes.
+    pub(super) position: u64,
+    /// By area: some record there carries blocks that no barrier has retired.
+    pub(super) live: [bool; 2],
+    /// Something failed half-way, and what the disk holds of it is unknown: a record that may be
+    /// there, a checkpoint that may be, an area that was not freed. Nothing may be written to the
+    /// journal until a checkpoint contains it all.
+    pub(super) must_checkpoint: bool,
+    /// Frees the other area, or makes a larger one in its place.
+    pub(super) retiring: Option<JoinHandle<Result<Option<Area>>>>,
+    /// The generation in which the other area was made ahead, or found to have no space.
+    pub(super) prepared: u64,
+    pub(super) buf: AlignedBuf,
+}
+
+impl Committer {
+    /// A journal without areas behind a checkpoint that contains `covered`.
+    pub(super) fn new(covered: u64) -> Self {
+        Committer {
+            areas: [None, None],
+            current: 0,
+            generation: covered + 1,
+            sequence: 0,
+            records_before: 0,
+            position: 0,
+            live: [false; 2],
+            must_checkpoint: false,
+            retiring: None,
+            prepared: 0,
+            buf: AlignedBuf::default(),
+        }
+    }
+
+    pub(super) fn has_live_blocks(&self) -> bool {
+        self.live != [false; 2]
+    }
+
+    pub(super) fn area(&self) -> Option<&Area> {
+        self.areas.get(self.current)?.as_ref()
+    }
+
+    pub(super) fn set_area(&mut self, which: usize, area: Option<Area>) {
+        if let Some(slot) = self.areas.get_mut(which) {
+            *slot = area;
+        }
+    }
+
+    pub(super) fn area_len(&self, which: usize) -> u64 {
+        let area = self.areas.get(which).and_then(Option::as_ref);
+        area.map_or(0, Area::len)
+    }
+
+    pub(super) fn set_live(&mut self, which: usize, live: bool) {
+        if let Some(slot) = self.live.get_mut(which) {
+            *slot = live;
+        }
+    }
+
+    /// A checkpoint contains everything so far: both areas are free.
+    pub(super) fn begin_after_checkpoint(&mut self) {
+        self.generation += 1;
+        self.sequence = 0;
+        self.records_before = 0;
+        self.position = 0;
+        self.live = [false; 2];
+        self.must_checkpoint = false;
+    }
+}
+
+/// Whether a record has a place in the journal.
+pub(super) enum Room {
+    Fits,
+    /// The journal is full or too small: a checkpoint takes the record's place.
+    NeedsCheckpoint,
+}
+
+impl WritableLayer {
+    /// Finds a place for a record of `len` bytes.
+    pub(super) fn make_room(&self, committer: &mut Committer, len: u64) -> Result<Room> {
+        if len > self.options.journal_max || committer.must_checkpoint {
+            return Ok(Room::NeedsCheckpoint);
+        }
+        let Some(area_len) = committer.area().map(Area::len) else {
+            let wanted = self.area_for(len, self.options.journal_start);
+            return self.create_area(committer, committer.current, wanted);
+        };
+        if committer.position + len <= area_len {
+            return Ok(Room::Fits);
+        }
+        if !self.options.background || self.wait_for_retirement(committer).is_err() {
+            return Ok(Room::NeedsCheckpoint);
+        }
+        self.switch_area(committer, area_len, len)
+    }
+
+    /// Makes an area. Where there is no space for it there may be for a checkpoint.
+    pub(super) fn create_area(
+        &self,
+        committer: &mut Committer,
+        which: usize,
+        len: u64,
+    ) -> Result<Room> {
+        // An older file of the name is cut first, so it is no area any more.
+        committer.set_area(which, None);
+        let area = self.core.make_area(which, len)?;
+        let room = if area.is_some() {
+            Room::Fits
+        } else {
+            Room::NeedsCheckpoint
+        };
+        committer.set_area(which, area);
+        Ok(room)
+    }
+
+    /// The length of the area that follows one of `area_len`: a journal that fills is too small
+    /// for its load.
+    fn next_len(&self, area_len: u64) -> u64 {
+        (area_len * GROWTH).min(self.options.journal_max)
+    }
+
+    /// The length of an area of at least `least` bytes that a record of `len` bytes, which is no
+    /// longer than an area can be, fits into.
+    fn area_for(&self, len: u64, least: u64) -> u64 {
+        least
+            .max(len.next_power_of_two())
+            .min(self.options.journal_max)
+    }
+
+    /// Makes the other area, or a larger one in its place, before it is wanted, so that no flush
+    /// has to wait for that.
+    pub(super) fn prepare_other_area(&self, committer: &mut Committer) {
+        let Some(area_len) = committer.area().map(Area::len) else {
+            return;
+        };
+        if !self.options.background || committer.position < area_len / 2 {
+            return;
+        }
+        if let Some(retiring) = &committer.retiring {
+            if !retiring.is_finished() {
+                return;
+            }
+            // A failure is noted there, and the next flush deals with it.
+            let _ = self.wait_for_retirement(committer);
+        }
+        let other = 1 - committer.current;
+        let wanted = self.next_len(area_len);
+        if committer.must_checkpoint
+            || committer.area_len(other) >= wanted
+            // On a full disk not again for each flush.
+            || committer.prepared == committer.generation
+        {
+            return;
+        }
+        committer.prepared = committer.generation;
+        // Its file is cut first, so it is no area any more.
+        committer.set_area(other, None);
+        let core = self.core.clone();
+        committer.retiring = spawn(move || core.make_area(other, wanted)).ok();
+    }
+
+    /// Goes on in the other area, which is free, and has this one freed in the background.
+    fn switch_area(&self, committer: &mut Committer, area_len: u64, len: u64) -> Result<Room> {
+        let other = 1 - committer.current;
+        let wanted = self.area_for(len, self.next_len(area_len));
+        if committer.area_len(other) < len
+            && let Room::NeedsCheckpoint = self.create_area(committer, other, wanted)?
+        {
+            return Ok(Room::NeedsCheckpoint);
+        }
+        let core = self.core.clone();
+        let full = committer.generation;
+        let Ok(retiring) = spawn(move || core.retire(full).map(|()| None)) else {
+            return Ok(Room::NeedsCheckpoint);
+        };
+        committer.retiring = Some(retiring);
+        committer.current = other;
+        committer.records_before = committer.sequence;
+        committer.generation += 1;
+        committer.sequence = 0;
+        committer.position = 0;
+        Ok(Room::Fits)
+    }
+
+    /// Waits until the area that is not written to is free.
+    pub(super) fn wait_for_retirement(&self, committer: &mut Committer) -> Result<()> {
+        let Some(retiring) = committer.retiring.take() else {
+            return Ok(());
+        };
+        if !retiring.is_finished() {
+            self.core.stats.journal_waits.add(1);
+        }
+        let outcome = retiring.join().unwrap_or_else(|_| {
+            Err(Error::new(
+                ErrorKind::Io,
+                "the checkpoint thread ended unexpectedly",
+            ))
+        });
+        match outcome {
+            Ok(made) => {
+                let other = 1 - committer.current;
+                committer.set_live(other, false);
+                if made.is_some() {
+                    committer.set_area(other, made);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                committer.must_checkpoint = true;
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Starts a thread that works for the journal.
+fn spawn(
+    work: impl FnOnce() -> Result<Option<Area>> + Send + 'static,
+) -> std::io::Result<JoinHandle<Result<Option<Area>>>> {
+    std::thread::Builder::new()
+        .name("vellum-journal".into())
+        .spawn(work)
+}
