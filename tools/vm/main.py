@@ -143,10 +143,11 @@ def main():
         guest = power.Guest(options, guest_kernel, archive, directory)
         if options.grow:
             grow.exercise(guest, seed)
-        elif options.cuts or not options.no_control:
-            power.exercise(guest, seed)
-        if not options.no_nbd and not options.grow:
-            nbd.exercise(guest, seed)
+        else:
+            if options.cuts or not options.no_control:
+                power.exercise(guest, seed)
+            if not options.no_nbd:
+                nbd.exercise(guest, seed)
         say("passed")
         keep = options.keep
         return 0

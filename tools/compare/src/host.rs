@@ -491,9 +491,27 @@ pub fn copy_tree(from: &Path, to: &Path, options: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// The user of that name.
+pub fn user(name: &str) -> Result<User> {
+    User::from_name(name)?.with_context(|| format!("no user {name}"))
+}
+
+/// A program, as the user `name`, who may not get into our working directory.
+pub fn program_as(name: &str, file: &Path) -> Result<Command> {
+    let user = user(name)?;
+    let mut command = Command::new(file);
+    command
+        .uid(user.uid.as_raw())
+        .gid(user.gid.as_raw())
+        .current_dir("/")
+        .env("LC_ALL", "C")
+        .env("HOME", "/");
+    Ok(command)
+}
+
 /// Makes `dir`, where it is missing, a directory of the user `name` alone.
 pub fn give(dir: &Path, name: &str) -> Result<()> {
-    let user = User::from_name(name)?.with_context(|| format!("no user {name}"))?;
+    let user = user(name)?;
     fs::create_dir_all(dir)?;
     nix::unistd::chown(dir, Some(user.uid), Some(user.gid))?;
     fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;

@@ -196,12 +196,10 @@ fn compare(cli: &Cli) -> Result<()> {
         .into_iter()
         .filter(|driver| used(driver.about().kind))
         .collect();
-    left_out.extend(
-        [
-            "Drivers that need a kernel module of their own (ublk, device-mapper thin pools, ZFS) \
-          are not part of this comparison.",
-        ]
-        .map(str::to_owned),
+    left_out.push(
+        "Drivers that need a kernel module of their own (ublk, device-mapper thin pools, ZFS) are \
+         not part of this comparison."
+            .to_owned(),
     );
     let dirs = places(&cli.dir)?;
     let usual = if quick { 4.5 } else { 40.0 * dirs.len() as f64 };

@@ -335,14 +335,13 @@ fn prepare<'a>(
     let begin = Instant::now();
     let kind = workloads.first().map(|workload| workload.kind());
     let first: Vec<&str> = workloads.iter().flat_map(|w| foremost(*w)).collect();
-    let mut drivers: Vec<(usize, &dyn Driver)> = plan
+    let mut drivers: Vec<&dyn Driver> = plan
         .drivers
         .iter()
         .map(AsRef::as_ref)
-        .enumerate()
-        .filter(|(_, driver)| Some(driver.about().kind) == kind && driver.absent().is_none())
+        .filter(|driver| Some(driver.about().kind) == kind && driver.absent().is_none())
         .collect();
-    drivers.sort_by_key(|(_, driver)| {
+    drivers.sort_by_key(|driver| {
         let id = driver.about().id;
         let control = kind.is_some_and(|kind| driver::control(kind) == id);
         (!first.contains(&id), !control)
@@ -350,7 +349,9 @@ fn prepare<'a>(
     let mut prepared = Vec::new();
     let mut longest: f64 = 0.0;
     let mut without = Vec::new();
-    for (number, driver) in drivers {
+    let ids: Vec<String> = workloads.iter().map(|workload| workload.id()).collect();
+    let what = format!("image for {}", ids.join(", "));
+    for (number, driver) in drivers.into_iter().enumerate() {
         let about = driver.about();
         let time = begin.elapsed().as_secs_f64() + longest < share / 3.0;
         if !time && !first.contains(&about.id) {
@@ -369,9 +370,7 @@ fn prepare<'a>(
             .context("preparing the image");
         let seconds = start.elapsed().as_secs_f64();
         longest = longest.max(seconds);
-        let images: Vec<String> = workloads.iter().map(|workload| workload.id()).collect();
-        let images = format!("image for {}", images.join(", "));
-        report.took(&place.id, &images, about.id, seconds);
+        report.took(&place.id, &what, about.id, seconds);
         stop_if_interrupted()?;
         match image {
             Ok(image) => prepared.push(Prepared { driver, image }),
@@ -484,12 +483,14 @@ fn fewer(skipped: &BTreeMap<&str, usize>, rounds: usize) -> String {
             .iter()
             .filter(|(_, without)| rounds - **without == had);
         let drivers: Vec<&str> = drivers.map(|(driver, _)| *driver).collect();
-        let drivers_list = drivers.join(", ");
-        match (drivers.is_empty(), had) {
-            (true, _) => {}
-            (false, 0) => parts.push(format!("without {drivers_list}")),
-            (false, had) => parts.push(format!("{drivers_list} {had} of {rounds} rounds")),
+        if drivers.is_empty() {
+            continue;
         }
+        let drivers = drivers.join(", ");
+        parts.push(match had {
+            0 => format!("without {drivers}"),
+            had => format!("{drivers} {had} of {rounds} rounds"),
+        });
     }
     parts.join("; ")
 }

@@ -4,6 +4,13 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+/// Infinite without an end.
+fn seconds_until(end: Option<Instant>) -> f64 {
+    end.map_or(f64::INFINITY, |end| {
+        end.saturating_duration_since(Instant::now()).as_secs_f64()
+    })
+}
+
 /// The time of one place, shared by its workloads by weight. What one does not use the next ones
 /// have.
 #[derive(Debug)]
@@ -30,9 +37,7 @@ impl Budget {
 
     /// Seconds that are left in this place; infinite without a limit.
     pub fn left(&self) -> f64 {
-        self.end.map_or(f64::INFINITY, |end| {
-            end.saturating_duration_since(Instant::now()).as_secs_f64()
-        })
+        seconds_until(self.end)
     }
 
     /// Seconds of that for work of this weight.
@@ -77,10 +82,7 @@ impl Rounds {
 
     /// Whether there is time for a driver in this round, when the place has `place_left` seconds.
     pub fn has_time(&self, driver: &str, round: usize, place_left: f64) -> bool {
-        let left = self.end.map_or(f64::INFINITY, |end| {
-            end.saturating_duration_since(Instant::now()).as_secs_f64()
-        });
-        self.fits(driver, round, left, place_left)
+        self.fits(driver, round, seconds_until(self.end), place_left)
     }
 
     fn fits(&self, driver: &str, round: usize, left: f64, place_left: f64) -> bool {

@@ -19,23 +19,23 @@ struct Setup {
     place: tempfile::TempDir,
 }
 
+fn need(program: &str, package: &str) {
+    let found = ["/usr/bin", "/usr/sbin", "/sbin", "/usr/local/bin"]
+        .iter()
+        .any(|dir| Path::new(dir).join(program).exists());
+    assert!(found, "{program} is missing: apt-get install {package}");
+}
+
 impl Setup {
     fn new() -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
             "mounting needs root: run the tests with sudo"
         );
-        for (program, package) in [
-            ("fio", "fio"),
-            ("nbdkit", "nbdkit"),
-            ("qemu-io", "qemu-utils"),
-            ("mke2fs", "e2fsprogs"),
-        ] {
-            let found = ["/usr/bin", "/usr/sbin", "/sbin", "/usr/local/bin"]
-                .iter()
-                .any(|dir| Path::new(dir).join(program).exists());
-            assert!(found, "{program} is missing: apt-get install {package}");
-        }
+        need("fio", "fio");
+        need("nbdkit", "nbdkit");
+        need("qemu-io", "qemu-utils");
+        need("mke2fs", "e2fsprogs");
         // In memory: a run syncs the file system that it measures many times, and the disk may be
         // busy with the tests beside this one.
         let memory = Path::new("/dev/shm");
@@ -78,6 +78,12 @@ impl Setup {
         command
     }
 
+    /// The report's data.
+    fn report(&self) -> Value {
+        let json = fs::read(self.out().join("report.json")).unwrap();
+        serde_json::from_slice(&json).unwrap()
+    }
+
     /// Mounts and loop devices that lie in the place, and files.
     fn leftovers(&self) -> Vec<String> {
         let place = self.place().display().to_string();
@@ -108,8 +114,7 @@ fn every_driver_is_checked_then_measured_in_turns_and_nothing_is_left() {
     assert!(output.status.success(), "{said}");
     assert_eq!(setup.leftovers(), Vec::<String>::new());
 
-    let json = fs::read(setup.out().join("report.json")).unwrap();
-    let report: Value = serde_json::from_slice(&json).unwrap();
+    let report = setup.report();
     let flush = |id: &str| {
         let drivers = report["drivers"].as_array().unwrap();
         let driver = drivers.iter().find(|driver| driver["id"] == id).unwrap();
@@ -165,12 +170,6 @@ fn every_driver_is_checked_then_measured_in_turns_and_nothing_is_left() {
     assert!(page.contains("<svg") && page.contains("✗ nbdkit cow"));
 }
 
-/// The report's data.
-fn report(setup: &Setup) -> Value {
-    let json = fs::read(setup.out().join("report.json")).unwrap();
-    serde_json::from_slice(&json).unwrap()
-}
-
 #[test]
 fn containers_side_by_side_answer_goals_twice_in_a_row() {
     let setup = Setup::new();
@@ -179,7 +178,7 @@ fn containers_side_by_side_answer_goals_twice_in_a_row() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{said}");
         assert_eq!(setup.leftovers(), Vec::<String>::new());
-        let report = report(&setup);
+        let report = setup.report();
         assert_eq!(report["cut_short"], Value::Null);
         let goals = report["goals"].as_array().unwrap();
         for figure in ["swarm.total", "swarm.fair", "swarm.synced"] {
@@ -219,7 +218,7 @@ fn a_limit_of_time_leaves_out_further_drivers_first_and_says_so() {
     let took = start.elapsed();
     assert!(took < Duration::from_secs(120), "{took:?}");
     assert_eq!(setup.leftovers(), Vec::<String>::new());
-    let report = report(&setup);
+    let report = setup.report();
     let rounds = |driver: &str| {
         let samples = report["samples"].as_array().unwrap().iter();
         let of = samples.filter(|s| s["workload"] == "sqlite-wal" && s["metric"] == "steady");
@@ -246,7 +245,7 @@ fn a_driver_that_fails_loses_no_figure_of_the_others() {
         .unwrap();
     assert!(!output.status.success());
     assert_eq!(setup.leftovers(), Vec::<String>::new());
-    let report = report(&setup);
+    let report = setup.report();
     let failures = report["failures"].as_array().unwrap();
     assert!(!failures.is_empty());
     assert!(failures.iter().all(|failure| failure["driver"] == "vellum"));
@@ -258,12 +257,8 @@ fn a_driver_that_fails_loses_no_figure_of_the_others() {
 #[test]
 fn databases_give_a_curve_and_a_picture_of_their_blocks() {
     let setup = Setup::new();
-    for (program, package) in [("mariadbd", "mariadb-server"), ("sysbench", "sysbench")] {
-        let found = ["/usr/bin", "/usr/sbin"]
-            .iter()
-            .any(|dir| Path::new(dir).join(program).exists());
-        assert!(found, "{program} is missing: apt-get install {package}");
-    }
+    need("mariadbd", "mariadb-server");
+    need("sysbench", "sysbench");
     assert!(
         Path::new("/usr/lib/postgresql").exists(),
         "PostgreSQL is missing: apt-get install postgresql"
@@ -276,7 +271,7 @@ fn databases_give_a_curve_and_a_picture_of_their_blocks() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
     assert_eq!(setup.leftovers(), Vec::<String>::new());
-    let report = report(&setup);
+    let report = setup.report();
     for workload in ["pgbench", "mariadb"] {
         let curves = report["curves"].as_array().unwrap().iter();
         let mut of = curves.filter(|c| c["workload"] == workload && c["driver"] == "vellum");
@@ -318,8 +313,7 @@ fn an_interrupted_run_cleans_up_fails_and_keeps_what_it_measured() {
     assert!(!status.success());
     assert_eq!(setup.leftovers(), Vec::<String>::new());
     // What was measured until then is kept, and said to be a part.
-    let json = fs::read(setup.out().join("report.json")).unwrap();
-    let report: Value = serde_json::from_slice(&json).unwrap();
+    let report = setup.report();
     assert_eq!(report["cut_short"], "interrupted");
     assert!(report["samples"].is_array());
     let page = fs::read_to_string(setup.out().join("report.html")).unwrap();

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Place, Report};
+use super::{DriverReport, Place, Report};
 use crate::stats::{Spread, ratios};
 
 /// What is wanted.
@@ -288,19 +288,16 @@ pub fn goals(report: &Report) -> Vec<GoalResult> {
 }
 
 /// The drivers that goals of a workload name.
-pub fn drivers_of(workload: &str) -> Vec<&'static str> {
-    let mut drivers = Vec::new();
-    for goal in GOALS.iter().filter(|goal| goal.workload == workload) {
-        for driver in [Some(goal.driver), goal.beside()].into_iter().flatten() {
-            if !drivers.contains(&driver) {
-                drivers.push(driver);
-            }
-        }
-    }
-    drivers
+pub fn drivers_of(workload: &str) -> impl Iterator<Item = &'static str> {
+    let goals = GOALS.iter().filter(move |goal| goal.workload == workload);
+    goals.flat_map(Goal::drivers)
 }
 
 impl Goal {
+    fn drivers(&self) -> impl Iterator<Item = &'static str> + use<> {
+        [Some(self.driver), self.beside()].into_iter().flatten()
+    }
+
     fn beside(&self) -> Option<&'static str> {
         match self.target {
             Target::TimesAsFast(_, than) | TimesTheTime(_, than) => Some(than),
@@ -333,7 +330,7 @@ impl Goal {
         };
         let kept = |id: &str| {
             let driver = report.drivers.iter().find(|driver| driver.about.id == id);
-            driver.is_some_and(|driver| driver.flush.as_ref().is_some_and(|flush| flush.passed))
+            driver.is_some_and(DriverReport::comparable)
         };
         let comparable = kept(self.driver) && self.beside().is_none_or(kept);
         let outcome = match reached {
@@ -389,7 +386,7 @@ mod tests {
                 metrics.iter().any(|metric| metric.id == goal.metric),
                 "{goal:?}"
             );
-            for id in [Some(goal.driver), goal.beside()].into_iter().flatten() {
+            for id in goal.drivers() {
                 let driver = drivers
                     .iter()
                     .find(|driver| driver.about().id == id)

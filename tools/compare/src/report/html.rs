@@ -53,7 +53,7 @@ fn introduction(report: &Report) -> Markup {
     let host = &report.host;
     html! {
         @if let Some(why) = &report.cut_short {
-            p.cut { "This run did not reach its end: " (why) ". What it had measured until then is \
+            p.cut { "This run did not reach its end: " (brief(why)) ". What it had measured until then is \
                      below." }
         }
         p {
@@ -214,8 +214,8 @@ fn overview(report: &Report) -> Markup {
                         tr {
                             th { "× as fast as " (title(report, driver::reference(kind))) }
                             @for driver in &columns {
-                                th.fails[!comparable(driver)] {
-                                    @if !comparable(driver) { "✗ " }
+                                th.fails[!driver.comparable()] {
+                                    @if !driver.comparable() { "✗ " }
                                     (driver.about.title)
                                 }
                             }
@@ -240,10 +240,6 @@ fn overview(report: &Report) -> Markup {
 fn title<'a>(report: &'a Report, id: &'a str) -> &'a str {
     let found = report.drivers.iter().find(|driver| driver.about.id == id);
     found.map_or(id, |driver| driver.about.title)
-}
-
-fn comparable(driver: &DriverReport) -> bool {
-    driver.flush.as_ref().is_some_and(|flush| flush.passed)
 }
 
 fn ratio(summary: Option<&Summary>) -> Markup {
@@ -349,12 +345,14 @@ fn workload_at(
             div.wide { table {
                 tr {
                     th { "Median " small { "lowest–highest" } }
-                    @for metric in &workload.metrics { th { (metric.title) ", " (metric.unit) } }
+                    @for metric in &workload.metrics {
+                        th { (metric.title) @if !metric.unit.is_empty() { ", " (metric.unit) } }
+                    }
                 }
                 @for driver in &drivers {
                     tr {
-                        th.fails[!comparable(driver)] {
-                            @if !comparable(driver) { "✗ " }
+                        th.fails[!driver.comparable()] {
+                            @if !driver.comparable() { "✗ " }
                             (driver.about.title)
                         }
                         @for metric in &workload.metrics {
@@ -375,11 +373,11 @@ fn workload_at(
 
 fn look(driver: &DriverReport) -> Look {
     let about = &driver.about;
-    if !comparable(driver) {
+    if !driver.comparable() {
         Look::NotComparable
     } else if about.id == driver::reference(about.kind) || about.id == driver::control(about.kind) {
         Look::Reference
-    } else if about.id.starts_with("vellum") {
+    } else if about.id == driver::own(about.kind) {
         Look::Own
     } else {
         Look::Other
@@ -505,17 +503,33 @@ fn remarks(report: &Report) -> Markup {
             table {
                 tr { th { "Where" } th { "Workload" } th { "Driver" } th { "Why" } }
                 @for failure in &report.failures {
-                    tr { td { (failure.place) } td { (failure.workload) } td { (failure.driver) } td { (failure.error) } }
+                    tr { td { (failure.place) } td { (failure.workload) } td { (failure.driver) } td.why { (brief(&failure.error)) } }
                 }
             }
         }
-        p.small { "All figures of all runs: report.json, beside this file." }
+        p.small { "All figures of all runs, and errors whole: report.json, beside this file." }
     }
+}
+
+/// An error's beginning, which says what was done, and its end, which says what went wrong: between
+/// them may be a command line of a hundred file names.
+fn brief(error: &str) -> String {
+    const BEGINNING: usize = 300;
+    // As much as a failed command's own words have.
+    const END: usize = 600;
+    let count = error.chars().count();
+    if count <= BEGINNING + END {
+        return error.to_owned();
+    }
+    let beginning: String = error.chars().take(BEGINNING).collect();
+    let end: String = error.chars().skip(count - END).collect();
+    format!("{beginning} […] {end}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::Failure;
     use crate::report::tests::example;
 
     #[test]
@@ -531,6 +545,30 @@ mod tests {
     fn an_absent_driver_is_listed_with_its_reason_and_cannot_add_markup() {
         let page = render(&example()).unwrap();
         assert!(page.contains("absent: qemu &lt;is&gt; not here"));
+    }
+
+    #[test]
+    fn a_long_error_is_cut_in_its_middle_on_the_page_and_whole_in_the_data() {
+        let names = "ä".repeat(10_000);
+        let error = format!("fio --filename={names}: exit status: 1: no space left");
+        let mut report = example();
+        report.failures.push(Failure {
+            place: "disk".into(),
+            workload: "chain-128".into(),
+            driver: "raw",
+            error: error.clone(),
+        });
+        report.cut_short = Some(error.clone());
+        let page = render(&report).unwrap();
+        assert_eq!(page.matches("fio --filename=ä").count(), 2);
+        assert_eq!(page.matches("ä: exit status: 1: no space left").count(), 2);
+        assert!(!page.contains(&"ä".repeat(1000)));
+        let data = serde_json::to_value(&report).unwrap();
+        assert_eq!(data["failures"][0]["error"], *error);
+        assert_eq!(data["cut_short"], *error);
+        // What is short stays as it is.
+        assert_eq!(brief("no root"), "no root");
+        assert_eq!(brief(&"ä".repeat(900)), "ä".repeat(900));
     }
 
     #[test]

@@ -187,6 +187,13 @@ pub struct Summary {
     pub comparable: bool,
 }
 
+impl DriverReport {
+    /// Whether it passed its durability check, so that its speed compares like with like.
+    fn comparable(&self) -> bool {
+        self.flush.as_ref().is_some_and(|flush| flush.passed)
+    }
+}
+
 impl Report {
     /// Makes the summary from the samples.
     pub fn summarise(&mut self) {
@@ -267,7 +274,7 @@ impl Report {
                     verdict(ratio, control)
                 }
             }),
-            comparable: driver.flush.as_ref().is_some_and(|flush| flush.passed),
+            comparable: driver.comparable(),
         })
     }
 

@@ -54,12 +54,7 @@ impl Workload for Lifecycle {
             Metric::new("unmount", "unmount", "ms", Better::Lower).detail(),
             Metric::new("remove", "remove", "ms", Better::Lower).detail(),
             Metric::new("total", "all of it", "ms", Better::Lower),
-            Metric::new(
-                "space",
-                "space taken by an unused container",
-                "MB",
-                Better::Cost,
-            ),
+            Metric::space("space taken by an unused container"),
         ]
     }
 

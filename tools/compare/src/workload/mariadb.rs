@@ -1,16 +1,13 @@
 //! MariaDB under sysbench.
 
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use nix::unistd::User;
 
-use super::{BaseKind, Better, Measured, Metric, Run, Sizes, Workload, missing};
+use super::{BaseKind, Better, Measured, Metric, Run, Sizes, Workload, missing, missing_user};
 use crate::host::{self, Server, find_program};
-use crate::stats::Spread;
 
 /// The data directory in the image.
 const DATA: &str = "mariadb";
@@ -19,16 +16,8 @@ const TABLES: u32 = 4;
 
 /// A program, as the server's user.
 fn program(name: &str) -> Result<Command> {
-    let user = User::from_name(USER)?.context("no user mysql")?;
     let file = find_program(name).with_context(|| format!("{name} is not installed"))?;
-    let mut command = Command::new(file);
-    command
-        .uid(user.uid.as_raw())
-        .gid(user.gid.as_raw())
-        .current_dir("/")
-        .env("LC_ALL", "C")
-        .env("HOME", "/");
-    Ok(command)
+    host::program_as(USER, &file)
 }
 
 /// A running server, with Debian's defaults of the program itself: every commit is durable.
@@ -151,11 +140,7 @@ impl Workload for Sysbench {
             ("mariadb-admin", "mariadb-client"),
             ("sysbench", "sysbench"),
         ])
-        .or_else(|| {
-            let user = User::from_name(USER).ok().flatten();
-            user.is_none()
-                .then(|| format!("there is no user {USER} to run it as"))
-        })
+        .or_else(|| missing_user(USER))
     }
 
     fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
@@ -172,9 +157,7 @@ impl Workload for Sysbench {
                 .arg(format!("--time={}", run.sizes.maria_seconds))
                 .args(["--report-interval=1", "--percentile=95", "run"]),
         )?;
-        let sockets = maria.sockets;
         let server = maria.server.stop()?;
-        drop(sockets);
         measured.cpu(meter.stop(server + bench.cpu));
         summary(&bench.stdout, &mut measured)?;
         run.done(&started, &mut measured)?;
@@ -202,8 +185,8 @@ fn summary(said: &str, measured: &mut Measured) -> Result<()> {
     let p95 = said
         .lines()
         .find_map(|line| after(line, "95th percentile:"));
-    if let Some(spread) = Spread::of(p95) {
-        measured.add("p95", spread.median);
+    if let Some(p95) = p95 {
+        measured.add("p95", p95);
     }
     measured.curve = curve;
     Ok(())

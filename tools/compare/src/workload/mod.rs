@@ -108,14 +108,24 @@ impl Metric {
 
     /// What every workload costs besides time.
     fn costs() -> Vec<Self> {
+        let mut costs = Self::cpu();
+        costs.push(Self::space("space taken by the container afterwards"));
+        costs
+    }
+
+    /// What [`Measured::cpu`] gives.
+    fn cpu() -> Vec<Self> {
         [
-            ("cpu_client", "CPU time of the program", "s"),
-            ("cpu_server", "CPU time of the driver's processes", "s"),
-            ("cpu_kernel", "CPU time of kernel threads (whole host)", "s"),
-            ("space", "space taken by the container afterwards", "MB"),
+            ("cpu_client", "CPU time of the program"),
+            ("cpu_server", "CPU time of the driver's processes"),
+            ("cpu_kernel", "CPU time of kernel threads (whole host)"),
         ]
-        .map(|(id, title, unit)| Metric::new(id, title, unit, Better::Cost))
+        .map(|(id, title)| Metric::new(id, title, "s", Better::Cost))
         .to_vec()
+    }
+
+    fn space(title: &str) -> Self {
+        Metric::new("space", title, "MB", Better::Cost)
     }
 }
 
@@ -315,6 +325,12 @@ fn random_file(path: &Path, size: u64) -> Result<()> {
     let mut file = std::fs::File::create(path)?;
     std::io::copy(&mut random, &mut file)?;
     Ok(())
+}
+
+/// The reason when there is no user of that name.
+fn missing_user(name: &str) -> Option<String> {
+    let reason = || format!("there is no user {name} to run it as");
+    host::user(name).is_err().then(reason)
 }
 
 /// The reason when a program is missing.

@@ -1,15 +1,13 @@
 //! PostgreSQL under pgbench.
 
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
-use nix::unistd::User;
 
-use super::{BaseKind, Better, Measured, Metric, Run, Sizes, Workload};
+use super::{BaseKind, Better, Measured, Metric, Run, Sizes, Workload, missing_user};
 use crate::host::{self, Server};
 use crate::stats::percentile;
 
@@ -31,16 +29,8 @@ fn programs() -> Option<PathBuf> {
 
 /// A program of PostgreSQL, as its user.
 fn program(name: &str) -> Result<Command> {
-    let user = User::from_name(USER)?.context("no user postgres")?;
     let dir = programs().context("no PostgreSQL under /usr/lib/postgresql")?;
-    let mut command = Command::new(dir.join(name));
-    command
-        .uid(user.uid.as_raw())
-        .gid(user.gid.as_raw())
-        .current_dir("/")
-        .env("LC_ALL", "C")
-        .env("HOME", "/");
-    Ok(command)
+    host::program_as(USER, &dir.join(name))
 }
 
 /// A running server.
@@ -155,9 +145,7 @@ impl Workload for Pgbench {
                 "PostgreSQL is not installed (Debian: apt-get install postgresql)".to_owned(),
             );
         }
-        let user = User::from_name(USER).ok().flatten();
-        user.is_none()
-            .then(|| format!("there is no user {USER} to run it as"))
+        missing_user(USER)
     }
 
     fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
@@ -176,10 +164,8 @@ impl Workload for Pgbench {
                 .args([&seconds, USER]),
         )?;
         let log = Transactions::read(postgres.sockets.path())?;
-        let sockets = postgres.sockets;
-        let client = postgres.server.stop()?;
-        drop(sockets);
-        measured.cpu(meter.stop(client + bench.cpu));
+        let server = postgres.server.stop()?;
+        measured.cpu(meter.stop(server + bench.cpu));
         log.summary(run.sizes.pg_seconds, &mut measured);
         measured.picture = run.image.picture(run.name, run.scratch);
         run.done(&started, &mut measured)?;

@@ -45,27 +45,16 @@ impl Workload for Swarm {
     }
 
     fn metrics(&self) -> Vec<Metric> {
-        vec![
+        let mut metrics = vec![
             Metric::new("total", "buffered, total", "writes/s", Better::Higher),
             Metric::new("synced", "synced, total", "writes/s", Better::Higher),
             Metric::new("fair", "buffered, slowest ÷ mean", "", Better::Higher).detail(),
             Metric::new("fair_synced", "synced, slowest ÷ mean", "", Better::Higher).detail(),
             Metric::new("start", "create and mount all", "ms", Better::Lower).detail(),
-            Metric::new("cpu_client", "CPU time of the program", "s", Better::Cost),
-            Metric::new(
-                "cpu_server",
-                "CPU time of the driver's processes",
-                "s",
-                Better::Cost,
-            ),
-            Metric::new(
-                "cpu_kernel",
-                "CPU time of kernel threads (whole host)",
-                "s",
-                Better::Cost,
-            ),
-            Metric::new("space", "space taken by all", "MB", Better::Cost),
-        ]
+        ];
+        metrics.extend(Metric::cpu());
+        metrics.push(Metric::space("space taken by all"));
+        metrics
     }
 
     fn base(&self) -> BaseKind {

@@ -12,15 +12,12 @@ use vellum::image::{
 };
 
 use crate::Seed;
+use crate::input::{put_piece, take_piece, with_mode};
 
 /// Bit of the first byte: checksums are made to fit.
 const FIX: u8 = 1;
 /// As much as is read of a stream, compressed or not.
 const MOST: u64 = 4 << 20;
-
-fn with(mode: u8, bytes: &[u8]) -> Vec<u8> {
-    [&[mode], bytes].concat()
-}
 
 /// Gives every header of a tar its checksum.
 fn fix_tar(bytes: &mut [u8]) {
@@ -210,31 +207,34 @@ pub fn tar_seeds() -> Vec<Seed> {
         .entry(Type::Symlink, "far", "l", b"")
         .done();
     vec![
-        ("plain".into(), with(FIX, &plain)),
-        ("plain-raw".into(), with(0, &plain)),
-        ("whiteouts".into(), with(FIX, &whiteouts)),
-        ("whiteouts-as-files".into(), with(FIX | ROOTFS, &whiteouts)),
-        ("escapes".into(), with(FIX, &escapes)),
+        ("plain".into(), with_mode(FIX, &plain)),
+        ("plain-raw".into(), with_mode(0, &plain)),
+        ("whiteouts".into(), with_mode(FIX, &whiteouts)),
+        (
+            "whiteouts-as-files".into(),
+            with_mode(FIX | ROOTFS, &whiteouts),
+        ),
+        ("escapes".into(), with_mode(FIX, &escapes)),
         (
             "escape-by-whiteout".into(),
-            with(FIX, &escape_one("up/.wh.kept", file, "")),
+            with_mode(FIX, &escape_one("up/.wh.kept", file, "")),
         ),
         (
             "escape-by-opaque".into(),
-            with(FIX, &escape_one("out/.wh..wh..opq", file, "")),
+            with_mode(FIX, &escape_one("out/.wh..wh..opq", file, "")),
         ),
         (
             "escape-by-hard-link".into(),
-            with(FIX, &escape_one("x", Type::Link, "up/kept")),
+            with_mode(FIX, &escape_one("x", Type::Link, "up/kept")),
         ),
         (
             "escape-by-dots".into(),
-            with(FIX, &escape_one("../outside/x", file, "")),
+            with_mode(FIX, &escape_one("../outside/x", file, "")),
         ),
-        ("pax".into(), with(FIX, &pax)),
-        ("sparse".into(), with(FIX, &sparse)),
-        ("long-names".into(), with(FIX, &long)),
-        ("cut".into(), with(FIX, &plain[..1600])),
+        ("pax".into(), with_mode(FIX, &pax)),
+        ("sparse".into(), with_mode(FIX, &sparse)),
+        ("long-names".into(), with_mode(FIX, &long)),
+        ("cut".into(), with_mode(FIX, &plain[..1600])),
     ]
 }
 
@@ -276,18 +276,6 @@ fn is_bomb(bytes: &[u8]) -> bool {
     std::io::copy(&mut reader.take(MOST + 1), &mut sink).is_ok_and(|len| len > MOST)
 }
 
-/// The pieces of an input, each after its length in two bytes.
-fn pieces(bytes: &[u8]) -> Vec<Vec<u8>> {
-    let mut pieces = Vec::new();
-    let mut rest = bytes;
-    while let [low, high, tail @ ..] = rest {
-        let len = usize::from(u16::from_le_bytes([*low, *high])).min(tail.len());
-        pieces.push(tail[..len].to_vec());
-        rest = &tail[len..];
-    }
-    pieces
-}
-
 fn filled(text: &[u8], of: &[(&str, &[u8])]) -> Vec<u8> {
     let Ok(text) = std::str::from_utf8(text) else {
         return text.to_vec();
@@ -304,18 +292,17 @@ fn filled(text: &[u8], of: &[(&str, &[u8])]) -> Vec<u8> {
 
 /// The files of an image, whose digests and sizes are put in the place of `@LAYER@`,
 /// `@LAYER_SIZE@` and so on.
-fn files(mode: u8, bytes: &[u8]) -> Vec<(String, Vec<u8>)> {
-    let mut pieces = pieces(bytes).into_iter();
-    let mut next = || pieces.next().unwrap_or_default();
+fn files(mode: u8, mut bytes: &[u8]) -> Vec<(String, Vec<u8>)> {
+    let mut next = || take_piece(&mut bytes).unwrap_or_default();
     let blob = |bytes: &[u8]| format!("blobs/sha256/{}", hex(bytes));
-    let mut layer = next();
-    let config = filled(&next(), &[("DIFF", &layer)]);
+    let mut layer = next().to_vec();
+    let config = filled(next(), &[("DIFF", &layer)]);
     if mode & LAYER_GZIP != 0 {
         layer = gzip(&layer);
     }
-    let manifest = filled(&next(), &[("CONFIG", &config), ("LAYER", &layer)]);
-    let index = filled(&next(), &[("MANIFEST", &manifest)]);
-    let layout = next();
+    let manifest = filled(next(), &[("CONFIG", &config), ("LAYER", &layer)]);
+    let index = filled(next(), &[("MANIFEST", &manifest)]);
+    let layout = next().to_vec();
     if mode & 0xf0 == DOCKER {
         return vec![
             ("manifest.json".into(), manifest),
@@ -403,8 +390,7 @@ pub fn archive(input: &[u8]) {
 fn pack(mode: u8, pieces: &[&[u8]]) -> Vec<u8> {
     let mut out = vec![mode];
     for piece in pieces {
-        out.extend((piece.len() as u16).to_le_bytes());
-        out.extend(*piece);
+        put_piece(&mut out, piece);
     }
     out
 }
@@ -459,7 +445,7 @@ pub fn archive_seeds() -> Vec<Seed> {
     }
     let indexes = indexes.done();
     vec![
-        ("indexes-in-indexes".into(), with(RAW | FIX, &indexes)),
+        ("indexes-in-indexes".into(), with_mode(RAW | FIX, &indexes)),
         ("oci".into(), pack(OCI, &oci)),
         ("oci-gzip".into(), pack(OCI | GZIP | LAYER_GZIP, &oci)),
         ("oci-zstd".into(), pack(OCI | ZSTD, &oci)),
@@ -469,13 +455,13 @@ pub fn archive_seeds() -> Vec<Seed> {
         ),
         ("docker".into(), pack(DOCKER, &docker)),
         ("docker-gzip".into(), pack(DOCKER | GZIP, &docker)),
-        ("docker-link-loop".into(), with(RAW | FIX, &old)),
-        ("rootfs".into(), with(RAW | FIX, tar)),
-        ("rootfs-gzip".into(), with(RAW, &gzip(tar))),
+        ("docker-link-loop".into(), with_mode(RAW | FIX, &old)),
+        ("rootfs".into(), with_mode(RAW | FIX, tar)),
+        ("rootfs-gzip".into(), with_mode(RAW, &gzip(tar))),
         (
             "rootfs-zstd".into(),
-            with(RAW, &zstd::encode_all(tar, 1).unwrap()),
+            with_mode(RAW, &zstd::encode_all(tar, 1).unwrap()),
         ),
-        ("xz".into(), with(RAW, b"\xfd7zXZ\0\0\0")),
+        ("xz".into(), with_mode(RAW, b"\xfd7zXZ\0\0\0")),
     ]
 }

@@ -15,6 +15,7 @@ use vellum::snapshotter::authority::Connection;
 use vellum::{Error, ErrorKind};
 
 use crate::Seed;
+use crate::input::with_mode;
 
 struct Echo;
 
@@ -103,7 +104,7 @@ fn lines(input: &[u8]) {
 
 pub fn control_seeds() -> Vec<Seed> {
     let seed =
-        |name: &str, kind: u8, text: &str| (name.to_owned(), [&[kind], text.as_bytes()].concat());
+        |name: &str, kind: u8, text: &str| (name.to_owned(), with_mode(kind, text.as_bytes()));
     let stats = serde_json::to_string(&DeviceStats::default()).unwrap();
     vec![
         seed(

@@ -12,6 +12,7 @@ use vellum::layer::{
 use vellum::storage::{OpenMode, SimStorage, Storage};
 use vellum::{Error, ErrorKind};
 
+use crate::input::{self, take_file, with_mode};
 use crate::{Seed, fixup};
 
 const DIR: &str = "/layer";
@@ -68,7 +69,7 @@ fn put_file(disk: &SimStorage, name: &str, bytes: &[u8]) {
     disk.sync_dir(Path::new(DIR)).unwrap();
 }
 
-/// A new layer, with blocks of which each says its number in its data file.
+/// A new layer, empty.
 fn fresh(virtual_size: u64) -> SimStorage {
     let disk = SimStorage::new();
     let header = Header {
@@ -83,7 +84,7 @@ fn fresh(virtual_size: u64) -> SimStorage {
     disk
 }
 
-/// A layer that somebody wrote to; `flushed` times.
+/// A layer that somebody wrote to; its server closed it, or was killed.
 fn written(virtual_size: u64, close: bool) -> SimStorage {
     let disk = fresh(virtual_size);
     let chain = open_on(&disk, false).unwrap();
@@ -238,8 +239,15 @@ fn split(input: &[u8]) -> Option<(u8, Vec<u8>)> {
     Some((mode, rest.to_vec()))
 }
 
-fn with_mode(mode: u8, bytes: &[u8]) -> Vec<u8> {
-    [&[mode], bytes].concat()
+/// Seeds of layers of both sizes: a file as it is, and one whose checksums are made to fit.
+fn seeds_of_both_sizes(file: impl Fn(u64) -> Vec<u8>) -> Vec<Seed> {
+    let mut seeds = Vec::new();
+    for (name, mode) in [("small", 0), ("large", LARGE)] {
+        let bytes = file(size(mode));
+        seeds.push((format!("{name}-raw"), with_mode(mode, &bytes)));
+        seeds.push((name.into(), with_mode(mode | FIX, &bytes)));
+    }
+    seeds
 }
 
 /// `layer`: what is accepted is written again as it was read.
@@ -288,12 +296,7 @@ pub fn map(input: &[u8]) {
 }
 
 pub fn map_seeds() -> Vec<Seed> {
-    let mut seeds = Vec::new();
-    for (name, mode) in [("small", 0), ("large", LARGE)] {
-        let map = file(&written(size(mode), true), "map");
-        seeds.push((format!("{name}-raw"), with_mode(mode, &map)));
-        seeds.push((name.into(), with_mode(mode | FIX, &map)));
-    }
+    let mut seeds = seeds_of_both_sizes(|size| file(&written(size, true), "map"));
     // One extent of 2^32 - 1 blocks beside the next: 48 bytes that speak of 32 TiB.
     let mut map = file(&written(MAX_VIRTUAL_SIZE, true), "map");
     map.truncate(4096);
@@ -323,13 +326,7 @@ pub fn seal(input: &[u8]) {
 }
 
 pub fn seal_seeds() -> Vec<Seed> {
-    let mut seeds = Vec::new();
-    for (name, mode) in [("small", 0), ("large", LARGE)] {
-        let seal = file(&with_seal(size(mode)), "seal");
-        seeds.push((format!("{name}-raw"), with_mode(mode, &seal)));
-        seeds.push((name.into(), with_mode(mode | FIX, &seal)));
-    }
-    seeds
+    seeds_of_both_sizes(|size| file(&with_seal(size), "seal"))
 }
 
 /// Bit of the first byte: half of the bytes are `journal.1`.
@@ -435,6 +432,9 @@ fn cut_down_live(disk: &SimStorage) -> Vec<u8> {
     let (first, second) = (region(4096), region(8_392_704));
     let mut out = vec![(first.len() / 32) as u8];
     out.extend(&live[..128]);
+    // Which boot it was is put in when it is used.
+    out[33..49].fill(0);
+    out[53..57].fill(0);
     out.extend(first);
     out.extend(second);
     out
@@ -452,16 +452,7 @@ pub fn live(input: &[u8]) {
 }
 
 pub fn live_seeds() -> Vec<Seed> {
-    let mut seeds = Vec::new();
-    for (name, mode) in [("small", 0), ("large", LARGE)] {
-        let mut live = cut_down_live(&written(size(mode), false));
-        // Which boot it was is put in when it is used.
-        live[33..49].fill(0);
-        live[53..57].fill(0);
-        seeds.push((name.into(), with_mode(mode | FIX, &live)));
-        seeds.push((format!("{name}-raw"), with_mode(mode, &live)));
-    }
-    seeds
+    seeds_of_both_sizes(|size| cut_down_live(&written(size, false)))
 }
 
 const FILES: [&str; 7] = [
@@ -482,11 +473,8 @@ pub fn open(input: &[u8]) {
     };
     let mut files: Vec<(&str, Vec<u8>)> = Vec::new();
     let mut rest = &bytes[..];
-    while let [which, low, high, tail @ ..] = rest {
-        let len = usize::from(u16::from_le_bytes([*low, *high])).min(tail.len());
-        let (body, tail) = tail.split_at(len);
-        files.push((FILES[usize::from(*which) % FILES.len()], body.to_vec()));
-        rest = tail;
+    while let Some((name, bytes)) = take_file(&mut rest, &FILES) {
+        files.push((name, bytes.to_vec()));
     }
     let disk = SimStorage::new();
     disk.create_dir(Path::new(DIR)).unwrap();
@@ -542,24 +530,16 @@ fn pack(mode: u8, disk: &SimStorage) -> Vec<u8> {
         };
         let mut bytes = match entry.name.as_str() {
             "live" => cut_down_live(disk),
-            "data" => disk
-                .open(&path("data"), OpenMode::Read)
-                .map(|file| {
-                    let mut bytes = vec![0; 2 * BLOCK_SIZE as usize];
-                    file.read_at(&mut bytes, 0).unwrap();
-                    bytes
-                })
-                .unwrap(),
+            "data" => {
+                let mut bytes = vec![0; 2 * BLOCK_SIZE as usize];
+                let data = disk.open(&path("data"), OpenMode::Read).unwrap();
+                data.read_at(&mut bytes, 0).unwrap();
+                bytes
+            }
             name => file(disk, name),
         };
-        if entry.name == "live" {
-            bytes[33..49].fill(0);
-            bytes[53..57].fill(0);
-        }
         bytes.truncate(9000);
-        out.push(which as u8);
-        out.extend((bytes.len() as u16).to_le_bytes());
-        out.extend(bytes);
+        input::put_file(&mut out, which as u8, &bytes);
     }
     out
 }

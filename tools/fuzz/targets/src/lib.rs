@@ -17,6 +17,7 @@
 mod archive;
 mod control;
 mod fixup;
+mod input;
 mod layer;
 pub mod mutate;
 mod nbd;

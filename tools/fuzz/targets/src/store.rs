@@ -11,6 +11,7 @@ use vellum::storage::{OpenMode, SimStorage, Storage};
 use vellum::store::Store;
 
 use crate::Seed;
+use crate::input::{put_file, take_file};
 
 const ROOT: &str = "/store";
 const SEALED: Uuid = Uuid::from_u128(0x5eed_0000_0000_4000_8000_0000_0000_0011);
@@ -102,11 +103,8 @@ pub fn records(input: &[u8]) {
         assert!(inside, "{moment:?}");
     })));
     let mut rest = input;
-    while let [which, low, high, tail @ ..] = rest {
-        let len = usize::from(u16::from_le_bytes([*low, *high])).min(tail.len());
-        let name = FILES[usize::from(*which) % FILES.len()];
-        put(&disk, &root(name), &tail[..len]);
-        rest = &tail[len..];
+    while let Some((name, bytes)) = take_file(&mut rest, &FILES) {
+        put(&disk, &root(name), bytes);
     }
     let store = match open(&disk) {
         Ok(store) => store,
@@ -163,9 +161,7 @@ pub fn records(input: &[u8]) {
 fn pack(records: &[(u8, &str)]) -> Vec<u8> {
     let mut out = Vec::new();
     for (which, text) in records {
-        out.push(*which);
-        out.extend((text.len() as u16).to_le_bytes());
-        out.extend(text.as_bytes());
+        put_file(&mut out, *which, text.as_bytes());
     }
     out
 }
