@@ -126,13 +126,11 @@ pub fn mounted(store: &Store, container: &ContainerRecord) -> Result<Option<Moun
     let Some(device) = status.loop_device else {
         return Ok(None);
     };
-    let Some(number) = LoopDevice::from_path(&device).map(LoopDevice::number) else {
+    let Some(number) = LoopDevice::from_path(&device).map(LoopDevice::major_minor) else {
         return Ok(None);
     };
     let mounts = MountInfo::read()?;
-    let first = mounts
-        .into_iter()
-        .find(|mount| mount.major_minor == (7, number));
+    let first = mounts.into_iter().find(|mount| mount.major_minor == number);
     Ok(first.map(|mount| Mounted {
         dir: mount.target,
         device,
@@ -188,14 +186,14 @@ pub(crate) fn unmount_device(run_dir: &Path, force: bool) -> Result<()> {
     let Some(device) = device::status(run_dir)?.and_then(|status| status.loop_device) else {
         return Ok(());
     };
-    let Some(number) = LoopDevice::from_path(&device).map(LoopDevice::number) else {
+    let Some(number) = LoopDevice::from_path(&device).map(LoopDevice::major_minor) else {
         return Ok(());
     };
     // The newest mount first: it may lie on an older one.
     for mount in MountInfo::read()?
         .iter()
         .rev()
-        .filter(|m| m.major_minor == (7, number))
+        .filter(|m| m.major_minor == number)
     {
         if force {
             ext4::unmount_lazily(&mount.target)?;

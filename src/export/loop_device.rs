@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::fs::mountinfo::MountInfo;
 
+/// Documentation/admin-guide/devices.txt.
+const LOOP_MAJOR: u32 = 7;
+
 const CONTROL: &str = "/dev/loop-control";
 /// Loop numbers that a racing process may take from us before we give up.
 const RACES: usize = 200;
@@ -110,6 +113,11 @@ impl LoopDevice {
     /// Its device node.
     pub fn path(self) -> PathBuf {
         PathBuf::from(format!("/dev/loop{}", self.number))
+    }
+
+    /// Its device number, major and minor, as mounts on it show it.
+    pub fn major_minor(self) -> (u32, u32) {
+        (LOOP_MAJOR, self.number)
     }
 
     /// Its number.
@@ -380,7 +388,7 @@ impl LoopDevice {
 
     /// Who keeps the device from being detached, as far as can be found out, and what to do.
     fn user(&self) -> String {
-        let path = self.path();
+        let (path, number) = (self.path(), self.major_minor());
         let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
         let own = fs::read_link("/proc/self/ns/mnt").ok();
         for process in processes {
@@ -392,7 +400,7 @@ impl LoopDevice {
             let comm = || fs::read_to_string(dir.join("comm")).unwrap_or_default();
             let mounts = fs::read(dir.join("mountinfo")).unwrap_or_default();
             let mounts = MountInfo::parse(&mounts);
-            if let Some(mount) = mounts.iter().find(|mount| mount.source == path) {
+            if let Some(mount) = mounts.iter().find(|mount| mount.major_minor == number) {
                 let target = mount.target.display();
                 return if fs::read_link(dir.join("ns/mnt")).ok() == own {
                     format!("it is mounted at {target}: unmount that first")

@@ -259,7 +259,7 @@ impl Mounts {
         if is_mount_point(&dir) {
             return Ok(Some(dir));
         }
-        let number = (7, device.number());
+        let number = device.major_minor();
         let mut mounts = MountInfo::read()?.into_iter();
         Ok(mounts
             .find(|mount| mount.major_minor == number)
@@ -310,7 +310,7 @@ impl Mounts {
     pub fn unmount_unshared(&self, id: Uuid) -> Result<bool> {
         let dir = self.dir(id);
         let device = self.loop_device(id)?;
-        let number = (7, device.number());
+        let number = device.major_minor();
         let mounts = MountInfo::read()?;
         if mounts.iter().filter(|m| m.major_minor == number).count() != 1 {
             return Ok(false);

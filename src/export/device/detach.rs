@@ -117,7 +117,7 @@ fn mounts_of(device: LoopDevice) -> Result<Vec<PathBuf>> {
     let mounts = MountInfo::read()?;
     Ok(mounts
         .into_iter()
-        .filter(|mount| mount.major_minor == (7, device.number()) || mount.source == path)
+        .filter(|mount| mount.major_minor == device.major_minor() || mount.source == path)
         .map(|mount| mount.target)
         .collect())
 }
@@ -331,7 +331,7 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
             what.extend(
                 mounts
                     .iter()
-                    .filter(|mount| mount.major_minor == (7, device.number()))
+                    .filter(|mount| mount.major_minor == device.major_minor())
                     .map(|mount| format!("{} is still mounted", mount.target.display())),
             );
         }
