@@ -120,11 +120,6 @@ impl LoopDevice {
         (LOOP_MAJOR, self.number)
     }
 
-    /// Its number.
-    pub fn number(self) -> u32 {
-        self.number
-    }
-
     fn sysfs(self) -> PathBuf {
         PathBuf::from(format!("/sys/block/loop{}", self.number))
     }
