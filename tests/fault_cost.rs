@@ -100,6 +100,27 @@ fn a_flush_of_few_blocks_costs_one_synchronous_write_and_no_sync() {
     }
 }
 
+/// A client that flushes after each write: from its second flush on the record is there before it asks.
+#[test]
+fn a_flush_of_a_write_that_was_flushed_ahead_costs_one_sync() {
+    let (_, storage, chain) = device(LayerOptions::default());
+    let write_and_flush = |first| {
+        write(&chain, first, 2, 1).unwrap();
+        chain.flush_ahead();
+        cost(&storage, &chain)
+    };
+    assert_eq!(write_and_flush(0).2, 2, "makes the journal");
+    assert_eq!(
+        write_and_flush(4),
+        (0, 1, 0),
+        "how it writes is not known yet"
+    );
+    for first in [8, 0, 80] {
+        assert_eq!(write_and_flush(first), (1, 0, 0));
+        assert_eq!(cost(&storage, &chain), (0, 0, 0));
+    }
+}
+
 #[test]
 fn a_flush_of_many_blocks_costs_one_sync_and_one_record() {
     let (_, storage, chain) = device(LayerOptions::default());

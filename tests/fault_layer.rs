@@ -145,9 +145,13 @@ impl Rig {
 
     fn step(&mut self, op: Op) -> vellum::Result<()> {
         if let Some(change) = op.change(&mut self.tag) {
-            return self.change(&change);
+            self.change(&change)?;
         }
         match op {
+            Op::Write { ahead: true, .. } => {
+                self.chain().top().unwrap().flush_ahead();
+                Ok(())
+            }
             Op::Write { .. } | Op::Discard { .. } | Op::Zero { .. } => Ok(()),
             Op::Flush => {
                 self.chain().flush()?;
@@ -211,6 +215,7 @@ impl Rig {
                 offset,
                 len: 9000,
                 fua: true,
+                ahead: false,
             })
             .map_err(|error| format!("after it came back: {error}"))?;
         }
@@ -322,6 +327,7 @@ fn prove(options: LayerOptions, seeds: std::ops::Range<u64>) {
             OpKind::SyncDir,
             OpKind::Write,
             OpKind::WriteDurable,
+            OpKind::WriteDirect,
             OpKind::SyncData,
             OpKind::Sync,
             OpKind::SetLen,
@@ -334,7 +340,7 @@ fn prove(options: LayerOptions, seeds: std::ops::Range<u64>) {
             OpKind::Sync,
             OpKind::WriteDurable,
         ];
-        let writes = [OpKind::Write, OpKind::WriteDurable];
+        let writes = [OpKind::Write, OpKind::WriteDurable, OpKind::WriteDirect];
         for fault in FAULTS {
             let kinds = match fault {
                 Fault::Errno(libc::EIO) => every.clone(),

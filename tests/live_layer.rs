@@ -178,7 +178,7 @@ fn a_process_that_dies_within_any_operation_loses_nothing_it_acknowledged() {
             for tag in 1..25_u8 {
                 let block = rng.below(BLOCKS);
                 let offset = block * BLOCK_SIZE;
-                let (byte, result) = match rng.below(8) {
+                let (byte, result) = match rng.below(10) {
                     0..=4 => {
                         let bytes = [tag; BLOCK_SIZE as usize];
                         let result = chain.write_at(&bytes, offset, Durability::Buffered);
@@ -190,6 +190,10 @@ fn a_process_that_dies_within_any_operation_loses_nothing_it_acknowledged() {
                         let result =
                             chain.write_zeroes(offset, BLOCK_SIZE, ZeroMode::MayUnmap, buffered);
                         (Some(0), result)
+                    }
+                    7 | 8 => {
+                        chain.top().unwrap().flush_ahead();
+                        (told[block as usize], Ok(()))
                     }
                     _ => (told[block as usize], chain.flush()),
                 };

@@ -334,6 +334,9 @@ fn threads_on_their_own_blocks_and_on_shared_ones_read_what_they_wrote_and_lose_
                     let mut bytes = [0; 512];
                     chain.read_at(&mut bytes, sector).unwrap();
                     assert_eq!(bytes, [round as u8; 512], "another's write took ours away");
+                    if rng.chance(1, 4) {
+                        chain.top().unwrap().flush_ahead();
+                    }
                     if rng.chance(1, 10) {
                         chain.flush().unwrap();
                     }

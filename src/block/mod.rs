@@ -94,6 +94,10 @@ pub trait BlockDevice: Send + Sync {
     /// Makes every write that completed before the call, on whatever connection, durable.
     fn flush(&self) -> Result<()>;
 
+    /// To be called after a write was answered: begins what the next flush would have to do, where
+    /// the client is one that flushes after every few writes. A hint, which makes nothing durable.
+    fn flush_ahead(&self) {}
+
     /// Makes the range read as zeros and gives its space back. Whole blocks become durable zeros
     /// at the next flush; the unaligned ends are written as zeros.
     fn discard(&self, offset: u64, len: u64) -> Result<()>;

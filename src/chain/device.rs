@@ -433,6 +433,14 @@ impl BlockDevice for Chain {
         guard.as_deref().map_or(Ok(()), |top| self.flush_top(top))
     }
 
+    fn flush_ahead(&self) {
+        if let Some(top) = self.top.read().as_deref()
+            && top.expects_flush()
+        {
+            top.flush_ahead();
+        }
+    }
+
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.write_zeroes(offset, len, ZeroMode::MayUnmap, Durability::Buffered)
     }

@@ -230,13 +230,15 @@ fn costs(counters: &Counters) -> String {
             disk.factor,
         ),
         format!(
-            "flushes      {} ({} had nothing to do, {} were covered by another): {:.2} synchronous operations each ({} data syncs, {} journal writes)",
+            "flushes      {} ({} had nothing to do, {} were covered by another): {:.2} synchronous operations each ({} data syncs, {} journal syncs; {} journal writes, {} of them ahead of a flush)",
             flushes.count,
             flushes.empty,
             flushes.coalesced,
             flushes.syncs_per_flush,
             flushes.data_syncs,
+            flushes.journal_syncs,
             flushes.journal_writes,
+            flushes.records_ahead,
         ),
         format!("allocated    {}", growth(counters)),
     ];

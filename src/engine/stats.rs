@@ -179,9 +179,13 @@ pub struct FlushCounters {
     pub empty: u64,
     /// fdatasync calls on data files.
     pub data_syncs: u64,
-    /// Synchronous journal writes.
+    /// Journal records written.
     pub journal_writes: u64,
-    /// Both of these for each flush.
+    /// Of those, records written ahead of a flush: not synchronous.
+    pub records_ahead: u64,
+    /// fdatasync calls on the journal, for records written ahead.
+    pub journal_syncs: u64,
+    /// Syncs and synchronous journal writes for each flush.
     pub syncs_per_flush: f64,
     /// Checkpoints of the map.
     pub checkpoints: u64,
@@ -295,7 +299,9 @@ impl Counters {
                 empty: layer.flushes_empty,
                 data_syncs: layer.data_syncs,
                 journal_writes: layer.journal_writes,
-                syncs_per_flush: ratio(layer.data_syncs + layer.journal_writes, layer.flushes),
+                records_ahead: layer.records_ahead,
+                journal_syncs: layer.journal_syncs,
+                syncs_per_flush: ratio(layer.synchronous_operations(), layer.flushes),
                 checkpoints: layer.checkpoints,
                 journal_waits: layer.journal_waits,
             },

@@ -17,6 +17,9 @@ pub(super) struct Committer {
     /// The generation being written.
     pub(super) generation: u64,
     pub(super) sequence: u64,
+    /// Records of this generation that are durable: fewer than `sequence` where some were written
+    /// ahead.
+    pub(super) durable: u64,
     pub(super) records_before: u64,
     /// Where the next record goes.
     pub(super) position: u64,
@@ -41,6 +44,7 @@ impl Committer {
             current: 0,
             generation: covered + 1,
             sequence: 0,
+            durable: 0,
             records_before: 0,
             position: 0,
             live: [false; 2],
@@ -80,6 +84,7 @@ impl Committer {
     pub(super) fn begin_after_checkpoint(&mut self) {
         self.generation += 1;
         self.sequence = 0;
+        self.durable = 0;
         self.records_before = 0;
         self.position = 0;
         self.live = [false; 2];
@@ -187,6 +192,8 @@ impl WritableLayer {
         {
             return Ok(Room::NeedsCheckpoint);
         }
+        // A checkpoint is about to contain them, and the next generation to say how many they are.
+        self.sync_journal(committer)?;
         let core = self.core.clone();
         let full = committer.generation;
         let Ok(retiring) = spawn(move || core.retire(full).map(|()| None)) else {
@@ -197,6 +204,7 @@ impl WritableLayer {
         committer.records_before = committer.sequence;
         committer.generation += 1;
         committer.sequence = 0;
+        committer.durable = 0;
         committer.position = 0;
         Ok(Room::Fits)
     }

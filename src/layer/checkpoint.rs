@@ -79,9 +79,14 @@ impl Core {
                 if start >= map.index.end() {
                     break;
                 }
-                let in_flight: &[Change] = if with_in_flight { &[] } else { &map.in_flight };
-                let undo: Vec<Change> = in_flight
+                let (ahead, in_flight): (&[Change], &[Change]) = if with_in_flight {
+                    (&[], &[])
+                } else {
+                    (&map.ahead, &map.in_flight)
+                };
+                let undo: Vec<Change> = ahead
                     .iter()
+                    .chain(in_flight)
                     .chain(&map.changes)
                     .filter(|change| {
                         change.start < range.end && range.start < change.start + change.len

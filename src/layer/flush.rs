@@ -3,10 +3,12 @@
 //! A flush freezes what changed, makes the data durable, then commits the frozen changes in one
 //! synchronous journal write. Little new data goes into that write itself (design E of a redo
 //! journal: no sync of the data file at all); more is synced first, and then the record carries a
-//! *barrier* that retires the blocks of older records. docs/durability.md argues each step.
+//! *barrier* that retires the blocks of older records. Records may also have been written ahead of
+//! the flush ([`super::ahead`]). docs/durability.md argues each step.
 
 use std::time::Instant;
 
+use super::ahead::Pace;
 use super::areas::{Committer, Room};
 use super::header::Header;
 use super::index::Index;
@@ -19,6 +21,17 @@ use super::writable::WritableLayer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::about_to_wait;
 
+/// What changes are committed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Commit {
+    /// A flush.
+    Flush,
+    /// A flush after which no block lives in the journal alone.
+    Barrier,
+    /// A record ahead of a flush, which will make it durable.
+    Ahead,
+}
+
 /// Who flushes, and which flush covers whom.
 #[derive(Debug, Default)]
 pub(super) struct FlushQueue {
@@ -26,7 +39,9 @@ pub(super) struct FlushQueue {
     begun: u64,
     /// Number of the last flush that ended.
     done: u64,
-    running: bool,
+    /// Somebody flushes, or writes ahead.
+    pub(super) running: bool,
+    pub(super) pace: Pace,
     /// When a flush was last asked for.
     pub(super) last: Option<Instant>,
     /// The last flush that failed.
@@ -44,6 +59,7 @@ impl WritableLayer {
         self.core.stats.flushes.add(1);
         let mut queue = self.queue.lock();
         queue.last = Some(Instant::now());
+        queue.pace.flushed();
         // Only a flush that begins from now on covers us.
         let mine = queue.begun + 1;
         while queue.running && queue.done < mine {
@@ -57,7 +73,9 @@ impl WritableLayer {
                 _ => Ok(()),
             };
         }
-        self.lead(queue, |layer, committer| layer.commit(committer, false))
+        self.lead(queue, |layer, committer| {
+            layer.commit(committer, Commit::Flush)
+        })
     }
 
     /// Runs `work` as the only flush, and tells those who wait.
@@ -97,7 +115,7 @@ impl WritableLayer {
             if layer.core.is_sealed() {
                 return Ok(());
             }
-            layer.commit(committer, true)?;
+            layer.commit(committer, Commit::Barrier)?;
             if committer.areas.iter().any(Option::is_some) {
                 layer.checkpoint_all(committer)?;
                 committer.areas = [None, None];
@@ -120,7 +138,7 @@ impl WritableLayer {
 
     /// Flushes so that no block lives in the journal alone, and waits for its thread.
     fn settle(&self, committer: &mut Committer) -> Result<()> {
-        self.commit(committer, true)?;
+        self.commit(committer, Commit::Barrier)?;
         if self.wait_for_retirement(committer).is_err() || committer.must_checkpoint {
             self.checkpoint_all(committer)?;
         }
@@ -180,45 +198,64 @@ impl WritableLayer {
         })
     }
 
-    /// Freezes what changed and commits it. With `barrier`, no record stays live.
-    fn commit(&self, committer: &mut Committer, barrier: bool) -> Result<()> {
+    /// Freezes what changed and commits it.
+    pub(super) fn commit(&self, committer: &mut Committer, kind: Commit) -> Result<()> {
         let (dirty, frozen) = {
             let mut map = self.core.map.write();
             let map: &mut MapState = &mut map;
-            map.in_flight = std::mem::take(&mut map.changes);
-            if let Some(live) = &mut map.live {
-                live.freeze();
-            }
-            (std::mem::take(&mut map.dirty), map.in_flight.clone())
+            let frozen = if kind == Commit::Ahead {
+                if !committer.can_go_ahead(map) {
+                    return Ok(());
+                }
+                let frozen = std::mem::take(&mut map.changes);
+                map.ahead.extend_from_slice(&frozen);
+                frozen
+            } else {
+                map.in_flight = std::mem::take(&mut map.changes);
+                if let Some(live) = &mut map.live {
+                    live.freeze();
+                }
+                map.in_flight.clone()
+            };
+            (std::mem::take(&mut map.dirty), frozen)
         };
+        let frozen_len = frozen.len();
         // Not under the lock: there may be very many, and requests would wait.
         let body = net_changes(&frozen);
         drop(frozen);
-        if dirty.is_empty() && body.changes.is_empty() && !(barrier && committer.has_live_blocks())
-        {
-            self.core.stats.flushes_empty.add(1);
-            let mut map = self.core.map.write();
-            map.in_flight.clear();
-            if let Some(live) = &mut map.live {
-                live.committed();
+        let retires = kind == Commit::Barrier && committer.has_live_blocks();
+        let result = if dirty.is_empty() && body.changes.is_empty() && !retires {
+            if !committer.has_unsynced() {
+                self.core.stats.flushes_empty.add(1);
             }
-            return Ok(());
-        }
-        let result = self.commit_frozen(committer, body, &dirty, barrier);
+            self.sync_journal(committer)
+        } else {
+            self.commit_frozen(committer, body, &dirty, kind)
+        };
         let mut map = self.core.map.write();
         let map: &mut MapState = &mut map;
-        let frozen = std::mem::take(&mut map.in_flight);
-        if result.is_ok() {
-            if let Some(live) = &mut map.live {
-                live.committed();
+        match (&result, kind) {
+            (Ok(()), Commit::Ahead) => return Ok(()),
+            (Ok(()), _) => {
+                map.in_flight.clear();
+                if let Some(live) = &mut map.live {
+                    live.committed();
+                }
+                return Ok(());
             }
-        } else {
-            // Not durable: the next flush has to do it.
-            let newer = std::mem::replace(&mut map.changes, frozen);
-            map.changes.extend(newer);
-            map.dirty.blocks += dirty.blocks;
-            map.dirty.many |= !dirty.is_empty();
+            (Err(_), _) => {}
         }
+        // Not durable: the next flush has to do it.
+        let frozen = if kind == Commit::Ahead {
+            let written = map.ahead.len().saturating_sub(frozen_len);
+            map.ahead.split_off(written)
+        } else {
+            std::mem::take(&mut map.in_flight)
+        };
+        let newer = std::mem::replace(&mut map.changes, frozen);
+        map.changes.extend(newer);
+        map.dirty.blocks += dirty.blocks;
+        map.dirty.many |= !dirty.is_empty();
         result
     }
 
@@ -227,9 +264,9 @@ impl WritableLayer {
         committer: &mut Committer,
         mut body: RecordBody,
         dirty: &Dirty,
-        barrier: bool,
+        kind: Commit,
     ) -> Result<()> {
-        let carry = !barrier && !dirty.many;
+        let carry = kind != Commit::Barrier && !dirty.many;
         if carry {
             body.blocks = dirty.distinct_blocks();
         } else {
@@ -237,20 +274,31 @@ impl WritableLayer {
             body.barrier = true;
             let nothing = body.changes.is_empty() && !committer.has_live_blocks();
             if nothing && !committer.must_checkpoint {
-                return Ok(());
+                return self.sync_journal(committer);
             }
         }
+        if kind == Commit::Ahead {
+            return self.write_record(committer, &body, kind);
+        }
         match self.make_room(committer, body.encoded_len() as u64)? {
-            Room::Fits => self.write_record(committer, &body),
+            Room::Fits => self.write_record(committer, &body, kind),
             Room::NeedsCheckpoint => self.checkpoint_all(committer),
         }
     }
 
-    fn write_record(&self, committer: &mut Committer, body: &RecordBody) -> Result<()> {
+    fn write_record(
+        &self,
+        committer: &mut Committer,
+        body: &RecordBody,
+        kind: Commit,
+    ) -> Result<()> {
+        // A durable write says nothing of the records before it.
+        let durable = kind != Commit::Ahead && !committer.has_unsynced();
         let place = RecordPlace {
             generation: committer.generation,
             sequence: committer.sequence,
             records_before: committer.records_before,
+            durable: committer.durable,
         };
         let mut buf = std::mem::take(&mut committer.buf);
         let encoded = encode_record(&mut buf, self.core.uuid(), place, body, |block, bytes| {
@@ -262,7 +310,13 @@ impl WritableLayer {
             let Some(area) = committer.area() else {
                 return Err(Error::new(ErrorKind::Io, "the journal has no area"));
             };
-            area.write(&buf, committer.position).map_err(|error| {
+            let position = committer.position;
+            let write = if durable {
+                area.write(&buf, position)
+            } else {
+                area.write_unsynced(&buf, position)
+            };
+            write.map_err(|error| {
                 // It may be there all the same, whole or torn.
                 committer.must_checkpoint = true;
                 self.core.fatal(error)
@@ -279,6 +333,13 @@ impl WritableLayer {
         self.core.check_poison()?;
         committer.position += body.encoded_len() as u64;
         committer.sequence += 1;
+        if kind == Commit::Ahead {
+            self.core.stats.records_ahead.add(1);
+        } else if durable {
+            committer.durable = committer.sequence;
+        } else {
+            self.sync_journal(committer)?;
+        }
         if body.barrier {
             committer.live = [false; 2];
         }
@@ -299,6 +360,7 @@ impl WritableLayer {
         committer.must_checkpoint = true;
         self.core.sync_data()?;
         self.core.checkpoint(committer.generation, true)?;
+        self.core.map.write().ahead.clear();
         committer.begin_after_checkpoint();
         Ok(())
     }

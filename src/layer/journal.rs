@@ -15,6 +15,7 @@ const MAGIC: &[u8; 8] = b"VELLUMJR";
 const VERSION: u32 = 1;
 const HEADER_LEN: usize = 128;
 const CRC_AT: usize = 68;
+const DURABLE_AT: usize = 72;
 const CHANGE_LEN: usize = 16;
 const FLAG_BARRIER: u32 = 1;
 /// Records begin and end at multiples of this, so that each is one direct write.
@@ -81,14 +82,23 @@ impl RecordBody {
         push_extent(&mut self.changes, start, len, state);
     }
 
+    /// Where the bytes of the blocks begin in a record of so many changes and blocks.
+    fn head_of(changes: usize, blocks: usize) -> usize {
+        (HEADER_LEN + changes * CHANGE_LEN + blocks * 8).next_multiple_of(ALIGN)
+    }
+
+    /// Bytes that a record of so many changes and blocks takes in an area.
+    pub(super) fn len_of(changes: usize, blocks: usize) -> usize {
+        Self::head_of(changes, blocks) + blocks * BLOCK_LEN
+    }
+
     fn blocks_at(&self) -> usize {
-        (HEADER_LEN + self.changes.len() * CHANGE_LEN + self.blocks.len() * 8)
-            .next_multiple_of(ALIGN)
+        Self::head_of(self.changes.len(), self.blocks.len())
     }
 
     /// Bytes that the record takes in an area.
     pub(super) fn encoded_len(&self) -> usize {
-        self.blocks_at() + self.blocks.len() * BLOCK_LEN
+        Self::len_of(self.changes.len(), self.blocks.len())
     }
 }
 
@@ -99,6 +109,8 @@ pub(super) struct RecordPlace {
     pub(super) sequence: u64,
     /// Number of records of the generation before.
     pub(super) records_before: u64,
+    /// Number of records of this generation that were durable before this one was written.
+    pub(super) durable: u64,
 }
 
 /// Writes a record into `buf`; `fill` reads each of its blocks.
@@ -121,6 +133,7 @@ pub(super) fn encode_record(
     head.u32(body.blocks.len() as u32);
     head.u32(body.encoded_len() as u32);
     head.u32(0);
+    head.u64(place.durable);
     head.pad_to(HEADER_LEN);
     for change in &body.changes {
         head.u64(change.start);
@@ -164,16 +177,18 @@ pub(super) fn decode_record(bytes: &[u8], uuid: Uuid) -> Option<Record> {
         let version = input.u32()?;
         let flags = input.u32()?;
         let owner = input.uuid()?;
-        let place = RecordPlace {
-            generation: input.u64()?,
-            sequence: input.u64()?,
-            records_before: input.u64()?,
-        };
+        let (generation, sequence, records_before) = (input.u64()?, input.u64()?, input.u64()?);
         let changes = input.u32()? as usize;
         let blocks = input.u32()? as usize;
         let len = input.u32()? as usize;
         let crc = input.u32()?;
-        input.skip(HEADER_LEN - CRC_AT - 4)?;
+        let place = RecordPlace {
+            generation,
+            sequence,
+            records_before,
+            durable: input.u64()?,
+        };
+        input.skip(HEADER_LEN - DURABLE_AT - 8)?;
         if version != VERSION || owner != uuid || len > MAX_RECORD {
             return Ok(None);
         }
@@ -229,8 +244,8 @@ pub(super) struct AreaRecords {
 /// contains. An area that is free may be torn anywhere, as the next generation's first record is.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] where a record is damaged that others follow: only the last record can be
-/// torn by a crash.
+/// [`ErrorKind::Corrupt`] where a record is damaged that was durable once, as a record behind it
+/// says: a crash can tear only those that no sync had covered.
 pub(super) fn read_area(bytes: &[u8], uuid: Uuid, covered: u64) -> Result<Option<AreaRecords>> {
     let mut records: Vec<Record> = Vec::new();
     let mut at = 0;
@@ -253,13 +268,13 @@ pub(super) fn read_area(bytes: &[u8], uuid: Uuid, covered: u64) -> Result<Option
     while let Some(rest) = bytes.get(behind..).filter(|rest| !rest.is_empty()) {
         if let Some(record) = decode_record(rest, uuid)
             && record.place.generation == generation
-            && record.place.sequence > next
+            && record.place.durable > next
         {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!(
                     "the journal is damaged: record {next} of generation {generation} at byte {at} \
-                     is unreadable, but record {} follows",
+                     is unreadable, but record {} says that it was durable",
                     record.place.sequence
                 ),
             ));
@@ -343,6 +358,20 @@ impl Area {
             .write_durable(record.as_slice(), offset)
             .context(|| format!("writing the journal {}", self.path.display()))
     }
+
+    /// Writes a record at `offset`, durable after [`Area::sync`].
+    pub(super) fn write_unsynced(&self, record: &AlignedBuf, offset: u64) -> Result<()> {
+        self.file
+            .write_direct(record.as_slice(), offset)
+            .context(|| format!("writing the journal {}", self.path.display()))
+    }
+
+    /// Makes all records durable.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.file
+            .sync_data()
+            .context(|| format!("syncing the journal {}", self.path.display()))
+    }
 }
 
 /// The bytes of an area for recovery; `None` where there is no such file.
@@ -398,6 +427,7 @@ mod tests {
             generation,
             sequence,
             records_before: 0,
+            durable: sequence,
         };
         encode_record(&mut buf, UUID, place, &body, |block, bytes| {
             bytes.fill(block as u8);

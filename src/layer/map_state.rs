@@ -84,6 +84,9 @@ pub(super) struct MapState {
     pub(super) index: Index,
     /// Changes since the last flush began.
     pub(super) changes: Vec<Change>,
+    /// Changes in records that were written ahead of a flush, and are not durable yet. Older than
+    /// all others here.
+    pub(super) ahead: Vec<Change>,
     /// Changes that a flush is writing to the journal now.
     pub(super) in_flight: Vec<Change>,
     pub(super) dirty: Dirty,

@@ -5,6 +5,7 @@
 //! * [`SealedLayer`]: everything below; never changes again, checksummed.
 //! * [`Index`]: block → value, in memory.
 
+mod ahead;
 mod areas;
 mod check;
 mod checkpoint;

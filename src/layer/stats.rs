@@ -20,6 +20,8 @@ pub struct LayerStats {
     pub(super) checkpoints: Counter,
     pub(super) checkpoint_bytes: Counter,
     pub(super) journal_waits: Counter,
+    pub(super) records_ahead: Counter,
+    pub(super) journal_syncs: Counter,
 }
 
 /// Whoever keeps the counters of a layer; by default the layer itself, from when it is opened.
@@ -76,7 +78,7 @@ pub struct LayerStatsSnapshot {
     pub flushes_empty: u64,
     /// fdatasync calls on data files.
     pub data_syncs: u64,
-    /// Synchronous journal writes.
+    /// Journal records written, the synchronous ones and those ahead of a flush.
     pub journal_writes: u64,
     /// Bytes of them.
     pub journal_bytes: u64,
@@ -87,6 +89,20 @@ pub struct LayerStatsSnapshot {
     pub checkpoint_bytes: u64,
     /// Flushes that had to wait for a checkpoint to free a journal area.
     pub journal_waits: u64,
+    /// Of the journal records, those written ahead of a flush.
+    #[serde(default)]
+    pub records_ahead: u64,
+    /// fdatasync calls on the journal, which made such records durable.
+    #[serde(default)]
+    pub journal_syncs: u64,
+}
+
+impl LayerStatsSnapshot {
+    /// Operations that waited until the disk had everything: syncs, and synchronous writes.
+    pub fn synchronous_operations(&self) -> u64 {
+        let written = self.journal_writes.saturating_sub(self.records_ahead);
+        self.data_syncs + self.journal_syncs + written
+    }
 }
 
 impl LayerStats {
@@ -102,6 +118,8 @@ impl LayerStats {
             checkpoints: Counter::new(),
             checkpoint_bytes: Counter::new(),
             journal_waits: Counter::new(),
+            records_ahead: Counter::new(),
+            journal_syncs: Counter::new(),
         }
     }
 
@@ -117,6 +135,8 @@ impl LayerStats {
             checkpoints: self.checkpoints.get(),
             checkpoint_bytes: self.checkpoint_bytes.get(),
             journal_waits: self.journal_waits.get(),
+            records_ahead: self.records_ahead.get(),
+            journal_syncs: self.journal_syncs.get(),
         }
     }
 }

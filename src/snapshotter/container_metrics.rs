@@ -180,9 +180,9 @@ const COUNTERS: [Number; 11] = [
     ),
     (
         "container_syncs",
-        "Syncs of data files and synchronous journal writes",
+        "Syncs of data files and of journals, and synchronous journal writes",
         None,
-        |c| c.counters.layer.data_syncs + c.counters.layer.journal_writes,
+        |c| c.counters.layer.synchronous_operations(),
     ),
 ];
 

@@ -344,6 +344,31 @@ impl FaultFile {
         }
     }
 
+    /// A write that a sync has to follow.
+    fn write_as(
+        &self,
+        kind: OpKind,
+        buf: &[u8],
+        offset: u64,
+        write: impl FnOnce(&[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let fault = self.shared.next(kind, &self.path);
+        let buf = match fault {
+            None | Some(Fault::Done(_)) => buf,
+            Some(Fault::Short(_)) => {
+                let end = (offset + buf.len() as u64 / 2) / SECTOR * SECTOR;
+                buf.get(..end.saturating_sub(offset) as usize)
+                    .unwrap_or_default()
+            }
+            Some(_) => &[],
+        };
+        if !buf.is_empty() {
+            self.remember(offset, buf.len() as u64)?;
+            write(buf)?;
+        }
+        fault.map_or(Ok(()), |fault| Err(fault.error()))
+    }
+
     fn sync_as(&self, kind: OpKind, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         match self.shared.next(kind, &self.path) {
             Some(fault @ Fault::LostSync(_)) => {
@@ -392,21 +417,9 @@ impl StorageFile for FaultFile {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        let fault = self.shared.next(OpKind::Write, &self.path);
-        let buf = match fault {
-            None | Some(Fault::Done(_)) => buf,
-            Some(Fault::Short(_)) => {
-                let end = (offset + buf.len() as u64 / 2) / SECTOR * SECTOR;
-                buf.get(..end.saturating_sub(offset) as usize)
-                    .unwrap_or_default()
-            }
-            Some(_) => &[],
-        };
-        if !buf.is_empty() {
-            self.remember(offset, buf.len() as u64)?;
-            self.inner.write_at(buf, offset)?;
-        }
-        fault.map_or(Ok(()), |fault| Err(fault.error()))
+        self.write_as(OpKind::Write, buf, offset, |buf| {
+            self.inner.write_at(buf, offset)
+        })
     }
 
     fn write_durable(&self, buf: &[u8], offset: u64) -> io::Result<()> {
@@ -421,6 +434,12 @@ impl StorageFile for FaultFile {
             self.keep(buf, offset);
         }
         fault.map_or(Ok(()), |fault| Err(fault.error()))
+    }
+
+    fn write_direct(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write_as(OpKind::WriteDirect, buf, offset, |buf| {
+            self.inner.write_direct(buf, offset)
+        })
     }
 
     fn sync_data(&self) -> io::Result<()> {

@@ -269,25 +269,53 @@ impl HostFile {
             }
         }
     }
+
+    /// Writes all of `buf`, with O_DIRECT where buffer, offset and host allow it; `flags` are those of
+    /// pwritev2(2).
+    fn write_past_cache(
+        &self,
+        mut buf: &[u8],
+        mut offset: u64,
+        flags: libc::c_int,
+    ) -> io::Result<()> {
+        about_to_wait();
+        while !buf.is_empty() {
+            let aligned = (buf.as_ptr() as usize).is_multiple_of(DIRECT_ALIGN)
+                && buf.len().is_multiple_of(DIRECT_ALIGN)
+                && offset.is_multiple_of(DIRECT_ALIGN as u64);
+            let direct = if aligned { self.direct() } else { None };
+            let written = match write_once(direct.unwrap_or(&self.file), buf, offset, flags) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero)),
+                Ok(written) => written,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) if direct.is_some() && error.raw_os_error() == Some(libc::EINVAL) => {
+                    self.direct.state.store(DIRECT_REFUSED, Ordering::Release);
+                    0
+                }
+                Err(error) => return Err(error),
+            };
+            buf = buf.get(written..).unwrap_or_default();
+            offset += written as u64;
+        }
+        Ok(())
+    }
 }
 
 /// One synchronous write (RWF_DSYNC); returns the bytes written.
 pub(crate) fn write_dsync(file: &File, buf: &[u8], offset: u64) -> io::Result<usize> {
+    write_once(file, buf, offset, libc::RWF_DSYNC)
+}
+
+/// One pwritev2(2); returns the bytes written.
+fn write_once(file: &File, buf: &[u8], offset: u64, flags: libc::c_int) -> io::Result<usize> {
     let iov = libc::iovec {
         iov_base: buf.as_ptr().cast_mut().cast(),
         iov_len: buf.len(),
     };
     // SAFETY: the descriptor is open for the call, and `iov` describes `buf`, which outlives it
     // and is only read.
-    let written = unsafe {
-        libc::pwritev2(
-            file.as_raw_fd(),
-            &iov,
-            1,
-            offset as libc::off_t,
-            libc::RWF_DSYNC,
-        )
-    };
+    let written =
+        unsafe { libc::pwritev2(file.as_raw_fd(), &iov, 1, offset as libc::off_t, flags) };
     if written < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -357,27 +385,12 @@ impl StorageFile for HostFile {
         self.file.write_all_at(buf, offset)
     }
 
-    fn write_durable(&self, mut buf: &[u8], mut offset: u64) -> io::Result<()> {
-        about_to_wait();
-        while !buf.is_empty() {
-            let aligned = (buf.as_ptr() as usize).is_multiple_of(DIRECT_ALIGN)
-                && buf.len().is_multiple_of(DIRECT_ALIGN)
-                && offset.is_multiple_of(DIRECT_ALIGN as u64);
-            let direct = if aligned { self.direct() } else { None };
-            let written = match write_dsync(direct.unwrap_or(&self.file), buf, offset) {
-                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero)),
-                Ok(written) => written,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-                Err(error) if direct.is_some() && error.raw_os_error() == Some(libc::EINVAL) => {
-                    self.direct.state.store(DIRECT_REFUSED, Ordering::Release);
-                    0
-                }
-                Err(error) => return Err(error),
-            };
-            buf = buf.get(written..).unwrap_or_default();
-            offset += written as u64;
-        }
-        Ok(())
+    fn write_durable(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write_past_cache(buf, offset, libc::RWF_DSYNC)
+    }
+
+    fn write_direct(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write_past_cache(buf, offset, 0)
     }
 
     fn sync_data(&self) -> io::Result<()> {

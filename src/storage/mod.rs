@@ -177,6 +177,9 @@ pub trait StorageFile: Send + Sync + std::fmt::Debug {
     /// Writes all of `buf` and returns when it is durable: one synchronous write. `offset` and
     /// the length are multiples of 4096 within the file's length.
     fn write_durable(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+    /// As [`StorageFile::write_durable`], but durable only after [`StorageFile::sync_data`]: past the
+    /// page cache where the host can, so that this has nothing left to write.
+    fn write_direct(&self, buf: &[u8], offset: u64) -> io::Result<()>;
     /// Makes content (and the length) durable: fdatasync.
     fn sync_data(&self) -> io::Result<()>;
     /// Makes content and all metadata durable: fsync.

@@ -23,6 +23,8 @@ pub enum OpKind {
     Write,
     /// A synchronous write.
     WriteDurable,
+    /// A write past the page cache.
+    WriteDirect,
     /// fdatasync.
     SyncData,
     /// fsync.
@@ -36,7 +38,7 @@ pub enum OpKind {
 }
 
 /// Number of kinds.
-const KINDS: usize = 15;
+const KINDS: usize = 16;
 
 impl OpKind {
     /// True for what makes something durable.

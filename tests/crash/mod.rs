@@ -299,6 +299,7 @@ impl Run {
             self.change(&change);
         }
         match op {
+            Op::Write { ahead: true, .. } => self.chain().top().unwrap().flush_ahead(),
             Op::Write { .. } | Op::Discard { .. } | Op::Zero { .. } => {}
             Op::Flush => self.acknowledge(Chain::flush),
             Op::Close => self.acknowledge(Chain::close),

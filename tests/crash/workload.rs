@@ -15,6 +15,8 @@ pub enum Op {
         offset: u64,
         len: u64,
         fua: bool,
+        /// What a flush would write is written down after it.
+        ahead: bool,
     },
     Discard {
         offset: u64,
@@ -62,7 +64,9 @@ impl Op {
     pub fn change(self, tag: &mut u16) -> Option<Change> {
         let zeros = |len: u64| vec![0; len as usize];
         let (offset, bytes, fua, how) = match self {
-            Op::Write { offset, len, fua } => {
+            Op::Write {
+                offset, len, fua, ..
+            } => {
                 *tag += 1;
                 (offset, pattern(*tag, offset, len), fua, How::Write)
             }
@@ -114,6 +118,7 @@ struct Mood {
     restarts: u64,
     large: u64,
     blocks: u64,
+    ahead: u64,
 }
 
 impl Mood {
@@ -124,6 +129,7 @@ impl Mood {
             restarts: one_of([0, 2, 9]),
             large: one_of([0, 1, 6]),
             blocks: one_of([4, 12, BLOCKS]),
+            ahead: one_of([0, 1, 3]),
         }
     }
 
@@ -154,8 +160,14 @@ pub fn generate(seed: u64, count: usize) -> Vec<Op> {
         .map(|_| {
             let (offset, len) = mood.range(&mut rng);
             let fua = rng.chance(mood.flushes, 120);
+            let ahead = rng.chance(mood.ahead, 4);
             match rng.below(34 + mood.restarts + mood.flushes) {
-                0..=21 => Op::Write { offset, len, fua },
+                0..=21 => Op::Write {
+                    offset,
+                    len,
+                    fua,
+                    ahead,
+                },
                 22..=26 => Op::Discard { offset, len },
                 27..=31 => Op::Zero {
                     offset,

@@ -166,6 +166,7 @@ fn serving_thread(context: &Arc<Context>, index: usize) -> Result<JoinHandle<Res
     std::thread::Builder::new()
         .name(format!("fuse-{index}"))
         .spawn(move || {
+            run_before_clients();
             let readers = Arc::clone(&context.readers);
             listen_for_waits(move || readers.relieve());
             let result = context.server().run(&mut slot);
@@ -488,6 +489,13 @@ fn report_status(context: &Context) -> Value {
         "version": env!("CARGO_PKG_VERSION"),
         "log": worker.run_dir.join(state::LOG),
     })
+}
+
+/// Gives this thread the priority that the kernel gives its own block workers: those who wait for it
+/// hold the processors otherwise, and each of their requests waits for a turn. Best effort.
+fn run_before_clients() {
+    // SAFETY: the call takes integers and changes the priority of this thread alone.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
 }
 
 fn prepare_process() -> Result<()> {

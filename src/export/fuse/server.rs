@@ -116,9 +116,11 @@ impl Server<'_> {
     }
 
     fn answer(&self, slot: &mut Slot, owed: Owed) -> Result<Option<Ended>> {
+        let mut wrote = false;
         let (unique, answer) = match Request::parse(slot.request(owed.len)) {
             Ok(request) => {
                 let unique = request.unique;
+                wrote = matches!(request.operation, Operation::Write { .. });
                 let answer = match (request.operation, owed.done) {
                     (Operation::Read { offset, size }, _) => self.read(slot, offset, size),
                     (operation, Some(errno)) if operation.changes_data() => {
@@ -159,6 +161,9 @@ impl Server<'_> {
             Answer::Data(len) => session.write_all(slot.read_reply(header(0, len), len)),
         };
         slot.answered(unique & abi::UNIQUE_RESEND != 0);
+        if wrote {
+            self.device.flush_ahead();
+        }
         match sent.map_err(|error| (error.raw_os_error(), error)) {
             // ENOENT: the asker is gone, or a dead server had answered already.
             Ok(()) | Err((Some(libc::ENOENT), _)) => Ok(None),

@@ -395,6 +395,10 @@ impl StorageFile for SimFile {
         )
     }
 
+    fn write_direct(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.change(OpKind::WriteDirect, |file| file.write(offset, buf), |_| {})
+    }
+
     fn sync_data(&self) -> io::Result<()> {
         self.change(OpKind::SyncData, |_| {}, image::SimContent::sync)
     }

@@ -1,0 +1,257 @@
+//! Flushing ahead: where a client flushes after every few writes, as a database does, the record of
+//! a write is on its way to the disk while the client still thinks, and the flush that follows finds
+//! nothing left to write. docs/durability.md argues why that is safe.
+
+use super::areas::Committer;
+use super::flush::Commit;
+use super::journal::{Area, RecordBody};
+use super::map_state::MapState;
+use super::writable::WritableLayer;
+use crate::error::Result;
+
+/// A client that writes more often than this between two flushes gains nothing: its flush carries
+/// them all in one record.
+const FEW_WRITES: u32 = 4;
+
+/// How a client writes and flushes.
+#[derive(Debug)]
+pub(super) struct Pace {
+    /// Writes since the last flush was asked for.
+    since: u32,
+    /// Writes between the two flushes before.
+    before: u32,
+}
+
+impl Default for Pace {
+    /// Nobody has flushed yet.
+    fn default() -> Self {
+        Pace {
+            since: u32::MAX,
+            before: u32::MAX,
+        }
+    }
+}
+
+impl Pace {
+    /// A client asked for a flush.
+    pub(super) fn flushed(&mut self) {
+        self.before = std::mem::take(&mut self.since);
+    }
+
+    /// A client wrote: true where it can be expected to flush soon.
+    fn wrote(&mut self) -> bool {
+        self.since = self.since.saturating_add(1);
+        self.since <= FEW_WRITES && self.before <= FEW_WRITES
+    }
+}
+
+impl WritableLayer {
+    /// To be told of each write after it was answered: true where a flush is likely to come next,
+    /// and [`WritableLayer::flush_ahead`] worth its while.
+    pub fn expects_flush(&self) -> bool {
+        self.options.journal_blocks > 0 && self.queue.lock().pace.wrote()
+    }
+
+    /// Writes down in the journal what the next flush would, where that needs neither a sync of
+    /// data nor room to be made, and nobody flushes just now. Makes nothing durable; what fails here
+    /// the next flush meets again.
+    pub fn flush_ahead(&self) {
+        let mut queue = self.queue.lock();
+        if queue.running {
+            return;
+        }
+        queue.running = true;
+        drop(queue);
+        let outcome = self
+            .check_poison()
+            .and_then(|()| self.commit(&mut self.committer.lock(), Commit::Ahead));
+        if let Err(error) = outcome {
+            tracing::debug!(%error, "a flush ahead failed");
+        }
+        self.queue.lock().running = false;
+        self.flushed.notify_all();
+    }
+
+    /// Makes the records durable that were written ahead.
+    ///
+    /// # Errors
+    /// Any failure poisons, as that of every sync.
+    pub(super) fn sync_journal(&self, committer: &mut Committer) -> Result<()> {
+        if !committer.has_unsynced() {
+            return Ok(());
+        }
+        if let Some(area) = committer.area() {
+            area.sync().map_err(|error| self.core.poison(&error))?;
+        }
+        self.core.stats.journal_syncs.add(1);
+        committer.durable = committer.sequence;
+        // From now on a checkpoint may, and one of this generation must, contain their changes.
+        self.core.map.write().ahead.clear();
+        Ok(())
+    }
+}
+
+impl Committer {
+    /// Some records were written ahead, and no sync has made them durable.
+    pub(super) fn has_unsynced(&self) -> bool {
+        self.durable < self.sequence
+    }
+
+    /// Whether what changed can be written ahead as it is.
+    pub(super) fn can_go_ahead(&self, map: &MapState) -> bool {
+        let dirty = &map.dirty;
+        if dirty.is_empty() || dirty.many || self.must_checkpoint {
+            return false;
+        }
+        let most = RecordBody::len_of(map.changes.len(), dirty.blocks as usize) as u64;
+        self.area().map_or(0, Area::len) >= self.position + most
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::layer::{Header, LayerOptions};
+    use crate::storage::{Fault, FaultPlan, FaultStorage, OpCounts, OpKind, SimStorage};
+
+    fn pace(writes: &[u32]) -> Pace {
+        let mut pace = Pace::default();
+        for &count in writes {
+            pace.flushed();
+            (0..count).for_each(|_| {
+                pace.wrote();
+            });
+        }
+        pace
+    }
+
+    #[test]
+    fn a_flush_is_expected_of_a_client_that_flushes_after_few_writes() {
+        assert!(!pace(&[]).wrote());
+        assert!(!pace(&[0]).wrote(), "nobody knows yet how it writes");
+        assert!(pace(&[1, 0]).wrote());
+        assert!(pace(&[1, 3]).wrote());
+        assert!(!pace(&[1, 4]).wrote(), "it does not flush after all");
+        assert!(!pace(&[5, 0]).wrote());
+        assert!(pace(&[5, 1, 0]).wrote());
+    }
+
+    struct Rig {
+        storage: Arc<FaultStorage>,
+        layer: Arc<WritableLayer>,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let storage = Arc::new(FaultStorage::new(Arc::new(SimStorage::new())));
+            let dir = Path::new("/layer");
+            WritableLayer::create(&*storage, dir, &Header::new(None, 1 << 20).unwrap()).unwrap();
+            let options = LayerOptions {
+                background: false,
+                ..LayerOptions::default()
+            };
+            let layer = WritableLayer::open(storage.clone(), dir, options).unwrap();
+            layer.prepare_journal().unwrap();
+            Rig { storage, layer }
+        }
+
+        /// The synchronous operations and writes of `work`.
+        fn counted(&self, work: impl FnOnce(&WritableLayer)) -> [u64; 4] {
+            let before: OpCounts = self.storage.counts();
+            work(&self.layer);
+            let counts = self.storage.counts().since(&before);
+            [
+                OpKind::WriteDirect,
+                OpKind::WriteDurable,
+                OpKind::SyncData,
+                OpKind::Sync,
+            ]
+            .map(|kind| counts.of(kind))
+        }
+    }
+
+    #[test]
+    fn a_flush_after_one_ahead_syncs_the_journal_and_writes_nothing() {
+        let rig = Rig::new();
+        rig.layer.write_blocks(3, &[1; 8192]).unwrap();
+        let ahead = rig.counted(WritableLayer::flush_ahead);
+        let flush = rig.counted(|layer| layer.flush().unwrap());
+        let again = rig.counted(|layer| layer.flush().unwrap());
+        assert_eq!((ahead, flush, again), ([1, 0, 0, 0], [0, 0, 1, 0], [0; 4]));
+    }
+
+    #[test]
+    fn a_flush_with_more_to_carry_than_was_written_ahead_writes_and_syncs() {
+        let rig = Rig::new();
+        rig.layer.write_blocks(3, &[1; 8192]).unwrap();
+        rig.layer.flush_ahead();
+        rig.layer.write_blocks(9, &[1; 4096]).unwrap();
+        let flush = rig.counted(|layer| layer.flush().unwrap());
+        assert_eq!(flush, [1, 0, 1, 0]);
+        // And the next one is one synchronous write again.
+        rig.layer.write_blocks(9, &[1; 4096]).unwrap();
+        let next = rig.counted(|layer| layer.flush().unwrap());
+        assert_eq!(next, [0, 1, 0, 0]);
+    }
+
+    #[test]
+    fn nothing_goes_ahead_that_needs_a_sync_of_data_or_an_area() {
+        let rig = Rig::new();
+        rig.layer.write_blocks(0, &[1; 33 * 4096]).unwrap();
+        assert_eq!(rig.counted(WritableLayer::flush_ahead), [0; 4]);
+        rig.layer.close().unwrap();
+        rig.layer.write_blocks(0, &[1; 4096]).unwrap();
+        assert_eq!(rig.counted(WritableLayer::flush_ahead), [0; 4], "no area");
+    }
+
+    /// A checkpoint is of what is durable: a record that was only written is not.
+    #[test]
+    fn a_checkpoint_leaves_out_what_was_only_written_ahead() {
+        let rig = Rig::new();
+        rig.layer.write_blocks(0, &[1; 4096]).unwrap();
+        rig.layer.flush().unwrap();
+        let flushed = rig.layer.core.durable_extents(false);
+        rig.layer.write_blocks(8, &[1; 4096]).unwrap();
+        rig.layer.flush_ahead();
+        rig.layer.write_blocks(16, &[1; 4096]).unwrap();
+        assert_eq!(rig.layer.core.durable_extents(false), flushed);
+        rig.layer.flush().unwrap();
+        assert_eq!(rig.layer.core.durable_extents(false).len(), 3);
+    }
+
+    #[test]
+    fn a_failed_sync_of_records_written_ahead_poisons() {
+        let rig = Rig::new();
+        rig.layer.write_blocks(3, &[1; 4096]).unwrap();
+        rig.layer.flush_ahead();
+        rig.storage.fail(FaultPlan {
+            kinds: vec![OpKind::SyncData],
+            nth: 1,
+            fault: Fault::LostSync(libc::EIO),
+            lasting: false,
+        });
+        let error = rig.layer.flush().unwrap_err();
+        assert!(error.to_string().contains("syncing the journal"), "{error}");
+        assert!(rig.layer.flush().is_err());
+    }
+
+    /// The record may be there in part, so nothing may follow it.
+    #[test]
+    fn without_space_for_a_record_ahead_the_flush_makes_all_durable_another_way() {
+        let rig = Rig::new();
+        rig.layer.write_blocks(3, &[1; 4096]).unwrap();
+        rig.storage.fail(FaultPlan {
+            kinds: vec![OpKind::WriteDirect],
+            nth: 1,
+            fault: Fault::Short(libc::ENOSPC),
+            lasting: false,
+        });
+        rig.layer.flush_ahead();
+        let flush = rig.counted(|layer| layer.flush().unwrap());
+        assert_eq!((flush[0], flush[1]), (0, 0), "a checkpoint instead");
+        assert_eq!(rig.layer.core.durable_extents(false).len(), 1);
+    }
+}
