@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -13,9 +13,10 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::{Pid, User};
+use nix::unistd::{Pid, User, Whence, lseek};
 
 use crate::cpu;
 
@@ -441,12 +442,20 @@ pub fn kernel_mounts(kind: &str) -> bool {
 /// Bytes that a file or all files of a tree take on the disk. Files that vanish meanwhile count
 /// nothing; other file systems mounted below are left out.
 pub fn allocated(path: &Path) -> u64 {
+    files_below(path)
+        .iter()
+        .map(|(_, metadata)| metadata.blocks() * 512)
+        .sum()
+}
+
+/// What lies below a path on its own file system, each file once.
+fn files_below(path: &Path) -> Vec<(PathBuf, fs::Metadata)> {
     let Ok(metadata) = fs::symlink_metadata(path) else {
-        return 0;
+        return Vec::new();
     };
     let device = metadata.dev();
     let mut seen = std::collections::HashSet::new();
-    let mut sum = 0;
+    let mut found = Vec::new();
     let mut todo = vec![path.to_owned()];
     while let Some(path) = todo.pop() {
         let Ok(metadata) = fs::symlink_metadata(&path) else {
@@ -455,15 +464,52 @@ pub fn allocated(path: &Path) -> u64 {
         if metadata.dev() != device {
             continue;
         }
-        if metadata.nlink() == 1 || metadata.is_dir() || seen.insert(metadata.ino()) {
-            sum += metadata.blocks() * 512;
-        }
         if metadata.is_dir() {
             let entries = fs::read_dir(&path).into_iter().flatten().flatten();
             todo.extend(entries.map(|entry| entry.path()));
+        } else if metadata.nlink() > 1 && !seen.insert(metadata.ino()) {
+            continue;
+        }
+        found.push((path, metadata));
+    }
+    found
+}
+
+/// Reads all data of the files below a path once, so that a cache below the host's disk, as that of
+/// a virtual machine has one, knows the image of each driver alike: what was copied just now is in
+/// it, and what was made an hour ago may take a hundred times as long to come.
+pub fn read_all(path: &Path) -> Result<()> {
+    let mut buf = vec![0; 1 << 20];
+    for (path, metadata) in files_below(path) {
+        // What is only a hole takes nothing from the disk.
+        if metadata.is_file() && metadata.blocks() > 0 {
+            read_data(&path, &mut buf).with_context(|| path.display().to_string())?;
         }
     }
-    sum
+    Ok(())
+}
+
+/// Reads the extents of a file that hold data.
+fn read_data(path: &Path, buf: &mut [u8]) -> Result<()> {
+    let file = File::open(path)?;
+    let len = file.metadata()?.len();
+    let mut at = 0;
+    while at < len {
+        at = match lseek(&file, at as i64, Whence::SeekData) {
+            Ok(data) => data as u64,
+            Err(Errno::ENXIO) => break,
+            Err(errno) => return Err(errno.into()),
+        };
+        let end = lseek(&file, at as i64, Whence::SeekHole)? as u64;
+        while at < end {
+            let piece = (end - at).min(buf.len() as u64) as usize;
+            match file.read_at(buf.get_mut(..piece).unwrap_or_default(), at)? {
+                0 => return Ok(()),
+                read => at += read as u64,
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Writes back all that is dirty on the file system of a path.

@@ -221,6 +221,8 @@ struct At<'a> {
 struct Prepared<'a> {
     driver: &'a dyn Driver,
     image: Box<dyn Image>,
+    /// Where the image and its containers lie.
+    dir: PathBuf,
 }
 
 /// All workloads in one place; those that share an image after each other.
@@ -373,7 +375,7 @@ fn prepare<'a>(
         report.took(&place.id, &what, about.id, seconds);
         stop_if_interrupted()?;
         match image {
-            Ok(image) => prepared.push(Prepared { driver, image }),
+            Ok(image) => prepared.push(Prepared { driver, image, dir }),
             Err(error) => fail(report, progress, (&place.id, "image", about.id), &error),
         }
     }
@@ -418,7 +420,7 @@ fn rounds(
         }
         for step in 0..prepared.len() {
             let number = (step + round) % prepared.len();
-            let Some(Prepared { driver, image }) = prepared.get_mut(number) else {
+            let Some(Prepared { driver, image, dir }) = prepared.get_mut(number) else {
                 continue;
             };
             let driver = driver.about().id;
@@ -443,6 +445,7 @@ fn rounds(
                     sizes: at.sizes,
                     scratch: at.scratch,
                     place: Path::new(&place.dir),
+                    on_disk: (!place.in_memory).then_some(dir),
                     image: image.as_mut(),
                     name: &name,
                 })

@@ -493,7 +493,8 @@ fn remarks(report: &Report) -> Markup {
             li { "CPU time of kernel threads is the whole host's, since threads of loop devices and \
                   file systems belong to nobody: other work on the host is in it." }
             li { "Loop devices use direct I/O. A cold cache is cold in the page cache alone: below \
-                  the host may be another cache. On a tmpfs nothing is ever cold." }
+                  the host may be another cache, so all that a driver has on the disk is read once \
+                  before each, for that to know all of them alike. On a tmpfs nothing is ever cold." }
             li { "overlayfs, full copies and fuse-overlayfs use the host's own file system; the \
                   others bring theirs (ext4, btrfs, XFS)." }
             @for line in &report.left_out { li { (line) } }

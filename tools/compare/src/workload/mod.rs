@@ -179,6 +179,8 @@ pub struct Run<'a> {
     pub scratch: &'a Path,
     /// The place that is measured, to sync it.
     pub place: &'a Path,
+    /// Where the image and its containers lie, if that is on a disk.
+    pub on_disk: Option<&'a Path>,
     /// Where containers come from.
     pub image: &'a mut dyn Image,
     /// The container's name, new for each run.
@@ -213,9 +215,19 @@ impl Run<'_> {
     /// Empties the page cache, and leaves nothing to write back to disturb what follows.
     fn cold(&self, started: &Started) -> Result<()> {
         match &started.access {
-            Access::Dir(dir) => host::drop_caches(&[dir, self.place]),
-            Access::Nbd(_) => host::drop_caches(&[self.place]),
+            Access::Dir(dir) => self.cold_all(std::slice::from_ref(dir)),
+            Access::Nbd(_) => self.cold_all(&[]),
         }
+    }
+
+    /// As [`Run::cold`], for several containers with a directory each.
+    fn cold_all(&self, dirs: &[PathBuf]) -> Result<()> {
+        if let Some(dir) = self.on_disk {
+            host::read_all(dir)?;
+        }
+        let mut places: Vec<&Path> = dirs.iter().map(PathBuf::as_path).collect();
+        places.push(self.place);
+        host::drop_caches(&places)
     }
 }
 

@@ -95,9 +95,7 @@ fn work(run: &mut Run<'_>, names: &[String]) -> Result<Measured> {
         dirs.push(run.image.start(name)?.dir()?.to_owned());
     }
     measured.add("start", start.elapsed().as_secs_f64() * 1000.0);
-    let mut places: Vec<&Path> = dirs.iter().map(PathBuf::as_path).collect();
-    places.push(run.place);
-    host::drop_caches(&places)?;
+    run.cold_all(&dirs)?;
     let servers = names.iter().flat_map(|name| run.image.servers(name));
     let mut servers: Vec<u32> = servers.collect();
     servers.sort_unstable();
