@@ -18,6 +18,7 @@ use super::recovery::remove_journal;
 use super::state_of_value;
 use super::table::{state_code, state_of_code};
 use super::writable::WritableLayer;
+use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::about_to_wait;
 
@@ -301,10 +302,10 @@ impl WritableLayer {
             durable: committer.durable,
         };
         let mut buf = std::mem::take(&mut committer.buf);
-        let encoded = encode_record(&mut buf, self.core.uuid(), place, body, |block, bytes| {
-            // A writer of the block comes before or after, never in the middle.
-            let _lock = self.lock_blocks(block, 1);
-            self.core.data.read(bytes, block_offset(block))
+        let encoded = encode_record(&mut buf, self.core.uuid(), place, body, |first, bytes| {
+            // A writer of a block comes before or after, never in the middle.
+            let _lock = self.lock_blocks(first, bytes.len() as u64 / BLOCK_SIZE);
+            self.core.data.read(bytes, block_offset(first))
         });
         let written = encoded.and_then(|()| {
             let Some(area) = committer.area() else {

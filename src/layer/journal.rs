@@ -113,7 +113,7 @@ pub(super) struct RecordPlace {
     pub(super) durable: u64,
 }
 
-/// Writes a record into `buf`; `fill` reads each of its blocks.
+/// Writes a record into `buf`; `fill` reads its blocks, those that lie next to each other at once.
 pub(super) fn encode_record(
     buf: &mut AlignedBuf,
     uuid: Uuid,
@@ -147,8 +147,15 @@ pub(super) fn encode_record(
     buf.reset(body.encoded_len());
     let (front, payload) = buf.as_mut_slice().split_at_mut(head.len());
     front.copy_from_slice(&head);
-    for (&block, bytes) in body.blocks.iter().zip(payload.chunks_exact_mut(BLOCK_LEN)) {
-        fill(block, bytes)?;
+    let mut rest = payload;
+    for run in body.blocks.chunk_by(|block, next| block + 1 == *next) {
+        let len = run.len() * BLOCK_LEN;
+        let (Some(&first), Some((bytes, behind))) = (run.first(), rest.split_at_mut_checked(len))
+        else {
+            break;
+        };
+        fill(first, bytes)?;
+        rest = behind;
     }
     let crc = crc32fast::hash(buf.as_slice());
     if let Some(field) = buf.as_mut_slice().get_mut(CRC_AT..CRC_AT + 4) {
@@ -429,8 +436,10 @@ mod tests {
             records_before: 0,
             durable: sequence,
         };
-        encode_record(&mut buf, UUID, place, &body, |block, bytes| {
-            bytes.fill(block as u8);
+        encode_record(&mut buf, UUID, place, &body, |first, bytes| {
+            for (block, bytes) in (first..).zip(bytes.chunks_exact_mut(BLOCK_LEN)) {
+                bytes.fill(block as u8);
+            }
             Ok(())
         })
         .unwrap();
@@ -457,6 +466,34 @@ mod tests {
                 .all(|&byte| byte == 7)
         );
         assert!(found.records[1].body.barrier);
+    }
+
+    #[test]
+    fn blocks_that_lie_next_to_each_other_are_read_at_once() {
+        let mut body = RecordBody {
+            blocks: vec![3, 4, 5, 9, 11, 12],
+            ..Default::default()
+        };
+        body.push_change(3, 3, BlockState::Data);
+        let place = RecordPlace {
+            generation: 1,
+            sequence: 0,
+            records_before: 0,
+            durable: 0,
+        };
+        let mut reads = Vec::new();
+        encode_record(
+            &mut AlignedBuf::default(),
+            UUID,
+            place,
+            &body,
+            |first, bytes| {
+                reads.push((first, bytes.len() / BLOCK_LEN));
+                Ok(())
+            },
+        )
+        .unwrap();
+        assert_eq!(reads, [(3, 3), (9, 1), (11, 2)]);
     }
 
     #[test]
