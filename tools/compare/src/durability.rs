@@ -49,8 +49,11 @@ pub fn check(driver: &dyn Driver, dir: &Path) -> Result<Flush> {
 
     let kind = driver.about().kind;
     let flushes;
+    // It stays: what lies on the copy would be on the same device otherwise, and what a driver keeps
+    // in memory that outlives its processes, for as long as the machine runs, would be taken for that
+    // of the copy. A power cut leaves nothing of it.
+    let device = Loop::new(&disk)?;
     {
-        let device = Loop::new(&disk)?;
         let _mount = Mount::new(&at, Path::new("/"), &["-t", "ext4", device.device()])?;
         let base = make_base(kind, &at)?;
         let place = at.join("d");
