@@ -90,46 +90,67 @@ fn the_devices_errors_reach_the_client_by_their_kind() {
     }
 }
 
+/// A device that answers reads and questions in a way of its own, and takes all else.
+struct Odd {
+    read: fn(&mut [u8], u64) -> Result<()>,
+    extent: fn(u64, u64) -> Extent,
+}
+
+impl BlockDevice for Odd {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        (self.read)(buf, offset)
+    }
+
+    fn write_at(&self, _: &[u8], _: u64, _: Durability) -> Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode, _: Durability) -> Result<()> {
+        Ok(())
+    }
+
+    fn extents(&self, offset: u64, len: u64, _: usize) -> Result<Vec<Extent>> {
+        Ok(vec![(self.extent)(offset, len)])
+    }
+}
+
 #[test]
 fn a_read_that_fails_half_way_ends_with_an_error_chunk() {
-    /// Fails beyond the second MiB.
-    struct Half;
-    impl BlockDevice for Half {
-        fn size(&self) -> u64 {
-            SIZE
-        }
-        fn is_read_only(&self) -> bool {
-            true
-        }
-        fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+    let half = Odd {
+        read: |buf, offset| {
             if offset >= 2 << 20 {
                 return Err(Error::new(ErrorKind::Io, "the rest is gone"));
             }
             buf.fill(1);
             Ok(())
-        }
-        fn write_at(&self, _: &[u8], _: u64, _: Durability) -> Result<()> {
-            Ok(())
-        }
-        fn flush(&self) -> Result<()> {
-            Ok(())
-        }
-        fn discard(&self, _: u64, _: u64) -> Result<()> {
-            Ok(())
-        }
-        fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode, _: Durability) -> Result<()> {
-            Ok(())
-        }
-        fn extents(&self, offset: u64, len: u64, _: usize) -> Result<Vec<Extent>> {
-            let kind = ExtentKind::Data;
-            Ok(vec![Extent { offset, len, kind }])
-        }
-    }
+        },
+        extent: |offset, len| Extent {
+            offset,
+            len,
+            kind: ExtentKind::Data,
+        },
+    };
     let mut answers = structured()
         .request(READ, 0, 0, 4 << 20)
         .request(FLUSH, 0, 0, 0)
         .request(DISC, 0, 0, 0)
-        .run(&[named("disk", Half)]);
+        .run(&[named("disk", half)]);
     answers.transmitting();
     for _ in 0..2 {
         match answers.reply() {
@@ -146,43 +167,23 @@ fn a_read_that_fails_half_way_ends_with_an_error_chunk() {
 
 #[test]
 fn extents_that_lie_outside_the_request_are_never_passed_on() {
-    /// Describes the device as one hole, whatever it is asked.
-    struct Careless(MemoryDevice);
-    impl BlockDevice for Careless {
-        fn size(&self) -> u64 {
-            SIZE
-        }
-        fn is_read_only(&self) -> bool {
-            true
-        }
-        fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-            self.0.read_at(buf, offset)
-        }
-        fn write_at(&self, _: &[u8], _: u64, _: Durability) -> Result<()> {
+    // The device as one hole, whatever is asked.
+    let careless = Odd {
+        read: |buf, _| {
+            buf.fill(0);
             Ok(())
-        }
-        fn flush(&self) -> Result<()> {
-            Ok(())
-        }
-        fn discard(&self, _: u64, _: u64) -> Result<()> {
-            Ok(())
-        }
-        fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode, _: Durability) -> Result<()> {
-            Ok(())
-        }
-        fn extents(&self, _: u64, _: u64, _: usize) -> Result<Vec<Extent>> {
-            Ok(vec![Extent {
-                offset: 0,
-                len: u64::MAX,
-                kind: ExtentKind::Hole,
-            }])
-        }
-    }
+        },
+        extent: |_, _| Extent {
+            offset: 0,
+            len: u64::MAX,
+            kind: ExtentKind::Hole,
+        },
+    };
     let mut answers = with_status()
         .request(STATUS, 0, 4096, 8192)
         .request(READ, 0, 4096, 1 << 20)
         .request(DISC, 0, 0, 0)
-        .run(&[named("disk", Careless(MemoryDevice::new(SIZE)))]);
+        .run(&[named("disk", careless)]);
     answers.transmitting();
     assert_eq!(statuses(&mut answers), [(8192, 3)]);
     let (_, kinds) = reassemble(&mut answers, 4096, 1 << 20);
