@@ -80,13 +80,18 @@ impl Committer {
         }
     }
 
-    /// A checkpoint contains everything so far: both areas are free.
-    pub(super) fn begin_after_checkpoint(&mut self) {
+    /// The next record is the first of a generation that follows one of `records_before` records.
+    fn begin_generation(&mut self, records_before: u64) {
         self.generation += 1;
         self.sequence = 0;
         self.durable = 0;
-        self.records_before = 0;
+        self.records_before = records_before;
         self.position = 0;
+    }
+
+    /// A checkpoint contains everything so far: both areas are free.
+    pub(super) fn begin_after_checkpoint(&mut self) {
+        self.begin_generation(0);
         self.live = [false; 2];
         self.must_checkpoint = false;
     }
@@ -201,11 +206,7 @@ impl WritableLayer {
         };
         committer.retiring = Some(retiring);
         committer.current = other;
-        committer.records_before = committer.sequence;
-        committer.generation += 1;
-        committer.sequence = 0;
-        committer.durable = 0;
-        committer.position = 0;
+        committer.begin_generation(committer.sequence);
         Ok(Room::Fits)
     }
 

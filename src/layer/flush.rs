@@ -235,28 +235,24 @@ impl WritableLayer {
         };
         let mut map = self.core.map.write();
         let map: &mut MapState = &mut map;
-        match (&result, kind) {
-            (Ok(()), Commit::Ahead) => return Ok(()),
-            (Ok(()), _) => {
-                map.in_flight.clear();
-                if let Some(live) = &mut map.live {
-                    live.committed();
-                }
-                return Ok(());
+        if result.is_err() {
+            // Neither written nor durable: the next flush has to do it.
+            let frozen = if kind == Commit::Ahead {
+                let written = map.ahead.len().saturating_sub(frozen_len);
+                map.ahead.split_off(written)
+            } else {
+                std::mem::take(&mut map.in_flight)
+            };
+            let newer = std::mem::replace(&mut map.changes, frozen);
+            map.changes.extend(newer);
+            map.dirty.blocks += dirty.blocks;
+            map.dirty.many |= !dirty.is_empty();
+        } else if kind != Commit::Ahead {
+            map.in_flight.clear();
+            if let Some(live) = &mut map.live {
+                live.committed();
             }
-            (Err(_), _) => {}
         }
-        // Not durable: the next flush has to do it.
-        let frozen = if kind == Commit::Ahead {
-            let written = map.ahead.len().saturating_sub(frozen_len);
-            map.ahead.split_off(written)
-        } else {
-            std::mem::take(&mut map.in_flight)
-        };
-        let newer = std::mem::replace(&mut map.changes, frozen);
-        map.changes.extend(newer);
-        map.dirty.blocks += dirty.blocks;
-        map.dirty.many |= !dirty.is_empty();
         result
     }
 
