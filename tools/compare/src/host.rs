@@ -2,7 +2,7 @@
 //! end that is certain.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek};
+use std::io::{ErrorKind, Read, Seek};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -482,25 +482,31 @@ pub fn read_all(path: &Path) -> Result<()> {
     let mut buf = vec![0; 1 << 20];
     for (path, metadata) in files_below(path) {
         // What is only a hole takes nothing from the disk.
-        if metadata.is_file() && metadata.blocks() > 0 {
-            read_data(&path, &mut buf).with_context(|| path.display().to_string())?;
+        if !metadata.is_file() || metadata.blocks() == 0 {
+            continue;
         }
+        match File::open(&path) {
+            Ok(file) => read_data(&file, &mut buf),
+            // Gone meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+        .with_context(|| path.display().to_string())?;
     }
     Ok(())
 }
 
 /// Reads the extents of a file that hold data.
-fn read_data(path: &Path, buf: &mut [u8]) -> Result<()> {
-    let file = File::open(path)?;
+fn read_data(file: &File, buf: &mut [u8]) -> Result<()> {
     let len = file.metadata()?.len();
     let mut at = 0;
     while at < len {
-        at = match lseek(&file, at as i64, Whence::SeekData) {
+        at = match lseek(file, at as i64, Whence::SeekData) {
             Ok(data) => data as u64,
             Err(Errno::ENXIO) => break,
             Err(errno) => return Err(errno.into()),
         };
-        let end = lseek(&file, at as i64, Whence::SeekHole)? as u64;
+        let end = lseek(file, at as i64, Whence::SeekHole)? as u64;
         while at < end {
             let piece = (end - at).min(buf.len() as u64) as usize;
             match file.read_at(buf.get_mut(..piece).unwrap_or_default(), at)? {
