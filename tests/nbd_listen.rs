@@ -1,7 +1,14 @@
 //! The sockets that the NBD server listens on.
 
+// Helpers outside of #[test] functions fail tests too.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use vellum::ErrorKind;
 use vellum::export::nbd::{bind_tcp, bind_unix};
@@ -54,4 +61,89 @@ fn what_is_not_a_socket_is_left_alone() {
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     let error = bind_unix(&dir.path().join("x".repeat(200))).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
+}
+
+/// A store with one container, whose server says where it listens and what is dangerous about it.
+struct Served {
+    _dir: tempfile::TempDir,
+    root: PathBuf,
+}
+
+impl Served {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("store");
+        let image = dir.path().join("disk");
+        fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        let made = Command::new("/usr/sbin/mkfs.ext4")
+            .args(["-q", "-F"])
+            .arg(&image)
+            .status()
+            .expect("mkfs.ext4 is missing: apt-get install e2fsprogs");
+        assert!(made.success());
+        let served = Served { _dir: dir, root };
+        served.ok(&["import", "disk", image.to_str().unwrap()]);
+        served.ok(&["create", "disk", "--name", "c"]);
+        served
+    }
+
+    fn vellum(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vellum"));
+        command.arg("--root").arg(&self.root).args(arguments);
+        command
+    }
+
+    fn ok(&self, arguments: &[&str]) {
+        let output = self.vellum(arguments).output().unwrap();
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    /// What `vellum nbd c` with these arguments says until it listens; it is stopped then.
+    fn says(&self, arguments: &[&str]) -> String {
+        let mut server = self
+            .vellum(&[&["nbd", "c"], arguments].concat())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        let mut lines = BufReader::new(server.stderr.take().unwrap());
+        while !said.contains("listening on") && lines.read_line(&mut said).unwrap() > 0 {}
+        if arguments.is_empty() {
+            assert!(UnixStream::connect(self.root.join("run/nbd.sock")).is_ok());
+        }
+        let pid = nix::unistd::Pid::from_raw(server.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        assert!(server.wait().unwrap().success(), "{said}");
+        said
+    }
+}
+
+#[test]
+fn a_server_that_is_told_no_place_listens_on_a_private_socket_and_not_on_tcp() {
+    let served = Served::new();
+    let said = served.says(&[]);
+    let socket = served.root.join("run/nbd.sock");
+    assert_eq!(said, format!("listening on {}\n", socket.display()));
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_server_on_tcp_that_anybody_may_use_says_who_and_what_to_do() {
+    let served = Served::new();
+    let local = served.says(&["--listen", "0"]);
+    assert!(
+        local.contains("every user of this host, and every container on its network")
+            && local.contains("read and write c:"),
+        "{local}"
+    );
+    let open = served.says(&["--listen", "0.0.0.0:0", "--read-only"]);
+    assert!(
+        open.contains("anybody who reaches this address may read what it serves")
+            && open.contains("--tls-verify-clients"),
+        "{open}"
+    );
 }

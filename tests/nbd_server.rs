@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use vellum::block::{BlockDevice, Durability, Extent, MemoryDevice, ZeroMode};
 use vellum::export::nbd::{Export, Server, ServerConfig, SocketFile, bind_tcp, bind_unix};
-use vellum::{ErrorKind, Result};
+use vellum::{Error, ErrorKind, Result};
 
 const SIZE: u64 = 64 << 20;
 const READ: u16 = 0;
@@ -203,6 +203,8 @@ struct Lab {
     bytes: AtomicUsize,
     most_bytes: AtomicUsize,
     panics: AtomicBool,
+    /// Writes from this offset on fail.
+    fails_from: u64,
 }
 
 impl Lab {
@@ -219,6 +221,7 @@ impl Lab {
             bytes: AtomicUsize::new(0),
             most_bytes: AtomicUsize::new(0),
             panics: AtomicBool::new(false),
+            fails_from: SIZE,
         }
     }
 
@@ -279,6 +282,12 @@ impl BlockDevice for Lab {
 
     fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
         self.work(buf.len());
+        if offset >= self.fails_from {
+            return Err(Error::new(
+                ErrorKind::Io,
+                "the device fails, as it was told to",
+            ));
+        }
         self.memory.write_at(buf, offset, durability)
     }
 
@@ -621,6 +630,82 @@ fn clients_beyond_the_limit_are_turned_away_until_one_leaves() {
     first.closed();
     running.await_connections(1);
     running.client().write(0, 0, &[1; 512]);
+}
+
+#[test]
+fn a_newcomer_takes_the_place_of_a_client_that_has_asked_for_nothing_and_of_no_other() {
+    let config = ServerConfig {
+        max_connections: 2,
+        handshake_timeout: Duration::from_millis(300),
+        ..ServerConfig::default()
+    };
+    let running = Running::new(config, memory());
+    let mut first = running.client();
+    first.write(0, 0, &[1; 512]);
+    let mut idler = running.client();
+    let began = Instant::now();
+    let mut newcomer = loop {
+        // Its own handshake may have been too slow on a busy machine.
+        match running.try_client() {
+            Ok(client) => break client,
+            Err(error) => assert!(began.elapsed() < PATIENCE, "{error}"),
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    newcomer.write(0, 512, &[2; 512]);
+    idler.closed();
+    // Both have asked for something: however long they are silent now, they stay.
+    thread::sleep(Duration::from_millis(400));
+    assert!(running.try_client().is_err());
+    first.write(0, 0, &[3; 512]);
+    newcomer.write(0, 512, &[4; 512]);
+}
+
+/// Memory that this process holds, in bytes.
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let kib = line.unwrap().split_whitespace().nth(1).unwrap();
+    kib.parse::<usize>().unwrap() << 10
+}
+
+#[test]
+fn clients_that_never_end_their_long_writes_take_little_memory_and_keep_nobody_out() {
+    let running = Running::new(ServerConfig::default(), memory());
+    running.client().write(0, 0, &vec![7; 32 << 20]);
+    let before = resident();
+    let mut stuck: Vec<_> = (0..16).map(|_| running.client()).collect();
+    let most = vec![7; (32 << 20) - 1];
+    for client in &mut stuck {
+        let request = header(WRITE, 0, 1, 0, 32 << 20);
+        client.stream.write_all(&request).unwrap();
+        client.stream.write_all(&most).unwrap();
+    }
+    let took = resident().saturating_sub(before);
+    assert!(took < 160 << 20, "{} MiB", took >> 20);
+    let mut other = running.client();
+    let data = vec![9; 8 << 20];
+    other.write(1, 32 << 20, &data);
+    assert!(other.read(32 << 20, 8 << 20) == data);
+}
+
+#[test]
+fn a_long_write_that_fails_in_its_middle_is_answered_once_and_the_next_request_is_understood() {
+    let lab = Arc::new(Lab {
+        fails_from: 5 << 20,
+        ..Lab::new()
+    });
+    let running = Running::new(ServerConfig::default(), lab.clone());
+    let mut client = running.client();
+    client.send_write(1, 1, 0, &vec![1; 8 << 20]);
+    assert_eq!(client.reply().unwrap(), (5, 1));
+    // What was not written needs no flush to be durable.
+    assert_eq!(lab.flushed.load(SeqCst), 0);
+    client.send_write(1, 2, 0, &vec![1; 5 << 20]);
+    assert_eq!(client.reply().unwrap(), (0, 2));
+    assert_eq!(lab.flushed.load(SeqCst), 1);
+    client.write(0, 0, &[2; 512]);
+    assert_eq!(client.read(0, 512), [2; 512]);
 }
 
 #[test]

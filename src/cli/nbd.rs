@@ -1,5 +1,6 @@
 //! `vellum nbd NAME…`
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -18,10 +19,11 @@ pub(super) struct Args {
     /// Containers (writable) and images (read-only); each is an export of its name
     #[arg(required = true)]
     names: Vec<String>,
-    /// Listen on this unix socket
+    /// Listen on this unix socket, of mode 0600 [default without --listen: run/nbd.sock in the store]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Listen on TCP: HOST:PORT, or PORT on this host alone [default without --socket: 10809]
+    /// Listen on TCP: HOST:PORT, or PORT on this host alone. Without TLS anybody who reaches it may
+    /// read, and write what is writable
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
     /// Serve over TLS alone, with server-cert.pem and server-key.pem from this directory
@@ -34,8 +36,11 @@ pub(super) struct Args {
     #[arg(long)]
     read_only: bool,
     /// Clients served at once
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = ServerConfig::default().max_connections)]
     max_connections: usize,
+    /// Memory for the requests of all clients together, beyond 2 MiB for each
+    #[arg(long, value_name = "SIZE", value_parser = super::parse_size, default_value = "256M")]
+    memory: u64,
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
@@ -53,20 +58,30 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         .transpose()?;
     let config = ServerConfig {
         max_connections: args.max_connections,
+        memory: usize::try_from(args.memory).unwrap_or(usize::MAX),
         tls,
         ..ServerConfig::default()
     };
     let server = Arc::new(Server::new(config)?);
     // Closed after the server's last request, at the end of this function.
     let mut chains = Vec::new();
+    let mut writable = Vec::new();
     for name in &args.names {
         let (export, chain) = export(&store, name, args.read_only)?;
+        if !export.is_read_only() {
+            writable.push(name.as_str());
+        }
         server.add_export(export)?;
         chains.push(chain);
     }
     let mut listeners = Vec::new();
     let mut socket_file = None;
-    if let Some(path) = &args.socket {
+    let socket = match (&args.socket, &args.listen) {
+        (Some(path), _) => Some(path.clone()),
+        (None, Some(_)) => None,
+        (None, None) => Some(store.nbd_socket()),
+    };
+    if let Some(path) = &socket {
         let (listener, file) = bind_unix(path)?;
         socket_file = Some(file);
         let server = Arc::clone(&server);
@@ -75,11 +90,14 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             .out
             .note(&format!("listening on {}", path.display()));
     }
-    if args.listen.is_some() || args.socket.is_none() {
-        let listener = bind_tcp(args.listen.as_deref().unwrap_or_default())?;
+    if let Some(address) = &args.listen {
+        let listener = bind_tcp(address)?;
         let address = listener
             .local_addr()
             .context(|| "the listening socket has no address")?;
+        if let Some(warning) = exposure(args, address.ip(), &writable) {
+            tracing::warn!("{address}: {warning}");
+        }
         let server = Arc::clone(&server);
         listeners.push(std::thread::spawn(move || server.serve_tcp(listener)));
         context.out.note(&format!("listening on {address}"));
@@ -93,6 +111,30 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             .map_err(|_| Error::new(ErrorKind::Io, "a listener ended unexpectedly"))??;
     }
     ended
+}
+
+/// What somebody who listens on `ip` may not have thought of.
+fn exposure(args: &Args, ip: IpAddr, writable: &[&str]) -> Option<String> {
+    let what = match writable {
+        [] => String::from("read what it serves"),
+        names => format!("read and write {}", names.join(", ")),
+    };
+    let cure = "use --tls-certs with --tls-verify-clients, or a unix socket (--socket)";
+    match (&args.tls_certs, ip.is_loopback()) {
+        (Some(_), _) if args.tls_verify_clients => None,
+        (Some(_), true) => None,
+        (Some(_), false) => Some(format!(
+            "TLS without client certificates: anybody who reaches this address may {what}: add \
+             --tls-verify-clients"
+        )),
+        (None, true) => Some(format!(
+            "no TLS: every user of this host, and every container on its network, may {what}: {cure}"
+        )),
+        (None, false) => Some(format!(
+            "no TLS: anybody who reaches this address may {what}, and whoever is on the way may read \
+             and change it: {cure}"
+        )),
+    }
 }
 
 /// SIGTERM and SIGINT come to whoever waits for them. Before any thread is started.

@@ -199,6 +199,11 @@ impl Store {
         (self.root.join("run"), format!("{id}{SOCKET_SUFFIX}"))
     }
 
+    /// Where `vellum nbd` listens unless it is told another place.
+    pub fn nbd_socket(&self) -> PathBuf {
+        self.root.join("run").join("nbd.sock")
+    }
+
     /// Waits until no other process changes records, and keeps them from doing so.
     ///
     /// # Errors

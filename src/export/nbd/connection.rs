@@ -7,13 +7,15 @@
 //! thread reads on.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
 
 use super::exec::{Buffer, Refusal, Session};
+use super::memory::{Budget, Memory, OWN, Share};
 use super::pace::{Class, Pace};
 use super::protocol::{self as wire, Command, Request};
 use super::stream::{Stream, allowance};
@@ -28,14 +30,18 @@ const BATCH: usize = 64 << 10;
 /// Payloads up to this length are skipped when their request is refused, in bytes.
 const MAX_SKIPPED: u32 = 2 * wire::MAX_PAYLOAD;
 
+/// Writes longer than [`OWN`] go to the device in pieces of this many bytes, as they come.
+const PIECE: usize = 1 << 20;
+
 /// What one connection may use.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Limits {
     /// Threads, at least 1.
     pub(super) threads: usize,
-    /// Bytes of long requests in flight; one request is always let through. A busy connection
-    /// keeps so much memory for them.
+    /// Bytes of long requests in flight; one request is always let through.
     pub(super) bytes_in_flight: usize,
+    /// What they count against together with those of other connections.
+    pub(super) memory: Arc<Memory>,
     /// How long a client may stall in the middle of a request.
     pub(super) stall: Duration,
 }
@@ -77,7 +83,6 @@ pub(super) struct Connection<S> {
     writer: Mutex<()>,
     pace: Pace,
     budget: Budget,
-    pool: Mutex<Vec<Buffer>>,
     threads: AtomicUsize,
     /// Threads that wait to become the reader.
     idle: AtomicUsize,
@@ -117,7 +122,6 @@ impl<S: Stream> Connection<S> {
         Connection {
             stream,
             session,
-            limits,
             reader: Mutex::new(Reader {
                 input: vec![0; INPUT],
                 start: 0,
@@ -127,8 +131,8 @@ impl<S: Stream> Connection<S> {
             }),
             writer: Mutex::new(()),
             pace: Pace::default(),
-            budget: Budget::default(),
-            pool: Mutex::default(),
+            budget: Budget::new(Arc::clone(&limits.memory), limits.bytes_in_flight),
+            limits,
             threads: AtomicUsize::new(1),
             idle: AtomicUsize::new(0),
         }
@@ -230,6 +234,10 @@ impl<S: Stream> Connection<S> {
         };
         let len = request.len as usize;
         let payload_len = if command == Command::Write { len } else { 0 };
+        if payload_len > OWN {
+            self.write_in_pieces(reader, &request)?;
+            return self.next(reader);
+        }
         let long = matches!(command, Command::Read | Command::Write) && len > SHORT;
         let class = Class::of(command, &request, long);
         let slow = self.pace.is_slow(class);
@@ -254,14 +262,7 @@ impl<S: Stream> Connection<S> {
         }
         reader.start += Request::WIRE_LEN;
         let cost = self.session.memory(command, &request);
-        let limit = self.limits.bytes_in_flight;
-        let share = match self.budget.try_take(cost, limit) {
-            Some(share) => share,
-            None => {
-                self.send(&mut reader.out)?;
-                self.budget.take(cost, limit)
-            }
-        };
+        let share = self.share(reader, cost)?;
         let mut job = Job {
             command,
             request,
@@ -270,7 +271,7 @@ impl<S: Stream> Connection<S> {
             share,
         };
         if payload_len > 0 {
-            job.payload = self.pooled(payload_len);
+            job.payload = self.budget.memory().buffer(payload_len);
             self.receive(reader, job.payload.extend(payload_len))?;
         }
         self.send(&mut reader.out)?;
@@ -279,6 +280,42 @@ impl<S: Stream> Connection<S> {
         }
         self.run(job, small)?;
         Ok(Step::Next)
+    }
+
+    /// Memory of `cost` bytes for a request. What was answered before is sent if there is none yet:
+    /// the client may wait for it.
+    fn share(&self, reader: &mut Reader, cost: usize) -> Result<Share<'_>> {
+        if let Some(share) = self.budget.try_take(cost) {
+            return Ok(share);
+        }
+        self.send(&mut reader.out)?;
+        Ok(self.budget.take(cost))
+    }
+
+    /// Serves a long write while it comes in, so that a client cannot have the server hold what it
+    /// has not sent to its end. One that goes away in between has written a part, as the protocol
+    /// lets it be with a write that was not answered.
+    fn write_in_pieces(&self, reader: &mut Reader, request: &Request) -> Result<()> {
+        reader.start += Request::WIRE_LEN;
+        let _share = self.share(reader, PIECE)?;
+        let mut buffer = self.budget.memory().buffer(PIECE);
+        let mut refusal = None;
+        let mut done = 0;
+        while done < request.len {
+            let len = (request.len - done).min(PIECE as u32);
+            buffer.truncate(0);
+            let payload = buffer.extend(len as usize);
+            self.receive(reader, payload)?;
+            // After an error the rest is received and dropped: the next request lies behind it.
+            if refusal.is_none() {
+                let offset = request.offset + u64::from(done);
+                refusal = self.session.write_piece(payload, offset).err();
+            }
+            done += len;
+        }
+        self.session.finish_write(request, refusal, &mut reader.out);
+        self.budget.memory().keep(buffer);
+        Ok(())
     }
 
     /// Goes on to the next request, once there is room for its reply.
@@ -292,7 +329,7 @@ impl<S: Stream> Connection<S> {
     /// Serves a request that was set apart and sends its reply.
     fn run(&self, job: Job<'_>, small: &mut Buffer) -> Result<()> {
         let mut long = match job.command {
-            Command::Read => Some(self.pooled(job.share.cost)),
+            Command::Read => Some(self.budget.memory().buffer(job.share.cost())),
             _ => None,
         };
         let out = long.as_mut().unwrap_or(small);
@@ -313,10 +350,11 @@ impl<S: Stream> Connection<S> {
         self.pace
             .record(job.class, took.unwrap_or_else(|| began.elapsed()));
         let sent = done.and_then(|()| self.send(out));
+        let memory = self.budget.memory();
         if let Some(buffer) = long {
-            self.pool(buffer);
+            memory.keep(buffer);
         }
-        self.pool(job.payload);
+        memory.keep(job.payload);
         sent
     }
 
@@ -367,7 +405,7 @@ impl<S: Stream> Connection<S> {
                 Ok(len) => reader.end += len,
                 // Between two requests a client may be silent as long as it likes.
                 Err(error) if between && error.kind() == io::ErrorKind::WouldBlock => {
-                    self.pool.lock().clear();
+                    self.budget.memory().forget();
                     continue;
                 }
                 Err(error) => return Err(receiving(error)),
@@ -411,73 +449,12 @@ impl<S: Stream> Connection<S> {
         out.truncate(0);
         sent.map_err(|error| Error::io("sending replies to the client", error))
     }
-
-    /// A buffer that is likely to hold `len` bytes already.
-    fn pooled(&self, len: usize) -> Buffer {
-        let mut pool = self.pool.lock();
-        let fits = pool.iter().rposition(|buffer| buffer.capacity() >= len);
-        match fits {
-            Some(index) => pool.swap_remove(index),
-            None => Buffer::default(),
-        }
-    }
-
-    fn pool(&self, mut buffer: Buffer) {
-        buffer.truncate(0);
-        let mut pool = self.pool.lock();
-        let held: usize = pool.iter().map(Buffer::capacity).sum();
-        if buffer.capacity() > 0 && held + buffer.capacity() <= self.limits.bytes_in_flight {
-            pool.push(buffer);
-        }
-    }
 }
 
 impl Reader {
     /// Bytes that were received and not yet used.
     fn available(&self) -> &[u8] {
         self.input.get(self.start..self.end).unwrap_or_default()
-    }
-}
-
-/// Bytes in flight.
-#[derive(Default)]
-struct Budget {
-    used: Mutex<usize>,
-    freed: Condvar,
-}
-
-impl Budget {
-    /// Takes `cost` of `limit` where that is free. When nothing is in use any cost is granted.
-    fn try_take(&self, cost: usize, limit: usize) -> Option<Share<'_>> {
-        let mut used = self.used.lock();
-        let free = *used == 0 || used.saturating_add(cost) <= limit;
-        free.then(|| {
-            *used += cost;
-            Share { budget: self, cost }
-        })
-    }
-
-    /// Waits until `cost` of `limit` is free, and takes it.
-    fn take(&self, cost: usize, limit: usize) -> Share<'_> {
-        let mut used = self.used.lock();
-        while *used != 0 && used.saturating_add(cost) > limit {
-            self.freed.wait(&mut used);
-        }
-        *used += cost;
-        Share { budget: self, cost }
-    }
-}
-
-/// A part of the budget, given back when dropped.
-struct Share<'c> {
-    budget: &'c Budget,
-    cost: usize,
-}
-
-impl Drop for Share<'_> {
-    fn drop(&mut self) {
-        *self.budget.used.lock() -= self.cost;
-        self.budget.freed.notify_one();
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use super::handshake::Negotiated;
 use super::protocol::{self as wire, Command, Errno, Request, chunk, command_flag as flag};
@@ -99,13 +100,16 @@ pub(super) struct Session {
     read_only: bool,
     structured: bool,
     allocation: bool,
+    /// The client has made a request: it is no idle connection that only takes a place.
+    busy: Arc<AtomicBool>,
 }
 
 /// Where full buffers go in the middle of a reply; leaves the buffer empty.
 pub(super) type Sink<'a> = &'a mut dyn FnMut(&mut Buffer) -> Result<()>;
 
 impl Session {
-    pub(super) fn new(negotiated: Negotiated) -> Self {
+    /// `busy` is set at the first request.
+    pub(super) fn new(negotiated: Negotiated, busy: Arc<AtomicBool>) -> Self {
         let export = &negotiated.export;
         Session {
             name: export.name.clone(),
@@ -114,6 +118,7 @@ impl Session {
             device: Arc::clone(&export.device),
             structured: negotiated.structured,
             allocation: negotiated.allocation,
+            busy,
         }
     }
 
@@ -128,6 +133,9 @@ impl Session {
         }
         if command == Command::Disconnect {
             return Ok(command);
+        }
+        if !self.busy.load(Relaxed) {
+            self.busy.store(true, Relaxed);
         }
         if command == Command::Flush {
             return match (request.offset, request.len) {
@@ -267,6 +275,34 @@ impl Session {
         out.push(&(*errno as u32).to_be_bytes());
         out.push(&(text.len() as u16).to_be_bytes());
         out.push(text.as_bytes());
+    }
+
+    /// Carries out a part of a checked write; it is durable only after [`Session::finish_write`].
+    ///
+    /// # Errors
+    /// What to tell the client.
+    pub(super) fn write_piece(&self, payload: &[u8], offset: u64) -> Result<(), Refusal> {
+        self.device
+            .write_at(payload, offset, Durability::Buffered)
+            .map_err(Refusal::from)
+    }
+
+    /// Appends the reply to a write of which all pieces were written, or that was refused.
+    pub(super) fn finish_write(
+        &self,
+        request: &Request,
+        refusal: Option<Refusal>,
+        out: &mut Buffer,
+    ) {
+        let done = match refusal {
+            Some(refusal) => Err(refusal),
+            None if request.flags & flag::FUA != 0 => self.device.flush().map_err(Refusal::from),
+            None => Ok(()),
+        };
+        match done {
+            Ok(()) => out.push(&wire::simple_reply(0, request.cookie)),
+            Err(refusal) => self.refuse(request, &refusal, out),
+        }
     }
 
     fn read(&self, request: &Request, out: &mut Buffer, sink: Sink<'_>) -> Result<()> {

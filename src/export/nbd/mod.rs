@@ -16,6 +16,7 @@ mod connection;
 mod exec;
 pub mod handshake;
 mod listen;
+mod memory;
 mod pace;
 pub mod protocol;
 mod server;

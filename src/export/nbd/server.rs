@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use super::Export;
 use super::connection::{Connection, Limits};
 use super::exec::Session;
 use super::handshake::{Directory, Handshake, Negotiated, Outcome};
+use super::memory::Memory;
 use super::stream::{Deadline, Socket};
 use super::tls::{TlsConfig, TlsStream};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -29,7 +31,9 @@ const REST: Duration = Duration::from_millis(1);
 /// Limits of a server, and its TLS.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
-    /// Clients served at once, over all exports; more are turned away.
+    /// Clients served at once, over all exports. One more takes the place of a client that was let
+    /// in longer ago than a handshake may take and has asked for nothing since; where there is
+    /// none, it is turned away.
     pub max_connections: usize,
     /// Clients in their handshake at once. When there are more, the one that has taken longest
     /// is dropped: real clients are through in milliseconds.
@@ -44,10 +48,13 @@ pub struct ServerConfig {
     pub drain_timeout: Duration,
     /// Threads of one connection, at least 1, hence its requests in flight.
     pub threads_per_connection: usize,
-    /// Bytes of requests longer than 64 KiB that one connection may have in flight, hence about
-    /// the memory that a busy one takes. A single request of up to 32 MiB is served whatever
-    /// this says.
+    /// Bytes of requests longer than 64 KiB that one connection may have in flight. A single
+    /// request of up to 32 MiB is served whatever this says.
     pub bytes_in_flight: usize,
+    /// Bytes that the requests of all connections may take, beyond 2 MiB that each connection has
+    /// for one request. (Longer writes go to the device in pieces, as they come.) A request that
+    /// finds no room waits for others to end; one alone is served whatever it takes.
+    pub memory: usize,
     /// Serve over TLS, and only so.
     pub tls: Option<TlsConfig>,
 }
@@ -55,13 +62,14 @@ pub struct ServerConfig {
 impl Default for ServerConfig {
     fn default() -> Self {
         ServerConfig {
-            max_connections: 64,
+            max_connections: 256,
             max_handshakes: 32,
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(10),
             threads_per_connection: 16,
             bytes_in_flight: 16 << 20,
+            memory: 256 << 20,
             tls: None,
         }
     }
@@ -97,6 +105,7 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     config: ServerConfig,
+    memory: Arc<Memory>,
     state: Mutex<State>,
     /// A connection or a listener has ended.
     ended: Condvar,
@@ -114,6 +123,13 @@ struct State {
     stopping: bool,
 }
 
+impl State {
+    fn served(&self) -> usize {
+        let is_served = |client: &&Client| matches!(client.phase, Phase::Served(_));
+        self.clients.values().filter(is_served).count()
+    }
+}
+
 #[derive(Debug)]
 struct Client {
     socket: Arc<Socket>,
@@ -123,10 +139,18 @@ struct Client {
 #[derive(Debug)]
 enum Phase {
     Handshake,
-    /// Was dropped in its handshake; the thread has yet to notice.
+    /// Had to make room for another; the thread has yet to notice.
     Dropped,
+    Served(Served),
+}
+
+#[derive(Debug)]
+struct Served {
     /// Weak, so that the list keeps no device open.
-    Served(Weak<Export>),
+    export: Weak<Export>,
+    since: Instant,
+    /// It has made a request.
+    busy: Arc<AtomicBool>,
 }
 
 impl Server {
@@ -152,6 +176,7 @@ impl Server {
         let stop = EventFd::from_value_and_flags(0, flags).context(|| "making an eventfd")?;
         Ok(Server {
             shared: Arc::new(Shared {
+                memory: Arc::new(Memory::new(config.memory)),
                 config,
                 state: Mutex::default(),
                 ended: Condvar::new(),
@@ -203,7 +228,7 @@ impl Server {
             weak
         };
         self.shared.drain(|client| match &client.phase {
-            Phase::Served(served) => served.ptr_eq(&export),
+            Phase::Served(served) => served.export.ptr_eq(&export),
             Phase::Handshake | Phase::Dropped => false,
         })
     }
@@ -212,7 +237,7 @@ impl Server {
     pub fn exports(&self) -> Vec<ExportStatus> {
         let state = self.shared.state.lock();
         let serves = |client: &Client, export: &Arc<Export>| match &client.phase {
-            Phase::Served(served) => served.ptr_eq(&Arc::downgrade(export)),
+            Phase::Served(served) => served.export.ptr_eq(&Arc::downgrade(export)),
             Phase::Handshake | Phase::Dropped => false,
         };
         state
@@ -335,8 +360,10 @@ impl Shared {
             }
         };
         let mut state = self.state.lock();
-        let is_served = |client: &&Client| matches!(client.phase, Phase::Served(_));
-        let served = state.clients.values().filter(is_served).count();
+        if state.served() >= self.config.max_connections {
+            self.drop_idler(&mut state);
+        }
+        let served = state.served();
         let others = state.clients.len() - served;
         let max_handshakes = self.config.max_handshakes;
         if state.stopping
@@ -358,6 +385,7 @@ impl Shared {
         let visit = Visit {
             shared: Arc::clone(self),
             id,
+            busy: Arc::default(),
         };
         let started = thread::Builder::new()
             .name(format!("nbd-{id}"))
@@ -384,6 +412,22 @@ impl Shared {
                 false
             }
             None => true,
+        }
+    }
+
+    /// Drops the oldest of the clients that were let in and have asked for nothing since, though
+    /// there was time. Real ones read at once, and hundreds that do not would keep all others out.
+    fn drop_idler(&self, state: &mut State) {
+        let patience = self.config.handshake_timeout;
+        let idle = |client: &&mut Client| match &client.phase {
+            Phase::Served(served) => {
+                !served.busy.load(Relaxed) && served.since.elapsed() >= patience
+            }
+            Phase::Handshake | Phase::Dropped => false,
+        };
+        if let Some(idler) = state.clients.values_mut().find(idle) {
+            idler.phase = Phase::Dropped;
+            idler.socket.shutdown(Shutdown::Both);
         }
     }
 
@@ -444,6 +488,8 @@ impl Drop for Listening<'_> {
 struct Visit {
     shared: Arc<Shared>,
     id: u64,
+    /// The client has made a request.
+    busy: Arc<AtomicBool>,
 }
 
 impl Visit {
@@ -465,6 +511,7 @@ impl Visit {
         let limits = Limits {
             threads: config.threads_per_connection,
             bytes_in_flight: config.bytes_in_flight,
+            memory: Arc::clone(&self.shared.memory),
             stall: config.stall_timeout,
         };
         match (handshake.haggle(&mut stream)?, &config.tls) {
@@ -493,7 +540,7 @@ impl Visit {
 
     fn session(&self, negotiated: Negotiated) -> Session {
         tracing::debug!(id = self.id, export = %negotiated.export.name, "serving an NBD client");
-        Session::new(negotiated)
+        Session::new(negotiated, Arc::clone(&self.busy))
     }
 }
 
@@ -522,11 +569,7 @@ impl Directory for Visit {
         if !offered || state.stopping {
             return Err("the export is being withdrawn".into());
         }
-        let served = state
-            .clients
-            .values()
-            .filter(|client| matches!(client.phase, Phase::Served(_)))
-            .count();
+        let served = state.served();
         if served >= self.shared.config.max_connections {
             return Err(format!(
                 "the server serves {served} clients already, its limit"
@@ -534,7 +577,11 @@ impl Directory for Visit {
         }
         match state.clients.get_mut(&self.id) {
             Some(client) if matches!(client.phase, Phase::Handshake) => {
-                client.phase = Phase::Served(Arc::downgrade(export));
+                client.phase = Phase::Served(Served {
+                    export: Arc::downgrade(export),
+                    since: Instant::now(),
+                    busy: Arc::clone(&self.busy),
+                });
                 Ok(())
             }
             _ => Err("the handshake took too long".into()),

@@ -9,6 +9,7 @@ use super::Export;
 use super::connection::{Connection, Limits};
 use super::exec::Session;
 use super::handshake::{Handshake, Outcome};
+use super::memory::Memory;
 use super::stream::Stream;
 use crate::error::Result;
 
@@ -31,11 +32,12 @@ pub fn session_over(stream: impl Read + Write, exports: &[Arc<Export>]) -> Resul
     let limits = Limits {
         threads: 1,
         bytes_in_flight: 0,
+        memory: Arc::new(Memory::new(0)),
         stall: Duration::from_secs(3600),
     };
     Connection::new(
         Local(RefCell::new(stream)),
-        Session::new(negotiated),
+        Session::new(negotiated, Arc::default()),
         limits,
     )
     .serve_alone()
