@@ -102,6 +102,7 @@ impl Error {
             Some(libc::ENOENT) => ErrorKind::NotFound,
             Some(libc::EEXIST) => ErrorKind::AlreadyExists,
             Some(libc::EBUSY) => ErrorKind::InUse,
+            Some(libc::EOPNOTSUPP) => ErrorKind::Unsupported,
             _ => match source.kind() {
                 io::ErrorKind::NotFound => ErrorKind::NotFound,
                 io::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
@@ -109,12 +110,17 @@ impl Error {
                 io::ErrorKind::StorageFull => ErrorKind::NoSpace,
                 io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData => ErrorKind::Corrupt,
                 io::ErrorKind::TimedOut => ErrorKind::Timeout,
+                io::ErrorKind::Unsupported => ErrorKind::Unsupported,
                 _ => ErrorKind::Io,
             },
         };
+        let mut context = context.into();
+        if source.raw_os_error() == Some(libc::EFBIG) {
+            context = format!("{context} ({})", size_limit());
+        }
         Error {
             kind,
-            context: context.into(),
+            context,
             source: Some(Box::new(source)),
         }
     }
@@ -133,6 +139,19 @@ impl Error {
     /// The errno that a block client sees for it.
     pub fn errno(&self) -> i32 {
         self.kind.errno()
+    }
+}
+
+/// Why a file may not be as large as it should be, and what to do.
+fn size_limit() -> String {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((soft, _)) if soft != RLIM_INFINITY => {
+            format!("this process may write files of at most {soft} bytes: raise `ulimit -f`")
+        }
+        _ => "its file system has no files that large: take a smaller --size, or put the store on \
+              another file system (XFS has the largest files)"
+            .into(),
     }
 }
 

@@ -299,7 +299,11 @@ fn read_only_device_mounts_read_only_and_takes_no_write() {
             .success()
     );
     let path = PathBuf::from(device.path());
-    ext4::mount(&path, &device.mount_point, MountOptions { read_only: true }).unwrap();
+    let options = MountOptions {
+        read_only: true,
+        ..MountOptions::default()
+    };
+    ext4::mount(&path, &device.mount_point, options).unwrap();
     assert!(fs::write(device.mount_point.join("file"), "x").is_err());
     finish(&device);
 }

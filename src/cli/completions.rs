@@ -1,12 +1,11 @@
 //! `vellum completions SHELL`, and the manual page.
 
-use std::io;
-
 use clap::CommandFactory;
 use clap_complete::Shell;
 
 use super::Cli;
-use crate::error::{Result, ResultExt};
+use super::output::{write_out, written};
+use crate::error::Result;
 
 /// Arguments of `completions`.
 #[derive(Debug, clap::Args)]
@@ -16,12 +15,11 @@ pub(super) struct CompletionsArgs {
 }
 
 pub(super) fn completions(args: &CompletionsArgs) -> Result<()> {
-    clap_complete::generate(args.shell, &mut Cli::command(), "vellum", &mut io::stdout());
-    Ok(())
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "vellum", &mut script);
+    write_out(&script)
 }
 
 pub(super) fn man() -> Result<()> {
-    clap_mangen::Man::new(Cli::command())
-        .render(&mut io::stdout())
-        .context(|| "cannot write to standard output")
+    written(|out| clap_mangen::Man::new(Cli::command()).render(out))
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use uuid::Uuid;
 
 use crate::engine::device::{Target, served_stats};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::{SupervisorArgs, supervise};
 use crate::store::Store;
 
@@ -35,7 +35,17 @@ struct Which {
     sealed: Option<Uuid>,
 }
 
-pub(super) fn run(args: &Args, root: &Path) -> Result<()> {
+/// The root of the store that a run directory lies in, `ROOT/run/ID`: where it is now, not where it was
+/// when the device was attached.
+fn root_of(run_dir: &Path) -> Result<&Path> {
+    run_dir.ancestors().nth(2).ok_or_else(|| {
+        let text = format!("{} is not in a store", run_dir.display());
+        Error::new(ErrorKind::InvalidInput, text)
+    })
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    super::limits::lift_size_limit();
     let which = &args.which;
     let target = match (&which.container, which.staged, which.layer, which.sealed) {
         (Some(name), ..) => Target::Container(name.clone()),
@@ -43,8 +53,8 @@ pub(super) fn run(args: &Args, root: &Path) -> Result<()> {
         (_, _, Some(layer), _) => Target::Layer(layer),
         (.., layer) => Target::Sealed(layer.unwrap_or_default()),
     };
-    supervise(&args.supervisor, &|memory| {
-        let store = Store::open_or_create(root)?;
+    supervise(&args.supervisor, &|memory, run_dir| {
+        let store = Store::open(root_of(run_dir)?)?;
         let stats = served_stats(memory)?;
         let open = target.open_counted(&store, stats)?;
         if let Target::Layer(_) = target {

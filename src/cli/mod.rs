@@ -16,6 +16,7 @@ mod history;
 mod images;
 mod import;
 mod inspect;
+mod limits;
 mod map;
 mod mount;
 mod nbd;
@@ -40,7 +41,7 @@ use clap::{Parser, Subcommand};
 use crate::error::Result;
 use crate::export::device::command::{self as file_device, FileDeviceArgs};
 use crate::store::Store;
-use output::Output;
+use output::{Output, complain};
 pub(crate) use size::parse_size;
 
 /// Where stores are by default.
@@ -87,7 +88,11 @@ enum Command {
     Rm(remove::RmArgs),
     /// Remove images
     Rmi(remove::RmiArgs),
-    /// Mount a container's file system
+    /// Mount a container's file system, without its setuid programs and device nodes
+    ///
+    /// A mounted container is part of the host's tree: whoever can walk to it sees it. Its setuid
+    /// programs would give host users the rights of their owners, its device nodes the host's
+    /// devices, so neither works unless asked for. (`vellum run` and `exec` are not concerned.)
     Mount(mount::MountArgs),
     /// Unmount a container
     Umount(mount::UmountArgs),
@@ -159,12 +164,16 @@ impl Context {
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    limits::survive_size_limit();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(said) => return say_usage(&said),
+    };
     // The snapshotter's log is as its configuration says.
     if !matches!(cli.command, Command::Snapshotter(_)) {
         start_log(cli.verbose, cli.quiet);
     }
-    raise_file_limit();
+    limits::raise_file_limit();
     let out = Output {
         json: cli.json,
         quiet: cli.quiet,
@@ -176,7 +185,22 @@ pub fn main() -> ExitCode {
     match dispatch(cli.command, &context) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("vellum: {error}");
+            complain(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints the help or the version that was asked for, or what is wrong with the command line.
+fn say_usage(said: &clap::Error) -> ExitCode {
+    if said.use_stderr() {
+        let _ = said.print();
+        return ExitCode::from(said.exit_code() as u8);
+    }
+    match output::written(|_| said.print()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&error);
             ExitCode::FAILURE
         }
     }
@@ -212,7 +236,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Volume(args) => volume::run(&args, context)?,
         Command::Completions(args) => completions::completions(&args)?,
         Command::Man => completions::man()?,
-        Command::DeviceServer(args) => device_server::run(&args, &context.root)?,
+        Command::DeviceServer(args) => device_server::run(&args)?,
         Command::DeviceSupervisor(args) => file_device::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -236,17 +260,6 @@ fn start_log(verbose: u8, quiet: bool) {
         // dropped, instead of a complaint that cannot be written either and ends the server.
         .log_internal_errors(false)
         .init();
-}
-
-/// A chain has an open file for each layer: takes as many as the host lets us have.
-fn raise_file_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        // The old limit stays otherwise, and a deep chain says which file it could not open.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
 }
 
 /// A path for people: without control characters.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Context, shown};
-use crate::engine::mount::{mount as mount_container, umount as umount_container};
+use crate::engine::mount::{Rights, mount as mount_container, umount as umount_container};
 use crate::error::Result;
 
 /// Arguments of `mount`.
@@ -13,6 +13,12 @@ pub(super) struct MountArgs {
     container: String,
     /// Where; the directory must exist [default: a directory under the store]
     dir: Option<PathBuf>,
+    /// Let setuid programs of the container work for users of the host who can walk to it
+    #[arg(long)]
+    suid: bool,
+    /// Let device nodes of the container open the host's devices
+    #[arg(long)]
+    dev: bool,
 }
 
 /// Arguments of `umount`.
@@ -27,7 +33,12 @@ pub(super) struct UmountArgs {
 }
 
 pub(super) fn mount(args: &MountArgs, context: &Context) -> Result<()> {
-    let mounted = mount_container(&context.store()?, &args.container, args.dir.as_deref())?;
+    let rights = Rights {
+        suid: args.suid,
+        dev: args.dev,
+    };
+    let store = context.store()?;
+    let mounted = mount_container(&store, &args.container, args.dir.as_deref(), rights)?;
     context
         .out
         .print(&mounted, |mounted| format!("{}\n", shown(&mounted.dir)))

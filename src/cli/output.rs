@@ -29,11 +29,7 @@ impl Output {
         } else {
             text(value)
         };
-        match io::stdout().write_all(text.as_bytes()) {
-            // The reader has seen enough: `vellum images | head -1`.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            other => other.context(|| "cannot write to standard output"),
-        }
+        write_out(text.as_bytes())
     }
 
     /// Prints `value` as JSON on one line.
@@ -42,10 +38,7 @@ impl Output {
             Error::with_source(ErrorKind::Io, "the answer cannot be encoded", error)
         })?;
         text.push('\n');
-        match io::stdout().write_all(text.as_bytes()) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            other => other.context(|| "cannot write to standard output"),
-        }
+        write_out(text.as_bytes())
     }
 
     /// True when a progress bar helps somebody.
@@ -56,9 +49,34 @@ impl Output {
     /// A remark for people who watch.
     pub(super) fn note(self, text: &str) {
         if !self.quiet && !self.json {
-            eprintln!("{text}");
+            say(text);
         }
     }
+}
+
+/// Writes to standard output, all of it, and nothing stays behind: on a full disk that is a failure.
+pub(super) fn write_out(bytes: &[u8]) -> Result<()> {
+    written(|out| out.write_all(bytes))
+}
+
+/// As [`write_out`], by whoever prints to standard output itself.
+pub(super) fn written(print: impl FnOnce(&mut io::Stdout) -> io::Result<()>) -> Result<()> {
+    let mut out = io::stdout();
+    match print(&mut out).and_then(|()| out.flush()) {
+        // The reader has seen enough: `vellum images | head -1`.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context(|| "cannot write to standard output"),
+    }
+}
+
+/// Says on standard error why something failed, on one line.
+pub(super) fn complain(error: &Error) {
+    say(&format!("vellum: {error}").replace(char::is_control, "?"));
+}
+
+/// A line on standard error. Where that cannot be written nobody is there to be told.
+pub(super) fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// A table with columns as wide as their content; the last is not padded.

@@ -1,6 +1,7 @@
 //! `vellum rm C…` and `vellum rmi IMAGE…`
 
 use super::Context;
+use super::output::complain;
 use crate::engine::mount;
 use crate::error::{Error, Result};
 
@@ -57,7 +58,7 @@ pub(super) fn each(
         return Ok(());
     };
     for error in failures {
-        eprintln!("vellum: {error}");
+        complain(&error);
     }
     Err(first)
 }

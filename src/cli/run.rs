@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use super::Context;
+use super::output::{complain, say};
 use super::size::parse_size;
 use crate::engine::run::{self, CommandOptions, Ended, FAILURE, Network, RunOptions, parse_volume};
 use crate::error::{Error, ErrorKind, Result};
@@ -152,12 +153,12 @@ pub(super) fn exit(ended: Result<Ended>) -> ExitCode {
         Ok(ended) => {
             if ended.failure.is_some() {
                 // The runtime has said why, on the standard error that it shares with the command.
-                eprintln!("vellum: the command could not be started");
+                say("vellum: the command could not be started");
             }
             ExitCode::from(ended.status)
         }
         Err(error) => {
-            eprintln!("vellum: {error}");
+            complain(&error);
             ExitCode::from(FAILURE)
         }
     }

@@ -3,15 +3,16 @@
 use std::fs;
 use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Context, DEFAULT_ROOT};
 use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat};
+use crate::export::unix_socket::{SocketFile, bind_unix};
+use crate::snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat, check_path};
 use crate::snapshotter::{Defaults, Snapshotter, service};
 use crate::storage::LockMode;
 use crate::store::Store;
@@ -41,6 +42,9 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     };
     let address = args.address.clone().or_else(|| config.address.clone());
     let address = address.unwrap_or_else(|| DEFAULT_ADDRESS.into());
+    for (what, path) in [("--root", root), ("--address", &address)] {
+        check_path(what, path)?;
+    }
     let store = Store::open_or_create(root)?;
     let lock = store.root().join("run").join("snapshotter.lock");
     let held = store
@@ -56,7 +60,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             ),
         ));
     };
-    let listener = listen(&address)?;
+    let (listener, socket) = listen(&address)?;
     let metrics = match config.metrics.address {
         Some(address) => Some(TcpListener::bind(address).context(|| {
             format!("cannot listen on {address} for Prometheus ([metrics] address)")
@@ -74,7 +78,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     });
     notify("STOPPING=1");
     // Nobody connects any more; the next to start makes it anew.
-    let _ = fs::remove_file(&address);
+    drop(socket);
     if let Some(snapshotter) = Arc::into_inner(snapshotter) {
         snapshotter.stop();
     }
@@ -105,32 +109,17 @@ fn start_log(args: &Args, config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Listens on the socket at `path`, in place of one that nobody answers on.
-fn listen(path: &Path) -> Result<UnixListener> {
+/// Listens on the socket at `path`, whose directory is made, in place of one that nobody answers on.
+fn listen(path: &Path) -> Result<(UnixListener, SocketFile)> {
     let what = || format!("cannot listen on {}", path.display());
-    if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+    if let Some(dir) = path.parent() {
         let made = fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(dir);
         made.context(what)?;
     }
-    match UnixStream::connect(path) {
-        Ok(_) => {
-            return Err(Error::new(
-                ErrorKind::InUse,
-                format!("{}: another program answers there", what()),
-            ));
-        }
-        Err(error) if error.raw_os_error() == Some(libc::ECONNREFUSED) => {
-            // Only a socket refuses a connection, so nothing else is removed.
-            fs::remove_file(path).context(what)?;
-        }
-        Err(_) => {}
-    }
-    let listener = UnixListener::bind(path).context(what)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).context(what)?;
-    Ok(listener)
+    bind_unix(path).context(what)
 }
 
 /// Tells systemd how we are doing (sd_notify(3)), if it wants to know.

@@ -1,12 +1,12 @@
 //! `vellum stats [NAME…]`
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use super::Context;
-use super::output::{human_size, table};
+use super::output::{human_size, table, write_out};
 use crate::engine::stats::{Counters, Latency, Server, Stats, served, stats};
-use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::Store;
 
 /// Arguments of `stats`.
@@ -63,10 +63,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             };
             let rates = rates(&before, &now, seconds);
             let text = format!("{clear}{}\n", whole(&now, &rates));
-            match std::io::stdout().write_all(text.as_bytes()) {
-                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
-                other => other.context(|| "cannot write to standard output")?,
-            }
+            write_out(text.as_bytes())?;
         }
         times += 1;
         if args.count.is_some_and(|count| times >= count) {

@@ -1,6 +1,7 @@
 //! `vellum upgrade-servers [C…]`
 
 use super::Context;
+use super::output::complain;
 use crate::engine::upgrade::{Upgraded, own_program, served, upgrade_server};
 use crate::error::{Error, Result};
 
@@ -30,7 +31,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         return Ok(());
     };
     for error in failures {
-        eprintln!("vellum: {error}");
+        complain(&error);
     }
     Err(first)
 }

@@ -76,6 +76,7 @@ impl Target {
         stats: Arc<ChainStats>,
     ) -> Result<OpenChain> {
         let lease = store.lease_layer(resolved.top)?;
+        store.check_place()?;
         let spec = store.chain_spec(resolved, layer_options(store));
         Ok(OpenChain::new(
             store,
@@ -128,6 +129,7 @@ impl Target {
                     return Target::Sealed(*layer).open_counted(store, stats);
                 }
                 let lease = store.lease_layer(*layer)?;
+                store.check_place()?;
                 let sealed = store.layer_dirs(&store.ancestry(header.parent)?);
                 let spec = ChainSpec {
                     sealed,

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::run::find_runtime;
 use crate::export::loop_device::LoopDevice;
 use crate::fs::mountinfo::MountInfo;
+use crate::storage::{FileStorage, Storage};
 
 /// Where programs are looked for, as where they are started.
 const PROGRAM_DIRS: [&str; 6] = [
@@ -286,6 +287,21 @@ impl Look {
         } else {
             format!("{} (the store is not there yet)", dir.display())
         };
+        match FileStorage.lacks(&dir) {
+            Ok(missing) if !missing.is_empty() => {
+                let kind = dir.canonicalize().ok().and_then(|dir| MountInfo::of(&dir).ok()?);
+                let kind = kind.map_or("its file system".into(), |mount| mount.fs_type);
+                self.add(
+                    "store",
+                    State::Missing,
+                    format!("{place}: {kind} cannot {}", missing.join(", nor ")),
+                    Some("put the store on ext4, XFS or btrfs: --root, or root in config.toml"),
+                );
+                return;
+            }
+            // What keeps it from being tried is told below.
+            _ => {}
+        }
         match punch(&dir) {
             Ok(true) => self.ok("store", format!("{place}: sparse files, holes can be punched")),
             Ok(false) => self.add(

@@ -74,7 +74,7 @@ fn grow_layer(run_dir: &Path, size: u64) -> Result<()> {
 
 /// Lets the ext4 on `device`, mounted at `dir`, fill `size` bytes, where it does not yet. A mounted
 /// one can be grown by whoever has CAP_SYS_RESOURCE; others have it unmounted for a moment, by
-/// `unmount`, which refuses where it is in use.
+/// `unmount`, which refuses where it is in use, and mounted again with `options`.
 ///
 /// # Errors
 /// What `unmount` says; what keeps it from being grown.
@@ -82,6 +82,7 @@ pub(crate) fn grow_file_system(
     device: &Path,
     dir: &Path,
     size: u64,
+    options: ext4::MountOptions,
     unmount: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     if is_filled(device, size)? {
@@ -91,7 +92,7 @@ pub(crate) fn grow_file_system(
         Err(error) if error.kind() == ErrorKind::Permission => {
             unmount()?;
             let grown = ext4::grow_unmounted(device);
-            ext4::mount(device, dir, ext4::MountOptions::default())?;
+            ext4::mount(device, dir, options)?;
             grown
         }
         other => other,

@@ -12,6 +12,7 @@ pub(crate) mod grow;
 pub mod import;
 pub mod map;
 pub mod mount;
+pub(crate) mod mount_point;
 pub mod prewarm;
 pub mod raw;
 pub mod run;

@@ -2,12 +2,12 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use uuid::Uuid;
 
 use super::device::Target;
 use super::grow::grow_file_system;
+use super::mount_point::{self, UNMOUNT_TIMEOUT};
 use super::{container_lock, lock_container, run};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{self, AttachSpec, DetachOptions};
@@ -16,10 +16,10 @@ use crate::fs::ext4;
 use crate::fs::mountinfo::MountInfo;
 use crate::store::{ContainerRecord, Store};
 
+pub use super::mount_point::Rights;
+
 /// The hidden subcommand that serves a device.
 pub const SERVER_COMMAND: &str = "device-server";
-/// How long an unmount waits for those who use the file system.
-const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A container that is mounted.
 #[derive(Debug, Clone, serde::Serialize)]
@@ -42,21 +42,22 @@ pub(crate) fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
 }
 
 /// Attaches a container and mounts its file system at `dir`, by default a directory under the
-/// store. It stays after this process ends.
+/// store, with these rights. It stays after this process ends.
 ///
 /// # Errors
 /// [`ErrorKind::InUse`] while it is mounted or served, with where; [`ErrorKind::Unsupported`] where
-/// the image holds no ext4.
-pub fn mount(store: &Store, name: &str, dir: Option<&Path>) -> Result<Mounted> {
+/// the image holds no ext4; [`ErrorKind::InvalidInput`] for a directory that would hide the store.
+pub fn mount(store: &Store, name: &str, dir: Option<&Path>, rights: Rights) -> Result<Mounted> {
     let container = store.container(name)?;
     let _busy = lock_container(store, &container)?;
-    mount_locked(store, &container, dir)
+    mount_locked(store, &container, dir, rights)
 }
 
 pub(super) fn mount_locked(
     store: &Store,
     container: &ContainerRecord,
     dir: Option<&Path>,
+    rights: Rights,
 ) -> Result<Mounted> {
     let name = &container.name;
     if container.fs.is_none() {
@@ -79,20 +80,14 @@ pub(super) fn mount_locked(
     }
     let run_dir = store.run_dir(container);
     let dir = match dir {
-        Some(dir) => dir
-            .canonicalize()
-            .context(|| format!("cannot mount at {}", dir.display()))?,
-        None => {
-            let dir = run_dir.join("rootfs");
-            std::fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
-            dir
-        }
+        Some(dir) => mount_point::named_dir(store, dir)?,
+        None => mount_point::default_dir(&run_dir)?,
     };
     let target = Target::Container(name.clone());
     let attached = device::attach(&run_dir, &attach_spec(store, &target))
         .map_err(|error| error.context(format!("cannot attach {name}")))?;
     let device = attached.device.path();
-    if let Err(error) = mount_grown(container, &device, &dir) {
+    if let Err(error) = mount_grown(container, &device, &dir, rights) {
         // The mount's failure is what matters.
         let _ = unmount_device(&run_dir, true);
         let _ = device::detach(
@@ -108,9 +103,15 @@ pub(super) fn mount_locked(
 }
 
 /// Mounts a container's device, and lets the file system fill one that is larger than the image's.
-fn mount_grown(container: &ContainerRecord, device: &Path, dir: &Path) -> Result<()> {
-    ext4::mount(device, dir, ext4::MountOptions::default())?;
-    grow_file_system(device, dir, container.virtual_size, || {
+fn mount_grown(
+    container: &ContainerRecord,
+    device: &Path,
+    dir: &Path,
+    rights: Rights,
+) -> Result<()> {
+    let options = rights.options();
+    ext4::mount(device, dir, options)?;
+    grow_file_system(device, dir, container.virtual_size, options, || {
         ext4::unmount(dir, UNMOUNT_TIMEOUT)
     })
 }
@@ -169,10 +170,7 @@ pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: b
     run::end_running(&run_dir, &container.name, force)?;
     unmount_device(&run_dir, force)
         .map_err(|error| error.context(format!("cannot unmount {}", container.name)))?;
-    let rootfs = run_dir.join("rootfs");
-    if rootfs.exists() {
-        std::fs::remove_dir(&rootfs).context(|| format!("cannot remove {}", rootfs.display()))?;
-    }
+    mount_point::remove_all(&run_dir)?;
     let options = DetachOptions {
         force,
         ..DetachOptions::default()
@@ -182,26 +180,17 @@ pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: b
 }
 
 /// Unmounts everything that is mounted from the loop device of a run directory.
+///
+/// # Errors
+/// As [`mount_point::unmount_all`].
 pub(crate) fn unmount_device(run_dir: &Path, force: bool) -> Result<()> {
     let Some(device) = device::status(run_dir)?.and_then(|status| status.loop_device) else {
         return Ok(());
     };
-    let Some(number) = LoopDevice::from_path(&device).map(LoopDevice::major_minor) else {
-        return Ok(());
-    };
-    // The newest mount first: it may lie on an older one.
-    for mount in MountInfo::read()?
-        .iter()
-        .rev()
-        .filter(|m| m.major_minor == number)
-    {
-        if force {
-            ext4::unmount_lazily(&mount.target)?;
-        } else {
-            ext4::unmount(&mount.target, UNMOUNT_TIMEOUT)?;
-        }
+    match LoopDevice::from_path(&device) {
+        Some(device) => mount_point::unmount_all(device, force),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Unmounts and detaches a container, then removes it.
@@ -258,6 +247,7 @@ impl TemporaryMount {
         let attached = device::attach(&mount.run_dir, &attach_spec(store, target))?;
         let options = ext4::MountOptions {
             read_only: target.is_read_only(),
+            ..ext4::MountOptions::default()
         };
         ext4::mount(&attached.device.path(), &mount.dir, options)?;
         Ok(mount)
@@ -280,8 +270,7 @@ impl TemporaryMount {
     pub fn end(mut self) -> Result<()> {
         self.ended = true;
         unmount_device(&self.run_dir, false)?;
-        std::fs::remove_dir(&self.dir)
-            .context(|| format!("cannot remove {}", self.dir.display()))?;
+        mount_point::remove(&self.dir)?;
         device::detach(&self.run_dir, &DetachOptions::default())
     }
 }

@@ -237,7 +237,20 @@ impl LoopDevice {
             .write(write)
             .custom_flags(libc::O_CLOEXEC | flags)
             .open(self.path())
-            .context(|| format!("{}: cannot be opened", self.path().display()))
+            .map_err(|error| match error.raw_os_error() {
+                // A container's own /dev does not show what the kernel makes.
+                Some(libc::ENOENT) if self.sysfs().exists() => Error::with_source(
+                    ErrorKind::Missing,
+                    format!(
+                        "{0}: the kernel has this device, but /dev shows no node for it: `mknod {0} b \
+                         {LOOP_MAJOR} {1}`, or, in a container, give it the host's /dev",
+                        self.path().display(),
+                        self.number
+                    ),
+                    error,
+                ),
+                _ => Error::io(format!("{}: cannot be opened", self.path().display()), error),
+            })
     }
 
     /// True while a mount in whatever namespace, or another exclusive opener, has the device.
@@ -468,7 +481,10 @@ fn open_control() -> Result<File> {
         .map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => Error::with_source(
                 ErrorKind::Missing,
-                format!("{CONTROL}: this kernel has no loop devices (modprobe loop)"),
+                format!(
+                    "{CONTROL}: no loop devices: `modprobe loop`; where /sys/module/loop is there \
+                     already, `mknod {CONTROL} c 10 237`, or, in a container, give it the host's /dev"
+                ),
                 error,
             ),
             _ => Error::io(format!("{CONTROL}: cannot be opened"), error),

@@ -4,3 +4,4 @@ pub mod device;
 pub mod fuse;
 pub mod loop_device;
 pub mod nbd;
+pub mod unix_socket;

@@ -167,6 +167,10 @@ fn missing(name: &str, error: io::Error) -> Error {
 pub struct MountOptions {
     /// Mount read-only. The journal must be clean.
     pub read_only: bool,
+    /// Setuid and setgid programs and file capabilities are without effect.
+    pub no_suid: bool,
+    /// Device nodes cannot be opened.
+    pub no_dev: bool,
 }
 
 impl MountOptions {
@@ -191,6 +195,12 @@ pub fn mount(device: &Path, target: &Path, options: MountOptions) -> Result<()> 
     let data = options.data();
     if options.read_only {
         flags |= MsFlags::MS_RDONLY;
+    }
+    if options.no_suid {
+        flags |= MsFlags::MS_NOSUID;
+    }
+    if options.no_dev {
+        flags |= MsFlags::MS_NODEV;
     }
     nix::mount::mount(Some(device), target, Some("ext4"), flags, Some(data)).map_err(|errno| {
         let what = format!(

@@ -2,10 +2,12 @@
 //!
 //! * [`ext4`]: the template that all containers start from, mount, growth, trim, usage.
 //! * [`freeze`]: a file system held still for a moment, that is never left frozen.
+//! * [`held_dir`]: a directory that is held open, and so known wherever it is moved.
 //! * [`superblock`]: what the driver must know of an ext4 without mounting it.
 //! * [`mountinfo`]: what is mounted where.
 
 pub mod ext4;
 pub mod freeze;
+pub mod held_dir;
 pub mod mountinfo;
 pub mod superblock;

@@ -2,10 +2,12 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,6 +59,73 @@ impl MountInfo {
         let mut all = MountInfo::read()?;
         all.retain(|mount| mount.target == target);
         Ok(all.pop())
+    }
+
+    /// Makes sure that an unmount of its target takes this mount away and nothing else.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while something else is mounted on top of it, below it, or over a directory
+    /// on the way to it.
+    pub fn check_uncovered(&self, all: &[MountInfo]) -> Result<()> {
+        let refused = |other: &MountInfo, how: &str| {
+            Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "{}: something else ({}) is mounted {how}: unmount that first (`umount {}`)",
+                    self.target.display(),
+                    other.fs_type,
+                    other.target.display()
+                ),
+            )
+        };
+        let others = || all.iter().filter(|o| o.major_minor != self.major_minor);
+        if let Some(other) = others().find(|other| other.parent == self.id) {
+            let how = match other.target == self.target {
+                true => "on top of it".to_owned(),
+                false => format!("below it, at {}", other.target.display()),
+            };
+            return Err(refused(other, &how));
+        }
+        // Its path leads elsewhere, to what was mounted over a directory on the way.
+        let hides = |other: &&MountInfo| {
+            other.id > self.id && other.target != self.target && self.target.starts_with(&other.target)
+        };
+        match (others().find(hides), self.is_seen()) {
+            (Some(other), false) => Err(refused(
+                other,
+                &format!("over {}", other.target.display()),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// True unless its path leads to another mount.
+    fn is_seen(&self) -> bool {
+        let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let opened = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(flags)
+            .open(&self.target);
+        let Ok(opened) = opened else {
+            return false;
+        };
+        let info = format!("/proc/self/fdinfo/{}", opened.as_raw_fd());
+        let info = fs::read_to_string(info).unwrap_or_default();
+        let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+        // A kernel that does not tell (before 3.15) is none that we run on.
+        id.is_none_or(|id| id.trim().parse() == Ok(self.id))
+    }
+
+    /// The mount that `path`, absolute and without links, lies on.
+    ///
+    /// # Errors
+    /// As [`MountInfo::read`].
+    pub fn of(path: &Path) -> Result<Option<MountInfo>> {
+        let all = MountInfo::read()?.into_iter();
+        // Of those at one place the last one is seen.
+        Ok(all
+            .filter(|mount| path.starts_with(&mount.target))
+            .max_by_key(|mount| mount.target.as_os_str().len()))
     }
 
     /// True when option `name` is among the mount's or the file system's.

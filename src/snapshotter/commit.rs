@@ -89,7 +89,6 @@ impl Snapshotter {
         crash_point::here("commit: record in place");
         let job = Job {
             id: Some(record.id),
-            sweep: false,
             checksum: committed.layers.clone(),
             discard: record
                 .layers
@@ -97,6 +96,7 @@ impl Snapshotter {
                 .filter(|layer| !committed.layers.contains(layer))
                 .copied()
                 .collect(),
+            ..Job::default()
         };
         self.index.show(committed, Some(key));
         self.retirer.push(job);

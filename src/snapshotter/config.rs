@@ -105,6 +105,11 @@ impl Config {
                 path.display()
             )));
         }
+        for (key, given) in [("root", &config.root), ("address", &config.address)] {
+            if let Some(given) = given {
+                check_path(key, given).map_err(|error| error.context(path.display()))?;
+            }
+        }
         config
             .size()
             .map_err(|error| error.context(path.display()))?;
@@ -124,6 +129,25 @@ impl Config {
                 })
             })
     }
+}
+
+/// Makes sure that a path is a whole one: containerd, the kubelet and this daemon have different
+/// working directories, and must mean the same.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for a relative path and for none at all.
+pub fn check_path(key: &str, path: &Path) -> Result<()> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    let said = match path.as_os_str().is_empty() {
+        true => "is empty".to_owned(),
+        false => format!("is {:?}, a relative path", path.display().to_string()),
+    };
+    Err(Error::new(
+        ErrorKind::InvalidInput,
+        format!("{key} {said}: give an absolute one, that begins with /"),
+    ))
 }
 
 pub(super) fn parse_size(text: &str) -> std::result::Result<u64, String> {
@@ -163,6 +187,10 @@ mod tests {
             ("[log]\nformat = 'xml'", "xml"),
             ("mounts = 'copy'", "copy"),
             ("[metrics]\naddress = 'here'", "address"),
+            ("root = ''", "root is empty"),
+            ("root = 'store'", "root is \"store\", a relative path"),
+            ("address = './v.sock'", "address is"),
+            ("address = ''", "address is empty"),
         ] {
             let error = load(text).unwrap_err().to_string();
             assert!(error.contains(word) && error.contains('/'), "{error}");

@@ -15,6 +15,7 @@ use crate::engine::commit::seal_frozen;
 use crate::engine::device::{DeviceStats, SEAL, Sealed, Target};
 use crate::engine::grow::{grow_device, grow_file_system, is_filled};
 use crate::engine::mount::attach_spec;
+use crate::engine::mount_point;
 use crate::engine::stats::{decode, device_stats};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{self, DetachOptions, DeviceStatus, Status, control};
@@ -192,6 +193,7 @@ impl Mounts {
     fn mount_device(&self, record: &SnapshotRecord, device: &Path, dir: &Path) -> Result<()> {
         let options = ext4::MountOptions {
             read_only: record.kind != SnapshotKind::Active,
+            ..ext4::MountOptions::default()
         };
         ext4::mount(device, dir, options)?;
         crash_point::here("mount: mounted");
@@ -247,7 +249,7 @@ impl Mounts {
             grown?;
         } else {
             grow_device(&run_dir, device, size)?;
-            grow_file_system(&path, &mounted, size, unmount)?;
+            grow_file_system(&path, &mounted, size, ext4::MountOptions::default(), unmount)?;
         }
         crash_point::here("mount: grown");
         Ok(())
@@ -382,13 +384,7 @@ impl Mounts {
         };
         device::detach(&self.run_dir(id), &options)?;
         crash_point::here("retire: device detached");
-        let dir = self.dir(id);
-        match fs::remove_dir(&dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::io(format!("cannot remove {}", dir.display()), error))
-            }
-            _ => Ok(()),
-        }
+        mount_point::remove(&self.dir(id))
     }
 
     /// Every snapshot that has a mount directory or a device.

@@ -330,6 +330,7 @@ impl Snapshotter {
 
     /// Takes back what a failed [`Snapshotter::prepare`] did.
     fn undo(&self, record: &SnapshotRecord) {
+        self.retirer.announce(&record.layers);
         match self.store.remove_snapshot(record.id) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 tracing::warn!(%error, "the record of a failed snapshot stays");
@@ -392,7 +393,9 @@ impl Snapshotter {
         let _lock = self.index.lock_key(key);
         let record = request(self.index.begin_removal(key))?;
         crash_point::here("remove: begun");
+        self.retirer.announce(&record.layers);
         if let Err(error) = self.store.remove_snapshot(record.id) {
+            self.retirer.retract(&record.layers);
             self.index.keep(key);
             return Err(error.into());
         }
@@ -403,10 +406,11 @@ impl Snapshotter {
         }
         crash_point::here("remove: hidden");
         let shared = |layer: &Uuid| self.index.names_layer(*layer, record.id);
-        let (_, discard) = record
+        let (kept, discard) = record
             .layers
             .iter()
             .partition::<Vec<Uuid>, _>(|l| shared(l));
+        self.retirer.retract(&kept);
         self.retirer.push(Job {
             id: Some(record.id),
             discard,

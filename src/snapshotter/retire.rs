@@ -1,7 +1,7 @@
 //! What comes after an answer: devices are detached, removed layers deleted, committed layers given
 //! their checksums. All of it may be cut off: the next start finds what is left to do.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use crate::crash_point;
 use crate::engine::check::count_layer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::seal_in_place;
-use crate::store::Store;
+use crate::store::{PruneReport, Store};
 
 /// A device that is still in use is looked at again after this long.
 const RETRY: Duration = Duration::from_secs(2);
@@ -31,6 +31,8 @@ pub struct Job {
     pub discard: Vec<Uuid>,
     /// Then remove everything that no record names: what it was, a killed process knew.
     pub sweep: bool,
+    /// Its device was in use before.
+    pub retried: bool,
 }
 
 #[derive(Debug, Default)]
@@ -38,8 +40,63 @@ struct Queue {
     ready: VecDeque<Job>,
     /// Devices that were in use, and when to look again.
     later: Vec<(Instant, Job)>,
+    /// Jobs that are being carried out, and those of them whose device was in use before.
     running: usize,
+    retrying: usize,
     stopping: bool,
+    removals: Removals,
+}
+
+/// Layers whose removal is under way: a sweep that comes upon them has found no crash's rests.
+#[derive(Debug, Default)]
+struct Removals {
+    expected: HashSet<Uuid>,
+    /// Removed while a sweep ran.
+    done: HashSet<Uuid>,
+    sweeps: usize,
+}
+
+impl Removals {
+    fn finish(&mut self, layer: Uuid) {
+        if self.expected.remove(&layer) && self.sweeps > 0 {
+            self.done.insert(layer);
+        }
+    }
+
+    /// What a sweep that ends now found of a crash's, by the names of what it removed.
+    fn end_sweep(&mut self, report: &PruneReport) -> (usize, usize) {
+        let known = |id: &Uuid| self.expected.contains(id) || self.done.contains(id);
+        let layers = report.layers.iter().filter(|layer| !known(layer)).count();
+        let others = report.leftovers.iter().filter(|name| {
+            let last = name.rsplit('/').next().unwrap_or_default();
+            !Uuid::parse_str(last).is_ok_and(|id| known(&id))
+        });
+        let counts = (layers, others.count());
+        self.sweeps -= 1;
+        if self.sweeps == 0 {
+            self.done.clear();
+        }
+        counts
+    }
+}
+
+impl Queue {
+    /// What to do now. What waits comes before what was in use when it was looked at: however many
+    /// of those there are, they keep nobody waiting.
+    fn take(&mut self, now: Instant) -> Option<Job> {
+        let job = self.ready.pop_front().or_else(|| {
+            let due = self.later.iter().position(|(at, _)| *at <= now)?;
+            Some(self.later.swap_remove(due).1)
+        })?;
+        self.running += 1;
+        self.retrying += usize::from(job.retried);
+        Some(job)
+    }
+
+    /// True when all is done but what was in use.
+    fn is_drained(&self) -> bool {
+        self.ready.is_empty() && self.running == self.retrying
+    }
 }
 
 #[derive(Debug)]
@@ -79,9 +136,25 @@ impl Retirer {
         Ok(Retirer { shared, threads })
     }
 
+    /// Says that the record that names these layers is about to go, and a [`Job`] to follow.
+    pub fn announce(&self, layers: &[Uuid]) {
+        self.shared.queue.lock().removals.expected.extend(layers);
+    }
+
+    /// Takes back what was [announced](Retirer::announce) of layers that stay.
+    pub fn retract(&self, layers: &[Uuid]) {
+        let mut queue = self.shared.queue.lock();
+        for layer in layers {
+            queue.removals.expected.remove(layer);
+        }
+    }
+
     /// Has it done soon.
     pub fn push(&self, job: Job) {
-        self.shared.queue.lock().ready.push_back(job);
+        let mut queue = self.shared.queue.lock();
+        queue.removals.expected.extend(&job.discard);
+        queue.ready.push_back(job);
+        drop(queue);
         self.shared.changed.notify_all();
     }
 
@@ -90,7 +163,7 @@ impl Retirer {
     pub fn drain(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let mut queue = self.shared.queue.lock();
-        while !queue.ready.is_empty() || queue.running > 0 {
+        while !queue.is_drained() {
             let waited = self.shared.changed.wait_until(&mut queue, deadline);
             if waited.timed_out() {
                 return false;
@@ -129,8 +202,12 @@ impl Retirer {
 impl Shared {
     fn work(&self) {
         while let Some(job) = self.next() {
+            let retried = job.retried;
             self.carry_out(job);
-            self.queue.lock().running -= 1;
+            let mut queue = self.queue.lock();
+            queue.running -= 1;
+            queue.retrying -= usize::from(retried);
+            drop(queue);
             self.changed.notify_all();
         }
     }
@@ -141,14 +218,7 @@ impl Shared {
             if queue.stopping {
                 return None;
             }
-            let now = Instant::now();
-            let due = queue.later.iter().position(|(at, _)| *at <= now);
-            let job = match due {
-                Some(due) => Some(queue.later.swap_remove(due).1),
-                None => queue.ready.pop_front(),
-            };
-            if let Some(job) = job {
-                queue.running += 1;
+            if let Some(job) = queue.take(Instant::now()) {
                 return Some(job);
             }
             match queue.later.iter().map(|(at, _)| *at).min() {
@@ -168,7 +238,8 @@ impl Shared {
         seal_in_place(&**self.store.storage(), &dir, |_| {}).map(drop)
     }
 
-    fn later(&self, job: Job) {
+    fn later(&self, mut job: Job) {
+        job.retried = true;
         self.queue.lock().later.push((Instant::now() + RETRY, job));
     }
 
@@ -205,26 +276,78 @@ impl Shared {
             if let Err(error) = self.store.discard_layer(layer) {
                 tracing::warn!(%layer, %error, "a layer was not removed");
             }
+            self.queue.lock().removals.finish(layer);
             crash_point::here("retire: layer discarded");
         }
         if job.sweep {
-            match self.store.sweep() {
-                // Somebody makes a layer at this moment.
-                Ok(report) if report.busy => self.later(Job {
-                    sweep: true,
-                    ..Job::default()
-                }),
-                Ok(report) => {
-                    if !report.layers.is_empty() || !report.leftovers.is_empty() {
-                        tracing::info!(
-                            layers = report.layers.len(),
-                            others = report.leftovers.len(),
-                            "removed what a crash left"
-                        );
-                    }
-                }
-                Err(error) => tracing::error!(%error, "what crashes left is not removed"),
-            }
+            self.sweep();
         }
+    }
+
+    fn sweep(&self) {
+        self.queue.lock().removals.sweeps += 1;
+        let swept = self.store.sweep();
+        let empty = PruneReport::default();
+        let report = swept.as_ref().unwrap_or(&empty);
+        let (layers, others) = self.queue.lock().removals.end_sweep(report);
+        if layers + others > 0 {
+            tracing::info!(layers, others, "removed what a crash left");
+        }
+        match swept {
+            // Somebody makes a layer at this moment.
+            Ok(report) if report.busy => self.later(Job {
+                sweep: true,
+                ..Job::default()
+            }),
+            Ok(_) => {}
+            Err(error) => tracing::error!(%error, "what crashes left is not removed"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(id: u128) -> Job {
+        Job {
+            id: Some(Uuid::from_u128(id)),
+            ..Job::default()
+        }
+    }
+
+    #[test]
+    fn devices_in_use_keep_neither_other_jobs_nor_a_cleanup_waiting() {
+        let mut queue = Queue::default();
+        let now = Instant::now();
+        for id in 0..100 {
+            let retried = Job {
+                retried: true,
+                ..job(id)
+            };
+            queue.later.push((now, retried));
+        }
+        queue.ready.push_back(job(1000));
+        assert_eq!(queue.take(now), Some(job(1000)), "before those in use");
+        assert!(!queue.is_drained(), "it is being carried out");
+        queue.running -= 1;
+        assert!(queue.take(now).is_some_and(|job| job.retried));
+        assert!(queue.is_drained(), "all that is left was in use");
+    }
+
+    #[test]
+    fn a_sweep_takes_no_removal_that_is_under_way_for_the_rest_of_a_crash() {
+        let [queued, removed, orphan] = [1, 2, 3].map(Uuid::from_u128);
+        let mut removals = Removals::default();
+        removals.expected.extend([queued, removed]);
+        removals.sweeps += 1;
+        removals.finish(removed);
+        let report = PruneReport {
+            layers: vec![queued, removed, orphan],
+            leftovers: vec![format!("trash/{removed}"), format!("staging/{orphan}")],
+            ..PruneReport::default()
+        };
+        assert_eq!(removals.end_sweep(&report), (1, 1));
+        assert!(removals.done.is_empty() && removals.expected.contains(&queued));
     }
 }

@@ -167,6 +167,7 @@ fn mount(spec: MountSpec) -> Vec<Mount> {
     let kind = if spec.device {
         let more = crate::fs::ext4::MountOptions {
             read_only: spec.read_only,
+            ..Default::default()
         };
         options.extend(more.data().split(',').map(str::to_owned));
         "ext4"

@@ -93,6 +93,16 @@ impl Storage for FileStorage {
         }
     }
 
+    fn is_read_only(&self, path: &Path) -> bool {
+        use nix::errno::Errno;
+        let may = nix::unistd::access(path, nix::unistd::AccessFlags::W_OK);
+        matches!(may, Err(Errno::EROFS | Errno::EACCES | Errno::EPERM))
+    }
+
+    fn lacks(&self, dir: &Path) -> io::Result<Vec<&'static str>> {
+        super::needs::lacks(dir)
+    }
+
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         File::open(path)?.sync_all()
     }
@@ -125,14 +135,22 @@ impl Storage for FileStorage {
     }
 
     fn lock(&self, path: &Path, mode: LockMode, wait: bool) -> io::Result<Option<Box<dyn Held>>> {
-        let file = OpenOptions::new()
+        let mut options = OpenOptions::new();
+        options
             .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
             .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
-            .open(path)?;
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+        let made = options.clone().write(true).create(true).open(path);
+        let file = match made {
+            Err(error) if cannot_be_written(&error) => match options.open(path) {
+                // Whoever could hold it would have made it.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Ok(Some(Box::new(())));
+                }
+                other => other?,
+            },
+            other => other?,
+        };
         let outcome = match (mode, wait) {
             (LockMode::Exclusive, true) => file.lock().map_err(TryLockError::Error),
             (LockMode::Shared, true) => file.lock_shared().map_err(TryLockError::Error),
@@ -156,6 +174,14 @@ fn boot_id() -> [u8; 16] {
         uuid::Uuid::parse_str(text.trim()).unwrap_or_else(|_| uuid::Uuid::new_v4())
     });
     id.into_bytes()
+}
+
+/// True for the errors of a read-only file system, and of files that belong to somebody else.
+fn cannot_be_written(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EROFS | libc::EACCES | libc::EPERM)
+    )
 }
 
 /// Device and inode.

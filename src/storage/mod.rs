@@ -3,6 +3,7 @@
 
 mod fault;
 mod file;
+mod needs;
 mod op;
 mod rng;
 mod sim;
@@ -62,6 +63,14 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>>;
     /// True when a file or directory of that name is there.
     fn exists(&self, path: &Path) -> io::Result<bool>;
+    /// True where nothing can be written below this directory.
+    fn is_read_only(&self, _path: &Path) -> bool {
+        false
+    }
+    /// What the file system of a directory cannot do and a store needs.
+    fn lacks(&self, _dir: &Path) -> io::Result<Vec<&'static str>> {
+        Ok(Vec::new())
+    }
     /// Makes the names in a directory durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 

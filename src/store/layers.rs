@@ -258,11 +258,7 @@ impl Store {
     /// # Errors
     /// Where the directory cannot be read.
     pub fn layers(&self) -> Result<Vec<Uuid>> {
-        let dir = self.root.join("layers");
-        let entries = self
-            .storage
-            .list(&dir)
-            .context(|| format!("cannot list {}", dir.display()))?;
+        let entries = self.list(&self.root.join("layers"))?;
         Ok(entries
             .iter()
             .filter_map(|entry| Uuid::parse_str(&entry.name).ok())

@@ -47,7 +47,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::storage::{FileStorage, Held, LockMode, Storage};
+use crate::fs::mountinfo::MountInfo;
+use crate::storage::{Entry, FileStorage, Held, LockMode, Storage};
 
 /// The version of the store's own files that this build writes and reads.
 const STORE_FORMAT: u32 = 1;
@@ -69,6 +70,7 @@ const MAX_RECORD: u64 = 16 << 20;
 pub struct Store {
     root: PathBuf,
     storage: Arc<dyn Storage>,
+    read_only: bool,
 }
 
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
@@ -107,17 +109,50 @@ impl Store {
         Store::with_storage(&root, Arc::new(FileStorage))
     }
 
+    /// Opens the store at `root`, which must be there: for processes that outlive the command that
+    /// found it, and must not make an empty one where it was.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is none; as [`Store::open_or_create`].
+    pub fn open(root: &Path) -> Result<Self> {
+        let found = root.canonicalize();
+        let root = found.context(|| format!("cannot open the store {}", root.display()))?;
+        Store::load(&root, Arc::new(FileStorage))?.ok_or_else(|| {
+            Error::new(
+                ErrorKind::NotFound,
+                format!(
+                    "there is no store at {} any more: it was moved or removed",
+                    root.display()
+                ),
+            )
+        })
+    }
+
     /// As [`Store::open_or_create`], on any storage. The directory `root` is there already.
     ///
     /// # Errors
     /// As [`Store::open_or_create`].
     pub fn with_storage(root: &Path, storage: Arc<dyn Storage>) -> Result<Self> {
+        if let Some(store) = Store::load(root, storage.clone())? {
+            return Ok(store);
+        }
         let store = Store {
             root: root.to_owned(),
             storage,
+            read_only: false,
         };
-        let marker_path = root.join(MARKER);
-        match store.read_json::<Marker>(&marker_path)? {
+        store.initialise(&root.join(MARKER))?;
+        Ok(store)
+    }
+
+    /// The store at `root`; `None` where there is none.
+    fn load(root: &Path, storage: Arc<dyn Storage>) -> Result<Option<Self>> {
+        let store = Store {
+            root: root.to_owned(),
+            read_only: storage.is_read_only(root),
+            storage,
+        };
+        match store.read_json::<Marker>(&root.join(MARKER))? {
             Some(marker) if marker.format == STORE_FORMAT => {}
             Some(marker) => {
                 return Err(Error::new(
@@ -131,9 +166,34 @@ impl Store {
                     ),
                 ));
             }
-            None => store.initialise(&marker_path)?,
+            None => return Ok(None),
         }
-        Ok(store)
+        if !store.read_only {
+            store.make_directories()?;
+        }
+        Ok(Some(store))
+    }
+
+    /// Makes those of the store's directories that are not there: backups leave `run` out, and some
+    /// programs that make them leave out whatever is empty.
+    fn make_directories(&self) -> Result<()> {
+        for name in DIRECTORIES.iter().chain(&["volumes"]) {
+            let dir = self.root.join(name);
+            let there = self
+                .storage
+                .exists(&dir)
+                .context(|| format!("cannot look for {}", dir.display()))?;
+            if there {
+                continue;
+            }
+            match self.storage.create_dir(&dir) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(Error::io(format!("cannot make {}", dir.display()), error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn initialise(&self, marker_path: &Path) -> Result<()> {
@@ -159,14 +219,8 @@ impl Store {
                 ),
             ));
         }
-        for name in DIRECTORIES.iter().chain(&["volumes"]) {
-            match self.storage.create_dir(&self.root.join(name)) {
-                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                    return Err(Error::io(format!("cannot make {root}/{name}"), error));
-                }
-                _ => {}
-            }
-        }
+        self.check_place()?;
+        self.make_directories()?;
         self.storage
             .sync_dir(&self.root)
             .context(|| format!("cannot sync {root}"))?;
@@ -176,6 +230,37 @@ impl Store {
             format: STORE_FORMAT,
         };
         self.write_json(marker_path, &marker)
+    }
+
+    /// Makes sure that the file system under the store can do what layers need.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`], with what it cannot do.
+    pub fn check_place(&self) -> Result<()> {
+        let root = self.root.display();
+        let missing = self
+            .storage
+            .lacks(&self.root)
+            .context(|| format!("cannot write to {root}"))?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let kind = MountInfo::of(&self.root).ok().flatten();
+        let kind = kind.map_or("its file system".into(), |mount| mount.fs_type);
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{root} is no place for a store: {kind} cannot {}: put the store on ext4, XFS or btrfs \
+                 (--root)",
+                missing.join(", nor ")
+            ),
+        ))
+    }
+
+    /// True where nothing can be written: its file system is mounted read-only, or it is somebody
+    /// else's. It can be looked at, checked and served read-only.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
     }
 
     /// The root directory.
@@ -291,10 +376,7 @@ impl Store {
         mut damaged: impl FnMut(Error),
     ) -> Result<Vec<T>> {
         let dir = self.root.join(directory);
-        let entries = self
-            .storage
-            .list(&dir)
-            .context(|| format!("cannot list {}", dir.display()))?;
+        let entries = self.list(&dir)?;
         let mut records = Vec::new();
         for entry in entries.iter().filter(|entry| entry.name.ends_with(".json")) {
             match self.read_json(&dir.join(&entry.name)) {
@@ -303,6 +385,17 @@ impl Store {
             }
         }
         Ok(records)
+    }
+
+    /// The entries of one of the store's directories.
+    fn list(&self, dir: &Path) -> Result<Vec<Entry>> {
+        match self.storage.list(dir) {
+            // A backup without empty directories, where they cannot be made.
+            Err(error) if self.read_only && error.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Vec::new())
+            }
+            other => other.context(|| format!("cannot list {}", dir.display())),
+        }
     }
 
     /// Says which records cannot be read.

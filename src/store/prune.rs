@@ -229,8 +229,13 @@ impl Store {
         let mut found = Vec::new();
         for layer in self.layers()? {
             let dir = self.layer_dir(layer);
-            let unfinished: Vec<PathBuf> = self
-                .entries(&dir)?
+            let entries = match self.storage.list(&dir) {
+                // Removed meanwhile, by one who need not wait for us.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                other => other.context(|| format!("cannot list {}", dir.display()))?,
+            };
+            let unfinished: Vec<PathBuf> = entries
+                .into_iter()
                 .filter(|entry| !entry.is_dir && entry.name.ends_with(".tmp"))
                 .map(|entry| dir.join(entry.name))
                 .collect();
@@ -258,10 +263,7 @@ impl Store {
     }
 
     fn entries(&self, dir: &Path) -> Result<impl Iterator<Item = Entry> + use<>> {
-        self.storage
-            .list(dir)
-            .map(Vec::into_iter)
-            .context(|| format!("cannot list {}", dir.display()))
+        self.list(dir).map(Vec::into_iter)
     }
 
     /// The ids of all containers. One whose record cannot be read may be any, so that is an error.

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::runtime::Runtime;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::export::device::Identity;
+use crate::export::device::{Identity, boot_id};
+use crate::fs::held_dir::Place;
 use crate::store::{ContainerRecord, Store};
 
 /// How long killed processes may take to end.
@@ -34,6 +35,11 @@ pub(super) struct Owner {
     pub(super) cgroup: String,
     /// It was mounted before, and stays so.
     pub(super) keep_mounted: bool,
+    /// The boot that all this is of, and the run directory: in a copy of that it says nothing.
+    #[serde(default)]
+    pub(super) boot_id: String,
+    #[serde(default)]
+    pub(super) place: Option<Place>,
 }
 
 /// The directory of a run's files.
@@ -42,15 +48,26 @@ pub(super) fn oci_dir(run_dir: &Path) -> PathBuf {
 }
 
 impl Owner {
-    /// The record in a run directory; `None` where nothing was started or all was cleaned up.
+    /// The record in a run directory; `None` where nothing was started or all was cleaned up, and
+    /// where it is another's: of an earlier boot, or copied with its store while something ran.
     pub(super) fn read(run_dir: &Path) -> Result<Option<Owner>> {
         let path = oci_dir(run_dir).join("owner.json");
         match fs::read(&path) {
             // Half written: a crash that came before anything was started.
-            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+            Ok(bytes) => {
+                let owner = serde_json::from_slice::<Owner>(&bytes).ok();
+                Ok(owner.filter(|owner| owner.is_of(run_dir)))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io(format!("cannot read {}", path.display()), error)),
         }
+    }
+
+    /// True where it is of this boot and of this very directory. A program of before says neither.
+    fn is_of(&self, run_dir: &Path) -> bool {
+        let boot = self.boot_id.is_empty() || self.boot_id == boot_id();
+        let place = |place| Place::of(run_dir).is_ok_and(|here| here == place);
+        boot && self.place.is_none_or(place)
     }
 
     /// Writes the record, all of it or nothing.

@@ -19,9 +19,11 @@ use std::process::Command;
 use uuid::Uuid;
 
 use super::lock_container;
-use super::mount::{self, clear_dead, mount_locked, mounted, umount_locked};
+use super::mount::{self, Rights, clear_dead, mount_locked, mounted, umount_locked};
+use super::mount_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::export::device::Identity;
+use crate::export::device::{Identity, boot_id};
+use crate::fs::held_dir::Place;
 use crate::store::{ContainerRecord, NewContainer, Store};
 use activity::{Owner, clean, oci_dir};
 use foreground::Foreground;
@@ -180,8 +182,8 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
     let before = mounted(store, container)?;
     let keep_mounted = before.is_some();
     let rootfs = match before {
-        Some(mounted) => mounted.dir,
-        None => mount_locked(store, container, None)?.dir,
+        Some(mounted) => mount_point::inner_dir(&run_dir, &mounted.dir, &mounted.device)?,
+        None => mount_locked(store, container, None, Rights::ALL)?.dir,
     };
     let owner = Owner {
         id: container.id.to_string(),
@@ -190,13 +192,16 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
         runner: None,
         cgroup: format!("vellum-{}", container.id),
         keep_mounted,
+        boot_id: boot_id(),
+        place: Place::of(&run_dir).ok(),
     };
     if let Err(error) = prepare(store, container, start, &run_dir, &rootfs, &owner) {
         // Nothing runs yet; the first failure is what matters.
         let _ = clean(&run_dir);
-        if !keep_mounted {
-            let _ = umount_locked(store, container, false);
-        }
+        let _ = match keep_mounted {
+            true => mount_point::end_inner(&run_dir),
+            false => umount_locked(store, container, false),
+        };
         return Err(error);
     }
     // Others may ask, look and enter while it runs.
@@ -224,7 +229,7 @@ fn put_back(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> R
         None => return Ok(()),
     }
     if keep_mounted {
-        return Ok(());
+        return mount_point::end_inner(&run_dir);
     }
     umount_locked(store, container, false)
 }
@@ -375,7 +380,11 @@ fn supervise(
 
 fn logged(runtime: &Runtime, log: &Path) -> Command {
     let mut command = runtime.command();
-    command.arg("--log").arg(log).args(["--log-format", "json"]);
+    // By its name alone: crun takes what stands before a colon in a path for a kind of log.
+    if let (Some(dir), Some(name)) = (log.parent(), log.file_name()) {
+        command.current_dir(dir).arg("--log").arg(name);
+    }
+    command.args(["--log-format", "json"]);
     command
 }
 

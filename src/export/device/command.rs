@@ -35,7 +35,7 @@ pub struct FileDeviceArgs {
 /// # Errors
 /// As [`supervise`].
 pub fn run(args: &FileDeviceArgs) -> Result<()> {
-    supervise(&args.supervisor, &|_| {
+    supervise(&args.supervisor, &|_, _| {
         let device = FileDevice::open(&args.file, args.supervisor.read_only)?;
         Ok(Opened {
             device: Arc::new(FileDevice {

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use super::state::CONTROL;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::export::unix_socket;
 
 /// The longest line that either side takes.
 pub const MAX_LINE: u64 = 1 << 20;
@@ -148,10 +149,11 @@ fn short_path(dir: &Path, name: &str) -> Result<(File, PathBuf)> {
     Ok((handle, path))
 }
 
-/// Makes the socket in `run_dir`, mode 0600, replacing one that is there.
+/// Makes the socket in `run_dir`, mode 0600, replacing one that nobody answers on.
 ///
 /// # Errors
-/// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+/// [`ErrorKind::InUse`] where somebody does, [`ErrorKind::AlreadyExists`] where something else is
+/// there; [`ErrorKind::Permission`] or [`ErrorKind::Io`].
 pub fn bind(run_dir: &Path) -> Result<UnixListener> {
     bind_at(run_dir, CONTROL)
 }
@@ -162,11 +164,9 @@ pub fn bind(run_dir: &Path) -> Result<UnixListener> {
 /// As [`bind`].
 pub fn bind_at(dir: &Path, socket: &str) -> Result<UnixListener> {
     let (_handle, path) = short_path(dir, socket)?;
-    let name = dir.join(socket);
-    let _ = std::fs::remove_file(&path);
-    let listener = UnixListener::bind(&path).context(|| name.display().to_string())?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
-        .context(|| name.display().to_string())?;
+    let (listener, file) = unix_socket::bind_locked(&path, &dir.join(socket))?;
+    // Whoever made the directory removes it, and others than this process listen on the socket.
+    file.keep();
     Ok(listener)
 }
 

@@ -17,6 +17,7 @@ use super::supervisor::ARG0;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::session::FS_TYPE;
 use crate::export::loop_device::LoopDevice;
+use crate::fs::held_dir::Place;
 use crate::fs::mountinfo::MountInfo;
 
 /// How to detach.
@@ -124,9 +125,14 @@ fn mounts_of(device: LoopDevice) -> Result<Vec<PathBuf>> {
 
 fn unmount_all(device: LoopDevice) -> Result<()> {
     // The last mounted is the first to go.
-    for target in mounts_of(device)?.into_iter().rev() {
+    let mounts = MountInfo::read()?;
+    let ours = mounts.iter().rev().filter(|mount| mount.major_minor == device.major_minor());
+    for mount in ours {
+        // Others' mounts are not ours to take away.
+        mount.check_uncovered(&mounts)?;
+        let target = &mount.target;
         tracing::warn!("{}: unmounted, since its device is gone", target.display());
-        lazily_unmount(&target)?;
+        lazily_unmount(target)?;
     }
     Ok(())
 }
@@ -216,9 +222,11 @@ fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
     }
 }
 
-/// The living processes of the device, by their command line: the state file may be half written.
+/// The living processes of the device, by their command line and the directory that they hold: the
+/// state file may be half written.
 fn processes(run_dir: &Path) -> Result<Vec<Identity>> {
     let mut found = Vec::new();
+    let place = Place::of(run_dir).ok();
     for entry in fs::read_dir("/proc").context(|| "/proc: cannot be read")? {
         let Ok(entry) = entry else { continue };
         let Some(pid) = entry
@@ -228,7 +236,7 @@ fn processes(run_dir: &Path) -> Result<Vec<Identity>> {
         else {
             continue;
         };
-        if run_dir_of(pid).as_deref() == Some(run_dir)
+        if is_of(pid, run_dir, place)
             && let Some(identity) = Identity::of(pid)
             && identity.is_alive()
         {
@@ -254,7 +262,48 @@ pub(super) fn is_served(run_dir: &Path, state: Option<&RunState>) -> Result<bool
     }
 }
 
-/// The run directory of a device process, `None` for any other process.
+/// True for a process of the device of `run_dir`, which is at `place`.
+fn is_of(pid: i32, run_dir: &Path, place: Option<Place>) -> bool {
+    let Some(told) = run_dir_of(pid) else {
+        return false;
+    };
+    // The last part of the path is the device's own name, which it keeps.
+    if told.file_name() != run_dir.file_name() {
+        return false;
+    }
+    let Some(place) = place else {
+        // Nothing can be looked at there (its disk is gone).
+        return told == run_dir;
+    };
+    let held = held_dirs(pid);
+    if held.is_empty() {
+        // A program from before run directories were held.
+        return told == run_dir;
+    }
+    held.contains(&place)
+}
+
+/// The directories that a process has open.
+fn held_dirs(pid: i32) -> Vec<Place> {
+    let files = fs::read_dir(format!("/proc/{pid}/fd"));
+    files
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|file| {
+            let path = file.path();
+            // Not the files of the device: to look at one may mean to wait for its server.
+            let link = fs::read_link(&path).ok()?;
+            if !link.is_absolute() || link.starts_with("/dev") {
+                return None;
+            }
+            let metadata = fs::metadata(&path).ok()?;
+            metadata.is_dir().then(|| Place::from(&metadata))
+        })
+        .collect()
+}
+
+/// The run directory that a device process was told, `None` for any other process.
 fn run_dir_of(pid: i32) -> Option<PathBuf> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let mut arguments = line.split(|byte| *byte == 0);

@@ -30,6 +30,7 @@ mod state;
 mod supervisor;
 mod worker;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::block::BlockDevice;
@@ -37,7 +38,7 @@ use crate::block::BlockDevice;
 pub use attach::{AttachSpec, Attached, attach, ensure_supervised, upgrade};
 pub use control::ControlHandler;
 pub use detach::{DetachOptions, Leak, detach, find_leaks};
-pub use process::Identity;
+pub use process::{Identity, boot_id};
 pub use state::{DeviceStatus, RunState, Status, status};
 pub use supervisor::{SupervisorArgs, supervise};
 
@@ -53,8 +54,9 @@ pub struct Memory<'a> {
     pub len: usize,
 }
 
-/// Opens the device in a worker.
-pub type Open<'a> = &'a dyn Fn(Memory<'_>) -> crate::Result<Opened>;
+/// Opens the device in a worker, which is told where the device's run directory is now: it may have
+/// been moved since the device was attached.
+pub type Open<'a> = &'a dyn Fn(Memory<'_>, &Path) -> crate::Result<Opened>;
 
 /// What a worker serves: the device, and the commands it takes beside the built-in ones.
 pub struct Opened {

@@ -14,6 +14,7 @@ use super::process::{Identity, boot_id};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::session::Features;
 use crate::export::loop_device::LoopDevice;
+use crate::fs::held_dir::{HeldDir, Place};
 
 /// The file that the FUSE session is mounted on.
 pub const DEV: &str = "dev";
@@ -53,6 +54,9 @@ pub struct RunState {
     pub version: u32,
     /// The boot that it is about.
     pub boot_id: String,
+    /// The run directory that it is about: in a copy of that one it says nothing.
+    #[serde(default)]
+    pub place: Option<Place>,
     /// How the device is doing.
     pub status: Status,
     /// Why it failed, or why the last worker could not open the device.
@@ -91,10 +95,11 @@ pub struct RunState {
 
 impl RunState {
     /// A state of this boot, with the calling process as supervisor.
-    pub fn new(read_only: bool) -> Self {
+    pub fn new(read_only: bool, run_dir: &HeldDir) -> Self {
         RunState {
             version: VERSION,
             boot_id: boot_id(),
+            place: run_dir.place().ok(),
             status: Status::Starting,
             error: None,
             supervisor: Identity::current(),
@@ -128,7 +133,7 @@ impl RunState {
     }
 
     /// Reads the state of `run_dir`; `None` when there is none, when it is cut, or when it is
-    /// about another boot.
+    /// about another boot, or another directory, of which this is a copy.
     ///
     /// # Errors
     /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
@@ -140,7 +145,15 @@ impl RunState {
             Err(error) => return Err(Error::io(path.display().to_string(), error)),
         };
         let state = serde_json::from_slice::<RunState>(&bytes).ok();
-        Ok(state.filter(|state| state.version == VERSION && state.boot_id == boot_id()))
+        let Some(state) = state.filter(|s| s.version == VERSION && s.boot_id == boot_id()) else {
+            return Ok(None);
+        };
+        // One of an earlier program says nothing of its place.
+        if let Some(place) = state.place {
+            let here = Place::of(run_dir).context(|| run_dir.display().to_string())?;
+            return Ok((here == place).then_some(state));
+        }
+        Ok(Some(state))
     }
 
     /// True while a supervisor, or a worker without one, holds the session.
@@ -199,11 +212,16 @@ pub(super) fn unfinished(run_dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The tag that a loop device of `run_dir` carries, also after its file was unmounted.
+/// The tag that a loop device of `run_dir` carries, also after its file was unmounted. It stays that
+/// of the directory when that is moved, and is not that of a copy.
 pub fn loop_tag(run_dir: &Path) -> String {
     use sha2::Digest;
     use std::os::unix::ffi::OsStrExt;
-    let digest = sha2::Sha256::digest(run_dir.as_os_str().as_bytes());
+    let digest = match Place::of(run_dir) {
+        Ok(place) => sha2::Sha256::digest(format!("{}:{}", place.dev, place.ino)),
+        // Nothing can be looked at there: its devices are found by their backing file alone.
+        Err(_) => sha2::Sha256::digest(run_dir.as_os_str().as_bytes()),
+    };
     let hex: String = digest.iter().take(16).map(|b| format!("{b:02x}")).collect();
     format!("vellum:{hex}")
 }
@@ -262,9 +280,31 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let half = dir.path().join(format!("{STATE}.1{UNFINISHED}"));
         fs::write(&half, b"{\"version\"").unwrap();
-        RunState::new(false).write(dir.path()).unwrap();
+        let held = HeldDir::open(dir.path()).unwrap();
+        RunState::new(false, &held).write(dir.path()).unwrap();
         assert!(RunState::read(dir.path()).unwrap().is_some());
         assert_eq!(fs::read(&half).unwrap(), b"{\"version\"");
         assert_eq!(unfinished(dir.path()).unwrap(), [half]);
+    }
+
+    /// A backup program copies what it finds, also of what runs.
+    #[test]
+    fn the_state_of_a_directory_says_nothing_in_a_copy_and_still_holds_after_a_move() {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, copy) = (dir.path().join("first"), dir.path().join("copy"));
+        fs::create_dir(&first).unwrap();
+        fs::create_dir(&copy).unwrap();
+        let held = HeldDir::open(&first).unwrap();
+        RunState::new(false, &held).write(&held.path()).unwrap();
+        fs::copy(first.join(STATE), copy.join(STATE)).unwrap();
+        assert!(RunState::read(&first).unwrap().is_some());
+        assert!(RunState::read(&copy).unwrap().is_none());
+        let (tag, moved) = (loop_tag(&first), dir.path().join("moved"));
+        fs::rename(&first, &moved).unwrap();
+        assert!(RunState::read(&moved).unwrap().is_some());
+        assert_eq!(loop_tag(&moved), tag);
+        fs::rename(&copy, &first).unwrap();
+        assert!(RunState::read(&first).unwrap().is_none());
+        assert_ne!(loop_tag(&first), tag);
     }
 }

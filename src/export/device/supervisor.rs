@@ -16,7 +16,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,7 @@ use super::worker::{self, Worker};
 use crate::error::{Error, Result, ResultExt};
 use crate::export::fuse::session::{self, Features};
 use crate::export::fuse::slot::{MAX_THREADS, Shared};
+use crate::fs::held_dir::HeldDir;
 
 /// What the processes of a device are called in `ps`. The first character tells systemd's
 /// shutdown to leave them alone until the file systems on them are unmounted.
@@ -77,6 +78,9 @@ enum Role {
 
 struct Supervisor {
     args: SupervisorArgs,
+    /// Held open by every process of the device, which is how others find them: a store may be
+    /// moved while it is mounted, and copied, state and all.
+    run_dir: HeldDir,
     session: Arc<File>,
     features: Features,
     listener: UnixListener,
@@ -126,7 +130,7 @@ pub fn supervise(args: &SupervisorArgs, open: super::Open<'_>) -> Result<()> {
         Role::End(result) => result,
         Role::Worker { resume } => {
             let worker = Worker {
-                run_dir: supervisor.args.run_dir.clone(),
+                run_dir: supervisor.run_dir,
                 session: Arc::clone(&supervisor.session),
                 features: supervisor.features,
                 use_resend: supervisor.features.resend && !supervisor.args.no_resend,
@@ -143,6 +147,11 @@ pub fn supervise(args: &SupervisorArgs, open: super::Open<'_>) -> Result<()> {
             worker::run(worker, open)
         }
     }
+}
+
+/// Opens the run directory for as long as the device lives.
+fn hold(run_dir: &Path) -> Result<HeldDir> {
+    HeldDir::open(run_dir).context(|| format!("{}: cannot be opened", run_dir.display()))
 }
 
 impl Supervisor {
@@ -186,7 +195,8 @@ impl Supervisor {
 
     fn mount(args: &SupervisorArgs) -> Result<Supervisor> {
         let run_dir = &args.run_dir;
-        let mut state = RunState::new(args.read_only);
+        let held = hold(run_dir)?;
+        let mut state = RunState::new(args.read_only, &held);
         state.write(run_dir)?;
         let shared = Shared::create()?;
         let listener = control::bind(run_dir)?;
@@ -204,6 +214,7 @@ impl Supervisor {
         }
         Ok(Supervisor {
             args: args.clone(),
+            run_dir: held,
             session: Arc::new(session.device),
             features: session.features,
             listener,
@@ -321,7 +332,7 @@ impl Supervisor {
 
     fn write_state(&self) {
         // A full host must not end the device.
-        if let Err(error) = self.state.write(&self.args.run_dir) {
+        if let Err(error) = self.state.write(&self.run_dir.path()) {
             tracing::warn!("{error}");
         }
     }

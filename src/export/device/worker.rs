@@ -34,6 +34,7 @@ use crate::export::fuse::session::{self, Features};
 use crate::export::fuse::slot::{
     ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared,
 };
+use crate::fs::held_dir::HeldDir;
 use crate::storage::listen_for_waits;
 
 /// Control connections served at once; the next ones wait.
@@ -47,7 +48,7 @@ const FINISH_FRESH: Duration = Duration::from_millis(100);
 
 /// What a worker gets from the process that it was forked from.
 pub(super) struct Worker {
-    pub run_dir: PathBuf,
+    pub run_dir: HeldDir,
     pub session: Arc<File>,
     pub features: Features,
     pub use_resend: bool,
@@ -101,7 +102,7 @@ fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
         offset: worker.shared.extra_at(),
         len: EXTRA_LEN,
     };
-    let opened = match open(memory) {
+    let opened = match open(memory, &worker.run_dir.path()) {
         Ok(opened) => opened,
         Err(error) => {
             report(&worker, &Event::OpenFailed(Failure::from(&error)));
@@ -411,7 +412,7 @@ fn adopt(worker: &Worker) -> Result<Value> {
     let what = || "a supervisor cannot be started";
     // Held to the end, so that two calls do not start two.
     let mut events = worker.events.lock();
-    if RunState::read(&worker.run_dir)?.is_some_and(|state| state.supervisor.is_alive()) {
+    if RunState::read(&worker.run_dir.path())?.is_some_and(|state| state.supervisor.is_alive()) {
         return Err(Error::new(
             ErrorKind::AlreadyExists,
             "the device has a supervisor",
@@ -449,7 +450,7 @@ fn adopt(worker: &Worker) -> Result<Value> {
     set_close_on_exec(&fds, false);
     let status = Command::new("/proc/self/exe")
         .arg0(ARG0)
-        .args(own_arguments())
+        .args(own_arguments(&worker.run_dir.path()))
         .arg("--resume")
         .arg(resume)
         .stdin(Stdio::null())
@@ -487,7 +488,7 @@ fn report_status(context: &Context) -> Value {
         "resend": worker.use_resend,
         "generation": worker.generation,
         "version": env!("CARGO_PKG_VERSION"),
-        "log": worker.run_dir.join(state::LOG),
+        "log": worker.run_dir.path().join(state::LOG),
     })
 }
 

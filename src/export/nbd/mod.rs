@@ -27,7 +27,8 @@ mod tls;
 use std::fmt;
 use std::sync::Arc;
 
-pub use listen::{SocketFile, bind_tcp, bind_unix};
+pub use super::unix_socket::{SocketFile, bind_unix};
+pub use listen::bind_tcp;
 pub use server::{ExportStatus, Server, ServerConfig};
 pub use session::session_over;
 pub use tls::{ClientCertificates, TlsConfig};

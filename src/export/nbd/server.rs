@@ -21,7 +21,7 @@ use super::exec::Session;
 use super::handshake::{Directory, Handshake, Negotiated, Outcome};
 use super::memory::Memory;
 use super::stream::{Deadline, Socket};
-use super::tls::{TlsConfig, TlsStream};
+use super::tls::{self, TlsConfig, TlsStream};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// How long the listener rests after it had to turn a client away, so that a flood of them does
@@ -522,7 +522,11 @@ impl Visit {
                 let mut session = tls.connection()?;
                 handshake.secured();
                 let mut secure = rustls::Stream::new(&mut session, &mut stream);
-                let outcome = handshake.haggle(&mut secure)?;
+                let outcome = handshake.haggle(&mut secure).inspect_err(|error| {
+                    if let Some(why) = tls::refusal(error) {
+                        self.tell_refusal(&socket, why);
+                    }
+                })?;
                 let stream = TlsStream::new(Arc::clone(&socket), session);
                 match outcome {
                     Outcome::Transmit(negotiated) => {
@@ -536,6 +540,12 @@ impl Visit {
             }
             (Outcome::StartTls | Outcome::Closed, _) => Ok(()),
         }
+    }
+
+    /// Says who did not get in, and why: on the client's side there is an alert's name at best.
+    fn tell_refusal(&self, socket: &Socket, why: &dyn std::fmt::Display) {
+        let peer = socket.peer();
+        tracing::warn!(id = self.id, peer, "TLS with an NBD client failed: {why}");
     }
 
     fn session(&self, negotiated: Negotiated) -> Session {

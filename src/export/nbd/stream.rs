@@ -60,6 +60,15 @@ impl Socket {
         Ok(Socket { fd, stall })
     }
 
+    /// Who is on the other side, for people.
+    pub(super) fn peer(&self) -> String {
+        type Any = socket::SockaddrStorage;
+        match socket::getpeername::<Any>(self.fd.as_raw_fd()) {
+            Ok(address) if address.as_unix_addr().is_none() => address.to_string(),
+            _ => "a local client".into(),
+        }
+    }
+
     fn recv_with(&self, buf: &mut [u8], flags: MsgFlags) -> io::Result<usize> {
         loop {
             match socket::recv(self.fd.as_raw_fd(), buf, flags) {

@@ -156,6 +156,14 @@ impl TlsStream {
     }
 }
 
+/// What TLS itself did not like, where that is why a handshake failed: a certificate that is missing,
+/// out of date or of nobody we know; or what the client says it does not like of ours.
+pub(super) fn refusal(error: &Error) -> Option<&rustls::Error> {
+    let cause = std::error::Error::source(error)?;
+    let cause = cause.downcast_ref::<io::Error>()?.get_ref()?;
+    cause.downcast_ref()
+}
+
 /// Sends all ciphertext that is waiting.
 fn drain(session: &mut ServerConnection, socket: &Socket) -> io::Result<()> {
     while session.wants_write() {

@@ -148,7 +148,7 @@ impl Supervisor {
                 ErrorKind::Io,
                 format!(
                     "the device server died before it served (see {})",
-                    self.args.run_dir.join(state::LOG).display()
+                    self.run_dir.path().join(state::LOG).display()
                 ),
             );
             return Ok(Some(self.end(Status::Failed, Some(error))));
@@ -190,7 +190,7 @@ impl Supervisor {
                          I/O errors, nothing that was flushed is lost (see {})",
                         self.backoff.deaths(),
                         reason.map_or(String::new(), |reason| format!(" ({reason})")),
-                        self.args.run_dir.join(state::LOG).display()
+                        self.run_dir.path().join(state::LOG).display()
                     ),
                 );
                 Ok(Some(self.end(Status::Failed, Some(error))))
@@ -219,7 +219,7 @@ impl Supervisor {
         self.state.error = error.as_ref().map(Error::to_string);
         if status == Status::Failed && !self.ever_served {
             // Nobody has seen the device: leave nothing behind.
-            let dev = self.args.run_dir.join(DEV);
+            let dev = self.run_dir.path().join(DEV);
             let _ = nix::mount::umount2(&dev, nix::mount::MntFlags::MNT_DETACH);
         }
         self.write_state();

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::children::{Standby, serving_process};
 use super::system::{block_signals, fork, prepare_process, reap};
-use super::{ARG0, STOP_TIMEOUT, Supervisor, SupervisorArgs};
+use super::{ARG0, STOP_TIMEOUT, Supervisor, SupervisorArgs, hold};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::backoff::Backoff;
 use crate::export::device::process::{Identity, Process};
@@ -59,7 +59,8 @@ impl Supervisor {
         prepare_process();
         let shared = Shared::inherit(adopt_fd(resume.shared)?)?;
         let worker = serving_process(&shared);
-        let mut state = RunState::new(args.read_only);
+        let run_dir = hold(&args.run_dir)?;
+        let mut state = RunState::new(args.read_only, &run_dir);
         state.features = Some(resume.features);
         state.generation = resume.generation;
         state.status = if worker.is_some() {
@@ -83,6 +84,7 @@ impl Supervisor {
                 resume: None,
                 ..args.clone()
             },
+            run_dir,
             session: Arc::new(File::from(adopt_fd(resume.session)?)),
             features: resume.features,
             listener: UnixListener::from(adopt_fd(resume.listener)?),
@@ -112,7 +114,7 @@ impl Supervisor {
     /// Executes `program` in this process, with the session. Returns only on failure, or when the
     /// worker is to be started again by this program.
     pub(super) fn upgrade(&mut self, program: &Path) -> Result<()> {
-        probe(program)?;
+        probe(program, &self.run_dir.path())?;
         if self.standby.is_none() {
             // The old program's standby is what saves the device if the new program fails.
             return Err(Error::new(
@@ -173,7 +175,7 @@ impl Supervisor {
         set_close_on_exec(&fds, false);
         let error = Command::new(program)
             .arg0(ARG0)
-            .args(own_arguments())
+            .args(own_arguments(&self.run_dir.path()))
             .arg("--resume")
             .arg(resume)
             .exec();
@@ -182,26 +184,31 @@ impl Supervisor {
     }
 }
 
-/// The arguments that this program was started with, without those of an earlier hand-over.
-pub(in crate::export::device) fn own_arguments() -> Vec<OsString> {
+/// The arguments that this program was started with, without those of an earlier hand-over, and
+/// with the path that its run directory has now.
+pub(in crate::export::device) fn own_arguments(run_dir: &Path) -> Vec<OsString> {
     let mut arguments = Vec::new();
     let mut all = std::env::args_os().skip(1);
     while let Some(argument) = all.next() {
         if argument == "--resume" {
             all.next();
-        } else {
-            arguments.push(argument);
+            continue;
+        }
+        let is_run_dir = argument == "--run-dir";
+        arguments.push(argument);
+        if is_run_dir && all.next().is_some() {
+            arguments.push(run_dir.into());
         }
     }
     arguments
 }
 
 /// Asks `program` whether it can take over.
-fn probe(program: &Path) -> Result<()> {
+fn probe(program: &Path, run_dir: &Path) -> Result<()> {
     let what = || format!("{}: --probe", program.display());
     let mut child = Command::new(program)
         .arg0(ARG0)
-        .args(own_arguments())
+        .args(own_arguments(run_dir))
         .arg("--probe")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
