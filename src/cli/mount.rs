@@ -1,7 +1,9 @@
 //! `vellum mount C [DIR]` and `vellum umount C…`
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
+use super::output::write_out;
 use super::{Context, shown};
 use crate::engine::mount::{Rights, mount as mount_container, umount as umount_container};
 use crate::error::Result;
@@ -39,9 +41,15 @@ pub(super) fn mount(args: &MountArgs, context: &Context) -> Result<()> {
     };
     let store = context.store()?;
     let mounted = mount_container(&store, &args.container, args.dir.as_deref(), rights)?;
-    context
-        .out
-        .print(&mounted, |mounted| format!("{}\n", shown(&mounted.dir)))
+    if context.out.json || std::io::stdout().is_terminal() {
+        return context
+            .out
+            .print(&mounted, |mounted| format!("{}\n", shown(&mounted.dir)));
+    }
+    // A program gets every byte of it.
+    let mut line = mounted.dir.into_os_string().into_encoded_bytes();
+    line.push(b'\n');
+    write_out(&line)
 }
 
 pub(super) fn umount(args: &UmountArgs, context: &Context) -> Result<()> {

@@ -289,7 +289,10 @@ impl Look {
         };
         match FileStorage.lacks(&dir) {
             Ok(missing) if !missing.is_empty() => {
-                let kind = dir.canonicalize().ok().and_then(|dir| MountInfo::of(&dir).ok()?);
+                let kind = dir
+                    .canonicalize()
+                    .ok()
+                    .and_then(|dir| MountInfo::of(&dir).ok()?);
                 let kind = kind.map_or("its file system".into(), |mount| mount.fs_type);
                 self.add(
                     "store",

@@ -30,6 +30,14 @@ use crate::error::{Result, ResultExt};
 use crate::storage::{Held, LockMode};
 use crate::store::{ContainerRecord, Store};
 
+/// A path in JSON, whose strings are text: what is not is replaced.
+pub(crate) fn path_as_text<S: serde::Serializer>(
+    path: &std::path::Path,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
 /// The file whose lock keeps other processes from a container.
 pub(crate) fn container_lock(store: &Store, id: Uuid) -> PathBuf {
     store.root().join("run").join(format!("{id}.lock"))

@@ -25,6 +25,7 @@ pub const SERVER_COMMAND: &str = "device-server";
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Mounted {
     /// Where.
+    #[serde(serialize_with = "super::path_as_text")]
     pub dir: PathBuf,
     /// The block device.
     pub device: PathBuf,

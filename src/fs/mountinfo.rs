@@ -88,13 +88,14 @@ impl MountInfo {
         }
         // Its path leads elsewhere, to what was mounted over a directory on the way.
         let hides = |other: &&MountInfo| {
-            other.id > self.id && other.target != self.target && self.target.starts_with(&other.target)
+            other.id > self.id
+                && other.target != self.target
+                && self.target.starts_with(&other.target)
         };
         match (others().find(hides), self.is_seen()) {
-            (Some(other), false) => Err(refused(
-                other,
-                &format!("over {}", other.target.display()),
-            )),
+            (Some(other), false) => {
+                Err(refused(other, &format!("over {}", other.target.display())))
+            }
             _ => Ok(()),
         }
     }

@@ -249,7 +249,13 @@ impl Mounts {
             grown?;
         } else {
             grow_device(&run_dir, device, size)?;
-            grow_file_system(&path, &mounted, size, ext4::MountOptions::default(), unmount)?;
+            grow_file_system(
+                &path,
+                &mounted,
+                size,
+                ext4::MountOptions::default(),
+                unmount,
+            )?;
         }
         crash_point::here("mount: grown");
         Ok(())

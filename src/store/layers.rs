@@ -104,7 +104,12 @@ impl Store {
     pub fn stage_layer(&self, parent: Option<Uuid>, virtual_size: u64) -> Result<StagedLayer> {
         let header = Header::new(parent, virtual_size)?;
         let dir = self.staging_dir(header.uuid);
-        WritableLayer::create(&*self.storage, &dir, &header)?;
+        WritableLayer::create(&*self.storage, &dir, &header).inspect_err(|error| {
+            // Made in part; whoever is in the way by that name made it.
+            if error.kind() != ErrorKind::AlreadyExists {
+                let _ = self.storage.remove_tree(&dir);
+            }
+        })?;
         self.staged(header)
     }
 

@@ -278,6 +278,22 @@ fn prepare(
             ));
         }
     }
+    for path in binds
+        .iter()
+        .map(|bind| &bind.source)
+        .chain([&rootfs.to_owned()])
+    {
+        if path.to_str().is_none() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "{}: a container's description is JSON, which cannot name a path that is not \
+                     UTF-8: use another --root, directory or volume",
+                    path.display()
+                ),
+            ));
+        }
+    }
     let plan = ContainerPlan {
         rootfs: rootfs.to_owned(),
         process: ProcessPlan {

@@ -126,7 +126,10 @@ fn mounts_of(device: LoopDevice) -> Result<Vec<PathBuf>> {
 fn unmount_all(device: LoopDevice) -> Result<()> {
     // The last mounted is the first to go.
     let mounts = MountInfo::read()?;
-    let ours = mounts.iter().rev().filter(|mount| mount.major_minor == device.major_minor());
+    let ours = mounts
+        .iter()
+        .rev()
+        .filter(|mount| mount.major_minor == device.major_minor());
     for mount in ours {
         // Others' mounts are not ours to take away.
         mount.check_uncovered(&mounts)?;

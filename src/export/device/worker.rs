@@ -488,7 +488,8 @@ fn report_status(context: &Context) -> Value {
         "resend": worker.use_resend,
         "generation": worker.generation,
         "version": env!("CARGO_PKG_VERSION"),
-        "log": worker.run_dir.path().join(state::LOG),
+        // Not every path is text that JSON can carry.
+        "log": worker.run_dir.path().join(state::LOG).display().to_string(),
     })
 }
 
