@@ -70,7 +70,7 @@ fn a_second_one_on_the_same_root_or_socket_is_refused_with_the_reason() {
     });
     for (root, socket, why) in [
         ("root", "two.sock", "another snapshotter serves"),
-        ("other", "one.sock", "another program answers there"),
+        ("other", "one.sock", "a server listens on"),
     ] {
         let output = command(&area, root, socket).output().unwrap();
         let text = String::from_utf8_lossy(&output.stderr);

@@ -147,7 +147,12 @@ mod tests {
     #[test]
     fn a_server_answers_until_it_is_dropped_and_leaves_no_socket() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("a.sock"), "stale").unwrap();
+        // Of a server that was killed.
+        drop(UnixListener::bind(dir.path().join("a.sock")).unwrap());
+        std::fs::write(dir.path().join("file"), "somebody's").unwrap();
+        let start = |name| ControlServer::start(dir.path(), name, Arc::new(NoCommands));
+        assert_eq!(start("file").unwrap_err().kind(), ErrorKind::AlreadyExists);
+        std::fs::remove_file(dir.path().join("file")).unwrap();
         let server = ControlServer::start(dir.path(), "a.sock", Arc::new(NoCommands)).unwrap();
         let ask = || {
             let null = serde_json::Value::Null;
