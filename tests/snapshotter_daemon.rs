@@ -60,6 +60,45 @@ fn systemd_hears_when_it_is_ready_and_a_dead_ones_socket_is_replaced() {
 }
 
 #[test]
+fn what_is_at_the_address_and_no_socket_is_left_alone_and_paths_are_absolute() {
+    let area = Area::new();
+    fs::write(area.at("config.toml"), "").unwrap();
+    fs::write(area.at("file"), "somebody's").unwrap();
+    fs::create_dir(area.at("dir")).unwrap();
+    std::os::unix::fs::symlink("nowhere", area.at("dangling")).unwrap();
+    for socket in ["file", "dir", "dangling"] {
+        let output = command(&area, "root", socket).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{socket}");
+        assert!(text.contains("is not a socket"), "{socket}: {text}");
+    }
+    assert_eq!(fs::read(area.at("file")).unwrap(), b"somebody's");
+    assert!(
+        fs::symlink_metadata(area.at("dangling"))
+            .unwrap()
+            .is_symlink()
+    );
+    for (config, arguments, why) in [
+        ("root = ''", &[][..], "root is empty"),
+        ("address = 'v.sock'", &[], "address is \"v.sock\""),
+        ("", &["--address", "v.sock"], "--address is \"v.sock\""),
+    ] {
+        fs::write(area.at("config.toml"), config).unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_vellum"))
+            .args(["snapshotter", "--config", &area.at("config.toml")])
+            .args(arguments)
+            .current_dir(area.path())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && text.contains(why),
+            "{config}: {text}"
+        );
+    }
+}
+
+#[test]
 fn a_second_one_on_the_same_root_or_socket_is_refused_with_the_reason() {
     let area = Area::new();
     fs::write(area.at("config.toml"), "").unwrap();
