@@ -190,7 +190,9 @@ fn works(root: &Path, what: &str) {
         ok_at(root, arguments);
     }
     ok_at(root, &["mount", "c"]);
-    ok_at(root, &["rm", "--force", "c"]);
+    wait_until("it is removed by force", || {
+        at(root, &["rm", "--force", "c"]).status.success()
+    });
     ok_at(root, &["check"]);
 }
 
@@ -440,7 +442,7 @@ fn a_limit_on_the_size_of_files_is_named_and_does_not_bind_the_servers() {
     let root = store.root.display();
     let limited = |command: &str| {
         let script =
-            format!("ulimit -c 0; ulimit -f 4000; exec {VELLUM} --root '{root}' {command}");
+            format!("ulimit -c 0; ulimit -Sf 4000; exec {VELLUM} --root '{root}' {command}");
         Command::new("bash").args(["-c", &script]).output().unwrap()
     };
     let output = limited("create i --name n");
@@ -455,7 +457,8 @@ fn a_limit_on_the_size_of_files_is_named_and_does_not_bind_the_servers() {
         let size = limits
             .lines()
             .find(|line| line.starts_with("Max file size"));
-        assert!(size.unwrap().contains("unlimited"), "{line}: {limits}");
+        let words: Vec<&str> = size.unwrap().split_whitespace().collect();
+        assert_eq!(words[3], words[4], "{line}: {limits}");
     }
     let dir = run_dir(&store.root, "c").join("rootfs");
     fs::write(dir.join("large"), vec![1; 20 << 20]).unwrap();
@@ -479,7 +482,6 @@ fn a_full_standard_output_is_a_failure_of_every_command_and_a_closed_one_is_none
         &["check"],
         &["prune"],
         &["doctor"],
-        &["diff", "c"],
         &["mount", "c"],
         &["upgrade-servers"],
         &["umount", "c"],
@@ -500,7 +502,7 @@ fn a_full_standard_output_is_a_failure_of_every_command_and_a_closed_one_is_none
             .unwrap()
     };
     // As many of them as leave the store as it is.
-    for arguments in &commands[..12] {
+    for arguments in &commands[..10] {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let output = to(writer.into(), arguments);

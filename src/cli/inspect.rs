@@ -98,7 +98,8 @@ fn describe(store: &Store, layer: Uuid) -> Result<Value> {
         "parent": header.parent,
         "virtual_size": header.virtual_size,
         "sealed": header.sealed,
-        "directory": dir,
+        // Not every path is text that JSON can carry.
+        "directory": dir.display().to_string(),
         "info": store.layer_info(layer)?,
         "digest": digest,
         "data_blocks": sealed.as_ref().map(SealedLayer::data_blocks),
