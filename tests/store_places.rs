@@ -87,7 +87,10 @@ impl Mounted {
             .unwrap()
             .set_len(megabytes << 20)
             .unwrap();
-        run("mke2fs", &["-q", "-F", "-t", kind, &image]);
+        match kind {
+            "xfs" => run("mkfs.xfs", &["-q", &image]),
+            _ => run("mke2fs", &["-q", "-F", "-t", kind, &image]),
+        };
         Mounted::new(&["-o", options, &image], &store.path(kind))
     }
 }
@@ -501,8 +504,9 @@ fn a_full_standard_output_is_a_failure_of_every_command_and_a_closed_one_is_none
             .output()
             .unwrap()
     };
-    // As many of them as leave the store as it is.
-    for arguments in &commands[..10] {
+    let changes =
+        |arguments: &[&str]| ["create", "mount", "umount", "commit", "rm"].contains(&arguments[0]);
+    for arguments in commands.iter().filter(|a| !changes(a)) {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let output = to(writer.into(), arguments);
@@ -513,16 +517,14 @@ fn a_full_standard_output_is_a_failure_of_every_command_and_a_closed_one_is_none
             "{arguments:?}: {said}"
         );
     }
-    for json in [false, true] {
-        for arguments in commands.iter().filter(|a| !json || a.len() < 3) {
+    // With --json those that only look, before the others are done with the container.
+    for json in [true, false] {
+        for arguments in commands.iter().filter(|a| !json || !changes(a)) {
             let mut all = if json { vec!["--json"] } else { Vec::new() };
             all.extend(*arguments);
             let full = File::options().write(true).open("/dev/full").unwrap();
             let output = to(full.into(), &all);
             let said = String::from_utf8_lossy(&output.stderr);
-            if json && ["rm", "umount", "mount"].contains(&arguments[0]) {
-                continue;
-            }
             assert_eq!(output.status.code(), Some(1), "{all:?}: {said}");
             assert!(said.contains("standard output"), "{all:?}: {said}");
         }
@@ -604,4 +606,199 @@ fn odd_characters_in_the_path_of_a_store_do_no_harm() {
         }
         store.assert_nothing_runs();
     }
+}
+
+/// A store on a disk of its own, ended without reading it when it is dropped.
+struct OnDisk {
+    store: TestStore,
+    _disk: Mounted,
+    _area: TestStore,
+}
+
+impl OnDisk {
+    fn new(kind: &str) -> OnDisk {
+        let area = TestStore::new();
+        let disk = Mounted::disk(&area, kind, 320, "loop");
+        let store = TestStore {
+            root: disk.0.canonicalize().unwrap().join("store"),
+            dir: tempfile::tempdir().unwrap(),
+        };
+        store.small_image("i");
+        store.ok(&["create", "i", "--name", "c"]);
+        OnDisk {
+            store,
+            _disk: disk,
+            _area: area,
+        }
+    }
+
+    fn mounted_at(&self) -> &Path {
+        self.store.root.parent().unwrap()
+    }
+}
+
+impl Drop for OnDisk {
+    fn drop(&mut self) {
+        let _ = at(&self.store.root, &["umount", "--force", "--all"]);
+        self.store.kill_all();
+    }
+}
+
+/// Every file below a directory with what it holds.
+fn content(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(content(&path));
+        } else {
+            found.push((path.clone(), fs::read(&path).unwrap()));
+        }
+    }
+    found.sort();
+    found
+}
+
+fn qemu_io(socket: &Path, name: &str, read_only: bool, commands: &[&str]) -> String {
+    let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
+    let mut arguments = vec!["-f", "raw"];
+    if read_only {
+        arguments.push("-r");
+    }
+    for command in commands {
+        arguments.extend(["-c", command]);
+    }
+    arguments.push(&uri);
+    run("qemu-io", &arguments)
+}
+
+#[test]
+fn a_store_that_cannot_be_written_is_looked_at_checked_and_served_read_only() {
+    let on_disk = OnDisk::new("ext4");
+    let store = &on_disk.store;
+    let dir = store.mount("c");
+    fs::write(dir.join("kept"), "kept").unwrap();
+    store.ok(&["umount", "c"]);
+    // One whose server was killed, with a flushed block in its journal alone, as after a power cut.
+    store.ok(&["create", "i", "--name", "u"]);
+    let (server, socket) = store.serve("u");
+    qemu_io(&socket, "u", false, &["write -P 0xab 40M 8k", "flush"]);
+    drop(server);
+    let inspected = store.json(&["inspect", "u"]);
+    let top = inspected[0]["container"]["top"].as_str().unwrap();
+    let top = store.root.join("layers").join(top);
+    fs::remove_file(top.join("live")).unwrap();
+    let data = top.join("data").display().to_string();
+    run("fallocate", &["-p", "-o", "40MiB", "-l", "8KiB", &data]);
+    // As restored by a program that leaves out what is empty.
+    for name in ["run", "staging", "trash"] {
+        fs::remove_dir_all(store.root.join(name)).unwrap();
+    }
+    let before = content(&top);
+    let disk = on_disk.mounted_at().display().to_string();
+    run("mount", &["-o", "remount,ro", &disk]);
+
+    for arguments in [
+        &["ps"][..],
+        &["ps", "--size"],
+        &["images"],
+        &["inspect", "i"],
+        &["inspect", "c"],
+        &["history", "i"],
+        &["stats"],
+        &["map", "c"],
+        &["map", "u"],
+        &["check"],
+        &["check", "--scrub"],
+        &["volume", "ls"],
+    ] {
+        store.ok(arguments);
+    }
+    for arguments in [
+        &["create", "i", "--name", "x"][..],
+        &["mount", "c"],
+        &["prune"],
+        &["rm", "c"],
+        &["commit", "c", "j"],
+    ] {
+        let said = store.fails(arguments);
+        assert!(
+            said.contains("Read-only file system"),
+            "{arguments:?}: {said}"
+        );
+    }
+    let image = store.path("image");
+    for name in ["i", "c", "u"] {
+        let (server, socket) = store.serve(name);
+        let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
+        let info = run("nbdinfo", &["--json", &uri]);
+        assert!(info.contains("\"is_read_only\": true"), "{info}");
+        let _ = fs::remove_file(&image);
+        run("nbdcopy", &[&uri, &image.display().to_string()]);
+        if name == "u" {
+            qemu_io(&socket, name, true, &["read -P 0xab 40M 8k"]);
+        }
+        server.end();
+        let kept = Command::new("debugfs")
+            .args(["-R", "cat /kept"])
+            .arg(&image)
+            .output()
+            .unwrap();
+        assert_eq!(kept.stdout == b"kept", name == "c", "{name}");
+    }
+    assert!(content(&top) == before, "nothing was written");
+    // And what it was shown as is what it is recovered to.
+    run("mount", &["-o", "remount,rw", &disk]);
+    let (server, socket) = store.serve("u");
+    qemu_io(&socket, "u", false, &["read -P 0xab 40M 8k"]);
+    server.end();
+}
+
+#[test]
+fn what_is_mounted_of_a_store_whose_disk_fails_is_ended_without_reading_it() {
+    for (kind, everything_dies) in [("ext4", false), ("xfs", true)] {
+        let on_disk = OnDisk::new(kind);
+        let store = &on_disk.store;
+        store.ok(&["create", "i", "--name", "d"]);
+        let (m, n) = (store.path("m"), store.path("n"));
+        for (name, dir) in [("c", &m), ("d", &n)] {
+            fs::create_dir(dir).unwrap();
+            store.ok(&["mount", name, &dir.display().to_string()]);
+        }
+        let id = run_dir(&store.root, "c");
+        let id = id.file_name().unwrap().to_str().unwrap();
+        let mut file = File::create(m.join("file")).unwrap();
+        let disk = on_disk.mounted_at().display().to_string();
+        run("xfs_io", &["-x", "-c", "shutdown", &disk]);
+        let _ = std::io::Write::write_all(&mut file, &[1; 100_000]);
+        let _ = file.sync_all();
+        drop(file);
+        if everything_dies {
+            store.kill_all();
+        }
+        let said = refused_at(&store.root, &["umount", "--force", "nothing"]);
+        assert!(said.contains("left of this store"), "{kind}: {said}");
+        // Without a process nobody knows its name.
+        let name = if everything_dies { id } else { "c" };
+        ok_at(&store.root, &["umount", "--force", name]);
+        assert!(vellum::fs::mountinfo::MountInfo::at(&m).unwrap().is_none());
+        assert!(vellum::fs::mountinfo::MountInfo::at(&n).unwrap().is_some());
+        ok_at(&store.root, &["umount", "--force", "--all"]);
+        store.assert_nothing_runs();
+        run("umount", &[&disk]);
+    }
+}
+
+#[test]
+fn umount_all_ends_what_a_store_has_mounted_and_makes_no_store_where_none_is() {
+    let store = with_container();
+    store.ok(&["create", "i", "--name", "d"]);
+    store.mount("c");
+    store.mount("d");
+    store.ok(&["umount", "--all"]);
+    store.assert_nothing_runs();
+    let none = store.path("none");
+    refused_at(&none, &["umount", "--all"]);
+    refused_at(&none, &["umount", "c"]);
+    assert!(!none.exists());
 }

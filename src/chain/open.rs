@@ -1,6 +1,6 @@
 //! From directories to a chain.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::base::check_parent;
@@ -38,12 +38,7 @@ pub fn open_counted_chain(
     spec: &ChainSpec,
     stats: Arc<ChainStats>,
 ) -> Result<Chain> {
-    let base = Base::default();
-    for dir in &spec.sealed {
-        let layer = SealedLayer::open(&**storage, dir)
-            .context(|| format!("cannot open the chain of {} layers", spec.sealed.len()))?;
-        base.push(Arc::new(layer))?;
-    }
+    let base = open_base(storage, &spec.sealed)?;
     let below = base.layers().last().map(|layer| layer.header().uuid);
     let top = match &spec.top {
         Some(dir) => {
@@ -55,4 +50,31 @@ pub fn open_counted_chain(
         None => None,
     };
     Chain::counted(base, top, stats)
+}
+
+/// Opens a chain with a layer on top that is not sealed, in a store that cannot be written: what that
+/// layer would be recovered to is made up in memory. Nobody may be writing it.
+///
+/// # Errors
+/// As [`open_chain`].
+pub fn open_read_only_chain(
+    storage: &Arc<dyn Storage>,
+    sealed: &[PathBuf],
+    unsealed: &Path,
+    stats: Arc<ChainStats>,
+) -> Result<Chain> {
+    let base = open_base(storage, sealed)?;
+    let top = SealedLayer::open_unsealed(&**storage, unsealed)?;
+    base.push(Arc::new(top))?;
+    Chain::counted(base, None, stats)
+}
+
+fn open_base(storage: &Arc<dyn Storage>, sealed: &[PathBuf]) -> Result<Base> {
+    let base = Base::default();
+    for dir in sealed {
+        let layer = SealedLayer::open(&**storage, dir)
+            .context(|| format!("cannot open the chain of {} layers", sealed.len()))?;
+        base.push(Arc::new(layer))?;
+    }
+    Ok(base)
 }

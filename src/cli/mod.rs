@@ -38,6 +38,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::engine::lost::explain;
 use crate::error::Result;
 use crate::export::device::command::{self as file_device, FileDeviceArgs};
 use crate::store::Store;
@@ -158,7 +159,7 @@ struct Context {
 impl Context {
     /// The store, made where there is none.
     fn store(&self) -> Result<Store> {
-        Store::open_or_create(&self.root)
+        Store::open_or_create(&self.root).map_err(|error| explain(&self.root, error))
     }
 }
 

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use super::output::write_out;
 use super::{Context, shown};
+use crate::engine::lost;
 use crate::engine::mount::{Rights, mount as mount_container, umount as umount_container};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::Store;
 
 /// Arguments of `mount`.
 #[derive(Debug, clap::Args)]
@@ -27,9 +29,13 @@ pub(super) struct MountArgs {
 #[derive(Debug, clap::Args)]
 pub(super) struct UmountArgs {
     /// The containers
-    #[arg(required = true)]
+    #[arg(required_unless_present = "all")]
     containers: Vec<String>,
-    /// Also while programs use it: they get I/O errors
+    /// All containers of the store
+    #[arg(short, long, conflicts_with = "containers")]
+    all: bool,
+    /// Also while programs use it: they get I/O errors. And where the store cannot be read (its disk
+    /// is gone): what is mounted, attached and running of it is found without it, by its path
     #[arg(short, long)]
     force: bool,
 }
@@ -53,8 +59,38 @@ pub(super) fn mount(args: &MountArgs, context: &Context) -> Result<()> {
 }
 
 pub(super) fn umount(args: &UmountArgs, context: &Context) -> Result<()> {
-    let store = context.store()?;
-    super::remove::each(&args.containers, context, |name| {
-        umount_container(&store, name, args.force)
+    // One that is not there is not made: its root may have been unmounted, or moved.
+    let store = Store::open(&context.root);
+    let gone = |error: &Error| lost::is_lost(error) || error.kind() == ErrorKind::NotFound;
+    let store = match store {
+        Err(error) if args.force && gone(&error) => Err(error),
+        Err(error) => return Err(lost::explain(&context.root, error)),
+        Ok(store) => Ok(store),
+    };
+    let names = match (&store, args.all) {
+        (_, false) => args.containers.clone(),
+        (Ok(store), true) => match lost::attached(store) {
+            Err(error) if args.force && lost::is_lost(&error) => return end_all(context),
+            other => other?,
+        },
+        (Err(_), true) => return end_all(context),
+    };
+    super::remove::each(&names, context, |name| {
+        let failed = match &store {
+            Ok(store) => match umount_container(store, name, args.force) {
+                Err(error) if args.force && lost::is_lost(&error) => error.to_string(),
+                other => return other,
+            },
+            Err(error) => error.to_string(),
+        };
+        lost::end(&context.root, name).map_err(|error| error.context(failed))
+    })
+}
+
+/// Ends all devices of a store that cannot be read.
+fn end_all(context: &Context) -> Result<()> {
+    let ended = lost::end_all(&context.root)?;
+    context.out.print(&ended, |ended| {
+        ended.iter().map(|name| format!("{name}\n")).collect()
     })
 }

@@ -63,6 +63,11 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         ..ServerConfig::default()
     };
     let server = Arc::new(Server::new(config)?);
+    if store.is_read_only() && !args.read_only {
+        context
+            .out
+            .note("the store cannot be written, so what is served is read-only");
+    }
     // Closed after the server's last request, at the end of this function.
     let mut chains = Vec::new();
     let mut writable = Vec::new();

@@ -13,7 +13,7 @@ use super::import::forget_ext4_journal;
 use crate::block::BlockDevice;
 use crate::chain::{
     Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, STATS_LEN, Source,
-    open_counted_chain,
+    open_counted_chain, open_read_only_chain,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::{ControlHandler, Memory, Opened};
@@ -75,6 +75,13 @@ impl Target {
         resolved: &Resolved,
         stats: Arc<ChainStats>,
     ) -> Result<OpenChain> {
+        if store.is_read_only() {
+            let lease = store.lease_for_reading(resolved.top)?;
+            let sealed = store.layer_dirs(&resolved.sealed);
+            let top = store.layer_dir(resolved.top);
+            let chain = open_read_only_chain(store.storage(), &sealed, &top, stats)?;
+            return Ok(OpenChain::new(store, chain, Some(lease)));
+        }
         let lease = store.lease_layer(resolved.top)?;
         store.check_place()?;
         let spec = store.chain_spec(resolved, layer_options(store));

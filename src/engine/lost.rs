@@ -122,7 +122,12 @@ pub fn end_all(root: &Path) -> Result<Vec<String>> {
     let mut ended = Vec::new();
     for device in &all {
         end_device(device)?;
-        ended.push(device.container.clone().unwrap_or_else(|| device.id().to_owned()));
+        ended.push(
+            device
+                .container
+                .clone()
+                .unwrap_or_else(|| device.id().to_owned()),
+        );
     }
     Ok(ended)
 }
@@ -147,7 +152,9 @@ fn end_processes(id: &str) -> Result<()> {
             continue;
         };
         let groups = fs::read_to_string(process.path().join("cgroup")).unwrap_or_default();
-        let is_in = groups.lines().any(|line| line.split('/').any(|part| part == cgroup));
+        let is_in = groups
+            .lines()
+            .any(|line| line.split('/').any(|part| part == cgroup));
         if !is_in {
             continue;
         }

@@ -36,7 +36,8 @@ impl ControlHandler for Answers {
     }
 }
 
-/// The export of a container (writable) or an image (read-only) under its name.
+/// The export of a container (writable, unless the store is not) or an image (read-only) under its
+/// name.
 ///
 /// # Errors
 /// [`crate::ErrorKind::NotFound`] for a name that is neither; [`crate::ErrorKind::InUse`] while the
@@ -58,7 +59,9 @@ pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Ser
     let chain = Arc::new(target.open_counted(store, stats)?);
     let mut export = Export::new(name, chain.chain().clone());
     export.read_only = read_only;
-    let control = id.and_then(|id| {
+    // In a store that cannot be written there is no place for a socket, and nothing is counted but
+    // reads.
+    let control = id.filter(|_| !store.is_read_only()).and_then(|id| {
         let (dir, socket) = store.socket_beside(id);
         let answers = Arc::new(Answers(chain.clone()));
         ControlServer::start(&dir, &socket, answers)

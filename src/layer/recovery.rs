@@ -9,6 +9,7 @@ use super::index::Index;
 use super::journal::{
     AREA_FILES, AreaRecords, Record, block_offset, check_record, live_payload, load_area, read_area,
 };
+use super::live::Left;
 use super::table::{Expected, MapExtent, Table, TableContent, TableKind, push_extent};
 use super::{STATE_DATA, state_of_value, value_of_state};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -106,6 +107,41 @@ pub(super) fn load_for_check(
     Ok(LoadedForCheck {
         index: loaded.index,
         records: loaded.records.len(),
+    })
+}
+
+/// A writable layer as recovery would leave it, without having changed anything.
+#[derive(Debug)]
+pub(super) struct AsRecovered {
+    pub(super) index: Index,
+    /// Blocks whose bytes are in the journal and not in the data files yet.
+    pub(super) blocks: BTreeMap<u64, Box<[u8]>>,
+}
+
+/// What [`recover`] and the log of changes would make of a layer. Reads only. The blocks are no more
+/// than the journal's two areas hold.
+pub(super) fn load_as_recovered(
+    storage: &dyn Storage,
+    dir: &Path,
+    header: &Header,
+    left: &Left,
+) -> Result<AsRecovered> {
+    let mut loaded = load(storage, dir, header)?;
+    let mut blocks = BTreeMap::new();
+    for (block, bytes) in live_payload(&loaded.records) {
+        if !left.same_boot && loaded.index.get(block) == STATE_DATA {
+            blocks.insert(block, bytes.into());
+        }
+    }
+    for change in &left.changes {
+        let end = change.start.checked_add(change.len);
+        if end.is_some_and(|end| end <= header.blocks()) {
+            loaded.index.set(change.start, change.len, change.new);
+        }
+    }
+    Ok(AsRecovered {
+        index: loaded.index,
+        blocks,
     })
 }
 

@@ -7,8 +7,10 @@ use sha2::{Digest, Sha256};
 use super::data::DataFiles;
 use super::header::Header;
 use super::index::Index;
+use super::live;
 use super::recovery::{
-    MAP_FILE, extents_of, load_map, remove_if_there, remove_journal, sync_names,
+    AsRecovered, MAP_FILE, extents_of, load_as_recovered, load_map, remove_if_there,
+    remove_journal, sync_names,
 };
 use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
 use crate::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
@@ -39,6 +41,8 @@ enum SealedMap {
     Table(Table),
     /// Sealed, but the seal file has not been made yet.
     Pending(Index),
+    /// Not sealed, but nobody can write it: recovered in memory.
+    Unsealed(AsRecovered),
 }
 
 /// What [`SealedLayer::scrub`] found.
@@ -65,6 +69,27 @@ impl SealedLayer {
             sync_names(storage, dir)?;
         }
         Ok(layer)
+    }
+
+    /// Opens a layer that is not sealed for reading alone, in a store that cannot be written: as it
+    /// would be after recovery, which is done in memory. Nobody may be writing it.
+    ///
+    /// # Errors
+    /// As [`SealedLayer::open`].
+    pub fn open_unsealed(storage: &dyn Storage, dir: &Path) -> Result<Self> {
+        let header = Header::read(storage, dir)?;
+        if header.sealed {
+            return SealedLayer::open(storage, dir);
+        }
+        let data = DataFiles::open(storage, dir, &header, OpenMode::Read)?;
+        let left = live::read_left(storage, dir, header.uuid)?;
+        let found = load_as_recovered(storage, dir, &header, &left)?;
+        Ok(SealedLayer {
+            dir: dir.to_owned(),
+            header,
+            data,
+            map: SealedMap::Unsealed(found),
+        })
     }
 
     /// As [`SealedLayer::open`], for one who builds nothing on it.
@@ -122,7 +147,7 @@ impl SealedLayer {
     pub fn digest(&self) -> Option<[u8; DIGEST_LEN]> {
         match &self.map {
             SealedMap::Table(table) => Some(table.digest),
-            SealedMap::Pending(_) => None,
+            SealedMap::Pending(_) | SealedMap::Unsealed(_) => None,
         }
     }
 
@@ -130,7 +155,9 @@ impl SealedLayer {
     pub fn for_each_extent(&self, mut each: impl FnMut(MapExtent)) {
         match &self.map {
             SealedMap::Table(table) => table.extents().for_each(each),
-            SealedMap::Pending(index) => extents_of(index).into_iter().for_each(&mut each),
+            SealedMap::Pending(index) | SealedMap::Unsealed(AsRecovered { index, .. }) => {
+                extents_of(index).into_iter().for_each(&mut each);
+            }
         }
     }
 
@@ -138,7 +165,9 @@ impl SealedLayer {
     pub fn data_blocks(&self) -> u64 {
         match &self.map {
             SealedMap::Table(table) => table.sum_count(),
-            SealedMap::Pending(index) => super::recovery::data_blocks(index),
+            SealedMap::Pending(index) | SealedMap::Unsealed(AsRecovered { index, .. }) => {
+                super::recovery::data_blocks(index)
+            }
         }
     }
 
@@ -156,8 +185,13 @@ impl SealedLayer {
     /// [`ErrorKind::Corrupt`] where a block does not match its checksum: it names layer and block.
     pub fn read_blocks(&self, buf: &mut [u8], block: u64) -> Result<()> {
         self.data.read(buf, block * BLOCK_SIZE)?;
-        let SealedMap::Table(table) = &self.map else {
-            return Ok(());
+        let table = match &self.map {
+            SealedMap::Table(table) => table,
+            SealedMap::Pending(_) => return Ok(()),
+            SealedMap::Unsealed(found) => {
+                found.fill(buf, block);
+                return Ok(());
+            }
         };
         let sums = table
             .sums(block, buf.len() / BLOCK_LEN)
@@ -201,7 +235,7 @@ impl SealedLayer {
         let found = walk(&self.header, &self.data, &self.extents(), |block, bytes| {
             let mut sums = match &self.map {
                 SealedMap::Table(table) => Some(table.sums(block, bytes.len() / BLOCK_LEN)?),
-                SealedMap::Pending(_) => None,
+                SealedMap::Pending(_) | SealedMap::Unsealed(_) => None,
             };
             for (at, bytes) in bytes.chunks_exact(BLOCK_LEN).enumerate() {
                 let sum = sums.as_mut().and_then(Iterator::next);
@@ -236,6 +270,19 @@ impl SealedLayer {
         let mut extents = Vec::new();
         self.for_each_extent(|extent| extents.push(extent));
         extents
+    }
+}
+
+impl AsRecovered {
+    /// Puts the bytes of blocks that are in the journal in the place of what the data files hold.
+    fn fill(&self, buf: &mut [u8], first: u64) {
+        let end = first + (buf.len() / BLOCK_LEN) as u64;
+        for (block, bytes) in self.blocks.range(first..end) {
+            let at = (block - first) as usize * BLOCK_LEN;
+            if let Some(target) = buf.get_mut(at..at + BLOCK_LEN) {
+                target.copy_from_slice(bytes);
+            }
+        }
     }
 }
 
@@ -314,6 +361,13 @@ pub fn seal_in_place(
                 .write_atomic(&path, &content.encode())
                 .context(|| format!("cannot write {}", path.display()))?;
             digest
+        }
+        // `open` makes none.
+        SealedMap::Unsealed(_) => {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "the layer is not sealed",
+            ));
         }
     };
     let map = dir.join(MAP_FILE);

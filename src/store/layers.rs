@@ -202,6 +202,26 @@ impl Store {
         ))
     }
 
+    /// Keeps others from writing a published layer that is not sealed, while it is read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while another process writes it.
+    pub fn lease_for_reading(&self, layer: Uuid) -> Result<LayerLease> {
+        let path = self.layer_dir(layer).join(LEASE_FILE);
+        let held = self
+            .storage
+            .lock(&path, LockMode::Shared, false)
+            .context(|| format!("cannot lock {}", path.display()))?;
+        held.map(|held| LayerLease { _held: held }).ok_or_else(|| {
+            Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "the layer {layer} is written by another process (a mount or an NBD server)"
+                ),
+            )
+        })
+    }
+
     /// Keeps the image with this top layer from being removed.
     ///
     /// # Errors

@@ -1,14 +1,15 @@
 //! From an attached device, or what a crash left of one, to nothing.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 
+use super::lost::arguments;
 use super::process::Identity;
 use super::state::{
     self, CONTROL, DEV, LOG, LOOP, RunLock, RunState, STATE, Status, hinted_loop, loop_tag,
@@ -57,6 +58,11 @@ pub fn detach(run_dir: &Path, options: &DetachOptions) -> Result<()> {
 
 pub(super) fn detach_locked(run_dir: &Path, options: &DetachOptions) -> Result<()> {
     clean(run_dir, options)?;
+    remove_files(run_dir)
+}
+
+/// Removes the files of a device that is gone, and its run directory where nothing else is there.
+pub(super) fn remove_files(run_dir: &Path) -> Result<()> {
     let files = [DEV, STATE, CONTROL, LOG, LOOP].map(|name| run_dir.join(name));
     for path in files.into_iter().chain(state::unfinished(run_dir)?) {
         match fs::remove_file(&path) {
@@ -75,7 +81,14 @@ pub(super) fn detach_locked(run_dir: &Path, options: &DetachOptions) -> Result<(
 
 /// All of [`detach`] but the files.
 pub(super) fn clean(run_dir: &Path, options: &DetachOptions) -> Result<()> {
-    let state = RunState::read(run_dir)?;
+    let state = match RunState::read(run_dir) {
+        // By force also where nothing can be read any more: nothing of it is needed.
+        Err(error) if options.force => {
+            tracing::warn!(%error, "the state of a device cannot be read");
+            None
+        }
+        other => other?,
+    };
     if options.force || !is_served(run_dir, state.as_ref())? {
         // Nobody answers any more, or nobody shall: with the last process the session is aborted,
         // so that nothing below can wait for an answer.
@@ -308,15 +321,21 @@ fn held_dirs(pid: i32) -> Vec<Place> {
 
 /// The run directory that a device process was told, `None` for any other process.
 fn run_dir_of(pid: i32) -> Option<PathBuf> {
+    command_line(pid).map(|(run_dir, _)| run_dir)
+}
+
+/// The run directory that a device process was told, and all its arguments; `None` for any other
+/// process.
+pub(super) fn command_line(pid: i32) -> Option<(PathBuf, Vec<OsString>)> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let mut arguments = line.split(|byte| *byte == 0);
-    if arguments.next()? != ARG0.as_bytes() {
+    if line.split(|byte| *byte == 0).next()? != ARG0.as_bytes() {
         return None;
     }
-    arguments.find(|argument| *argument == b"--run-dir")?;
-    Some(PathBuf::from(std::ffi::OsStr::from_bytes(
-        arguments.next()?,
-    )))
+    let all = arguments(&line);
+    let mut rest = all.iter();
+    rest.find(|argument| *argument == "--run-dir")?;
+    let run_dir = PathBuf::from(rest.next()?);
+    Some((run_dir, all))
 }
 
 /// Something of a device that is left without a living server.
