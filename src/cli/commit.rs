@@ -19,7 +19,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     let report = commit(
-        &context.store()?,
+        &context.store_to_change()?,
         &args.container,
         &args.image,
         args.message.as_deref(),

@@ -19,7 +19,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
-    let container = context.store()?.create_container(&NewContainer {
+    let container = context.store_to_change()?.create_container(&NewContainer {
         image: &args.image,
         name: args.name.as_deref(),
         virtual_size: args.size,

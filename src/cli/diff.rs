@@ -21,7 +21,7 @@ struct Line {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
-    let lines: Vec<Line> = diff(&context.store()?, &args.container)?
+    let lines: Vec<Line> = diff(&context.store_to_change()?, &args.container)?
         .into_iter()
         .map(|change| Line {
             kind: change.kind.letter(),

@@ -27,6 +27,6 @@ pub(super) fn run(args: &Args, context: &Context) -> ExitCode {
     exit(
         args.process
             .options(&args.command)
-            .and_then(|options| run::exec(&context.store()?, &args.container, &options)),
+            .and_then(|options| run::exec(&context.store_to_change()?, &args.container, &options)),
     )
 }

@@ -33,7 +33,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
-    let store = context.store()?;
+    let store = context.store_to_change()?;
     let options = ImportOptions {
         size: args.size,
         from: args.from.clone(),

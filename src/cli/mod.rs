@@ -39,7 +39,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::engine::lost::explain;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::command::{self as file_device, FileDeviceArgs};
 use crate::store::Store;
 use output::{Output, complain};
@@ -160,6 +160,24 @@ impl Context {
     /// The store, made where there is none.
     fn store(&self) -> Result<Store> {
         Store::open_or_create(&self.root).map_err(|error| explain(&self.root, error))
+    }
+}
+
+impl Context {
+    /// As [`Context::store`], for a command that changes something.
+    fn store_to_change(&self) -> Result<Store> {
+        let store = self.store()?;
+        if !store.is_read_only() {
+            return Ok(store);
+        }
+        Err(Error::new(
+            ErrorKind::ReadOnly,
+            format!(
+                "the store {} cannot be written (Read-only file system, or somebody else's): it can be \
+                 looked at, checked, and served by `vellum nbd`",
+                store.root().display()
+            ),
+        ))
     }
 }
 

@@ -45,7 +45,7 @@ pub(super) fn mount(args: &MountArgs, context: &Context) -> Result<()> {
         suid: args.suid,
         dev: args.dev,
     };
-    let store = context.store()?;
+    let store = context.store_to_change()?;
     let mounted = mount_container(&store, &args.container, args.dir.as_deref(), rights)?;
     if context.out.json || std::io::stdout().is_terminal() {
         return context

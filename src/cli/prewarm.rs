@@ -21,7 +21,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
-    let store = context.store()?;
+    let store = context.store_to_change()?;
     let bar = if context.out.shows_progress() {
         ProgressBar::new(0)
     } else {

@@ -11,7 +11,7 @@ use crate::error::Result;
 pub(super) struct Args {}
 
 pub(super) fn run(_: &Args, context: &Context) -> Result<()> {
-    let store = context.store()?;
+    let store = context.store_to_change()?;
     finish_commits(&store)?;
     let run_dirs = clean_orphaned_run_dirs(&store)?;
     let mut report = store.prune()?;

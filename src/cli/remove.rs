@@ -25,14 +25,14 @@ pub(super) struct RmiArgs {
 }
 
 pub(super) fn rm(args: &RmArgs, context: &Context) -> Result<()> {
-    let store = context.store()?;
+    let store = context.store_to_change()?;
     each(&args.containers, context, |name| {
         mount::remove(&store, name, args.force)
     })
 }
 
 pub(super) fn rmi(args: &RmiArgs, context: &Context) -> Result<()> {
-    let store = context.store()?;
+    let store = context.store_to_change()?;
     each(&args.images, context, |name| store.remove_image(name))
 }
 

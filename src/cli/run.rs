@@ -144,7 +144,7 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
         virtual_size: args.size,
         volumes,
     };
-    run::run(&context.store()?, &new, &options)
+    run::run(&context.store_to_change()?, &new, &options)
 }
 
 /// The command's exit status, or why there is none.

@@ -47,10 +47,6 @@ pub(crate) fn container_lock(store: &Store, id: Uuid) -> PathBuf {
 /// Keeps other processes from mounting, unmounting or committing the same container.
 pub(crate) fn lock_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
     let path = container_lock(store, container.id);
-    if store.is_read_only() && !path.exists() {
-        // Nobody mounts or serves it for writing, and the lock cannot be made (a backup without `run`).
-        return Ok(Box::new(()));
-    }
     let held = store
         .storage()
         .lock(&path, LockMode::Exclusive, true)

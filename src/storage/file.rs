@@ -142,6 +142,15 @@ impl Storage for FileStorage {
             .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
         let made = options.clone().write(true).create(true).open(path);
         let file = match made {
+            // Its directory is missing too, and cannot be made.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let mut above = path.ancestors().skip(1);
+                let there = above.find(|dir| dir.exists());
+                return match there.is_some_and(|dir| self.is_read_only(dir)) {
+                    true => Ok(Some(Box::new(()))),
+                    false => Err(error),
+                };
+            }
             Err(error) if cannot_be_written(&error) => match options.open(path) {
                 // Whoever could hold it would have made it.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
