@@ -462,3 +462,65 @@ fn a_server_that_opens_its_layer_again_before_it_is_given_up_serves_on() {
     fsck(&store, "c");
     store.assert_nothing_runs();
 }
+
+// --- Mount namespaces -----------------------------------------------------------------------------
+
+/// The mounts that a process sees, as (target, type).
+fn mounts_of(pid: i32) -> Vec<(String, String)> {
+    let text = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    let fields = |line: &str| {
+        let (before, after) = line.split_once(" - ").unwrap();
+        let target = before.split(' ').nth(4).unwrap().to_owned();
+        (target, after.split(' ').next().unwrap().to_owned())
+    };
+    text.lines().map(fields).collect()
+}
+
+#[test]
+fn servers_keep_no_mount_namespace_and_end_at_once_when_theirs_was_the_last_user_of_the_mount() {
+    let store = TestStore::new();
+    let other = Container::mounted(&store, "other");
+    store.ok(&["create", "data", "--name", "c"]);
+    // As in a container that ends: with the command its namespace goes, and the mount in it.
+    let mounted = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", VELLUM, "--root"])
+        .arg(&store.root)
+        .args(["mount", "c"])
+        .output()
+        .unwrap();
+    assert!(mounted.status.success(), "{mounted:?}");
+    let id = row(&store, "c")["id"].as_str().unwrap().to_owned();
+    let run_dir = store.root.join("run").join(id);
+    let state = vellum::export::device::status(&run_dir)
+        .unwrap()
+        .expect("a device")
+        .state;
+    let worker = state.worker.unwrap().pid;
+    for pid in [worker, state.supervisor.pid] {
+        let seen = mounts_of(pid);
+        let foreign = |(target, kind): &&(String, String)| {
+            kind == "fuse.vellum" || (kind == "ext4" && target.contains("rootfs"))
+        };
+        assert!(seen.iter().find(foreign).is_none(), "{seen:?}");
+        assert!(seen.len() < 12, "{seen:?}");
+    }
+    // The last of them once waited for itself, and every sync(2) of the host with it.
+    let processes: Vec<i32> = store
+        .processes()
+        .into_iter()
+        .filter(|(_, line)| line.contains(run_dir.to_str().unwrap()))
+        .map(|(pid, _)| pid)
+        .collect();
+    assert!(processes.len() >= 2, "{processes:?}");
+    common::kill_together(&processes);
+    for pid in processes {
+        wait_long("a killed server has ended", || {
+            !Path::new(&format!("/proc/{pid}")).exists()
+        });
+    }
+    // It can be mounted again, and the other one never noticed.
+    store.ok(&["mount", "c"]);
+    store.ok(&["umount", "c"]);
+    fs::write(other.data().join("file"), "works").unwrap();
+    store.ok(&["umount", "other"]);
+}

@@ -3,6 +3,7 @@
 mod children;
 mod events;
 mod handover;
+mod namespace;
 mod system;
 
 use children::Standby;
@@ -205,6 +206,9 @@ impl Supervisor {
         let dev = run_dir.join(DEV);
         fs::write(&dev, b"").context(|| dev.display().to_string())?;
         let session = session::mount_file(&dev, "vellum", args.read_only)?;
+        namespace::leave(run_dir);
+        // What was opened before belongs to the caller's mounts, whose names may go with them.
+        let held = hold(run_dir)?;
         state.features = Some(session.features);
         if !session.features.resend {
             tracing::warn!(

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::backoff::{Backoff, Death, Verdict};
 use crate::export::device::control::Failure;
 use crate::export::device::process::{Identity, Process, monotonic_ns};
-use crate::export::device::state::{self, DEV, Status};
+use crate::export::device::state::{self, Status};
 use crate::export::fuse::slot::{self, Shared};
 
 /// The process that waits to be the next worker, or the next supervisor.
@@ -217,11 +217,6 @@ impl Supervisor {
         self.state.worker = None;
         self.state.standby = None;
         self.state.error = error.as_ref().map(Error::to_string);
-        if status == Status::Failed && !self.ever_served {
-            // Nobody has seen the device: leave nothing behind.
-            let dev = self.run_dir.path().join(DEV);
-            let _ = nix::mount::umount2(&dev, nix::mount::MntFlags::MNT_DETACH);
-        }
         self.write_state();
         if let (Some(mut ready), Some(error)) = (self.ready.take(), &error) {
             send_ready(&mut ready, &Ready::Failed(Failure::from(error)));
