@@ -306,6 +306,7 @@ pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
     for run_dir in store.orphaned_run_dirs()? {
         run::end_running(&run_dir, "of a removed record", true)?;
         unmount_device(&run_dir, true)?;
+        mount_point::end_etc(&run_dir)?;
         let options = DetachOptions {
             force: true,
             ..DetachOptions::default()
