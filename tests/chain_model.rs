@@ -219,6 +219,7 @@ fn small_journal() -> LayerOptions {
         journal_start: 16 << 10,
         journal_max: 64 << 10,
         journal_blocks: 4,
+        map_log: 12 << 10,
         ..Default::default()
     }
 }

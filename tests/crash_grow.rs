@@ -27,6 +27,7 @@ fn options() -> LayerOptions {
         journal_blocks: 4,
         journal_start: 16 << 10,
         journal_max: 32 << 10,
+        map_log: 12 << 10,
         background: false,
     }
 }

@@ -94,6 +94,8 @@ fn options(journal_blocks: usize, journal_start: u64, journal_max: u64) -> Layer
         journal_blocks,
         journal_start,
         journal_max,
+        // Some segments, then a table again.
+        map_log: 12 << 10,
         background: false,
     }
 }

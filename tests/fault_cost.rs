@@ -11,10 +11,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use vellum::ErrorKind;
-use vellum::block::{BLOCK_SIZE, BlockDevice, Durability, ZeroMode};
+use vellum::block::{BLOCK_SIZE, BlockDevice, BlockState, Durability, ZeroMode};
 use vellum::chain::{Chain, ChainSpec, open_chain};
 use vellum::layer::{Header, LayerOptions, WritableLayer};
-use vellum::storage::{Fault, FaultPlan, FaultStorage, OpCounts, OpKind, SimStorage, Storage};
+use vellum::storage::{
+    Fault, FaultPlan, FaultStorage, FileStorage, OpCounts, OpKind, SimStorage, Storage,
+};
 
 const SIZE: u64 = 256 * BLOCK_SIZE;
 const LAYER: &str = "/layer";
@@ -251,4 +253,91 @@ fn a_failed_sync_poisons_reads_of_own_data_and_every_later_flush_and_says_so() {
     drop(chain);
     let chain = open(&FaultStorage::new(Arc::new(disk.cut(1))), without_blocks());
     assert_eq!(block(&chain, 0), [1; 4096]);
+}
+
+/// A layer whose map has an extent for every other block.
+fn large_map(storage: &Arc<dyn Storage>, dir: &Path, extents: u64) -> Arc<WritableLayer> {
+    let header = Header::new(None, 8 * extents * BLOCK_SIZE).unwrap();
+    WritableLayer::create(&**storage, dir, &header).unwrap();
+    let options = LayerOptions {
+        journal_start: 1 << 20,
+        journal_max: 1 << 20,
+        // Nothing depends on when a thread comes to it.
+        background: false,
+        ..LayerOptions::default()
+    };
+    let layer = WritableLayer::open(storage.clone(), dir, options).unwrap();
+    for extent in 0..extents {
+        layer.flush_if_due().unwrap();
+        let _lock = layer.lock_blocks(2 * extent, 1);
+        layer.clear_blocks(2 * extent, 1, BlockState::Zero).unwrap();
+    }
+    layer.close().unwrap();
+    layer
+}
+
+/// Checkpoints wrote the whole map each time: 4.7 bytes for each byte here, and growing with the map.
+#[test]
+fn checkpoints_of_a_large_map_write_a_hundredth_of_what_clients_do() {
+    const EXTENTS: u64 = 100_000;
+    const WRITES: u64 = 2048;
+    // In memory, where there is such a place: it flushes thousands of times.
+    let root = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+    let root = root.unwrap();
+    let dir = root.path().join("layer");
+    let storage: Arc<dyn Storage> = Arc::new(FileStorage);
+    let layer = large_map(&storage, &dir, EXTENTS);
+    let table = 4096 + 24 * EXTENTS;
+    // In turns the same blocks again, and blocks that the map does not have yet.
+    for (kind, apart) in [("first", 7), ("again", 7), ("others", 5)] {
+        let before = layer.stats().snapshot();
+        for at in 0..WRITES {
+            let start = 2 * EXTENTS + at * apart;
+            {
+                let _lock = layer.lock_blocks(start, 1);
+                layer.write_blocks(start, &[at as u8; 4096]).unwrap();
+            }
+            layer.flush().unwrap();
+        }
+        let after = layer.stats().snapshot();
+        let checkpoints = after.checkpoints - before.checkpoints;
+        let bytes = after.checkpoint_bytes - before.checkpoint_bytes;
+        println!("{kind}: {bytes} bytes in {checkpoints} checkpoints");
+        assert!(checkpoints >= 10, "{checkpoints} checkpoints");
+        let written = WRITES * BLOCK_SIZE;
+        assert!(bytes * 100 <= written, "{bytes} for {written} ({kind})");
+        assert!(layer.checkpoint_room() >= table);
+        assert!(layer.checkpoint_room() <= table + table / 2);
+    }
+    let blocks = layer.data_blocks();
+    drop(layer);
+    let layer = WritableLayer::open(storage, &dir, LayerOptions::default()).unwrap();
+    assert_eq!(layer.data_blocks(), blocks);
+    let mut block = vec![0; 4096];
+    layer
+        .read(&mut block, (2 * EXTENTS + 7 * 2047) * BLOCK_SIZE)
+        .unwrap();
+    assert_eq!(block, [255; 4096]);
+    assert_eq!(layer.state(2 * (EXTENTS - 1)), BlockState::Zero);
+}
+
+/// A checkpoint that adds to the map is one sync; one that replaces it three: of the data, of the
+/// file and of the directory.
+#[test]
+fn a_checkpoint_that_adds_to_the_map_costs_one_sync_beside_that_of_the_data() {
+    let faults = FaultStorage::new(Arc::new(SimStorage::new()));
+    let storage: Arc<dyn Storage> = Arc::new(faults.clone());
+    let layer = large_map(&storage, Path::new("/large"), 10);
+    let syncs = |work: &dyn Fn()| {
+        let before = faults.counts();
+        work();
+        let counts = faults.counts().since(&before);
+        [OpKind::SyncData, OpKind::Sync, OpKind::SyncDir].map(|kind| counts.of(kind))
+    };
+    layer.write_blocks(0, &[1; 4096]).unwrap();
+    layer.flush().unwrap();
+    assert_eq!(syncs(&|| layer.close().unwrap()), [2, 0, 0]);
+    // Nothing came since, so there is nothing to say.
+    layer.prepare_journal().unwrap();
+    assert_eq!(syncs(&|| layer.close().unwrap()), [0, 0, 0]);
 }

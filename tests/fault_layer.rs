@@ -45,6 +45,7 @@ fn tiny(journal_blocks: usize, background: bool) -> LayerOptions {
         journal_blocks,
         journal_start: 8 << 10,
         journal_max: 32 << 10,
+        map_log: 8 << 10,
         background,
     }
 }

@@ -38,6 +38,7 @@ fn options() -> LayerOptions {
         journal_blocks: 4,
         journal_start: 32 << 10,
         journal_max: 32 << 10,
+        map_log: 32 << 10,
         background: false,
     }
 }
@@ -178,7 +179,11 @@ fn a_changed_byte_anywhere_is_an_error_or_changes_nothing() {
     for shape in SHAPES {
         each_file(shape, |disk, path, len| {
             // Densely where the structure is, then here and there.
-            let dense = if len > 20_000 { 251 } else { 7 };
+            let dense = match len {
+                0..6_000 => 7,
+                6_000..20_000 => 23,
+                _ => 251,
+            };
             let sparse = (len / 500).max(dense) as usize;
             let head = len.min(200_000);
             (0..head)
@@ -372,4 +377,65 @@ fn a_journal_of_a_million_changes_of_terabytes_is_replayed_in_seconds() {
     WritableLayer::open(Arc::new(disk), Path::new(LAYER), options()).unwrap();
     // One after the other they take minutes.
     assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
+}
+
+/// `tests/fixtures/layer-v1` is a layer that a build wrote whose map had version 1; its server was
+/// killed with a journal. The data file has 16 blocks.
+fn old_layer() -> SimStorage {
+    let disk = SimStorage::new();
+    disk.create_dir(Path::new(LAYER)).unwrap();
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/layer-v1");
+    for name in ["layer", "data", "map", "journal.0"] {
+        let bytes = std::fs::read(dir.join(name)).unwrap();
+        let file = disk
+            .open(&Path::new(LAYER).join(name), OpenMode::CreateNew)
+            .unwrap();
+        file.write_at(&bytes, 0).unwrap();
+        file.sync().unwrap();
+    }
+    disk.sync_dir(Path::new(LAYER)).unwrap();
+    disk.sync_dir(Path::new("/")).unwrap();
+    disk
+}
+
+#[test]
+fn a_layer_of_an_older_build_is_checked_opened_and_written_on() {
+    let version = |disk: &SimStorage| {
+        let map = disk
+            .read_all(&Path::new(LAYER).join("map"), 1 << 20)
+            .unwrap();
+        map[8]
+    };
+    let disk = old_layer();
+    assert_eq!(version(&disk), 1);
+    assert_eq!(damage(&disk), []);
+    let open = |disk: &SimStorage| {
+        let storage: Arc<dyn Storage> = Arc::new(disk.clone());
+        open_chain(&storage, &spec(true)).unwrap()
+    };
+    let block = |value: u8| vec![value; BLOCK_SIZE as usize];
+    let values = [0, 0x11, 0, 0x11, 0, 0x33, 0, 0, 0x44, 0, 0, 0, 0, 0, 0, 0];
+    let expected: Vec<u8> = values.into_iter().flat_map(block).collect();
+    let content = |disk: &SimStorage| {
+        let chain = open(disk);
+        let mut content = vec![0; expected.len()];
+        chain.read_at(&mut content, 0).unwrap();
+        content
+    };
+    assert!(content(&disk) == expected);
+    // As it was closed in order, without the journal: then the map stays until it is replaced.
+    let closed = old_layer();
+    closed
+        .remove_file(&Path::new(LAYER).join("journal.0"))
+        .unwrap();
+    let chain = open(&closed);
+    assert_eq!(version(&closed), 1);
+    chain
+        .write_at(&block(7), BLOCK_SIZE, Durability::Durable)
+        .unwrap();
+    chain.close().unwrap();
+    drop(chain);
+    assert_eq!(version(&closed), 2);
+    assert_eq!(content(&closed)[BLOCK_SIZE as usize..][..2], [7, 7]);
+    assert_eq!(damage(&closed), []);
 }

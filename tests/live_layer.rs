@@ -37,6 +37,7 @@ fn small(journal_blocks: usize) -> LayerOptions {
         journal_blocks,
         journal_start: 8 << 10,
         journal_max: 32 << 10,
+        map_log: 12 << 10,
         background: false,
     }
 }

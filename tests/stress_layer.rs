@@ -30,6 +30,7 @@ fn tiny() -> LayerOptions {
         journal_blocks: 8,
         journal_start: 16 << 10,
         journal_max: 64 << 10,
+        map_log: 32 << 10,
         background: true,
     }
 }
@@ -164,6 +165,7 @@ fn a_flush_too_large_for_the_journal_waits_for_the_checkpoint_in_the_background(
         journal_blocks: 2,
         journal_start: 8 << 10,
         journal_max: 8 << 10,
+        map_log: 0,
         background: true,
     };
     let (disk, storage, chain) = simulated(options);
@@ -430,4 +432,34 @@ fn flushes_that_overlap_share_their_work() {
     assert!((1..=4).contains(&writes), "{writes} records for 8 flushes");
     let stats = chain.top().unwrap().stats().snapshot();
     assert!(stats.flushes_coalesced >= 4, "{stats:?}");
+}
+
+/// A mount makes the journal before anything is written. A first flush that did not fit into it went
+/// to the next generation, and left one without a record, which nothing could follow: until the
+/// checkpoint in the background was done, a power cut left a layer that was refused as damaged.
+#[test]
+fn a_first_flush_larger_than_the_prepared_journal_survives_a_cut_before_any_checkpoint() {
+    let options = LayerOptions {
+        journal_start: 8 << 10,
+        ..tiny()
+    };
+    let (disk, storage, chain) = simulated(options);
+    let go = Arc::new(AtomicBool::new(false));
+    storage.set_hook(Some({
+        let go = go.clone();
+        Arc::new(move |_, _: &Path| {
+            if std::thread::current().name() == Some("vellum-journal") {
+                until("let go", || go.load(Ordering::SeqCst));
+            }
+        })
+    }));
+    chain.top().unwrap().prepare_journal().unwrap();
+    (0..4).for_each(|block| write(&chain, 2 * block, 7));
+    chain.flush().unwrap();
+    after_cuts(&disk, options, |chain| {
+        assert_eq!((first_byte(chain, 0), first_byte(chain, 6)), (7, 7));
+    });
+    go.store(true, Ordering::SeqCst);
+    storage.set_hook(None);
+    chain.close().unwrap();
 }

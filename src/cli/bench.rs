@@ -50,6 +50,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             "µs",
             "SPEED",
             "RANGE OVER ROUNDS",
+            "CHECKPOINTS",
         ];
         table(&header, &rows)
     })
@@ -63,5 +64,9 @@ fn cells(result: &CaseResult) -> Vec<String> {
         format!("{:.2}", result.reference_micros),
         format!("{:.3} ×", result.ratio),
         format!("{:.3}–{:.3}", result.range.0, result.range.1),
+        // Bytes for each byte that was written.
+        result
+            .checkpoints
+            .map_or(String::new(), |ratio| format!("{ratio:.4} B a byte")),
     ]
 }

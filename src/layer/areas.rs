@@ -3,11 +3,46 @@
 use std::thread::JoinHandle;
 
 use super::journal::{AlignedBuf, Area};
+use super::table::MapExtent;
 use super::writable::WritableLayer;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How much longer an area is than the one before it, while they fill.
 const GROWTH: u64 = 4;
+
+/// More changes than these (2 MiB) are not kept for the next checkpoint, which then replaces the map:
+/// 512 MiB were written with them at least.
+const MOST_UNSAVED: usize = 128 << 10;
+/// So many are made room for at once: doubling would take up to twice what is needed.
+const ROOM: usize = 16 << 10;
+
+/// Map changes in records that no checkpoint contains yet, in order.
+#[derive(Debug, Default)]
+pub(super) struct Unsaved {
+    changes: Vec<MapExtent>,
+    too_many: bool,
+}
+
+impl Unsaved {
+    /// A record holds these.
+    pub(super) fn add(&mut self, changes: &[MapExtent]) {
+        self.too_many |= self.changes.len() + changes.len() > MOST_UNSAVED;
+        if self.too_many {
+            self.changes = Vec::new();
+        } else {
+            if self.changes.capacity() - self.changes.len() < changes.len() {
+                self.changes.reserve_exact(changes.len().max(ROOM));
+            }
+            self.changes.extend_from_slice(changes);
+        }
+    }
+
+    /// Those so far, for a checkpoint; `None` where they were too many to be kept.
+    pub(super) fn take(&mut self) -> Option<Vec<MapExtent>> {
+        let taken = std::mem::take(self);
+        (!taken.too_many).then_some(taken.changes)
+    }
+}
 
 /// Where the journal stands. Only the flush that leads touches it.
 #[derive(Debug)]
@@ -34,6 +69,7 @@ pub(super) struct Committer {
     /// The generation in which the other area was made ahead, or found to have no space.
     pub(super) prepared: u64,
     pub(super) buf: AlignedBuf,
+    pub(super) unsaved: Unsaved,
 }
 
 impl Committer {
@@ -52,6 +88,7 @@ impl Committer {
             retiring: None,
             prepared: 0,
             buf: AlignedBuf::default(),
+            unsaved: Unsaved::default(),
         }
     }
 
@@ -116,6 +153,12 @@ impl WritableLayer {
         };
         if committer.position + len <= area_len {
             return Ok(Room::Fits);
+        }
+        if committer.sequence == 0 {
+            // A generation without a record must not be left: the next would not follow what the
+            // checkpoint contains.
+            let wanted = self.area_for(len, self.next_len(area_len));
+            return self.create_area(committer, committer.current, wanted);
         }
         if !self.options.background || self.wait_for_retirement(committer).is_err() {
             return Ok(Room::NeedsCheckpoint);
@@ -201,7 +244,10 @@ impl WritableLayer {
         self.sync_journal(committer)?;
         let core = self.core.clone();
         let full = committer.generation;
-        let Ok(retiring) = spawn(move || core.retire(full).map(|()| None)) else {
+        let changes = committer.unsaved.take();
+        let Ok(retiring) = spawn(move || core.retire(full, changes).map(|()| None)) else {
+            // What changed went with the thread.
+            self.core.forget_map_place();
             return Ok(Room::NeedsCheckpoint);
         };
         committer.retiring = Some(retiring);
@@ -235,6 +281,7 @@ impl WritableLayer {
             }
             Err(error) => {
                 committer.must_checkpoint = true;
+                self.core.forget_map_place();
                 Err(error)
             }
         }

@@ -1,12 +1,16 @@
-//! Checkpoints: the whole map in a file of its own, after which the records before it are not needed.
+//! Checkpoints: the file `map` says what the map is, after which the records before are not needed.
+//! What changed since the last one is added to the file; now and then all of the map replaces it.
+
+use std::sync::atomic::Ordering;
 
 use super::index::Index;
 use super::journal::Area;
+use super::map_file::{LogPlace, add_segment, net, replace_map};
 use super::map_state::Change;
-use super::recovery::write_checkpoint;
 use super::shared::Core;
 use super::state_of_value;
 use super::table::{MapExtent, checkpoint_len, push_extent};
+use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory;
 
@@ -42,29 +46,94 @@ impl Core {
         self.check_poison()
     }
 
-    /// Makes the records of generation `full` and before unnecessary.
-    pub(super) fn retire(&self, full: u64) -> Result<()> {
+    /// Makes the records of generation `full` and before unnecessary. `changes` are what they said
+    /// since the last checkpoint, `None` where nobody knows.
+    pub(super) fn retire(&self, full: u64, changes: Option<Vec<MapExtent>>) -> Result<()> {
         self.sync_data()?;
-        self.checkpoint(full, false)
+        self.checkpoint(full, false, changes)
     }
 
-    pub(super) fn checkpoint(&self, generation: u64, with_in_flight: bool) -> Result<()> {
+    /// Writes a checkpoint that contains generation `generation`. `changes` are those since the last
+    /// one, durable all of them or with their data; `None` where nobody knows them.
+    pub(super) fn checkpoint(
+        &self,
+        generation: u64,
+        with_in_flight: bool,
+        changes: Option<Vec<MapExtent>>,
+    ) -> Result<()> {
         self.stats.checkpoints.add(1);
-        let extents = self.durable_extents(with_in_flight);
-        let bytes = checkpoint_len(extents.len());
-        self.stats.checkpoint_bytes.add(bytes);
-        let written = write_checkpoint(
-            &*self.storage,
-            &self.dir,
-            &self.header(),
-            generation,
-            &extents,
-        );
+        let mut place = self.map_place.lock();
+        // Where anything fails the next one replaces the file.
+        let there = place.take();
+        let changes = there.and(changes).map(net);
+        let (bytes, next) = match (there, changes) {
+            (Some(there), Some(changes)) if there.has_room(changes.len(), self.map_log) => {
+                self.add_to_map(&there, generation, &changes)?
+            }
+            _ => self.replace_map(generation, with_in_flight)?,
+        };
+        *place = Some(next);
         if bytes > MUCH_MEMORY {
-            drop(extents);
             memory::give_back();
         }
-        written.map_err(|error| self.fatal(error))
+        Ok(())
+    }
+
+    /// The next checkpoint must replace the file: what changed since the last one is not known.
+    pub(super) fn forget_map_place(&self) {
+        *self.map_place.lock() = None;
+    }
+
+    /// Adds what changed to the file.
+    fn add_to_map(
+        &self,
+        there: &LogPlace,
+        generation: u64,
+        changes: &[MapExtent],
+    ) -> Result<(u64, LogPlace)> {
+        let (storage, dir) = (&*self.storage, &*self.dir);
+        let added = add_segment(storage, dir, there, &self.header(), generation, changes);
+        let (bytes, next) = added.map_err(|failed| {
+            if failed.unsure {
+                self.poison(&failed.error)
+            } else {
+                self.fatal(failed.error)
+            }
+        })?;
+        self.stats.checkpoint_bytes.add(bytes);
+        Ok((bytes, next))
+    }
+
+    /// Replaces the file by the whole map.
+    fn replace_map(&self, generation: u64, with_in_flight: bool) -> Result<(u64, LogPlace)> {
+        // What is not durable counts as changed later.
+        let changed = {
+            let map = self.map.read();
+            let mut later = map.changes.len();
+            if !with_in_flight {
+                later += map.ahead.len() + map.in_flight.len();
+            }
+            map.changed - later as u64
+        };
+        let extents = self.durable_extents(with_in_flight);
+        let count = extents.len() as u64;
+        let bytes = checkpoint_len(count);
+        self.stats.checkpoint_bytes.add(bytes);
+        let (storage, dir) = (&*self.storage, &*self.dir);
+        let next = replace_map(storage, dir, &self.header(), generation, &extents)
+            .map_err(|error| self.fatal(error))?;
+        // Each change since makes two extents at most of one.
+        self.map_extents.store(count, Ordering::Relaxed);
+        self.map_changed.store(changed, Ordering::Relaxed);
+        Ok((bytes, next))
+    }
+
+    /// Bytes that the next checkpoint takes at most, while the present one is still there.
+    pub(super) fn checkpoint_room(&self) -> u64 {
+        let changed = self.map.read().changed;
+        let since = changed.saturating_sub(self.map_changed.load(Ordering::Relaxed));
+        let extents = self.map_extents.load(Ordering::Relaxed) + 2 * since;
+        checkpoint_len(extents.min(self.size() / BLOCK_SIZE))
     }
 
     /// The map without the changes that are not durable. Each part is as it was at one moment;

@@ -16,7 +16,7 @@ use super::journal::{RecordBody, RecordPlace, block_offset, encode_record};
 use super::map_state::{Change, Dirty, MapState};
 use super::recovery::remove_journal;
 use super::state_of_value;
-use super::table::{state_code, state_of_code};
+use super::table::{MapExtent, state_code, state_of_code};
 use super::writable::WritableLayer;
 use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result};
@@ -118,7 +118,11 @@ impl WritableLayer {
             }
             layer.commit(committer, Commit::Barrier)?;
             if committer.areas.iter().any(Option::is_some) {
-                layer.checkpoint_all(committer)?;
+                let freed = layer.wait_for_retirement(committer);
+                // Where no record came since the last checkpoint, it contains everything.
+                if freed.is_err() || committer.must_checkpoint || committer.sequence > 0 {
+                    layer.checkpoint_all(committer, &[])?;
+                }
                 committer.areas = [None, None];
                 remove_journal(&*layer.core.storage, &layer.core.dir)?;
             }
@@ -141,7 +145,7 @@ impl WritableLayer {
     fn settle(&self, committer: &mut Committer) -> Result<()> {
         self.commit(committer, Commit::Barrier)?;
         if self.wait_for_retirement(committer).is_err() || committer.must_checkpoint {
-            self.checkpoint_all(committer)?;
+            self.checkpoint_all(committer, &[])?;
         }
         Ok(())
     }
@@ -279,7 +283,7 @@ impl WritableLayer {
         }
         match self.make_room(committer, body.encoded_len() as u64)? {
             Room::Fits => self.write_record(committer, &body, kind),
-            Room::NeedsCheckpoint => self.checkpoint_all(committer),
+            Room::NeedsCheckpoint => self.checkpoint_all(committer, &body.changes),
         }
     }
 
@@ -330,6 +334,7 @@ impl WritableLayer {
         self.core.check_poison()?;
         committer.position += body.encoded_len() as u64;
         committer.sequence += 1;
+        committer.unsaved.add(&body.changes);
         if kind == Commit::Ahead {
             self.core.stats.records_ahead.add(1);
         } else if durable {
@@ -347,8 +352,9 @@ impl WritableLayer {
         Ok(())
     }
 
-    /// Syncs everything and writes a checkpoint that contains it, the frozen changes included.
-    fn checkpoint_all(&self, committer: &mut Committer) -> Result<()> {
+    /// Syncs everything and writes a checkpoint that contains it, the frozen changes included: these
+    /// are `newest`.
+    fn checkpoint_all(&self, committer: &mut Committer, newest: &[MapExtent]) -> Result<()> {
         // Two must not write the map at once, and an older one not come last. Where it failed this
         // one does its work too.
         let _ = self.wait_for_retirement(committer);
@@ -356,7 +362,15 @@ impl WritableLayer {
         // generation counts as contained in it: nothing may be added.
         committer.must_checkpoint = true;
         self.core.sync_data()?;
-        self.core.checkpoint(committer.generation, true)?;
+        let mut changes = committer.unsaved.take();
+        if committer.durable == 0 {
+            // Should what is added to the map be torn, the journal could not tell.
+            changes = None;
+        }
+        if let Some(changes) = &mut changes {
+            changes.extend_from_slice(newest);
+        }
+        self.core.checkpoint(committer.generation, true, changes)?;
         self.core.map.write().ahead.clear();
         committer.begin_after_checkpoint();
         Ok(())

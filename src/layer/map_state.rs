@@ -91,6 +91,8 @@ pub(super) struct MapState {
     pub(super) in_flight: Vec<Change>,
     pub(super) dirty: Dirty,
     pub(super) data_blocks: u64,
+    /// Changes ever since the layer was opened.
+    pub(super) changed: u64,
     /// Changes that are not durable, for our successor.
     pub(super) live: Option<Live>,
 }
@@ -145,12 +147,15 @@ impl MapState {
             {
                 last.len += run.len;
             }
-            _ => self.changes.push(Change {
-                start: run.start,
-                len: run.len,
-                old: run.value,
-                new,
-            }),
+            _ => {
+                self.changed += 1;
+                self.changes.push(Change {
+                    start: run.start,
+                    len: run.len,
+                    old: run.value,
+                    new,
+                });
+            }
         }
         self.index.set(run.start, run.len, new);
         run.len

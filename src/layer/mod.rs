@@ -16,6 +16,7 @@ mod header;
 mod index;
 mod journal;
 mod live;
+mod map_file;
 mod map_state;
 mod range_lock;
 mod recovery;

@@ -10,25 +10,29 @@ use super::journal::{
     AREA_FILES, AreaRecords, Record, block_offset, check_record, live_payload, load_area, read_area,
 };
 use super::live::Left;
-use super::table::{Expected, MapExtent, Table, TableContent, TableKind, push_extent};
+use super::map_file::{LogPlace, MAP_FILE, MapFile, replace_map, sync_map};
+use super::table::{MapExtent, Table, push_extent};
 use super::{STATE_DATA, state_of_value, value_of_state};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::Storage;
 
-/// The checkpoint's file name.
-pub(super) const MAP_FILE: &str = "map";
+/// How often a layer in use is read that looks damaged, because its files changed meanwhile.
+const READ_ATTEMPTS: u32 = 3;
 
 /// A layer's map, and the last generation that its checkpoint contains.
 #[derive(Debug)]
 pub(super) struct Recovered {
     pub(super) index: Index,
     pub(super) generation: u64,
+    /// Where changes are added to the file `map`; `None`: it must be replaced first.
+    pub(super) place: Option<LogPlace>,
 }
 
 /// What the checkpoint and the journal of a layer say.
 struct Loaded {
     index: Index,
     generation: u64,
+    place: Option<LogPlace>,
     records: Vec<Record>,
 }
 
@@ -48,19 +52,18 @@ pub(super) fn recover(
         if !same_boot {
             data.sync()?;
         }
-        if !has_journal(storage, dir)? {
-            return Ok(Recovered {
-                index: loaded.index,
-                generation: loaded.generation,
-            });
+        if has_journal(storage, dir)? {
+            // The checkpoint may be, or have its name, only in memory, if its process died right
+            // then.
+            sync_map(storage, dir)?;
+            sync_names(storage, dir)?;
+            // Areas may still lie there whose records a checkpoint contains.
+            remove_journal(storage, dir)?;
         }
-        // The checkpoint may have its name only in memory, if its process died right then.
-        sync_names(storage, dir)?;
-        // Areas may still lie there whose records a checkpoint contains.
-        remove_journal(storage, dir)?;
         return Ok(Recovered {
             index: loaded.index,
             generation: loaded.generation,
+            place: loaded.place,
         });
     }
     tracing::info!(
@@ -76,17 +79,14 @@ pub(super) fn recover(
         }
     }
     data.sync()?;
-    write_checkpoint(
-        storage,
-        dir,
-        header,
-        loaded.generation,
-        &extents_of(&loaded.index),
-    )?;
+    // Whole: what the records say is not durable before the data is, and the file may be torn.
+    let extents = extents_of(&loaded.index);
+    let place = replace_map(storage, dir, header, loaded.generation, &extents)?;
     remove_journal(storage, dir)?;
     Ok(Recovered {
         index: loaded.index,
         generation: loaded.generation,
+        place: Some(place),
     })
 }
 
@@ -161,34 +161,39 @@ pub(super) fn load_map(storage: &dyn Storage, dir: &Path, header: &Header) -> Re
 }
 
 fn load(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<Loaded> {
-    let expected = Expected {
-        kind: TableKind::Checkpoint,
-        uuid: header.uuid,
-        virtual_size: header.virtual_size,
-    };
     let mut index = Index::new();
-    let mut generation = 0;
-    if let Some(table) = Table::open(storage, &dir.join(MAP_FILE), expected)? {
-        generation = table.generation;
-        for extent in table.extents() {
-            index.set(
-                extent.start,
-                u64::from(extent.len),
-                value_of_state(extent.state),
-            );
-        }
+    let map = MapFile::read(storage, dir, header)?;
+    for extent in map.table.iter().flat_map(Table::extents) {
+        index.set(
+            extent.start,
+            u64::from(extent.len),
+            value_of_state(extent.state),
+        );
     }
-    let areas = load_areas(storage, dir, header, generation)?;
+    let areas = load_areas(storage, dir, header, map.generation)?;
+    if map.torn && areas.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "{}: the map is damaged: what follows generation {} is unreadable, and the journal \
+                 does not hold it either",
+                dir.join(MAP_FILE).display(),
+                map.generation
+            ),
+        ));
+    }
+    let mut generation = map.generation;
     let mut records = Vec::new();
     for area in areas {
         generation = area.generation;
         records.extend(area.records);
     }
     let changes = records.iter().flat_map(|record| &record.body.changes);
-    apply(&mut index, changes);
+    apply(&mut index, map.changes.iter().chain(changes));
     Ok(Loaded {
         index,
         generation,
+        place: map.place,
         records,
     })
 }
@@ -279,29 +284,6 @@ pub(super) fn extents_of(index: &Index) -> Vec<MapExtent> {
     extents
 }
 
-/// Writes the checkpoint, durably.
-pub(super) fn write_checkpoint(
-    storage: &dyn Storage,
-    dir: &Path,
-    header: &Header,
-    generation: u64,
-    extents: &[MapExtent],
-) -> Result<()> {
-    let content = TableContent {
-        kind: TableKind::Checkpoint,
-        uuid: header.uuid,
-        generation,
-        virtual_size: header.virtual_size,
-        extents,
-        sums: &[],
-        digest: Default::default(),
-    };
-    let path = dir.join(MAP_FILE);
-    storage
-        .write_atomic(&path, &content.encode())
-        .context(|| format!("cannot write the map {}", path.display()))
-}
-
 /// Removes the areas; their generations are all in the checkpoint.
 pub(super) fn remove_journal(storage: &dyn Storage, dir: &Path) -> Result<()> {
     AREA_FILES
@@ -323,8 +305,16 @@ pub(super) fn remove_if_there(storage: &dyn Storage, path: &Path) -> Result<()> 
 /// # Errors
 /// As [`super::WritableLayer::open`].
 pub fn data_blocks_on_disk(storage: &dyn Storage, dir: &Path) -> Result<u64> {
-    let header = Header::read(storage, dir)?;
-    Ok(data_blocks(&load(storage, dir, &header)?.index))
+    let mut attempts = 0;
+    loop {
+        let header = Header::read(storage, dir)?;
+        attempts += 1;
+        match load(storage, dir, &header) {
+            // The map was read, and the journal when it was freed and written anew.
+            Err(error) if error.kind() == ErrorKind::Corrupt && attempts < READ_ATTEMPTS => {}
+            loaded => return Ok(data_blocks(&loaded?.index)),
+        }
+    }
 }
 
 /// True when an area is there.
@@ -351,11 +341,15 @@ pub(super) fn sync_names(storage: &dyn Storage, dir: &Path) -> Result<()> {
 
 /// Data blocks of a layer's index.
 pub(super) fn data_blocks(index: &Index) -> u64 {
-    index
-        .iter()
-        .filter(|run| run.value == STATE_DATA)
-        .map(|run| run.len)
-        .sum()
+    tally(index).0
+}
+
+/// Data blocks of a layer's index, and its extents.
+pub(super) fn tally(index: &Index) -> (u64, u64) {
+    index.iter().fold((0, 0), |(blocks, extents), run| {
+        let data = if run.value == STATE_DATA { run.len } else { 0 };
+        (blocks + data, extents + 1)
+    })
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! A sealed layer: read-only, each block checked against its checksum. format.md, sections 4, 5.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 
 use sha2::{Digest, Sha256};
 
@@ -8,9 +10,10 @@ use super::data::DataFiles;
 use super::header::Header;
 use super::index::Index;
 use super::live;
+use super::map_file::MAP_FILE;
 use super::recovery::{
-    AsRecovered, MAP_FILE, extents_of, load_as_recovered, load_map, remove_if_there,
-    remove_journal, sync_names,
+    AsRecovered, extents_of, load_as_recovered, load_map, remove_if_there, remove_journal,
+    sync_names,
 };
 use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
 use crate::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
@@ -25,6 +28,12 @@ const DIGEST_PREFIX: &[u8; 16] = b"vellum layer v1\n";
 
 /// Bytes read at a time when a whole layer is read.
 const SCRUB_LEN: usize = 1 << 20;
+
+/// Buffers of that length between the thread that reads and the one that computes the digest.
+const PIECES: usize = 4;
+
+/// So many bytes need no second thread.
+const ALONE: u64 = 8 << 20;
 
 /// A layer that never changes again.
 #[derive(Debug)]
@@ -286,22 +295,110 @@ impl AsRecovered {
     }
 }
 
+/// What goes into a digest.
+enum Piece {
+    /// Start, length and state of an extent.
+    Head([u8; 16]),
+    /// So many bytes of this buffer.
+    Data(Vec<u8>, usize),
+}
+
+/// A digest in the making.
+struct Digesting(Sha256);
+
+impl Digesting {
+    fn new(header: &Header) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(DIGEST_PREFIX);
+        hash.update(header.virtual_size.to_le_bytes());
+        Digesting(hash)
+    }
+
+    /// Takes a piece; a buffer comes back.
+    fn take(&mut self, piece: Piece) -> Option<Vec<u8>> {
+        match piece {
+            Piece::Head(head) => {
+                self.0.update(head);
+                None
+            }
+            Piece::Data(buf, len) => {
+                self.0.update(buf.get(..len).unwrap_or_default());
+                Some(buf)
+            }
+        }
+    }
+
+    fn finish(self) -> [u8; DIGEST_LEN] {
+        self.0.finalize().into()
+    }
+}
+
 /// Reads all data of a layer in order, calls `each` with pieces of whole blocks, and returns the
-/// digest.
+/// digest. That of much data is computed in a thread of its own, while `each` goes on.
 fn walk(
     header: &Header,
     data: &DataFiles,
     extents: &[MapExtent],
     mut each: impl FnMut(u64, &[u8]) -> Result<()>,
 ) -> Result<[u8; DIGEST_LEN]> {
-    let mut hash = Sha256::new();
-    hash.update(DIGEST_PREFIX);
-    hash.update(header.virtual_size.to_le_bytes());
-    let mut buf = vec![0; SCRUB_LEN];
+    let held = extents.iter().filter(|e| e.state == BlockState::Data);
+    let blocks: u64 = held.map(|extent| u64::from(extent.len)).sum();
+    if blocks * BLOCK_SIZE <= ALONE {
+        let mut digest = Digesting::new(header);
+        let spare = Cell::new(Vec::new());
+        let mut take = |piece| {
+            if let Some(buf) = digest.take(piece) {
+                spare.set(buf);
+            }
+        };
+        read_pieces(data, extents, &|| spare.take(), &mut take, &mut each)?;
+        return Ok(digest.finish());
+    }
+    std::thread::scope(|scope| {
+        let (pieces, to_hash) = mpsc::sync_channel(PIECES);
+        let (emptied, free) = mpsc::channel();
+        (0..PIECES).for_each(|_| drop(emptied.send(Vec::new())));
+        let hasher = scope.spawn(move || {
+            let mut digest = Digesting::new(header);
+            for piece in to_hash {
+                if let Some(buf) = digest.take(piece) {
+                    // Who read has ended with an error.
+                    let _ = emptied.send(buf);
+                }
+            }
+            digest.finish()
+        });
+        let buffer = || free.recv().unwrap_or_default();
+        let mut take = |piece| drop(pieces.send(piece));
+        let read = read_pieces(data, extents, &buffer, &mut take, &mut each);
+        drop(pieces);
+        let digest = hasher.join().map_err(|_| {
+            Error::new(
+                ErrorKind::Io,
+                "the thread that computes a digest ended unexpectedly",
+            )
+        });
+        read.and(digest)
+    })
+}
+
+/// Reads the data of extents into buffers that `buffer` gives, of any length, and passes all that
+/// the digest is of to `take`.
+fn read_pieces(
+    data: &DataFiles,
+    extents: &[MapExtent],
+    buffer: &dyn Fn() -> Vec<u8>,
+    take: &mut dyn FnMut(Piece),
+    each: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
     for extent in extents {
-        hash.update(extent.start.to_le_bytes());
-        hash.update(extent.len.to_le_bytes());
-        hash.update(state_code(extent.state).to_le_bytes());
+        let mut head = [0; 16];
+        let (start, rest) = head.split_at_mut(8);
+        let (len, state) = rest.split_at_mut(4);
+        start.copy_from_slice(&extent.start.to_le_bytes());
+        len.copy_from_slice(&extent.len.to_le_bytes());
+        state.copy_from_slice(&state_code(extent.state).to_le_bytes());
+        take(Piece::Head(head));
         if extent.state != BlockState::Data {
             continue;
         }
@@ -309,16 +406,19 @@ fn walk(
         let mut block = extent.start;
         while block < end {
             let blocks = (end - block).min((SCRUB_LEN / BLOCK_LEN) as u64);
-            let bytes = buf
-                .get_mut(..blocks as usize * BLOCK_LEN)
-                .unwrap_or_default();
+            let len = blocks as usize * BLOCK_LEN;
+            let mut buf = buffer();
+            if buf.len() < len {
+                buf.resize(SCRUB_LEN, 0);
+            }
+            let bytes = buf.get_mut(..len).unwrap_or_default();
             data.read(bytes, block * BLOCK_SIZE)?;
-            hash.update(&*bytes);
             each(block, bytes)?;
+            take(Piece::Data(buf, len));
             block += blocks;
         }
     }
-    Ok(hash.finalize().into())
+    Ok(())
 }
 
 /// Gives a sealed layer its checksums and digest, and removes what they replace. Safe to repeat

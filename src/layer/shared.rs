@@ -12,10 +12,20 @@ use super::STATE_DATA;
 use super::data::DataFiles;
 use super::header::{Header, check_size};
 use super::live::{self, Live, PoisonMark};
+use super::map_file::LogPlace;
 use super::map_state::MapState;
 use super::stats::StatsHandle;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
+
+/// The file `map` as the layer was opened.
+#[derive(Debug)]
+pub(super) struct MapAtOpen {
+    pub(super) place: Option<LogPlace>,
+    pub(super) extents: u64,
+    /// As [`super::LayerOptions::map_log`].
+    pub(super) log: u64,
+}
 
 /// What a layer shares with the thread that frees a journal area.
 #[derive(Debug)]
@@ -28,6 +38,15 @@ pub(super) struct Core {
     size: AtomicU64,
     pub(super) data: DataFiles,
     pub(super) map: RwLock<MapState>,
+    /// Where the next checkpoint adds to the file `map`; `None`: it replaces the file. Held by
+    /// whoever writes one.
+    pub(super) map_place: Mutex<Option<LogPlace>>,
+    /// Bytes by which the file may always grow.
+    pub(super) map_log: u64,
+    /// Extents of its table when that was last made, and [`MapState::changed`] as far as that has
+    /// it.
+    pub(super) map_extents: AtomicU64,
+    pub(super) map_changed: AtomicU64,
     pub(super) stats: StatsHandle,
     poison: OnceLock<String>,
     sealed: AtomicBool,
@@ -46,6 +65,7 @@ impl Core {
         header: Header,
         data: DataFiles,
         map: MapState,
+        map_file: MapAtOpen,
         stats: StatsHandle,
     ) -> Self {
         Core {
@@ -55,6 +75,10 @@ impl Core {
             flush_due: AtomicBool::new(map.live.as_ref().is_some_and(Live::is_filling)),
             poison_mark: Mutex::new(map.live.as_ref().map(Live::poison_mark)),
             map: RwLock::new(map),
+            map_place: Mutex::new(map_file.place),
+            map_log: map_file.log,
+            map_extents: AtomicU64::new(map_file.extents),
+            map_changed: AtomicU64::new(0),
             stats,
             poison: OnceLock::new(),
             sealed: AtomicBool::new(false),

@@ -10,7 +10,10 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::{Mapping, OpenMode, Storage};
 
 const MAGIC: &[u8; 8] = b"VELLUMMP";
+/// Of a seal, and of a checkpoint that an older build made: nothing follows it.
 const VERSION: u32 = 1;
+/// Of a checkpoint that segments of changes may follow.
+const GROWING_VERSION: u32 = 2;
 const HEADER_LEN: usize = 4096;
 const EXTENT_LEN: usize = 24;
 
@@ -27,8 +30,27 @@ pub(super) enum TableKind {
 }
 
 /// Bytes of a checkpoint of so many extents.
-pub(super) fn checkpoint_len(extents: usize) -> u64 {
-    (HEADER_LEN + extents * EXTENT_LEN) as u64
+pub(super) fn checkpoint_len(extents: u64) -> u64 {
+    (HEADER_LEN as u64 + extents * EXTENT_LEN as u64).next_multiple_of(HEADER_LEN as u64)
+}
+
+/// Bytes of the table whose first bytes these are in a file of `len`: what follows a checkpoint is
+/// not part of it.
+pub(super) fn table_len(front: &[u8; HEADER_LEN], len: u64) -> u64 {
+    let [version, kind] = [8, 12].map(|at| {
+        let mut field = Reader::new(front.get(at..).unwrap_or_default());
+        field.u32().unwrap_or_default()
+    });
+    let extents = Reader::new(front.get(48..).unwrap_or_default())
+        .u64()
+        .unwrap_or_default();
+    if (version, kind) == (GROWING_VERSION, TableKind::Checkpoint as u32)
+        && extents <= len / EXTENT_LEN as u64
+    {
+        checkpoint_len(extents).min(len)
+    } else {
+        len
+    }
 }
 
 /// A run of blocks of one state in a layer's map.
@@ -95,11 +117,16 @@ impl TableContent<'_> {
             out.pad_to(start);
             self.sums.iter().for_each(|&sum| out.u32(sum));
             sums_crc = out.crc_from(start);
+        } else {
+            out.pad_to(sums_offset(self.extents.len()));
         }
 
         let mut header = Writer::with_capacity(HEADER_LEN);
         header.bytes(MAGIC);
-        header.u32(VERSION);
+        header.u32(match self.kind {
+            TableKind::Checkpoint => GROWING_VERSION,
+            TableKind::Seal => VERSION,
+        });
         header.u32(self.kind as u32);
         header.bytes(self.uuid.as_bytes());
         header.u64(self.generation);
@@ -159,6 +186,9 @@ pub(super) struct Table {
     extents: usize,
     sums: usize,
     sums_crc: u32,
+    /// Of the header: its last field.
+    crc: u32,
+    version: u32,
     pub(super) generation: u64,
     pub(super) digest: [u8; DIGEST_LEN],
 }
@@ -169,6 +199,103 @@ pub(super) struct Expected {
     pub(super) kind: TableKind,
     pub(super) uuid: Uuid,
     pub(super) virtual_size: u64,
+}
+
+/// The header of a table.
+struct Front {
+    version: u32,
+    kind: u32,
+    uuid: Uuid,
+    generation: u64,
+    virtual_size: u64,
+    extents: u64,
+    sums: u64,
+    digest: [u8; DIGEST_LEN],
+    extents_crc: u32,
+    sums_crc: u32,
+    /// Its own.
+    crc: u32,
+}
+
+impl Front {
+    fn read(all: &[u8]) -> Result<Self> {
+        if all.get(..8) != Some(MAGIC.as_slice()) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "not a Vellum map (wrong magic)",
+            ));
+        }
+        let header = all.get(..HEADER_LEN).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Corrupt,
+                format!("truncated: {} bytes", all.len()),
+            )
+        })?;
+        check_crc(header, "map header")?;
+        let mut input = Reader::new(header);
+        input.skip(8)?;
+        let mut front = Front {
+            version: input.u32()?,
+            kind: input.u32()?,
+            uuid: input.uuid()?,
+            generation: input.u64()?,
+            virtual_size: input.u64()?,
+            extents: input.u64()?,
+            sums: input.u64()?,
+            digest: [0; DIGEST_LEN],
+            extents_crc: 0,
+            sums_crc: 0,
+            crc: Reader::new(header.get(HEADER_LEN - 4..).unwrap_or_default()).u32()?,
+        };
+        front.digest.copy_from_slice(input.take(DIGEST_LEN)?);
+        front.extents_crc = input.u32()?;
+        front.sums_crc = input.u32()?;
+        Ok(front)
+    }
+
+    /// Whether it is of the table that is wanted.
+    fn check(&self, expected: Expected) -> Result<()> {
+        let corrupt = |what: String| Err(Error::new(ErrorKind::Corrupt, what));
+        let newest = if self.kind == TableKind::Checkpoint as u32 {
+            GROWING_VERSION
+        } else {
+            VERSION
+        };
+        if !(VERSION..=newest).contains(&self.version) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "map version {}; this build reads versions up to {newest}: use the vellum that \
+                     made it",
+                    self.version
+                ),
+            ));
+        }
+        if self.kind != expected.kind as u32 {
+            return corrupt(format!(
+                "a table of kind {} where {:?} belongs",
+                self.kind, expected.kind
+            ));
+        }
+        if self.uuid != expected.uuid {
+            return corrupt(format!(
+                "it belongs to layer {}, not to {}",
+                self.uuid, expected.uuid
+            ));
+        }
+        // A checkpoint may be from before the layer grew.
+        let fits = match expected.kind {
+            TableKind::Checkpoint => self.virtual_size <= expected.virtual_size,
+            TableKind::Seal => self.virtual_size == expected.virtual_size,
+        };
+        if !fits {
+            return corrupt(format!(
+                "it is for a virtual size of {} bytes, the layer has {}",
+                self.virtual_size, expected.virtual_size
+            ));
+        }
+        Ok(())
+    }
 }
 
 impl Table {
@@ -198,62 +325,12 @@ impl Table {
     /// [`ErrorKind::Unsupported`] for foreign bytes, [`ErrorKind::Corrupt`] for all else.
     pub(super) fn decode(bytes: Mapping, expected: Expected) -> Result<Self> {
         let corrupt = |what: String| Error::new(ErrorKind::Corrupt, what);
-        let all = bytes.as_ref();
-        if all.get(..8) != Some(MAGIC.as_slice()) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "not a Vellum map (wrong magic)",
-            ));
-        }
-        let header = all
-            .get(..HEADER_LEN)
-            .ok_or_else(|| corrupt(format!("truncated: {} bytes", all.len())))?;
-        check_crc(header, "map header")?;
-        let mut input = Reader::new(header);
-        input.skip(8)?;
-        let version = input.u32()?;
-        if version != VERSION {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("map version {version}; this build reads version {VERSION}"),
-            ));
-        }
-        let kind = input.u32()?;
-        let uuid = input.uuid()?;
-        let generation = input.u64()?;
-        let virtual_size = input.u64()?;
-        let extents = input.u64()?;
-        let sums = input.u64()?;
-        let mut digest = [0; DIGEST_LEN];
-        digest.copy_from_slice(input.take(DIGEST_LEN)?);
-        let extents_crc = input.u32()?;
-        let sums_crc = input.u32()?;
-        if kind != expected.kind as u32 {
-            return Err(corrupt(format!(
-                "a table of kind {kind} where {:?} belongs",
-                expected.kind
-            )));
-        }
-        if uuid != expected.uuid {
-            return Err(corrupt(format!(
-                "it belongs to layer {uuid}, not to {}",
-                expected.uuid
-            )));
-        }
-        // A checkpoint may be from before the layer grew.
-        let fits = match expected.kind {
-            TableKind::Checkpoint => virtual_size <= expected.virtual_size,
-            TableKind::Seal => virtual_size == expected.virtual_size,
-        };
-        if !fits {
-            return Err(corrupt(format!(
-                "it is for a virtual size of {virtual_size} bytes, the layer has {}",
-                expected.virtual_size
-            )));
-        }
+        let len = bytes.as_ref().len() as u64;
+        let front = Front::read(bytes.as_ref())?;
+        front.check(expected)?;
         // Both counts fit the file before anything is computed from them.
-        let len = all.len() as u64;
-        let blocks = virtual_size / BLOCK_SIZE;
+        let blocks = front.virtual_size / BLOCK_SIZE;
+        let (extents, sums) = (front.extents, front.sums);
         if extents > (len / EXTENT_LEN as u64).min(blocks) || sums > (len / 4).min(blocks) {
             return Err(corrupt(format!(
                 "{extents} extents and {sums} checksums in {len} bytes"
@@ -261,32 +338,44 @@ impl Table {
         }
         let (extents, sums) = (extents as usize, sums as usize);
         let end = match expected.kind {
-            TableKind::Checkpoint => HEADER_LEN + extents * EXTENT_LEN,
-            TableKind::Seal => sums_offset(extents) + sums * 4,
+            TableKind::Checkpoint if front.version == VERSION => HEADER_LEN + extents * EXTENT_LEN,
+            TableKind::Checkpoint | TableKind::Seal => sums_offset(extents) + sums * 4,
         };
-        if all.len() != end {
+        if len != end as u64 {
             return Err(corrupt(format!(
                 "{len} bytes where {end} belong: truncated or extended"
             )));
         }
         let table = Table {
+            bytes,
             extents,
             sums,
-            sums_crc,
-            generation,
-            digest,
-            bytes,
+            sums_crc: front.sums_crc,
+            crc: front.crc,
+            version: front.version,
+            generation: front.generation,
+            digest: front.digest,
         };
         // This first: it stops at the first extent that is none. A file may claim gigabytes of
         // them, with a hole in their place.
         table.check_extents(Expected {
-            virtual_size,
+            virtual_size: front.virtual_size,
             ..expected
         })?;
-        if crc32fast::hash(table.extent_bytes()) != extents_crc {
+        if crc32fast::hash(table.extent_bytes()) != front.extents_crc {
             return Err(corrupt("the CRC of the extents does not match".into()));
         }
         Ok(table)
+    }
+
+    /// The CRC of the table's header, which has those of all else: no other table has it.
+    pub(super) fn crc(&self) -> u32 {
+        self.crc
+    }
+
+    /// Whether segments of changes may follow it.
+    pub(super) fn grows(&self) -> bool {
+        self.version == GROWING_VERSION
     }
 
     fn extent_bytes(&self) -> &[u8] {
@@ -404,171 +493,4 @@ impl Table {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const UUID: Uuid = Uuid::from_u128(7);
-
-    fn expected(kind: TableKind) -> Expected {
-        Expected {
-            kind,
-            uuid: UUID,
-            virtual_size: 1 << 30,
-        }
-    }
-
-    fn seal() -> Vec<u8> {
-        TableContent {
-            kind: TableKind::Seal,
-            uuid: UUID,
-            generation: 0,
-            virtual_size: 1 << 30,
-            extents: &[
-                MapExtent {
-                    start: 3,
-                    len: 2,
-                    state: BlockState::Data,
-                },
-                MapExtent {
-                    start: 5,
-                    len: 9,
-                    state: BlockState::Zero,
-                },
-                MapExtent {
-                    start: 100,
-                    len: 1,
-                    state: BlockState::Data,
-                },
-            ],
-            sums: &[11, 22, 33],
-            digest: [9; 32],
-        }
-        .encode()
-    }
-
-    fn decode(bytes: Vec<u8>, kind: TableKind) -> Result<Table> {
-        Table::decode(Mapping::Owned(bytes), expected(kind))
-    }
-
-    #[test]
-    fn a_seal_reads_back_with_each_block_s_checksum() {
-        let table = decode(seal(), TableKind::Seal).unwrap();
-        assert_eq!(table.extents().count(), 3);
-        assert_eq!(table.sums(3, 2).unwrap().collect::<Vec<_>>(), [11, 22]);
-        assert_eq!(table.sums(4, 1).unwrap().collect::<Vec<_>>(), [22]);
-        assert_eq!(table.sums(100, 1).unwrap().collect::<Vec<_>>(), [33]);
-        table.check_sums_crc().unwrap();
-    }
-
-    #[test]
-    fn a_checksum_that_the_table_lacks_is_corrupt_and_not_zero() {
-        let table = decode(seal(), TableKind::Seal).unwrap();
-        for (block, len) in [(0, 1), (3, 3), (5, 1), (99, 1), (100, 2), (1000, 1)] {
-            assert_eq!(
-                table.sums(block, len).err().unwrap().kind(),
-                ErrorKind::Corrupt
-            );
-        }
-    }
-
-    #[test]
-    fn every_single_changed_byte_is_found() {
-        let good = seal();
-        for at in 0..good.len() {
-            let mut bad = good.clone();
-            bad[at] ^= 0x10;
-            let found = decode(bad, TableKind::Seal).and_then(|table| table.check_sums_crc());
-            // Padding between extents and checksums carries nothing.
-            let padding = (4096 + 3 * 24..8192).contains(&at);
-            assert_eq!(found.is_err(), !padding, "byte {at}");
-        }
-    }
-
-    #[test]
-    fn every_truncation_is_refused() {
-        let good = seal();
-        for len in (0..good.len()).step_by(7) {
-            decode(good[..len].to_vec(), TableKind::Seal).unwrap_err();
-        }
-    }
-
-    #[test]
-    fn a_table_of_another_layer_kind_or_size_is_refused() {
-        decode(seal(), TableKind::Checkpoint).unwrap_err();
-        for expected in [
-            Expected {
-                uuid: Uuid::from_u128(8),
-                ..expected(TableKind::Seal)
-            },
-            Expected {
-                virtual_size: 1 << 31,
-                ..expected(TableKind::Seal)
-            },
-        ] {
-            let error = Table::decode(Mapping::Owned(seal()), expected).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Corrupt);
-        }
-    }
-
-    #[test]
-    fn overlapping_unsorted_empty_and_outlying_extents_are_refused() {
-        let data = BlockState::Data;
-        let blocks = (1u64 << 30) / 4096;
-        for extents in [
-            vec![(3, 2), (4, 1)],
-            vec![(9, 2), (3, 1)],
-            vec![(3, 0)],
-            vec![(blocks - 1, 2)],
-            vec![(u64::MAX, 1)],
-        ] {
-            let extents: Vec<_> = extents
-                .iter()
-                .map(|&(start, len)| MapExtent {
-                    start,
-                    len,
-                    state: data,
-                })
-                .collect();
-            let bytes = TableContent {
-                kind: TableKind::Checkpoint,
-                uuid: UUID,
-                generation: 1,
-                virtual_size: 1 << 30,
-                extents: &extents,
-                sums: &[],
-                digest: [0; 32],
-            }
-            .encode();
-            let error = decode(bytes, TableKind::Checkpoint).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Corrupt, "{extents:?}");
-        }
-    }
-
-    #[test]
-    fn extents_that_are_a_hole_are_refused_at_the_first_and_not_checksummed_to_the_last() {
-        let mut bytes = seal();
-        bytes.truncate(HEADER_LEN);
-        bytes[48..56].copy_from_slice(&10_000u64.to_le_bytes());
-        bytes[56..64].copy_from_slice(&0u64.to_le_bytes());
-        let crc = crc32fast::hash(&bytes[..4092]);
-        bytes[4092..4096].copy_from_slice(&crc.to_le_bytes());
-        bytes.resize(sums_offset(10_000), 0);
-        let error = decode(bytes, TableKind::Seal).unwrap_err();
-        assert!(
-            error.to_string().contains("extent 0 is impossible"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn a_hostile_count_is_refused_before_anything_is_allocated() {
-        let mut bytes = seal();
-        bytes[48..56].copy_from_slice(&u64::MAX.to_le_bytes());
-        let crc = crc32fast::hash(&bytes[..4092]);
-        bytes[4092..4096].copy_from_slice(&crc.to_le_bytes());
-        assert_eq!(
-            decode(bytes, TableKind::Seal).unwrap_err().kind(),
-            ErrorKind::Corrupt
-        );
-    }
-}
+mod tests;

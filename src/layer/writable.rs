@@ -15,10 +15,11 @@ use super::header::Header;
 use super::index::ABSENT;
 use super::journal::MAX_AREA;
 use super::live::{self, Live};
+use super::map_file::drop_map_cache;
 use super::map_state::MapState;
 use super::range_lock::{RangeGuard, RangeLock};
 use super::sealed::SEAL_FILE;
-use super::shared::Core;
+use super::shared::{Core, MapAtOpen};
 use super::stats::{LayerCounters, LayerStats, StatsHandle};
 use super::{STATE_DATA, ValueRun, recovery, state_of_value, value_of_state};
 use crate::block::{BLOCK_SIZE, BlockState};
@@ -38,6 +39,9 @@ pub struct LayerOptions {
     pub journal_start: u64,
     /// Bytes up to which areas grow under load, a multiple of 4096, at most 16 MiB.
     pub journal_max: u64,
+    /// Bytes by which the file `map` may grow by changes before it is written anew as a table; half
+    /// of the table where that is more.
+    pub map_log: u64,
     /// Free a full journal area in a thread of its own, while flushes go on in the other area.
     pub background: bool,
 }
@@ -48,6 +52,7 @@ impl Default for LayerOptions {
             journal_blocks: 32,
             journal_start: 256 << 10,
             journal_max: 8 << 20,
+            map_log: 256 << 10,
             background: true,
         }
     }
@@ -169,10 +174,17 @@ impl WritableLayer {
         let left = live::read_left(&*storage, dir, header.uuid)?;
         if left.poisoned {
             data.drop_cache()?;
+            drop_map_cache(&*storage, dir)?;
         }
         let recovered = recovery::recover(&*storage, dir, &header, &data, left.same_boot)?;
+        let (data_blocks, extents) = recovery::tally(&recovered.index);
+        let map_file = MapAtOpen {
+            place: recovered.place,
+            extents,
+            log: options.map_log,
+        };
         let mut map = MapState {
-            data_blocks: recovery::data_blocks(&recovered.index),
+            data_blocks,
             index: recovered.index,
             ..MapState::default()
         };
@@ -187,6 +199,7 @@ impl WritableLayer {
                 header,
                 data,
                 map,
+                map_file,
                 StatsHandle(counters),
             )),
             options: options.within_bounds(),
@@ -230,6 +243,12 @@ impl WritableLayer {
     /// Data blocks that the map holds.
     pub fn data_blocks(&self) -> u64 {
         self.core.map.read().data_blocks
+    }
+
+    /// Bytes that the next checkpoint of the map takes on the host at most, beside what the layer
+    /// takes now: until it is durable the one before stays.
+    pub fn checkpoint_room(&self) -> u64 {
+        self.core.checkpoint_room()
     }
 
     /// Bytes that the data files take on the host.

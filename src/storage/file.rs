@@ -509,8 +509,9 @@ impl StorageFile for HostFile {
         if end > self.len()? {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
         }
-        // SAFETY: only sealed files, which nobody changes, are mapped: the store is writable by
-        // its owner alone, and the range was just found to lie within the file.
+        // SAFETY: only what nobody changes is mapped: sealed files, and the table of a map, which
+        // is replaced and never written again. The store is writable by its owner alone, and the
+        // range was just found to lie within the file.
         let map = unsafe {
             memmap2::MmapOptions::new()
                 .offset(offset)

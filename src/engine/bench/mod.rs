@@ -1,6 +1,7 @@
 //! What copy-on-write costs on this disk: each case beside plain calls on a plain sparse file,
 //! round by round in turns, so that a ratio means something on a noisy machine.
 
+mod checkpoints;
 mod counting;
 mod reads;
 
@@ -41,6 +42,9 @@ pub struct CaseResult {
     pub ratio: f64,
     /// The smallest and the largest ratio of a round.
     pub range: (f64, f64),
+    /// Bytes of checkpoints of the map for each byte written, where that was counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoints: Option<f64>,
 }
 
 /// Runs the cases whose names contain `only` (all, where it is empty) in a directory of its own
@@ -78,6 +82,7 @@ pub fn run(
         let raw = || bench.raw_flushes(overwrite);
         cases.compare(&name, "pwrite and fdatasync", &ours, &raw)?;
     }
+    checkpoints::run(&bench, &mut cases)?;
     let name = "open 128 layers, 1 GiB in 10 GiB";
     if cases.wants(name) {
         let deep = bench.open_spec(128, 8 << 20)?;
@@ -228,6 +233,7 @@ impl CaseResult {
             reference_micros: median(other) * 1e6,
             ratio: median(&mut ratios),
             range,
+            checkpoints: None,
         }
     }
 }

@@ -44,6 +44,28 @@ pub fn table(bytes: &mut [u8], uuid: Uuid, virtual_size: u64) {
         put(bytes, 100, &crc32fast::hash(&[]).to_le_bytes());
     }
     put_crc(bytes, 0..4092, 4092);
+    segments(bytes, uuid, sums_at);
+}
+
+/// The segments of changes behind a checkpoint (section 3.1.1).
+fn segments(bytes: &mut [u8], uuid: Uuid, table_len: usize) {
+    let table_crc = bytes.get(4092..4096).unwrap_or_default().to_vec();
+    let mut at = table_len;
+    while at < bytes.len() {
+        let rest = &mut bytes[at..];
+        if !rest.starts_with(b"VELLUMMC") {
+            at += 4096;
+            continue;
+        }
+        put(rest, 16, uuid.as_bytes());
+        put(rest, 48, &table_crc);
+        let len = get_u32(rest, 56);
+        put(rest, 60, &[0; 4]);
+        if len >= 64 && len <= rest.len() {
+            put_crc(rest, 0..len, 60);
+        }
+        at += len.clamp(4096, 16 << 20).next_multiple_of(4096);
+    }
 }
 
 /// The records of a journal's area (section 3.2) of that layer.

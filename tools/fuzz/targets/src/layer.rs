@@ -48,6 +48,7 @@ fn spec(sealed: bool) -> ChainSpec {
             journal_blocks: 4,
             journal_start: 32 << 10,
             journal_max: 32 << 10,
+            map_log: 32 << 10,
             background: false,
         },
     }
@@ -107,6 +108,23 @@ fn written(virtual_size: u64, close: bool) -> SimStorage {
         chain.discard(virtual_size / 8, BLOCK_SIZE).unwrap();
     }
     drop(chain);
+    disk
+}
+
+/// As [`written`] and closed, then opened and closed again: the map has a segment of changes, and one
+/// that says nothing.
+fn changed(virtual_size: u64) -> SimStorage {
+    let disk = written(virtual_size, true);
+    for value in 1..=2u8 {
+        let chain = open_on(&disk, false).unwrap();
+        chain
+            .write_at(&[value; 100], 9 * BLOCK_SIZE, Durability::Durable)
+            .unwrap();
+        if value == 1 {
+            chain.discard(virtual_size / 4, BLOCK_SIZE).unwrap();
+        }
+        chain.close().unwrap();
+    }
     disk
 }
 
@@ -297,6 +315,14 @@ pub fn map(input: &[u8]) {
 
 pub fn map_seeds() -> Vec<Seed> {
     let mut seeds = seeds_of_both_sizes(|size| file(&written(size, true), "map"));
+    for (name, bytes) in seeds_of_both_sizes(|size| file(&changed(size), "map")) {
+        seeds.push((format!("{name}-changed"), bytes));
+    }
+    // As older builds wrote it: nothing follows the extents.
+    let mut old = file(&written(SMALL, true), "map");
+    old[8] = 1;
+    old.truncate(4096 + 24 * old[48] as usize);
+    seeds.push(("version-1".into(), with_mode(FIX, &old)));
     // One extent of 2^32 - 1 blocks beside the next: 48 bytes that speak of 32 TiB.
     let mut map = file(&written(MAX_VIRTUAL_SIZE, true), "map");
     map.truncate(4096);
@@ -307,6 +333,7 @@ pub fn map_seeds() -> Vec<Seed> {
         map.extend(state.to_le_bytes());
         map.extend([0; 8]);
     }
+    map.resize(8192, 0);
     seeds.push(("two-huge-extents".into(), with_mode(LARGE | FIX, &map)));
     seeds
 }
