@@ -13,10 +13,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use common::TestStore;
-use vellum::block::BlockDevice;
+use vellum::block::{BLOCK_SIZE, BlockDevice};
 use vellum::chain::{ChainSpec, open_chain};
+use vellum::engine::commit::commit;
+use vellum::engine::device::Target;
+use vellum::engine::import::{ImportOptions, Quiet, import};
+use vellum::engine::known::Known;
 use vellum::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
-use vellum::storage::{FileStorage, Storage};
+use vellum::storage::{FaultStorage, FileStorage, OpKind, SimStorage, Storage};
 use vellum::store::{NewContainer, Store};
 
 /// An image of 64 layers, each of which a commit made.
@@ -140,4 +144,106 @@ fn a_chain_of_a_thousand_layers_opens_and_reads_each() {
         chain.read_at(&mut block, number * 4096).unwrap();
         assert!(block.iter().all(|byte| *byte == number as u8), "{number}");
     }
+}
+
+/// An image `base` of a few blocks, and a container `c` of it.
+fn small(store: &Store) {
+    let raw = tempfile::NamedTempFile::new().unwrap();
+    raw.as_file().set_len(8 * BLOCK_SIZE).unwrap();
+    import(store, "base", raw.path(), &ImportOptions::default(), &Quiet).unwrap();
+    let new = NewContainer {
+        image: "base",
+        name: Some("c"),
+        ..NewContainer::default()
+    };
+    store.create_container(&new).unwrap();
+}
+
+/// Opens and reads that `images` costs with so many images, each one deeper than the one before, and
+/// what `rmi` of all of them costs: (listing, removing).
+fn cost_of_deep_images(images: usize) -> (u64, u64) {
+    let disk = SimStorage::new();
+    let root = std::path::Path::new("/vellum-simulated-store");
+    disk.create_dir(root).unwrap();
+    let faults = FaultStorage::new(Arc::new(disk));
+    let store = Store::with_storage(root, Arc::new(faults.clone())).unwrap();
+    small(&store);
+    let names: Vec<String> = (0..images).map(|number| format!("deep-{number}")).collect();
+    for name in &names {
+        commit(&store, "c", name, None).unwrap();
+    }
+    store.remove_container("c").unwrap();
+    let counted = |work: &dyn Fn()| {
+        let before = faults.counts();
+        work();
+        let counts = faults.counts().since(&before);
+        [OpKind::Open, OpKind::Read, OpKind::Look]
+            .map(|kind| counts.of(kind))
+            .iter()
+            .sum()
+    };
+    let listing = counted(&|| {
+        let known = Known::new(&store, &[]);
+        for image in store.images().unwrap() {
+            known.bytes_of(&image.layers);
+        }
+    });
+    let removing = counted(&|| {
+        let (each, collected) = store.remove_images(&names).unwrap();
+        each.into_iter().for_each(|outcome| outcome.unwrap());
+        collected.unwrap();
+    });
+    assert_eq!(store.images().unwrap().len(), 1);
+    assert_eq!(store.layers().unwrap().len(), 1);
+    (listing, removing)
+}
+
+/// Each image asked for each of its layers, and each removal read the records of all.
+#[test]
+fn listing_and_removing_images_costs_in_proportion_to_them_however_deep() {
+    let (few, many) = (cost_of_deep_images(15), cost_of_deep_images(60));
+    println!("15 and 60 images: {few:?}, {many:?} opens and reads");
+    assert!(many.0 <= 5 * few.0, "listing: {few:?}, {many:?}");
+    assert!(many.1 <= 5 * few.1, "removing: {few:?}, {many:?}");
+}
+
+/// What this process has open below `dir`.
+fn open_below(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir("/proc/self/fd").unwrap();
+    entries
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .filter(|target| target.starts_with(dir))
+        .collect()
+}
+
+/// The lease of each layer that was the top once stayed open.
+#[test]
+fn commits_on_a_server_leave_open_the_layers_data_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(dir.path()).unwrap();
+    small(&store);
+    let open = Target::Container("c".into()).open(&store).unwrap();
+    let open_now = || open_below(store.root());
+    let before = open_now().len();
+    let pin = store.pin_layers().unwrap();
+    let locks = open_now().len() - before;
+    for _ in 0..200 {
+        let (record, prepared) = store.prepare_commit("c", &pin).unwrap();
+        let next = record.next.unwrap();
+        open.prepare_seal(next).unwrap();
+        open.seal_top(next).unwrap();
+        store.settle("c").unwrap();
+        seal_in_place(&**store.storage(), &store.layer_dir(prepared.top), |_| {}).unwrap();
+    }
+    let after = open_now();
+    let leases = after.iter().filter(|path| path.ends_with("lease")).count();
+    assert_eq!(leases, 1, "{after:?}");
+    // A layer's data is read from, so it is open.
+    assert!(
+        after.len() <= before + locks + 200,
+        "{before} before, {} after 200 commits: {after:?}",
+        after.len()
+    );
+    drop(open);
+    assert_eq!(open_now().len(), locks);
 }

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::Context;
 use super::output::{human_size, table};
+use crate::engine::known::Known;
 use crate::engine::status::{SnapshotStatus, snapshot_status};
 use crate::error::Result;
 use crate::store::{ImageRecord, SnapshotKind, Store};
@@ -37,23 +38,23 @@ struct Snapshot {
 
 pub(super) fn run(_: &Args, context: &Context) -> Result<()> {
     let store = context.store()?;
-    let bytes = |layer| store.layer_info(layer).map_or(0, |info| info.bytes);
+    let mut snapshots = store.snapshots(Store::warn_damaged)?;
+    snapshots.sort_by(|a, b| a.key.cmp(&b.key));
+    let known = Known::new(&store, &snapshots);
     let mut rows: Vec<Row> = store
         .images()?
         .into_iter()
         .map(|image| Row::Image {
-            size: image.layers.iter().copied().map(bytes).sum(),
+            size: known.bytes_of(&image.layers),
             image: Box::new(image),
         })
         .collect();
-    let mut snapshots = store.snapshots(Store::warn_damaged)?;
-    snapshots.sort_by(|a, b| a.key.cmp(&b.key));
     let committed = snapshots
         .iter()
         .filter(|r| r.kind == SnapshotKind::Committed);
     for record in committed {
         rows.push(Row::Snapshot(Box::new(Snapshot {
-            status: snapshot_status(&store, record, &snapshots, true)?,
+            status: snapshot_status(&known, record, true)?,
             labels: record.labels.clone(),
         })));
     }

@@ -5,6 +5,7 @@ use uuid::Uuid;
 
 use super::Context;
 use super::output::Output;
+use crate::engine::known::Known;
 use crate::engine::status;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::{Header, SealedLayer};
@@ -37,7 +38,7 @@ fn inspect(store: &Store, name: &str) -> Result<Value> {
     if let Ok(container) = store.container(name) {
         let resolved = store.resolve(&container)?;
         let layers = layers(store, resolved.sealed.iter().chain([&resolved.top]));
-        let status = status::status(store, container, true)?;
+        let status = status::status(&Known::new(store, &[]), container, true)?;
         return Ok(json!({ "type": "container", "container": status, "layers": layers }));
     }
     if let Ok(image) = store.image(name) {
@@ -50,7 +51,7 @@ fn inspect(store: &Store, name: &str) -> Result<Value> {
         return Ok(json!({
             "type": "snapshot",
             "snapshot": record,
-            "status": status::snapshot_status(store, record, &snapshots, true)?,
+            "status": status::snapshot_status(&Known::new(store, &snapshots), record, true)?,
             "counters": status::snapshot_stats(store, record).ok(),
             "layers": layers(store, chain.iter()),
         }));

@@ -4,6 +4,7 @@ use super::Context;
 use super::output::{human_size, table};
 use serde::Serialize;
 
+use crate::engine::known::Known;
 use crate::engine::status::{ContainerStatus, SnapshotStatus, snapshot_status, status};
 use crate::error::Result;
 use crate::store::{SnapshotKind, Store};
@@ -18,18 +19,19 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     let store = context.store()?;
+    let mut snapshots = store.snapshots(Store::warn_damaged)?;
+    snapshots.sort_by(|a, b| a.key.cmp(&b.key));
+    let known = Known::new(&store, &snapshots);
     let mut rows: Vec<Row> = store
         .containers()?
         .into_iter()
-        .map(|record| status(&store, record, args.size).map(|row| Row::Container(Box::new(row))))
+        .map(|record| status(&known, record, args.size).map(|row| Row::Container(Box::new(row))))
         .collect::<Result<_>>()?;
-    let mut snapshots = store.snapshots(Store::warn_damaged)?;
-    snapshots.sort_by(|a, b| a.key.cmp(&b.key));
     for record in snapshots
         .iter()
         .filter(|r| r.kind != SnapshotKind::Committed)
     {
-        let row = snapshot_status(&store, record, &snapshots, args.size)?;
+        let row = snapshot_status(&known, record, args.size)?;
         rows.push(Row::Snapshot(Box::new(row)));
     }
     context.out.print(&rows, |rows| {

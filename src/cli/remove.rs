@@ -33,7 +33,10 @@ pub(super) fn rm(args: &RmArgs, context: &Context) -> Result<()> {
 
 pub(super) fn rmi(args: &RmiArgs, context: &Context) -> Result<()> {
     let store = context.store_to_change()?;
-    each(&args.images, context, |name| store.remove_image(name))
+    // All at once: each by itself reads the records of all.
+    let (each, collected) = store.remove_images(&args.images)?;
+    let outcomes = args.images.iter().zip(each);
+    report(outcomes, context).and(collected)
 }
 
 /// Removes all that can be removed; fails with the first failure, after saying the others.
@@ -42,10 +45,18 @@ pub(super) fn each(
     context: &Context,
     remove: impl Fn(&str) -> Result<()>,
 ) -> Result<()> {
+    report(names.iter().map(|name| (name, remove(name))), context)
+}
+
+/// Prints what was removed; fails with the first failure, after saying the others.
+fn report<'a>(
+    outcomes: impl Iterator<Item = (&'a String, Result<()>)>,
+    context: &Context,
+) -> Result<()> {
     let mut removed = Vec::new();
     let mut failures: Vec<Error> = Vec::new();
-    for name in names {
-        match remove(name) {
+    for (name, outcome) in outcomes {
+        match outcome {
             Ok(()) => removed.push(name),
             Err(error) => failures.push(error),
         }

@@ -293,7 +293,8 @@ pub struct DeviceStats {
 pub struct OpenChain {
     store: Store,
     chain: Arc<Chain>,
-    leases: Mutex<Vec<LayerLease>>,
+    /// Of the top; none for one that is being made.
+    lease: Mutex<Option<LayerLease>>,
     /// The layer that [`PREPARE_SEAL`] opened. Without a lease: if whoever wants it dies before it
     /// comes to that, the layer is nobody's.
     next: Mutex<Option<Arc<WritableLayer>>>,
@@ -304,7 +305,7 @@ impl OpenChain {
         OpenChain {
             store: store.clone(),
             chain: Arc::new(chain),
-            leases: Mutex::new(lease.into_iter().collect()),
+            lease: Mutex::new(lease),
             next: Mutex::new(None),
         }
     }
@@ -374,7 +375,8 @@ impl OpenChain {
             _ => self.open_next(next)?,
         };
         self.chain.seal_top(layer)?;
-        self.leases.lock().push(lease);
+        // The layer before never changes again, so its lease is of no use.
+        *self.lease.lock() = Some(lease);
         Ok(())
     }
 

@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod durability;
 pub(crate) mod grow;
 pub mod import;
+pub mod known;
 pub mod lost;
 pub mod map;
 pub mod mount;

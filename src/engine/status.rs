@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::device::DeviceStats;
+use super::known::Known;
 use super::mount::{Mounted, mounted};
 use super::run::{Activity, activity};
 use super::stats::device_stats;
@@ -37,7 +38,12 @@ pub struct ContainerStatus {
 ///
 /// # Errors
 /// Where the host's mounts cannot be read.
-pub fn status(store: &Store, record: ContainerRecord, with_size: bool) -> Result<ContainerStatus> {
+pub fn status(
+    known: &Known<'_>,
+    record: ContainerRecord,
+    with_size: bool,
+) -> Result<ContainerStatus> {
+    let store = known.store();
     let device = device::status(&store.run_dir(&record))?;
     let mounted = mounted(store, &record)?;
     let activity = activity(store, &record)?;
@@ -52,7 +58,7 @@ pub fn status(store: &Store, record: ContainerRecord, with_size: bool) -> Result
         _ => None,
     };
     let (size, total_size) = if with_size {
-        sizes(store, &record)
+        sizes(known, &record)
     } else {
         (None, None)
     };
@@ -119,7 +125,8 @@ fn describe(
 }
 
 /// (bytes in the writable layer, bytes in all layers).
-fn sizes(store: &Store, record: &ContainerRecord) -> (Option<u64>, Option<u64>) {
+fn sizes(known: &Known<'_>, record: &ContainerRecord) -> (Option<u64>, Option<u64>) {
+    let store = known.store();
     let size = match stats(store, record) {
         Ok(stats) => Some(stats.top_blocks * BLOCK_SIZE),
         // Nobody serves it: the map on disk is all there is.
@@ -130,11 +137,7 @@ fn sizes(store: &Store, record: &ContainerRecord) -> (Option<u64>, Option<u64>) 
                 .map(|blocks| blocks * BLOCK_SIZE)
         }),
     };
-    let below: u64 = record
-        .layers
-        .iter()
-        .map(|layer| store.layer_info(*layer).map_or(0, |info| info.bytes))
-        .sum();
+    let below = known.bytes_of(&record.layers);
     (size, size.map(|size| size + below))
 }
 
@@ -173,16 +176,16 @@ pub struct SnapshotStatus {
     pub kind: SnapshotKind,
 }
 
-/// The state of a snapshot; `with_size` also counts blocks. `all` is every snapshot of the store.
+/// The state of a snapshot; `with_size` also counts blocks.
 ///
 /// # Errors
 /// Where the host's mounts cannot be read.
 pub fn snapshot_status(
-    store: &Store,
+    known: &Known<'_>,
     record: &SnapshotRecord,
-    all: &[SnapshotRecord],
     with_size: bool,
 ) -> Result<SnapshotStatus> {
+    let store = known.store();
     let device = device::status(&store.snapshot_run_dir(record.id))?;
     let dir = store.snapshot_mount_dir(record.id);
     let mounted = MountInfo::at(&dir)?.map(|mount| Mounted {
@@ -194,16 +197,6 @@ pub fn snapshot_status(
         _ => describe(None, Activity::Idle, device.as_ref(), mounted.as_ref()),
     };
     let size = with_size.then(|| snapshot_size(store, record)).flatten();
-    let mut total = size;
-    let mut parent = record.parent.as_deref();
-    // Each has a parent that is older than itself, so this ends; records may be damaged though.
-    for _ in 0..all.len() {
-        let Some(found) = all.iter().find(|other| Some(other.key.as_str()) == parent) else {
-            break;
-        };
-        total = total.map(|total| total + found.bytes);
-        parent = found.parent.as_deref();
-    }
     Ok(SnapshotStatus {
         name: record.key.clone(),
         image: record.parent.clone().unwrap_or_default(),
@@ -212,10 +205,8 @@ pub fn snapshot_status(
         mounted,
         device,
         size,
-        total_size: total,
-        depth: store
-            .ancestry(Some(record.top()))
-            .map_or(0, |chain| chain.len()),
+        total_size: size.map(|size| size + known.total(record.parent.as_deref())),
+        depth: known.depth(record.top()),
         virtual_size: record.virtual_size,
         kind: record.kind,
     })

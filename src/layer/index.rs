@@ -1,11 +1,12 @@
 //! The index in memory: block number → a 32-bit value, in space that follows what it holds.
 //!
-//! A layer keeps one of states; a chain keeps one of layer numbers. The tree has two fixed levels
-//! over *leaves* of 1024 blocks (4 MiB). A leaf is a short sorted list of runs, or, once that would
-//! cost more, an array, of bytes while its values fit. A block that a person writes at random costs
-//! about 8 to 24 bytes, a sequential GiB about 6 KiB.
+//! A layer keeps one of states; a chain keeps one of layer numbers. A *node* stands for 2 GiB. While
+//! little is in it, it is a sorted list of runs: blocks that lie alone all over a large volume cost 12
+//! bytes each. Then it has *leaves* of 1024 blocks (4 MiB). A leaf is a short sorted list of runs, or,
+//! once that would cost more, an array, of bytes while its values fit. A block that a person writes
+//! at random costs about 8 to 24 bytes there.
 
-use std::ops::Range;
+use std::ops::{Add, Range, Sub};
 
 /// The value of a block that the index holds nothing for.
 pub const ABSENT: u32 = u32::MAX;
@@ -18,17 +19,25 @@ const NODE: usize = 512;
 const NODE_BLOCKS: u64 = (LEAF * NODE) as u64;
 /// A leaf of more runs than this becomes an array.
 const MAX_RUNS: usize = 64;
+/// A node of more runs than this gets leaves: these cost 12 KiB, and each that is used more.
+const MAX_NODE_RUNS: usize = 256;
 
-/// A run of equal values within a leaf.
+/// A number of blocks within a leaf, or within a node.
+trait Place: Copy + Ord + Add<Output = Self> + Sub<Output = Self> + Into<u64> {}
+
+impl Place for u16 {}
+impl Place for u32 {}
+
+/// A run of equal values within a leaf or a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Run {
-    start: u16,
-    len: u16,
+struct Run<P> {
+    start: P,
+    len: P,
     value: u32,
 }
 
-impl Run {
-    fn end(self) -> u16 {
+impl<P: Place> Run<P> {
+    fn end(self) -> P {
         self.start + self.len
     }
 }
@@ -36,7 +45,7 @@ impl Run {
 #[derive(Debug, Clone)]
 enum Leaf {
     /// Sorted, not overlapping, neighbours of one value merged; gaps are [`ABSENT`].
-    Runs(Vec<Run>),
+    Runs(Vec<Run<u16>>),
     /// Values that [`narrow`] knows: every cache line that a lookup touches counts.
     Bytes(Box<[u8; LEAF]>),
     Array(Box<[u32; LEAF]>),
@@ -92,6 +101,8 @@ pub struct ValueRun {
 #[derive(Debug, Clone)]
 enum Node {
     Same(u32),
+    /// As [`Leaf::Runs`].
+    Runs(Vec<Run<u32>>),
     Leaves(Box<[Leaf]>),
 }
 
@@ -163,6 +174,10 @@ impl Index {
             Some(Node::Same(value)) => {
                 return (*value, max.min(NODE_BLOCKS - block % NODE_BLOCKS));
             }
+            Some(Node::Runs(runs)) => {
+                let within = block % NODE_BLOCKS;
+                return piece_of(runs, within, max.min(NODE_BLOCKS - within));
+            }
             None => None,
         };
         let Some(leaf) = leaf else {
@@ -177,17 +192,10 @@ impl Index {
         let end = start + len;
         let mut at = start;
         while at < end {
-            let (node, leaf, within) = locate(at);
-            if at.is_multiple_of(NODE_BLOCKS) && end - at >= NODE_BLOCKS {
-                if let Some(slot) = self.node_mut(node, value) {
-                    *slot = Node::Same(value);
-                }
-                at += NODE_BLOCKS;
-                continue;
-            }
-            let piece = ((LEAF - within) as u64).min(end - at);
-            if let Some(leaf) = self.leaf_mut(node, leaf, value) {
-                leaf.set(within, piece as usize, value);
+            let within = at % NODE_BLOCKS;
+            let piece = (NODE_BLOCKS - within).min(end - at);
+            if let Some(node) = self.node_mut((at / NODE_BLOCKS) as usize, value) {
+                node.set(within as usize, piece as usize, value);
             }
             at += piece;
         }
@@ -202,22 +210,6 @@ impl Index {
             self.nodes.resize_with(node + 1, Node::default);
         }
         self.nodes.get_mut(node)
-    }
-
-    /// The leaf to change, made where it is missing; `None` where it has the value already.
-    fn leaf_mut(&mut self, node: usize, leaf: usize, value: u32) -> Option<&mut Leaf> {
-        let slot = self.node_mut(node, value)?;
-        if let Node::Same(same) = *slot {
-            if same == value {
-                return None;
-            }
-            let leaves = std::iter::repeat_with(|| Leaf::same(same)).take(NODE);
-            *slot = Node::Leaves(leaves.collect());
-        }
-        match slot {
-            Node::Leaves(leaves) => leaves.get_mut(leaf),
-            Node::Same(_) => None,
-        }
     }
 
     /// Forgets every block from `end` on.
@@ -271,28 +263,74 @@ impl Iterator for Runs<'_> {
     }
 }
 
-impl Leaf {
-    /// A leaf of one value.
-    fn same(value: u32) -> Self {
-        let mut leaf = Leaf::default();
-        if value != ABSENT {
-            leaf.set(0, LEAF, value);
+impl Node {
+    /// Gives `len` blocks from `within` on the value.
+    #[inline]
+    fn set(&mut self, within: usize, len: usize, value: u32) {
+        match self {
+            Node::Leaves(leaves) if len < NODE * LEAF => set_leaves(leaves, within, len, value),
+            Node::Runs(runs) if len < NODE * LEAF => {
+                set_runs(runs, within as u32, len as u32, value);
+                if runs.len() > MAX_NODE_RUNS {
+                    *self = Node::leaves_of(runs);
+                }
+            }
+            Node::Same(same) if *same == value => {}
+            Node::Same(same) if len < NODE * LEAF => {
+                let mut runs = Vec::new();
+                if *same != ABSENT {
+                    set_runs(&mut runs, 0, NODE_BLOCKS as u32, *same);
+                }
+                set_runs(&mut runs, within as u32, len as u32, value);
+                *self = Node::Runs(runs);
+            }
+            _ => *self = Node::Same(value),
         }
-        leaf
     }
 
+    /// The same with leaves.
+    fn leaves_of(runs: &[Run<u32>]) -> Self {
+        let mut leaves: Box<[Leaf]> = std::iter::repeat_with(Leaf::default).take(NODE).collect();
+        for run in runs {
+            set_leaves(&mut leaves, run.start as usize, run.len as usize, run.value);
+        }
+        Node::Leaves(leaves)
+    }
+}
+
+/// Sets blocks of a node in its leaves.
+#[inline]
+fn set_leaves(leaves: &mut [Leaf], within: usize, len: usize, value: u32) {
+    let end = within + len;
+    let mut at = within;
+    while at < end {
+        let in_leaf = at % LEAF;
+        let piece = (LEAF - in_leaf).min(end - at);
+        if let Some(leaf) = leaves.get_mut(at / LEAF) {
+            leaf.set(in_leaf, piece, value);
+        }
+        at += piece;
+    }
+}
+
+/// The value at a place in a sorted list of runs, and how far it goes, up to `max`.
+#[inline]
+fn piece_of<P: Place>(runs: &[Run<P>], within: u64, max: u64) -> (u32, u64) {
+    let next = runs.partition_point(|run| run.end().into() <= within);
+    match runs.get(next) {
+        None => (ABSENT, max),
+        Some(run) if run.start.into() > within => (ABSENT, max.min(run.start.into() - within)),
+        Some(run) => (run.value, max.min(run.end().into() - within)),
+    }
+}
+
+impl Leaf {
     #[inline]
     fn piece_at(&self, within: usize, max: usize) -> (u32, usize) {
         match self {
             Leaf::Runs(runs) => {
-                let next = runs.partition_point(|run| usize::from(run.end()) <= within);
-                match runs.get(next) {
-                    None => (ABSENT, max),
-                    Some(run) if usize::from(run.start) > within => {
-                        (ABSENT, max.min(usize::from(run.start) - within))
-                    }
-                    Some(run) => (run.value, max.min(usize::from(run.end()) - within)),
-                }
+                let (value, len) = piece_of(runs, within as u64, max as u64);
+                (value, len as usize)
             }
             Leaf::Bytes(values) => {
                 let piece = values.get(within..within + max).and_then(same);
@@ -336,7 +374,7 @@ impl Leaf {
     }
 
     /// The same as an array.
-    fn array_of(runs: &[Run]) -> Self {
+    fn array_of(runs: &[Run<u16>]) -> Self {
         let mut bytes = Box::new([u8::MAX; LEAF]);
         let mut fits = true;
         for run in runs {
@@ -361,7 +399,7 @@ impl Leaf {
 }
 
 /// Overwrites `len` places from `start` in a sorted list of runs.
-fn set_runs(runs: &mut Vec<Run>, start: u16, len: u16, value: u32) {
+fn set_runs<P: Place>(runs: &mut Vec<Run<P>>, start: P, len: P, value: u32) {
     let end = start + len;
     // The runs that the new one overlaps or touches.
     let mut first = runs.partition_point(|run| run.end() < start);
@@ -422,134 +460,4 @@ fn set_runs(runs: &mut Vec<Run>, start: u16, len: u16, value: u32) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::collections::BTreeMap;
-
-    #[test]
-    fn a_new_index_holds_nothing_anywhere() {
-        let index = Index::new();
-        assert_eq!(index.get(0), ABSENT);
-        assert_eq!(
-            index.run_at(1 << 33, 1000),
-            ValueRun {
-                start: 1 << 33,
-                len: 1000,
-                value: ABSENT
-            }
-        );
-        assert_eq!(index.iter().count(), 0);
-    }
-
-    #[test]
-    fn a_run_over_leaves_and_nodes_comes_back_whole() {
-        let mut index = Index::new();
-        index.set(1000, 2_000_000, 7);
-        let runs: Vec<_> = index.iter().collect();
-        assert_eq!(
-            runs,
-            [ValueRun {
-                start: 1000,
-                len: 2_000_000,
-                value: 7
-            }]
-        );
-    }
-
-    #[test]
-    fn truncate_forgets_what_lies_beyond_and_only_that() {
-        let mut index = Index::new();
-        index.set(0, 3 * NODE_BLOCKS, 1);
-        index.truncate(NODE_BLOCKS + 5);
-        assert_eq!(
-            index.iter().collect::<Vec<_>>(),
-            [ValueRun {
-                start: 0,
-                len: NODE_BLOCKS + 5,
-                value: 1
-            }]
-        );
-    }
-
-    #[test]
-    fn terabytes_of_one_value_take_no_leaves_but_where_they_begin_and_end() {
-        let mut index = Index::new();
-        index.set(5, 1 << 34, 2);
-        let leaves = |index: &Index| {
-            let nodes = index.nodes.iter();
-            nodes.filter(|node| matches!(node, Node::Leaves(_))).count()
-        };
-        assert_eq!(leaves(&index), 2);
-        let run = |start, len, value| ValueRun { start, len, value };
-        assert_eq!(index.iter().collect::<Vec<_>>(), [run(5, 1 << 34, 2)]);
-        // Within a node of one value, over two of them, and a whole one away.
-        index.set(7 * NODE_BLOCKS + 9, 1, 1);
-        index.set(9 * NODE_BLOCKS - 1, 2, 2);
-        index.set(10 * NODE_BLOCKS, NODE_BLOCKS, ABSENT);
-        index.set(20 * NODE_BLOCKS, 2 * NODE_BLOCKS, 1);
-        assert_eq!(leaves(&index), 3);
-        assert_eq!(
-            index.iter().collect::<Vec<_>>(),
-            [
-                run(5, 7 * NODE_BLOCKS + 4, 2),
-                run(7 * NODE_BLOCKS + 9, 1, 1),
-                run(7 * NODE_BLOCKS + 10, 3 * NODE_BLOCKS - 10, 2),
-                run(11 * NODE_BLOCKS, 9 * NODE_BLOCKS, 2),
-                run(20 * NODE_BLOCKS, 2 * NODE_BLOCKS, 1),
-                run(22 * NODE_BLOCKS, (1 << 34) + 5 - 22 * NODE_BLOCKS, 2),
-            ]
-        );
-        assert_eq!(index.get(10 * NODE_BLOCKS + 1), ABSENT);
-    }
-
-    #[test]
-    fn a_leaf_that_was_an_array_shrinks_when_it_is_overwritten_whole() {
-        let mut index = Index::new();
-        for block in 0..LEAF as u64 {
-            index.set(block, 1, (block % 2) as u32);
-        }
-        index.set(0, LEAF as u64, 3);
-        let Node::Leaves(leaves) = &index.nodes[0] else {
-            panic!("{:?}", index.nodes[0]);
-        };
-        assert!(matches!(leaves[0], Leaf::Runs(ref runs) if runs.len() == 1));
-    }
-
-    proptest! {
-        #[test]
-        fn any_sequence_of_sets_reads_as_a_plain_map(
-            ops in prop::collection::vec((0u64..3000, 1u64..1500, 0u32..4), 1..200),
-            base in prop::sample::select(vec![0u64, NODE_BLOCKS - 2000, 1 << 33]),
-            // Values that fit in a byte, that do not, and that just do.
-            names in prop::sample::select(vec![[0, 1, 2], [0, 1, 254], [253, ABSENT - 1, 7], [70_000, 3, ABSENT - 2]]),
-        ) {
-            let mut index = Index::new();
-            let mut model = BTreeMap::new();
-            for (start, len, value) in ops {
-                // Short runs too, so that leaves become arrays.
-                let len = if value == 2 { 1 } else { len };
-                let value = names.get(value as usize).copied().unwrap_or(ABSENT);
-                index.set(base + start, len, value);
-                for block in start..start + len {
-                    if value == ABSENT { model.remove(&block); } else { model.insert(block, value); }
-                }
-            }
-            for block in 0..4600 {
-                prop_assert_eq!(index.get(base + block), model.get(&block).copied().unwrap_or(ABSENT));
-            }
-            let mut seen = BTreeMap::new();
-            let mut last: Option<ValueRun> = None;
-            for run in index.iter() {
-                if let Some(last) = last {
-                    prop_assert!(last.start + last.len < run.start || last.value != run.value);
-                }
-                last = Some(run);
-                for block in run.start..run.start + run.len {
-                    seen.insert(block - base, run.value);
-                }
-            }
-            prop_assert_eq!(seen, model);
-        }
-    }
-}
+mod tests;

@@ -1,7 +1,11 @@
 //! Images in the store.
 
+use std::collections::HashMap;
+
+use uuid::Uuid;
+
 use super::names::check_reference;
-use super::records::ImageRecord;
+use super::records::{ContainerRecord, ImageRecord};
 use super::{Store, StoreGuard};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -72,41 +76,90 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::InUse`] while containers are made from it: the message names them.
     pub fn remove_image(&self, name: &str) -> Result<()> {
-        {
+        let (each, collected) = self.remove_images(&[name.to_owned()])?;
+        each.into_iter().collect::<Result<()>>()?;
+        collected
+    }
+
+    /// As [`Store::remove_image`] for each of these; what all of them want to know is read once.
+    /// Returns what became of each, and of the layers.
+    ///
+    /// # Errors
+    /// Where the store's records cannot be read; then none is removed.
+    pub fn remove_images(&self, names: &[String]) -> Result<(Vec<Result<()>>, Result<()>)> {
+        let each = {
             let _lock = self.lock()?;
-            let image = self.image(name)?;
-            let users: Vec<String> = self
-                .containers()?
-                .into_iter()
-                .filter(|container| container.image_id == image.id)
-                .map(|container| container.name)
-                .collect();
-            if !users.is_empty() {
-                return Err(Error::new(
-                    ErrorKind::InUse,
-                    format!(
-                        "the image {name} is in use by container {}: remove that first (`vellum rm {}`)",
-                        users.join(", "),
-                        users.join(" ")
-                    ),
-                ));
-            }
-            let top = image.layers.last().copied();
-            let mut others = self.images()?.into_iter();
-            let shared = others.any(|other| {
-                other.id != image.id && top.is_some_and(|top| other.layers.contains(&top))
-            });
-            if !shared && top.is_some_and(|top| self.has_readers(top)) {
-                return Err(Error::new(
-                    ErrorKind::InUse,
-                    format!(
-                        "the image {name} is in use by another process: stop its NBD server, or \
-                         wait for the `vellum diff` that reads it"
-                    ),
-                ));
-            }
-            self.remove_json(&self.record_path("images", name))?;
+            let mut users = Users::new(&self.images()?, self.containers()?);
+            let remove = |name: &String| self.remove_unused_image(name, &mut users);
+            names.iter().map(remove).collect::<Vec<_>>()
+        };
+        let collected = if each.iter().any(Result::is_ok) {
+            self.collect_layers().map(drop)
+        } else {
+            Ok(())
+        };
+        Ok((each, collected))
+    }
+
+    fn remove_unused_image(&self, name: &str, users: &mut Users) -> Result<()> {
+        let image = self.image(name)?;
+        if let Some(containers) = users.containers.get(&image.id) {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "the image {name} is in use by container {}: remove that first (`vellum rm {}`)",
+                    containers.join(", "),
+                    containers.join(" ")
+                ),
+            ));
         }
-        self.collect_layers().map(drop)
+        let top = image.layers.last().copied();
+        let shared = top.is_some_and(|top| users.images.get(&top).is_some_and(|count| *count > 1));
+        if !shared && top.is_some_and(|top| self.has_readers(top)) {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "the image {name} is in use by another process: stop its NBD server, or \
+                     wait for the `vellum diff` that reads it"
+                ),
+            ));
+        }
+        self.remove_json(&self.record_path("images", name))?;
+        users.forget(&image);
+        Ok(())
+    }
+}
+
+/// Who uses what.
+struct Users {
+    /// Containers' names by the id of the image that they are made from.
+    containers: HashMap<Uuid, Vec<String>>,
+    /// In how many images a layer is.
+    images: HashMap<Uuid, u64>,
+}
+
+impl Users {
+    fn new(images: &[ImageRecord], containers: Vec<ContainerRecord>) -> Self {
+        let mut users = Users {
+            containers: HashMap::new(),
+            images: HashMap::new(),
+        };
+        for container in containers {
+            let names = users.containers.entry(container.image_id).or_default();
+            names.push(container.name);
+        }
+        for layer in images.iter().flat_map(|image| &image.layers) {
+            *users.images.entry(*layer).or_default() += 1;
+        }
+        users
+    }
+
+    /// The image is gone.
+    fn forget(&mut self, image: &ImageRecord) {
+        for layer in &image.layers {
+            if let Some(count) = self.images.get_mut(layer) {
+                *count = count.saturating_sub(1);
+            }
+        }
     }
 }

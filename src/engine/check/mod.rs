@@ -120,7 +120,7 @@ impl CheckReport {
 }
 
 /// What happens while blocks are read, for a person who waits.
-pub trait CheckWatch {
+pub trait CheckWatch: Sync {
     /// So many data blocks will be read.
     fn begin(&self, blocks: u64);
     /// So many more were.

@@ -327,7 +327,8 @@ pub fn attr_out(size: u64, mode: u32) -> [u8; 104] {
     bytes.u64(0);
     bytes.u64(ROOT_NODE);
     bytes.u64(size);
-    bytes.u64(size / 512);
+    // No blocks: what the device holds lies in the layers' files, where du(1) counts it.
+    bytes.u64(0);
     // Times: always the epoch, which is true of a device made of layers.
     for _ in 0..3 {
         bytes.u64(0);
@@ -495,6 +496,7 @@ mod tests {
         assert_eq!(u32_at(&notify_resend(), 4), Some(7));
         assert_eq!(u32_at(&init_out(MINOR, 0, 0), 20), Some(1 << 20));
         assert_eq!(u64_at(&attr_out(4096, 0), 24), Some(4096));
+        assert_eq!(u64_at(&attr_out(4096, 0), 32), Some(0));
     }
 
     proptest! {
