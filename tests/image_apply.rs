@@ -15,7 +15,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use image_support::{Snapshot, Tar, assert_same, make_rich_tree, need_root, run, shell, snapshot};
-use tar_core::EntryType;
+use tar_core::{EntryBuilder, EntryType};
 use tempfile::{TempDir, tempdir};
 use vellum::ErrorKind;
 use vellum::image::{
@@ -294,6 +294,119 @@ fn libarchive_xattrs_and_user_xattrs_on_links_are_handled() {
     assert_eq!(stats.skipped_xattrs, 1);
     let value = xattr::get(root.path().join("f"), "user.a b").unwrap();
     assert_eq!(value.unwrap(), [1, 0, 10]);
+}
+
+/// An extended header with these records, lengths and all.
+fn pax(tar: Tar, records: &[(&str, &str)]) -> Tar {
+    let mut data = String::new();
+    for (key, value) in records {
+        let rest = format!(" {key}={value}\n");
+        let mut length = rest.len() + 1;
+        while length.to_string().len() + rest.len() != length {
+            length += 1;
+        }
+        data.push_str(&format!("{length}{rest}"));
+    }
+    let mut header = Tar::entry(EntryType::XHeader, "pax", 0o644);
+    header.size(data.len() as u64).unwrap();
+    tar.raw(header, data.as_bytes())
+}
+
+/// Gives the last header of a tar, which has no content, the owner `uid` as a base-256 number.
+fn with_owner(mut tar: Tar, uid: i64) -> Tar {
+    let at = tar.0.len() - 512;
+    let header = &mut tar.0[at..];
+    header[108..116].copy_from_slice(&uid.to_be_bytes());
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    tar
+}
+
+#[test]
+fn odd_headers_are_read_as_umoci_reads_them() {
+    let mut tar = Tar::new();
+    tar = with_owner(tar.file("negative", ""), -2);
+    tar = with_owner(tar.file("minus-one", ""), -1);
+    tar = pax(tar, &[("uid", "-2"), ("gid", "-7")]).file("negative-record", "");
+    // Of two headers the later one counts, and nothing of the earlier.
+    tar = pax(tar, &[("path", "first"), ("uid", "7")]);
+    tar = pax(tar, &[("path", "second"), ("gid", "8")]).file("name", "two");
+    tar = pax(
+        tar,
+        &[
+            ("path", ""),
+            ("mtime", ""),
+            ("uid", ""),
+            ("size", ""),
+            ("linkpath", ""),
+        ],
+    )
+    .file("empty-records", "content");
+    let root = assert_as_umoci(&[tar.end()]);
+    let owner = |name: &str| {
+        use std::os::unix::fs::MetadataExt;
+        let meta = fs::metadata(root.path().join(name)).unwrap();
+        (meta.uid(), meta.gid())
+    };
+    assert_eq!(owner("negative"), (u32::MAX - 1, 0));
+    assert_eq!(owner("minus-one"), (0, 0));
+    assert_eq!(owner("negative-record"), (u32::MAX - 1, u32::MAX - 6));
+    assert_eq!(owner("second"), (0, 8));
+    assert_eq!(
+        fs::read(root.path().join("empty-records")).unwrap(),
+        b"content"
+    );
+}
+
+#[test]
+fn of_two_long_names_the_later_counts_as_gnu_tar_has_it() {
+    let long = |tar: Tar, name: &str| {
+        let data = format!("{name}\0");
+        let mut header = EntryBuilder::new_gnu();
+        header
+            .path("././@LongLink")
+            .entry_type(EntryType::GnuLongName);
+        header.mode(0o644).unwrap();
+        header.size(data.len() as u64).unwrap();
+        tar.raw(header, data.as_bytes())
+    };
+    let (one, two) = ("1".repeat(120), "2".repeat(130));
+    let archive = long(long(Tar::new(), &one), &two)
+        .file("short", "x")
+        .file("last", "y")
+        .end();
+    let (ours, theirs) = (tempdir().unwrap(), tempdir().unwrap());
+    apply(&archive, ours.path());
+    fs::write(theirs.path().join("tar"), &archive).unwrap();
+    shell(theirs.path(), "tar -xf tar; rm tar");
+    assert_eq!(names(ours.path()), names(theirs.path()));
+    assert!(ours.path().join(two).exists());
+}
+
+#[test]
+fn a_member_without_a_name_is_corrupt_and_does_not_become_the_root() {
+    let mut tar = Tar::new().file("a", "");
+    tar.0[0] = 0;
+    tar = with_owner(tar, 0);
+    let (kind, message) = refuse(&tar.end());
+    assert_eq!(kind, ErrorKind::Corrupt, "{message}");
+}
+
+#[test]
+fn acls_that_tar_keeps_without_xattrs_are_set() {
+    need_root();
+    let (work, root) = (tempdir().unwrap(), tempdir().unwrap());
+    shell(
+        work.path(),
+        "mkdir -p tree/dir; touch tree/file tree/named
+         setfacl -m u:1000:r,g:12:w tree/file; setfacl -m u:root:rwx tree/named
+         setfacl -m u:0:x -d -m u:77:rx tree/dir",
+    );
+    let archive = tar_of(&work.path().join("tree"), &["--acls", "--no-xattrs"]);
+    apply(&archive, root.path());
+    let list = |directory: &Path| shell(directory, "getfacl -nR .");
+    assert_eq!(list(root.path()), list(&work.path().join("tree")));
 }
 
 // Whiteouts.
@@ -701,8 +814,10 @@ fn absurd_sizes_fail_without_taking_memory_or_space() {
     assert_eq!(kind, ErrorKind::InvalidInput, "{message}");
     assert!(message.contains("user.big"), "{message}");
 
-    // More directories than any walker goes down.
-    let (kind, message) = refuse(&Tar::new().dir(&"d/".repeat(300)).end());
+    // More directories than a path can name.
+    let mut deep = Tar::entry(EntryType::Directory, "d", 0o755);
+    deep.add_pax("path", "d/".repeat(2100));
+    let (kind, message) = refuse(&Tar::new().raw(deep, b"").end());
     assert_eq!(kind, ErrorKind::InvalidInput, "{message}");
 
     let mut owner = Tar::entry(EntryType::Regular, "x", 0o644);

@@ -20,7 +20,8 @@ use proptest::prelude::*;
 use tempfile::{TempDir, tempdir};
 use vellum::ErrorKind;
 use vellum::image::{
-    ApplyOptions, Change, ChangeKind, apply_layer, copy_tree, diff_trees, write_layer_tar,
+    ApplyOptions, Change, ChangeKind, Foreign, apply_layer, copy_tree, diff_trees, diff_trees_but,
+    write_layer_tar,
 };
 
 /// Two copies of a tree, the upper one changed by `script`.
@@ -117,6 +118,103 @@ fn content_changed_under_the_same_size_and_time_is_found() {
 fn a_changed_type_is_one_change_and_a_new_directory_lists_its_content() {
     let changes = changes_of("rm -r deep; echo x > deep; rm pipe; mkdir pipe; echo y > pipe/in");
     assert_eq!(changes, "C /deep\nC /pipe\nA /pipe/in\n");
+}
+
+/// Removes a tree that is deeper than std removes with the descriptors of a test.
+struct Deep(TempDir);
+
+impl Drop for Deep {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("rm")
+            .arg("-rf")
+            .arg(self.0.path())
+            .status();
+    }
+}
+
+#[test]
+fn trees_as_deep_as_paths_reach_are_compared_with_few_descriptors() {
+    const DEPTH: usize = 1100;
+    let (work, lower, upper) = pair("true");
+    let _work = Deep(work);
+    dig(&upper, DEPTH);
+    let kind = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (soft, hard) = nix::sys::resource::getrlimit(kind).unwrap();
+    let limit = |files| nix::sys::resource::setrlimit(kind, files, hard).unwrap();
+    let few = soft.min(600);
+    limit(few);
+    let new = listed(&lower, &upper);
+    limit(soft);
+    assert_eq!(new.lines().count(), DEPTH + 1);
+    assert!(new.lines().all(|line| line.starts_with("A /d")));
+    // Deep in both, and different at the bottom alone.
+    dig(&lower, DEPTH);
+    for tree in [&lower, &upper] {
+        shell(tree, "find d -exec touch -hd @7 {} +");
+    }
+    shell(&upper, "find d -name f -exec chmod 600 {} +");
+    limit(few);
+    let changed = listed(&lower, &upper);
+    limit(soft);
+    assert_eq!(changed.lines().count(), DEPTH + 1);
+    assert!(changed.lines().all(|line| line.starts_with("C /d")));
+}
+
+/// Makes directories in each other, and a file `f` at the bottom.
+fn dig(root: &Path, depth: usize) {
+    use nix::fcntl::{OFlag, openat};
+    use nix::sys::stat::{Mode, mkdirat};
+    let mut at: std::os::fd::OwnedFd = fs::File::open(root).unwrap().into();
+    for _ in 0..depth {
+        mkdirat(&at, "d", Mode::from_bits_truncate(0o755)).unwrap();
+        at = openat(&at, "d", OFlag::O_DIRECTORY, Mode::empty()).unwrap();
+    }
+    openat(
+        &at,
+        "f",
+        OFlag::O_CREAT | OFlag::O_RDWR,
+        Mode::from_bits_truncate(0o644),
+    )
+    .unwrap();
+}
+
+#[test]
+fn what_others_made_in_the_upper_tree_is_no_change() {
+    let (_work, lower, upper) = pair("mkdir proc dev run; : > top-secret");
+    let time = |path: &str| {
+        use std::os::unix::fs::MetadataExt;
+        let meta = fs::metadata(upper.join(path)).unwrap();
+        (meta.mtime(), meta.mtime_nsec())
+    };
+    shell(&lower, "mkdir -p sub/etc; touch -hd @5 sub/etc sub");
+    shell(
+        &upper,
+        "mkdir -p sub/etc; : > sub/etc/hosts; touch -hd @5 sub",
+    );
+    let mut foreign = Foreign::default();
+    for (path, directory) in [("/proc", true), ("/dev", true), ("/sub/etc/hosts", false)] {
+        foreign.points.insert(path.into(), directory);
+    }
+    foreign.times.insert("/sub/etc".into(), time("sub/etc"));
+    let listed = |foreign: &Foreign| -> Vec<String> {
+        let changes = diff_trees_but(&lower, &upper, foreign).unwrap();
+        changes.iter().map(Change::to_string).collect()
+    };
+    assert_eq!(listed(&foreign), ["A /run", "A /top-secret"]);
+    // Once somebody used it, it is theirs.
+    shell(&upper, "echo x > sub/etc/hosts; : > dev/null");
+    assert_eq!(
+        listed(&foreign),
+        [
+            "A /dev",
+            "A /dev/null",
+            "A /run",
+            "C /sub",
+            "C /sub/etc",
+            "A /sub/etc/hosts",
+            "A /top-secret"
+        ]
+    );
 }
 
 #[test]

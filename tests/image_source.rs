@@ -22,8 +22,8 @@ use sha2::{Digest, Sha256};
 use tempfile::{TempDir, tempdir};
 use vellum::ErrorKind;
 use vellum::image::{
-    ApplyOptions, Compression, Image, ImageConfig, OciWriter, Source, SourceOptions, apply_layer,
-    chain_ids,
+    ApplyOptions, Compression, Format, Holds, Image, ImageConfig, OciWriter, Platform, Source,
+    SourceOptions, apply_layer, chain_ids,
 };
 
 /// An image of three layers with a config, made with umoci; and the tree it should unpack to.
@@ -267,14 +267,20 @@ fn a_directory_is_a_root_filesystem_unless_it_says_otherwise() {
     let work = tempdir().unwrap();
     shell(
         work.path(),
-        "mkdir root bundle bundle/rootfs dir; touch bundle/config.json dir/manifest.json dir/version",
+        "mkdir root bundle bundle/rootfs dir web
+         echo '{\"ociVersion\":\"1.0.2\"}' > bundle/config.json
+         touch dir/manifest.json; echo 'Directory Transport Version: 1.1' > dir/version
+         echo '{\"name\":\"App\"}' > web/manifest.json; echo 1.2 > web/version
+         mkdir web/rootfs; echo '{}' > web/config.json",
     );
     let options = SourceOptions::new(work.path());
     let root = work.path().join("root");
-    assert!(matches!(
-        Source::open(&root, &options).unwrap(),
-        Source::Directory(path) if path == root
-    ));
+    for root in [root, work.path().join("web")] {
+        assert!(matches!(
+            Source::open(&root, &options).unwrap(),
+            Source::Directory(path) if path == root
+        ));
+    }
     let (kind, message) = error_of(&work.path().join("bundle"), &options);
     assert_eq!(kind, ErrorKind::InvalidInput);
     assert!(message.contains("rootfs"), "{message}");
@@ -283,46 +289,410 @@ fn a_directory_is_a_root_filesystem_unless_it_says_otherwise() {
     assert!(message.contains("skopeo copy"), "{message}");
 }
 
+/// A first sector with one partition of a megabyte.
+fn mbr(kind: u8) -> Vec<u8> {
+    let mut sector = vec![0; 512];
+    let entry = [0, 0, 2, 0, kind, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0];
+    sector[446..462].copy_from_slice(&entry);
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    sector
+}
+
+/// The beginning of a disk of 5 MiB with an empty GPT (UEFI specification, 5.3).
+fn gpt() -> Vec<u8> {
+    let last = (5 << 20) / 512 - 1_u64;
+    let entries = vec![0; 128 * 128];
+    let mut header = vec![0; 512];
+    header[..8].copy_from_slice(b"EFI PART");
+    header[8..16].copy_from_slice(&[0, 0, 1, 0, 92, 0, 0, 0]);
+    for (at, value) in [(24, 1), (32, last), (40, 34), (48, last - 33), (72, 2)] {
+        header[at..at + 8].copy_from_slice(&u64::to_le_bytes(value));
+    }
+    header[56..72].fill(9);
+    for (at, value) in [(80, 128), (84, 128), (88, crc32fast::hash(&entries))] {
+        header[at..at + 4].copy_from_slice(&u32::to_le_bytes(value));
+    }
+    let sum = crc32fast::hash(&header[..92]);
+    header[16..20].copy_from_slice(&sum.to_le_bytes());
+    [mbr(0xee), header, entries].concat()
+}
+
 #[test]
-fn disk_images_are_told_by_their_superblock() {
+fn disk_images_are_told_by_what_they_show() {
+    need_root();
     let work = tempdir().unwrap();
-    let file = |name: &str, size: u64, parts: &[(u64, &[u8])]| {
-        let path = work.path().join(name);
-        let file = fs::File::create(&path).unwrap();
-        file.set_len(size).unwrap();
-        for (at, bytes) in parts {
-            file.write_all_at(bytes, *at).unwrap();
-        }
-        path
-    };
-    let ext4 = work.path().join("ext4");
-    run(
-        "mke2fs",
-        &["-q", "-t", "ext4", ext4.to_str().unwrap(), "2M"],
+    shell(
+        work.path(),
+        "truncate -s 2M ext2 ext3 ext4 blank swap; truncate -s 512 tiny
+         for kind in ext2 ext3 ext4; do mke2fs -q -t $kind $kind; done
+         mkswap -q swap 2>/dev/null || mkswap swap >/dev/null 2>&1
+",
     );
+    for (name, table) in [("gpt", gpt()), ("dos", mbr(0x83))] {
+        let file = fs::File::create(work.path().join(name)).unwrap();
+        file.set_len(5 << 20).unwrap();
+        file.write_all_at(&table, 0).unwrap();
+    }
     let options = SourceOptions::new(work.path());
-    for (path, filesystem, partitioned) in [
-        (ext4, Some("ext4"), false),
-        (file("xfs", 1 << 20, &[(0, b"XFSB")]), Some("xfs"), false),
-        (
-            file("btrfs", 1 << 20, &[(0x10040, b"_BHRfS_M")]),
-            Some("btrfs"),
-            false,
-        ),
-        (
-            file("gpt", 1 << 20, &[(510, &[0x55, 0xaa]), (512, b"EFI PART")]),
-            None,
-            true,
-        ),
-        (file("blank", 1 << 20, &[]), None, false),
-        (file("noise", 1024, &[(0, &[7; 600])]), None, false),
+    let file_system = |name: &str| Holds::FileSystem(name.into());
+    for (name, holds) in [
+        ("ext2", file_system("ext2")),
+        ("ext3", file_system("ext3")),
+        ("ext4", file_system("ext4")),
+        ("gpt", Holds::Partitions("gpt".into())),
+        ("dos", Holds::Partitions("dos".into())),
+        ("swap", Holds::Other("swap".into())),
+        ("blank", Holds::Blank),
+        ("tiny", Holds::Blank),
     ] {
+        let path = work.path().join(name);
         let Source::Raw(raw) = Source::open(&path, &options).unwrap() else {
             panic!("{path:?} is not raw");
         };
-        assert_eq!(raw.filesystem, filesystem, "{path:?}");
-        assert_eq!(raw.partitioned, partitioned, "{path:?}");
+        assert_eq!(raw.holds, Some(holds), "{path:?}");
         assert_eq!(raw.size, fs::metadata(&path).unwrap().len());
+    }
+}
+
+#[test]
+fn a_file_that_shows_no_disk_is_one_only_where_the_user_says_so() {
+    let work = tempdir().unwrap();
+    shell(
+        work.path(),
+        "mkdir tree; echo x > tree/x; tar -cf good tree
+         cp good damaged; printf ZZZ | dd of=damaged bs=1 seek=2 conv=notrunc 2>/dev/null
+         tail -c +1025 good > headless
+         { echo '<html>404</html>'; head -c 1007 /dev/zero | tr '\\0' ' '; } > page
+         (find tree | cpio -o -H newc 2>/dev/null) > archive.cpio
+         head -c 65536 /dev/urandom > noise; printf '\\001' | dd of=noise bs=1 seek=510 conv=notrunc 2>/dev/null",
+    );
+    let mut options = SourceOptions::new(work.path());
+    for (name, kind, text) in [
+        ("damaged", ErrorKind::Corrupt, "damaged"),
+        ("headless", ErrorKind::Unsupported, "--format raw"),
+        ("page", ErrorKind::Unsupported, "--format raw"),
+        ("archive.cpio", ErrorKind::Unsupported, "--format raw"),
+        ("noise", ErrorKind::Unsupported, "--format raw"),
+    ] {
+        let path = work.path().join(name);
+        assert_eq!(fs::metadata(&path).unwrap().len() % 512, 0, "{name}");
+        let (actual, message) = error_of(&path, &options);
+        assert_eq!(actual, kind, "{message}");
+        assert!(message.contains(text), "{message}");
+    }
+    options.format = Some(Format::Raw);
+    for name in ["damaged", "page", "noise", "good"] {
+        let opened = Source::open(&work.path().join(name), &options).unwrap();
+        assert!(
+            matches!(opened, Source::Raw(raw) if raw.holds.is_none()),
+            "{name}"
+        );
+    }
+    fs::write(work.path().join("odd"), [7; 600]).unwrap();
+    let (_, message) = error_of(&work.path().join("odd"), &options);
+    assert!(message.contains("truncate -s %512"), "{message}");
+}
+
+#[test]
+fn disk_images_of_other_formats_are_refused_by_name_with_the_command_that_helps() {
+    let work = tempdir().unwrap();
+    shell(
+        work.path(),
+        "truncate -s 1M disk; mke2fs -q disk
+         for f in qcow2 qcow vmdk vpc vhdx vdi qed parallels; do
+             qemu-img convert -O $f disk disk.$f
+         done
+         qemu-img convert -O vpc -o subformat=fixed,force_size=on disk fixed.vpc
+         truncate -s 64K cowd; printf COWD | dd of=cowd conv=notrunc 2>/dev/null
+         cp disk.vmdk x.vmdk; echo '<Envelope/>' > x.ovf; tar -cf x.ova x.ovf x.vmdk",
+    );
+    let options = SourceOptions::new(work.path());
+    for (name, format) in [
+        ("disk.qcow2", "qcow2"),
+        ("disk.qcow", "qcow"),
+        ("disk.vmdk", "vmdk"),
+        ("disk.vpc", "vpc"),
+        ("fixed.vpc", "vpc"),
+        ("disk.vhdx", "vhdx"),
+        ("disk.vdi", "vdi"),
+        ("disk.qed", "qed"),
+        ("disk.parallels", "parallels"),
+        ("cowd", "vmdk"),
+    ] {
+        let (kind, message) = error_of(&work.path().join(name), &options);
+        assert_eq!(kind, ErrorKind::Unsupported, "{name}: {message}");
+        let command = format!("qemu-img convert -f {format} -O raw");
+        assert!(message.contains(&command), "{name}: {message}");
+    }
+    let (_, message) = error_of(&work.path().join("x.ova"), &options);
+    assert!(
+        message.contains("OVA") && message.contains("tar -xf"),
+        "{message}"
+    );
+}
+
+/// A tar of a Docker archive: its configuration as `c.json`, and whatever else.
+struct DockerTar {
+    layers: Vec<(String, Vec<u8>)>,
+}
+
+impl DockerTar {
+    /// With a layer for each name, which holds the file that is named like its index.
+    fn new(names: &[&str]) -> Self {
+        let layer = |(index, name): (usize, &&str)| {
+            let tar = Tar::new().file(&format!("f{index}"), "x").end();
+            ((*name).to_owned(), tar)
+        };
+        DockerTar {
+            layers: names.iter().enumerate().map(layer).collect(),
+        }
+    }
+
+    fn config(&self) -> String {
+        let ids: Vec<String> = self.layers.iter().map(|(_, tar)| digest_of(tar)).collect();
+        json!({"architecture": "amd64", "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": ids}})
+        .to_string()
+    }
+
+    fn manifest(&self) -> String {
+        let names: Vec<&String> = self.layers.iter().map(|(name, _)| name).collect();
+        json!([{"Config": "c.json", "RepoTags": ["a:1"], "Layers": names}]).to_string()
+    }
+
+    fn with_layers(&self, mut tar: Tar) -> Tar {
+        for (name, layer) in &self.layers {
+            tar = tar.bytes(name, layer);
+        }
+        tar
+    }
+}
+
+fn digest_of(data: &[u8]) -> String {
+    let sum = Sha256::digest(data);
+    let hex: String = sum.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("sha256:{hex}")
+}
+
+/// What a source is found to be: as a file, compressed, and from a pipe.
+fn every_way(work: &Path, name: &str, data: &[u8], options: &SourceOptions) -> Vec<&'static str> {
+    fs::write(work.join(name), data).unwrap();
+    shell(work, &format!("gzip -kf {name}; rm -f pipe; mkfifo pipe"));
+    let what = |path: &Path| match Source::open(path, options) {
+        Ok(Source::Image(_)) => "image",
+        Ok(Source::Tar(_)) => "tar",
+        Ok(Source::Raw(_)) => "raw",
+        Ok(Source::Directory(_)) => "directory",
+        Ok(_) => "else",
+        Err(_) => "error",
+    };
+    let (file, packed) = (
+        what(&work.join(name)),
+        what(&work.join(format!("{name}.gz"))),
+    );
+    let (pipe, data) = (work.join("pipe"), data.to_vec());
+    let feeder = std::thread::spawn(move || {
+        let mut pipe = fs::OpenOptions::new().write(true).open(pipe).unwrap();
+        // The reader may have seen enough before the end.
+        let _ = pipe.write_all(&data);
+    });
+    let piped = what(&work.join("pipe"));
+    feeder.join().unwrap();
+    vec![file, packed, piped]
+}
+
+#[test]
+fn what_a_tar_is_does_not_depend_on_names_alone_nor_on_how_it_comes() {
+    let work = tempdir().unwrap();
+    let options = SourceOptions::new(work.path());
+    let web = r#"{"name":"App","icons":[],"start_url":"."}"#;
+    let docker = DockerTar::new(&["layers/a.tar", "layers/b.tar"]);
+    let (config, manifest) = (docker.config(), docker.manifest());
+    let image = || Tar::new().file("c.json", &config);
+    for (name, tar, what) in [
+        (
+            "web",
+            Tar::new().file("index.html", "").file("manifest.json", web),
+            "tar",
+        ),
+        (
+            "version",
+            Tar::new().file("manifest.json", web).file("version", "1"),
+            "tar",
+        ),
+        (
+            "list",
+            Tar::new().file("manifest.json", r#"[{"file":"a"}]"#),
+            "tar",
+        ),
+        ("flat", Tar::new().file("a", "b"), "tar"),
+        ("root", Tar::new().dir("etc").file("etc/passwd", ""), "tar"),
+        (
+            "root-with-archive-names",
+            Tar::new()
+                .dir("usr")
+                .file("c.json", &config)
+                .file("manifest.json", &manifest),
+            "tar",
+        ),
+        (
+            "layers-last",
+            docker.with_layers(image().file("manifest.json", &manifest)),
+            "image",
+        ),
+        (
+            "layers-first",
+            docker
+                .with_layers(Tar::new())
+                .file("c.json", &config)
+                .file("manifest.json", &manifest),
+            "image",
+        ),
+        (
+            "dots",
+            docker.with_layers(
+                Tar::new()
+                    .file("./c.json", &config)
+                    .file("./manifest.json", &manifest),
+            ),
+            "image",
+        ),
+        (
+            "no-list",
+            docker.with_layers(image().file("manifest.json", r#"{"Config":"c.json","Layers":[]}"#)),
+            "error",
+        ),
+        (
+            "part-of-a-layout",
+            Tar::new().file("oci-layout", "{}").dir("blobs"),
+            "error",
+        ),
+    ] {
+        let found = every_way(work.path(), name, &tar.end(), &options);
+        assert_eq!(found, [what; 3], "{name}");
+    }
+}
+
+#[test]
+fn a_format_that_is_given_counts_and_one_that_is_not_there_is_refused() {
+    let work = tempdir().unwrap();
+    let docker = DockerTar::new(&["a.tar"]);
+    let tar = docker
+        .with_layers(Tar::new().file("c.json", &docker.config()))
+        .file("manifest.json", &docker.manifest())
+        .end();
+    let mut options = SourceOptions::new(work.path());
+    for (format, what) in [
+        (Format::Tar, ["tar"; 3]),
+        (Format::Docker, ["image"; 3]),
+        (Format::Oci, ["error"; 3]),
+        (Format::Directory, ["error"; 3]),
+        // A stream cannot be one; a compressed file is taken as it is.
+        (Format::Raw, ["raw", "error", "error"]),
+    ] {
+        options.format = Some(format);
+        assert_eq!(
+            every_way(work.path(), "x", &tar, &options),
+            what,
+            "{format}"
+        );
+    }
+    // The same as a directory.
+    shell(
+        work.path(),
+        "mkdir tree; tar -C tree -xf x; mkdir flat; touch flat/file",
+    );
+    for (format, tree, flat) in [
+        (None, "image", "directory"),
+        (Some(Format::Directory), "directory", "directory"),
+        (Some(Format::Docker), "image", "error"),
+        (Some(Format::Tar), "error", "error"),
+        (Some(Format::Raw), "error", "error"),
+    ] {
+        options.format = format;
+        for (name, what) in [("tree", tree), ("flat", flat)] {
+            let found = match Source::open(&work.path().join(name), &options) {
+                Ok(Source::Image(_)) => "image",
+                Ok(Source::Directory(_)) => "directory",
+                Ok(other) => panic!("{other:?}"),
+                Err(_) => "error",
+            };
+            assert_eq!(found, what, "{name} as {format:?}");
+        }
+    }
+}
+
+#[test]
+fn an_archive_of_docker_before_1_10_is_its_layers_from_the_lowest_on() {
+    let work = tempdir().unwrap();
+    let (low, high) = ("a".repeat(64), "b".repeat(64));
+    let layers = DockerTar::new(&[&format!("{high}/layer.tar"), &format!("{low}/layer.tar")]);
+    let json = |id: &str, parent: Option<&str>, cmd: &str| {
+        json!({"id": id, "parent": parent, "architecture": "amd64", "os": "linux",
+            "created": "2014-01-01T00:00:00Z", "container_config": {"Cmd": ["/bin/sh", "-c", cmd]},
+            "config": {"Cmd": ["run"], "Env": null}})
+        .to_string()
+    };
+    let build = |names: Option<&str>, parent: &str| {
+        let mut tar = Tar::new();
+        for (id, below, cmd) in [(&high, Some(parent), "second"), (&low, None, "first")] {
+            tar = tar
+                .dir(id)
+                .file(&format!("{id}/VERSION"), "1.0")
+                .file(&format!("{id}/json"), &json(id, below, cmd));
+        }
+        tar = layers.with_layers(tar);
+        if let Some(names) = names {
+            tar = tar.file("repositories", names);
+        }
+        tar.end()
+    };
+    let named = json!({"app": {"1.0": high, "old": high}}).to_string();
+    let options = SourceOptions::new(work.path());
+    for (name, tar) in [
+        ("named", build(Some(&named), &low)),
+        ("id", build(None, &low)),
+    ] {
+        assert_eq!(
+            every_way(work.path(), name, &tar, &options),
+            ["image"; 3],
+            "{name}"
+        );
+        let image = open_image(&work.path().join(name), &options);
+        let expected: Vec<String> = layers
+            .layers
+            .iter()
+            .rev()
+            .map(|(_, tar)| digest_of(tar))
+            .collect();
+        assert_eq!(image.diff_ids(), expected);
+        assert_eq!(image.config().config.cmd, ["run"]);
+        let steps = image.config().history_steps(2);
+        assert_eq!(
+            steps[0].entry.created_by.as_deref(),
+            Some("/bin/sh -c first")
+        );
+        assert_eq!(steps[1].layer, Some(1));
+        need_root();
+        let tree = unpack(&image);
+        assert!(tree.contains_key(Path::new("f0")) && tree.contains_key(Path::new("f1")));
+    }
+    let mut wanted = SourceOptions::new(work.path());
+    wanted.image = Some("docker.io/library/app:old".into());
+    assert_eq!(
+        open_image(&work.path().join("named"), &wanted)
+            .names()
+            .len(),
+        2
+    );
+    for (parent, text) in [
+        ("c".repeat(64), "lacks the layer"),
+        (high.clone(), "circle"),
+    ] {
+        let path = work.path().join("bad");
+        fs::write(&path, build(Some(&named), &parent)).unwrap();
+        let (_, message) = error_of(&path, &wanted);
+        assert!(message.contains(text), "{message}");
     }
 }
 
@@ -593,6 +963,185 @@ fn artifacts_and_foreign_layers_are_named() {
     let error = layout.open(None, None).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.to_string().contains("helm"), "{error}");
+}
+
+#[test]
+fn artifacts_beside_an_image_are_passed_over() {
+    let config = |layout: &Layout, kind: &str, body: &[u8]| {
+        let config = layout.blob(kind, body);
+        let layer = layout.blob("text/plain", b"data");
+        json!({"schemaVersion": 2, "config": config, "layers": [layer]})
+    };
+    for (kind, body) in [
+        ("application/vnd.oci.empty.v1+json", &b"{}"[..]),
+        ("application/vnd.oci.empty.v1+json", b"[]"),
+        (
+            "application/vnd.cncf.helm.config.v1+json",
+            b"{\"name\":\"chart\"}",
+        ),
+        ("text/plain", b"not json"),
+        // A signature of cosign's: the configuration of an image, and layers that are none.
+        ("application/vnd.oci.image.config.v1+json", b"{}"),
+    ] {
+        let layout = Layout::new();
+        let artifact = layout.json(MANIFEST, &config(&layout, kind, body));
+        let plain = layout.image("s390x", "z");
+        for image in [plain.clone(), named(plain, "latest")] {
+            layout.finish(&[
+                image,
+                artifact.clone(),
+                named(artifact.clone(), "sha256-1.sig"),
+            ]);
+            assert_eq!(layout.open(None, None).unwrap(), "s390x", "{kind}");
+        }
+        // One whose blobs were not copied.
+        let digest = artifact["digest"].as_str().unwrap().replace(':', "/");
+        fs::remove_file(layout.path().join("blobs").join(digest)).unwrap();
+        assert_eq!(layout.open(None, None).unwrap(), "s390x", "{kind}");
+    }
+    let layout = Layout::new();
+    let artifacts = ["1", "2"].map(|body| {
+        let kind = "application/vnd.cncf.helm.config.v1+json";
+        layout.json(MANIFEST, &config(&layout, kind, body.as_bytes()))
+    });
+    layout.finish(&artifacts);
+    let error = layout.open(None, None).unwrap_err();
+    assert!(error.to_string().contains("helm"), "{error}");
+}
+
+#[test]
+fn images_are_found_by_their_names_in_full_by_digests_and_in_nested_indexes() {
+    let layout = Layout::new();
+    let inner = layout.index(&[
+        named(layout.image("amd64", "a"), "first"),
+        named(layout.image("s390x", "z"), "docker.io/library/second:1"),
+    ]);
+    let nested = layout.json(INDEX, &inner);
+    let third = named(layout.image("riscv64", "r"), "third:latest");
+    layout.finish(&[nested.clone(), third.clone()]);
+    let digest = third["digest"].as_str().unwrap();
+    for (name, architecture) in [
+        ("first", "amd64"),
+        ("second:1", "s390x"),
+        ("docker.io/library/second:1", "s390x"),
+        ("third", "riscv64"),
+        ("docker.io/library/third", "riscv64"),
+        (digest, "riscv64"),
+        (&format!("third@{digest}"), "riscv64"),
+    ] {
+        assert_eq!(
+            layout.open(Some(name), None).unwrap(),
+            architecture,
+            "{name}"
+        );
+    }
+    layout.finish(&[nested]);
+    let error = layout.open(None, None).unwrap_err().to_string();
+    assert!(
+        error.contains("first") && error.contains("second:1"),
+        "{error}"
+    );
+}
+
+#[test]
+fn of_the_variants_of_a_processor_the_best_that_the_cpu_has_is_taken() {
+    let layout = Layout::new();
+    let host = Platform::host();
+    let for_variant = |variant: Option<&str>, mark: &str| {
+        let platform = json!({"os": "linux", "architecture": "amd64", "variant": variant});
+        with(layout.image(mark, mark), "platform", platform)
+    };
+    layout.finish(&[
+        for_variant(Some("v4"), "four"),
+        for_variant(None, "plain"),
+        for_variant(Some("v3"), "three"),
+    ]);
+    for (platform, taken) in [
+        ("linux/amd64", "plain"),
+        ("linux/amd64/v2", "plain"),
+        ("linux/amd64/v3", "three"),
+        ("linux/amd64/v4", "four"),
+    ] {
+        assert_eq!(
+            layout.open(None, Some(platform)).unwrap(),
+            taken,
+            "{platform}"
+        );
+    }
+    if host.architecture == "amd64" {
+        let here = layout.open(None, None).unwrap();
+        assert_eq!(here, layout.open(None, Some(&host.to_string())).unwrap());
+    }
+}
+
+#[test]
+fn what_go_writes_for_nothing_is_read_as_skopeo_reads_it() {
+    // Where in the documents something is replaced, by what.
+    type Change = fn(&mut Value, &mut Value, &mut Value);
+    let changes: [(&str, Change); 9] = [
+        ("layers", |_, manifest, config| {
+            manifest["layers"] = Value::Null;
+            config["rootfs"]["diff_ids"] = Value::Null;
+        }),
+        ("annotations", |index, manifest, _| {
+            index["annotations"] = Value::Null;
+            manifest["annotations"] = Value::Null;
+            manifest["layers"][0]["annotations"] = Value::Null;
+            manifest["layers"][0]["urls"] = Value::Null;
+        }),
+        ("descriptor", |index, _, _| {
+            index["manifests"][0]["platform"] = Value::Null;
+            index["manifests"][0]["annotations"] = Value::Null;
+        }),
+        ("platform", |index, _, _| {
+            index["manifests"][0]["platform"] = json!({"architecture": "amd64", "os": "linux",
+                "variant": "", "os.version": "", "os.features": null, "features": null});
+        }),
+        ("versions", |index, manifest, _| {
+            for document in [index, manifest] {
+                let document = document.as_object_mut().unwrap();
+                document.remove("schemaVersion");
+                document.remove("mediaType");
+            }
+        }),
+        ("labels", |_, _, config| {
+            config["config"] = json!({"Labels": {"a": null, "b": "c"}, "Env": null, "Cmd": null,
+                "Volumes": {"/data": null}, "ExposedPorts": {"80/tcp": null}});
+        }),
+        ("config", |_, _, config| {
+            config["config"] = Value::Null;
+            config["history"] = Value::Null;
+            config["created"] = Value::Null;
+        }),
+        ("history", |_, _, config| {
+            config["history"] = json!([{"created": null, "created_by": null, "empty_layer": null}]);
+        }),
+        ("subject", |_, manifest, _| {
+            manifest["subject"] = Value::Null;
+            manifest["artifactType"] = json!("");
+        }),
+    ];
+    for (name, change) in changes {
+        let layout = Layout::new();
+        let layer = Tar::new().file("x", "").end();
+        let layer = layout.blob("application/vnd.oci.image.layer.v1.tar", &layer);
+        let mut config = json!({"architecture": "amd64", "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]}});
+        let mut manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "layers": [layer]});
+        let placeholder = json!({"mediaType": MANIFEST, "digest": "", "size": 0});
+        let mut index = layout.index(&[placeholder]);
+        change(&mut index, &mut manifest, &mut config);
+        manifest["config"] = layout.json("application/vnd.oci.image.config.v1+json", &config);
+        let written = layout.json(MANIFEST, &manifest);
+        index["manifests"][0]["digest"] = written["digest"].clone();
+        index["manifests"][0]["size"] = written["size"].clone();
+        fs::write(layout.path().join("index.json"), index.to_string()).unwrap();
+        run(
+            "skopeo",
+            &["inspect", &format!("oci:{}", layout.path().display())],
+        );
+        assert_eq!(layout.open(None, None).unwrap(), "amd64", "{name}");
+    }
 }
 
 // Damage.

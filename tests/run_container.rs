@@ -49,6 +49,55 @@ fn the_exit_status_is_the_commands_or_says_why_there_is_none() {
 }
 
 #[test]
+fn what_the_runtime_needs_to_mount_on_is_no_change_and_goes_with_the_run() {
+    with_each(
+        |_| {},
+        |store| {
+            let changes = |name: &str| store.must(&["diff", name]);
+            let volume = ["-v", "data:/mnt/deep/data"];
+            store.must(
+                &[
+                    &["run", "box", "--name", "c"],
+                    &volume[..],
+                    &["--", "test", "-d", "/proc/1"],
+                ]
+                .concat(),
+            );
+            assert_eq!(changes("c"), "");
+            // Also while something runs, and what it does is its own.
+            let running = store.start("r", &volume);
+            assert_eq!(changes("r"), "");
+            store.must(&["exec", "r", "--", "sh", "-c", "echo x > /etc/mine"]);
+            assert_eq!(changes("r"), "C /etc\nA /etc/mine\n");
+            running.signal(Signal::SIGTERM);
+            running.wait();
+            assert_eq!(changes("r"), "C /etc\nA /etc/mine\n");
+            // Nothing of it is in an image made of the container.
+            store.must(&["commit", "r", "image"]);
+            store.must(&["create", "image", "--name", "i"]);
+            let dir = store.must(&["mount", "i"]);
+            let names = |path: &str| -> Vec<String> {
+                let entries = fs::read_dir(Path::new(dir.trim()).join(path)).unwrap();
+                let names = entries.map(|entry| entry.unwrap().file_name());
+                let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+                names.sort();
+                names
+            };
+            assert_eq!(names(""), ["bin", "data", "etc", "plain", "tmp"]);
+            assert_eq!(names("etc"), ["group", "mine", "passwd"]);
+            store.must(&["umount", "i"]);
+            // One that is killed leaves them behind, noted.
+            let mut running = store.start("k", &volume);
+            running.child.kill().unwrap();
+            running.child.wait().unwrap();
+            assert_eq!(changes("k"), "");
+            store.must(&["umount", "--force", "k"]);
+            assert_eq!(changes("k"), "");
+        },
+    );
+}
+
+#[test]
 fn environment_directory_user_and_host_name_are_what_was_asked_for() {
     with_each(
         |_| {},

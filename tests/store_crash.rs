@@ -453,7 +453,10 @@ impl Run {
         match op {
             Op::Open => {}
             Op::Import(name, tag) => {
-                let options = ImportOptions::default();
+                let options = ImportOptions {
+                    format: Some(vellum::image::Format::Raw),
+                    ..ImportOptions::default()
+                };
                 import(store, name, &self.raw(*tag).0, &options, &Quiet)?;
             }
             Op::Create(name, image) => {
@@ -537,6 +540,7 @@ fn template(store: &Store, pin: &vellum::store::StoreGuard) -> Result<Uuid> {
         key: "test".into(),
         layer,
         fs: FsInfo {
+            fixed: None,
             kind: "ext4".into(),
         },
     })?;

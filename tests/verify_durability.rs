@@ -335,7 +335,15 @@ fn a_killed_vellum_nbd_has_all_that_it_acknowledged() {
     let store = TestStore::new();
     let image = store.path("disk.img");
     fs::write(&image, vec![7; 4 << 20]).unwrap();
-    store.ok(&["import", "raw", &arg(&image), "--size", "32M"]);
+    store.ok(&[
+        "import",
+        "raw",
+        &arg(&image),
+        "--size",
+        "32M",
+        "--format",
+        "raw",
+    ]);
     store.ok(&["create", "raw", "--name", "web"]);
     let socket = store.path("s");
     let start = || {

@@ -20,8 +20,10 @@ const ZERO_PIECE: u64 = CHANGES_AT_ONCE * BLOCK_SIZE;
 /// A stack of layers: sealed ones and, unless it is read-only, a writable one on top.
 #[derive(Debug)]
 pub struct Chain {
-    /// Bytes; grows with the top.
+    /// Bytes, whole blocks; grows with the top.
     size: AtomicU64,
+    /// Bytes at the end that the device does not show: less than a block.
+    hidden: AtomicU64,
     pub(super) base: Base,
     /// Swapped when the top is sealed under a live device. Held for reading over each request.
     pub(super) top: RwLock<Option<Arc<WritableLayer>>>,
@@ -60,6 +62,7 @@ impl Chain {
         stats.set_depth(base.depth());
         Ok(Chain {
             size: AtomicU64::new(size),
+            hidden: AtomicU64::new(0),
             base,
             top: RwLock::new(top),
             stats,
@@ -81,6 +84,28 @@ impl Chain {
         &self.stats
     }
 
+    /// Bytes of its layers: whole blocks.
+    pub fn whole_size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Lets the device show `size` bytes, less than a block short of what its layers have: a disk
+    /// whose size is no multiple of a block has its last sector there. Until it grows.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for another size: whoever noted it meant other layers.
+    pub fn show(&self, size: u64) -> Result<()> {
+        let whole = self.whole_size();
+        if size == 0 || size > whole || whole - size >= BLOCK_SIZE {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{size} bytes of a device are to be shown, but its layers have {whole}"),
+            ));
+        }
+        self.hidden.store(whole - size, Ordering::Release);
+        Ok(())
+    }
+
     /// Flushes the top and leaves nothing to recover.
     ///
     /// # Errors
@@ -98,7 +123,7 @@ impl Chain {
     pub fn grow(&self, size: u64) -> Result<()> {
         let top = self.top.read();
         let top = top.as_ref().ok_or_else(read_only)?;
-        let before = self.size();
+        let before = self.whole_size();
         if size < before {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -108,6 +133,9 @@ impl Chain {
         top.grow(size)?;
         // Not before: what it tells of its size must hold after any crash.
         self.size.fetch_max(size, Ordering::AcqRel);
+        if size > before {
+            self.hidden.store(0, Ordering::Release);
+        }
         Ok(())
     }
 
@@ -126,7 +154,7 @@ impl Chain {
             Some(old.header().uuid),
             &next.dir().display().to_string(),
         )?;
-        if next.size() != self.size() || !next.is_untouched() {
+        if next.size() != self.whole_size() || !next.is_untouched() {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!(
@@ -382,7 +410,7 @@ pub(super) fn read_only() -> Error {
 
 impl BlockDevice for Chain {
     fn size(&self) -> u64 {
-        self.size.load(Ordering::Acquire)
+        self.whole_size() - self.hidden.load(Ordering::Acquire)
     }
 
     fn is_read_only(&self) -> bool {

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::Context;
 use super::output::{human_size, table};
+use crate::engine::template;
 use crate::error::Result;
 use crate::image::HistoryEntry;
 
@@ -27,16 +28,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     let store = context.store()?;
     let image = store.image(&args.image)?;
     // A file system that the driver made comes before the image's own steps.
-    let made = image
-        .config
-        .history
-        .iter()
-        .filter(|entry| !entry.empty_layer)
-        .count();
-    let own = image
-        .layers
-        .len()
-        .saturating_sub(made.max(image.config.rootfs.diff_ids.len()));
+    let own = template::count(&store, &image.layers);
     let size = |layer| store.layer_info(layer).map_or(0, |info| info.bytes);
     let mut steps: Vec<Step> = Vec::new();
     for &layer in image.layers.iter().take(own) {

@@ -11,7 +11,7 @@ use super::output::{Output, human_size};
 use super::size::parse_size;
 use crate::engine::import::{ImportOptions, ImportReport, ImportWatch, import};
 use crate::error::Result;
-use crate::image::Progress;
+use crate::image::{Format, Progress};
 
 /// Arguments of `import`.
 #[derive(Debug, clap::Args)]
@@ -21,7 +21,8 @@ pub(super) struct Args {
     /// A tar (plain, gzip, zstd), directory, OCI layout or archive, Docker archive or disk image;
     /// - reads a tar from standard input
     source: PathBuf,
-    /// Virtual size of containers made from it [default: 10G, or the disk image's own]
+    /// Virtual size of containers made from it [default: 10G, more where the content needs it, or
+    /// the disk image's own]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     size: Option<u64>,
     /// Add the tar or directory as a new layer on this image
@@ -30,6 +31,36 @@ pub(super) struct Args {
     /// Which image of an archive that holds several
     #[arg(long, value_name = "REF")]
     select: Option<String>,
+    /// What the source is [default: found out by its content]
+    #[arg(long, value_enum)]
+    format: Option<FormatArg>,
+}
+
+/// What a source can be, as people say it.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum FormatArg {
+    /// A directory that is a root file system
+    Dir,
+    /// A tar of files
+    Tar,
+    /// An OCI layout or archive
+    Oci,
+    /// A Docker archive
+    Docker,
+    /// A disk image or block device, byte for byte
+    Raw,
+}
+
+impl From<FormatArg> for Format {
+    fn from(format: FormatArg) -> Format {
+        match format {
+            FormatArg::Dir => Format::Directory,
+            FormatArg::Tar => Format::Tar,
+            FormatArg::Oci => Format::Oci,
+            FormatArg::Docker => Format::Docker,
+            FormatArg::Raw => Format::Raw,
+        }
+    }
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
@@ -39,6 +70,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         from: args.from.clone(),
         select: args.select.clone(),
         platform: None,
+        format: args.format.map(Format::from),
     };
     let watch = Bars {
         out: context.out,
@@ -63,9 +95,20 @@ fn summary(report: &ImportReport) -> String {
     } else {
         format!(", {existed} of them there already")
     };
+    let name = &report.image.name;
+    let disk = match &report.image.holds {
+        Some(holds) if report.mountable => format!("; it holds {holds}\n"),
+        Some(holds) => format!(
+            "; it holds {holds}, which cannot be mounted or run here: `vellum nbd {name}` serves \
+             it to clients that know it\n"
+        ),
+        None if report.mountable => "\n".into(),
+        None => format!(
+            "; what it holds is not known, so it cannot be mounted: `vellum nbd {name}` serves it\n"
+        ),
+    };
     format!(
-        "imported {}: {layers} layer{plural}{shared}, {} written\n",
-        report.image.name,
+        "imported {name}: {layers} layer{plural}{shared}, {} written{disk}",
         human_size(made)
     )
 }

@@ -12,6 +12,7 @@ use super::import::forget_ext4_journal;
 use super::lock_container;
 use super::mount::{TemporaryMount, mounted};
 use super::stats::encode;
+use super::template;
 use crate::block::BLOCK_SIZE;
 use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -106,7 +107,7 @@ pub fn commit(
     info.origin = format!("vellum commit {name}");
     info.bytes = bytes;
     store.set_layer_info(layer, &info)?;
-    let image = image_record(&settled, image, comment);
+    let image = image_record(store, &settled, image, comment);
     store.put_image(&image, &pin)?;
     Ok(CommitReport {
         image,
@@ -116,8 +117,16 @@ pub fn commit(
     })
 }
 
-fn image_record(container: &ContainerRecord, image: &str, comment: Option<&str>) -> ImageRecord {
+fn image_record(
+    store: &Store,
+    container: &ContainerRecord,
+    image: &str,
+    comment: Option<&str>,
+) -> ImageRecord {
     let mut config = container.config.clone();
+    // Each layer below the new one has its step, also those of earlier commits.
+    let own = template::count(store, &container.layers) + 1;
+    config.settle_history(container.layers.len().saturating_sub(own));
     config.history.push(HistoryEntry {
         created: Some(now()),
         created_by: Some(format!("vellum commit {}", container.name)),
@@ -129,7 +138,9 @@ fn image_record(container: &ContainerRecord, image: &str, comment: Option<&str>)
         id: Uuid::new_v4(),
         layers: container.layers.clone(),
         virtual_size: container.virtual_size,
+        device_size: container.device_size,
         fs: container.fs.clone(),
+        holds: container.holds.clone(),
         config,
         created: now(),
     }

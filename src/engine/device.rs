@@ -110,8 +110,14 @@ impl Target {
         match self {
             Target::Container(name) => {
                 let resolved = store.resolve_name(name)?;
-                self.open_unsettled(store, &resolved, stats)
-                    .map_err(|error| error.context(format!("the container {name}")))
+                let open = || {
+                    let open = self.open_unsettled(store, &resolved, stats)?;
+                    if let Some(size) = store.container(name)?.device_size {
+                        open.chain().show(size)?;
+                    }
+                    Ok(open)
+                };
+                open().map_err(|error: Error| error.context(format!("the container {name}")))
             }
             Target::Staged(layer) => {
                 let top = store.staging_dir(*layer);
@@ -249,7 +255,7 @@ impl MapPart {
         });
         Ok(MapPart {
             depth,
-            virtual_size: chain.size(),
+            virtual_size: chain.whole_size(),
             runs: runs.collect(),
         })
     }

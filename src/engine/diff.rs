@@ -4,8 +4,8 @@ use super::device::Target;
 use super::lock_container;
 use super::mount::{TemporaryMount, mounted};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Change, diff_trees};
-use crate::store::Store;
+use crate::image::{Change, Foreign, diff_trees_but};
+use crate::store::{Scaffold, Store};
 
 /// The paths by which a container differs from its image, sorted.
 ///
@@ -26,16 +26,31 @@ pub fn diff(store: &Store, name: &str) -> Result<Vec<Change>> {
             format!("the image of {name} holds no ext4"),
         )
     })?;
+    let foreign = foreign(&container.scaffold);
     let lower = TemporaryMount::new(store, &Target::Sealed(image_top))?;
     let changes = match mounted(store, &container)? {
-        Some(mount) => diff_trees(lower.dir(), &mount.dir)?,
+        Some(mount) => diff_trees_but(lower.dir(), &mount.dir, &foreign)?,
         None => {
             let upper = TemporaryMount::new(store, &Target::Container(name.to_owned()))?;
-            let changes = diff_trees(lower.dir(), upper.dir())?;
+            let changes = diff_trees_but(lower.dir(), upper.dir(), &foreign)?;
             upper.end()?;
             changes
         }
     };
     lower.end()?;
     Ok(changes)
+}
+
+/// What running the container made in it.
+fn foreign(scaffold: &Scaffold) -> Foreign {
+    let points = scaffold.points.iter();
+    let touched = scaffold.touched.iter();
+    Foreign {
+        points: points
+            .map(|point| (point.path.clone(), point.directory))
+            .collect(),
+        times: touched
+            .map(|touched| (touched.path.clone(), touched.after))
+            .collect(),
+    }
 }

@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::device::{GROW, Grow};
 use super::stats::encode;
-use crate::block::BLOCK_SIZE;
 use crate::crash_point;
-use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::control;
 use crate::export::loop_device::LoopDevice;
 use crate::fs::ext4;
@@ -85,8 +84,18 @@ pub(crate) fn grow_file_system(
     options: ext4::MountOptions,
     unmount: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    if is_filled(device, size)? {
+    let superblock = Superblock::of_file(device)?;
+    if superblock.fills(size) {
         return Ok(());
+    }
+    if let Some(why) = superblock.fixed() {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "the ext4 on {} cannot be grown, since {why}",
+                device.display()
+            ),
+        ));
     }
     match ext4::grow(dir, size) {
         Err(error) if error.kind() == ErrorKind::Permission => {
@@ -101,16 +110,5 @@ pub(crate) fn grow_file_system(
 
 /// True when the ext4 on `device` takes `size` bytes, or more.
 pub(crate) fn is_filled(device: &Path, size: u64) -> Result<bool> {
-    // The last block of a file system may be one that does not fit.
-    Ok(file_system_size(device)?.next_multiple_of(BLOCK_SIZE) >= size)
-}
-
-/// What the ext4 on `device` says of its size, in bytes.
-fn file_system_size(device: &Path) -> Result<u64> {
-    use std::os::unix::fs::FileExt;
-    let mut bytes = [0; 1024];
-    std::fs::File::open(device)
-        .and_then(|file| file.read_exact_at(&mut bytes, 1024))
-        .context(|| format!("cannot read {}", device.display()))?;
-    Ok(Superblock::parse(&bytes)?.size)
+    Ok(Superblock::of_file(device)?.fills(size))
 }

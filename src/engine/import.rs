@@ -11,10 +11,11 @@ use super::mount::TemporaryMount;
 use super::{raw, template};
 use crate::block::{BLOCK_SIZE, BlockDevice, BlockState};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fs::ext4;
 use crate::fs::superblock::Superblock;
 use crate::image::{
-    ApplyOptions, HistoryEntry, Image, ImageConfig, Platform, Progress, RawImage, Source,
-    SourceOptions, apply_layer, chain_ids, copy_tree,
+    ApplyOptions, Format, HistoryEntry, Holds, Image, ImageConfig, Measure, Platform, Progress,
+    RawImage, Source, SourceOptions, apply_layer, chain_ids, copy_tree,
 };
 use crate::layer::{LayerOptions, WritableLayer, seal_in_place};
 use crate::store::{FsInfo, ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
@@ -33,6 +34,8 @@ pub struct ImportOptions {
     pub select: Option<String>,
     /// Which platform of an image for several.
     pub platform: Option<Platform>,
+    /// What the source is; `None` finds out.
+    pub format: Option<Format>,
 }
 
 /// What became of one layer of the source.
@@ -55,6 +58,8 @@ pub struct ImportReport {
     pub image: ImageRecord,
     /// Its layers from the source, from the bottom up.
     pub layers: Vec<LayerOutcome>,
+    /// The disk image can be mounted, or it is no disk image.
+    pub mountable: bool,
 }
 
 /// What happens during an import, for a person who waits.
@@ -97,18 +102,24 @@ pub fn import(
     let mut source_options = SourceOptions::new(store.root().join("staging"));
     source_options.image.clone_from(&options.select);
     source_options.platform.clone_from(&options.platform);
-    let opened = Source::open(source, &source_options)?;
+    source_options.format = options.format;
+    let mut opened = Source::open(source, &source_options)?;
     let importer = Importer {
         store,
         pin: &pin,
         watch,
     };
-    let (image, layers) = match opened {
-        Source::Raw(raw) => importer.raw(name, &raw, options)?,
-        other => importer.files(name, source, other, options)?,
+    let (image, layers) = match &mut opened {
+        Source::Raw(raw) => importer.raw(name, raw, options)?,
+        other => importer.files_that_fit(name, source, other, options)?,
     };
     store.put_image(&image, &pin)?;
-    Ok(ImportReport { image, layers })
+    let mountable = image.fs.is_some();
+    Ok(ImportReport {
+        image,
+        layers,
+        mountable,
+    })
 }
 
 /// Where layers go on top of.
@@ -130,9 +141,8 @@ struct Importer<'a> {
 }
 
 impl Importer<'_> {
-    fn ground(&self, options: &ImportOptions) -> Result<Ground> {
+    fn ground(&self, options: &ImportOptions, size: u64) -> Result<Ground> {
         let Some(from) = &options.from else {
-            let size = options.size.unwrap_or(DEFAULT_SIZE);
             let template = template::get(self.store, size, self.pin)?;
             return Ok(Ground {
                 layers: vec![template.layer],
@@ -160,24 +170,58 @@ impl Importer<'_> {
                 format!("{from} holds no ext4 file system to add files to"),
             )
         })?;
+        let mut config = image.config;
+        let own = template::count(self.store, &image.layers);
+        config.settle_history(image.layers.len().saturating_sub(own));
         Ok(Ground {
             layers: image.layers,
             virtual_size: image.virtual_size,
             fs,
-            config: image.config,
+            config,
             key: None,
             has_image: true,
         })
+    }
+
+    /// As [`Importer::files`], in a file system that the content fits in where the user gave no
+    /// size: by what can be told beforehand, and where that was not enough by all of the content.
+    fn files_that_fit(
+        &self,
+        name: &str,
+        path: &Path,
+        source: &mut Source,
+        options: &ImportOptions,
+    ) -> Result<(ImageRecord, Vec<LayerOutcome>)> {
+        if let (Some(size), _) | (None, Some(size)) =
+            (options.size, options.from.is_some().then_some(DEFAULT_SIZE))
+        {
+            return self.files(name, path, source, options, size);
+        }
+        let size = source.measure(false)?.map_or(DEFAULT_SIZE, size_for);
+        let error = match self.files(name, path, source, options, size) {
+            Err(error) if error.kind() == ErrorKind::NoSpace => error,
+            other => return other,
+        };
+        match source.measure(true)?.map(size_for) {
+            Some(larger) if larger > size => {
+                tracing::info!("{size} bytes are too small: once more with {larger}");
+                self.watch.done();
+                self.files(name, path, source, options, larger)
+            }
+            // The store's disk is full, or the content cannot be read twice.
+            _ => Err(error),
+        }
     }
 
     fn files(
         &self,
         name: &str,
         path: &Path,
-        source: Source,
+        source: &mut Source,
         options: &ImportOptions,
+        size: u64,
     ) -> Result<(ImageRecord, Vec<LayerOutcome>)> {
-        let mut ground = self.ground(options)?;
+        let mut ground = self.ground(options, size)?;
         let mut outcomes = Vec::new();
         let shown = path.display().to_string();
         match source {
@@ -188,12 +232,14 @@ impl Importer<'_> {
                         "--from takes a tar or a directory to add, not a whole image",
                     ));
                 }
-                self.image_layers(&image, &mut ground, &mut outcomes)?;
+                self.image_layers(image, &mut ground, &mut outcomes)?;
                 ground.config = image.config().clone();
+                // What is built on it adds steps of its own.
+                ground.config.settle_history(image.layers().len());
             }
             Source::Tar(tar) => {
                 let progress = self.watch.layer(&shown, tar.size());
-                let reader = tar.into_reader(progress)?;
+                let reader = tar.reader(progress)?;
                 let apply = ApplyOptions {
                     whiteouts: ground.has_image,
                     ..ApplyOptions::default()
@@ -208,7 +254,7 @@ impl Importer<'_> {
             Source::Directory(directory) => {
                 let progress = self.watch.layer(&shown, None);
                 let outcome = self.layer(&ground, file_origin(path), None, None, |dir| {
-                    copy_tree(&directory, dir, progress).map(drop)
+                    copy_tree(directory, dir, progress).map(drop)
                 })?;
                 self.added(&mut ground, &mut outcomes, outcome, path);
             }
@@ -224,7 +270,9 @@ impl Importer<'_> {
             id: Uuid::new_v4(),
             layers: ground.layers,
             virtual_size: ground.virtual_size,
+            device_size: None,
             fs: Some(ground.fs),
+            holds: None,
             config: ground.config,
             created: now(),
         };
@@ -304,7 +352,7 @@ impl Importer<'_> {
         let staged = self.store.stage_layer(parent, ground.virtual_size)?;
         let target = Target::Staged(staged.header.uuid);
         let mount = TemporaryMount::new(self.store, &target)?;
-        fill(mount.dir())?;
+        fill(mount.dir()).map_err(|error| self.name_the_limit(error, mount.dir(), ground))?;
         mount.end()?;
         let open = target.open(self.store)?;
         forget_ext4_journal(&open)?;
@@ -329,6 +377,42 @@ impl Importer<'_> {
         })
     }
 
+    /// Says which of its limits the file system at `dir` has reached, and what to do.
+    fn name_the_limit(&self, error: Error, dir: &Path, ground: &Ground) -> Error {
+        let Ok(usage) = ext4::usage(dir) else {
+            return error;
+        };
+        if error.kind() != ErrorKind::NoSpace {
+            return error;
+        }
+        let size = ground.virtual_size;
+        let remedy = match ground.has_image {
+            true => "import the image that --from names anew with a larger --size",
+            false => "give a larger --size",
+        };
+        if usage.files_used >= usage.files {
+            return error.context(format!(
+                "the image's file system of {size} bytes has {} inodes, one for each file and \
+                 directory, and all are in use: {remedy}",
+                usage.files
+            ));
+        }
+        if usage.free < (size / 100).max(1 << 20) {
+            return error.context(format!(
+                "the image's file system of {size} bytes is full: {remedy}"
+            ));
+        }
+        match nix::sys::statvfs::statvfs(self.store.root()) {
+            Ok(disk) if disk.blocks_available() * disk.fragment_size() < 16 << 20 => {
+                error.context(format!(
+                    "the disk of the store {} is full",
+                    self.store.root().display()
+                ))
+            }
+            _ => error,
+        }
+    }
+
     fn raw(
         &self,
         name: &str,
@@ -341,8 +425,20 @@ impl Importer<'_> {
                 "--from takes a tar or a directory to add, not a disk image",
             ));
         }
+        let fs = mountable(raw_image)?;
+        let fixed = fs.as_ref().and_then(|fs| fs.fixed.as_ref());
         let least = raw_image.size.next_multiple_of(BLOCK_SIZE);
         let virtual_size = options.size.unwrap_or(least);
+        if let (Some(why), true) = (fixed, virtual_size > least) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "its file system cannot be made larger than its {} bytes, since {why}: leave \
+                     --size out",
+                    raw_image.size
+                ),
+            ));
+        }
         if virtual_size < least {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -354,7 +450,7 @@ impl Importer<'_> {
         let layer = WritableLayer::open(storage, &staged.dir(), LayerOptions::default())?;
         let shown = raw_image.path.display().to_string();
         let mut progress = self.watch.layer(&shown, Some(raw_image.size));
-        raw::copy_in(&layer, &raw_image.path, |bytes| {
+        raw::copy_in(&layer, &raw_image.path, raw_image.size, |bytes| {
             if let Some(progress) = &mut progress {
                 progress(bytes);
             }
@@ -368,15 +464,15 @@ impl Importer<'_> {
         self.watch.done();
         let mut config = ImageConfig::for_host();
         config.history.push(imported(&raw_image.path));
-        let fs = (raw_image.filesystem == Some("ext4")).then(|| FsInfo {
-            kind: "ext4".into(),
-        });
         let image = ImageRecord {
             name: name.to_owned(),
             id: Uuid::new_v4(),
             layers: vec![layer],
             virtual_size,
+            device_size: (options.size.is_none() && raw_image.size < virtual_size)
+                .then_some(raw_image.size),
             fs,
+            holds: raw_image.holds.as_ref().map(Holds::to_string),
             config,
             created: now(),
         };
@@ -388,6 +484,32 @@ impl Importer<'_> {
         };
         Ok((image, vec![outcome]))
     }
+}
+
+/// The file system of a disk image, where it can be mounted.
+fn mountable(raw_image: &RawImage) -> Result<Option<FsInfo>> {
+    let kind = match &raw_image.holds {
+        // The kernel's ext4 mounts all three.
+        Some(Holds::FileSystem(kind)) if matches!(&kind[..], "ext2" | "ext3" | "ext4") => kind,
+        _ => return Ok(None),
+    };
+    let fixed = Superblock::of_file(&raw_image.path)?.fixed();
+    Ok(Some(FsInfo {
+        kind: kind.clone(),
+        fixed: fixed.map(str::to_owned),
+    }))
+}
+
+/// The virtual size of an image whose size nobody says: the usual one, and for content that would
+/// fill most of it as much on top of the content.
+fn size_for(content: Measure) -> u64 {
+    let blocks = content.bytes + content.bytes / 8;
+    let inodes = content.files.saturating_mul(ext4::BYTES_PER_INODE);
+    let need = blocks.max(inodes);
+    if need <= DEFAULT_SIZE / 4 * 3 {
+        return DEFAULT_SIZE;
+    }
+    (need + DEFAULT_SIZE).next_multiple_of(1 << 30)
 }
 
 fn file_origin(path: &Path) -> String {

@@ -65,7 +65,11 @@ pub(super) fn mount_locked(
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!(
-                "the image of {name} holds no ext4 that could be mounted: use `vellum nbd {name}`"
+                "the image of {name} holds {}: use `vellum nbd {name}`, and a client that knows it",
+                match &container.holds {
+                    Some(holds) => format!("{holds}, and no ext4 that could be mounted"),
+                    None => "no ext4 that could be mounted".into(),
+                }
             ),
         ));
     }
@@ -112,9 +116,20 @@ fn mount_grown(
 ) -> Result<()> {
     let options = rights.options();
     ext4::mount(device, dir, options)?;
-    grow_file_system(device, dir, container.virtual_size, options, || {
+    let grown = grow_file_system(device, dir, container.virtual_size, options, || {
         ext4::unmount(dir, UNMOUNT_TIMEOUT)
-    })
+    });
+    match grown {
+        // Its files are there all the same; the next mount tries again.
+        Err(error) if ext4::is_mounted(dir)? => {
+            tracing::warn!(
+                "{}: its file system stays as large as it is: {error}",
+                container.name
+            );
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 /// Where a container is mounted, if it is.
@@ -169,6 +184,7 @@ pub fn umount(store: &Store, name: &str, force: bool) -> Result<()> {
 pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
     let run_dir = store.run_dir(container);
     run::end_running(&run_dir, &container.name, force)?;
+    take_scaffold_away(store, container);
     unmount_device(&run_dir, force)
         .map_err(|error| error.context(format!("cannot unmount {}", container.name)))?;
     mount_point::remove_all(&run_dir)?;
@@ -178,6 +194,21 @@ pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: b
     };
     device::detach(&run_dir, &options)
         .map_err(|error| error.context(format!("cannot detach {}", container.name)))
+}
+
+/// Takes away what running the container left in its file system. What stays does no harm: it is noted
+/// in the record.
+fn take_scaffold_away(store: &Store, container: &ContainerRecord) {
+    let take = || {
+        let alive = device::status(&store.run_dir(container))?.is_some_and(|status| status.alive);
+        match mounted(store, container)? {
+            Some(mounted) if alive => run::scaffold::take_away(store, container, &mounted.dir),
+            _ => Ok(()),
+        }
+    };
+    if let Err(error) = take() {
+        tracing::warn!(%error, "{}: mount points stay in it", container.name);
+    }
 }
 
 /// Unmounts everything that is mounted from the loop device of a run directory.
@@ -306,7 +337,6 @@ pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
     for run_dir in store.orphaned_run_dirs()? {
         run::end_running(&run_dir, "of a removed record", true)?;
         unmount_device(&run_dir, true)?;
-        mount_point::end_etc(&run_dir)?;
         let options = DetachOptions {
             force: true,
             ..DetachOptions::default()

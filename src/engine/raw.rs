@@ -14,15 +14,19 @@ use crate::layer::WritableLayer;
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
 
-/// Copies the file at `path` into a layer, without its holes and zeros. `progress` hears of bytes
-/// of the file that are done with.
+/// Copies the `len` bytes of the file or block device at `path` into a layer, without its holes and
+/// zeros. `progress` hears of bytes that are done with.
 ///
 /// # Errors
 /// [`crate::ErrorKind::OutOfRange`] where the file is larger than the layer.
-pub fn copy_in(layer: &WritableLayer, path: &Path, mut progress: impl FnMut(u64)) -> Result<()> {
+pub fn copy_in(
+    layer: &WritableLayer,
+    path: &Path,
+    len: u64,
+    mut progress: impl FnMut(u64),
+) -> Result<()> {
     let what = || format!("cannot read {}", path.display());
     let file = File::open(path).context(what)?;
-    let len = file.metadata().context(what)?.len();
     crate::block::check_range(0, len, layer.header().virtual_size)?;
     let mut buf = vec![0; CHUNK];
     let mut done = 0;

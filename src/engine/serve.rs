@@ -43,20 +43,23 @@ impl ControlHandler for Answers {
 /// [`crate::ErrorKind::NotFound`] for a name that is neither; [`crate::ErrorKind::InUse`] while the
 /// container is mounted or served.
 pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Serving)> {
-    let (target, id) = match store.container(name) {
-        Ok(container) => (Target::Container(name.to_owned()), Some(container.id)),
+    let (target, id, shown) = match store.container(name) {
+        Ok(container) => (Target::Container(name.to_owned()), Some(container.id), None),
         Err(no_container) => match store
             .image(name)
             .ok()
-            .and_then(|i| i.layers.last().copied())
+            .and_then(|image| Some((*image.layers.last()?, image.device_size)))
         {
             // Several servers may have an image, so none of them answers for it.
-            Some(top) => (Target::Sealed(top), None),
+            Some((top, shown)) => (Target::Sealed(top), None, shown),
             None => return Err(no_container),
         },
     };
     let stats = Arc::new(ChainStats::default().counting(counts()));
     let chain = Arc::new(target.open_counted(store, stats)?);
+    if let Some(size) = shown {
+        chain.chain().show(size)?;
+    }
     let mut export = Export::new(name, chain.chain().clone());
     export.read_only = read_only;
     // In a store that cannot be written there is no place for a socket, and nothing is counted but

@@ -11,11 +11,27 @@ use crate::storage::LockMode;
 use crate::store::{FsInfo, LayerInfo, Store, StoreGuard, TemplateRecord};
 
 /// Changes whenever the options of the file system do, so that old and new layers do not mix.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+
+/// The beginning of every template's key. The keys of image layers go on from there with a slash.
+const KEY: &str = "ext4-v";
+
+/// How many of an image's layers, from the bottom up, are the driver's own: the empty file system
+/// that its files lie in, which no step of its history made.
+pub(crate) fn count(store: &Store, layers: &[Uuid]) -> usize {
+    let is_template = |layer: &&Uuid| {
+        let key = store
+            .layer_info(**layer)
+            .ok()
+            .and_then(|info| info.chain_key);
+        key.is_some_and(|key| key.starts_with(KEY) && !key.contains('/'))
+    };
+    layers.iter().take(1).filter(is_template).count()
+}
 
 /// The template for file systems of `size` bytes; made where the store has none.
 pub(crate) fn get(store: &Store, size: u64, pin: &StoreGuard) -> Result<TemplateRecord> {
-    let key = format!("ext4-v{VERSION}-{size}");
+    let key = format!("{KEY}{VERSION}-{size}");
     // One process makes it, the others wait and find it.
     let lock_path = store.root().join("templates").join("lock");
     let _lock = store
@@ -35,7 +51,7 @@ pub(crate) fn get(store: &Store, size: u64, pin: &StoreGuard) -> Result<Template
         &staged.dir(),
         LayerOptions::default(),
     )?;
-    raw::copy_in(&layer, &image, |_| {})?;
+    raw::copy_in(&layer, &image, size, |_| {})?;
     std::fs::remove_file(&image).context(|| format!("cannot remove {}", image.display()))?;
     let info = LayerInfo {
         origin: format!("empty ext4 of {size} bytes"),
@@ -47,6 +63,7 @@ pub(crate) fn get(store: &Store, size: u64, pin: &StoreGuard) -> Result<Template
         key,
         layer,
         fs: FsInfo {
+            fixed: None,
             kind: "ext4".into(),
         },
     };

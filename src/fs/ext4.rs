@@ -5,6 +5,8 @@
 //! the kernel does not zero them later either), the journal is left as a hole, no blocks are
 //! reserved. Group descriptors are spread over the device (meta_bg) instead of reserving room for
 //! growth in front (resize_inode), which costs 4 MiB at 10 GiB and bounds how far it can grow.
+//! Extended attributes that do not fit a block get inodes of their own (ea_inode): images have them,
+//! and a feature cannot be turned on under a file system that is in use.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -24,7 +26,9 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 /// same template.
 const FEATURES: &str = "none,has_journal,ext_attr,dir_index,filetype,meta_bg,extent,64bit,\
                         flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize,\
-                        metadata_csum";
+                        metadata_csum,ea_inode";
+/// Bytes of a file system for each file or directory that it can hold.
+pub const BYTES_PER_INODE: u64 = 16 << 10;
 /// The smallest size that ext4 with a journal is made at.
 const MIN_SIZE: u64 = 16 << 20;
 /// What mke2fs takes as the smallest journal.
@@ -109,7 +113,8 @@ pub fn make(path: &Path, size: u64, options: &MakeOptions) -> Result<()> {
     let mut command = Command::new("mke2fs");
     command
         .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256"])
-        .args(["-i", "16384", "-G", "16", "-m", "0", "-e", "remount-ro"])
+        .args(["-i", &BYTES_PER_INODE.to_string(), "-G", "16", "-m", "0"])
+        .args(["-e", "remount-ro"])
         .args(["-O", FEATURES])
         .args(["-U", &options.uuid.to_string()])
         .args(["-J", &format!("size={}", journal >> 20)])
@@ -275,7 +280,9 @@ pub fn is_mounted(target: &Path) -> Result<bool> {
 /// and call [`grow_unmounted`] then.
 pub fn grow(target: &Path, size: u64) -> Result<()> {
     let dir = open_root(target)?;
-    let blocks = size / 4096;
+    let stat = nix::sys::statvfs::statvfs(target).context(|| target.display().to_string())?;
+    // The kernel counts in blocks of the file system, which may be smaller than ours.
+    let blocks = size / stat.block_size();
     // SAFETY: the kernel reads the u64 that the reference names; the descriptor is open.
     unsafe { ioctl::ext4_resize_fs(dir.as_raw_fd(), &blocks) }.map_err(|errno| match errno {
         nix::errno::Errno::EPERM => Error::with_source(
@@ -313,6 +320,13 @@ pub fn may_grow_mounted() -> Result<bool> {
 /// # Errors
 /// [`ErrorKind::Missing`] without e2fsprogs, [`ErrorKind::Command`] with what resize2fs said.
 pub fn grow_unmounted(device: &Path) -> Result<()> {
+    // What resize2fs refuses for good reason, and does all the same with -f.
+    if let Some(why) = crate::fs::superblock::Superblock::of_file(device)?.fixed() {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{}: cannot be grown, since {why}", device.display()),
+        ));
+    }
     let mut command = Command::new("resize2fs");
     // -f: a clean file system need not be checked first.
     command.arg("-f").arg(device);

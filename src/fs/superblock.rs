@@ -2,9 +2,12 @@
 //!
 //! Source: the kernel's Documentation/filesystems/ext4 (super.rst, ifork.rst). Little-endian.
 
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
-use crate::block::BlockDevice;
+use crate::block::{BLOCK_SIZE, BlockDevice};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 const SUPERBLOCK_AT: u64 = 1024;
@@ -16,6 +19,7 @@ const STATE_ERRORS: u16 = 2;
 const INCOMPAT_RECOVER: u32 = 0x4;
 const INCOMPAT_64BIT: u32 = 0x80;
 const COMPAT_HAS_JOURNAL: u32 = 0x4;
+const RO_COMPAT_BIGALLOC: u32 = 0x200;
 /// `s_jnl_blocks` holds a copy of the journal inode's block map.
 const JOURNAL_BACKUP_BLOCKS: u8 = 1;
 
@@ -28,13 +32,15 @@ pub struct Superblock {
     pub size: u64,
     /// Inodes in use, as of when it was unmounted.
     pub inodes_used: u64,
+    /// Space is kept in clusters of several blocks (`bigalloc`).
+    pub bigalloc: bool,
     /// Unmounted in order: nothing to replay, no errors noted.
     pub clean: bool,
     /// Its UUID.
     pub uuid: uuid::Uuid,
     /// Where the journal's blocks lie, in bytes, without the journal's own superblock. While the
     /// file system is [clean](Superblock::clean) their content means nothing: a layer need not
-    /// keep it. Empty without a journal.
+    /// keep it. Empty without a journal, and where its place is not known.
     pub journal: Vec<Range<u64>>,
 }
 
@@ -49,6 +55,18 @@ impl Superblock {
         device
             .read_at(&mut bytes, SUPERBLOCK_AT)
             .context(|| "the ext4 superblock cannot be read")?;
+        Superblock::parse(&bytes)
+    }
+
+    /// Reads the superblock of an ext4 on the device or in the file at `path`.
+    ///
+    /// # Errors
+    /// As [`Superblock::read`]; where it cannot be read.
+    pub fn of_file(path: &Path) -> Result<Superblock> {
+        let mut bytes = [0; SUPERBLOCK_LEN];
+        File::open(path)
+            .and_then(|file| file.read_exact_at(&mut bytes, SUPERBLOCK_AT))
+            .context(|| format!("cannot read {}", path.display()))?;
         Superblock::parse(&bytes)
     }
 
@@ -72,6 +90,7 @@ impl Superblock {
         let block_size = 1024u64 << shift;
         let compat = fields.u32(0x5C).ok_or_else(cut)?;
         let incompat = fields.u32(0x60).ok_or_else(cut)?;
+        let ro_compat = fields.u32(0x64).ok_or_else(cut)?;
         let state = fields.u16(0x3A).ok_or_else(cut)?;
         let mut blocks = u64::from(fields.u32(0x04).ok_or_else(cut)?);
         if incompat & INCOMPAT_64BIT != 0 {
@@ -92,6 +111,7 @@ impl Superblock {
             block_size,
             size,
             inodes_used: u64::from(inodes.saturating_sub(inodes_free)),
+            bigalloc: ro_compat & RO_COMPAT_BIGALLOC != 0,
             clean: incompat & INCOMPAT_RECOVER == 0
                 && state & (STATE_VALID | STATE_ERRORS) == STATE_VALID,
             uuid: uuid::Uuid::from_slice(uuid)
@@ -99,22 +119,31 @@ impl Superblock {
             journal,
         })
     }
+
+    /// Whether the file system takes a device of `size` bytes as far as whole blocks of its own, and
+    /// of ours, go.
+    pub fn fills(&self, size: u64) -> bool {
+        size.saturating_sub(self.size) < self.block_size.max(BLOCK_SIZE)
+    }
+
+    /// Why the file system cannot be made larger, if it cannot.
+    pub fn fixed(&self) -> Option<&'static str> {
+        self.bigalloc.then_some(
+            "its space is kept in clusters (the feature bigalloc), which resize2fs does not grow \
+             without damage",
+        )
+    }
 }
 
 /// The journal's blocks but the first, from the copy of its inode's map in the superblock.
 fn journal_ranges(fields: &Fields<'_>, block_size: u64, size: u64) -> Result<Vec<Range<u64>>> {
     const MAP: usize = 0x10C;
-    let unknown = |what: &str| {
-        Error::new(
-            ErrorKind::Unsupported,
-            format!("where the journal of the ext4 lies is not known: {what}"),
-        )
-    };
-    if fields.0.get(0xFD) != Some(&JOURNAL_BACKUP_BLOCKS) {
-        return Err(unknown("the superblock holds no copy of its map"));
-    }
-    if fields.u16(MAP) != Some(EXTENT_MAGIC) || fields.u16(MAP + 6) != Some(0) {
-        return Err(unknown("it is not a short list of extents"));
+    // Without a copy of its map in the superblock, or with one of another form, as ext3 has.
+    if fields.0.get(0xFD) != Some(&JOURNAL_BACKUP_BLOCKS)
+        || fields.u16(MAP) != Some(EXTENT_MAGIC)
+        || fields.u16(MAP + 6) != Some(0)
+    {
+        return Ok(Vec::new());
     }
     // A map of 60 bytes holds at most four extents beside its header.
     let entries = usize::from(fields.u16(MAP + 2).unwrap_or(0)).min(4);

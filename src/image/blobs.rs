@@ -51,8 +51,15 @@ impl Archive {
         let mut members = Members::new(Slice::new(file.clone(), 0, length));
         let mut places = HashMap::new();
         let mut names = 0;
+        let mut crowded = false;
         while let Some(member) = members.next()? {
             let path = member.node.path;
+            if crowded {
+                // Too many files for an image: then they are files for their own sake.
+                refuse_description(&path)?;
+                members.seek_past_content();
+                continue;
+            }
             let place = match member.node.kind {
                 Kind::File {
                     size,
@@ -81,13 +88,11 @@ impl Archive {
                 places.insert(path, place);
             }
             if places.len() > MAX_MEMBERS || names > MAX_NAMES {
-                return Err(Error::new(
-                    ErrorKind::InvalidInput,
-                    format!(
-                        "the archive has more than {MAX_MEMBERS} members, or names of more than \
-                         {MAX_NAMES} bytes"
-                    ),
-                ));
+                for path in places.keys() {
+                    refuse_description(path)?;
+                }
+                places.clear();
+                crowded = true;
             }
             members.seek_past_content();
         }
@@ -116,6 +121,22 @@ impl Archive {
     }
 }
 
+/// Refuses the name of a file that describes an image, in an archive with too many files for one.
+fn refuse_description(path: &[u8]) -> Result<()> {
+    let names = ["manifest.json", "oci-layout", "repositories"];
+    if names.iter().all(|name| name.as_bytes() != path) {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::InvalidInput,
+        format!(
+            "the archive has a {} and more than {MAX_MEMBERS} members, or names of more than \
+             {MAX_NAMES} bytes: no image has so many. For its files give --format tar",
+            shown(path)
+        ),
+    ))
+}
+
 /// Where a symbolic link at `path` leads inside the archive; older Docker archives have
 /// `../ID/layer.tar` for a layer that comes twice.
 fn resolve_link(path: &[u8], target: &[u8]) -> Option<Vec<u8>> {
@@ -131,7 +152,7 @@ fn resolve_link(path: &[u8], target: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// A piece of a file as a stream.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Slice {
     file: Arc<File>,
     at: u64,
@@ -170,17 +191,51 @@ pub(super) enum Blobs {
 }
 
 impl Blobs {
+    /// Whether there is a file of this name.
+    pub fn has(&self, name: &str) -> bool {
+        match self {
+            Blobs::Directory(root) => root.join(name).is_file(),
+            Blobs::Archive(archive) => archive.has(name),
+        }
+    }
+
+    /// The names of files that lie in no directory.
+    pub fn top_names(&self) -> Vec<&[u8]> {
+        let Blobs::Archive(archive) = self else {
+            return Vec::new();
+        };
+        let names = archive.places.keys().map(Vec::as_slice);
+        names.filter(|name| !name.contains(&b'/')).collect()
+    }
+
+    /// The directories at the top that have a file `name` in them.
+    pub fn names_below(&self, name: &str) -> Vec<String> {
+        let Blobs::Archive(archive) = self else {
+            return Vec::new();
+        };
+        let paths = archive.places.keys();
+        let above = paths.filter_map(|path| match split(path)? {
+            (above, file) if file == name.as_bytes() && !above.contains(&b'/') => {
+                std::str::from_utf8(above)
+                    .ok()
+                    .filter(|above| !above.is_empty())
+            }
+            _ => None,
+        });
+        above.map(str::to_owned).collect()
+    }
+
     /// Opens the file `name` and says how long it is; `NotFound` when there is none.
-    pub fn open(&self, name: &str) -> Result<(Box<dyn Read + Send>, u64)> {
+    pub fn open(&self, name: &str) -> Result<(Slice, u64)> {
+        let path = normalise(name.as_bytes()).map_err(|why| {
+            Error::new(
+                ErrorKind::InvalidInput,
+                format!("file name {name:?} refused: {why}"),
+            )
+        })?;
         match self {
             Blobs::Directory(root) => {
-                let name = normalise(name.as_bytes()).map_err(|why| {
-                    Error::new(
-                        ErrorKind::InvalidInput,
-                        format!("file name {name:?} refused: {why}"),
-                    )
-                })?;
-                let path = root.join(to_path(&name));
+                let path = root.join(to_path(&path));
                 let file = File::open(&path).context(|| format!("opening {path:?}"))?;
                 let meta = file
                     .metadata()
@@ -191,17 +246,17 @@ impl Blobs {
                         format!("{path:?} is not a regular file"),
                     ));
                 }
-                Ok((Box::new(file), meta.len()))
+                Ok((Slice::new(Arc::new(file), 0, meta.len()), meta.len()))
             }
             Blobs::Archive(archive) => {
-                let (offset, size) = archive.find(name.as_bytes()).ok_or_else(|| {
+                let (offset, size) = archive.find(&path).ok_or_else(|| {
                     Error::new(
                         ErrorKind::NotFound,
                         format!("the archive has no file {name:?}"),
                     )
                 })?;
                 let slice = Slice::new(archive.file.clone(), offset, offset.saturating_add(size));
-                Ok((Box::new(slice), size))
+                Ok((slice, size))
             }
         }
     }

@@ -16,8 +16,10 @@ pub enum Compression {
     Zstd,
 }
 
-/// The largest window that a zstd frame may ask for: 2^27 bytes, the format's own advice.
-const ZSTD_WINDOW_LOG: u32 = 27;
+/// The largest window that a zstd frame may ask for: the most that the format's own decoder can do
+/// (`zstd --long=31`). Memory is taken as far as the content fills it, so that a small frame which
+/// asks for much costs little.
+const ZSTD_WINDOW_LOG: u32 = 31;
 
 impl Compression {
     /// Tells it by `head`, the first bytes of a stream.
@@ -62,7 +64,7 @@ impl Compression {
 /// A stream with its compression undone.
 pub(super) enum Decoder<R: BufRead> {
     Plain(R),
-    Gzip(flate2::bufread::MultiGzDecoder<R>),
+    Gzip(Members<R>),
     Zstd(zstd::Decoder<'static, R>),
 }
 
@@ -74,7 +76,7 @@ impl<R: BufRead> Decoder<R> {
             .map_err(|error| super::read_failure("reading the first bytes", error))?;
         Ok(match Compression::detect(head)? {
             Compression::None => Decoder::Plain(input),
-            Compression::Gzip => Decoder::Gzip(flate2::bufread::MultiGzDecoder::new(input)),
+            Compression::Gzip => Decoder::Gzip(Members::new(input)),
             Compression::Zstd => {
                 let mut decoder = zstd::Decoder::with_buffer(input)
                     .map_err(|error| Error::io("starting zstd", error))?;
@@ -86,12 +88,14 @@ impl<R: BufRead> Decoder<R> {
         })
     }
 
-    /// What it reads from.
-    pub fn get_mut(&mut self) -> &mut R {
+    /// What it reads from, which is out of reach only in the middle of a call.
+    pub fn get_mut(&mut self) -> Option<&mut R> {
         match self {
-            Decoder::Plain(input) => input,
-            Decoder::Gzip(decoder) => decoder.get_mut(),
-            Decoder::Zstd(decoder) => decoder.get_mut(),
+            Decoder::Plain(input) => Some(input),
+            Decoder::Gzip(Members::Member(member)) => Some(member.get_mut()),
+            Decoder::Gzip(Members::Ended(input)) => Some(input),
+            Decoder::Gzip(Members::Between) => None,
+            Decoder::Zstd(decoder) => Some(decoder.get_mut()),
         }
     }
 }
@@ -114,6 +118,72 @@ impl<R: BufRead> Read for Decoder<R> {
                 error,
             )),
         })
+    }
+}
+
+/// A gzip stream of any number of members. Zeros behind the last one are padding, as gzip(1) takes
+/// them: tapes and block devices leave them.
+pub(super) enum Members<R: BufRead> {
+    Member(flate2::bufread::GzDecoder<R>),
+    /// All was read, or what follows is no member.
+    Ended(R),
+    /// Only while one gives way to the next.
+    Between,
+}
+
+impl<R: BufRead> Members<R> {
+    fn new(input: R) -> Self {
+        Members::Member(flate2::bufread::GzDecoder::new(input))
+    }
+
+    /// Goes on to the next member; false at the end.
+    fn advance(&mut self) -> io::Result<bool> {
+        let mut input = match std::mem::replace(self, Members::Between) {
+            Members::Member(done) => done.into_inner(),
+            other => {
+                *self = other;
+                return Ok(false);
+            }
+        };
+        let more = has_member(&mut input);
+        *self = match more {
+            Ok(true) => Members::new(input),
+            _ => Members::Ended(input),
+        };
+        more
+    }
+}
+
+/// Whether another gzip member follows, rather than padding and the end.
+fn has_member(input: &mut impl BufRead) -> io::Result<bool> {
+    let mut padded = false;
+    loop {
+        let next = input.fill_buf()?;
+        let zeros = next.iter().take_while(|byte| **byte == 0).count();
+        let (ends, is_empty) = (zeros == next.len(), next.is_empty());
+        if !ends {
+            return match padded || zeros > 0 {
+                true => Err(io::Error::other("there is data behind its padding")),
+                false => Ok(true),
+            };
+        }
+        if is_empty {
+            return Ok(false);
+        }
+        padded = true;
+        input.consume(zeros);
+    }
+}
+
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        while let Members::Member(member) = self {
+            let count = member.read(into)?;
+            if count > 0 || into.is_empty() || !self.advance()? {
+                return Ok(count);
+            }
+        }
+        Ok(0)
     }
 }
 
@@ -209,6 +279,28 @@ mod tests {
         data.extend(encode(b"data", Compression::Zstd));
         data.extend(skippable);
         assert_eq!(decode(&data).unwrap(), b"data");
+    }
+
+    #[test]
+    fn zeros_behind_gzip_are_padding_and_anything_else_there_is_corrupt() {
+        let mut data = encode(b"one ", Compression::Gzip);
+        data.extend(encode(b"two", Compression::Gzip));
+        data.extend([0; 10_000]);
+        assert_eq!(decode(&data).unwrap(), b"one two");
+        for behind in [&b"x"[..], b"\0\0x"] {
+            let mut data = encode(b"one", Compression::Gzip);
+            data.extend(behind);
+            let error = crate::image::read_failure("x", decode(&data).unwrap_err());
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        }
+    }
+
+    #[test]
+    fn zstd_with_a_window_of_two_gigabytes_is_read() {
+        // As `zstd --long=31` writes a stream: the frame's magic, no flags, the window's exponent,
+        // and one raw block.
+        let frame = b"\x28\xb5\x2f\xfd\x00\xa8\x21\x00\x00data";
+        assert_eq!(decode(frame).unwrap(), b"data");
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub struct ImageConfig {
     #[serde(default, deserialize_with = "or_default")]
     pub rootfs: RootFs,
     /// The steps that made it, first to last.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "list")]
     pub history: Vec<HistoryEntry>,
     /// Everything else.
     #[serde(flatten)]
@@ -56,21 +56,21 @@ pub struct RunConfig {
     /// `NAME=VALUE` each.
     #[serde(
         default,
-        deserialize_with = "or_default",
+        deserialize_with = "list",
         skip_serializing_if = "Vec::is_empty"
     )]
     pub env: Vec<String>,
     /// The program and its first arguments.
     #[serde(
         default,
-        deserialize_with = "or_default",
+        deserialize_with = "list",
         skip_serializing_if = "Vec::is_empty"
     )]
     pub entrypoint: Vec<String>,
     /// The arguments after the entry point that a user may replace.
     #[serde(
         default,
-        deserialize_with = "or_default",
+        deserialize_with = "list",
         skip_serializing_if = "Vec::is_empty"
     )]
     pub cmd: Vec<String>,
@@ -84,7 +84,7 @@ pub struct RunConfig {
     /// Free-form facts.
     #[serde(
         default,
-        deserialize_with = "or_default",
+        deserialize_with = "texts_by_name",
         skip_serializing_if = "BTreeMap::is_empty"
     )]
     pub labels: BTreeMap<String, String>,
@@ -114,10 +114,14 @@ pub struct RunConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootFs {
     /// Always `layers`.
-    #[serde(rename = "type", default = "layers")]
+    #[serde(
+        rename = "type",
+        default = "layers",
+        deserialize_with = "layers_or_text"
+    )]
     pub kind: String,
     /// `sha256:…` each, lowest layer first.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "list")]
     pub diff_ids: Vec<String>,
 }
 
@@ -170,17 +174,41 @@ pub struct HistoryStep {
     pub layer: Option<usize>,
 }
 
+fn layers_or_text<'de, D: Deserializer<'de>>(input: D) -> std::result::Result<String, D::Error> {
+    Ok(Option::<String>::deserialize(input)?.unwrap_or_else(layers))
+}
+
+/// A list, which may be `null` and have `null` in it: Go's zero value.
+pub(super) fn list<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    input: D,
+) -> std::result::Result<Vec<T>, D::Error> {
+    let list = Option::<Vec<Option<T>>>::deserialize(input)?.unwrap_or_default();
+    Ok(list.into_iter().map(Option::unwrap_or_default).collect())
+}
+
+/// Texts by name, which may be `null` and have `null` in it.
+pub(super) fn texts_by_name<'de, D: Deserializer<'de>>(
+    input: D,
+) -> std::result::Result<BTreeMap<String, String>, D::Error> {
+    let map = Option::<BTreeMap<String, Option<String>>>::deserialize(input)?.unwrap_or_default();
+    let texts = map
+        .into_iter()
+        .map(|(key, text)| (key, text.unwrap_or_default()));
+    Ok(texts.collect())
+}
+
 /// Docker writes `null` where the specification has a default.
-fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+pub(super) fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
     input: D,
 ) -> std::result::Result<T, D::Error> {
     Ok(Option::<T>::deserialize(input)?.unwrap_or_default())
 }
 
 impl ImageConfig {
-    /// A configuration for this host with nothing in it.
+    /// A configuration for this kind of host with nothing in it. It asks for no more than every CPU
+    /// of the kind has.
     pub fn for_host() -> Self {
-        let host = super::Platform::host();
+        let host = super::Platform::host().baseline();
         ImageConfig {
             architecture: host.architecture,
             os: host.os,
@@ -196,7 +224,10 @@ impl ImageConfig {
     /// `Corrupt` when it is not the JSON of an image configuration or a layer's digest in it is
     /// not one.
     pub fn from_json(json: &[u8]) -> Result<Self> {
-        let config: ImageConfig = serde_json::from_slice(json).map_err(|error| {
+        // By way of a value, in which the last of several equal keys counts, as Go reads it.
+        let value = serde_json::from_slice::<serde_json::Value>(json);
+        let config = value.and_then(serde_json::from_value::<ImageConfig>);
+        let config = config.map_err(|error| {
             Error::with_source(
                 ErrorKind::Corrupt,
                 "the image configuration is not what the OCI specification has",
@@ -220,25 +251,33 @@ impl ImageConfig {
         })
     }
 
+    /// Brings the history into step with `layers` layers, so that what is added later stands beside
+    /// its own layer: images exist whose history mentions fewer or more than there are, or none.
+    /// Layers that it does not mention get a step without a word, and of too many steps that claim
+    /// a layer the last ones claim none any more.
+    pub fn settle_history(&mut self, layers: usize) {
+        let mut made = 0;
+        for entry in self.history.iter_mut().filter(|entry| !entry.empty_layer) {
+            made += 1;
+            entry.empty_layer = made > layers;
+        }
+        for _ in made..layers {
+            self.history.push(HistoryEntry::default());
+        }
+    }
+
     /// Every step in order with the layer it made; `layers` is the number of layers.
     ///
-    /// Images exist whose history mentions fewer layers than there are, or more: layers that it
-    /// does not mention follow as steps without a word, and a step too many has no layer.
+    /// Where the two do not match, they do after [`ImageConfig::settle_history`].
     pub fn history_steps(&self, layers: usize) -> Vec<HistoryStep> {
+        let mut settled = self.clone();
+        settled.settle_history(layers);
         let mut next = 0..layers;
-        let mut steps: Vec<HistoryStep> = self
-            .history
-            .iter()
-            .map(|entry| HistoryStep {
-                entry: entry.clone(),
-                layer: if entry.empty_layer { None } else { next.next() },
-            })
-            .collect();
-        steps.extend(next.map(|layer| HistoryStep {
-            entry: HistoryEntry::default(),
-            layer: Some(layer),
-        }));
-        steps
+        let steps = settled.history.into_iter().map(|entry| HistoryStep {
+            layer: if entry.empty_layer { None } else { next.next() },
+            entry,
+        });
+        steps.collect()
     }
 }
 
@@ -335,5 +374,37 @@ mod tests {
         assert_eq!(layers(2), [Some(0), None, Some(1)]);
         assert_eq!(layers(1), [Some(0), None, None]);
         assert_eq!(layers(3), [Some(0), None, Some(1), Some(2)]);
+    }
+
+    #[test]
+    fn a_step_after_a_settled_history_stands_beside_the_layer_that_it_made() {
+        for steps in 0..5 {
+            let mut config = ImageConfig {
+                history: vec![HistoryEntry::default(); steps],
+                ..ImageConfig::default()
+            };
+            config.settle_history(2);
+            config.history.push(HistoryEntry {
+                created_by: Some("commit".into()),
+                ..HistoryEntry::default()
+            });
+            let all = config.history_steps(3);
+            let last = all.last().unwrap();
+            assert_eq!(last.entry.created_by.as_deref(), Some("commit"), "{steps}");
+            assert_eq!(last.layer, Some(2), "{steps}");
+        }
+    }
+
+    #[test]
+    fn nulls_and_keys_that_come_twice_are_read_as_go_reads_them() {
+        let json = br#"{"architecture":"arm","architecture":"amd64","os":null,"config":{
+            "Labels":{"a":null,"b":"c"},"Env":["A=1",null],"Cmd":null,"StopSignal":null},
+            "rootfs":{"type":null,"diff_ids":null},"history":[null,{"created_by":null}]}"#;
+        let config = ImageConfig::from_json(json).unwrap();
+        assert_eq!(config.architecture, "amd64");
+        assert_eq!(config.config.labels["a"], "");
+        assert_eq!(config.config.env, ["A=1", ""]);
+        assert_eq!(config.rootfs, RootFs::default());
+        assert_eq!(config.history.len(), 2);
     }
 }

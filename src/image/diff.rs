@@ -1,12 +1,13 @@
 //! What changed between two trees.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::stat::FileStat;
+use nix::sys::stat::{FileStat, SFlag};
 use nix::unistd::{Whence, lseek};
 
 use super::node::{PERMISSIONS, join, shown, to_path};
@@ -14,6 +15,9 @@ use super::rooted::{file_type, is_directory, mtime};
 use super::walk::Level;
 use crate::Result;
 use crate::error::ResultExt;
+
+/// Bytes of stack for a walk: the deepest trees take a small part of it.
+const STACK: usize = 64 << 20;
 
 /// How a path changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -53,6 +57,48 @@ impl fmt::Display for Change {
     }
 }
 
+/// What was made in the upper tree by others than whoever works in it, and is no change of theirs.
+#[derive(Debug, Clone, Default)]
+pub struct Foreign {
+    /// Files (`false`) and directories (`true`), by absolute path, which do not count while they are
+    /// new and have nothing in them but one another.
+    pub points: BTreeMap<PathBuf, bool>,
+    /// Modification times (seconds, nanoseconds) that directories have from that, which do not count.
+    pub times: BTreeMap<PathBuf, (i64, i64)>,
+}
+
+impl Foreign {
+    fn made(&self, level: &Level, name: &[u8], stat: &FileStat) -> Result<bool> {
+        let path = join(&level.path, name);
+        Ok(match self.points.get(&absolute(&path)) {
+            Some(true) if is_directory(stat) => {
+                let mut all = true;
+                level.descend(name, |inner| {
+                    for name in inner.names()? {
+                        let Some(stat) = inner.look(&name)? else {
+                            continue;
+                        };
+                        all = all && self.made(inner, &name, &stat)?;
+                    }
+                    Ok(())
+                })?;
+                all
+            }
+            Some(false) => file_type(stat) == SFlag::S_IFREG && stat.st_size == 0,
+            _ => false,
+        })
+    }
+
+    fn touched(&self, path: &[u8], stat: &FileStat) -> bool {
+        let time = self.times.get(&absolute(path));
+        time == Some(&(stat.st_mtime, stat.st_mtime_nsec))
+    }
+}
+
+fn absolute(path: &[u8]) -> PathBuf {
+    Path::new("/").join(to_path(path))
+}
+
 /// Lists what makes the tree at `upper` differ from the one at `lower`, sorted by path.
 ///
 /// It compares type, permissions, owner, size, modification time (nanoseconds), link target,
@@ -70,7 +116,34 @@ impl fmt::Display for Change {
 /// `Io` and `Permission` with the path that could not be read. Neither tree may change
 /// meanwhile: mount both read-only.
 pub fn diff_trees(lower: &Path, upper: &Path) -> Result<Vec<Change>> {
-    let mut changes = Vec::new();
+    diff_trees_but(lower, upper, &Foreign::default())
+}
+
+/// As [`diff_trees`], without what is `foreign`.
+///
+/// # Errors
+/// As [`diff_trees`].
+pub fn diff_trees_but(lower: &Path, upper: &Path, foreign: &Foreign) -> Result<Vec<Change>> {
+    // Each level of a tree is a call: deep ones want more than a thread commonly has.
+    std::thread::scope(|scope| {
+        let walk = || compare_trees(lower, upper, foreign);
+        let thread = std::thread::Builder::new()
+            .name("vellum-diff".into())
+            .stack_size(STACK)
+            .spawn_scoped(scope, walk)
+            .context(|| "cannot start a thread")?;
+        match thread.join() {
+            Ok(changes) => changes,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+fn compare_trees(lower: &Path, upper: &Path, foreign: &Foreign) -> Result<Vec<Change>> {
+    let mut changes = Changes {
+        list: Vec::new(),
+        foreign,
+    };
     let (lower, upper) = (Level::root(lower)?, Level::root(upper)?);
     compare_levels(&lower, &upper, &mut changes)?;
     if !same_attributes(&lower.stat()?, &upper.stat()?)
@@ -78,24 +151,40 @@ pub fn diff_trees(lower: &Path, upper: &Path) -> Result<Vec<Change>> {
     {
         push(&mut changes, ChangeKind::Changed, b"");
     }
-    changes.sort_unstable_by(|one: &(Vec<u8>, ChangeKind), two| one.0.cmp(&two.0));
-    Ok(changes
+    let mut list = changes.list;
+    list.sort_unstable_by(|one, two| one.0.cmp(&two.0));
+    Ok(list
         .into_iter()
         .map(|(path, kind)| Change {
             kind,
-            path: Path::new("/").join(to_path(&path)),
+            path: absolute(&path),
         })
         .collect())
 }
 
-type Changes = Vec<(Vec<u8>, ChangeKind)>;
+struct Changes<'a> {
+    list: Vec<(Vec<u8>, ChangeKind)>,
+    foreign: &'a Foreign,
+}
 
-fn push(changes: &mut Changes, kind: ChangeKind, path: &[u8]) {
-    changes.push((path.to_vec(), kind));
+fn push(changes: &mut Changes<'_>, kind: ChangeKind, path: &[u8]) {
+    changes.list.push((path.to_vec(), kind));
+}
+
+/// Whether nothing below `level` is walked: no path could name it.
+fn is_too_deep(level: &Level) -> bool {
+    let too_deep = level.is_deepest();
+    if too_deep {
+        tracing::warn!(
+            "{}: what is below is not looked at: paths end here",
+            shown(&level.path)
+        );
+    }
+    too_deep
 }
 
 /// Merges the sorted names of two directories.
-fn compare_levels(lower: &Level, upper: &Level, changes: &mut Changes) -> Result<()> {
+fn compare_levels(lower: &Level, upper: &Level, changes: &mut Changes<'_>) -> Result<()> {
     let mut old = lower.names()?.into_iter().peekable();
     let mut new = upper.names()?.into_iter().peekable();
     loop {
@@ -121,45 +210,56 @@ fn compare_levels(lower: &Level, upper: &Level, changes: &mut Changes) -> Result
     }
 }
 
-fn added(level: &Level, name: &[u8], changes: &mut Changes) -> Result<()> {
+fn added(level: &Level, name: &[u8], changes: &mut Changes<'_>) -> Result<()> {
     let Some(stat) = level.look(name)? else {
         return Ok(());
     };
+    if changes.foreign.made(level, name, &stat)? {
+        return Ok(());
+    }
     push(changes, ChangeKind::Added, &join(&level.path, name));
-    if is_directory(&stat) {
-        added_below(&level.enter(name)?, changes)?;
+    if is_directory(&stat) && !is_too_deep(level) {
+        level.descend(name, |inner| added_below(inner, changes))?;
     }
     Ok(())
 }
 
-fn added_below(level: &Level, changes: &mut Changes) -> Result<()> {
+fn added_below(level: &Level, changes: &mut Changes<'_>) -> Result<()> {
     for name in level.names()? {
         added(level, &name, changes)?;
     }
     Ok(())
 }
 
-fn compare(lower: &Level, upper: &Level, name: &[u8], changes: &mut Changes) -> Result<()> {
+fn compare(lower: &Level, upper: &Level, name: &[u8], changes: &mut Changes<'_>) -> Result<()> {
     let (Some(old), Some(new)) = (lower.look(name)?, upper.look(name)?) else {
         return Ok(());
     };
     let path = join(&upper.path, name);
     match (is_directory(&old), is_directory(&new)) {
+        (true, true) if is_too_deep(upper) => push(changes, ChangeKind::Changed, &path),
         (true, true) => {
-            let (old_level, new_level) = (lower.enter(name)?, upper.enter(name)?);
-            let before = changes.len();
-            compare_levels(&old_level, &new_level, changes)?;
-            let untouched = changes.len() == before
-                && same_attributes(&old, &new)
-                && mtime(&old) == mtime(&new)
-                && (unmoved(&old, &new) || old_level.xattrs(b"")? == new_level.xattrs(b"")?);
-            if !untouched {
+            let before = changes.list.len();
+            let same_time = mtime(&old) == mtime(&new) || changes.foreign.touched(&path, &new);
+            let mut same = same_attributes(&old, &new) && same_time;
+            lower.descend(name, |old_level| {
+                upper.descend(name, |new_level| {
+                    compare_levels(old_level, new_level, changes)?;
+                    same = same
+                        && (unmoved(&old, &new)
+                            || old_level.xattrs(b"")? == new_level.xattrs(b"")?);
+                    Ok(())
+                })
+            })?;
+            if !same || changes.list.len() != before {
                 push(changes, ChangeKind::Changed, &path);
             }
         }
         (false, true) => {
             push(changes, ChangeKind::Changed, &path);
-            added_below(&upper.enter(name)?, changes)?;
+            if !is_too_deep(upper) {
+                upper.descend(name, |inner| added_below(inner, changes))?;
+            }
         }
         (true, false) => push(changes, ChangeKind::Changed, &path),
         (false, false) => {

@@ -3,9 +3,10 @@
 use serde::Deserialize;
 
 use super::blobs::Blobs;
-use super::config::ImageConfig;
+use super::config::{ImageConfig, list};
 use super::layer::LayerRef;
-use super::oci::{Platform, json};
+use super::oci::{canonical_name, json};
+use super::platform::Platform;
 use super::source::{Image, SourceOptions};
 use crate::{Error, ErrorKind, Result};
 
@@ -16,6 +17,7 @@ struct Entry {
     config: String,
     #[serde(default)]
     repo_tags: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "list")]
     layers: Vec<String>,
 }
 
@@ -88,10 +90,14 @@ fn select<'a>(entries: &'a [Entry], wanted: Option<&str>) -> Result<&'a Entry> {
         ([only], None) => Ok(only),
         (_, None) => Err(Error::new(
             ErrorKind::InvalidInput,
-            format!("the archive has several images, say which one: {}", list()),
+            format!(
+                "the archive has several images, say which one (--select): {}",
+                list()
+            ),
         )),
         (_, Some(wanted)) => {
-            let full = |name: &String| name == wanted || *name == format!("{wanted}:latest");
+            let canonical = canonical_name(wanted);
+            let full = |name: &String| name == wanted || canonical_name(name) == canonical;
             let found = entries
                 .iter()
                 .find(|entry| entry.names().iter().any(full) || entry.config == wanted);

@@ -33,6 +33,9 @@ const HOLE: usize = 64 * 1024;
 /// How much content is moved at a time, in bytes; a multiple of [`HOLE`].
 const CHUNK: usize = 256 * 1024;
 
+/// What surely fits the block that a file's extended attributes share, in bytes.
+const XATTRS_IN_A_BLOCK: usize = 2048;
+
 /// Where the bytes of a file come from.
 pub(super) trait Content {
     /// Reads the next bytes of the file's data; 0 at its end.
@@ -404,8 +407,18 @@ impl Installer {
                     self.stats.skipped_xattrs += 1;
                 }
                 Err(error) => {
+                    let limit = match error.raw_os_error() {
+                        Some(libc::ENOSPC | libc::E2BIG) if value.len() > XATTRS_IN_A_BLOCK => {
+                            ", more than this file system keeps for a file (an ext4 made without \
+                             its feature ea_inode: some 4000 bytes)"
+                        }
+                        _ => "",
+                    };
                     return Err(Error::io(
-                        format!("setting its xattr {shown_name:?} of {} bytes", value.len()),
+                        format!(
+                            "setting its xattr {shown_name:?} of {} bytes{limit}",
+                            value.len()
+                        ),
                         error,
                     ));
                 }

@@ -37,6 +37,11 @@ impl Hasher {
         }
     }
 
+    /// For SHA-256.
+    pub fn sha256() -> Hasher {
+        Hasher::Sha256(Sha256::new())
+    }
+
     pub fn update(&mut self, data: &[u8]) {
         match self {
             Hasher::Sha256(hasher) => hasher.update(data),
@@ -148,7 +153,9 @@ impl LayerReader {
         let Some(diff) = self.diff.take() else {
             return Ok(());
         };
-        let blob = self.decoder.get_mut();
+        let blob = self.decoder.get_mut().ok_or_else(|| {
+            Error::new(ErrorKind::Io, "the layer was left in the middle of a read")
+        })?;
         loop {
             let count = blob
                 .fill_buf()

@@ -4,12 +4,13 @@
 //! buffer that feeds it, nanosecond times, both xattr dialects and the checks that make a
 //! member safe to act on. PAX values are binary-safe here: a capability may hold a newline.
 
+use std::borrow::Cow;
 use std::io::{self, Read};
 
 use tar_core::parse::{Limits, ParseError, ParseEvent, ParsedEntry, Parser};
 use tar_core::{EntryType, SparseEntry};
 
-use super::node::{Extent, Kind, MAX_PATH, Node, PERMISSIONS, Time, normalise, shown};
+use super::node::{Extent, Kind, MAX_PATH, Node, PERMISSIONS, Time, join, normalise, shown};
 use super::read_failure;
 use super::records::{Records, corrupt, refuse};
 use crate::{Error, ErrorKind, Result};
@@ -64,8 +65,10 @@ impl<R: Read> Members<R> {
             max_pending_entries: 16,
             max_sparse_entries: MAX_EXTENTS,
         });
-        // The values are checked below, where a time before 1970 is no error.
+        // The values are checked below, where a time before 1970 is no error, nor an empty name in
+        // a PAX record: it leaves the header's.
         parser.set_ignore_pax_errors(true);
+        parser.set_allow_empty_path(true);
         Members {
             input,
             buffer: vec![0; READ_AHEAD],
@@ -131,7 +134,10 @@ impl<R: Read> Members<R> {
                     self.end_marker = true;
                     return Ok(None);
                 }
-                Err(error) => return Err(parse_failure(error, self.position)),
+                Err(error) => match overridden(&error) {
+                    Some(flag) if self.drop_header(flag) => continue,
+                    _ => return Err(parse_failure(error, self.position)),
+                },
             };
             if !self.fill(wanted)? {
                 self.ended = true;
@@ -193,6 +199,39 @@ impl<R: Read> Members<R> {
                 return Ok(());
             }
             self.position = self.position.saturating_add(count as u64);
+        }
+    }
+
+    /// Takes the first header of type `flag` in front of the next member out of the buffer, with
+    /// its data: a later one of the type stands in its place, as GNU tar and Go read it.
+    fn drop_header(&mut self, flag: u8) -> bool {
+        const TYPE_AT: usize = 156;
+        let mut at = self.start;
+        loop {
+            let Some(block) = self
+                .buffer
+                .get(at..self.end)
+                .and_then(|rest| rest.first_chunk::<512>())
+            else {
+                return false;
+            };
+            let size = tar_core::Header::from_bytes(block).entry_size().ok();
+            let size = size.and_then(|size| size.checked_next_multiple_of(512));
+            let Some(size) = size.and_then(|size| usize::try_from(size).ok()) else {
+                return false;
+            };
+            let is_zero = block.iter().all(|byte| *byte == 0);
+            let next = at.saturating_add(if is_zero { 512 } else { 512 + size });
+            if next > self.end {
+                return false;
+            }
+            if block.get(TYPE_AT) == Some(&flag) && !is_zero {
+                self.buffer
+                    .copy_within(self.start..at, self.start + next - at);
+                self.consume(next - at);
+                return true;
+            }
+            at = next;
         }
     }
 
@@ -277,6 +316,16 @@ fn read_retrying(input: &mut impl Read, into: &mut [u8]) -> Result<usize> {
     }
 }
 
+/// The type of header that came twice for one member, where that is the error.
+fn overridden(error: &ParseError) -> Option<u8> {
+    match error {
+        ParseError::DuplicatePaxHeader => Some(b'x'),
+        ParseError::DuplicateGnuLongName => Some(b'L'),
+        ParseError::DuplicateGnuLongLink => Some(b'K'),
+        _ => None,
+    }
+}
+
 fn parse_failure(error: ParseError, position: u64) -> Error {
     let kind = match error {
         ParseError::PathTooLong { .. }
@@ -297,17 +346,39 @@ fn content(stored: u64, path: &[u8]) -> Result<Content> {
     })
 }
 
+/// The name of a member. An empty one in a PAX record takes that record back.
+fn name_of<'a>(entry: &'a ParsedEntry<'_>) -> Result<Cow<'a, [u8]>> {
+    if !entry.path.is_empty() {
+        return Ok(Cow::Borrowed(&entry.path));
+    }
+    let name = entry.header.path_bytes();
+    let prefix = entry.header.prefix().filter(|prefix| !prefix.is_empty());
+    match prefix {
+        Some(prefix) => Ok(Cow::Owned(join(prefix, name))),
+        None if name.is_empty() => Err(Error::new(
+            ErrorKind::Corrupt,
+            "the archive has a member without a name",
+        )),
+        None => Ok(Cow::Borrowed(name)),
+    }
+}
+
 fn plain_member(entry: &ParsedEntry<'_>, offset: u64) -> Result<(Member, Content)> {
-    let name: &[u8] = &entry.path;
-    let records = Records::read(entry)?;
+    let name: &[u8] = &name_of(entry)?;
+    let records = Records::read(entry, name)?;
     let device = || -> (u32, u32) {
         (
             entry.dev_major.unwrap_or_default(),
             entry.dev_minor.unwrap_or_default(),
         )
     };
+    let target = match &entry.link_target {
+        // An empty PAX record takes itself back.
+        Some(empty) if empty.is_empty() => Some(entry.header.link_name_bytes()),
+        target => target.as_deref(),
+    };
     let link = |what: &str| -> Result<Vec<u8>> {
-        match &entry.link_target {
+        match target.filter(|target| !target.is_empty()) {
             Some(target) if target.len() > MAX_PATH => {
                 Err(refuse(name, format!("its {what} is too long")))
             }
@@ -360,7 +431,7 @@ fn plain_member(entry: &ParsedEntry<'_>, offset: u64) -> Result<(Member, Content
         _ => 0,
     };
     let content = content(stored, name)?;
-    let node = node(entry, kind, records)?;
+    let node = node(entry, name, kind, records)?;
     Ok((Member { node, offset }, content))
 }
 
@@ -370,8 +441,8 @@ fn sparse_member(
     real_size: u64,
     offset: u64,
 ) -> Result<(Member, Content)> {
-    let name: &[u8] = &entry.path;
-    let records = Records::read(entry)?;
+    let name: &[u8] = &name_of(entry)?;
+    let records = Records::read(entry, name)?;
     let mut extents = Vec::with_capacity(map.len());
     let mut reached = 0;
     let mut stored: u64 = 0;
@@ -408,25 +479,22 @@ fn sparse_member(
         size: real_size,
         extents: Some(extents),
     };
-    let node = node(entry, kind, records)?;
+    let node = node(entry, name, kind, records)?;
     Ok((Member { node, offset }, content))
 }
 
-fn node(entry: &ParsedEntry<'_>, kind: Kind, records: Records) -> Result<Node> {
-    let name: &[u8] = &entry.path;
+fn node(entry: &ParsedEntry<'_>, name: &[u8], kind: Kind, records: Records) -> Result<Node> {
     let path = normalise(name).map_err(|why| refuse(name, format!("name refused: {why}")))?;
-    let id = |id: u64, what: &str| -> Result<u32> {
-        u32::try_from(id)
-            .ok()
-            .filter(|id| *id != u32::MAX)
-            .ok_or_else(|| refuse(name, format!("its {what} {id} is beyond Linux's 32 bits")))
+    let id = |record: Option<i64>, header: u64, what: &str| -> Result<u32> {
+        let id = record.unwrap_or_else(|| signed(header));
+        owner(id).ok_or_else(|| refuse(name, format!("its {what} {id} is beyond Linux's 32 bits")))
     };
     Ok(Node {
         path,
         kind,
         mode: entry.mode & PERMISSIONS,
-        uid: id(entry.uid, "owner")?,
-        gid: id(entry.gid, "group")?,
+        uid: id(records.uid, entry.uid, "owner")?,
+        gid: id(records.gid, entry.gid, "group")?,
         mtime: records.mtime.unwrap_or(Time {
             // A time before 1970 is a negative base-256 number.
             seconds: entry.mtime.cast_signed(),
@@ -435,6 +503,25 @@ fn node(entry: &ParsedEntry<'_>, kind: Kind, records: Records) -> Result<Node> {
         atime: records.atime,
         xattrs: records.xattrs,
     })
+}
+
+/// The number in an 8-byte field of a header: the parser leaves the sign of a negative base-256
+/// number in bit 62.
+fn signed(field: u64) -> i64 {
+    match field >> 62 {
+        1 => (field | 1 << 63).cast_signed(),
+        _ => field.cast_signed(),
+    }
+}
+
+/// A number as the kernel takes an owner, and as umoci and containerd hand it over: negative ones
+/// wrap around, and −1, which stands for no change in chown(2), leaves root.
+fn owner(id: i64) -> Option<u32> {
+    match id {
+        -1 => Some(0),
+        0.. => u32::try_from(id).ok().filter(|id| *id != u32::MAX),
+        _ => i32::try_from(id).ok().map(i32::cast_unsigned),
+    }
 }
 
 impl Members<super::blobs::Slice> {

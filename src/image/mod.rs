@@ -8,18 +8,24 @@
 //!
 //! Nothing here knows of block layers: all of it works on directories and streams.
 
+mod acl;
 mod apply;
 mod blobs;
 mod compress;
 mod config;
 mod copy;
+mod detect;
 mod diff;
 mod docker;
+mod docker_legacy;
 mod install;
 mod layer;
+mod measure;
 mod members;
 mod node;
 mod oci;
+mod platform;
+mod raw;
 mod records;
 mod rooted;
 mod source;
@@ -31,11 +37,13 @@ pub use apply::{ApplyOptions, apply_layer};
 pub use compress::Compression;
 pub use config::{HistoryEntry, HistoryStep, ImageConfig, RunConfig, chain_id, chain_ids};
 pub use copy::copy_tree;
-pub use diff::{Change, ChangeKind, diff_trees};
+pub use diff::{Change, ChangeKind, Foreign, diff_trees, diff_trees_but};
 pub use install::ApplyStats;
 pub use layer::{LayerReader, LayerRef};
-pub use oci::Platform;
-pub use source::{Image, RawImage, Source, SourceOptions, TarSource};
+pub use measure::Measure;
+pub use platform::Platform;
+pub use raw::Holds;
+pub use source::{Format, Image, RawImage, Source, SourceOptions, TarSource};
 pub use write::{write_layer_tar, write_rootfs_tar};
 pub use write_oci::OciWriter;
 

@@ -3,6 +3,7 @@
 use tar_core::PaxExtensions;
 use tar_core::parse::ParsedEntry;
 
+use super::acl;
 use super::node::{Time, Xattrs, shown};
 use crate::{Error, ErrorKind, Result};
 
@@ -35,15 +36,18 @@ pub(super) struct Records {
     pub atime: Option<Time>,
     /// Whether one of them gives the size.
     pub size: bool,
+    /// Owner and group; negative ones are for the caller to judge.
+    pub uid: Option<i64>,
+    pub gid: Option<i64>,
     pub xattrs: Xattrs,
 }
 
 impl Records {
-    /// Reads those in front of `entry`.
-    pub fn read(entry: &ParsedEntry<'_>) -> Result<Records> {
-        let name: &[u8] = &entry.path;
+    /// Reads those in front of `entry`, which is called `name`.
+    pub fn read(entry: &ParsedEntry<'_>, name: &[u8]) -> Result<Records> {
         let mut records = Records::default();
-        let mut libarchive = Xattrs::new();
+        // Other dialects' forms of an attribute, for where the plain one is missing.
+        let mut others = Xattrs::new();
         for record in PaxExtensions::new(entry.pax.unwrap_or_default()) {
             let record = record.map_err(|error| corrupt(name, error))?;
             let value = record.value_bytes();
@@ -55,17 +59,27 @@ impl Records {
                 Time::parse_pax(text)
                     .ok_or_else(|| corrupt(name, format!("{text:?} is not a PAX time")))
             };
+            let number = || -> Result<i64> {
+                let text = text()?;
+                text.parse().map_err(|_| {
+                    let key = String::from_utf8_lossy(record.key_bytes());
+                    corrupt(name, format!("{text:?} is not a PAX {key}"))
+                })
+            };
             match record.key_bytes() {
+                // An empty value takes earlier ones back: what the header says counts.
+                b"mtime" | b"atime" | b"size" | b"uid" | b"gid" if value.is_empty() => {}
                 b"mtime" => records.mtime = Some(time()?),
                 b"atime" => records.atime = Some(time()?),
-                key @ (b"size" | b"uid" | b"gid") => {
-                    // The parser has used it, but passes over one that it cannot read.
-                    let text = text()?;
-                    if text.parse::<u64>().is_err() {
-                        let key = String::from_utf8_lossy(key);
-                        return Err(corrupt(name, format!("{text:?} is not a PAX {key}")));
+                b"uid" => records.uid = Some(number()?),
+                b"gid" => records.gid = Some(number()?),
+                // The parser has used it, but passes over one that it cannot read.
+                b"size" => {
+                    let size = number()?;
+                    if size < 0 {
+                        return Err(corrupt(name, format!("{size} is not a PAX size")));
                     }
-                    records.size |= key == b"size";
+                    records.size = true;
                 }
                 key => {
                     if let Some(attribute) = key.strip_prefix(b"SCHILY.xattr.") {
@@ -78,12 +92,16 @@ impl Records {
                             corrupt(name, "an xattr of libarchive's form is not base64")
                         })?;
                         check_xattr(name, &attribute, value.len())?;
-                        libarchive.insert(attribute, value);
+                        others.insert(attribute, value);
+                    } else if let Some(kind) = key.strip_prefix(b"SCHILY.acl.")
+                        && let Some((attribute, value)) = acl::attribute(kind, text()?)
+                    {
+                        others.insert(attribute.to_vec(), value);
                     }
                 }
             }
         }
-        for (attribute, value) in libarchive {
+        for (attribute, value) in others {
             records.xattrs.entry(attribute).or_insert(value);
         }
         Ok(records)

@@ -1,30 +1,53 @@
-//! Finds out what a source is, by its content and not by its name.
+//! Sources of images: what they are read as, by their content and not by their name.
+//!
+//! docs/images.md has the order in which a source is looked at; [`super::detect`] does the looking.
 
 use std::fmt;
 use std::fs::{File, Metadata};
-use std::io::{self, BufReader, Cursor, Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::io::{self, BufReader, Cursor, Read};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::blobs::{Archive, Blobs, Slice};
 use super::compress::{Compression, Decoder, buffered};
 use super::config::ImageConfig;
+use super::detect::{self, Archived};
 use super::layer::{LayerReader, LayerRef};
-use super::members::Members;
-use super::oci::Platform;
-use super::{Progress, docker, oci, read_failure};
+use super::measure::{self, Measure};
+use super::platform::Platform;
+use super::raw::{self, Holds};
+use super::{Progress, docker, docker_legacy, oci, read_failure};
 use crate::error::ResultExt;
 use crate::{Error, ErrorKind, Result};
 
-/// How much of a source is looked at, in bytes: every superblock that is known lies in it.
-const HEAD: usize = 128 * 1024;
+/// What a source can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// A directory that is a root file system.
+    Directory,
+    /// A tar of files.
+    Tar,
+    /// An OCI layout, as a directory or in a tar.
+    Oci,
+    /// A Docker archive, of either age.
+    Docker,
+    /// A disk image or block device, byte for byte.
+    Raw,
+}
 
-/// How much of a stream is looked at for names that only an image archive has, in bytes.
-const STREAM_HEAD: u64 = 1 << 20;
-
-/// A tar without a member is at most this long, in bytes: one record of tar's usual size.
-const EMPTY_TAR: u64 = 10 * 1024;
+impl fmt::Display for Format {
+    /// As `--format` takes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Directory => "dir",
+            Format::Tar => "tar",
+            Format::Oci => "oci",
+            Format::Docker => "docker",
+            Format::Raw => "raw",
+        })
+    }
+}
 
 /// What a user says about a source.
 #[derive(Debug, Clone)]
@@ -34,6 +57,8 @@ pub struct SourceOptions {
     pub image: Option<String>,
     /// Which platform of an image for several; `None` is this host's.
     pub platform: Option<Platform>,
+    /// What the source is; `None` finds out.
+    pub format: Option<Format>,
     /// A directory on a file system with room, for archives that cannot be read in place.
     pub spool: PathBuf,
 }
@@ -45,6 +70,7 @@ impl SourceOptions {
         SourceOptions {
             image: None,
             platform: None,
+            format: None,
             spool: spool.into(),
         }
     }
@@ -73,7 +99,8 @@ pub struct TarSource {
 
 enum Input {
     File(Arc<File>),
-    Stream(Box<dyn Read + Send>),
+    /// `None` once it was read.
+    Stream(Option<Box<dyn Read + Send>>),
 }
 
 impl fmt::Debug for TarSource {
@@ -101,21 +128,43 @@ impl TarSource {
     /// # Errors
     ///
     /// `Io` when it cannot be read.
-    pub fn into_reader(self, progress: Option<Progress<'static>>) -> Result<Box<dyn Read + Send>> {
-        let input: Box<dyn Read + Send> = match self.input {
+    pub fn into_reader(
+        mut self,
+        progress: Option<Progress<'static>>,
+    ) -> Result<Box<dyn Read + Send>> {
+        self.reader(progress)
+    }
+
+    /// As [`TarSource::into_reader`]; again and again, unless it is a pipe.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` for a pipe that was read before; as [`TarSource::into_reader`].
+    pub fn reader(&mut self, progress: Option<Progress<'static>>) -> Result<Box<dyn Read + Send>> {
+        let input: Box<dyn Read + Send> = match &mut self.input {
             Input::File(file) => {
                 let counted = Counted {
-                    input: Slice::new(file, 0, u64::MAX),
+                    input: Slice::new(file.clone(), 0, u64::MAX),
                     progress,
                 };
                 Box::new(Decoder::new(buffered(counted))?)
             }
             Input::Stream(stream) => Box::new(Counted {
-                input: stream,
+                input: stream.take().ok_or_else(|| {
+                    Error::new(ErrorKind::InvalidInput, "a pipe cannot be read twice")
+                })?,
                 progress,
             }),
         };
         Ok(input)
+    }
+
+    /// What is in it; `None` for a pipe, and for a compressed one unless `thoroughly`.
+    fn measure(&self, thoroughly: bool) -> Result<Option<Measure>> {
+        let Input::File(file) = &self.input else {
+            return Ok(None);
+        };
+        measure::tar(Slice::new(file.clone(), 0, u64::MAX), thoroughly)
     }
 }
 
@@ -134,7 +183,7 @@ impl<R: Read> Read for Counted<R> {
     }
 }
 
-/// A disk image, byte for byte.
+/// A disk image or block device, byte for byte.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct RawImage {
@@ -142,10 +191,8 @@ pub struct RawImage {
     pub path: PathBuf,
     /// Its size in bytes, a multiple of 512.
     pub size: u64,
-    /// The file system in it, when a known superblock is there: `ext4`, `xfs`.
-    pub filesystem: Option<&'static str>,
-    /// Whether it begins with a partition table.
-    pub partitioned: bool,
+    /// What it shows; `None` where that is not known and the user said that it is a disk.
+    pub holds: Option<Holds>,
 }
 
 /// A container image: its configuration and its layers.
@@ -232,11 +279,36 @@ impl Image {
                 ),
             ));
         }
-        LayerReader::new(blob, layer, progress)
+        LayerReader::new(Box::new(blob), layer, progress)
     }
 }
 
 impl Source {
+    /// How much its content takes in a file system; `None` where that cannot be told. What is
+    /// compressed is measured only `thoroughly`, by decompressing it. For disk images `None`.
+    ///
+    /// # Errors
+    ///
+    /// As reading it.
+    pub fn measure(&self, thoroughly: bool) -> Result<Option<Measure>> {
+        match self {
+            Source::Directory(path) => measure::tree(path).map(Some),
+            Source::Tar(tar) => tar.measure(thoroughly),
+            Source::Image(image) => {
+                let mut sum = Measure::default();
+                for file in &image.files {
+                    let (blob, _) = image.blobs.open(file)?;
+                    match measure::tar(blob, thoroughly)? {
+                        Some(layer) => sum += layer,
+                        None => return Ok(None),
+                    }
+                }
+                Ok(Some(sum))
+            }
+            Source::Raw(_) => Ok(None),
+        }
+    }
+
     /// Finds out what `spec` is: a path, or `-` for standard input.
     ///
     /// # Errors
@@ -259,16 +331,17 @@ fn open_path(path: &Path, meta: &Metadata, options: &SourceOptions) -> Result<So
     if kind.is_dir() {
         return open_directory(path, options);
     }
-    let mut file = File::open(path).context(|| "opening it")?;
+    let file = File::open(path).context(|| "opening it")?;
+    if options.format == Some(Format::Directory) {
+        return Err(contradicts(Format::Directory, "it is not a directory"));
+    }
     if kind.is_file() {
         return open_file(path, file, options);
     }
-    if kind.is_block_device() {
-        let size = file.seek(SeekFrom::End(0)).context(|| "finding its size")?;
-        let head = read_head(&file)?;
-        return raw(path, size, &head);
+    if kind.is_block_device() && matches!(options.format, None | Some(Format::Raw)) {
+        return raw::open(path, &file, options.format.is_some()).map(Source::Raw);
     }
-    if kind.is_fifo() || kind.is_char_device() {
+    if kind.is_fifo() || kind.is_char_device() || kind.is_block_device() {
         return from_stream(Box::new(file), None, options);
     }
     Err(Error::new(
@@ -277,47 +350,39 @@ fn open_path(path: &Path, meta: &Metadata, options: &SourceOptions) -> Result<So
     ))
 }
 
-fn open_directory(path: &Path, options: &SourceOptions) -> Result<Source> {
-    let has = |name: &str| path.join(name).exists();
-    if has("oci-layout") && has("index.json") {
-        return oci::load(Blobs::Directory(path.into()), options)
-            .map(|image| Source::Image(Box::new(image)));
-    }
-    let root = has("etc") || has("usr") || has("bin");
-    if !root && has("config.json") && has("rootfs") {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            "it is a bundle of an OCI runtime: import the rootfs directory inside it",
-        ));
-    }
-    if !root && has("manifest.json") && has("version") {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "it is skopeo's dir: format: convert it with skopeo copy dir:PATH oci:NEW:latest",
-        ));
-    }
-    Ok(Source::Directory(path.into()))
+/// An error about a format that was asked for and is not there.
+fn contradicts(format: Format, why: &str) -> Error {
+    Error::new(
+        ErrorKind::InvalidInput,
+        format!("--format {format} was given, but {why}"),
+    )
 }
 
-fn read_head(file: &File) -> Result<Vec<u8>> {
-    let mut head = vec![0; HEAD];
-    let mut filled = 0;
-    loop {
-        let into = head.get_mut(filled..).unwrap_or_default();
-        let count = file
-            .read_at(into, filled as u64)
-            .context(|| "reading its first bytes")?;
-        if count == 0 {
-            head.truncate(filled);
-            return Ok(head);
-        }
-        filled += count;
+fn image(loaded: Result<Image>) -> Result<Source> {
+    loaded.map(|image| Source::Image(Box::new(image)))
+}
+
+fn open_directory(path: &Path, options: &SourceOptions) -> Result<Source> {
+    let blobs = || Blobs::Directory(path.into());
+    match options.format {
+        Some(Format::Directory) => Ok(Source::Directory(path.into())),
+        Some(Format::Oci) => image(oci::load(blobs(), options)),
+        Some(Format::Docker) => image(docker::load(blobs(), options)),
+        Some(other) => Err(contradicts(other, "it is a directory")),
+        None => match detect::directory(path)? {
+            Archived::Oci => image(oci::load(blobs(), options)),
+            Archived::Docker => image(docker::load(blobs(), options)),
+            Archived::LegacyDocker | Archived::Files => Ok(Source::Directory(path.into())),
+        },
     }
 }
 
 fn open_file(path: &Path, file: File, options: &SourceOptions) -> Result<Source> {
-    let head = read_head(&file)?;
     let size = file.metadata().context(|| "reading its size")?.len();
+    if options.format == Some(Format::Raw) {
+        return raw::open(path, &file, true).map(Source::Raw);
+    }
+    let head = detect::head(&file)?;
     if head.is_empty() {
         return Err(Error::new(ErrorKind::InvalidInput, "it is empty"));
     }
@@ -327,27 +392,46 @@ fn open_file(path: &Path, file: File, options: &SourceOptions) -> Result<Source>
         let whole = Box::new(Slice::new(file.clone(), 0, u64::MAX));
         return from_stream(whole, Some((file, size)), options);
     }
-    if is_tar(&head) || (size <= EMPTY_TAR && is_empty_tar(&head)) {
-        if looks(&head) == Looks::Root {
+    if detect::is_tar(&head, size) {
+        if is_plain(&head, options) {
             return Ok(plain_tar(Arc::new(file), size));
         }
         let archive = Archive::index(file)?;
         return from_archive(archive, size, options);
     }
-    raw(path, size, &head)
+    if let Some(format) = options.format {
+        return Err(contradicts(format, "it does not begin as a tar does"));
+    }
+    raw::open(path, &file, false).map(Source::Raw)
+}
+
+/// Whether a tar is one of files as far as its beginning says, so that it need not be read twice.
+fn is_plain(head: &[u8], options: &SourceOptions) -> bool {
+    match options.format {
+        None => detect::is_root(head),
+        Some(format) => format == Format::Tar,
+    }
 }
 
 /// An archive in a file that can be read in place: an image, or the tar of a root file system.
 fn from_archive(archive: Archive, size: u64, options: &SourceOptions) -> Result<Source> {
-    if archive.has("oci-layout") && archive.has("index.json") {
-        return oci::load(Blobs::Archive(archive), options)
-            .map(|image| Source::Image(Box::new(image)));
+    let blobs = Blobs::Archive(archive);
+    let kind = match options.format {
+        None => detect::archive(&blobs)?,
+        Some(Format::Oci) => Archived::Oci,
+        Some(Format::Docker) if !blobs.has("manifest.json") => Archived::LegacyDocker,
+        Some(Format::Docker) => Archived::Docker,
+        Some(_) => Archived::Files,
+    };
+    match kind {
+        Archived::Oci => image(oci::load(blobs, options)),
+        Archived::Docker => image(docker::load(blobs, options)),
+        Archived::LegacyDocker => image(docker_legacy::load(blobs, options)),
+        Archived::Files => match blobs {
+            Blobs::Archive(archive) => Ok(plain_tar(archive.into_file(), size)),
+            Blobs::Directory(path) => Ok(Source::Directory(path)),
+        },
     }
-    if archive.has("manifest.json") && !archive.has("etc/passwd") {
-        return docker::load(Blobs::Archive(archive), options)
-            .map(|image| Source::Image(Box::new(image)));
-    }
-    Ok(plain_tar(archive.into_file(), size))
 }
 
 fn plain_tar(file: Arc<File>, size: u64) -> Source {
@@ -358,12 +442,19 @@ fn plain_tar(file: Arc<File>, size: u64) -> Source {
     })
 }
 
-/// A tar that comes byte after byte. One that looks like an image is kept in a file first.
+/// A tar that comes byte after byte. One that does not begin as a root file system is kept in a
+/// file first: whether it is an image only the whole of it can say.
 fn from_stream(
     input: Box<dyn Read + Send>,
     file: Option<(Arc<File>, u64)>,
     options: &SourceOptions,
 ) -> Result<Source> {
+    if options.format == Some(Format::Raw) {
+        return Err(contradicts(
+            Format::Raw,
+            "it is read as a stream: a disk image has to be a file or a block device",
+        ));
+    }
     let mut input: BufReader<Box<dyn Read + Send>> = buffered(input);
     let compression = {
         use io::BufRead;
@@ -375,197 +466,56 @@ fn from_stream(
     let mut decoder = Decoder::new(input)?;
     let mut head = Vec::new();
     (&mut decoder)
-        .take(STREAM_HEAD)
+        .take(detect::HEAD)
         .read_to_end(&mut head)
         .map_err(|error| read_failure("reading the first bytes", error))?;
     if head.is_empty() {
         return Err(Error::new(ErrorKind::InvalidInput, "it is empty"));
     }
-    if !is_tar(&head) && !is_empty_tar(&head) {
-        let inside = match filesystem(&head) {
-            Some(name) => format!("holds a disk image ({name}), which has to be a plain file"),
-            None => "does not hold a tar".to_owned(),
-        };
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            match compression {
-                Compression::None => format!("the stream {inside}"),
-                Compression::Gzip => format!("the gzip data {inside}: decompress it first"),
-                Compression::Zstd => format!("the zstd data {inside}: decompress it first"),
-            },
-        ));
+    if !detect::is_tar(&head, head.len() as u64) {
+        return Err(no_tar(&head, compression, options));
     }
-    let looks = looks(&head);
+    let plain = is_plain(&head, options);
     let mut whole = Cursor::new(head).chain(decoder);
-    if looks != Looks::Image {
-        let (input, size) = match file {
-            // From the start again, so that progress counts the bytes of the file.
-            Some((file, size)) => (Input::File(file), Some(size)),
-            None => (Input::Stream(Box::new(whole)), None),
-        };
-        return Ok(Source::Tar(TarSource {
-            input,
+    // From the start again where it can be, so that progress counts the bytes of the file.
+    let again = |file: Option<(Arc<File>, u64)>| {
+        file.map(|(file, size)| TarSource {
+            input: Input::File(file),
             compression,
-            size,
-        }));
+            size: Some(size),
+        })
+    };
+    if plain {
+        return Ok(Source::Tar(again(file).unwrap_or_else(|| TarSource {
+            input: Input::Stream(Some(Box::new(whole))),
+            compression,
+            size: None,
+        })));
     }
     let spool = &options.spool;
-    let mut file =
+    let mut kept =
         tempfile::tempfile_in(spool).context(|| format!("making a temporary file in {spool:?}"))?;
-    let length = io::copy(&mut whole, &mut file)
+    let length = io::copy(&mut whole, &mut kept)
         .map_err(|error| read_failure(&format!("keeping the archive in {spool:?}"), error))?;
-    let archive = Archive::index(file)?;
-    from_archive(archive, length, options)
+    let archive = Archive::index(kept)?;
+    match from_archive(archive, length, options)? {
+        Source::Tar(kept) => Ok(Source::Tar(again(file).unwrap_or(kept))),
+        image => Ok(image),
+    }
 }
 
-/// Whether it begins with a valid tar header.
-fn is_tar(head: &[u8]) -> bool {
-    let Some(header) = head.first_chunk::<512>() else {
-        return false;
+/// Says what a stream is that is no tar.
+fn no_tar(head: &[u8], compression: Compression, options: &SourceOptions) -> Error {
+    let inside = match raw::holds_in(head, &options.spool) {
+        Some(holds) => format!("holds a disk image ({holds}), which has to be a plain file"),
+        None => "does not hold a tar".to_owned(),
     };
-    header.iter().any(|byte| *byte != 0)
-        && tar_core::Header::from_bytes(header)
-            .verify_checksum()
-            .is_ok()
-}
-
-/// Whether it is nothing but the end marker of a tar.
-fn is_empty_tar(head: &[u8]) -> bool {
-    head.len() >= 1024
-        && head.len() as u64 <= EMPTY_TAR
-        && head.len().is_multiple_of(512)
-        && head.iter().all(|byte| *byte == 0)
-}
-
-/// What the names of the first members say about a tar.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Looks {
-    /// Some are those of an image archive, and none speaks against it.
-    Image,
-    /// They are those of a root file system.
-    Root,
-    Unknown,
-}
-
-fn looks(head: &[u8]) -> Looks {
-    let mut members = Members::new(head);
-    let mut looks = Looks::Unknown;
-    // The head ends in the middle of a member, which is no concern here.
-    while let Ok(Some(member)) = members.next() {
-        let path = member.node.path;
-        let mut components = path.split(|byte| *byte == b'/');
-        let first = components.next().unwrap_or_default();
-        let nested = components.next().is_some();
-        // Docker, skopeo and go-containerregistry name their files after digests.
-        let hex = first.strip_prefix(b"sha256:").unwrap_or(first);
-        let hex = hex.split(|byte| *byte == b'.').next().unwrap_or_default();
-        let hash = hex.len() == 64 && hex.iter().all(u8::is_ascii_hexdigit);
-        let known = matches!(first, b"oci-layout" | b"blobs" | b"repositories")
-            || [&b".json"[..], b".tar", b".tar.gz"]
-                .iter()
-                .any(|end| first.ends_with(end));
-        if hash || known {
-            looks = Looks::Image;
-        } else if nested {
-            return Looks::Root;
-        }
-    }
-    looks
-}
-
-fn raw(path: &Path, size: u64, head: &[u8]) -> Result<Source> {
-    let foreign = |format: &str, name: &str| {
-        Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "it is a disk image in {format} format: make it raw first with \
-                 qemu-img convert -f {name} -O raw {} NEW.raw",
-                path.display()
-            ),
-        ))
-    };
-    if head.starts_with(b"QFI\xfb") {
-        return foreign("QEMU's", "qcow2");
-    }
-    if head.starts_with(b"KDMV") || head.starts_with(b"# Disk DescriptorFile") {
-        return foreign("VMware's", "vmdk");
-    }
-    if head.starts_with(b"vhdxfile") {
-        return foreign("Hyper-V's", "vhdx");
-    }
-    if head.starts_with(b"conectix") {
-        return foreign("Virtual PC's", "vpc");
-    }
-    let filesystem = filesystem(head);
-    if size == 0 || !size.is_multiple_of(512) {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            match filesystem {
-                Some(name) => format!(
-                    "it holds a file system ({name}) but its size of {size} bytes is not a \
-                     multiple of 512: it is cut off"
-                ),
-                None => "it is nothing that can be imported: neither a tar (plain, gzip, zstd), \
-                         an OCI layout or archive, a docker-archive, a directory nor a raw disk \
-                         image (whose size is a multiple of 512 bytes)"
-                    .to_owned(),
-            },
-        ));
-    }
-    Ok(Source::Raw(RawImage {
-        path: path.into(),
-        size,
-        filesystem,
-        partitioned: filesystem.is_none() && is_partitioned(head),
-    }))
-}
-
-fn at(head: &[u8], offset: usize, magic: &[u8]) -> bool {
-    head.get(offset..)
-        .is_some_and(|tail| tail.starts_with(magic))
-}
-
-/// The file system whose superblock is at the place where it belongs.
-fn filesystem(head: &[u8]) -> Option<&'static str> {
-    if at(head, 0x438, &[0x53, 0xef]) {
-        // Extents mark ext4, a journal ext3; that far the family's members tell themselves apart.
-        let word = |offset: usize| -> u32 {
-            let bytes = head.get(offset..).and_then(|tail| tail.first_chunk::<4>());
-            bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
-        };
-        let (compatible, incompatible) = (word(0x45c), word(0x460));
-        return Some(if incompatible & 0x40 != 0 {
-            "ext4"
-        } else if compatible & 0x4 != 0 {
-            "ext3"
-        } else {
-            "ext2"
-        });
-    }
-    if at(head, 0, b"XFSB") {
-        return Some("xfs");
-    }
-    if at(head, 0x10040, b"_BHRfS_M") {
-        return Some("btrfs");
-    }
-    if at(head, 0, b"hsqs") {
-        return Some("squashfs");
-    }
-    if at(head, 1024, &[0xe2, 0xe1, 0xf5, 0xe0]) {
-        return Some("erofs");
-    }
-    if at(head, 1024, &[0x10, 0x20, 0xf5, 0xf2]) {
-        return Some("f2fs");
-    }
-    if at(head, 0x8001, b"CD001") {
-        return Some("iso9660");
-    }
-    if at(head, 510, &[0x55, 0xaa]) && (at(head, 54, b"FAT") || at(head, 82, b"FAT32")) {
-        return Some("vfat");
-    }
-    None
-}
-
-fn is_partitioned(head: &[u8]) -> bool {
-    at(head, 512, b"EFI PART") || at(head, 510, &[0x55, 0xaa])
+    Error::new(
+        ErrorKind::Unsupported,
+        match compression {
+            Compression::None => format!("the stream {inside}"),
+            Compression::Gzip => format!("the gzip data {inside}: decompress it first"),
+            Compression::Zstd => format!("the zstd data {inside}: decompress it first"),
+        },
+    )
 }

@@ -1,5 +1,6 @@
 //! Walks a tree and describes each file in it.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -24,9 +25,14 @@ use crate::{Error, ErrorKind, Result};
 /// The most data runs of a sparse file that are kept in memory; one with more counts as dense.
 const MAX_EXTENTS: usize = 64 * 1024;
 
+/// Levels of a walk whose directories stay open: one that is deeper is closed while what is below it
+/// is walked, so that no tree takes more descriptors than a process may have.
+const OPEN_LEVELS: usize = 64;
+
 /// A directory of a tree that is being walked.
 pub(super) struct Level {
-    pub fd: OwnedFd,
+    /// `None` while something below is walked.
+    fd: RefCell<Option<OwnedFd>>,
     pub path: Vec<u8>,
     pub depth: usize,
 }
@@ -40,21 +46,67 @@ impl Level {
             .open(path)
             .context(|| format!("opening the directory {path:?}"))?;
         Ok(Level {
-            fd: root.into(),
+            fd: RefCell::new(Some(root.into())),
             path: Vec::new(),
             depth: 0,
         })
     }
 
-    /// The names in it, sorted.
-    pub fn names(&self) -> Result<Vec<Vec<u8>>> {
-        names(&self.fd).context(|| format!("listing {}", shown(&self.path)))
+    /// The directory at `path` of a tree, which is open.
+    pub fn at(fd: OwnedFd, path: &[u8]) -> Level {
+        Level {
+            fd: RefCell::new(Some(fd)),
+            path: path.to_vec(),
+            depth: path.iter().filter(|byte| **byte == b'/').count(),
+        }
     }
 
-    /// The directory `name` in it.
+    /// Does something with the open directory.
+    fn with<T>(&self, work: impl FnOnce(&OwnedFd) -> nix::Result<T>) -> nix::Result<T> {
+        // Nobody asks a level that is closed: what is walked is below it.
+        self.fd.borrow().as_ref().map_or(Err(Errno::EBADF), work)
+    }
+
+    /// Whether nothing in it can be walked.
+    pub fn is_deepest(&self) -> bool {
+        self.depth >= MAX_DEPTH
+    }
+
+    /// The names in it, sorted.
+    pub fn names(&self) -> Result<Vec<Vec<u8>>> {
+        self.with(names)
+            .context(|| format!("listing {}", shown(&self.path)))
+    }
+
+    /// Walks the directory `name` in it.
+    pub fn descend(&self, name: &[u8], walk: impl FnOnce(&Level) -> Result<()>) -> Result<()> {
+        let inner = self.enter(name)?;
+        if self.depth < OPEN_LEVELS {
+            return walk(&inner);
+        }
+        let own = self
+            .with(|fd| fstat(fd))
+            .context(|| format!("reading {}", shown(&self.path)))?;
+        drop(self.fd.take());
+        walk(&inner)?;
+        let back = inner
+            .with(|inner| open_directory(inner, b".."))
+            .context(|| format!("going back to {}", shown(&self.path)))?;
+        let there = fstat(&back).context(|| format!("reading {}", shown(&self.path)))?;
+        if (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino) {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!("{}: it was moved while it was read", shown(&self.path)),
+            ));
+        }
+        self.fd.replace(Some(back));
+        Ok(())
+    }
+
+    /// The directory `name` in it, for a look; [`Level::descend`] walks.
     pub fn enter(&self, name: &[u8]) -> Result<Level> {
         let path = join(&self.path, name);
-        if self.depth >= MAX_DEPTH {
+        if self.is_deepest() {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
@@ -63,9 +115,11 @@ impl Level {
                 ),
             ));
         }
-        let fd = open_directory(&self.fd, name).context(|| format!("opening {}", shown(&path)))?;
+        let fd = self
+            .with(|fd| open_directory(fd, name))
+            .context(|| format!("opening {}", shown(&path)))?;
         Ok(Level {
-            fd,
+            fd: RefCell::new(Some(fd)),
             path,
             depth: self.depth + 1,
         })
@@ -73,12 +127,13 @@ impl Level {
 
     /// The attributes of the directory itself.
     pub fn stat(&self) -> Result<FileStat> {
-        fstat(&self.fd).context(|| format!("reading the attributes of {}", shown(&self.path)))
+        self.with(|fd| fstat(fd))
+            .context(|| format!("reading the attributes of {}", shown(&self.path)))
     }
 
     /// The attributes of `name`; `None` when it is gone.
     pub fn look(&self, name: &[u8]) -> Result<Option<FileStat>> {
-        look(&self.fd, name).context(|| {
+        self.with(|fd| look(fd, name)).context(|| {
             format!(
                 "reading the attributes of {}",
                 shown(&join(&self.path, name))
@@ -88,14 +143,17 @@ impl Level {
 
     /// The target of the link `name`.
     pub fn link_target(&self, name: &[u8]) -> Result<Vec<u8>> {
-        let target = readlinkat(&self.fd, name)
+        let target = self
+            .with(|fd| readlinkat(fd, name))
             .context(|| format!("reading the link {}", shown(&join(&self.path, name))))?;
         Ok(target.as_bytes().to_vec())
     }
 
     /// The extended attributes of `name`, or of the directory itself for an empty name.
     pub fn xattrs(&self, name: &[u8]) -> Result<Xattrs> {
-        let path = proc_path(&self.fd, name);
+        let path = self
+            .with(|fd| Ok(proc_path(fd, name)))
+            .context(|| format!("reading {}", shown(&self.path)))?;
         let doing = || {
             let path = if name.is_empty() {
                 self.path.clone()
@@ -134,7 +192,8 @@ impl Level {
 
     /// Opens the regular file `name` in it.
     pub fn open(&self, name: &[u8]) -> Result<File> {
-        open_file(&self.fd, name).context(|| format!("opening {}", shown(&join(&self.path, name))))
+        self.with(|fd| open_file(fd, name))
+            .context(|| format!("opening {}", shown(&join(&self.path, name))))
     }
 
     /// Describes `name`, whose attributes are `stat`, and opens it if it is a regular file.
@@ -257,7 +316,7 @@ fn walk_level(
         let (node, file) = level.node(&name, &stat)?;
         visit(node, file)?;
         if is_directory(&stat) {
-            walk_level(&level.enter(&name)?, links, visit)?;
+            level.descend(&name, |inner| walk_level(inner, links, visit))?;
         }
     }
     Ok(())

@@ -314,11 +314,7 @@ fn level(tree: &mut Rooted, path: &[u8]) -> Result<Level> {
         .fd
         .try_clone()
         .context(|| format!("opening {}", shown(path)))?;
-    Ok(Level {
-        fd,
-        path: path.to_vec(),
-        depth: path.iter().filter(|byte| **byte == b'/').count(),
-    })
+    Ok(Level::at(fd, path))
 }
 
 /// Adds to `paths` the names outside it of files that it holds some names of.
@@ -358,7 +354,7 @@ fn find_names(
             continue;
         };
         if is_directory(&stat) {
-            find_names(&level.enter(&name)?, wanted, paths)?;
+            level.descend(&name, |inner| find_names(inner, wanted, paths))?;
         } else if wanted.contains_key(&stat.st_ino) {
             paths.insert(join(&level.path, &name));
         }

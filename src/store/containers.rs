@@ -88,6 +88,17 @@ impl Store {
                 ),
             ));
         }
+        let fixed = image.fs.as_ref().and_then(|fs| fs.fixed.as_ref());
+        if let (Some(why), true) = (fixed, virtual_size > image.virtual_size) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "the image {} cannot be made larger than its {} bytes, since {why}: leave \
+                     --size out",
+                    image.name, image.virtual_size
+                ),
+            ));
+        }
         let staged = self.stage_layer(image.layers.last().copied(), virtual_size)?;
         let info = LayerInfo {
             origin: "writable layer".into(),
@@ -112,9 +123,14 @@ impl Store {
             top,
             next: None,
             virtual_size,
+            device_size: image
+                .device_size
+                .filter(|_| virtual_size == image.virtual_size),
             fs: image.fs,
+            holds: image.holds,
             config: image.config,
             volumes: new.volumes.clone(),
+            scaffold: super::Scaffold::default(),
             created: now(),
         };
         self.write_json(&self.record_path("containers", &record.name), &record)?;

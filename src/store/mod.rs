@@ -37,7 +37,10 @@ pub use layers::{LayerLease, StagedLayer};
 pub use names::{check_name, check_reference};
 pub use prune::{Orphans, PruneReport};
 pub use quarantine::{Quarantined, Records};
-pub use records::{ContainerRecord, FsInfo, ImageRecord, LayerInfo, TemplateRecord, VolumeMount};
+pub use records::{
+    ContainerRecord, FsInfo, ImageRecord, LayerInfo, MountPoint, Scaffold, TemplateRecord, Touched,
+    VolumeMount,
+};
 pub use snapshots::{SnapshotKind, SnapshotRecord};
 
 use std::path::{Path, PathBuf};

@@ -10,8 +10,11 @@ use crate::image::ImageConfig;
 /// The file system that a chain holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FsInfo {
-    /// `ext4`.
+    /// `ext4`, or `ext2` or `ext3` of a disk image, which the kernel's ext4 mounts.
     pub kind: String,
+    /// Why it cannot be made larger, if it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fixed: Option<String>,
 }
 
 /// What is known of a layer besides its own header: `info.json` in its directory.
@@ -53,11 +56,18 @@ pub struct ImageRecord {
     pub id: Uuid,
     /// From the bottom up; the first is a template or a raw image.
     pub layers: Vec<Uuid>,
-    /// Virtual size in bytes of a container made from it.
+    /// Virtual size in bytes of a container made from it: what its layers have, whole blocks.
     pub virtual_size: u64,
-    /// What the chain holds; none for a raw image that was not recognised.
+    /// Bytes that its device shows, where the disk image that it was made from ends within the last
+    /// block. Older versions pass over it, and show the whole block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_size: Option<u64>,
+    /// What the chain holds that can be mounted.
     #[serde(default)]
     pub fs: Option<FsInfo>,
+    /// What a disk image was found to hold, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holds: Option<String>,
     /// How to run it, and its history.
     pub config: ImageConfig,
     /// RFC 3339.
@@ -74,6 +84,42 @@ pub struct VolumeMount {
     /// No writes through this mount.
     #[serde(default)]
     pub read_only: bool,
+}
+
+/// Where something is mounted in a container that its image has no place for: made when it starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountPoint {
+    /// Absolute path in the container.
+    pub path: PathBuf,
+    /// A directory, rather than a file.
+    pub directory: bool,
+}
+
+/// A directory in which mount points were made, with its modification time before and after: seconds
+/// and nanoseconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Touched {
+    /// Absolute path in the container.
+    pub path: PathBuf,
+    /// Before the first of them.
+    pub before: (i64, i64),
+    /// After the last of them.
+    pub after: (i64, i64),
+}
+
+/// What was made in a container to run it, and is no change of its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scaffold {
+    /// In the order in which they are made.
+    pub points: Vec<MountPoint>,
+    /// Where.
+    pub touched: Vec<Touched>,
+}
+
+impl Scaffold {
+    fn is_empty(&self) -> bool {
+        *self == Scaffold::default()
+    }
 }
 
 /// A container: the layers of its image and a writable one.
@@ -97,14 +143,23 @@ pub struct ContainerRecord {
     pub next: Option<Uuid>,
     /// Bytes.
     pub virtual_size: u64,
-    /// What the chain holds.
+    /// As the image's, while the container has its size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_size: Option<u64>,
+    /// What the chain holds that can be mounted.
     #[serde(default)]
     pub fs: Option<FsInfo>,
+    /// As the image's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holds: Option<String>,
     /// How to run it.
     pub config: ImageConfig,
     /// What appears in it when it runs.
     #[serde(default)]
     pub volumes: Vec<VolumeMount>,
+    /// What was made in its file system for that, while it is there.
+    #[serde(default, skip_serializing_if = "Scaffold::is_empty")]
+    pub scaffold: Scaffold,
     /// RFC 3339.
     pub created: String,
 }

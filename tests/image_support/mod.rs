@@ -173,6 +173,12 @@ impl Tar {
         self.raw(entry, data.as_bytes())
     }
 
+    pub fn bytes(self, path: &str, data: &[u8]) -> Tar {
+        let mut entry = Self::entry(EntryType::Regular, path, 0o644);
+        entry.size(data.len() as u64).unwrap();
+        self.raw(entry, data)
+    }
+
     pub fn dir(self, path: &str) -> Tar {
         self.raw(Tar::entry(EntryType::Directory, path, 0o755), b"")
     }

@@ -1,8 +1,7 @@
 //! What runs in a container now, and ending it: the record that `run` leaves while it runs.
 //!
 //! `RUN_DIR/oci/` holds the bundle (`config.json`), the runtime's own state (`root/`), its log, the
-//! pid of the container's first process (`pid`), and who waits for it (`owner.json`). Beside it lies
-//! `RUN_DIR/etc/`, a small tmpfs with the container's own /etc/hosts and such.
+//! pid of the container's first process (`pid`), and who waits for it (`owner.json`).
 
 use std::fs;
 use std::io;
@@ -13,7 +12,6 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::runtime::Runtime;
-use crate::engine::mount_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{Identity, boot_id};
 use crate::fs::held_dir::Place;
@@ -212,7 +210,6 @@ pub(super) fn clean(run_dir: &Path) -> Result<()> {
         }
         remove_cgroups(&owner.cgroup);
     }
-    mount_point::end_etc(run_dir)?;
     match fs::remove_dir_all(&oci) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io(format!("cannot remove {}", oci.display()), error))

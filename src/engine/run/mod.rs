@@ -8,6 +8,7 @@
 mod activity;
 mod foreground;
 mod runtime;
+pub(super) mod scaffold;
 mod spec;
 mod user;
 mod volume;
@@ -229,6 +230,9 @@ fn put_back(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> R
         None => return Ok(()),
     }
     if keep_mounted {
+        if let Some(mounted) = mounted(store, container)? {
+            scaffold::take_away(store, container, &mounted.dir)?;
+        }
         return mount_point::end_inner(&run_dir);
     }
     umount_locked(store, container, false)
@@ -259,7 +263,7 @@ fn prepare(
         &config.env,
         &start.env,
     );
-    let mut binds = etc_files(&mount_point::etc_dir(run_dir)?, &hostname, start.network)?;
+    let mut binds = etc_files(&oci, &hostname, start.network)?;
     for volume in &container.volumes {
         let source = volume::prepare(store, volume, rootfs)?;
         binds.retain(|bind| bind.destination != volume.destination);
@@ -294,6 +298,7 @@ fn prepare(
             ));
         }
     }
+    scaffold::make(store, container, rootfs, &binds)?;
     let plan = ContainerPlan {
         rootfs: rootfs.to_owned(),
         process: ProcessPlan {
@@ -336,7 +341,7 @@ fn host_name(name: &str) -> String {
 }
 
 /// Files that every container has of its own, so that the image's stay as they are.
-fn etc_files(dir: &Path, hostname: &str, network: Network) -> Result<Vec<Bind>> {
+fn etc_files(oci: &Path, hostname: &str, network: Network) -> Result<Vec<Bind>> {
     let of_host = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let mut files = vec![("hostname", format!("{hostname}\n"))];
     match network {
@@ -358,7 +363,7 @@ fn etc_files(dir: &Path, hostname: &str, network: Network) -> Result<Vec<Bind>> 
     files
         .into_iter()
         .map(|(name, content)| {
-            let source = dir.join(name);
+            let source = oci.join(name);
             fs::write(&source, content).context(|| format!("cannot write {}", source.display()))?;
             Ok(Bind {
                 source,

@@ -93,7 +93,10 @@ pub(super) fn environment(
         env.push("TERM=xterm".into());
     }
     env.push(format!("HOME={home}"));
-    merge_env(&mut env, image);
+    // Images have entries that name nothing, or give no value: docker leaves them out as well.
+    let whole = |entry: &&String| entry.find('=').is_some_and(|at| at > 0);
+    let image: Vec<String> = image.iter().filter(whole).cloned().collect();
+    merge_env(&mut env, &image);
     merge_env(&mut env, given);
     env
 }
@@ -303,7 +306,13 @@ mod tests {
             "box",
             false,
             "/root",
-            &["A=1".into(), "PATH=/bin".into()],
+            &[
+                "A=1".into(),
+                "PATH=/bin".into(),
+                "C".into(),
+                "".into(),
+                "=x".into(),
+            ],
             &["A=2".into(), "B=x=y".into(), "HOME=/h".into()],
         );
         assert_eq!(

@@ -78,7 +78,7 @@ impl Driver for Served {
 
     fn prepare(&self, dir: &Path, base: &Base) -> Result<()> {
         let raw = base.raw()?.to_string_lossy();
-        vellum(&self.0, dir, &["import", IMAGE, &raw])?;
+        vellum(&self.0, dir, &["import", IMAGE, &raw, "--format", "raw"])?;
         Ok(())
     }
 

@@ -41,6 +41,8 @@ fn judge(error: &vellum::Error) {
         // A name or a size that this host's file system cannot have.
         ErrorKind::Io,
         ErrorKind::NoSpace,
+        // blkid(8) was ended.
+        ErrorKind::Command,
     ];
     assert!(kinds.contains(&error.kind()), "{error:?}");
 }
@@ -181,6 +183,26 @@ pub fn tar_seeds() -> Vec<Seed> {
         ])
         .entry(file, "short", "", b"content")
         .done();
+    let odd = Builder::new()
+        .pax(&[("path", b"first"), ("uid", b"7")])
+        .pax(&[("path", b"second"), ("uid", b"-2"), ("gid", b"-1")])
+        .entry(file, "name", "", b"two")
+        .pax(&[
+            ("path", b""),
+            ("size", b""),
+            ("mtime", b""),
+            ("linkpath", b""),
+        ])
+        .entry(Type::Link, "empty", "second", b"")
+        .pax(&[
+            (
+                "SCHILY.acl.access",
+                b"user::rw-,user:0:r--,group::r--,mask::r--,other::---",
+            ),
+            ("SCHILY.acl.default", b"user:nobody-here:rwx:5"),
+        ])
+        .entry(file, "acl", "", b"")
+        .done();
     let sparse = Builder::new()
         .pax(&[
             ("GNU.sparse.major", b"1"),
@@ -232,6 +254,7 @@ pub fn tar_seeds() -> Vec<Seed> {
             with_mode(FIX, &escape_one("../outside/x", file, "")),
         ),
         ("pax".into(), with_mode(FIX, &pax)),
+        ("odd-headers".into(), with_mode(FIX, &odd)),
         ("sparse".into(), with_mode(FIX, &sparse)),
         ("long-names".into(), with_mode(FIX, &long)),
         ("cut".into(), with_mode(FIX, &plain[..1600])),
@@ -419,6 +442,22 @@ pub fn archive_seeds() -> Vec<Seed> {
         .entry(Type::Symlink, "one/layer.tar", "../two/layer.tar", b"")
         .entry(Type::Symlink, "two/layer.tar", "../one/layer.tar", b"")
         .done();
+    let ids = ["a".repeat(64), "b".repeat(64)];
+    let mut legacy = Builder::new();
+    for (id, parent) in [
+        (&ids[0], String::new()),
+        (&ids[1], format!(r#""parent":"{}","#, ids[0])),
+    ] {
+        let json = format!(
+            r#"{{"id":"{id}",{parent}"os":"linux","config":{{"Cmd":["run"]}},"container_config":{{"Cmd":["x"]}}}}"#
+        );
+        legacy.entry(Type::Regular, &format!("{id}/VERSION"), "", b"1.0");
+        legacy.entry(Type::Regular, &format!("{id}/json"), "", json.as_bytes());
+        legacy.entry(Type::Regular, &format!("{id}/layer.tar"), "", tar);
+    }
+    let names = format!(r#"{{"web":{{"1":"{}"}}}}"#, ids[1]);
+    legacy.entry(Type::Regular, "repositories", "", names.as_bytes());
+    let legacy = legacy.done();
     // Indexes each of which lists the next one twenty times, and the last of which is empty.
     let mut nested = vec![br#"{"schemaVersion":2,"manifests":[]}"#.to_vec()];
     for _ in 0..7 {
@@ -455,6 +494,7 @@ pub fn archive_seeds() -> Vec<Seed> {
         ),
         ("docker".into(), pack(DOCKER, &docker)),
         ("docker-gzip".into(), pack(DOCKER | GZIP, &docker)),
+        ("docker-legacy".into(), with_mode(RAW | FIX, &legacy)),
         ("docker-link-loop".into(), with_mode(RAW | FIX, &old)),
         ("rootfs".into(), with_mode(RAW | FIX, tar)),
         ("rootfs-gzip".into(), with_mode(RAW, &gzip(tar))),
