@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vellum::ErrorKind;
@@ -524,13 +525,64 @@ fn tls_carries_data_both_ways_for_clients_without_a_certificate() {
 
 #[test]
 fn tls_with_required_certificates_serves_those_of_its_ca_alone() {
+    let log = Log::start();
     let (running, dir) = tls(ClientCertificates::Required);
     let size = |who: &str| tls_uri(&running, &dir.path().join(who));
     let friend = ok("nbdinfo", &["--size", &size("friend")]);
     assert_eq!(friend.trim(), (40 * MIB).to_string());
-    fails("nbdinfo", &["--size", &size("nobody")]);
-    fails("nbdinfo", &["--size", &size("stranger")]);
+    assert_eq!(log.text(), "", "nobody was refused");
+    for (who, why) in [
+        ("nobody", "certificate"),
+        ("stranger", "invalid peer certificate"),
+    ] {
+        fails("nbdinfo", &["--size", &size(who)]);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let said = log.text();
+            let line = said
+                .lines()
+                .find(|line| line.contains("TLS with an NBD client failed"));
+            if line.is_some_and(|line| line.contains(why)) {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{who}: {said}");
+            thread::sleep(Duration::from_millis(5));
+        }
+        log.0.lock().unwrap().clear();
+    }
     ok("nbdinfo", &["--size", &size("friend")]);
+}
+
+/// What this process logs from now on.
+#[derive(Clone)]
+struct Log(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl Log {
+    fn start() -> Log {
+        let log = Log(Arc::default());
+        let writer = log.clone();
+        tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::WARN)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .init();
+        log
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+}
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 #[test]
