@@ -43,6 +43,8 @@ pub enum ErrorKind {
     Timeout,
     /// An external program failed.
     Command,
+    /// A signal asked this process to end, and what was half done was undone.
+    Interrupted,
 }
 
 impl ErrorKind {
@@ -58,6 +60,7 @@ impl ErrorKind {
             ErrorKind::Permission => libc::EPERM,
             ErrorKind::Timeout => libc::ETIMEDOUT,
             ErrorKind::Unsupported | ErrorKind::Missing => libc::EOPNOTSUPP,
+            ErrorKind::Interrupted => libc::EINTR,
             _ => libc::EIO,
         }
     }
@@ -111,6 +114,7 @@ impl Error {
                 io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData => ErrorKind::Corrupt,
                 io::ErrorKind::TimedOut => ErrorKind::Timeout,
                 io::ErrorKind::Unsupported => ErrorKind::Unsupported,
+                io::ErrorKind::Interrupted => ErrorKind::Interrupted,
                 _ => ErrorKind::Io,
             },
         };

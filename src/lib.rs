@@ -19,6 +19,7 @@
 //! * [`snapshotter`]: the store as a containerd snapshotter, over gRPC.
 //! * [`cli`]: the `vellum` command, one file a command.
 //! * [`crash_point`]: where tests have a process die.
+//! * [`interrupt`]: signals that ask a command to end.
 //! * [`memory`]: what a process keeps of the memory it needed once.
 
 pub mod block;
@@ -30,6 +31,7 @@ pub mod error;
 pub mod export;
 pub mod fs;
 pub mod image;
+pub mod interrupt;
 pub mod layer;
 pub mod memory;
 pub mod snapshotter;

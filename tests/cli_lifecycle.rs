@@ -193,11 +193,38 @@ fn what_is_in_use_is_not_removed_and_the_message_names_the_user() {
     store.ok(&["umount", "c"]);
 
     let (server, _) = store.serve("c");
-    for command in [&["mount", "c"][..], &["rm", "c"]] {
+    let pid = server.0.id().to_string();
+    for command in [
+        &["mount", "c"][..],
+        &["rm", "c"],
+        &["diff", "c"],
+        &["umount", "c"],
+    ] {
         let error = store.fails(command);
-        assert!(error.contains("in use"), "{command:?}: {error}");
+        assert!(
+            error.contains("in use") || command[0] == "umount",
+            "{command:?}: {error}"
+        );
+        // Which process, its command, and since when.
+        for word in [&pid, "vellum -q nbd c", "since 2"] {
+            assert!(error.contains(word), "{command:?}: {error}");
+        }
     }
+    let error = store.fails(&["umount", "--force", "c"]);
+    assert!(error.contains("served over NBD by process"), "{error}");
+    let row = store.json(&["ps"])[0].clone();
+    let status = row["status"].as_str().unwrap();
+    let says = format!("served over nbd by {pid} since 2");
+    assert!(status.starts_with(&says), "{status}");
+    assert_eq!(row["serving"]["by"], "nbd");
+    assert_eq!(row["serving"]["pid"].to_string(), pid);
     server.end();
+    assert_eq!(store.json(&["ps"])[0]["serving"], serde_json::Value::Null);
+    // What is not mounted need not be unmounted.
+    let output = store.output(&["umount", "c"]);
+    assert!(output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("c is not mounted"), "{said}");
     assert_eq!(store.names("ps"), ["c"]);
     store.ok(&["rm", "c"]);
     store.ok(&["rmi", "base"]);
@@ -329,4 +356,182 @@ fn a_container_whose_processes_were_killed_is_cleaned_up_and_keeps_what_it_synce
     store.ok(&["rm", "b"]);
     store.assert_nothing_runs();
     store.ok(&["check"]);
+}
+
+#[test]
+fn access_times_cost_nothing_unless_somebody_wants_them() {
+    let store = TestStore::new();
+    store.small_image("base");
+    let options = |container: &str, more: &[&str]| {
+        let mut arguments = vec!["mount", container];
+        arguments.extend(more);
+        let dir = store.ok(&arguments);
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let line = mounts.lines().find(|line| line.contains(dir.trim_end()));
+        let options = line.unwrap().split(' ').nth(5).unwrap().to_owned();
+        store.ok(&["umount", container]);
+        options
+    };
+    store.ok(&["create", "base", "--name", "c"]);
+    assert!(options("c", &[]).contains("noatime"));
+    assert!(options("c", &["--atime", "relatime"]).contains("relatime"));
+    assert!(
+        options("c", &[]).contains("noatime"),
+        "for that mount alone"
+    );
+    store.ok(&["create", "base", "--name", "d", "--atime", "relatime"]);
+    assert!(options("d", &[]).contains("relatime"), "each time");
+    let strict = options("d", &["--atime", "strictatime"]);
+    assert!(
+        !strict.contains("noatime") && !strict.contains("relatime"),
+        "{strict}"
+    );
+
+    let before = size_of(&store, "c");
+    let dir = store.mount("c");
+    run(
+        "sh",
+        &[
+            "-c",
+            &format!("cat $(find {} -type f) > /dev/null", dir.display()),
+        ],
+    );
+    store.ok(&["umount", "c"]);
+    assert_eq!(size_of(&store, "c"), before, "reading writes nothing");
+    store.ok(&["rm", "c", "d"]);
+}
+
+/// A file: its path, what it holds and where, and the time of its last change.
+type Seen = (
+    std::path::PathBuf,
+    Vec<(i64, Vec<u8>)>,
+    std::time::SystemTime,
+);
+
+/// Every file below a directory.
+fn files(dir: &std::path::Path, found: &mut Vec<Seen>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let entry = entry.unwrap();
+        let (path, metadata) = (entry.path(), entry.metadata().unwrap());
+        if metadata.is_dir() {
+            files(&path, found);
+        } else if metadata.is_file() {
+            let data = data_of(&fs::File::open(&path).unwrap());
+            found.push((path, data, metadata.modified().unwrap()));
+        }
+    }
+}
+
+/// The parts of a file that are no hole: layers are sparse and long.
+fn data_of(file: &fs::File) -> Vec<(i64, Vec<u8>)> {
+    use nix::unistd::{Whence, lseek};
+    let mut parts = Vec::new();
+    let mut at = 0;
+    while let Ok(start) = lseek(file, at, Whence::SeekData) {
+        at = lseek(file, start, Whence::SeekHole).unwrap();
+        let mut bytes = vec![0; (at - start) as usize];
+        std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, start as u64).unwrap();
+        parts.push((start, bytes));
+    }
+    parts
+}
+
+#[test]
+fn looking_changes_no_file_of_the_store() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let dir = store.mount("c");
+    fs::write(dir.join("new"), vec![3; 300_000]).unwrap();
+    fs::remove_file(dir.join("file")).unwrap();
+    store.ok(&["umount", "c"]);
+    let all = || {
+        let mut found = Vec::new();
+        files(&store.root, &mut found);
+        found.sort();
+        found
+    };
+    let archive = store.arg("c.raw");
+    for command in [
+        &["diff", "c"][..],
+        &["images"],
+        &["history", "base"],
+        &["inspect", "c", "base"],
+        &["ps"],
+        &["ps", "-s"],
+        &["stats"],
+        &["stats", "c"],
+        &["map", "c"],
+        &["map", "base"],
+        &["check"],
+        &["check", "--scrub"],
+        &["doctor"],
+        &["volume", "ls"],
+        &["nbd"],
+    ] {
+        let before = all();
+        match command {
+            // Whether the host is fine is another question.
+            ["doctor"] => drop(store.output(command)),
+            ["nbd"] => {
+                for name in ["base", "c"] {
+                    let (server, socket) = store.serve_with(name, &["--read-only"]);
+                    let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
+                    run("nbdcopy", &[uri.as_str(), &archive]);
+                    server.end();
+                }
+            }
+            _ => drop(store.ok(command)),
+        }
+        let after = all();
+        // An empty lock may be new.
+        let is_new_lock = |entry: &&Seen| {
+            let is_new = before.iter().all(|(path, ..)| *path != entry.0);
+            let lock =
+                entry.0.ends_with("readers") || entry.0.extension().is_some_and(|e| e == "lock");
+            is_new && lock && entry.0.metadata().unwrap().len() == 0
+        };
+        let changed: Vec<_> = after
+            .iter()
+            .filter(|entry| !before.contains(entry) && !is_new_lock(entry))
+            .map(|(path, ..)| path)
+            .collect();
+        assert!(changed.is_empty(), "{command:?} changed {changed:?}");
+        let gone: Vec<_> = before.iter().filter(|(path, ..)| !path.exists()).collect();
+        assert!(gone.is_empty(), "{command:?} removed {gone:?}");
+    }
+    store.assert_nothing_runs();
+}
+
+#[test]
+fn a_container_that_a_crash_left_can_be_looked_at_and_its_file_system_is_not_touched() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let dir = store.mount("c");
+    let mut file = fs::File::create(dir.join("synced")).unwrap();
+    file.write_all(b"kept\n").unwrap();
+    file.sync_all().unwrap();
+    fs::File::open(&dir).unwrap().sync_all().unwrap();
+    drop(file);
+    assert!(store.kill_all());
+    store.ok(&["umount", "c"]);
+    // Its ext4 has a journal to be replayed: twice the same, since looking does not do it for good.
+    for _ in 0..2 {
+        let diff = store.ok(&["diff", "c"]);
+        assert!(diff.contains("A /synced"), "{diff}");
+        let raw = store.path("c.raw");
+        copy_over_nbd(&store, "c", &raw);
+        let features = run("dumpe2fs", &["-h", raw.to_str().unwrap()]);
+        assert!(features.contains("needs_recovery"), "{features}");
+    }
+    // A commit replays it, since nobody could later.
+    store.ok(&["commit", "c", "snap"]);
+    store.ok(&["create", "snap", "--name", "d"]);
+    let dir = store.mount("d");
+    assert_eq!(fs::read_to_string(dir.join("synced")).unwrap(), "kept\n");
+    store.ok(&["umount", "d"]);
+    assert_eq!(fs::read_dir(store.root.join("staging")).unwrap().count(), 0);
+    store.assert_nothing_runs();
+    store.ok(&["check", "--scrub"]);
 }

@@ -249,26 +249,102 @@ fn cgroups(name: &str) -> Vec<PathBuf> {
 }
 
 #[test]
-fn what_a_killed_command_leaves_is_cleaned_up_by_the_next() {
+fn what_runs_is_not_taken_away_because_nobody_waits_for_it() {
     with_each(
         |_| {},
         |store| {
-            for clean_up in [["umount", "c"], ["rm", "c"]] {
+            for clean_up in ["umount", "rm"] {
                 let running = store.start("c", &[]);
                 let rows = store.must(&["ps", "--json"]);
                 let rows: serde_json::Value = serde_json::from_str(&rows).unwrap();
+                let pid = rows[0]["pid"].to_string();
                 let group = format!("vellum-{}", rows[0]["id"].as_str().unwrap());
                 assert!(!cgroups(&group).is_empty(), "it has a cgroup of its own");
                 running.signal(Signal::SIGKILL);
                 assert_eq!(running.wait(), None);
                 assert!(store.status("c").contains("nobody waits"));
-                store.must(&clean_up);
+                for refused in ["umount", "rm"] {
+                    let said = store.vellum(&[refused, "c"]);
+                    assert_eq!(said.status, 1, "{said:?}");
+                    for word in [&pid, "sh -c trap", "since 2", "nobody waits", "--force"] {
+                        assert!(said.err.contains(word), "{word}: {said:?}");
+                    }
+                }
+                // Neither does what collects leftovers touch it, nor is it out of reach.
+                store.must(&["prune"]);
+                store.must(&["check", "--repair"]);
+                assert_eq!(store.must(&["exec", "c", "--", "echo", "x"]), "x\n");
+                // Also where the runtime left no word of its first process.
+                let id = group.trim_start_matches("vellum-");
+                fs::remove_file(store.path("store/run").join(id).join("oci/pid")).unwrap();
+                let said = store.vellum(&["rm", "c"]);
+                assert!(said.err.contains("is running (pid"), "{said:?}");
+                store.must(&[clean_up, "--force", "c"]);
                 store.assert_nothing_runs();
                 assert_eq!(cgroups(&group), Vec::<PathBuf>::new());
-                if clean_up[0] == "umount" {
+                if clean_up == "umount" {
                     assert_eq!(store.must(&["exec", "c", "--", "echo", "x"]), "x\n");
                     store.must(&["rm", "c"]);
                 }
+            }
+        },
+    );
+}
+
+#[test]
+fn what_a_command_killed_at_any_moment_leaves_is_cleaned_up_by_the_next() {
+    with_each(
+        |_| {},
+        |store| {
+            store.must(&["create", "box", "--name", "c"]);
+            for moment in (0..160).step_by(10) {
+                // It ends by itself, a little after the command that waits for it was killed.
+                let command = [
+                    "exec",
+                    "c",
+                    "--",
+                    "sh",
+                    "-c",
+                    "echo x > /written; sleep 0.1",
+                ];
+                let mut child = store.command(&command).spawn().unwrap();
+                std::thread::sleep(std::time::Duration::from_millis(moment));
+                child.kill().unwrap();
+                child.wait().unwrap();
+                match moment / 10 % 3 {
+                    0 => drop(store.must(&["exec", "c", "--", "echo", "y"])),
+                    1 => store.wait_until(|| store.vellum(&["umount", "c"]).status == 0),
+                    _ => drop(store.must(&["diff", "c"])),
+                }
+                store.wait_until(|| store.vellum(&["umount", "c"]).status == 0);
+                store.assert_nothing_runs();
+            }
+            store.must(&["rm", "c"]);
+        },
+    );
+}
+
+#[test]
+fn a_run_that_is_interrupted_at_any_moment_leaves_no_container() {
+    with_each(
+        |_| {},
+        |store| {
+            for moment in (0..200).step_by(12) {
+                let signal = [Signal::SIGTERM, Signal::SIGINT][moment / 12 % 2];
+                let script = "trap 'exit 9' TERM INT; i=0; while [ $i -lt 60 ]; do sleep 0.05; i=$((i+1)); done";
+                let command = [
+                    "run", "box", "--rm", "--name", "c", "--", "sh", "-c", script,
+                ];
+                let mut child = store.command(&command);
+                run_support::take_signals(&mut child);
+                let running = run_support::Running {
+                    child: child.spawn().unwrap(),
+                };
+                std::thread::sleep(std::time::Duration::from_millis(moment as u64));
+                running.signal(signal);
+                running.wait();
+                assert_eq!(store.must(&["ps", "--json"]).trim(), "[]", "{moment} ms");
+                store.assert_nothing_runs();
             }
         },
     );

@@ -146,7 +146,9 @@ fn in_device_mode_mounts_returns_the_device_and_what_is_written_there_is_committ
     let mount = rig.client.prepare("key", "", &[(SIZE, "96M")]).unwrap();
     assert_eq!(mount.r#type, "ext4");
     assert!(mount.source.starts_with("/dev/loop"), "{mount:?}");
-    assert!(mount.options.contains(&"rw".to_owned()), "{mount:?}");
+    for option in ["rw", "noatime"] {
+        assert!(mount.options.contains(&option.to_owned()), "{mount:?}");
+    }
     let mounted = Mounted::new(&rig, "key", &mount);
     fs::write(mounted.0.join("file"), "text").unwrap();
     let room = room(&mounted.0);

@@ -9,12 +9,16 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Stdio};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{SIZE, TestStore};
-use vellum::store::{LayerInfo, Store};
+use vellum::storage::{FaultStorage, FileStorage, OpKind};
+use vellum::store::{ImageRecord, LayerInfo, NewContainer, Store};
 
 fn start(store: &TestStore, arguments: &[&str]) -> Child {
     store
@@ -369,4 +373,119 @@ fn a_layer_that_prune_and_its_owner_remove_at_once_is_removed_without_an_error()
         });
         assert!(store.layers().unwrap().is_empty());
     }
+}
+
+/// A store without a device, with the image `base` and the containers `one` and `two` of it.
+fn two_containers(root: &Path, storage: FaultStorage) -> Store {
+    let store = Store::with_storage(root, Arc::new(storage)).unwrap();
+    {
+        let pin = store.pin_layers().unwrap();
+        let staged = store.stage_layer(None, 1 << 20).unwrap();
+        let layer = staged.publish(&LayerInfo::default(), &pin).unwrap();
+        let image = ImageRecord {
+            name: "base".into(),
+            id: layer,
+            layers: vec![layer],
+            virtual_size: 1 << 20,
+            device_size: None,
+            fs: None,
+            holds: None,
+            config: Default::default(),
+            created: String::new(),
+        };
+        store.put_image(&image, &pin).unwrap();
+    }
+    for name in ["one", "two"] {
+        create(&store, name);
+    }
+    store
+}
+
+fn create(store: &Store, name: &str) {
+    let new = NewContainer {
+        image: "base",
+        name: Some(name),
+        ..NewContainer::default()
+    };
+    store.create_container(&new).unwrap();
+}
+
+#[test]
+fn nobody_waits_for_files_to_be_unlinked() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = FaultStorage::new(Arc::new(FileStorage));
+    let store = two_containers(dir.path(), storage.clone());
+    fs::create_dir(dir.path().join("staging/half-made")).unwrap();
+    type Removal = fn(&Store);
+    let removals: [(&str, Removal); 3] = [
+        ("rm", |store| drop(store.remove_container("one").unwrap())),
+        ("prune", |store| drop(store.prune().unwrap())),
+        ("rmi", |store| drop(store.remove_image("base").unwrap())),
+    ];
+    for (what, removal) in removals {
+        if what == "rmi" {
+            for container in store.containers().unwrap() {
+                store.remove_container(&container.name).unwrap();
+            }
+        }
+        let (unlinking, begun) = mpsc::channel();
+        let (go_on, told) = mpsc::channel::<()>();
+        let told = Mutex::new(told);
+        let in_trash = |path: &Path| path.parent().is_some_and(|dir| dir.ends_with("trash"));
+        storage.set_hook(Some(Arc::new(move |kind, path| {
+            if kind == OpKind::Remove && in_trash(path) {
+                unlinking.send(()).unwrap();
+                // As long as the test lasts; it is over when the other end is gone.
+                let _ = told.lock().unwrap().recv();
+            }
+        })));
+        thread::scope(|scope| {
+            let remover = scope.spawn(|| removal(&store));
+            let limit = Duration::from_secs(20);
+            begun.recv_timeout(limit).expect(what);
+            // Both locks are free: layers can be made, named and collected.
+            assert!(store.try_collection_lock().unwrap().is_some(), "{what}");
+            if what != "rmi" {
+                create(&store, what);
+            }
+            drop(store.lock().unwrap());
+            assert!(!remover.is_finished(), "{what}");
+            drop(go_on);
+        });
+        storage.set_hook(None);
+        assert_eq!(fs::read_dir(dir.path().join("trash")).unwrap().count(), 0);
+    }
+    assert!(store.layers().unwrap().is_empty());
+}
+
+#[test]
+fn a_removal_beside_others_that_make_layers_frees_the_containers_own_and_says_what_it_leaves() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = two_containers(dir.path(), FaultStorage::new(Arc::new(FileStorage)));
+    let layer = |name: &str| store.layer_dir(store.container(name).unwrap().top);
+    let one = layer("one");
+    let data = vec![7; 1 << 20];
+    fs::write(one.join("more"), &data).unwrap();
+    // As an import or a diff holds it for as long as it takes.
+    let pin = store.pin_layers().unwrap();
+    let report = store.remove_container("one").unwrap();
+    assert!(!one.exists());
+    assert!(!report.busy, "all that was its own is gone");
+    assert!(report.bytes >= 1 << 20, "{report:?}");
+    store.remove_container("two").unwrap();
+    let report = store.remove_image("base").unwrap();
+    assert!(report.busy, "its layer is still there: {report:?}");
+    // What a crash leaves in the trash is nobody's, whoever makes layers.
+    let trash = dir
+        .path()
+        .join("trash/00000000-0000-0000-0000-000000000001");
+    fs::create_dir(&trash).unwrap();
+    fs::write(trash.join("data"), &data).unwrap();
+    let report = store.prune().unwrap();
+    assert!(report.busy && !trash.exists(), "{report:?}");
+    assert!(report.bytes >= 1 << 20, "{report:?}");
+    drop(pin);
+    let report = store.prune().unwrap();
+    assert_eq!((report.layers.len(), report.busy), (1, false));
+    assert!(report.bytes > 0, "{report:?}");
 }

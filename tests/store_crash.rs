@@ -476,8 +476,8 @@ impl Run {
             Op::Commit(name, image) => {
                 commit(store, name, image, None)?;
             }
-            Op::Remove(name) => store.remove_container(name)?,
-            Op::RemoveImage(name) => store.remove_image(name)?,
+            Op::Remove(name) => drop(store.remove_container(name)?),
+            Op::RemoveImage(name) => drop(store.remove_image(name)?),
             Op::Prune => prune(store)?,
             Op::Prepare(key, parent) => prepare(store, key, parent.as_deref())?,
             Op::CommitSnapshot(key, tag) => commit_snapshot(store, key, *tag)?,

@@ -11,7 +11,7 @@ mod stats;
 
 pub use base::Base;
 pub use device::Chain;
-pub use open::{ChainSpec, open_chain, open_counted_chain, open_read_only_chain};
+pub use open::{ChainSpec, look_at_chain, open_chain, open_counted_chain, open_read_only_chain};
 pub use prewarm::CopiedUp;
 pub use sources::{Source, SourceRun};
 pub use stats::{

@@ -39,6 +39,36 @@ pub fn open_counted_chain(
     stats: Arc<ChainStats>,
 ) -> Result<Chain> {
     let base = open_base(storage, &spec.sealed)?;
+    with_top(storage, base, spec, stats)
+}
+
+/// As [`open_counted_chain`], on a layer that is not sealed: the last of `spec.sealed` is opened as in
+/// [`open_read_only_chain`]. For what is written above it and thrown away.
+///
+/// # Errors
+/// As [`open_chain`].
+pub fn look_at_chain(
+    storage: &Arc<dyn Storage>,
+    spec: &ChainSpec,
+    stats: Arc<ChainStats>,
+) -> Result<Chain> {
+    let (unsealed, sealed) = match spec.sealed.split_last() {
+        Some((last, sealed)) => (Some(last), sealed),
+        None => (None, spec.sealed.as_slice()),
+    };
+    let base = open_base(storage, sealed)?;
+    if let Some(unsealed) = unsealed {
+        base.push(Arc::new(SealedLayer::open_unsealed(&**storage, unsealed)?))?;
+    }
+    with_top(storage, base, spec, stats)
+}
+
+fn with_top(
+    storage: &Arc<dyn Storage>,
+    base: Base,
+    spec: &ChainSpec,
+    stats: Arc<ChainStats>,
+) -> Result<Chain> {
     let below = base.layers().last().map(|layer| layer.header().uuid);
     let top = match &spec.top {
         Some(dir) => {

@@ -3,6 +3,7 @@
 use super::Context;
 use super::size::parse_size;
 use crate::error::Result;
+use crate::fs::ext4::Atime;
 use crate::store::NewContainer;
 
 /// Arguments of `create`.
@@ -16,6 +17,9 @@ pub(super) struct Args {
     /// Virtual size, not smaller than the image's; the file system grows at the first mount
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     size: Option<u64>,
+    /// When reads change the access times of its files [default: noatime]
+    #[arg(long, value_name = "WHEN", value_enum)]
+    atime: Option<Atime>,
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
@@ -24,6 +28,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         name: args.name.as_deref(),
         virtual_size: args.size,
         volumes: Vec::new(),
+        atime: args.atime,
     })?;
     context
         .out

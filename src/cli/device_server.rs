@@ -24,6 +24,9 @@ struct Which {
     /// A container's chain, writable
     #[arg(long, value_name = "NAME")]
     container: Option<String>,
+    /// A container's chain as it was closed, read-only
+    #[arg(long, value_name = "NAME")]
+    look: Option<String>,
     /// A layer that is being made, on its parents
     #[arg(long, value_name = "UUID")]
     staged: Option<Uuid>,
@@ -47,8 +50,10 @@ fn root_of(run_dir: &Path) -> Result<&Path> {
 pub(super) fn run(args: &Args) -> Result<()> {
     super::limits::lift_size_limit();
     let which = &args.which;
-    let target = match (&which.container, which.staged, which.layer, which.sealed) {
-        (Some(name), ..) => Target::Container(name.clone()),
+    let names = (&which.container, &which.look);
+    let target = match (names, which.staged, which.layer, which.sealed) {
+        ((Some(name), _), ..) => Target::Container(name.clone()),
+        ((_, Some(name)), ..) => Target::Look(name.clone()),
         (_, Some(layer), ..) => Target::Staged(layer),
         (_, _, Some(layer), _) => Target::Layer(layer),
         (.., layer) => Target::Sealed(layer.unwrap_or_default()),

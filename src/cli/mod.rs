@@ -1,7 +1,7 @@
 //! The `vellum` command: parses, calls, prints. One file a command.
 //!
-//! Exit status: 0 success, 1 failure with one line `vellum: …` on standard error, 2 usage; `run`
-//! and `exec` end with the status of the command that they ran.
+//! Exit status: 0 success, 1 failure with one line `vellum: …` on standard error, 2 usage, 128 + N
+//! when signal N ended it; `run` and `exec` end with the status of the command that they ran.
 
 mod bench;
 mod check;
@@ -41,6 +41,7 @@ use clap::{Parser, Subcommand};
 use crate::engine::lost::explain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::command::{self as file_device, FileDeviceArgs};
+use crate::interrupt;
 use crate::store::Store;
 use output::{Output, complain};
 pub(crate) use size::parse_size;
@@ -201,11 +202,15 @@ pub fn main() -> ExitCode {
         root: cli.root,
         out,
     };
-    match dispatch(cli.command, &context) {
+    let listening = match cli.command.undoes() {
+        true => interrupt::listen(),
+        false => Ok(()),
+    };
+    match listening.and_then(|()| dispatch(cli.command, &context)) {
         Ok(code) => code,
         Err(error) => {
             complain(&error);
-            ExitCode::FAILURE
+            interrupt::exit_status().map_or(ExitCode::FAILURE, ExitCode::from)
         }
     }
 }
@@ -222,6 +227,28 @@ fn say_usage(said: &clap::Error) -> ExitCode {
             complain(&error);
             ExitCode::FAILURE
         }
+    }
+}
+
+impl Command {
+    /// True for commands that undo what they have half done when a signal asks them to end. The
+    /// others leave nothing, and end at once, or have a way of their own.
+    fn undoes(&self) -> bool {
+        matches!(
+            self,
+            Command::Import(_)
+                | Command::Create(_)
+                | Command::Rm(_)
+                | Command::Rmi(_)
+                | Command::Mount(_)
+                | Command::Umount(_)
+                | Command::Run(_)
+                | Command::Exec(_)
+                | Command::Commit(_)
+                | Command::Diff(_)
+                | Command::Prewarm(_)
+                | Command::Prune(_)
+        )
     }
 }
 

@@ -8,6 +8,7 @@ use super::{Context, shown};
 use crate::engine::lost;
 use crate::engine::mount::{Rights, mount as mount_container, umount as umount_container};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fs::ext4::Atime;
 use crate::store::Store;
 
 /// Arguments of `mount`.
@@ -23,10 +24,16 @@ pub(super) struct MountArgs {
     /// Let device nodes of the container open the host's devices
     #[arg(long)]
     dev: bool,
+    /// When reads change the access times of its files [default: as it was made, or noatime]
+    #[arg(long, value_name = "WHEN", value_enum)]
+    atime: Option<Atime>,
 }
 
 /// Arguments of `umount`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+One that is not mounted is fine: what a crash left of its mount is removed. One that an NBD server has is \
+refused, with the process that has it.")]
 pub(super) struct UmountArgs {
     /// The containers
     #[arg(required_unless_present = "all")]
@@ -34,8 +41,9 @@ pub(super) struct UmountArgs {
     /// All containers of the store
     #[arg(short, long, conflicts_with = "containers")]
     all: bool,
-    /// Also while programs use it: they get I/O errors. And where the store cannot be read (its disk
-    /// is gone): what is mounted, attached and running of it is found without it, by its path
+    /// Also while something runs in it, which is killed, or programs use it: they get I/O errors. And
+    /// where the store cannot be read (its disk is gone): what is mounted, attached and running of it is
+    /// found without it, by its path
     #[arg(short, long)]
     force: bool,
 }
@@ -46,7 +54,8 @@ pub(super) fn mount(args: &MountArgs, context: &Context) -> Result<()> {
         dev: args.dev,
     };
     let store = context.store_to_change()?;
-    let mounted = mount_container(&store, &args.container, args.dir.as_deref(), rights)?;
+    let dir = args.dir.as_deref();
+    let mounted = mount_container(&store, &args.container, dir, rights, args.atime)?;
     if context.out.json || std::io::stdout().is_terminal() {
         return context
             .out
@@ -79,7 +88,12 @@ pub(super) fn umount(args: &UmountArgs, context: &Context) -> Result<()> {
         let failed = match &store {
             Ok(store) => match umount_container(store, name, args.force) {
                 Err(error) if args.force && lost::is_lost(&error) => error.to_string(),
-                other => return other,
+                Err(error) => return Err(error),
+                Ok(true) => return Ok(()),
+                Ok(false) => {
+                    context.out.note(&format!("{name} is not mounted"));
+                    return Ok(());
+                }
             },
             Err(error) => error.to_string(),
         };

@@ -142,11 +142,12 @@ fn exposure(args: &Args, ip: IpAddr, writable: &[&str]) -> Option<String> {
     }
 }
 
-/// SIGTERM and SIGINT come to whoever waits for them. Before any thread is started.
+/// SIGTERM, SIGINT and SIGHUP come to whoever waits for them. Before any thread is started.
 fn block_signals() -> Result<SigSet> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGHUP);
     signals.thread_block().context(|| "cannot block signals")?;
     Ok(signals)
 }

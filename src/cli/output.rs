@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::interrupt;
 
 /// How to print.
 #[derive(Debug, Clone, Copy)]
@@ -71,7 +72,14 @@ pub(super) fn written(print: impl FnOnce(&mut io::Stdout) -> io::Result<()>) -> 
 
 /// Says on standard error why something failed, on one line.
 pub(super) fn complain(error: &Error) {
-    say(&format!("vellum: {error}").replace(char::is_control, "?"));
+    let text = match interrupt::signal() {
+        // A program that it had started got the signal too, or a call was cut off.
+        Some(signal) if error.kind() != ErrorKind::Interrupted => {
+            format!("vellum: interrupted by {signal}: {error}")
+        }
+        _ => format!("vellum: {error}"),
+    };
+    say(&text.replace(char::is_control, "?"));
 }
 
 /// A line on standard error. Where that cannot be written nobody is there to be told.

@@ -4,6 +4,8 @@ use super::Context;
 use super::output::complain;
 use crate::engine::mount;
 use crate::error::{Error, Result};
+use crate::interrupt;
+use crate::store::PruneReport;
 
 /// Arguments of `rm`.
 #[derive(Debug, clap::Args)]
@@ -11,7 +13,7 @@ pub(super) struct RmArgs {
     /// The containers
     #[arg(required = true)]
     containers: Vec<String>,
-    /// Also when they are mounted
+    /// Also when they are mounted, or something runs in them, which is killed
     #[arg(short, long)]
     force: bool,
 }
@@ -27,7 +29,9 @@ pub(super) struct RmiArgs {
 pub(super) fn rm(args: &RmArgs, context: &Context) -> Result<()> {
     let store = context.store_to_change()?;
     each(&args.containers, context, |name| {
-        mount::remove(&store, name, args.force)
+        let report = mount::remove(&store, name, args.force)?;
+        say_what_is_left(&report, context);
+        Ok(())
     })
 }
 
@@ -36,16 +40,27 @@ pub(super) fn rmi(args: &RmiArgs, context: &Context) -> Result<()> {
     // All at once: each by itself reads the records of all.
     let (each, collected) = store.remove_images(&args.images)?;
     let outcomes = args.images.iter().zip(each);
-    report(outcomes, context).and(collected)
+    report(outcomes, context).and(collected.map(|report| say_what_is_left(&report, context)))
+}
+
+/// Layers that could not be removed beside others' work take space until somebody removes them.
+fn say_what_is_left(report: &PruneReport, context: &Context) {
+    if report.busy {
+        context.out.note(
+            "other commands are at work on layers, so its layers are still there: `vellum prune` \
+             removes them later",
+        );
+    }
 }
 
 /// Removes all that can be removed; fails with the first failure, after saying the others.
 pub(super) fn each(
     names: &[String],
     context: &Context,
-    remove: impl Fn(&str) -> Result<()>,
+    remove: impl Fn(&String) -> Result<()>,
 ) -> Result<()> {
-    report(names.iter().map(|name| (name, remove(name))), context)
+    let outcome = |name| (name, interrupt::check().and_then(|()| remove(name)));
+    report(names.iter().map(outcome), context)
 }
 
 /// Prints what was removed; fails with the first failure, after saying the others.

@@ -8,6 +8,8 @@ use super::output::{complain, say};
 use super::size::parse_size;
 use crate::engine::run::{self, CommandOptions, Ended, FAILURE, Network, RunOptions, parse_volume};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fs::ext4::Atime;
+use crate::interrupt;
 use crate::store::NewContainer;
 
 /// Arguments of `run`.
@@ -17,7 +19,7 @@ The container stays when the command ends, unless --rm is given: `vellum exec` r
 in it, `vellum commit` makes an image of it, `vellum rm` removes it.
 
 Exit status: the command's; 128+N when signal N ended it; 127 when the container has no such program, \
-126 when it cannot be executed, 125 when vellum failed.
+126 when it cannot be executed, 125 when vellum failed, 128+N when signal N came before it started.
 
 The OCI runtime is crun or runc, whichever is installed; VELLUM_RUNTIME names another.")]
 pub(super) struct Args {
@@ -44,6 +46,9 @@ pub(super) struct Args {
     /// Virtual size, not smaller than the image's
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     size: Option<u64>,
+    /// When reads change the access times of its files [default: noatime]
+    #[arg(long, value_name = "WHEN", value_enum)]
+    atime: Option<Atime>,
     #[command(flatten)]
     process: ProcessArgs,
     /// Say more on standard error; twice for still more
@@ -143,6 +148,7 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
         name: args.name.as_deref(),
         virtual_size: args.size,
         volumes,
+        atime: args.atime,
     };
     run::run(&context.store_to_change()?, &new, &options)
 }
@@ -159,7 +165,7 @@ pub(super) fn exit(ended: Result<Ended>) -> ExitCode {
         }
         Err(error) => {
             complain(&error);
-            ExitCode::from(FAILURE)
+            ExitCode::from(interrupt::exit_status().unwrap_or(FAILURE))
         }
     }
 }

@@ -10,15 +10,17 @@ use uuid::Uuid;
 use super::device::{PREPARE_SEAL, SEAL_TOP, SealTop, Target};
 use super::import::forget_ext4_journal;
 use super::lock_container;
-use super::mount::{TemporaryMount, mounted};
+use super::mount::{mounted, take_over};
 use super::stats::encode;
 use super::template;
+use super::temporary::{TemporaryMount, is_clean};
 use crate::block::BLOCK_SIZE;
 use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::export::device::{self, control};
+use crate::export::device::control;
 use crate::fs::freeze;
 use crate::image::HistoryEntry;
+use crate::interrupt;
 use crate::layer::{SealedLayer, seal_in_place};
 use crate::store::{ContainerRecord, ImageRecord, Store, now};
 
@@ -57,16 +59,8 @@ pub fn commit(
     let container = store.container(name)?;
     let _busy = lock_container(store, &container)?;
     let pin = store.pin_layers()?;
+    take_over(store, &container)?;
     let mount = mounted(store, &container)?;
-    let attached = device::status(&store.run_dir(&container))?.is_some_and(|s| s.alive);
-    if mount.is_none() && attached {
-        return Err(Error::new(
-            ErrorKind::InUse,
-            format!(
-                "the container {name} is attached but not mounted: `vellum umount {name}` first"
-            ),
-        ));
-    }
     match &mount {
         // Most of the writing happens before anybody has to wait.
         Some(mount) => {
@@ -78,12 +72,19 @@ pub fn commit(
                 FLUSH_TIMEOUT,
             )?;
         }
-        // After a crash its journal may want replaying, which an image's readers cannot do.
+        // After a crash its journal may want replaying, which an image's readers cannot do. Otherwise
+        // it is not mounted, which would only write to it.
         None if container.fs.is_some() => {
-            TemporaryMount::new(store, &Target::Container(name.to_owned()))?.end()?;
+            let clean = is_clean(&Target::Look(name.to_owned()).open(store)?);
+            if !clean {
+                TemporaryMount::new(store, &Target::Container(name.to_owned()))?.end()?;
+            }
         }
         None => {}
     }
+    interrupt::check()?;
+    // From here on it comes to its end, whatever signal comes: undoing it would take as long.
+    let _held = interrupt::hold();
     let (record, prepared) = store.prepare_commit(name, &pin)?;
     let next = record
         .next

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::import::forget_ext4_journal;
 use crate::block::BlockDevice;
 use crate::chain::{
-    Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, STATS_LEN, Source,
+    Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, STATS_LEN, Source, look_at_chain,
     open_counted_chain, open_read_only_chain,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -44,6 +44,8 @@ const MAX_RUNS: usize = 16 << 10;
 pub enum Target {
     /// A container's, writable. Its name.
     Container(String),
+    /// A container's, to look at: no file of it is changed, and nobody writes it meanwhile. Its name.
+    Look(String),
     /// A layer in `staging` on its parents, writable. Whoever staged it keeps it leased.
     Staged(Uuid),
     /// A published layer on its parents: writable until it is sealed.
@@ -57,6 +59,7 @@ impl Target {
     pub fn arguments(&self) -> Vec<OsString> {
         match self {
             Target::Container(name) => vec!["--container".into(), name.into()],
+            Target::Look(name) => vec!["--look".into(), name.into()],
             Target::Staged(layer) => vec!["--staged".into(), layer.to_string().into()],
             Target::Layer(layer) => vec!["--layer".into(), layer.to_string().into()],
             Target::Sealed(layer) => vec!["--sealed".into(), layer.to_string().into()],
@@ -65,7 +68,7 @@ impl Target {
 
     /// True when it cannot be written.
     pub fn is_read_only(&self) -> bool {
-        matches!(self, Target::Sealed(_))
+        matches!(self, Target::Sealed(_) | Target::Look(_))
     }
 
     /// Opens a container's chain as it was resolved before.
@@ -119,6 +122,16 @@ impl Target {
                 };
                 open().map_err(|error: Error| error.context(format!("the container {name}")))
             }
+            Target::Look(name) => {
+                let resolved = store.resolve_name(name)?;
+                let what = |error: Error| error.context(format!("the container {name}"));
+                let lease = store.lease_for_reading(resolved.top).map_err(what)?;
+                let sealed = store.layer_dirs(&resolved.sealed);
+                let top = store.layer_dir(resolved.top);
+                let chain =
+                    open_read_only_chain(store.storage(), &sealed, &top, stats).map_err(what)?;
+                Ok(OpenChain::new(store, chain, Some(lease)))
+            }
             Target::Staged(layer) => {
                 let top = store.staging_dir(*layer);
                 let header = crate::layer::Header::read(&**store.storage(), &top)?;
@@ -130,7 +143,8 @@ impl Target {
                 };
                 Ok(OpenChain::new(
                     store,
-                    open_counted_chain(store.storage(), &spec, stats)?,
+                    // Of one who looks at a container through it the parent may not be sealed.
+                    look_at_chain(store.storage(), &spec, stats)?,
                     None,
                 ))
             }

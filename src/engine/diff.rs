@@ -1,13 +1,13 @@
 //! What a container changed, by paths.
 
-use super::device::Target;
 use super::lock_container;
-use super::mount::{TemporaryMount, mounted};
+use super::mount::{mounted, take_over};
+use super::temporary::TemporaryMount;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Change, Foreign, diff_trees_but};
 use crate::store::{Scaffold, Store};
 
-/// The paths by which a container differs from its image, sorted.
+/// The paths by which a container differs from its image, sorted. Looking changes neither.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] where the image holds no ext4; [`ErrorKind::InUse`] while an NBD
@@ -27,11 +27,12 @@ pub fn diff(store: &Store, name: &str) -> Result<Vec<Change>> {
         )
     })?;
     let foreign = foreign(&container.scaffold);
-    let lower = TemporaryMount::new(store, &Target::Sealed(image_top))?;
+    take_over(store, &container)?;
+    let lower = TemporaryMount::of_image(store, image_top)?;
     let changes = match mounted(store, &container)? {
         Some(mount) => diff_trees_but(lower.dir(), &mount.dir, &foreign)?,
         None => {
-            let upper = TemporaryMount::new(store, &Target::Container(name.to_owned()))?;
+            let upper = TemporaryMount::of_container(store, &container)?;
             let changes = diff_trees_but(lower.dir(), upper.dir(), &foreign)?;
             upper.end()?;
             changes

@@ -7,7 +7,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::device::{OpenChain, Target};
-use super::mount::TemporaryMount;
+use super::temporary::TemporaryMount;
 use super::{raw, template};
 use crate::block::{BLOCK_SIZE, BlockDevice, BlockState};
 use crate::error::{Error, ErrorKind, Result};

@@ -19,17 +19,21 @@ pub mod prewarm;
 pub mod raw;
 pub mod run;
 pub mod serve;
+pub mod serving;
 pub mod stats;
 pub mod status;
 pub(crate) mod template;
+pub mod temporary;
 pub mod upgrade;
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use crate::error::{Result, ResultExt};
-use crate::storage::{Held, LockMode};
+use crate::interrupt;
+use crate::storage::{Held, LockMode, by};
 use crate::store::{ContainerRecord, Store};
 
 /// A path in JSON, whose strings are text: what is not is replaced.
@@ -40,6 +44,12 @@ pub(crate) fn path_as_text<S: serde::Serializer>(
     serializer.collect_str(&path.display())
 }
 
+/// Most commands work on a container for less than this: whoever waits longer wants to know for whom.
+const SHORT_WAIT: Duration = Duration::from_secs(1);
+/// How long apart it is asked for, in that time and afterwards.
+const SHORT_PAUSE: Duration = Duration::from_millis(2);
+const LONG_PAUSE: Duration = Duration::from_millis(50);
+
 /// The file whose lock keeps other processes from a container.
 pub(crate) fn container_lock(store: &Store, id: Uuid) -> PathBuf {
     store.root().join("run").join(format!("{id}.lock"))
@@ -47,17 +57,7 @@ pub(crate) fn container_lock(store: &Store, id: Uuid) -> PathBuf {
 
 /// Keeps other processes from mounting, unmounting or committing the same container.
 pub(crate) fn lock_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
-    let path = container_lock(store, container.id);
-    let held = store
-        .storage()
-        .lock(&path, LockMode::Exclusive, true)
-        .context(|| format!("cannot lock {}", path.display()))?;
-    let held = held.ok_or_else(|| {
-        crate::Error::new(
-            crate::ErrorKind::InUse,
-            format!("the container {} is busy", container.name),
-        )
-    })?;
+    let held = wait_for_container(store, container)?;
     // While we waited it may have been removed, and its name given to another.
     if store.container(&container.name)?.id != container.id {
         return Err(crate::Error::new(
@@ -69,4 +69,31 @@ pub(crate) fn lock_container(store: &Store, container: &ContainerRecord) -> Resu
         ));
     }
     Ok(held)
+}
+
+/// Waits for the lock of a container, and says for whom where that takes long. It asks again and again,
+/// since a signal that comes just before a call that waits does not wake it.
+fn wait_for_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
+    let path = container_lock(store, container.id);
+    let since = Instant::now();
+    let mut told = false;
+    loop {
+        let held = store
+            .storage()
+            .lock(&path, LockMode::Exclusive, false)
+            .context(|| format!("cannot lock {}", path.display()))?;
+        if let Some(held) = held {
+            return Ok(held);
+        }
+        interrupt::check()?;
+        if since.elapsed() > SHORT_WAIT && !told {
+            told = true;
+            tracing::warn!(
+                "waiting for another process that works on the container {}{}",
+                container.name,
+                by(serving::working(store, container).as_ref())
+            );
+        }
+        std::thread::sleep(if told { LONG_PAUSE } else { SHORT_PAUSE });
+    }
 }

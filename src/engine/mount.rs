@@ -3,18 +3,19 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use uuid::Uuid;
-
 use super::device::Target;
 use super::grow::grow_file_system;
 use super::mount_point::{self, UNMOUNT_TIMEOUT};
+use super::serving::serving;
+use super::temporary::end_dead;
 use super::{container_lock, lock_container, run};
-use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::{self, AttachSpec, DetachOptions};
 use crate::export::loop_device::LoopDevice;
-use crate::fs::ext4;
+use crate::fs::ext4::{self, Atime};
 use crate::fs::mountinfo::MountInfo;
-use crate::store::{ContainerRecord, Store};
+use crate::interrupt;
+use crate::store::{ContainerRecord, PruneReport, Store};
 
 pub use super::mount_point::Rights;
 
@@ -48,9 +49,16 @@ pub(crate) fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
 /// # Errors
 /// [`ErrorKind::InUse`] while it is mounted or served, with where; [`ErrorKind::Unsupported`] where
 /// the image holds no ext4; [`ErrorKind::InvalidInput`] for a directory that would hide the store.
-pub fn mount(store: &Store, name: &str, dir: Option<&Path>, rights: Rights) -> Result<Mounted> {
-    let container = store.container(name)?;
+pub fn mount(
+    store: &Store,
+    name: &str,
+    dir: Option<&Path>,
+    rights: Rights,
+    atime: Option<Atime>,
+) -> Result<Mounted> {
+    let mut container = store.container(name)?;
     let _busy = lock_container(store, &container)?;
+    container.atime = atime.or(container.atime);
     mount_locked(store, &container, dir, rights)
 }
 
@@ -73,7 +81,7 @@ pub(super) fn mount_locked(
             ),
         ));
     }
-    clear_dead(store, container)?;
+    take_over(store, container)?;
     if let Some(there) = mounted(store, container)? {
         return Err(Error::new(
             ErrorKind::InUse,
@@ -92,7 +100,10 @@ pub(super) fn mount_locked(
     let attached = device::attach(&run_dir, &attach_spec(store, &target))
         .map_err(|error| error.context(format!("cannot attach {name}")))?;
     let device = attached.device.path();
-    if let Err(error) = mount_grown(container, &device, &dir, rights) {
+    let mounted = interrupt::check()
+        .and_then(|()| mount_grown(container, &device, &dir, rights))
+        .and_then(|()| interrupt::check());
+    if let Err(error) = mounted {
         // The mount's failure is what matters.
         let _ = unmount_device(&run_dir, true);
         let _ = device::detach(
@@ -114,7 +125,7 @@ fn mount_grown(
     dir: &Path,
     rights: Rights,
 ) -> Result<()> {
-    let options = rights.options();
+    let options = rights.options(container.atime.unwrap_or_default());
     ext4::mount(device, dir, options)?;
     let grown = grow_file_system(device, dir, container.virtual_size, options, || {
         ext4::unmount(dir, UNMOUNT_TIMEOUT)
@@ -154,36 +165,62 @@ pub fn mounted(store: &Store, container: &ContainerRecord) -> Result<Option<Moun
     }))
 }
 
-/// Takes away a mount whose device servers are all dead: whoever looks there gets I/O errors, and
-/// what was flushed is in the layer.
+/// Takes away what commands and servers that are dead left of a container: a mount whose servers
+/// are all dead (whoever looks there gets I/O errors, and what was flushed is in the layer), a device
+/// that was attached and not mounted yet, or not detached any more, and temporary mounts.
 ///
 /// # Errors
-/// [`ErrorKind::InUse`] while a program still has its working directory or files there.
-pub(super) fn clear_dead(store: &Store, container: &ContainerRecord) -> Result<()> {
-    let dead = device::status(&store.run_dir(container))?.is_some_and(|status| !status.alive);
-    // Without a mount attaching clears the rest.
-    let Some(mounted) = mounted(store, container)?.filter(|_| dead) else {
+/// [`ErrorKind::InUse`] while something runs in the container, or a program still has its working
+/// directory or files there, or the device is mounted in another mount namespace.
+pub(super) fn take_over(store: &Store, container: &ContainerRecord) -> Result<()> {
+    end_dead(store);
+    let Some(status) = device::status(&store.run_dir(container))? else {
         return Ok(());
     };
-    tracing::warn!("{}: its server is dead: unmounted", mounted.dir.display());
-    umount_locked(store, container, false)
+    match (status.alive, mounted(store, container)?) {
+        (true, Some(_)) => Ok(()),
+        (true, None) => {
+            tracing::info!("{}: attached and not mounted: detached", container.name);
+            umount_locked(store, container, false)
+        }
+        (false, Some(mounted)) => {
+            tracing::warn!("{}: its server is dead: unmounted", mounted.dir.display());
+            umount_locked(store, container, false)
+        }
+        // Attaching clears the rest.
+        (false, None) => Ok(()),
+    }
 }
 
-/// Unmounts a container wherever it is mounted and ends its server. One that is not mounted is
-/// fine: what a crash left is cleaned up.
+/// Unmounts a container wherever it is mounted and ends its server. Returns false for one that was
+/// not mounted, of which nothing else was left either: that is fine.
 ///
 /// # Errors
-/// [`ErrorKind::InUse`] while a program uses the file system, unless `force` is given: then it is
-/// taken away from under it.
-pub fn umount(store: &Store, name: &str, force: bool) -> Result<()> {
+/// [`ErrorKind::InUse`] while something runs in it or a program uses the file system, unless `force`
+/// is given: then it is taken away from under it; and while it is served over NBD.
+pub fn umount(store: &Store, name: &str, force: bool) -> Result<bool> {
     let container = store.container(name)?;
     let _busy = lock_container(store, &container)?;
-    umount_locked(store, &container, force)
+    end_dead(store);
+    let run_dir = store.run_dir(&container);
+    let was_there = device::status(&run_dir)?.is_some()
+        || run::activity(store, &container)? != run::Activity::Idle;
+    if !was_there && let Some(serving) = serving(store, &container)? {
+        return Err(serving.refusal(name));
+    }
+    umount_locked(store, &container, force)?;
+    Ok(was_there)
 }
 
 pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
+    run::end_running(&store.run_dir(container), &container.name, force)?;
+    unmount_ended(store, container, force)
+}
+
+/// As [`umount_locked`], after what ran has ended. What says that something ran goes last, so that
+/// whoever comes after a crash in between knows that this was not finished.
+pub(super) fn unmount_ended(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
     let run_dir = store.run_dir(container);
-    run::end_running(&run_dir, &container.name, force)?;
     take_scaffold_away(store, container);
     unmount_device(&run_dir, force)
         .map_err(|error| error.context(format!("cannot unmount {}", container.name)))?;
@@ -193,7 +230,11 @@ pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: b
         ..DetachOptions::default()
     };
     device::detach(&run_dir, &options)
-        .map_err(|error| error.context(format!("cannot detach {}", container.name)))
+        .map_err(|error| error.context(format!("cannot detach {}", container.name)))?;
+    run::forget(&run_dir)?;
+    // Not where there are files that are nobody's.
+    let _ = std::fs::remove_dir(&run_dir);
+    Ok(())
 }
 
 /// Takes away what running the container left in its file system. What stays does no harm: it is noted
@@ -225,14 +266,17 @@ pub(crate) fn unmount_device(run_dir: &Path, force: bool) -> Result<()> {
     }
 }
 
-/// Unmounts and detaches a container, then removes it.
+/// Unmounts and detaches a container, then removes it. The report is as that of
+/// [`Store::remove_container`].
 ///
 /// # Errors
-/// [`ErrorKind::InUse`] while it is mounted and `force` is not given, or while a program uses it.
-pub fn remove(store: &Store, name: &str, force: bool) -> Result<()> {
+/// [`ErrorKind::InUse`] while something runs in it or it is mounted and `force` is not given, or
+/// while a program uses it.
+pub fn remove(store: &Store, name: &str, force: bool) -> Result<PruneReport> {
     let container = store.container(name)?;
-    {
+    let report = {
         let _busy = lock_container(store, &container)?;
+        end_dead(store);
         run::end_for_good(store, &container, force)?;
         if let (Some(mounted), false) = (mounted(store, &container)?, force) {
             return Err(Error::new(
@@ -244,82 +288,14 @@ pub fn remove(store: &Store, name: &str, force: bool) -> Result<()> {
             ));
         }
         umount_locked(store, &container, force)?;
-        store.remove_container(name)?;
-    }
+        store.remove_container(name)?
+    };
     let lock = container_lock(store, container.id);
     // The last user of the name; a leftover is harmless and pruned.
     let _ = std::fs::remove_file(lock);
     let (dir, socket) = store.socket_beside(container.id);
     let _ = std::fs::remove_file(dir.join(socket));
-    Ok(())
-}
-
-/// A file system that is mounted for as long as this lives, in a place of its own.
-#[derive(Debug)]
-pub struct TemporaryMount {
-    run_dir: PathBuf,
-    dir: PathBuf,
-    ended: bool,
-}
-
-impl TemporaryMount {
-    /// Attaches and mounts a target.
-    ///
-    /// # Errors
-    /// As [`mount`].
-    pub fn new(store: &Store, target: &Target) -> Result<Self> {
-        let run_dir = store.root().join("run").join(Uuid::new_v4().to_string());
-        let dir = run_dir.join("rootfs");
-        std::fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
-        let mount = TemporaryMount {
-            run_dir,
-            dir,
-            ended: false,
-        };
-        let attached = device::attach(&mount.run_dir, &attach_spec(store, target))?;
-        let options = ext4::MountOptions {
-            read_only: target.is_read_only(),
-            ..ext4::MountOptions::default()
-        };
-        ext4::mount(&attached.device.path(), &mount.dir, options)?;
-        Ok(mount)
-    }
-
-    /// The run directory of its device.
-    pub(super) fn run_dir(&self) -> &Path {
-        &self.run_dir
-    }
-
-    /// The root of the file system.
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// Unmounts in order.
-    ///
-    /// # Errors
-    /// Where something is still in use, or could not be written.
-    pub fn end(mut self) -> Result<()> {
-        self.ended = true;
-        unmount_device(&self.run_dir, false)?;
-        mount_point::remove(&self.dir)?;
-        device::detach(&self.run_dir, &DetachOptions::default())
-    }
-}
-
-impl Drop for TemporaryMount {
-    fn drop(&mut self) {
-        if !self.ended {
-            // On the way out of an error: what stays, prune removes.
-            let _ = unmount_device(&self.run_dir, true);
-            let _ = std::fs::remove_dir(&self.dir);
-            let options = DetachOptions {
-                force: true,
-                ..DetachOptions::default()
-            };
-            let _ = device::detach(&self.run_dir, &options);
-        }
-    }
+    Ok(report)
 }
 
 /// Cleans up run directories that belong to no container: what a crash left of imports and
@@ -329,13 +305,20 @@ impl Drop for TemporaryMount {
 /// # Errors
 /// Where the directories cannot be listed.
 pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
-    let mut done = Vec::new();
+    let shown =
+        |run_dir: &Path| format!("run/{}", run_dir.file_name().unwrap_or_default().display());
+    let ended = end_dead(store);
+    let mut done: Vec<String> = ended.iter().map(|run_dir| shown(run_dir)).collect();
     // Whoever uses a temporary mount holds the other side of this lock.
     let Some(_lock) = store.try_collection_lock()? else {
         return Ok(done);
     };
     for run_dir in store.orphaned_run_dirs()? {
-        run::end_running(&run_dir, "of a removed record", true)?;
+        // Its record was taken away by hand: removing a container ends what runs in it first.
+        if let Err(error) = run::end_running(&run_dir, "of a removed record", false) {
+            tracing::warn!(%error, "{}: left as it is", run_dir.display());
+            continue;
+        }
         unmount_device(&run_dir, true)?;
         let options = DetachOptions {
             force: true,
@@ -349,10 +332,7 @@ pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
                     error,
                 ));
             }
-            _ => done.push(format!(
-                "run/{}",
-                run_dir.file_name().unwrap_or_default().display()
-            )),
+            _ => done.push(shown(&run_dir)),
         }
     }
     Ok(done)

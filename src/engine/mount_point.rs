@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::loop_device::LoopDevice;
-use crate::fs::ext4;
+use crate::fs::ext4::{self, Atime};
 use crate::fs::mountinfo::MountInfo;
 use crate::store::Store;
 
@@ -46,10 +46,11 @@ impl Rights {
     }
 
     /// How to mount with these.
-    pub(super) fn options(self) -> ext4::MountOptions {
+    pub(super) fn options(self, atime: Atime) -> ext4::MountOptions {
         ext4::MountOptions {
             no_suid: !self.suid,
             no_dev: !self.dev,
+            atime,
             ..ext4::MountOptions::default()
         }
     }
@@ -117,7 +118,12 @@ pub(super) fn unmount_all(device: LoopDevice, force: bool) -> Result<()> {
 /// Where `run` and `exec` find the root of a container that is mounted already. Where it was mounted
 /// for people to look at, its setuid programs are without effect: then it is mounted a second time,
 /// below the run directory, which nobody else can walk.
-pub(super) fn inner_dir(run_dir: &Path, dir: &Path, device: &Path) -> Result<PathBuf> {
+pub(super) fn inner_dir(
+    run_dir: &Path,
+    dir: &Path,
+    device: &Path,
+    atime: Atime,
+) -> Result<PathBuf> {
     let mount = MountInfo::at(dir)?;
     if mount.is_none_or(|mount| Rights::of(&mount) == Rights::ALL) {
         return Ok(dir.to_owned());
@@ -125,7 +131,7 @@ pub(super) fn inner_dir(run_dir: &Path, dir: &Path, device: &Path) -> Result<Pat
     let inner = run_dir.join(INNER);
     if MountInfo::at(&inner)?.is_none() {
         fs::create_dir_all(&inner).context(|| format!("cannot make {}", inner.display()))?;
-        ext4::mount(device, &inner, Rights::ALL.options())?;
+        ext4::mount(device, &inner, Rights::ALL.options(atime))?;
     }
     Ok(inner)
 }

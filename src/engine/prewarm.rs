@@ -21,11 +21,13 @@ use serde::Serialize;
 
 use super::device::{COPY_UP, CopyUp, Target};
 use super::lock_container;
-use super::mount::{TemporaryMount, mounted};
+use super::mount::{mounted, take_over};
 use super::stats::{Sockets, decode, encode};
+use super::temporary::TemporaryMount;
 use crate::block::BLOCK_SIZE;
 use crate::chain::CopiedUp;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::interrupt;
 use crate::store::Store;
 
 /// Bytes that are copied and made durable at a time: a container's own flush that comes then waits
@@ -93,6 +95,7 @@ pub fn prewarm(
         None => {
             let _busy = lock_container(store, &container)?;
             let _pin = store.pin_layers()?;
+            take_over(store, &container)?;
             let mount = TemporaryMount::new(store, &Target::Container(name.to_owned()))?;
             let sockets = Sockets::of_device(mount.run_dir());
             let done = prewarm_mounted(store, mount.dir(), &sockets, paths, progress);
@@ -128,6 +131,7 @@ fn prewarm_mounted(
     let mut done = 0;
     progress(done, report.bytes);
     for batch in batches(&ranges) {
+        interrupt::check()?;
         leave_space(store)?;
         let bytes: u64 = batch.iter().map(|(_, len)| len).sum();
         let args = encode(&CopyUp { ranges: batch })?;
@@ -275,6 +279,7 @@ impl Root {
         let top = Root { fd: top.into() };
         let mut waiting = vec![PathBuf::new()];
         while let Some(path) = waiting.pop() {
+            interrupt::check()?;
             let Some(directory) = top.get_again(&path)? else {
                 continue;
             };

@@ -33,6 +33,7 @@ pub fn copy_in(
     while let Some((start, end)) = next_data(&file, done, len).context(what)? {
         let mut at = start / BLOCK_SIZE * BLOCK_SIZE;
         while at < end {
+            crate::interrupt::check()?;
             let want = (end.next_multiple_of(BLOCK_SIZE) - at).min(CHUNK as u64) as usize;
             let chunk = buf.get_mut(..want).unwrap_or_default();
             chunk.fill(0);

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::device::{COPY_UP, MAP, OpenChain, STATS, Target, counts};
+use super::serving::WHO;
+use super::stats::encode;
 use crate::chain::ChainStats;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::ControlHandler;
 use crate::export::device::control_server::ControlServer;
 use crate::export::nbd::Export;
+use crate::storage::Holder;
 use crate::store::Store;
 
 /// A chain that is served, and the socket on which others ask for its counters. Both are closed in
@@ -28,6 +31,7 @@ impl ControlHandler for Answers {
     fn handle(&self, verb: &str, args: Value) -> Result<Value> {
         match verb {
             STATS | MAP | COPY_UP => self.0.handle(verb, args),
+            WHO => encode(&Holder::current()),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("an NBD server knows no command {verb:?}"),
@@ -56,6 +60,11 @@ pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Ser
         },
     };
     let stats = Arc::new(ChainStats::default().counting(counts()));
+    let target = match target {
+        // Who only reads changes no file of it.
+        Target::Container(name) if read_only => Target::Look(name),
+        other => other,
+    };
     let chain = Arc::new(target.open_counted(store, stats)?);
     if let Some(size) = shown {
         chain.chain().show(size)?;

@@ -6,6 +6,7 @@ use super::device::DeviceStats;
 use super::known::Known;
 use super::mount::{Mounted, mounted};
 use super::run::{Activity, activity};
+use super::serving::{Serving, serving};
 use super::stats::device_stats;
 use crate::block::BLOCK_SIZE;
 use crate::error::Result;
@@ -20,7 +21,8 @@ pub struct ContainerStatus {
     /// The record.
     #[serde(flatten)]
     pub record: ContainerRecord,
-    /// One word or a short phrase: `created`, `running (pid …)`, `mounted at …`, `failed: …`.
+    /// One word or a short phrase: `created`, `running (pid …)`, `mounted at …`, `served over nbd by
+    /// …`, `failed: …`.
     pub status: String,
     /// The first process of what runs in it.
     pub pid: Option<i32>,
@@ -28,6 +30,8 @@ pub struct ContainerStatus {
     pub mounted: Option<Mounted>,
     /// Its device server.
     pub device: Option<DeviceStatus>,
+    /// Another process that has it: an NBD server, or a command that works on it.
+    pub serving: Option<Serving>,
     /// Bytes of data in its writable layer; `None` where they cannot be read.
     pub size: Option<u64>,
     /// Bytes of that and of its image's layers.
@@ -47,12 +51,20 @@ pub fn status(
     let device = device::status(&store.run_dir(&record))?;
     let mounted = mounted(store, &record)?;
     let activity = activity(store, &record)?;
-    let status = describe(
-        Some(&record.name),
-        activity,
-        device.as_ref(),
-        mounted.as_ref(),
-    );
+    let serving = match device {
+        // A record whose layer is gone has nobody.
+        None => serving(store, &record).unwrap_or_default(),
+        Some(_) => None,
+    };
+    let status = match &serving {
+        Some(serving) => serving.describe(),
+        None => describe(
+            Some(&record.name),
+            activity,
+            device.as_ref(),
+            mounted.as_ref(),
+        ),
+    };
     let pid = match activity {
         Activity::Running { pid, .. } => Some(pid),
         _ => None,
@@ -68,6 +80,7 @@ pub fn status(
         pid,
         mounted,
         device,
+        serving,
         size,
         total_size,
     })

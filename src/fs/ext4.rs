@@ -17,6 +17,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags};
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::mountinfo::MountInfo;
@@ -167,6 +168,20 @@ fn missing(name: &str, error: io::Error) -> Error {
     }
 }
 
+/// When a read of a file changes its access time. With copy-on-write that is never free: the first
+/// such change copies the block of the inode up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Atime {
+    /// Never.
+    #[default]
+    Noatime,
+    /// When it is older than the last change, or than a day.
+    Relatime,
+    /// Always.
+    Strictatime,
+}
+
 /// How to mount.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MountOptions {
@@ -176,9 +191,27 @@ pub struct MountOptions {
     pub no_suid: bool,
     /// Device nodes cannot be opened.
     pub no_dev: bool,
+    /// Access times.
+    pub atime: Atime,
 }
 
 impl MountOptions {
+    /// The flags of mount(2).
+    fn flags(self) -> MsFlags {
+        let atime = match self.atime {
+            Atime::Noatime => MsFlags::MS_NOATIME,
+            Atime::Relatime => MsFlags::MS_RELATIME,
+            Atime::Strictatime => MsFlags::MS_STRICTATIME,
+        };
+        let given = [
+            (self.read_only, MsFlags::MS_RDONLY),
+            (self.no_suid, MsFlags::MS_NOSUID),
+            (self.no_dev, MsFlags::MS_NODEV),
+        ];
+        let given = given.into_iter().filter(|(given, _)| *given);
+        given.fold(atime, |flags, (_, flag)| flags | flag)
+    }
+
     /// ext4's own options for it, as mount(8) takes them.
     pub fn data(self) -> &'static str {
         if self.read_only {
@@ -196,18 +229,8 @@ impl MountOptions {
 /// [`ErrorKind::Permission`] without CAP_SYS_ADMIN, [`ErrorKind::Io`] or [`ErrorKind::InvalidInput`]
 /// where there is no ext4.
 pub fn mount(device: &Path, target: &Path, options: MountOptions) -> Result<()> {
-    let mut flags = MsFlags::empty();
-    let data = options.data();
-    if options.read_only {
-        flags |= MsFlags::MS_RDONLY;
-    }
-    if options.no_suid {
-        flags |= MsFlags::MS_NOSUID;
-    }
-    if options.no_dev {
-        flags |= MsFlags::MS_NODEV;
-    }
-    nix::mount::mount(Some(device), target, Some("ext4"), flags, Some(data)).map_err(|errno| {
+    let (flags, data) = (options.flags(), Some(options.data()));
+    nix::mount::mount(Some(device), target, Some("ext4"), flags, data).map_err(|errno| {
         let what = format!(
             "{}: cannot be mounted on {}",
             device.display(),

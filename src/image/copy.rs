@@ -6,6 +6,7 @@ use super::Progress;
 use super::install::{ApplyStats, Content, Installer};
 use super::walk::{FileContent, NoContent, walk};
 use crate::error::ResultExt;
+use crate::interrupt;
 use crate::{Error, ErrorKind, Result};
 
 /// Copies the tree at `source` over the tree at `target`: names, content with its holes,
@@ -37,16 +38,19 @@ pub fn copy_tree(
         ));
     }
     let mut tree = Installer::new(target, true)?;
-    walk(source, &mut |node, file| match &file {
-        Some(file) => {
-            let content = FileContent::new(file, &node.kind);
-            let mut content = Counted {
-                content,
-                progress: &mut progress,
-            };
-            tree.install(&node, &mut content)
+    walk(source, &mut |node, file| {
+        interrupt::check()?;
+        match &file {
+            Some(file) => {
+                let content = FileContent::new(file, &node.kind);
+                let mut content = Counted {
+                    content,
+                    progress: &mut progress,
+                };
+                tree.install(&node, &mut content)
+            }
+            None => tree.install(&node, &mut NoContent),
         }
-        None => tree.install(&node, &mut NoContent),
     })?;
     tree.stats.end_marker = true;
     tree.finish()
@@ -59,6 +63,7 @@ struct Counted<'a, 'p, C> {
 
 impl<C: Content> Content for Counted<'_, '_, C> {
     fn read(&mut self, into: &mut [u8]) -> Result<usize> {
+        interrupt::check()?;
         let count = self.content.read(into)?;
         if let Some(progress) = self.progress {
             progress(count as u64);

@@ -15,6 +15,7 @@ use super::rooted::{file_type, is_directory, mtime};
 use super::walk::Level;
 use crate::Result;
 use crate::error::ResultExt;
+use crate::interrupt;
 
 /// Bytes of stack for a walk: the deepest trees take a small part of it.
 const STACK: usize = 64 << 20;
@@ -211,6 +212,7 @@ fn compare_levels(lower: &Level, upper: &Level, changes: &mut Changes<'_>) -> Re
 }
 
 fn added(level: &Level, name: &[u8], changes: &mut Changes<'_>) -> Result<()> {
+    interrupt::check()?;
     let Some(stat) = level.look(name)? else {
         return Ok(());
     };
@@ -232,6 +234,7 @@ fn added_below(level: &Level, changes: &mut Changes<'_>) -> Result<()> {
 }
 
 fn compare(lower: &Level, upper: &Level, name: &[u8], changes: &mut Changes<'_>) -> Result<()> {
+    interrupt::check()?;
     let (Some(old), Some(new)) = (lower.look(name)?, upper.look(name)?) else {
         return Ok(());
     };
@@ -317,6 +320,7 @@ fn same_content(one: &File, two: &File) -> std::io::Result<bool> {
     let (mut left, mut right) = (vec![0; CHUNK], vec![0; CHUNK]);
     let mut offset = 0;
     loop {
+        interrupt::check_io()?;
         offset = match (next_data(one, offset)?, next_data(two, offset)?) {
             (None, None) => return Ok(true),
             (Some(only), None) | (None, Some(only)) => only,

@@ -103,6 +103,7 @@ struct Hashing<R> {
 
 impl<R: Read> Read for Hashing<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        crate::interrupt::check_io()?;
         let count = self.input.read(into)?;
         if let (Some(hasher), Some(data)) = (&mut self.hasher, into.get(..count)) {
             hasher.update(data);

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::{self, BufReader, Cursor, Read};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use super::platform::Platform;
 use super::raw::{self, Holds};
 use super::{Progress, docker, docker_legacy, oci, read_failure};
 use crate::error::ResultExt;
+use crate::interrupt::{self, Interruptible};
 use crate::{Error, ErrorKind, Result};
 
 /// What a source can be.
@@ -175,6 +177,7 @@ struct Counted<R> {
 
 impl<R: Read> Read for Counted<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        interrupt::check_io()?;
         let count = self.input.read(into)?;
         if let Some(progress) = &mut self.progress {
             progress(count as u64);
@@ -318,7 +321,12 @@ impl Source {
     /// the command that helps; `Corrupt` for a damaged archive.
     pub fn open(spec: &Path, options: &SourceOptions) -> Result<Source> {
         if spec.as_os_str() == "-" {
-            let input = Box::new(io::stdin());
+            // Not through the buffer of `Stdin`: what lies in it, poll(2) does not know of.
+            let input = io::stdin()
+                .as_fd()
+                .try_clone_to_owned()
+                .context(|| "standard input")?;
+            let input = Box::new(Interruptible(File::from(input)));
             return from_stream(input, None, options).context(|| "standard input");
         }
         let meta = std::fs::metadata(spec).context(|| format!("opening {spec:?}"))?;
@@ -342,7 +350,7 @@ fn open_path(path: &Path, meta: &Metadata, options: &SourceOptions) -> Result<So
         return raw::open(path, &file, options.format.is_some()).map(Source::Raw);
     }
     if kind.is_fifo() || kind.is_char_device() || kind.is_block_device() {
-        return from_stream(Box::new(file), None, options);
+        return from_stream(Box::new(Interruptible(file)), None, options);
     }
     Err(Error::new(
         ErrorKind::InvalidInput,

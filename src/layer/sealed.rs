@@ -405,6 +405,7 @@ fn read_pieces(
         let end = extent.start + u64::from(extent.len);
         let mut block = extent.start;
         while block < end {
+            crate::interrupt::check()?;
             let blocks = (end - block).min((SCRUB_LEN / BLOCK_LEN) as u64);
             let len = blocks as usize * BLOCK_LEN;
             let mut buf = buffer();

@@ -249,13 +249,8 @@ impl Mounts {
             grown?;
         } else {
             grow_device(&run_dir, device, size)?;
-            grow_file_system(
-                &path,
-                &mounted,
-                size,
-                ext4::MountOptions::default(),
-                unmount,
-            )?;
+            let options = ext4::MountOptions::default();
+            grow_file_system(&path, &mounted, size, options, unmount)?;
         }
         crash_point::here("mount: grown");
         Ok(())

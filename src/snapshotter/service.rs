@@ -169,6 +169,8 @@ fn mount(spec: MountSpec) -> Vec<Mount> {
             read_only: spec.read_only,
             ..Default::default()
         };
+        // As everywhere: docs/operations.md says why.
+        options.push("noatime".into());
         options.extend(more.data().split(',').map(str::to_owned));
         "ext4"
     } else {

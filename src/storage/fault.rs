@@ -8,7 +8,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 
 use super::op::{OpCounts, OpKind};
-use super::{Entry, Mapping, OpenMode, Storage, StorageFile};
+use super::{Entry, Held, LockMode, Mapping, OpenMode, Storage, StorageFile};
 
 /// A short write ends at a multiple of this.
 const SECTOR: u64 = 512;
@@ -243,6 +243,10 @@ impl Storage for FaultStorage {
     fn exists(&self, path: &Path) -> io::Result<bool> {
         self.shared
             .run(OpKind::Look, path, || self.inner.exists(path))
+    }
+
+    fn lock(&self, path: &Path, mode: LockMode, wait: bool) -> io::Result<Option<Box<dyn Held>>> {
+        self.inner.lock(path, mode, wait)
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::waiting::about_to_wait;
-use super::{Entry, Held, LockMode, Mapping, OpenMode, SharedFile, Storage, StorageFile};
+use super::{Entry, Held, Holder, LockMode, Mapping, OpenMode, SharedFile, Storage, StorageFile};
+use crate::interrupt;
 
 /// The host's own files. Directories are made with mode 0700, files with 0600.
 #[derive(Debug, Clone, Copy, Default)]
@@ -160,17 +161,30 @@ impl Storage for FileStorage {
             },
             other => other?,
         };
-        let outcome = match (mode, wait) {
+        let attempt = || match (mode, wait) {
             (LockMode::Exclusive, true) => file.lock().map_err(TryLockError::Error),
             (LockMode::Shared, true) => file.lock_shared().map_err(TryLockError::Error),
             (LockMode::Exclusive, false) => file.try_lock(),
             (LockMode::Shared, false) => file.try_lock_shared(),
+        };
+        let outcome = loop {
+            match attempt() {
+                // A signal that ends nothing, such as that of a terminal's new size.
+                Err(TryLockError::Error(error))
+                    if error.kind() == io::ErrorKind::Interrupted && interrupt::check().is_ok() => {
+                }
+                other => break other,
+            }
         };
         match outcome {
             Ok(()) => Ok(Some(Box::new(FileLock { _file: file }))),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(error),
         }
+    }
+
+    fn holder(&self, path: &Path) -> Option<Holder> {
+        Holder::of_lock(path)
     }
 }
 

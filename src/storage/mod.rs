@@ -3,6 +3,7 @@
 
 mod fault;
 mod file;
+mod holder;
 mod needs;
 mod op;
 mod rng;
@@ -12,6 +13,7 @@ mod waiting;
 pub use fault::{Fault, FaultPlan, FaultStorage, Hook};
 pub use file::FileStorage;
 pub(crate) use file::write_dsync;
+pub use holder::{Holder, by};
 pub use op::{OpCounts, OpKind};
 pub use rng::SeededRng;
 pub use sim::{Moment, Observer, PowerCut, SimStorage, is_power_cut};
@@ -84,6 +86,11 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         _wait: bool,
     ) -> io::Result<Option<Box<dyn Held>>> {
         Ok(Some(Box::new(())))
+    }
+
+    /// Who holds the lock on the file `path`, as far as this process can see.
+    fn holder(&self, _path: &Path) -> Option<Holder> {
+        None
     }
 
     /// Makes a file of `len` bytes whose content other processes of this boot see although it is

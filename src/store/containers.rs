@@ -1,14 +1,18 @@
 //! Containers in the store.
 
+use std::path::PathBuf;
 use std::time::SystemTime;
 
 use uuid::Uuid;
 
 use super::names::check_name;
+use super::prune::PruneReport;
 use super::records::{ContainerRecord, LayerInfo};
 use super::{Store, StoreGuard};
 use crate::chain::ChainSpec;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::fs::ext4::Atime;
+use crate::interrupt;
 use crate::layer::{Header, LayerOptions};
 
 /// What a new container is made of.
@@ -22,6 +26,8 @@ pub struct NewContainer<'a> {
     pub virtual_size: Option<u64>,
     /// What appears in it when it runs.
     pub volumes: Vec<super::VolumeMount>,
+    /// Access times of its files; the default where it is `None`.
+    pub atime: Option<Atime>,
 }
 
 /// The layers of a container as they stand now, a commit that was cut off included.
@@ -104,6 +110,8 @@ impl Store {
             origin: "writable layer".into(),
             ..LayerInfo::default()
         };
+        // Later the layer would be left to prune.
+        interrupt::check()?;
         let top = staged.publish(&info, &pin)?;
 
         let _lock = self.lock()?;
@@ -131,6 +139,7 @@ impl Store {
             config: image.config,
             volumes: new.volumes.clone(),
             scaffold: super::Scaffold::default(),
+            atime: new.atime,
             created: now(),
         };
         self.write_json(&self.record_path("containers", &record.name), &record)?;
@@ -265,19 +274,23 @@ impl Store {
         self.write_json(&self.record_path("containers", &record.name), record)
     }
 
-    /// Removes a container with its writable layer. It is not mounted or served.
+    /// Removes a container with its writable layer. It is not mounted or served. The report says busy
+    /// where other commands were at work on layers, so that some of the container's were left to
+    /// [`Store::prune`].
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] while some process writes its layer.
-    pub fn remove_container(&self, name: &str) -> Result<()> {
-        {
+    pub fn remove_container(&self, name: &str) -> Result<PruneReport> {
+        let (layers, own) = {
             let _lock = self.lock()?;
             let record = self.container(name)?;
-            if self.is_leased(&self.layer_dir(self.resolve(&record)?.top)) {
+            let top = self.layer_dir(self.resolve(&record)?.top);
+            if self.is_leased(&top) {
                 return Err(Error::new(
                     ErrorKind::InUse,
                     format!(
-                        "the container {name} is in use by another process: stop its NBD server or unmount it first (`vellum umount {name}`)"
+                        "the container {name} is in use by another process{}: stop its NBD server or unmount it first (`vellum umount {name}`)",
+                        self.lease_holder(&top)
                     ),
                 ));
             }
@@ -286,8 +299,29 @@ impl Store {
             self.storage
                 .remove_tree(&run)
                 .context(|| format!("cannot remove {}", run.display()))?;
+            let own = self.trash_own_layers(&record)?;
+            (record.layers, own)
+        };
+        let mut report = self.collect_layers(own)?;
+        report.busy = report.busy && self.has_unnamed_layers(&layers)?;
+        Ok(report)
+    }
+
+    /// Moves the layers that were a container's alone to the trash, once its record is gone. Unlike
+    /// others that no record names, nobody can be about to name them: that would be a commit of this
+    /// container, and whoever removes it has locked it.
+    fn trash_own_layers(&self, record: &ContainerRecord) -> Result<Vec<PathBuf>> {
+        // Where a record cannot be read, it may name any of them.
+        let Some(used) = self.used_layers()? else {
+            return Ok(Vec::new());
+        };
+        let mut trashed = Vec::new();
+        for layer in std::iter::once(record.top).chain(record.next) {
+            if !used.contains(&layer) && !self.is_leased(&self.layer_dir(layer)) {
+                trashed.extend(self.trash_layer(layer)?);
+            }
         }
-        self.collect_layers().map(drop)
+        Ok(trashed)
     }
 }
 

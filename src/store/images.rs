@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use uuid::Uuid;
 
 use super::names::check_reference;
+use super::prune::PruneReport;
 use super::records::{ContainerRecord, ImageRecord};
 use super::{Store, StoreGuard};
 use crate::error::{Error, ErrorKind, Result};
@@ -71,11 +72,12 @@ impl Store {
         self.write_json(&self.record_path("images", &image.name), image)
     }
 
-    /// Removes an image, and the layers that nothing else uses.
+    /// Removes an image, and the layers that nothing else uses. Where the report says busy, other
+    /// commands were at work on layers, and [`Store::prune`] removes these later.
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] while containers are made from it: the message names them.
-    pub fn remove_image(&self, name: &str) -> Result<()> {
+    pub fn remove_image(&self, name: &str) -> Result<PruneReport> {
         let (each, collected) = self.remove_images(&[name.to_owned()])?;
         each.into_iter().collect::<Result<()>>()?;
         collected
@@ -86,22 +88,37 @@ impl Store {
     ///
     /// # Errors
     /// Where the store's records cannot be read; then none is removed.
-    pub fn remove_images(&self, names: &[String]) -> Result<(Vec<Result<()>>, Result<()>)> {
-        let each = {
+    pub fn remove_images(
+        &self,
+        names: &[String],
+    ) -> Result<(Vec<Result<()>>, Result<PruneReport>)> {
+        let mut layers = Vec::new();
+        let each: Vec<Result<()>> = {
             let _lock = self.lock()?;
             let mut users = Users::new(&self.images()?, self.containers()?);
-            let remove = |name: &String| self.remove_unused_image(name, &mut users);
-            names.iter().map(remove).collect::<Vec<_>>()
+            let mut remove = |name: &String| {
+                let image = self.remove_unused_image(name, &mut users)?;
+                layers.extend(image.layers);
+                Ok(())
+            };
+            names.iter().map(&mut remove).collect()
         };
         let collected = if each.iter().any(Result::is_ok) {
-            self.collect_layers().map(drop)
+            self.collect_image_layers(&layers)
         } else {
-            Ok(())
+            Ok(PruneReport::default())
         };
         Ok((each, collected))
     }
 
-    fn remove_unused_image(&self, name: &str, users: &mut Users) -> Result<()> {
+    /// Removes the layers of images that are gone, as far as nothing else uses them.
+    fn collect_image_layers(&self, layers: &[Uuid]) -> Result<PruneReport> {
+        let mut report = self.collect_layers(Vec::new())?;
+        report.busy = report.busy && self.has_unnamed_layers(layers)?;
+        Ok(report)
+    }
+
+    fn remove_unused_image(&self, name: &str, users: &mut Users) -> Result<ImageRecord> {
         let image = self.image(name)?;
         if let Some(containers) = users.containers.get(&image.id) {
             return Err(Error::new(
@@ -119,14 +136,15 @@ impl Store {
             return Err(Error::new(
                 ErrorKind::InUse,
                 format!(
-                    "the image {name} is in use by another process: stop its NBD server, or \
-                     wait for the `vellum diff` that reads it"
+                    "the image {name} is in use by another process{}: stop its NBD server, or \
+                     wait for the `vellum diff` that reads it",
+                    top.map_or(String::new(), |top| self.reader(top))
                 ),
             ));
         }
         self.remove_json(&self.record_path("images", name))?;
         users.forget(&image);
-        Ok(())
+        Ok(image)
     }
 }
 

@@ -6,10 +6,9 @@ use uuid::Uuid;
 
 use super::records::{LayerInfo, TemplateRecord};
 use super::{Store, StoreGuard, record_bytes};
-use crate::crash_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::layer::{Header, WritableLayer};
-use crate::storage::{Held, LockMode, OpenMode};
+use crate::storage::{Held, Holder, LockMode, OpenMode, by};
 
 const INFO_FILE: &str = "info.json";
 pub(super) const LEASE_FILE: &str = "lease";
@@ -198,7 +197,10 @@ impl Store {
         }
         Err(Error::new(
             ErrorKind::InUse,
-            format!("the layer {layer} is in use by another process (a mount or an NBD server)"),
+            format!(
+                "the layer {layer} is in use by another process{}",
+                self.lease_holder(&dir)
+            ),
         ))
     }
 
@@ -207,19 +209,46 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::InUse`] while another process writes it.
     pub fn lease_for_reading(&self, layer: Uuid) -> Result<LayerLease> {
-        let path = self.layer_dir(layer).join(LEASE_FILE);
-        let held = self
+        let dir = self.layer_dir(layer);
+        let path = dir.join(LEASE_FILE);
+        for attempt in 0..LEASE_ATTEMPTS {
+            if attempt > 0 {
+                // As in `lease_layer`.
+                std::thread::sleep(LEASE_PAUSE);
+            }
+            let held = self
+                .storage
+                .lock(&path, LockMode::Shared, false)
+                .context(|| format!("cannot lock {}", path.display()))?;
+            if let Some(held) = held {
+                return Ok(LayerLease { _held: held });
+            }
+        }
+        Err(Error::new(
+            ErrorKind::InUse,
+            format!(
+                "the layer {layer} is in use by another process{}",
+                self.lease_holder(&dir)
+            ),
+        ))
+    }
+
+    /// Who has the right to write the layer in `dir`.
+    pub fn layer_holder(&self, dir: &std::path::Path) -> Option<Holder> {
+        self.storage.holder(&dir.join(LEASE_FILE))
+    }
+
+    /// The same for a message.
+    pub(super) fn lease_holder(&self, dir: &std::path::Path) -> String {
+        by(self.layer_holder(dir).as_ref())
+    }
+
+    /// Who reads a chain with this layer on top, for a message.
+    pub(super) fn reader(&self, layer: Uuid) -> String {
+        by(self
             .storage
-            .lock(&path, LockMode::Shared, false)
-            .context(|| format!("cannot lock {}", path.display()))?;
-        held.map(|held| LayerLease { _held: held }).ok_or_else(|| {
-            Error::new(
-                ErrorKind::InUse,
-                format!(
-                    "the layer {layer} is written by another process (a mount or an NBD server)"
-                ),
-            )
-        })
+            .holder(&self.layer_dir(layer).join(READERS_FILE))
+            .as_ref())
     }
 
     /// Keeps the image with this top layer from being removed.
@@ -335,29 +364,5 @@ impl Store {
     /// Where the host fails.
     pub fn put_template(&self, record: &TemplateRecord) -> Result<()> {
         self.write_json(&self.record_path("templates", &record.key), record)
-    }
-
-    /// Moves a layer that no record names any more to the trash, where it is nobody's, and removes it
-    /// there. So may another thread that empties the trash at the same time; one that is gone already
-    /// is fine.
-    ///
-    /// # Errors
-    /// Where the host fails; [`Store::prune`] removes it later.
-    pub fn discard_layer(&self, layer: Uuid) -> Result<()> {
-        let trash = self.root.join("trash").join(layer.to_string());
-        let discard = || {
-            self.storage.rename(&self.layer_dir(layer), &trash)?;
-            crash_point::here("retire: layer in the trash");
-            self.storage.remove_tree(&trash)
-        };
-        match discard() {
-            Err(error)
-                if error.kind() == std::io::ErrorKind::NotFound
-                    && !self.storage.exists(&self.layer_dir(layer)).unwrap_or(true) =>
-            {
-                Ok(())
-            }
-            other => other.context(|| format!("cannot remove the layer {layer}")),
-        }
     }
 }

@@ -30,6 +30,7 @@ mod prune;
 mod quarantine;
 mod records;
 mod snapshots;
+mod trash;
 mod volumes;
 
 pub use containers::{NewContainer, Resolved, now};

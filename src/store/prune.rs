@@ -31,7 +31,7 @@ pub struct PruneReport {
     pub leftovers: Vec<String>,
     /// Running state of containers that are gone.
     pub run_dirs: Vec<String>,
-    /// Bytes of the layers' data.
+    /// Bytes that all of it took on the host.
     pub bytes: u64,
     /// Another process was making or removing layers, so not everything was looked at.
     pub busy: bool,
@@ -75,13 +75,13 @@ impl Records {
 }
 
 impl Store {
-    /// Removes layers that no record names. While another process has layers that it is about to
-    /// name, they are left for the next time.
-    pub(super) fn collect_layers(&self) -> Result<PruneReport> {
-        let mut report = PruneReport::default();
+    /// Moves layers that no record names to the trash, from where the caller removes them. While
+    /// another process has layers that it is about to name, they are left for the next time, and the
+    /// report says so.
+    pub(super) fn trash_orphans(&self, report: &mut PruneReport) -> Result<Vec<PathBuf>> {
         let Some(_gc) = self.try_collection_lock()? else {
             report.busy = true;
-            return Ok(report);
+            return Ok(Vec::new());
         };
         let _lock = self.lock()?;
         let Some(used) = self.used_layers()? else {
@@ -90,19 +90,45 @@ impl Store {
                 "a record is damaged, so no layer is removed: see `vellum check`",
             ));
         };
+        let mut trashed = Vec::new();
         for layer in self.layers()? {
             if used.contains(&layer) || self.is_leased(&self.layer_dir(layer)) {
                 continue;
             }
-            report.bytes += self.layer_info(layer).map_or(0, |info| info.bytes);
-            self.discard_layer(layer)?;
-            report.layers.push(layer);
+            if let Some(path) = self.trash_layer(layer)? {
+                trashed.push(path);
+                report.layers.push(layer);
+            }
         }
-        Ok(report)
+        Ok(trashed)
+    }
+
+    /// Removes layers that no record names, and `trashed`, which lies in the trash already.
+    pub(super) fn collect_layers(&self, mut trashed: Vec<PathBuf>) -> Result<PruneReport> {
+        let mut report = PruneReport::default();
+        let orphans = self.trash_orphans(&mut report);
+        // What is in the trash goes away also where no more may be put there.
+        let failure = orphans.map(|orphans| trashed.extend(orphans)).err();
+        self.empty_trash(&trashed, &mut report)?;
+        failure.map_or(Ok(report), Err)
+    }
+
+    /// True where some of these layers are still there although no record names them any more.
+    pub(super) fn has_unnamed_layers(&self, layers: &[Uuid]) -> Result<bool> {
+        // With a damaged record nobody can tell.
+        let Some(used) = self.used_layers()? else {
+            return Ok(false);
+        };
+        let mut unnamed = layers.iter().filter(|layer| !used.contains(layer));
+        Ok(unnamed.any(|layer| {
+            self.storage
+                .exists(&self.layer_dir(*layer))
+                .unwrap_or(false)
+        }))
     }
 
     /// All layers that records name; `None` where a record cannot be read, since it may name any.
-    fn used_layers(&self) -> Result<Option<HashSet<Uuid>>> {
+    pub(super) fn used_layers(&self) -> Result<Option<HashSet<Uuid>>> {
         let records = self.records()?;
         let damaged = !records.damaged.is_empty();
         let used = records.used_layers();
@@ -113,7 +139,8 @@ impl Store {
     /// Removes everything that crashes left: orphaned layers, half-made and half-removed ones,
     /// running state of containers that are gone, templates that no image begins with.
     ///
-    /// While another process makes or removes layers, nothing is removed and the report says so.
+    /// While another process makes or removes layers, nothing is removed but what lies in the trash,
+    /// and the report says so. What takes long, unlinking, happens after the locks were released.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] where a record is damaged: it may name any layer, so none is removed.
@@ -127,31 +154,48 @@ impl Store {
     /// # Errors
     /// As [`Store::prune`].
     pub fn sweep(&self) -> Result<PruneReport> {
-        let mut report = self.collect_layers()?;
+        let mut report = PruneReport::default();
+        let trashed = self.trash_leftovers(&mut report);
+        let orphans = match &trashed {
+            Ok(_) => self.trash_orphans(&mut report),
+            Err(_) => Ok(Vec::new()),
+        };
+        // What is in the trash goes away also where no more may be put there.
+        self.empty_trash(&self.trash()?, &mut report)?;
+        trashed.and(orphans).map(|_| report)
+    }
+
+    /// Removes half-made things, the large ones as far as the trash, and notes what lies there.
+    fn trash_leftovers(&self, report: &mut PruneReport) -> Result<()> {
+        let shown = |path: &Path| {
+            let name = path.strip_prefix(&self.root).unwrap_or(path);
+            name.display().to_string()
+        };
+        // Before layers join it, which are listed as what they are.
+        report.leftovers = self.trash()?.iter().map(|path| shown(path)).collect();
         // Whoever stages a layer has pinned layers first, so with this lock nobody does.
         let Some(_gc) = self.try_collection_lock()? else {
             report.busy = true;
-            return Ok(report);
+            return Ok(());
         };
         let _lock = self.lock()?;
+        let (staging, trash) = (self.root.join("staging"), self.root.join("trash"));
         let mut leftovers = self.leftovers()?;
+        leftovers.retain(|path| !path.starts_with(&trash));
         leftovers.extend(self.unfinished_layer_files()?);
         for path in leftovers {
-            let removed = match self.storage.remove_tree(&path) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-                    self.storage.remove_file(&path)
+            if path.starts_with(&staging) {
+                self.trash_staged(&path)?;
+            } else {
+                match self.remove_any(&path) {
+                    // Whoever it belonged to has removed it meanwhile.
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                    other => other.context(|| format!("cannot remove {}", path.display()))?,
                 }
-                other => other,
-            };
-            match removed {
-                // Whoever put it into the trash has removed it meanwhile.
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                other => other.context(|| format!("cannot remove {}", path.display()))?,
             }
-            let name = path.strip_prefix(&self.root).unwrap_or(&path);
-            report.leftovers.push(name.display().to_string());
+            report.leftovers.push(shown(&path));
         }
-        Ok(report)
+        Ok(())
     }
 
     /// What [`Store::prune`] would remove, and nobody works on. `None` while another process makes

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::fs::ext4::Atime;
 use crate::image::ImageConfig;
 
 /// The file system that a chain holds.
@@ -160,6 +161,9 @@ pub struct ContainerRecord {
     /// What was made in its file system for that, while it is there.
     #[serde(default, skip_serializing_if = "Scaffold::is_empty")]
     pub scaffold: Scaffold,
+    /// Access times of its files, where it was made with other than the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub atime: Option<Atime>,
     /// RFC 3339.
     pub created: String,
 }

@@ -230,11 +230,17 @@ impl TestStore {
 
     /// Serves a container or an image over NBD; returns the server and its socket.
     pub fn serve(&self, name: &str) -> (Running, PathBuf) {
+        self.serve_with(name, &[])
+    }
+
+    /// The same with options.
+    pub fn serve_with(&self, name: &str, options: &[&str]) -> (Running, PathBuf) {
         let socket = self.path("nbd.sock");
         let child = self
             .command()
             .args(["-q", "nbd", name, "--socket"])
             .arg(&socket)
+            .args(options)
             .spawn()
             .unwrap();
         let server = Running(child);

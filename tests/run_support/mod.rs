@@ -220,3 +220,18 @@ impl Drop for Running {
         let _ = self.child.wait();
     }
 }
+
+/// Has a command take signals, whatever the shell that runs the tests ignores.
+pub fn take_signals(command: &mut Command) {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    use std::os::unix::process::CommandExt;
+    let default = || {
+        for number in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            // SAFETY: the default action runs no code of ours.
+            unsafe { signal(number, SigHandler::SigDfl) }?;
+        }
+        Ok(())
+    };
+    // SAFETY: signal(2) may be called between fork and exec.
+    unsafe { command.pre_exec(default) };
+}

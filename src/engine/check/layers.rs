@@ -94,20 +94,33 @@ impl Check<'_> {
             if name.is_some_and(|name| STORE_FILES.contains(&name)) {
                 continue;
             }
-            // Whoever commits makes checksums after sealing, so this may be a matter of seconds.
+            let remedy = finding
+                .repair
+                .map(|_| Remedy::Layer(layer))
+                .filter(|_| sealed);
+            // Whoever commits makes checksums after sealing and counts then, so this may be a matter of
+            // seconds; and what one that was cut off had no time for prune does by itself. A layer that
+            // was counted has lost them.
+            let had_no_time = match finding.repair {
+                Some(layer::Repair::MakeSeal) => self
+                    .store
+                    .layer_info(layer)
+                    .is_ok_and(|info| info.bytes == 0),
+                Some(layer::Repair::Remove) => true,
+                None => false,
+            };
             let severity = match finding.severity {
                 layer::Severity::Note => Severity::Note,
-                _ if !idle => Severity::Note,
+                _ if !idle || had_no_time => Severity::Note,
                 _ => Severity::Warning,
             };
-            let remedy = finding.repair.map(|_| Remedy::Layer(layer));
             self.find(Finding::new(
                 severity,
                 format!("layer {layer}"),
                 finding.file,
                 finding.what,
                 finding.why,
-                remedy.filter(|_| sealed),
+                remedy,
             ));
         }
         Ok(())
@@ -116,11 +129,6 @@ impl Check<'_> {
     /// Compares what is said of a sealed layer with what it holds.
     fn count(&mut self, layer: Uuid, dir: &Path, sealed: &SealedLayer, idle: bool) {
         let what = format!("layer {layer}");
-        let severity = if idle {
-            Severity::Warning
-        } else {
-            Severity::Note
-        };
         let info = match self.store.layer_info(layer) {
             Ok(info) => info,
             Err(error) => {
@@ -137,12 +145,17 @@ impl Check<'_> {
         };
         let bytes = sealed.data_blocks() * BLOCK_SIZE;
         if info.bytes != bytes {
+            let severity = if info.bytes == 0 || !idle {
+                Severity::Note
+            } else {
+                Severity::Warning
+            };
             self.find(Finding::new(
                 severity,
                 &what,
                 dir.join("info.json"),
                 format!("says {} bytes; the layer holds {bytes}", info.bytes),
-                "sizes are shown wrong; --repair counts again",
+                "sizes are shown wrong; `vellum prune` counts again",
                 Some(Remedy::Count(layer)),
             ));
         }

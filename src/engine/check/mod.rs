@@ -325,8 +325,9 @@ impl Check<'_> {
                 let runs = runs.map(|path| (path, "a device whose command was cut off"));
                 let all: Vec<_> = layers.chain(others).chain(runs).collect();
                 for (path, problem) in all {
+                    // It is in nobody's way, and wants nobody's attention.
                     self.find(Finding::new(
-                        Severity::Warning,
+                        Severity::Note,
                         "leftover",
                         path,
                         problem,
@@ -343,10 +344,13 @@ impl Check<'_> {
                 .find(|container| leak.run_dir.ends_with(container.id.to_string()));
             // The others are orphans, see above.
             let Some(owner) = owner else { continue };
-            // Every container that was mounted when the host crashed has such files. They want
-            // nobody's attention.
-            let (severity, advice) = if leak.only_files {
-                let advice = "the next mount cleans up; what was flushed is safe".into();
+            // Every container that was mounted when the host crashed has such files, and one whose
+            // commands were killed may have a device. But where a mount is dead, somebody may look
+            // there and see errors.
+            let (severity, advice) = if !leak.mounted {
+                let advice = "the next command that wants the container cleans up; what was \
+                              flushed is safe"
+                    .into();
                 (Severity::Note, advice)
             } else {
                 let name = &owner.name;

@@ -156,7 +156,7 @@ impl Check<'_> {
         }
         if container.next.is_some() {
             self.find(Finding::new(
-                Severity::Warning,
+                Severity::Note,
                 &what,
                 &path,
                 "a commit was cut off; its next mount or commit goes on from there",

@@ -6,7 +6,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
@@ -15,10 +15,14 @@ use super::runtime::Runtime;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{Identity, boot_id};
 use crate::fs::held_dir::Place;
+use crate::interrupt;
+use crate::storage::Holder;
 use crate::store::{ContainerRecord, Store};
 
 /// How long killed processes may take to end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a runtime whose caller was killed may take to start or end a process.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Who started a container's processes, and with what.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -90,12 +94,32 @@ impl Owner {
         }
     }
 
+    /// A process of the container while one lives: its first, or else another of its cgroup, for
+    /// the runtime may have died before it noted the first.
+    fn process(&self, run_dir: &Path) -> Option<Identity> {
+        self.init(run_dir).or_else(|| self.any_member())
+    }
+
     /// The container's first process while it lives. Its cgroup proves that a pid is still it.
     pub(super) fn init(&self, run_dir: &Path) -> Option<Identity> {
         let text = fs::read_to_string(oci_dir(run_dir).join("pid")).ok()?;
         let process = Identity::of(text.trim().parse().ok()?)?;
         let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).ok()?;
         (cgroup.contains(&self.cgroup) && process.is_alive()).then_some(process)
+    }
+
+    /// The oldest process of the container's cgroup, wherever its hierarchy is mounted.
+    fn any_member(&self) -> Option<Identity> {
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        processes
+            .filter_map(|process| process.file_name().to_str()?.parse().ok())
+            .filter(|pid| {
+                fs::read_to_string(format!("/proc/{pid}/cgroup"))
+                    .is_ok_and(|cgroup| cgroup.contains(&self.cgroup))
+            })
+            .filter_map(Identity::of)
+            .filter(|process| process.is_alive())
+            .min_by_key(|process| process.start)
     }
 }
 
@@ -133,29 +157,52 @@ pub(super) fn activity_in(run_dir: &Path) -> Result<Activity> {
         });
     };
     let waited = owner.waiter.is_alive();
-    Ok(match (owner.init(run_dir), waited) {
-        (Some(init), waited) => Activity::Running {
-            pid: init.pid,
+    // The runtime goes on where the command that started it was killed.
+    let busy = waited || owner.runner.is_some_and(Identity::is_alive);
+    Ok(match owner.process(run_dir) {
+        Some(process) => Activity::Running {
+            pid: process.pid,
             waited,
         },
-        (None, true) => Activity::Busy,
-        (None, false) => Activity::Leftover,
+        None if busy => Activity::Busy,
+        None => Activity::Leftover,
     })
 }
 
-/// Ends what runs in a container and removes what `run` left of it. What nobody waits for any more
-/// is ended without being asked twice.
+/// As [`activity_in`]. Where the command that started something was killed while the runtime began
+/// or ended it, waits until it is one or the other.
+pub(super) fn settled_activity(run_dir: &Path) -> Result<Activity> {
+    let deadline = Instant::now() + SETTLE_TIMEOUT;
+    loop {
+        let activity = activity_in(run_dir)?;
+        let waited = Owner::read(run_dir)?.is_some_and(|owner| owner.waiter.is_alive());
+        if activity != Activity::Busy || waited || Instant::now() > deadline {
+            return Ok(activity);
+        }
+        interrupt::check()?;
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Ends what runs in a container. What `run` noted of it stays, until [`forget`] removes it.
 ///
 /// # Errors
-/// [`ErrorKind::InUse`] while it runs and `force` is not given.
+/// [`ErrorKind::InUse`] while it runs, whether or not somebody waits for it, and `force` is not given.
 pub(in crate::engine) fn end_running(run_dir: &Path, container: &str, force: bool) -> Result<()> {
-    match activity_in(run_dir)? {
+    match settled_activity(run_dir)? {
         Activity::Idle => return Ok(()),
-        Activity::Running { pid, waited: true } if !force => {
+        Activity::Running { pid, waited } if !force => {
+            let what = Holder::of(pid).map_or(String::new(), |holder| {
+                let since = holder
+                    .since
+                    .map_or(String::new(), |since| format!(", since {since}"));
+                format!(": {}{since}", holder.command)
+            });
+            let alone = if waited { "" } else { "; nobody waits for it" };
             return Err(Error::new(
                 ErrorKind::InUse,
                 format!(
-                    "the container {container} is running (pid {pid}): end its command first, or use --force to kill it"
+                    "the container {container} is running (pid {pid}{what}{alone}): end its command first (`kill {pid}`), or use --force to kill it"
                 ),
             ));
         }
@@ -169,7 +216,7 @@ pub(in crate::engine) fn end_running(run_dir: &Path, container: &str, force: boo
         }
         _ => {}
     }
-    clean(run_dir).map_err(|error| error.context(format!("cannot clean up after {container}")))
+    kill_left(run_dir).map_err(|error| error.context(format!("cannot clean up after {container}")))
 }
 
 /// As [`end_running`], for a container that is to be removed: what a killed command left mounted
@@ -187,15 +234,14 @@ pub(in crate::engine) fn end_for_good(
     end_running(&run_dir, &container.name, force)?;
     match owner {
         Some(owner) if !owner.keep_mounted => {
-            super::super::mount::umount_locked(store, container, force)
+            super::super::mount::unmount_ended(store, container, force)
         }
-        _ => Ok(()),
+        _ => forget(&run_dir),
     }
 }
 
-/// Kills what is left of a run and removes its files and cgroup.
-pub(super) fn clean(run_dir: &Path) -> Result<()> {
-    let oci = oci_dir(run_dir);
+/// Kills what is left of a run and removes its cgroup.
+pub(super) fn kill_left(run_dir: &Path) -> Result<()> {
     if let Some(owner) = Owner::read(run_dir)? {
         let init = owner.init(run_dir);
         let runtime = owner.runtime(run_dir);
@@ -208,8 +254,17 @@ pub(super) fn clean(run_dir: &Path) -> Result<()> {
         for process in [init, runner].into_iter().flatten() {
             end(process)?;
         }
+        while let Some(process) = owner.any_member().filter(|process| *process != me) {
+            end(process)?;
+        }
         remove_cgroups(&owner.cgroup);
     }
+    Ok(())
+}
+
+/// Removes what was noted of a run that has ended, and its files.
+pub(in crate::engine) fn forget(run_dir: &Path) -> Result<()> {
+    let oci = oci_dir(run_dir);
     match fs::remove_dir_all(&oci) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io(format!("cannot remove {}", oci.display()), error))

@@ -20,19 +20,20 @@ use std::process::Command;
 use uuid::Uuid;
 
 use super::lock_container;
-use super::mount::{self, Rights, clear_dead, mount_locked, mounted, umount_locked};
+use super::mount::{self, Rights, mount_locked, mounted, take_over, unmount_ended};
 use super::mount_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{Identity, boot_id};
 use crate::fs::held_dir::Place;
+use crate::interrupt;
 use crate::store::{ContainerRecord, NewContainer, Store};
-use activity::{Owner, clean, oci_dir};
+use activity::{Owner, kill_left, oci_dir, settled_activity};
 use foreground::Foreground;
 use runtime::Runtime;
 use spec::{Bind, ContainerPlan, ProcessPlan};
 
 pub use activity::{Activity, activity};
-pub(super) use activity::{end_for_good, end_running};
+pub(super) use activity::{end_for_good, end_running, forget};
 pub(super) use runtime::find as find_runtime;
 pub use spec::Network;
 pub use volume::{check_volumes, parse_volume};
@@ -104,9 +105,13 @@ pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Resul
 }
 
 fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
+    // Also where a signal asked us to end.
+    let _held = interrupt::hold();
     // Somebody may have removed it meanwhile, and even made another of that name.
     match store.container(&container.name) {
-        Ok(there) if there.id == container.id => mount::remove(store, &container.name, false),
+        Ok(there) if there.id == container.id => {
+            mount::remove(store, &container.name, false).map(drop)
+        }
         Ok(_) => Ok(()),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
@@ -175,17 +180,14 @@ struct Start {
 /// Mounts a container that nothing runs in, unless it is, runs a command, and puts all back.
 fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Result<Ended> {
     let run_dir = store.run_dir(container);
-    let foreground = Foreground::new()?;
     let busy = lock_container(store, container)?;
     // What a killed command left is in the way of the new one.
     end_for_good(store, container, false)?;
-    clear_dead(store, container)?;
+    take_over(store, container)?;
     let before = mounted(store, container)?;
     let keep_mounted = before.is_some();
-    let rootfs = match before {
-        Some(mounted) => mount_point::inner_dir(&run_dir, &mounted.dir, &mounted.device)?,
-        None => mount_locked(store, container, None, Rights::ALL)?.dir,
-    };
+    let oci = oci_dir(&run_dir).join("root");
+    fs::create_dir_all(&oci).context(|| format!("cannot make {}", oci.display()))?;
     let owner = Owner {
         id: container.id.to_string(),
         program: start.program.clone(),
@@ -196,15 +198,31 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
         boot_id: boot_id(),
         place: Place::of(&run_dir).ok(),
     };
-    if let Err(error) = prepare(store, container, start, &run_dir, &rootfs, &owner) {
-        // Nothing runs yet; the first failure is what matters.
-        let _ = clean(&run_dir);
-        let _ = match keep_mounted {
-            true => mount_point::end_inner(&run_dir),
-            false => umount_locked(store, container, false),
+    let prepare = || {
+        // First, so that whoever comes after us should we be killed knows what to unmount.
+        owner.write(&run_dir)?;
+        let rootfs = match before {
+            Some(there) => {
+                let atime = container.atime.unwrap_or_default();
+                mount_point::inner_dir(&run_dir, &there.dir, &there.device, atime)?
+            }
+            None => mount_locked(store, container, None, Rights::ALL)?.dir,
         };
-        return Err(error);
-    }
+        prepare(store, container, start, &run_dir, &rootfs, &owner)?;
+        // From here on signals are the command's; what came before is ours.
+        let foreground = Foreground::new()?;
+        interrupt::check()?;
+        Ok((rootfs, foreground))
+    };
+    let (rootfs, foreground) = match prepare() {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            // Nothing runs yet; the first failure is what matters.
+            let _held = interrupt::hold();
+            let _ = end_alone(store, container, keep_mounted);
+            return Err(error);
+        }
+    };
     // Others may ask, look and enter while it runs.
     drop(busy);
     let ended = supervise(&foreground, &run_dir, owner, &rootfs);
@@ -216,6 +234,7 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
 
 /// Removes what a run left, and unmounts.
 fn put_back(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> Result<()> {
+    let _held = interrupt::hold();
     let _busy = match lock_container(store, container) {
         // Removed by force, mounts and all.
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -224,18 +243,26 @@ fn put_back(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> R
     let run_dir = store.run_dir(container);
     match Owner::read(&run_dir)? {
         // Ended by force, and another runs in it by now.
-        Some(owner) if owner.waiter != Identity::current() => return Ok(()),
-        Some(_) => clean(&run_dir)?,
+        Some(owner) if owner.waiter != Identity::current() => Ok(()),
+        Some(_) => end_alone(store, container, keep_mounted),
         // Ended by force.
-        None => return Ok(()),
+        None => Ok(()),
     }
+}
+
+/// Ends what is left of a run of ours, and unmounts.
+fn end_alone(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> Result<()> {
+    let run_dir = store.run_dir(container);
     if keep_mounted {
+        kill_left(&run_dir)?;
         if let Some(mounted) = mounted(store, container)? {
             scaffold::take_away(store, container, &mounted.dir)?;
         }
-        return mount_point::end_inner(&run_dir);
+        mount_point::end_inner(&run_dir)?;
+        return forget(&run_dir);
     }
-    umount_locked(store, container, false)
+    kill_left(&run_dir)?;
+    unmount_ended(store, container, false)
 }
 
 /// Writes the bundle.
@@ -248,8 +275,6 @@ fn prepare(
     owner: &Owner,
 ) -> Result<()> {
     let oci = oci_dir(run_dir);
-    fs::create_dir_all(oci.join("root")).context(|| format!("cannot make {}", oci.display()))?;
-    owner.write(run_dir)?;
     let hostname = start
         .hostname
         .clone()
@@ -443,7 +468,7 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
     if let Some(user) = &options.user {
         config.user.clone_from(user);
     }
-    match activity(store, &container)? {
+    match settled_activity(&store.run_dir(&container))? {
         Activity::Running { .. } => exec_beside(store, &container, options),
         _ => {
             let start = Start {
@@ -501,6 +526,7 @@ fn exec_beside(
         .arg(&files.process)
         .arg(&owner.id);
     let foreground = Foreground::new()?;
+    interrupt::check()?;
     let mut child = runtime.spawn(&mut command, Some(&rootfs))?;
     let status = foreground.wait(&mut child)?;
     Ok(ended(status, &files.log))

@@ -206,7 +206,7 @@ fn read_line(ready: std::io::PipeReader, timeout: Duration) -> Result<Option<Str
                     format!("the device server was not ready within {timeout:?}"),
                 ));
             }
-            Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
+            Ok(0) | Err(nix::errno::Errno::EINTR) => crate::interrupt::check()?,
             Ok(_) => break,
             Err(errno) => return Err(Error::io("poll", errno.into())),
         }

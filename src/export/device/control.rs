@@ -76,7 +76,7 @@ pub struct Failure {
     pub error: String,
 }
 
-const KINDS: [ErrorKind; 16] = [
+const KINDS: [ErrorKind; 17] = [
     ErrorKind::InvalidInput,
     ErrorKind::OutOfRange,
     ErrorKind::NoSpace,
@@ -93,6 +93,7 @@ const KINDS: [ErrorKind; 16] = [
     ErrorKind::Protocol,
     ErrorKind::Timeout,
     ErrorKind::Command,
+    ErrorKind::Interrupted,
 ];
 
 impl From<&Error> for Failure {

@@ -345,9 +345,9 @@ pub struct Leak {
     pub run_dir: PathBuf,
     /// What is there, for a person.
     pub what: String,
-    /// True where it is files alone: nothing is attached or mounted, and no process runs. So it is
-    /// after every crash of the host; the next [`attach`](super::attach()) replaces them.
-    pub only_files: bool,
+    /// True where its file system is still mounted, so that somebody may look there and see errors.
+    /// Anything else the next [`attach`](super::attach()) replaces.
+    pub mounted: bool,
 }
 
 /// True unless `path` is known not to be there: a dead FUSE mount answers with an error.
@@ -383,7 +383,6 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
         if is_served(&run_dir, state.as_ref())? {
             continue;
         }
-        let of_this_boot = state.is_some();
         if !is_there(&run_dir.join(DEV)) && !is_there(&run_dir.join(STATE)) {
             continue;
         }
@@ -394,17 +393,19 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
             },
             None => "a run directory of an earlier boot, or half made".to_string(),
         }];
-        let files = what.len();
+        let mut mounted = false;
         let dev = run_dir.join(DEV);
         let tag = loop_tag(&run_dir);
         for device in attached.iter().filter(|device| device.serves(&dev, &tag)) {
             what.push(format!("{} is still attached", device.path().display()));
+            let before = what.len();
             what.extend(
                 mounts
                     .iter()
                     .filter(|mount| mount.major_minor == device.major_minor())
                     .map(|mount| format!("{} is still mounted", mount.target.display())),
             );
+            mounted |= what.len() > before;
         }
         if mounts
             .iter()
@@ -419,7 +420,7 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
         );
         leaks.push(Leak {
             run_dir,
-            only_files: !of_this_boot && what.len() == files,
+            mounted,
             what: what.join("; "),
         });
     }
