@@ -366,7 +366,8 @@ fn access_times_cost_nothing_unless_somebody_wants_them() {
         let mut arguments = vec!["mount", container];
         arguments.extend(more);
         let dir = store.ok(&arguments);
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounts =
+            String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap()).into_owned();
         let line = mounts.lines().find(|line| line.contains(dir.trim_end()));
         let options = line.unwrap().split(' ').nth(5).unwrap().to_owned();
         store.ok(&["umount", container]);

@@ -467,7 +467,8 @@ fn a_server_that_opens_its_layer_again_before_it_is_given_up_serves_on() {
 
 /// The mounts that a process sees, as (target, type).
 fn mounts_of(pid: i32) -> Vec<(String, String)> {
-    let text = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    let text =
+        String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/mountinfo")).unwrap()).into_owned();
     let fields = |line: &str| {
         let (before, after) = line.split_once(" - ").unwrap();
         let target = before.split(' ').nth(4).unwrap().to_owned();

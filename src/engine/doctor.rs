@@ -370,7 +370,9 @@ impl Look {
         let Some(dir) = existing(root).and_then(|dir| dir.canonicalize().ok()) else {
             return;
         };
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        // Paths of others need not be text.
+        let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
+        let mounts = String::from_utf8_lossy(&mounts);
         match propagation_of(&mounts, &dir) {
             Some((target, true)) => self.ok("mount propagation", format!("{target} is shared")),
             Some((target, false)) => self.add(

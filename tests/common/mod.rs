@@ -192,12 +192,12 @@ impl TestStore {
     /// What is mounted, attached or running for this store, for messages.
     pub fn leftovers(&self) -> Vec<String> {
         let root = self.root.display().to_string();
-        let mut found: Vec<String> = fs::read_to_string("/proc/self/mountinfo")
-            .unwrap()
-            .lines()
-            .filter(|line| line.contains(&root))
-            .map(|line| format!("mounted: {line}"))
-            .collect();
+        let mut found: Vec<String> =
+            String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap())
+                .lines()
+                .filter(|line| line.contains(&root))
+                .map(|line| format!("mounted: {line}"))
+                .collect();
         for entry in fs::read_dir("/sys/block").unwrap() {
             let entry = entry.unwrap();
             let file = entry.path().join("loop/backing_file");
@@ -313,7 +313,8 @@ impl Drop for TestStore {
             }
         }
         let root = self.root.display().to_string();
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounts =
+            String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap()).into_owned();
         for line in mounts.lines().rev().filter(|line| line.contains(&root)) {
             let target = line.split(' ').nth(4).unwrap();
             let _ = Command::new("umount").args(["-l", target]).output();

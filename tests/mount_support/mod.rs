@@ -174,7 +174,8 @@ impl Device {
 
     /// Fails the test if anything of the device is still mounted, attached or running.
     pub fn assert_nothing_left(&self) {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounts =
+            String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap()).into_owned();
         let dir = self.dir.path().display().to_string();
         assert!(!mounts.contains(&dir), "still mounted:\n{mounts}");
         for entry in fs::read_dir("/sys/block").unwrap() {
