@@ -68,7 +68,13 @@ impl Core {
         let changes = there.and(changes).map(net);
         let (bytes, next) = match (there, changes) {
             (Some(there), Some(changes)) if there.has_room(changes.len(), self.map_log) => {
-                self.add_to_map(&there, generation, &changes)?
+                match self.add_to_map(&there, generation, &changes) {
+                    // What it took is free again, and the table may be small.
+                    Err(error) if error.kind() == ErrorKind::NoSpace => {
+                        self.replace_map(generation, with_in_flight)?
+                    }
+                    added => added?,
+                }
             }
             _ => self.replace_map(generation, with_in_flight)?,
         };
