@@ -297,6 +297,45 @@ fn what_runs_in_the_original_is_not_touched_through_a_copy_of_its_store() {
     child.wait().unwrap();
 }
 
+#[test]
+fn what_a_container_writes_to_its_hosts_file_does_not_fill_the_disk_of_the_store() {
+    let store = TestStore::new();
+    let tree = store.path("tree");
+    fs::create_dir_all(tree.join("bin")).unwrap();
+    fs::copy("/bin/busybox", tree.join("bin/busybox"))
+        .expect("/bin/busybox: apt-get install busybox-static");
+    store.ok(&[
+        "import",
+        "box",
+        &tree.display().to_string(),
+        "--size",
+        "64M",
+    ]);
+    let script = "for f in hosts hostname resolv.conf; do \
+                  dd if=/dev/zero of=/etc/$f bs=1M count=8; echo \"$f $?\"; done; \
+                  echo 1.2.3.4 other > /etc/hosts; cat /etc/hosts";
+    let output = store.output(&[
+        "run",
+        "box",
+        "--name",
+        "c",
+        "--",
+        "/bin/busybox",
+        "sh",
+        "-c",
+        script,
+    ]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    for line in ["hosts 1", "hostname 1", "resolv.conf 1", "1.2.3.4 other"] {
+        assert!(said.lines().any(|said| said == line), "{line}: {output:?}");
+    }
+    store.assert_nothing_runs();
+    // Without the two dashes too, as docker's.
+    store.ok(&["exec", "c", "/bin/busybox", "ls", "-l", "/"]);
+    store.ok(&["rm", "c"]);
+    store.assert_nothing_runs();
+}
+
 fn options_of(target: &Path) -> Vec<String> {
     let all = vellum::fs::mountinfo::MountInfo::at(target).unwrap();
     let mount = all.expect("something is mounted there");

@@ -19,7 +19,7 @@ pub(super) struct Args {
     #[command(flatten)]
     process: ProcessArgs,
     /// The command
-    #[arg(last = true, required = true, value_name = "CMD")]
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     command: Vec<String>,
 }
 

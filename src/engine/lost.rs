@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::mount_point;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::{self, DetachOptions, FoundDevice, Identity};
 use crate::store::Store;
@@ -138,7 +139,12 @@ fn end_device(device: &LostDevice) -> Result<()> {
         force: true,
         timeout: TIMEOUT,
     };
-    device::end_lost(&device.run_dir, &options)
+    device::end_lost(&device.run_dir, &options)?;
+    mount_point::end_etc(&device.run_dir).or_else(|error| match is_lost(&error) {
+        // Its directory stays where its disk does not answer.
+        true => Ok(()),
+        false => Err(error),
+    })
 }
 
 /// Kills what `vellum run` and `exec` started in a container: by its cgroup, since the record of it

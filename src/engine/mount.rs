@@ -320,6 +320,7 @@ pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
             continue;
         }
         unmount_device(&run_dir, true)?;
+        mount_point::end_etc(&run_dir)?;
         let options = DetachOptions {
             force: true,
             ..DetachOptions::default()

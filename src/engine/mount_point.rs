@@ -6,6 +6,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::mount::MsFlags;
+
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::loop_device::LoopDevice;
 use crate::fs::ext4::{self, Atime};
@@ -16,6 +18,10 @@ use crate::store::Store;
 pub(super) const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Where `run` and `exec` have a container that somebody mounted for people to look at.
 const INNER: &str = "inner";
+/// Where a container's own /etc/hosts and such lie.
+const ETC: &str = "etc";
+/// Bytes and files there may be.
+const ETC_LIMITS: &str = "size=1m,nr_inodes=32,mode=0700";
 /// Where a container is mounted unless a directory is named.
 const ROOTFS: &str = "rootfs";
 
@@ -143,8 +149,29 @@ pub(super) fn end_inner(run_dir: &Path) -> Result<()> {
     remove(&inner)
 }
 
+/// Makes a place of little room for the files that a container has instead of its image's: it may write
+/// them, and they are not on its disk, so nothing else would bound them.
+pub(super) fn etc_dir(run_dir: &Path) -> Result<PathBuf> {
+    let dir = run_dir.join(ETC);
+    end_etc(run_dir)?;
+    fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    nix::mount::mount(Some("vellum"), &dir, Some("tmpfs"), flags, Some(ETC_LIMITS))
+        .context(|| format!("cannot mount a tmpfs at {}", dir.display()))?;
+    Ok(dir)
+}
+
+/// Takes away what [`etc_dir`] made, if it did.
+pub(super) fn end_etc(run_dir: &Path) -> Result<()> {
+    let dir = run_dir.join(ETC);
+    // Whoever still has a file of it keeps that.
+    ext4::unmount_lazily(&dir)?;
+    remove(&dir)
+}
+
 /// Removes the directories in a run directory that a container was mounted at.
 pub(super) fn remove_all(run_dir: &Path) -> Result<()> {
+    end_etc(run_dir)?;
     [INNER, ROOTFS]
         .iter()
         .try_for_each(|name| remove(&run_dir.join(name)))

@@ -1,7 +1,8 @@
 //! What runs in a container now, and ending it: the record that `run` leaves while it runs.
 //!
 //! `RUN_DIR/oci/` holds the bundle (`config.json`), the runtime's own state (`root/`), its log, the
-//! pid of the container's first process (`pid`), and who waits for it (`owner.json`).
+//! pid of the container's first process (`pid`), and who waits for it (`owner.json`). Beside it lies
+//! `RUN_DIR/etc/`, a small tmpfs with the container's own /etc/hosts and such.
 
 use std::fs;
 use std::io;
@@ -12,6 +13,7 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::runtime::Runtime;
+use crate::engine::mount_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{Identity, boot_id};
 use crate::fs::held_dir::Place;
@@ -264,6 +266,7 @@ pub(super) fn kill_left(run_dir: &Path) -> Result<()> {
 
 /// Removes what was noted of a run that has ended, and its files.
 pub(in crate::engine) fn forget(run_dir: &Path) -> Result<()> {
+    mount_point::end_etc(run_dir)?;
     let oci = oci_dir(run_dir);
     match fs::remove_dir_all(&oci) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

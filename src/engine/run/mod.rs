@@ -288,7 +288,7 @@ fn prepare(
         &config.env,
         &start.env,
     );
-    let mut binds = etc_files(&oci, &hostname, start.network)?;
+    let mut binds = etc_files(&mount_point::etc_dir(run_dir)?, &hostname, start.network)?;
     for volume in &container.volumes {
         let source = volume::prepare(store, volume, rootfs)?;
         binds.retain(|bind| bind.destination != volume.destination);
@@ -366,7 +366,7 @@ fn host_name(name: &str) -> String {
 }
 
 /// Files that every container has of its own, so that the image's stay as they are.
-fn etc_files(oci: &Path, hostname: &str, network: Network) -> Result<Vec<Bind>> {
+fn etc_files(dir: &Path, hostname: &str, network: Network) -> Result<Vec<Bind>> {
     let of_host = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let mut files = vec![("hostname", format!("{hostname}\n"))];
     match network {
@@ -388,7 +388,7 @@ fn etc_files(oci: &Path, hostname: &str, network: Network) -> Result<Vec<Bind>> 
     files
         .into_iter()
         .map(|(name, content)| {
-            let source = oci.join(name);
+            let source = dir.join(name);
             fs::write(&source, content).context(|| format!("cannot write {}", source.display()))?;
             Ok(Bind {
                 source,
