@@ -133,6 +133,34 @@ fn after_each_operation_a_killed_process_loses_nothing_and_a_power_cut_nothing_f
     }
 }
 
+/// The store's file system was shut down: the page cache is gone, and the log of changes is there, since
+/// the host had written it back.
+#[test]
+fn a_file_system_that_is_mounted_again_in_the_same_boot_shows_what_was_flushed_or_newer() {
+    for seed in 0..24 {
+        let mut rng = SeededRng::new(300 + seed);
+        let options = small([0, 4][seed as usize % 2]);
+        let flushes = [0, 5, 20][seed as usize % 3];
+        let disk = new_disk();
+        let mut model = Model::new(SIZE);
+        let chain = open(disk.clone(), options);
+        for tag in 1..60 {
+            step(&chain, &mut model, &mut rng, tag, flushes);
+            for kept in [Some("live"), None] {
+                let here = |why| panic!("seed {seed}, {tag}, {kept:?}: {why}");
+                let again = disk.remount(rng.bits(), kept);
+                let content = read(&open(again.clone(), options));
+                model.check(&content).unwrap_or_else(here);
+                // What it shows at first it shows from then on.
+                let killed = read(&open(again.fork(), options));
+                assert!(killed == content, "seed {seed}, {tag}: killed");
+                let cut = read(&open(again.cut(seed), options));
+                assert!(cut == content, "seed {seed}, {tag}: power cut");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_a_successor_flushes_survives_a_power_cut_whatever_the_killed_process_wrote_in_place() {
     for seed in 0..12 {

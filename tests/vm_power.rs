@@ -33,9 +33,14 @@ fn after_power_cuts_nothing_acknowledged_is_missing_and_a_disk_that_lies_is_foun
 }
 
 #[test]
-fn the_kernels_nbd_client_mounts_reconnects_and_outlives_killed_servers() {
+fn the_kernels_nbd_client_mounts_reconnects_and_outlives_killed_servers_and_a_store_that_was_shut_down()
+ {
     let said = vmtest(&["--cuts", "0", "--no-control", "--kills", "1"]);
     assert!(said.contains("reconnected over TCP"), "{said}");
     assert!(said.contains("killed 1 times under load"), "{said}");
+    assert!(
+        said.contains("shut down and mounted again, "),
+        "the store's file system: {said}"
+    );
     assert!(said.contains("nbd: done"), "{said}");
 }

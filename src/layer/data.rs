@@ -9,12 +9,12 @@ use parking_lot::Mutex;
 use super::header::{Header, SEGMENT_SHIFT};
 use crate::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::storage::{OpenMode, Storage, StorageFile};
+use crate::storage::{FileId, OpenMode, Storage, StorageFile};
 
 /// Bytes of a segment.
 const SEGMENT_LEN: u64 = BLOCK_SIZE << SEGMENT_SHIFT;
 /// Segments of the largest layer.
-const MAX_SEGMENTS: usize = (MAX_VIRTUAL_SIZE / SEGMENT_LEN) as usize;
+pub(super) const MAX_SEGMENTS: usize = (MAX_VIRTUAL_SIZE / SEGMENT_LEN) as usize;
 
 /// The data files of one layer, addressed by byte offset within the layer.
 #[derive(Debug)]
@@ -332,6 +332,31 @@ impl DataFiles {
         if started.is_err() {
             self.writing_back.store(false, Ordering::Release);
         }
+    }
+
+    /// Which files they are.
+    pub(super) fn ids(&self) -> Result<Vec<FileId>> {
+        self.segments()
+            .map(|segment| {
+                segment
+                    .file
+                    .id()
+                    .context(|| format!("cannot stat {}", segment.path.display()))
+            })
+            .collect()
+    }
+
+    /// True where the host knows of a hole in the range: see [`StorageFile::has_hole`].
+    pub(super) fn has_hole(&self, offset: u64, len: u64) -> Result<bool> {
+        let mut found = false;
+        self.split(offset, len, |segment, within, _, len| {
+            found |= segment
+                .file
+                .has_hole(within, len as u64)
+                .context(|| format!("cannot look for holes in {}", segment.path.display()))?;
+            Ok(())
+        })?;
+        Ok(found)
     }
 
     /// Bytes that the files take on the host.

@@ -2,7 +2,7 @@
 
 use super::STATE_DATA;
 use super::index::{Index, ValueRun};
-use super::live::{Left, Live};
+use super::live::{Live, LiveChange};
 
 /// A change of state that is not yet in the journal.
 #[derive(Debug, Clone, Copy)]
@@ -99,15 +99,16 @@ pub(super) struct MapState {
 
 impl MapState {
     /// Goes on where a process of this boot died: what it told clients of holds.
-    pub(super) fn take_over(&mut self, left: &Left, blocks: u64) {
-        for change in &left.changes {
-            if change
-                .start
-                .checked_add(change.len)
-                .is_some_and(|end| end <= blocks)
+    pub(super) fn take_over(&mut self, left: &[LiveChange], blocks: u64) {
+        for change in left {
+            if let Some(new) = change.what.value()
+                && change
+                    .start
+                    .checked_add(change.len)
+                    .is_some_and(|end| end <= blocks)
             {
                 let there = self.index.run_at(change.start, change.len);
-                self.change(there, change.len, change.new);
+                self.change(there, change.len, new);
             }
         }
         // What it wrote in place without a flush nobody knows.

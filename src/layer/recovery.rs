@@ -9,7 +9,7 @@ use super::index::Index;
 use super::journal::{
     AREA_FILES, AreaRecords, Record, block_offset, check_record, live_payload, load_area, read_area,
 };
-use super::live::Left;
+use super::live::{self, Left};
 use super::map_file::{LogPlace, MAP_FILE, MapFile, replace_map, sync_map};
 use super::table::{MapExtent, Table, push_extent};
 use super::{STATE_DATA, state_of_value, value_of_state};
@@ -37,19 +37,20 @@ struct Loaded {
 }
 
 /// Loads the map of a layer and brings its data up to date, whatever happened before. Can be cut
-/// off at any point and called again. `same_boot`: see [`super::live::Left`].
+/// off at any point and called again. `in_memory` says that the page cache holds all that was written:
+/// see [`super::live::Left`].
 pub(super) fn recover(
     storage: &dyn Storage,
     dir: &Path,
     header: &Header,
     data: &DataFiles,
-    same_boot: bool,
+    in_memory: bool,
 ) -> Result<Recovered> {
     let loaded = load(storage, dir, header)?;
     if loaded.records.is_empty() {
         // A process that died may have written without a sync. What clients read from now on must
-        // not go away, and no later flush would know of it. (Within a boot the next flush syncs.)
-        if !same_boot {
+        // not go away, and no later flush would know of it. (After a kill the next flush syncs.)
+        if !in_memory {
             data.sync()?;
         }
         if has_journal(storage, dir)? {
@@ -73,12 +74,17 @@ pub(super) fn recover(
     );
     for (block, bytes) in live_payload(&loaded.records) {
         // What became zero or parent again later needs no space.
-        // Within a boot the page cache has it, or newer bytes.
-        if !same_boot && loaded.index.get(block) == STATE_DATA {
+        // After a kill the page cache has it, or newer bytes.
+        if !in_memory && loaded.index.get(block) == STATE_DATA {
             data.write(bytes, block_offset(block))?;
         }
     }
-    data.sync()?;
+    data.sync().inspect_err(|_| {
+        if in_memory {
+            // The kernel tells only us.
+            live::distrust(storage, dir);
+        }
+    })?;
     // Whole: what the records say is not durable before the data is, and the file may be torn.
     let extents = extents_of(&loaded.index);
     let place = replace_map(storage, dir, header, loaded.generation, &extents)?;

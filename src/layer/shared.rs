@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::STATE_DATA;
 use super::data::DataFiles;
 use super::header::{Header, check_size};
-use super::live::{self, Live, PoisonMark};
+use super::live::{self, Live, LiveChange, Noted, PoisonMark};
 use super::map_file::LogPlace;
 use super::map_state::MapState;
 use super::stats::StatsHandle;
@@ -126,15 +126,30 @@ impl Core {
             virtual_size: size,
             ..self.header()
         };
-        header
-            .write(storage, dir)
-            .map_err(|error| match Header::read(storage, dir) {
-                Ok(found) if found.virtual_size == before => take_back(self.fatal(error)),
-                // A crash may find it larger.
-                _ => self.poison(&error),
-            })?;
+        self.bind_live(false)?;
+        let written =
+            header
+                .write(storage, dir)
+                .map_err(|error| match Header::read(storage, dir) {
+                    Ok(found) if found.virtual_size == before => take_back(self.fatal(error)),
+                    // A crash may find it larger.
+                    _ => self.poison(&error),
+                });
+        // Where that fails the log goes with any header, as it has since before this one was written.
+        if let Err(error) = self.bind_live(true) {
+            tracing::warn!(%error, "the log of changes does not name the layer's header");
+        }
+        written?;
         self.size.store(size, Ordering::Release);
         Ok(())
+    }
+
+    /// Has the log of changes name the layer's files as they are now; see [`Live::bind`].
+    fn bind_live(&self, with_header: bool) -> Result<()> {
+        match &mut self.map.write().live {
+            Some(live) => live.bind(&*self.storage, &self.dir, &self.data, with_header),
+            None => Ok(()),
+        }
     }
 
     /// Why the layer is poisoned, if it is.
@@ -186,7 +201,7 @@ impl Core {
     fn begin_live(&self, map: &mut MapState) -> Result<()> {
         if map.live.is_none() {
             // Everything is durable, or there would be a log.
-            let live = Live::create(&*self.storage, &self.dir, self.uuid(), &[])?;
+            let live = Live::create(&*self.storage, &self.dir, self.uuid(), &self.data, &[])?;
             let mut mark = self.poison_mark.lock();
             let mark = mark.insert(live.poison_mark());
             if self.poison.get().is_some() {
@@ -199,29 +214,58 @@ impl Core {
         Ok(())
     }
 
-    /// Changes the map, and notes it for our successor first. Returns the number of blocks that
-    /// changed.
-    pub(super) fn change(&self, map: &mut MapState, start: u64, len: u64, new: u32) -> Result<u64> {
+    /// Changes the map to the index value that `what` gives, and notes it for our successor first.
+    /// Returns the number of blocks that changed.
+    pub(super) fn change(
+        &self,
+        map: &mut MapState,
+        start: u64,
+        len: u64,
+        what: Noted,
+    ) -> Result<u64> {
         let there = map.index.run_at(start, len);
+        let new = what.value().unwrap_or(there.value);
         if there.value == new && there.len == len {
             return Ok(0);
         }
+        self.note(map, LiveChange { start, len, what })?;
+        Ok(map.change(there, len, new))
+    }
+
+    fn note(&self, map: &mut MapState, change: LiveChange) -> Result<()> {
         // Whoever closed the layer since this request began took the log away.
         self.begin_live(map)?;
         if let Some(live) = &mut map.live {
-            let noted = live.append(start, len, new);
+            let noted = live.append(change);
             if live.is_filling() {
                 self.flush_due.store(true, Ordering::Relaxed);
             }
             noted?;
         }
-        Ok(map.change(there, len, new))
+        Ok(())
     }
 
-    /// Blocks that were written become data. Where that cannot be noted, some may have been data
-    /// before and hold the new bytes: the next flush makes them durable.
-    pub(super) fn become_data(&self, map: &mut MapState, start: u64, len: u64) -> Result<u64> {
-        self.change(map, start, len, STATE_DATA)
+    /// Notes that those blocks of a range that are data are about to be made zeros, before it is done.
+    pub(super) fn note_emptied(&self, start: u64, len: u64) -> Result<()> {
+        let map = &mut *self.map.write();
+        let mut runs = map.index.runs(start..start + len);
+        if !runs.any(|run| run.value == STATE_DATA) {
+            return Ok(());
+        }
+        let what = Noted::Emptied;
+        self.note(map, LiveChange { start, len, what })
+    }
+
+    /// Blocks that were written, or reserved, become data. Where that cannot be noted, some may have
+    /// been data before and hold the new bytes: the next flush makes them durable.
+    pub(super) fn become_data(
+        &self,
+        map: &mut MapState,
+        start: u64,
+        len: u64,
+        what: Noted,
+    ) -> Result<u64> {
+        self.change(map, start, len, what)
             .inspect_err(|_| map.dirty.add_unknown())
     }
 

@@ -14,7 +14,7 @@ use super::flush::FlushQueue;
 use super::header::Header;
 use super::index::ABSENT;
 use super::journal::MAX_AREA;
-use super::live::{self, Live};
+use super::live::{self, Left, Live, Noted};
 use super::map_file::drop_map_cache;
 use super::map_state::MapState;
 use super::range_lock::{RangeGuard, RangeLock};
@@ -171,12 +171,13 @@ impl WritableLayer {
             ));
         }
         let data = DataFiles::open(&*storage, dir, &header, OpenMode::Write)?;
-        let left = live::read_left(&*storage, dir, header.uuid)?;
-        if left.poisoned {
+        let left = live::read_left(&*storage, dir, &header, &data)?;
+        if left == (Left::Stale { reread: true }) {
             data.drop_cache()?;
             drop_map_cache(&*storage, dir)?;
         }
-        let recovered = recovery::recover(&*storage, dir, &header, &data, left.same_boot)?;
+        let trusted = matches!(left, Left::Trusted(_));
+        let recovered = recovery::recover(&*storage, dir, &header, &data, trusted)?;
         let (data_blocks, extents) = recovery::tally(&recovered.index);
         let map_file = MapAtOpen {
             place: recovered.place,
@@ -188,9 +189,15 @@ impl WritableLayer {
             index: recovered.index,
             ..MapState::default()
         };
-        if left.same_boot {
-            map.take_over(&left, header.blocks());
-            map.live = Some(Live::create(&*storage, dir, header.uuid, &left.changes)?);
+        match left {
+            Left::Trusted(changes) => {
+                map.take_over(&changes, header.blocks());
+                let live = Live::create(&*storage, dir, header.uuid, &data, &changes)?;
+                map.live = Some(live);
+            }
+            // What clients are shown now holds: nobody may find it trustworthy after all.
+            Left::Stale { .. } => live::remove(&*storage, dir)?,
+            Left::Nothing => {}
         }
         Ok(Arc::new(WritableLayer {
             core: Arc::new(Core::new(
@@ -338,7 +345,8 @@ impl WritableLayer {
         self.core.write_data(buf, start * BLOCK_SIZE)?;
         let len = buf.len() as u64 / BLOCK_SIZE;
         let mut map = self.core.map.write();
-        let allocated = self.core.become_data(&mut map, start, len)?;
+        let written = Noted::Becomes(STATE_DATA);
+        let allocated = self.core.become_data(&mut map, start, len, written)?;
         map.dirty
             .add(start, len, self.options.journal_blocks as u64);
         let due = map.dirty.write_back_due();
@@ -389,7 +397,7 @@ impl WritableLayer {
             &mut self.core.map.write(),
             start,
             len,
-            value_of_state(state),
+            Noted::Becomes(value_of_state(state)),
         )?;
         // After the change of state, so that a reader never takes a hole for data.
         for run in data {
@@ -408,6 +416,7 @@ impl WritableLayer {
     pub fn allocate_zeroed(&self, start: u64, len: u64) -> Result<()> {
         self.core.check_writable()?;
         self.core.ensure_live()?;
+        self.core.note_emptied(start, len)?;
         self.core
             .data
             .allocate_zeroed(start * BLOCK_SIZE, len * BLOCK_SIZE)
@@ -415,7 +424,8 @@ impl WritableLayer {
                 self.core.map.write().dirty.add_unknown();
             })?;
         let mut map = self.core.map.write();
-        self.core.become_data(&mut map, start, len)?;
+        self.core
+            .become_data(&mut map, start, len, Noted::Reserved)?;
         map.dirty
             .add(start, len, self.options.journal_blocks as u64);
         Ok(())

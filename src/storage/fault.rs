@@ -8,7 +8,9 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 
 use super::op::{OpCounts, OpKind};
-use super::{Entry, Held, LockMode, Mapping, OpenMode, Storage, StorageFile};
+use super::{
+    Entry, Evidence, FileId, Held, LockMode, Mapping, OpenMode, Proof, Storage, StorageFile,
+};
 
 /// A short write ends at a multiple of this.
 const SECTOR: u64 = 512;
@@ -490,8 +492,24 @@ impl StorageFile for FaultFile {
         self.inner.drop_cache()
     }
 
-    fn place(&self) -> io::Result<[u64; 2]> {
-        self.inner.place()
+    fn id(&self) -> io::Result<FileId> {
+        self.inner.id()
+    }
+
+    fn changed(&self) -> io::Result<u64> {
+        self.inner.changed()
+    }
+
+    fn has_hole(&self, offset: u64, len: u64) -> io::Result<bool> {
+        self.inner.has_hole(offset, len)
+    }
+
+    fn evidence(&self) -> io::Result<Evidence> {
+        self.inner.evidence()
+    }
+
+    fn prove(&self, evidence: &Evidence) -> io::Result<Option<Proof>> {
+        self.inner.prove(evidence)
     }
 
     fn map(&self, offset: u64, len: usize) -> io::Result<Mapping> {

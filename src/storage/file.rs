@@ -11,7 +11,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::waiting::about_to_wait;
-use super::{Entry, Held, Holder, LockMode, Mapping, OpenMode, SharedFile, Storage, StorageFile};
+use super::{
+    Entry, Evidence, FileId, Held, Holder, LockMode, Mapping, OpenMode, Proof, SharedFile, Storage,
+    StorageFile, evidence,
+};
 use crate::interrupt;
 
 /// The host's own files. Directories are made with mode 0700, files with 0600.
@@ -207,10 +210,13 @@ fn cannot_be_written(error: &io::Error) -> bool {
     )
 }
 
-/// Device and inode.
-fn place(file: &File) -> io::Result<[u64; 2]> {
+fn id(file: &File) -> io::Result<FileId> {
     let metadata = file.metadata()?;
-    Ok([metadata.dev(), metadata.ino()])
+    Ok(FileId {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        born: evidence::born(file),
+    })
 }
 
 /// A file that is written through a shared mapping: a store in memory instead of a system call.
@@ -259,8 +265,12 @@ impl SharedFile for SharedMapping {
         Ok(())
     }
 
-    fn place(&self) -> io::Result<[u64; 2]> {
-        place(&self.file)
+    fn id(&self) -> io::Result<FileId> {
+        id(&self.file)
+    }
+
+    fn evidence(&self) -> io::Result<Evidence> {
+        evidence::gather(&self.file)
     }
 }
 
@@ -511,8 +521,28 @@ impl StorageFile for HostFile {
         Ok(())
     }
 
-    fn place(&self) -> io::Result<[u64; 2]> {
-        place(&self.file)
+    fn id(&self) -> io::Result<FileId> {
+        id(&self.file)
+    }
+
+    fn changed(&self) -> io::Result<u64> {
+        let metadata = self.file.metadata()?;
+        Ok(evidence::nanoseconds(
+            metadata.ctime(),
+            metadata.ctime_nsec() as u32,
+        ))
+    }
+
+    fn has_hole(&self, offset: u64, len: u64) -> io::Result<bool> {
+        evidence::has_hole(&self.file, offset, len)
+    }
+
+    fn evidence(&self) -> io::Result<Evidence> {
+        evidence::gather(&self.file)
+    }
+
+    fn prove(&self, evidence: &Evidence) -> io::Result<Option<Proof>> {
+        evidence::prove(&self.file, evidence)
     }
 
     fn map(&self, offset: u64, len: usize) -> io::Result<Mapping> {

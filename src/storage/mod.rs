@@ -1,6 +1,7 @@
 //! The seam between layers and the host: every byte that must survive a power cut goes through
 //! [`Storage`] and [`StorageFile`], so that tests can put a simulated disk or faults behind it.
 
+mod evidence;
 mod fault;
 mod file;
 mod holder;
@@ -10,6 +11,7 @@ mod rng;
 mod sim;
 mod waiting;
 
+pub use evidence::{Evidence, Proof, Witness};
 pub use fault::{Fault, FaultPlan, FaultStorage, Hook};
 pub use file::FileStorage;
 pub(crate) use file::write_dsync;
@@ -166,8 +168,23 @@ impl Held for () {}
 pub trait SharedFile: Send + Sync + std::fmt::Debug {
     /// Writes all of `bytes`; takes their space on the host first.
     fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
-    /// As [`StorageFile::place`].
-    fn place(&self) -> io::Result<[u64; 2]>;
+    /// As [`StorageFile::id`].
+    fn id(&self) -> io::Result<FileId>;
+    /// Notes down, and sees to it that there is, what may prove later that this memory is still
+    /// what it is now: see [`StorageFile::prove`].
+    fn evidence(&self) -> io::Result<Evidence>;
+}
+
+/// Which file it is among all of the running host: a copy, a snapshot, or what a restored backup put in
+/// its place is another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FileId {
+    /// Number of the file system's device.
+    pub device: u64,
+    /// Number of the inode, which may be used again.
+    pub inode: u64,
+    /// When it was made, in nanoseconds; 0 where that is not known.
+    pub born: u64,
 }
 
 /// The page cache is such memory.
@@ -179,8 +196,12 @@ impl SharedFile for SharedByWriting {
         self.0.write_at(bytes, offset)
     }
 
-    fn place(&self) -> io::Result<[u64; 2]> {
-        self.0.place()
+    fn id(&self) -> io::Result<FileId> {
+        self.0.id()
+    }
+
+    fn evidence(&self) -> io::Result<Evidence> {
+        self.0.evidence()
     }
 }
 
@@ -224,10 +245,27 @@ pub trait StorageFile: Send + Sync + std::fmt::Debug {
     fn drop_cache(&self) -> io::Result<()> {
         Ok(())
     }
-    /// Which file this is among all of the running host: a copy or a snapshot is another. Equal
+    /// Which file this is. Equal where the storage cannot tell.
+    fn id(&self) -> io::Result<FileId> {
+        Ok(FileId::default())
+    }
+    /// When the file, its names or rights were changed last, in nanoseconds: nobody can set that.
+    fn changed(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+    /// True where part of the range was never written, or was punched or only reserved since. False
     /// where the storage cannot tell.
-    fn place(&self) -> io::Result<[u64; 2]> {
-        Ok([0; 2])
+    fn has_hole(&self, _offset: u64, _len: u64) -> io::Result<bool> {
+        Ok(false)
+    }
+    /// As [`SharedFile::evidence`].
+    fn evidence(&self) -> io::Result<Evidence> {
+        Ok(Evidence::default())
+    }
+    /// How it is proved that what processes wrote here, synced or not, is what is read, since
+    /// `evidence` was noted down of this file; `None` where nothing proves it.
+    fn prove(&self, _evidence: &Evidence) -> io::Result<Option<Proof>> {
+        Ok(None)
     }
     /// The content in memory, shared with the page cache where the storage can.
     fn map(&self, offset: u64, len: usize) -> io::Result<Mapping>;

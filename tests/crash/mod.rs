@@ -32,6 +32,14 @@ pub struct Effort {
     pub one_in: u64,
 }
 
+/// What was checked.
+#[derive(Default)]
+pub struct Cuts {
+    pub all: AtomicU64,
+    /// Of these, file systems that were mounted again in the same boot.
+    pub remounts: AtomicU64,
+}
+
 /// What the store above would know after a cut.
 #[derive(Clone, Default)]
 struct Shape {
@@ -56,7 +64,7 @@ pub struct Run {
     options: LayerOptions,
     storage: SimStorage,
     chain: Option<Chain>,
-    cuts: Arc<AtomicU64>,
+    cuts: Arc<Cuts>,
     effort: Effort,
     layers: u64,
     tag: u16,
@@ -90,6 +98,24 @@ fn open(storage: &SimStorage, shape: &Shape, options: LayerOptions) -> Result<Ch
         }
     }
     open_chain(&seam, &spec).map_err(|error| format!("cannot open: {error}"))
+}
+
+/// The file that says which blocks changed since the last flush: only memory, so nothing syncs it, and
+/// whatever the host had written back of it is there after the file system was mounted again.
+const LOG: &str = "live";
+
+/// What is found after a file system was shut down and mounted again in the same boot, or `None` for a
+/// power cut. Mostly the log of changes had been written back whole, and little else.
+fn remounts(rng: &mut SeededRng) -> Option<Option<&'static str>> {
+    rng.chance(1, 2).then(|| rng.chance(3, 4).then_some(LOG))
+}
+
+/// Takes the disk's memory away, with the power or without.
+fn lose(disk: &SimStorage, rng: &mut SeededRng) -> SimStorage {
+    match remounts(rng) {
+        Some(kept) => disk.remount(rng.bits(), kept),
+        None => disk.cut(rng.bits()),
+    }
 }
 
 fn check_sealed(storage: &SimStorage, shape: &Shape) -> Result<(), String> {
@@ -132,12 +158,12 @@ fn check_cut(
     for _ in 0..rng.below(3) {
         disk.arm(1 + rng.below(9));
         drop(open(&disk, shape, options));
-        disk = disk.cut(rng.bits());
+        disk = lose(&disk, rng);
     }
     let chain = open(&disk, shape, options)?;
     let content = read_all(&chain)?;
     model.check(&content)?;
-    let again = disk.cut(rng.bits());
+    let again = lose(&disk, rng);
     if read_all(&open(&again, shape, options)?)? != content {
         return Err("a second cut, right after the layer was opened, changed it".into());
     }
@@ -165,7 +191,7 @@ fn check_cut(
                 model.acknowledge(offset, bytes.len() as u64);
             }
         }
-        let last = disk.cut(rng.bits());
+        let last = lose(&disk, rng);
         let content = read_all(&open(&last, shape, options)?)?;
         model
             .check(&content)
@@ -176,7 +202,7 @@ fn check_cut(
 
 impl Run {
     /// A run on an empty layer. `cuts` counts the cuts that were checked.
-    pub fn new(options: LayerOptions, seed: u64, effort: Effort, cuts: &Arc<AtomicU64>) -> Self {
+    pub fn new(options: LayerOptions, seed: u64, effort: Effort, cuts: &Arc<Cuts>) -> Self {
         let storage = SimStorage::new();
         storage.create_dir(Path::new(ROOT)).unwrap();
         storage.sync_dir(Path::new("/")).unwrap();
@@ -219,12 +245,22 @@ impl Run {
                 0
             };
             for _ in 0..times {
+                let remount = remounts(&mut world.rng);
                 let seed = world.rng.bits();
-                let disk = moment.cut(seed);
-                cuts.fetch_add(1, Ordering::Relaxed);
+                let disk = match remount {
+                    Some(kept) => moment.remount(seed, kept),
+                    None => moment.cut(seed),
+                };
+                cuts.all.fetch_add(1, Ordering::Relaxed);
+                let remounts = u64::from(remount.is_some());
+                cuts.remounts.fetch_add(remounts, Ordering::Relaxed);
                 let outcome = check_cut(disk, &world.model, &world.shape, options, &mut world.rng);
                 if let Err(why) = outcome {
-                    world.failure = Some(format!("cut in {moment:?}: {why}"));
+                    let what = match remount {
+                        Some(kept) => format!("mounted again (whole: {kept:?})"),
+                        None => "cut".into(),
+                    };
+                    world.failure = Some(format!("{what} in {moment:?}: {why}"));
                     return;
                 }
             }
@@ -319,14 +355,23 @@ impl Run {
             }
             Op::Kill => self.come_back(false),
             Op::Cut(seed) => {
-                self.chain = None;
-                self.storage.observe(None);
-                self.storage = self.storage.cut(seed);
-                self.watch();
-                self.come_back(true);
+                self.go_on_after(|disk| disk.cut(seed));
+            }
+            Op::Remount(seed) => {
+                let kept = SeededRng::new(seed).chance(3, 4).then_some(LOG);
+                self.go_on_after(|disk| disk.remount(seed, kept));
             }
         }
         self.world.lock().failure.is_none()
+    }
+
+    /// What was in memory is gone.
+    fn go_on_after(&mut self, loss: impl FnOnce(&SimStorage) -> SimStorage) {
+        self.chain = None;
+        self.storage.observe(None);
+        self.storage = loss(&self.storage);
+        self.watch();
+        self.come_back(true);
     }
 
     fn acknowledge(&self, work: impl FnOnce(&Chain) -> vellum::Result<()>) {

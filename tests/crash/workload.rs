@@ -41,6 +41,8 @@ pub enum Op {
     Kill,
     /// The power goes and comes back.
     Cut(u64),
+    /// The file system is shut down and mounted again while the machine runs on.
+    Remount(u64),
 }
 
 /// A change of bytes: what a write, a discard or a write of zeros does.
@@ -181,6 +183,7 @@ pub fn generate(seed: u64, count: usize) -> Vec<Op> {
                     0 => Op::Close,
                     1 => Op::Reopen,
                     2..=4 => Op::Kill,
+                    5 => Op::Remount(rng.bits()),
                     _ => Op::Cut(rng.bits()),
                 },
                 _ => Op::Flush,

@@ -78,9 +78,10 @@ def build(directory, vellum, modules, scripts, test=None):
         smaller = directory / "test"
         run("strip", "-o", smaller, test)
         tree.program(smaller, "usr/bin", "vellum-test")
-    attach = directory / "nbd-attach"
-    run("cc", "-O1", "-static", "-o", attach, pathlib.Path(__file__).with_name("nbd_attach.c"))
-    tree.program(attach, "usr/sbin")
+    for name, source in (("nbd-attach", "nbd_attach.c"), ("fs-shutdown", "fs_shutdown.c")):
+        tool = directory / name
+        run("cc", "-O1", "-static", "-o", tool, pathlib.Path(__file__).with_name(source))
+        tree.program(tool, "usr/sbin")
     for number, (name, data) in enumerate(modules):
         (tree.root / "modules" / f"{number:02}-{name}.ko").write_bytes(data)
     shutil.copytree(scripts, tree.root / "vm")

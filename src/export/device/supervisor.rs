@@ -9,7 +9,7 @@ mod system;
 use children::Standby;
 use events::send_ready;
 pub(super) use events::{Event, Ready};
-pub(super) use handover::{Resume, own_arguments, set_close_on_exec};
+pub(super) use handover::{Resume, own_arguments, set_close_on_exec, witness};
 pub(super) use system::event_pipe;
 use system::{block_signals, fork, prepare_process, reap, take_stdout};
 
@@ -37,6 +37,7 @@ use crate::error::{Error, Result, ResultExt};
 use crate::export::fuse::session::{self, Features};
 use crate::export::fuse::slot::{MAX_THREADS, Shared};
 use crate::fs::held_dir::HeldDir;
+use crate::storage::Witness;
 
 /// What the processes of a device are called in `ps`. The first character tells systemd's
 /// shutdown to leave them alone until the file systems on them are unmounted.
@@ -200,6 +201,9 @@ impl Supervisor {
         let mut state = RunState::new(args.read_only, &held);
         state.write(run_dir)?;
         let shared = Shared::create()?;
+        // Before anything is forked: a killed worker's successor knows by it that the page cache is
+        // there.
+        Witness::hold(run_dir).context(|| run_dir.display().to_string())?;
         let listener = control::bind(run_dir)?;
         let (events_in, events_out) = event_pipe()?;
         let signals = block_signals()?;

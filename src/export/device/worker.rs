@@ -25,7 +25,9 @@ use super::control::Failure;
 use super::control_server::converse;
 use super::process::{Identity, monotonic_ns};
 use super::state::RunState;
-use super::supervisor::{ARG0, Event, Resume, event_pipe, own_arguments, set_close_on_exec};
+use super::supervisor::{
+    ARG0, Event, Resume, event_pipe, own_arguments, set_close_on_exec, witness,
+};
 use super::{Memory, Opened, state};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::readers::Readers;
@@ -431,10 +433,12 @@ fn adopt(worker: &Worker) -> Result<Value> {
     .map(|fd| fd.try_clone_to_owned())
     .collect::<std::io::Result<Vec<OwnedFd>>>()
     .context(what)?;
-    let fds: Vec<i32> = copies.iter().map(AsRawFd::as_raw_fd).collect();
+    let mut fds: Vec<i32> = copies.iter().map(AsRawFd::as_raw_fd).collect();
     let &[session, listener, shared, events_read, events_write] = fds.as_slice() else {
         return Err(Error::new(ErrorKind::Io, what()));
     };
+    let witness = witness();
+    let held = witness.as_ref().map(|(file, _)| file.as_raw_fd());
     let resume = Resume {
         session,
         listener,
@@ -444,7 +448,9 @@ fn adopt(worker: &Worker) -> Result<Value> {
         standby: None,
         features: worker.features,
         generation: worker.generation,
+        witness: held.zip(witness.as_ref().map(|(_, token)| *token)),
     };
+    fds.extend(held);
     let resume = serde_json::to_string(&resume)
         .map_err(|error| Error::with_source(ErrorKind::Io, what(), error))?;
     set_close_on_exec(&fds, false);

@@ -8,7 +8,7 @@ use super::*;
 use crate::block::{BLOCK_LEN, BLOCK_SIZE, BlockDevice, BlockState, Durability};
 use crate::chain::{ChainSpec, open_chain};
 use crate::layer::{Header, LayerOptions, WritableLayer};
-use crate::storage::{Fault, FaultPlan, FaultStorage, OpKind, SeededRng, SimStorage};
+use crate::storage::{Fault, FaultPlan, FaultStorage, FileStorage, OpKind, SeededRng, SimStorage};
 
 const BLOCKS: u64 = 60;
 const DIR: &str = "/layer";
@@ -224,9 +224,199 @@ fn a_layer_that_is_poisoned_while_somebody_has_the_map_is_not_trusted_by_a_succe
             .core
             .poison(&Error::new(ErrorKind::Io, "a sync failed"));
     }
-    let left = read_left(&disk, Path::new(DIR), layer.header().uuid).unwrap();
-    assert!(left.poisoned);
-    assert!(!left.same_boot);
+    assert_eq!(left(&disk, Path::new(DIR)), Left::Stale { reread: true });
+}
+
+/// What is left in a directory, as the next to open it would find it.
+fn left(storage: &dyn Storage, dir: &Path) -> Left {
+    let header = Header::read(storage, dir).unwrap();
+    let data = DataFiles::open(storage, dir, &header, OpenMode::Write).unwrap();
+    read_left(storage, dir, &header, &data).unwrap()
+}
+
+const STALE: Left = Left::Stale { reread: true };
+
+/// A layer on the host's own file system with a log of one block that was written, number 3.
+struct Killed {
+    dir: tempfile::TempDir,
+    header: Header,
+}
+
+impl Killed {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let header = Header::new(None, BLOCKS * BLOCK_SIZE).unwrap();
+        let killed = Killed { dir, header };
+        WritableLayer::create(&FileStorage, &killed.layer(), &killed.header).unwrap();
+        let layer = killed.open();
+        layer.write_blocks(3, &[1; BLOCK_LEN]).unwrap();
+        drop(layer);
+        assert!(matches!(killed.left(), Left::Trusted(_)));
+        killed
+    }
+
+    fn layer(&self) -> std::path::PathBuf {
+        self.dir.path().join("layer")
+    }
+
+    fn file(&self, name: &str) -> std::path::PathBuf {
+        self.layer().join(name)
+    }
+
+    fn open(&self) -> Arc<WritableLayer> {
+        WritableLayer::open(Arc::new(FileStorage), &self.layer(), options(0)).unwrap()
+    }
+
+    fn left(&self) -> Left {
+        left(&FileStorage, &self.layer())
+    }
+
+    /// Writes a file anew: by another in its place, as tar(1) and rsync(1) do, or into it, as cp(1).
+    fn put_back(&self, name: &str, into: bool) {
+        let bytes = std::fs::read(self.file(name)).unwrap();
+        if !into {
+            std::fs::remove_file(self.file(name)).unwrap();
+        }
+        std::fs::write(self.file(name), bytes).unwrap();
+    }
+}
+
+#[test]
+fn a_log_is_not_trusted_once_a_backup_was_put_back_over_the_layer() {
+    for (name, into) in [
+        ("live", false),
+        ("data", false),
+        ("layer", false),
+        ("layer", true),
+    ] {
+        let killed = Killed::new();
+        killed.put_back(name, into);
+        assert_eq!(killed.left(), STALE, "{name}, into: {into}");
+        let layer = killed.open();
+        assert_eq!(layer.state(3), BlockState::Parent, "{name}");
+        // It works, and what it is told from now on holds after a kill.
+        layer.write_blocks(5, &[2; BLOCK_LEN]).unwrap();
+        drop(layer);
+        let layer = killed.open();
+        assert_eq!(layer.state(5), BlockState::Data, "{name}");
+        assert_eq!(layer.state(3), BlockState::Parent, "{name}");
+    }
+}
+
+#[test]
+fn a_log_that_was_not_trusted_once_is_never_trusted_again() {
+    let killed = Killed::new();
+    let kept = killed.dir.path().join("kept");
+    // The same file, which nothing but its name will have left.
+    std::fs::hard_link(killed.file("live"), &kept).unwrap();
+    let rights = std::fs::metadata(killed.file("layer"))
+        .unwrap()
+        .permissions();
+    std::fs::set_permissions(killed.file("layer"), rights).unwrap();
+    drop(killed.open());
+    assert!(!killed.file("live").exists());
+    assert_eq!(killed.left(), Left::Nothing);
+}
+
+#[test]
+fn a_log_that_says_written_of_what_is_a_hole_is_not_trusted() {
+    let killed = Killed::new();
+    let data = FileStorage
+        .open(&killed.file("data"), OpenMode::Write)
+        .unwrap();
+    data.punch_hole(0, BLOCKS * BLOCK_SIZE).unwrap();
+    // Some file systems cannot tell.
+    if data.has_hole(0, BLOCK_SIZE).unwrap() {
+        assert_eq!(killed.left(), STALE);
+        assert_eq!(killed.open().state(3), BlockState::Parent);
+    }
+}
+
+/// All that makes a hole below data is in the log.
+#[test]
+fn blocks_that_were_made_zeros_in_place_are_taken_over_as_such() {
+    let real = Killed::new();
+    let layers: [Arc<WritableLayer>; 2] = [real.open(), open(new_disk(), options(0))];
+    for layer in layers {
+        for (start, len) in [(3, 1), (10, 4), (20, 2)] {
+            layer
+                .write_blocks(start, &vec![7; BLOCK_LEN * len as usize])
+                .unwrap();
+        }
+        // Data alone, data and what is none, none.
+        for (start, len) in [(3, 1), (12, 6), (30, 2)] {
+            layer.allocate_zeroed(start, len).unwrap();
+        }
+        layer.write_within(13 * BLOCK_SIZE, &[9; 512]).unwrap();
+        layer.clear_blocks(20, 1, BlockState::Zero).unwrap();
+        let (storage, dir) = (layer.storage_handle(), layer.dir().to_owned());
+        let before: Vec<_> = (0..BLOCKS).map(|block| sectors(&layer, block)).collect();
+        drop(layer);
+        assert!(matches!(left(&*storage, &dir), Left::Trusted(_)));
+        let layer = WritableLayer::open(storage, &dir, options(0)).unwrap();
+        for (block, before) in (0..BLOCKS).zip(before) {
+            assert_eq!(sectors(&layer, block), before, "block {block}");
+        }
+        assert_eq!(layer.state(30), BlockState::Data);
+        assert_eq!(sectors(&layer, 13)[..2], [9, 0]);
+    }
+}
+
+#[test]
+fn a_log_of_another_version_is_not_trusted_and_that_a_sync_failed_is_heeded() {
+    let killed = Killed::new();
+    let live = FileStorage
+        .open(&killed.file("live"), OpenMode::Write)
+        .unwrap();
+    let mut header = [0; IDENTITY_LEN];
+    live.read_at(&mut header, 0).unwrap();
+    for version in [1u32, 3] {
+        header[8..12].copy_from_slice(&version.to_le_bytes());
+        let crc = crc32fast::hash(&header[..52]);
+        header[52..].copy_from_slice(&crc.to_le_bytes());
+        live.write_at(&header, 0).unwrap();
+        assert_eq!(killed.left(), STALE, "{version}");
+    }
+    assert_eq!(killed.open().state(3), BlockState::Parent);
+}
+
+#[test]
+fn a_log_whose_layer_has_grown_is_trusted() {
+    let killed = Killed::new();
+    let layer = killed.open();
+    layer.grow(2 * BLOCKS * BLOCK_SIZE).unwrap();
+    layer.write_blocks(BLOCKS + 1, &[4; BLOCK_LEN]).unwrap();
+    drop(layer);
+    let layer = killed.open();
+    assert_eq!(layer.state(3), BlockState::Data);
+    assert_eq!(layer.state(BLOCKS + 1), BlockState::Data);
+}
+
+/// The kernel reports a failed write-back once, to whoever syncs next.
+#[test]
+fn what_a_successors_sync_lost_is_replayed_from_the_journal_at_the_next_opening() {
+    let disk = new_disk();
+    let layer = open(disk.clone(), options(4));
+    layer.write_blocks(3, &[1; BLOCK_LEN]).unwrap();
+    layer.flush().unwrap();
+    drop(layer);
+    let faults = FaultStorage::new(Arc::new(disk.clone()));
+    faults.fail(FaultPlan {
+        kinds: vec![OpKind::SyncData],
+        nth: 1,
+        fault: Fault::Errno(libc::EIO),
+        lasting: false,
+    });
+    let storage: Arc<dyn Storage> = Arc::new(faults);
+    let opened = WritableLayer::open(storage, Path::new(DIR), options(4));
+    assert_eq!(opened.unwrap_err().kind(), ErrorKind::Io);
+    // What it could not write is gone once the host needs its memory.
+    let data = disk
+        .open(&Path::new(DIR).join("data"), OpenMode::Write)
+        .unwrap();
+    data.punch_hole(3 * BLOCK_SIZE, BLOCK_SIZE).unwrap();
+    drop(data);
+    assert_eq!(sectors(&open(disk, options(4)), 3), [1; 8]);
 }
 
 #[test]

@@ -97,6 +97,11 @@ impl Image {
         self.len = len;
     }
 
+    /// True where a page of the range is in no page of ours.
+    pub(super) fn has_hole(&self, offset: u64, len: u64) -> bool {
+        pieces(offset, len).any(|(page, ..)| !self.pages.contains_key(&page))
+    }
+
     /// Bytes in pages.
     pub(super) fn allocated(&self) -> u64 {
         self.pages.len() as u64 * PAGE
@@ -220,6 +225,11 @@ impl SimContent {
             Change::Write { open, .. } | Change::Zero { open, .. } => open.any(),
             Change::SetLen(_) => true,
         });
+    }
+
+    /// The file after a power cut that found it written back.
+    pub(super) fn kept(&self) -> SimContent {
+        SimContent::durable(self.live.clone())
     }
 
     /// The file after a power cut: each sector of each change survived or did not.

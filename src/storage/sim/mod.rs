@@ -19,7 +19,7 @@ use parking_lot::{Mutex, RwLock};
 use self::tree::{NodeId, Tree};
 use super::op::{OpCounts, OpKind};
 use super::rng::SeededRng;
-use super::{Entry, Mapping, OpenMode, Storage, StorageFile};
+use super::{Entry, Evidence, FileId, Mapping, OpenMode, Proof, Storage, StorageFile};
 
 /// How much of what is not certain survives a cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,14 +75,20 @@ pub fn is_power_cut(error: &io::Error) -> bool {
         .is_some_and(|source| source.is::<PowerCut>())
 }
 
-/// Numbers boots, so that no two are alike.
-static BOOTS: AtomicU64 = AtomicU64::new(1);
+/// Numbers boots and mounts, so that no two are alike.
+static NUMBERS: AtomicU64 = AtomicU64::new(1);
+
+fn number() -> u64 {
+    NUMBERS.fetch_add(1, Ordering::Relaxed)
+}
 
 #[derive(Debug, Clone)]
 struct Disk {
     tree: Tree,
     /// Differs after each power cut.
     boot: u64,
+    /// Differs after each power cut, and after each time that the file system went away alone.
+    mount: u64,
     /// Operations that changed something or made it durable.
     changes: u64,
     counts: OpCounts,
@@ -93,13 +99,21 @@ struct Disk {
 
 impl Disk {
     fn cut(&self, seed: u64) -> Disk {
-        Disk::with(self.tree.cut(&mut SeededRng::new(seed)))
+        Disk::with(self.tree.cut(&mut SeededRng::new(seed), None))
+    }
+
+    fn remount(&self, seed: u64, kept: Option<&str>) -> Disk {
+        Disk {
+            boot: self.boot,
+            ..Disk::with(self.tree.cut(&mut SeededRng::new(seed), kept))
+        }
     }
 
     fn with(tree: Tree) -> Disk {
         Disk {
             tree,
-            boot: BOOTS.fetch_add(1, Ordering::Relaxed),
+            boot: number(),
+            mount: number(),
             changes: 0,
             counts: OpCounts::default(),
             cut_at: None,
@@ -124,6 +138,11 @@ impl Moment<'_> {
     /// The disk as it would be found if the power went now; `seed` decides what survives.
     pub fn cut(&self, seed: u64) -> SimStorage {
         SimStorage::of(self.disk.cut(seed))
+    }
+
+    /// As [`SimStorage::remount`], at this moment.
+    pub fn remount(&self, seed: u64, kept: Option<&str>) -> SimStorage {
+        SimStorage::of(self.disk.remount(seed, kept))
     }
 }
 
@@ -187,11 +206,19 @@ impl SimStorage {
         SimStorage::of(self.shared.disk.lock().cut(seed))
     }
 
+    /// The disk as it is found in the same boot after its file system was shut down and mounted
+    /// again: the page cache is gone, and of what was not certain `seed` decides what survives. Files
+    /// called `kept` survive whole: the host had just written them back. This disk is as before.
+    pub fn remount(&self, seed: u64, kept: Option<&str>) -> SimStorage {
+        SimStorage::of(self.shared.disk.lock().remount(seed, kept))
+    }
+
     /// An independent copy, with all that is uncertain still uncertain.
     pub fn fork(&self) -> SimStorage {
         let disk = self.shared.disk.lock();
         SimStorage::of(Disk {
             boot: disk.boot,
+            mount: disk.mount,
             ..Disk::with(disk.tree.clone())
         })
     }
@@ -437,6 +464,31 @@ impl StorageFile for SimFile {
         self.storage.look(OpKind::Look, |tree| {
             Ok(tree.file(self.node)?.live.allocated())
         })
+    }
+
+    fn id(&self) -> io::Result<FileId> {
+        Ok(FileId {
+            inode: self.node,
+            ..FileId::default()
+        })
+    }
+
+    fn has_hole(&self, offset: u64, len: u64) -> io::Result<bool> {
+        self.storage.look(OpKind::Look, |tree| {
+            Ok(tree.file(self.node)?.live.has_hole(offset, len))
+        })
+    }
+
+    fn evidence(&self) -> io::Result<Evidence> {
+        Ok(Evidence {
+            mounts: [self.storage.shared.disk.lock().mount, 0],
+            ..Evidence::default()
+        })
+    }
+
+    fn prove(&self, evidence: &Evidence) -> io::Result<Option<Proof>> {
+        let mount = self.storage.shared.disk.lock().mount;
+        Ok(evidence.mounts.contains(&mount).then_some(Proof::Mount))
     }
 
     fn map(&self, offset: u64, len: usize) -> io::Result<Mapping> {

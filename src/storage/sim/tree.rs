@@ -228,8 +228,8 @@ impl Tree {
     }
 
     /// The disk after a power cut. A change of a name survives only if every older change of that
-    /// name did; apart from that, any subset may.
-    pub(super) fn cut(&self, rng: &mut SeededRng) -> Tree {
+    /// name did; apart from that, any subset may. What is called `kept` survives whole.
+    pub(super) fn cut(&self, rng: &mut SeededRng, kept: Option<&str>) -> Tree {
         let survival = Survival::pick(rng);
         let mut tree = Tree {
             nodes: self.nodes.clone(),
@@ -245,8 +245,25 @@ impl Tree {
                 lost.extend(change.0.iter().map(|(key, _)| key));
             }
         }
-        for node in tree.nodes.values_mut() {
+        let mut keep: BTreeSet<NodeId> = BTreeSet::new();
+        if let Some(kept) = kept {
+            for node in self.nodes.values() {
+                if let Node::Dir { live, .. } = node {
+                    keep.extend(live.get(kept).copied());
+                }
+            }
+            for (id, node) in &mut tree.nodes {
+                if let (Node::Dir { durable, .. }, Some(Node::Dir { live, .. })) =
+                    (node, self.nodes.get(id))
+                    && let Some(file) = live.get(kept)
+                {
+                    durable.insert(kept.to_owned(), *file);
+                }
+            }
+        }
+        for (id, node) in &mut tree.nodes {
             match node {
+                Node::File(content) if keep.contains(id) => *content = content.kept(),
                 Node::Dir { live, durable } => live.clone_from(durable),
                 Node::File(content) => {
                     let survival = Survival::pick(rng);

@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
 use nix::unistd::ForkResult;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::children::{Standby, serving_process};
 use super::system::{block_signals, fork, prepare_process, reap};
@@ -25,6 +26,7 @@ use crate::export::device::process::{Identity, Process};
 use crate::export::device::state::{RunState, Status};
 use crate::export::fuse::session::Features;
 use crate::export::fuse::slot::{self, Shared};
+use crate::storage::Witness;
 
 /// What a program answers to `--probe` when it can take a session of this version over.
 pub(super) const PROBE_ANSWER: &str = "vellum-device 1";
@@ -42,6 +44,17 @@ pub(in crate::export::device) struct Resume {
     pub standby: Option<(i32, i32)>,
     pub features: Features,
     pub generation: u32,
+    /// What the processes of the device hold of the store's file system, if they do: see [`Witness`].
+    #[serde(default)]
+    pub witness: Option<(i32, Uuid)>,
+}
+
+/// What this process holds, with a descriptor for the program that comes next.
+pub(in crate::export::device) fn witness() -> Option<(OwnedFd, Uuid)> {
+    let held = Witness::held()?;
+    // Without it a log of changes needs another proof, which most kernels have.
+    let copy = held.file().try_clone_to_owned().ok()?;
+    Some((copy, held.token()))
 }
 
 impl Supervisor {
@@ -58,6 +71,11 @@ impl Supervisor {
         let _ = nix::unistd::setsid();
         prepare_process();
         let shared = Shared::inherit(adopt_fd(resume.shared)?)?;
+        match resume.witness {
+            Some((file, token)) => Witness::inherit(adopt_fd(file)?, token),
+            None => Witness::hold(&args.run_dir),
+        }
+        .context(|| "the file system of the store cannot be held")?;
         let worker = serving_process(&shared);
         let run_dir = hold(&args.run_dir)?;
         let mut state = RunState::new(args.read_only, &run_dir);
@@ -158,6 +176,8 @@ impl Supervisor {
             standby.go.as_raw_fd(),
         ];
         let [session, listener, shared, events_in, events_out, standby_go] = fds;
+        let witness = witness();
+        let held = witness.as_ref().map(|(file, _)| file.as_raw_fd());
         let resume = Resume {
             session,
             listener,
@@ -167,11 +187,13 @@ impl Supervisor {
             standby: Some((standby.process.pid(), standby_go)),
             features: self.features,
             generation: self.state.generation + 1,
+            witness: held.zip(witness.as_ref().map(|(_, token)| *token)),
         };
         let resume = match serde_json::to_string(&resume) {
             Ok(resume) => resume,
             Err(error) => return Error::with_source(ErrorKind::Io, "the hand-over", error),
         };
+        let fds: Vec<i32> = fds.into_iter().chain(held).collect();
         set_close_on_exec(&fds, false);
         let error = Command::new(program)
             .arg0(ARG0)

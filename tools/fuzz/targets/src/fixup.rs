@@ -1,6 +1,7 @@
 //! Makes checksums fit again, since a fuzzer that has to guess them gets nowhere.
 
 use uuid::Uuid;
+use vellum::storage::{Evidence, FileId};
 
 fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     if let Some(place) = bytes.get_mut(at..at + value.len()) {
@@ -89,13 +90,34 @@ pub fn journal(bytes: &mut [u8], uuid: Uuid) {
 
 /// The log of changes (section 6) of that layer in this boot: its header, 128 bytes.
 pub fn live_header(bytes: &mut [u8], uuid: Uuid, boot: [u8; 16]) {
-    // Of device 0, inode 0: a simulated disk has no others.
-    put(bytes, 12, &crc32fast::hash(&[0; 16]).to_le_bytes());
+    // Whatever an older version had there.
+    put(bytes, 8, &[2, 0, 0, 0, 0, 0, 0, 0]);
+    put(bytes, 48, &[0; 4]);
     put(bytes, 16, uuid.as_bytes());
     put(bytes, 32, &boot);
     put_crc(bytes, 0..52, 52);
     put_crc(bytes, 64..76, 76);
     put_crc(bytes, 80..92, 92);
+}
+
+/// What it belongs to: 384 bytes from 128 on.
+pub fn live_bond(log: FileId, header: FileId, data: &[FileId], evidence: Evidence) -> Vec<u8> {
+    let id = |id: &FileId| {
+        [id.device, id.inode, id.born]
+            .map(u64::to_le_bytes)
+            .concat()
+    };
+    let mut bytes = id(&log);
+    // A simulated disk tells no times.
+    bytes.extend([header.inode, 0].map(u64::to_le_bytes).concat());
+    bytes.extend(evidence.witness);
+    bytes.extend(evidence.mounts.map(u64::to_le_bytes).concat());
+    bytes.extend(u32::from(evidence.marked).to_le_bytes());
+    bytes.extend((data.len() as u32).to_le_bytes());
+    bytes.extend(data.iter().flat_map(id));
+    bytes.resize(384, 0);
+    put_crc(&mut bytes, 0..380, 380);
+    bytes
 }
 
 /// An entry of it, 32 bytes.

@@ -433,6 +433,23 @@ fn put_live(disk: &SimStorage, mode: u8, bytes: &[u8], uuid: Uuid) {
     let file = disk.open(&path("live"), OpenMode::Create).unwrap();
     file.set_len(16_781_312).unwrap();
     file.write_at(&header, 0).unwrap();
+    if mode & FIX != 0 {
+        let id = |name: &str| Some(disk.open(&path(name), OpenMode::Read).ok()?.id().unwrap());
+        let data = (0..8).map_while(|k| {
+            id(&if k == 0 {
+                "data".into()
+            } else {
+                format!("data.{k}")
+            })
+        });
+        let bond = fixup::live_bond(
+            file.id().unwrap(),
+            id("layer").unwrap_or_default(),
+            &data.collect::<Vec<_>>(),
+            file.evidence().unwrap(),
+        );
+        file.write_at(&bond, 128).unwrap();
+    }
     let mut placed = [0; 2];
     for (at, entry) in entries.chunks(32).enumerate() {
         let mut entry = entry.to_vec();
@@ -516,6 +533,7 @@ pub fn open(input: &[u8]) {
     }
     let uuid = header.as_ref().map_or(UUID, |header| header.uuid);
     let size = header.as_ref().map_or(SMALL, |header| header.virtual_size);
+    let mut live = None;
     for (name, mut bytes) in files {
         if mode & FIX != 0 {
             match name {
@@ -525,7 +543,8 @@ pub fn open(input: &[u8]) {
             }
         }
         if name == "live" {
-            put_live(&disk, mode, &bytes, uuid);
+            // It names the others.
+            live = Some(bytes);
         } else {
             put_file(&disk, name, &bytes);
         }
@@ -542,6 +561,9 @@ pub fn open(input: &[u8]) {
                 .unwrap();
             file.sync().unwrap();
         }
+    }
+    if let Some(bytes) = live {
+        put_live(&disk, mode, &bytes, uuid);
     }
     disk.sync_dir(Path::new(DIR)).unwrap();
     let is_sealed = header.is_some_and(|header| header.sealed);
