@@ -164,7 +164,7 @@ impl Rig {
                 self.model.acknowledge_all();
                 Ok(())
             }
-            Op::Reopen | Op::Kill | Op::Cut(_) => {
+            Op::Reopen | Op::Kill | Op::Cut(_) | Op::Remount(_) => {
                 if op == Op::Reopen {
                     self.chain().close()?;
                     self.model.acknowledge_all();
@@ -232,7 +232,8 @@ fn survive(ops: &[Op], options: LayerOptions, plan: &FaultPlan) -> Result<bool, 
     for (at, op) in ops.iter().enumerate() {
         let here = |why: String| format!("operation {at} ({op:?}): {why}");
         let result = rig.step(*op);
-        if poisoned && !matches!(op, Op::Reopen | Op::Kill | Op::Cut(_) | Op::Checksum(_)) {
+        let opens = matches!(op, Op::Reopen | Op::Kill | Op::Cut(_) | Op::Remount(_));
+        if poisoned && !opens && !matches!(op, Op::Checksum(_)) {
             match &result {
                 // What changes nothing may succeed; what reads or writes own data may not.
                 Ok(()) if matches!(op, Op::Flush | Op::Close) => {
