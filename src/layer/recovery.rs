@@ -134,15 +134,20 @@ pub(super) fn load_as_recovered(
 ) -> Result<AsRecovered> {
     let mut loaded = load(storage, dir, header)?;
     let mut blocks = BTreeMap::new();
-    for (block, bytes) in live_payload(&loaded.records) {
-        if !left.same_boot && loaded.index.get(block) == STATE_DATA {
-            blocks.insert(block, bytes.into());
+    if let Left::Trusted(changes) = left {
+        for change in changes {
+            let end = change.start.checked_add(change.len);
+            if let Some(new) = change.what.value()
+                && end.is_some_and(|end| end <= header.blocks())
+            {
+                loaded.index.set(change.start, change.len, new);
+            }
         }
-    }
-    for change in &left.changes {
-        let end = change.start.checked_add(change.len);
-        if end.is_some_and(|end| end <= header.blocks()) {
-            loaded.index.set(change.start, change.len, change.new);
+    } else {
+        for (block, bytes) in live_payload(&loaded.records) {
+            if loaded.index.get(block) == STATE_DATA {
+                blocks.insert(block, bytes.into());
+            }
         }
     }
     Ok(AsRecovered {

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::data::DataFiles;
 use super::header::Header;
 use super::index::Index;
-use super::live;
+use super::live::{self, Left};
 use super::map_file::MAP_FILE;
 use super::recovery::{
     AsRecovered, extents_of, load_as_recovered, load_map, remove_if_there, remove_journal,
@@ -91,7 +91,10 @@ impl SealedLayer {
             return SealedLayer::open(storage, dir);
         }
         let data = DataFiles::open(storage, dir, &header, OpenMode::Read)?;
-        let left = live::read_left(storage, dir, header.uuid)?;
+        let left = live::read_left(storage, dir, &header, &data)?;
+        if left == (Left::Stale { reread: true }) {
+            data.drop_cache()?;
+        }
         let found = load_as_recovered(storage, dir, &header, &left)?;
         Ok(SealedLayer {
             dir: dir.to_owned(),
