@@ -144,6 +144,17 @@ impl Error {
     pub fn errno(&self) -> i32 {
         self.kind.errno()
     }
+
+    /// True where others' giving space back helps: the host has none, and it is not a limit of the
+    /// file's size.
+    pub fn is_full_disk(&self) -> bool {
+        let errno = self
+            .source
+            .as_ref()
+            .and_then(|source| source.downcast_ref::<io::Error>())
+            .and_then(io::Error::raw_os_error);
+        self.kind == ErrorKind::NoSpace && errno != Some(libc::EFBIG)
+    }
 }
 
 /// Why a file may not be as large as it should be, and what to do.

@@ -189,6 +189,119 @@ fn a_full_disk_is_enospc_serves_reads_and_takes_writes_again_once_there_is_room(
     }
 }
 
+/// A device on a disk that takes `more` bytes from now on, reserves included.
+fn device_on_small_disk(more: u64) -> (SimStorage, Chain) {
+    let (disk, _, chain) = device(LayerOptions::default());
+    chain.close().unwrap();
+    drop(chain);
+    disk.limit(more);
+    let chain = open(
+        &FaultStorage::new(Arc::new(disk.clone())),
+        LayerOptions::default(),
+    );
+    (disk, chain)
+}
+
+const LARGE: u64 = 64;
+
+/// Fills the disk with writes that are too large for the reserve; the first block that was refused.
+fn fill_disk(chain: &Chain) -> u64 {
+    (0..SIZE / BLOCK_SIZE / LARGE)
+        .map(|piece| piece * LARGE)
+        .find(|first| {
+            let written = write(chain, *first, LARGE, 3);
+            written.is_err_and(|error| error.kind() == ErrorKind::NoSpace)
+        })
+        .expect("the disk is not full")
+}
+
+#[test]
+fn on_a_full_disk_flush_discard_close_and_open_succeed_whatever_comes_between() {
+    // The reserve, the log of changes and its journal, and some blocks.
+    let (disk, chain) = device_on_small_disk(5 << 20);
+    let refused = fill_disk(&chain);
+    disk.limit(0);
+    chain.flush().unwrap();
+    chain.discard(700, 5 * BLOCK_SIZE).unwrap();
+    chain.flush().unwrap();
+    // What a neighbour frees somebody else takes at once.
+    disk.limit(0);
+    for value in 1..60 {
+        // In place.
+        write(&chain, 8, 3, value).unwrap();
+        chain.flush().unwrap();
+    }
+    disk.limit(0);
+    chain.close().unwrap();
+    drop(chain);
+    let storage = FaultStorage::new(Arc::new(disk.clone()));
+    let chain = open(&storage, LayerOptions::default());
+    chain.discard(10 * BLOCK_SIZE, BLOCK_SIZE).unwrap();
+    chain.flush().unwrap();
+    drop(chain);
+    disk.limit(0);
+    // The process died.
+    let chain = open(&storage, LayerOptions::default());
+    assert_eq!(block(&chain, 9), [59; 4096]);
+    assert_eq!(block(&chain, 10), [0; 4096]);
+    assert_eq!(block(&chain, 2), [0; 4096]);
+    assert_eq!(block(&chain, refused.saturating_sub(1)), [3; 4096]);
+    chain.close().unwrap();
+}
+
+#[test]
+fn discards_of_more_runs_than_the_log_has_room_for_succeed_on_a_full_disk() {
+    let blocks = 20 << 10;
+    let disk = SimStorage::new();
+    let storage = FaultStorage::new(Arc::new(disk.clone()));
+    let header = Header::new(None, blocks * BLOCK_SIZE).unwrap();
+    WritableLayer::create(&storage, Path::new(LAYER), &header).unwrap();
+    let chain = open(&storage, LayerOptions::default());
+    for first in (0..blocks).step_by(4) {
+        write(&chain, first, 1, 1).unwrap();
+    }
+    chain.close().unwrap();
+    drop(chain);
+    let chain = open(&storage, LayerOptions::default());
+    write(&chain, 0, 1, 2).unwrap();
+    disk.limit(0);
+    chain.discard(0, blocks * BLOCK_SIZE).unwrap();
+    chain.flush().unwrap();
+    assert_eq!(block(&chain, 0), [0; 4096]);
+    assert_eq!(chain.top().unwrap().data_blocks(), 0);
+}
+
+/// One that writes little beside one that wants all of the disk.
+#[test]
+fn a_neighbour_that_writes_little_is_not_hurt_by_one_that_fills_the_disk() {
+    let (disk, hog) = device_on_small_disk(10 << 20);
+    let other = Path::new("/other");
+    let storage: Arc<dyn Storage> = Arc::new(FaultStorage::new(Arc::new(disk.clone())));
+    WritableLayer::create(&*storage, other, &Header::new(None, 4 * SIZE).unwrap()).unwrap();
+    let spec = ChainSpec {
+        sealed: vec![],
+        top: Some(other.into()),
+        options: LayerOptions::default(),
+    };
+    let light = open_chain(&storage, &spec).unwrap();
+    write(&light, 0, 1, 1).unwrap();
+    light.flush().unwrap();
+    // All that the hog can get.
+    disk.limit(100 << 10);
+    fill_disk(&hog);
+    for round in 1..400 {
+        write(&light, round, 1, round as u8).unwrap();
+        light.flush().unwrap();
+        let refused = write(&hog, SIZE / BLOCK_SIZE - LARGE, LARGE, 9);
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::NoSpace);
+    }
+    assert_eq!(block(&light, 300), [300u64 as u8; 4096]);
+    let space = light.top().unwrap().space();
+    assert!(space.full_since.is_none(), "{space:?}");
+    light.close().unwrap();
+    hog.close().unwrap();
+}
+
 #[test]
 fn a_journal_that_has_no_space_to_grow_falls_back_to_a_checkpoint() {
     let options = LayerOptions {

@@ -243,6 +243,17 @@ fn survive(ops: &[Op], options: LayerOptions, plan: &FaultPlan) -> Result<bool, 
             }
         }
         if let Err(error) = &result {
+            let no_space = error.kind() == ErrorKind::NoSpace;
+            if no_space
+                && matches!(
+                    op,
+                    Op::Flush | Op::Close | Op::Discard { .. } | Op::Reopen | Op::Kill
+                )
+            {
+                return Err(here(format!(
+                    "that wants no space but of the reserve: {error}"
+                )));
+            }
             let expected = match plan.fault {
                 _ if poisoned || rig.poisoned() => ErrorKind::Poisoned,
                 Fault::Errno(libc::EIO)

@@ -98,6 +98,13 @@ pub trait BlockDevice: Send + Sync {
     /// the client is one that flushes after every few writes. A hint, which makes nothing durable.
     fn flush_ahead(&self) {}
 
+    /// To be called after a write failed with [`crate::ErrorKind::NoSpace`], by one who can let its
+    /// client wait: waits a moment, and says whether to make the write again. Says no once the disk
+    /// has been full for long.
+    fn wait_for_room(&self) -> bool {
+        false
+    }
+
     /// Makes the range read as zeros and gives its space back. Whole blocks become durable zeros
     /// at the next flush; the unaligned ends are written as zeros.
     fn discard(&self, offset: u64, len: u64) -> Result<()>;

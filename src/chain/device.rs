@@ -14,6 +14,8 @@ use crate::block::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::{ABSENT, CHANGES_AT_ONCE, STATE_DATA, SealedLayer, ValueRun, WritableLayer};
 
+/// Flushes that one piece of a request may take for room in the log of changes.
+const FLUSHES_AT_MOST: usize = 64;
 /// A request for zeros is carried out in pieces of so many bytes.
 const ZERO_PIECE: u64 = CHANGES_AT_ONCE * BLOCK_SIZE;
 
@@ -250,6 +252,17 @@ impl Chain {
     /// Writes bytes within one block: in place where the top has it, else with a copy-up. Returns
     /// how many blocks that allocated.
     fn write_partial(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<u64> {
+        self.write_partial_by(top, buf, offset, WritableLayer::write_blocks)
+    }
+
+    /// As [`Chain::write_partial`], where the whole block is written by `write`.
+    fn write_partial_by(
+        &self,
+        top: &WritableLayer,
+        buf: &[u8],
+        offset: u64,
+        write: impl Fn(&WritableLayer, u64, &[u8]) -> Result<u64>,
+    ) -> Result<u64> {
         let block = offset / BLOCK_SIZE;
         let state = top.run_at(block, 1);
         if state.value == STATE_DATA {
@@ -267,7 +280,7 @@ impl Chain {
         if let Some(target) = whole.get_mut(within..within + buf.len()) {
             target.copy_from_slice(buf);
         }
-        let allocated = top.write_blocks(block, &whole)?;
+        let allocated = write(top, block, &whole)?;
         self.stats.stored(BLOCK_SIZE);
         if copied {
             self.stats.copied_up(BLOCK_SIZE - buf.len() as u64);
@@ -277,8 +290,11 @@ impl Chain {
 
     /// Returns how many blocks the write allocated.
     fn write_buffered(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<u64> {
+        with_room_in_log(top, || self.write_once(top, buf, offset))
+    }
+
+    fn write_once(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<u64> {
         let (first, blocks) = blocks_of(offset, buf.len() as u64);
-        top.flush_if_due()?;
         let _lock = top.lock_blocks(first, blocks);
         let (head, whole, tail) = split_buf(buf, offset);
         let mut allocated = 0;
@@ -303,7 +319,7 @@ impl Chain {
         let mut at = offset;
         while at < end {
             let next = (at / ZERO_PIECE * ZERO_PIECE + ZERO_PIECE).min(end);
-            self.zero_piece(top, at, next - at, mode)?;
+            with_room_in_log(top, || self.zero_piece(top, at, next - at, mode))?;
             at = next;
         }
         Ok(())
@@ -313,7 +329,6 @@ impl Chain {
     fn zero_piece(&self, top: &WritableLayer, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
         let mut allocated = 0;
         let (first, blocks) = blocks_of(offset, len);
-        top.flush_if_due()?;
         let _lock = top.lock_blocks(first, blocks);
         let head = (offset.next_multiple_of(BLOCK_SIZE) - offset).min(len);
         let tail = (offset + len) % BLOCK_SIZE;
@@ -342,7 +357,8 @@ impl Chain {
             return Ok(0);
         }
         let zeros = [0; BLOCK_LEN];
-        self.write_partial(top, zeros.get(..len as usize).unwrap_or_default(), offset)
+        let zeros = zeros.get(..len as usize).unwrap_or_default();
+        self.write_partial_by(top, zeros, offset, WritableLayer::write_zeroed_block)
     }
 
     /// True when the map alone says that the block is zero.
@@ -382,6 +398,20 @@ impl Chain {
         }
         Ok(())
     }
+}
+
+/// Does what changes blocks, after a flush where the log of changes wants one: before, or because it
+/// found no room there on a full disk. The work must bear being repeated; each time gets further.
+fn with_room_in_log<T>(top: &WritableLayer, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 0..FLUSHES_AT_MOST {
+        top.flush_if_due()?;
+        match work() {
+            Err(error) if error.kind() == ErrorKind::NoSpace && top.is_flush_due() => {}
+            other => return other,
+        }
+    }
+    top.flush_if_due()?;
+    work()
 }
 
 /// Splits a buffer at block borders: the part before the first, whole blocks, the part after.
@@ -467,6 +497,11 @@ impl BlockDevice for Chain {
         {
             top.flush_ahead();
         }
+    }
+
+    fn wait_for_room(&self) -> bool {
+        // Not under the lock, which a commit wants.
+        self.top().is_some_and(|top| top.wait_for_room())
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {

@@ -68,7 +68,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             .out
             .note("the store cannot be written, so what is served is read-only");
     }
-    // Closed after the server's last request, at the end of this function.
+    // Closed after the server's last request.
     let mut chains = Vec::new();
     let mut writable = Vec::new();
     for name in &args.names {
@@ -77,7 +77,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             writable.push(name.as_str());
         }
         server.add_export(export)?;
-        chains.push(chain);
+        chains.push((name, chain));
     }
     let mut listeners = Vec::new();
     let mut socket_file = None;
@@ -115,7 +115,15 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             .join()
             .map_err(|_| Error::new(ErrorKind::Io, "a listener ended unexpectedly"))??;
     }
-    ended
+    let mut closed = Ok(());
+    for (name, chain) in chains {
+        if let Err(error) = chain.close() {
+            let error = error.context(format!("{name} was not closed in order"));
+            tracing::error!("{error}");
+            closed = closed.and(Err(error));
+        }
+    }
+    ended.and(closed)
 }
 
 /// What somebody who listens on `ip` may not have thought of.

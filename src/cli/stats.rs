@@ -126,6 +126,11 @@ fn one(stats: &Stats, rate: &str) -> String {
         }
         out.push_str(&requests(counters));
         out.push_str(&costs(counters));
+        let reserved = human_size(counters.space.reserved_bytes);
+        out.push_str(&format!("\nspace: {reserved} reserved on the store's disk"));
+        if let Some(since) = &counters.space.full_since {
+            out.push_str(&format!(", which has been full since {since}"));
+        }
         out.push('\n');
     } else {
         out.push('\n');

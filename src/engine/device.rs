@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,8 @@ use crate::chain::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::{ControlHandler, Memory, Opened};
-use crate::layer::{LayerOptions, LayerStatsSnapshot, WritableLayer};
+use crate::fs::superblock::Superblock;
+use crate::layer::{LayerOptions, LayerStatsSnapshot, SpaceStatus, WritableLayer};
 use crate::store::{LayerLease, Resolved, Store};
 
 /// Asks a device server to seal its top layer and go on in another: [`SealTop`].
@@ -36,6 +38,8 @@ pub const COPY_UP: &str = "copy-up";
 /// Asks a device server to make its device larger: [`Grow`]. One that is as large is fine.
 pub const GROW: &str = "grow";
 
+/// Requests of a block device that wait for minutes make the kernel complain of hung tasks.
+const MAX_FULL_WAIT: Duration = Duration::from_secs(600);
 /// Runs in one answer about the map, so that it fits a line of the control socket.
 const MAX_RUNS: usize = 16 << 10;
 
@@ -184,6 +188,20 @@ impl Target {
     }
 }
 
+/// How long writers are held while the host's disk is full: `VELLUM_FULL_WAIT` in the environment,
+/// seconds, at most [`MAX_FULL_WAIT`]; `None` for the default.
+fn full_wait() -> Option<Duration> {
+    let value = std::env::var_os("VELLUM_FULL_WAIT")?;
+    let seconds = value
+        .to_str()
+        .and_then(|text| text.trim().parse::<f64>().ok());
+    let wait = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    if wait.is_none() {
+        tracing::warn!(?value, "VELLUM_FULL_WAIT: no number of seconds");
+    }
+    wait.map(|wait| wait.min(MAX_FULL_WAIT))
+}
+
 /// How a writable layer of this store trades.
 fn layer_options(store: &Store) -> LayerOptions {
     let memory = nix::sys::statfs::statfs(store.root())
@@ -302,6 +320,9 @@ pub struct DeviceStats {
     /// Its size in bytes.
     #[serde(default)]
     pub virtual_size: u64,
+    /// How its top layer stands with the host's space.
+    #[serde(default)]
+    pub space: SpaceStatus,
     /// Requests and copy-ups.
     pub chain: ChainStatsSnapshot,
     /// Flushes and the journal.
@@ -322,6 +343,15 @@ pub struct OpenChain {
 
 impl OpenChain {
     fn new(store: &Store, chain: Chain, lease: Option<LayerLease>) -> Self {
+        if let Some(top) = chain.top() {
+            if let Some(wait) = full_wait() {
+                top.hold_writes_for(wait);
+            }
+            // Without an ext4 there is nothing to favour.
+            if let Ok(superblock) = Superblock::read(&chain) {
+                top.favour(superblock.journal);
+            }
+        }
         OpenChain {
             store: store.clone(),
             chain: Arc::new(chain),
@@ -374,12 +404,16 @@ impl OpenChain {
     }
 
     fn open_next(&self, next: Uuid) -> Result<Arc<WritableLayer>> {
-        WritableLayer::open_counted(
+        let layer = WritableLayer::open_counted(
             self.store.storage().clone(),
             &self.store.layer_dir(next),
             layer_options(&self.store),
             self.chain.stats().clone(),
-        )
+        )?;
+        if let Some(wait) = full_wait() {
+            layer.hold_writes_for(wait);
+        }
+        Ok(layer)
     }
 
     /// Seals the top and goes on in the layer `next`.
@@ -413,6 +447,14 @@ impl OpenChain {
         })
     }
 
+    /// Flushes and leaves nothing to recover, as dropping it does, but says whether that went well.
+    ///
+    /// # Errors
+    /// As [`Chain::close`].
+    pub fn close(&self) -> Result<()> {
+        self.chain.close()
+    }
+
     /// The counters now.
     pub fn stats(&self) -> DeviceStats {
         let top = self.chain.top();
@@ -420,6 +462,7 @@ impl OpenChain {
             top_blocks: top.as_ref().map_or(0, |top| top.data_blocks()),
             depth: self.chain.base().depth() as u64,
             virtual_size: self.chain.size(),
+            space: top.as_ref().map(|top| top.space()).unwrap_or_default(),
             chain: self.chain.stats().snapshot(),
             layer: top.map(|top| top.stats().snapshot()).unwrap_or_default(),
         }

@@ -30,6 +30,8 @@ pub struct Mounted {
     pub dir: PathBuf,
     /// The block device.
     pub device: PathBuf,
+    /// The file system met an error and takes no writes any more, until it is mounted anew.
+    pub given_up: bool,
 }
 
 /// How to start the server of a target.
@@ -62,7 +64,19 @@ pub fn mount(
     mount_locked(store, &container, dir, rights)
 }
 
+/// As [`mount`], by whoever has the container's lock. Works on a full disk too, so that something
+/// can be deleted there.
 pub(super) fn mount_locked(
+    store: &Store,
+    container: &ContainerRecord,
+    dir: Option<&Path>,
+    rights: Rights,
+) -> Result<Mounted> {
+    store.keep_room();
+    store.with_room(|| mount_once(store, container, dir, rights))
+}
+
+fn mount_once(
     store: &Store,
     container: &ContainerRecord,
     dir: Option<&Path>,
@@ -83,6 +97,9 @@ pub(super) fn mount_locked(
     }
     take_over(store, container)?;
     if let Some(there) = mounted(store, container)? {
+        if there.given_up {
+            return mount_anew(store, container, &there, dir, Some(rights));
+        }
         return Err(Error::new(
             ErrorKind::InUse,
             format!(
@@ -115,7 +132,48 @@ pub(super) fn mount_locked(
         );
         return Err(error.context(format!("cannot mount {name} at {}", dir.display())));
     }
-    Ok(Mounted { dir, device })
+    Ok(Mounted {
+        dir,
+        device,
+        given_up: false,
+    })
+}
+
+/// Brings back a container whose file system gave up, by mounting its device again: with these rights,
+/// or with those that it had.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while a program uses the file system: it would go on with the one that gave
+/// up.
+pub(super) fn mount_anew(
+    store: &Store,
+    container: &ContainerRecord,
+    there: &Mounted,
+    dir: Option<&Path>,
+    rights: Option<Rights>,
+) -> Result<Mounted> {
+    let name = &container.name;
+    let dir = match dir {
+        Some(dir) => mount_point::named_dir(store, dir)?,
+        None => there.dir.clone(),
+    };
+    let before = MountInfo::at(&there.dir)?.map(|mount| Rights::of(&mount));
+    let rights = rights.or(before).unwrap_or_default();
+    tracing::warn!("{name}: its file system gave up after an error: mounted anew");
+    unmount_device(&store.run_dir(container), false).map_err(|error| {
+        error.context(format!(
+            "the file system of {name} gave up after an error (a full disk of the host?) and has \
+             to be mounted anew, but a program still uses it: end that, or `vellum umount --force \
+             {name}`"
+        ))
+    })?;
+    mount_grown(container, &there.device, &dir, rights)
+        .map_err(|error| error.context(format!("cannot mount {name} at {}", dir.display())))?;
+    Ok(Mounted {
+        dir,
+        device: there.device.clone(),
+        given_up: false,
+    })
 }
 
 /// Mounts a container's device, and lets the file system fill one that is larger than the image's.
@@ -160,6 +218,7 @@ pub fn mounted(store: &Store, container: &ContainerRecord) -> Result<Option<Moun
     let mounts = MountInfo::read()?;
     let first = mounts.into_iter().find(|mount| mount.major_minor == number);
     Ok(first.map(|mount| Mounted {
+        given_up: ext4::has_given_up(&mount),
         dir: mount.target,
         device,
     }))

@@ -44,7 +44,7 @@ impl Rights {
     };
 
     /// What a mount gives.
-    fn of(mount: &MountInfo) -> Rights {
+    pub(super) fn of(mount: &MountInfo) -> Rights {
         Rights {
             suid: !mount.has_option("nosuid"),
             dev: !mount.has_option("nodev"),

@@ -21,7 +21,17 @@ use crate::store::Store;
 pub struct Serving {
     // First, since it holds the chain too.
     _control: Option<ControlServer>,
-    _chain: Arc<OpenChain>,
+    chain: Arc<OpenChain>,
+}
+
+impl Serving {
+    /// Closes the chain in order, after the server's shutdown.
+    ///
+    /// # Errors
+    /// Where what was written could not be made durable, or something is left to recover.
+    pub fn close(self) -> Result<()> {
+        self.chain.close()
+    }
 }
 
 /// What others may ask an NBD server for: nothing that would end or change what it serves.
@@ -82,7 +92,7 @@ pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Ser
     });
     let serving = Serving {
         _control: control,
-        _chain: chain,
+        chain,
     };
     Ok((export, serving))
 }

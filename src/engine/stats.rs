@@ -17,7 +17,7 @@ use crate::block::BLOCK_SIZE;
 use crate::chain::{LatencySnapshot, Sample};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::device::control;
-use crate::layer::data_blocks_on_disk;
+use crate::layer::{SpaceStatus, data_blocks_on_disk};
 use crate::store::{ContainerRecord, SnapshotKind, SnapshotRecord, Store};
 
 /// Version of [`Stats`] as JSON: fields may be added, others only change with this number.
@@ -105,6 +105,30 @@ pub struct Counters {
     pub flushes: FlushCounters,
     /// Blocks of the writable layer.
     pub blocks: BlockCounters,
+    /// Space on the host.
+    pub space: Space,
+}
+
+/// How a container stands with the space of the store's disk.
+#[derive(Debug, Clone, Serialize)]
+pub struct Space {
+    /// Bytes that its writable layer keeps back there.
+    pub reserved_bytes: u64,
+    /// Since when that disk has had no room for its writes (RFC 3339); `None` while it has.
+    pub full_since: Option<String>,
+}
+
+impl Space {
+    pub(super) fn new(status: SpaceStatus) -> Self {
+        let since = |seconds| {
+            let since = UNIX_EPOCH + Duration::from_secs(seconds);
+            humantime::format_rfc3339_seconds(since).to_string()
+        };
+        Space {
+            reserved_bytes: status.reserved_bytes,
+            full_since: status.full_since.map(since),
+        }
+    }
 }
 
 /// Read requests.
@@ -310,6 +334,7 @@ impl Counters {
                 allocated: chain.first_touch_blocks + chain.prewarmed_blocks,
                 over_time: chain.allocated,
             },
+            space: Space::new(device.space),
         })
     }
 }
@@ -392,6 +417,12 @@ fn ask(store: &Store, id: Uuid) -> Result<Option<(Server, DeviceStats)>> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// How `id` stands with the space of the store's disk; `None` where nobody serves it.
+pub(super) fn space(store: &Store, id: Uuid) -> Option<Space> {
+    let (_, stats) = ask(store, id).ok()??;
+    Some(Space::new(stats.space))
 }
 
 /// What copy-on-write cost a container. One that nobody serves has its layers alone.

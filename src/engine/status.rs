@@ -7,10 +7,11 @@ use super::known::Known;
 use super::mount::{Mounted, mounted};
 use super::run::{Activity, activity};
 use super::serving::{Serving, serving};
-use super::stats::device_stats;
+use super::stats::{Space, device_stats, space};
 use crate::block::BLOCK_SIZE;
 use crate::error::Result;
 use crate::export::device::{self, DeviceStatus, Status};
+use crate::fs::ext4;
 use crate::fs::mountinfo::MountInfo;
 use crate::layer::data_blocks_on_disk;
 use crate::store::{ContainerRecord, SnapshotKind, SnapshotRecord, Store};
@@ -32,6 +33,8 @@ pub struct ContainerStatus {
     pub device: Option<DeviceStatus>,
     /// Another process that has it: an NBD server, or a command that works on it.
     pub serving: Option<Serving>,
+    /// Space on the store's disk; `None` where nobody serves it.
+    pub space: Option<Space>,
     /// Bytes of data in its writable layer; `None` where they cannot be read.
     pub size: Option<u64>,
     /// Bytes of that and of its image's layers.
@@ -56,13 +59,19 @@ pub fn status(
         None => serving(store, &record).unwrap_or_default(),
         Some(_) => None,
     };
-    let status = match &serving {
-        Some(serving) => serving.describe(),
-        None => describe(
+    let space = space(store, record.id);
+    let full = space.as_ref().and_then(|space| space.full_since.as_deref());
+    let status = match (&serving, full) {
+        (Some(serving), Some(since)) => {
+            format!("host full since {since} ({})", serving.describe())
+        }
+        (Some(serving), None) => serving.describe(),
+        (None, _) => describe(
             Some(&record.name),
             activity,
             device.as_ref(),
             mounted.as_ref(),
+            space.as_ref(),
         ),
     };
     let pid = match activity {
@@ -81,6 +90,7 @@ pub fn status(
         mounted,
         device,
         serving,
+        space,
         size,
         total_size,
     })
@@ -92,6 +102,7 @@ fn describe(
     activity: Activity,
     device: Option<&DeviceStatus>,
     mounted: Option<&Mounted>,
+    space: Option<&Space>,
 ) -> String {
     let place = match activity {
         Activity::Running { pid, waited: true } => Some(format!("running (pid {pid})")),
@@ -127,13 +138,33 @@ fn describe(
         _ if !device.supervised => {
             Some("served without a supervisor: `vellum check --repair` starts one".into())
         }
-        _ => None,
+        _ => space_trouble(name, mounted, space),
     };
     match (trouble, place) {
         (Some(trouble), Some(place)) => format!("{trouble} ({place})"),
         (Some(trouble), None) => trouble,
         (None, Some(place)) => place,
         (None, None) => "attached".into(),
+    }
+}
+
+/// What a full disk of the host has done to a container, in words.
+fn space_trouble(
+    name: Option<&str>,
+    mounted: Option<&Mounted>,
+    space: Option<&Space>,
+) -> Option<String> {
+    let full = space.and_then(|space| space.full_since.as_deref());
+    let given_up = mounted.is_some_and(|mounted| mounted.given_up);
+    let cure = match name {
+        Some(name) => format!("`vellum mount {name}` mounts it anew"),
+        None => "containerd's next start of it mounts it anew".into(),
+    };
+    match (given_up, full) {
+        (true, Some(since)) => Some(format!("read-only: host full since {since}: {cure}")),
+        (true, None) => Some(format!("read-only: its file system met an error: {cure}")),
+        (false, Some(since)) => Some(format!("host full since {since}")),
+        (false, None) => None,
     }
 }
 
@@ -177,6 +208,8 @@ pub struct SnapshotStatus {
     pub mounted: Option<Mounted>,
     /// Its device server.
     pub device: Option<DeviceStatus>,
+    /// Space on the store's disk; `None` where nobody serves it.
+    pub space: Option<Space>,
     /// Bytes of data in its own layers; `None` where they cannot be read, or nobody asked.
     pub size: Option<u64>,
     /// Bytes of that and of all that it was made from.
@@ -202,12 +235,23 @@ pub fn snapshot_status(
     let device = device::status(&store.snapshot_run_dir(record.id))?;
     let dir = store.snapshot_mount_dir(record.id);
     let mounted = MountInfo::at(&dir)?.map(|mount| Mounted {
+        given_up: ext4::has_given_up(&mount),
         dir: mount.target,
         device: mount.source,
     });
+    let space = match record.kind {
+        SnapshotKind::Active => space(store, record.id),
+        _ => None,
+    };
     let status = match record.kind {
         SnapshotKind::Committed => "committed".to_owned(),
-        _ => describe(None, Activity::Idle, device.as_ref(), mounted.as_ref()),
+        _ => describe(
+            None,
+            Activity::Idle,
+            device.as_ref(),
+            mounted.as_ref(),
+            space.as_ref(),
+        ),
     };
     let size = with_size.then(|| snapshot_size(store, record)).flatten();
     Ok(SnapshotStatus {
@@ -217,6 +261,7 @@ pub fn snapshot_status(
         status,
         mounted,
         device,
+        space,
         size,
         total_size: size.map(|size| size + known.total(record.parent.as_deref())),
         depth: known.depth(record.top()),

@@ -286,6 +286,30 @@ pub fn unmount_lazily(target: &Path) -> Result<()> {
     }
 }
 
+/// True of an ext4 that was mounted to be written and takes no writes any more: it met an error,
+/// such as a journal that could not be written, and stays so until it is mounted anew.
+pub fn has_given_up(mount: &MountInfo) -> bool {
+    let mut of_super = mount.super_options.split(',');
+    // Newer kernels say so; older ones turn the file system read-only, and not the mount.
+    of_super.any(|option| matches!(option, "emergency_ro" | "shutdown" | "ro"))
+        && !mount.options.split(',').any(|option| option == "ro")
+}
+
+/// Bytes that programs have written to the ext4 on a device, and that have no blocks yet since they
+/// are only in memory. 0 where the kernel does not say.
+pub fn delayed_bytes(device: &Path) -> u64 {
+    let Some(name) = device.file_name() else {
+        return 0;
+    };
+    let path = Path::new("/sys/fs/ext4")
+        .join(name)
+        .join("delayed_allocation_blocks");
+    let blocks = fs::read_to_string(path).ok();
+    let blocks = blocks.and_then(|text| text.trim().parse::<u64>().ok());
+    // All that are made here have blocks of 4 KiB; of others it is no more than an estimate.
+    blocks.unwrap_or(0) * 4096
+}
+
 /// True when something is mounted at exactly `target`.
 ///
 /// # Errors

@@ -60,6 +60,8 @@ pub(super) struct Committer {
     pub(super) position: u64,
     /// By area: some record there carries blocks that no barrier has retired.
     pub(super) live: [bool; 2],
+    /// Bytes of blocks in records that no barrier has retired.
+    pub(super) carried: u64,
     /// Something failed half-way, and what the disk holds of it is unknown: a record that may be
     /// there, a checkpoint that may be, an area that was not freed. Nothing may be written to the
     /// journal until a checkpoint contains it all.
@@ -84,6 +86,7 @@ impl Committer {
             records_before: 0,
             position: 0,
             live: [false; 2],
+            carried: 0,
             must_checkpoint: false,
             retiring: None,
             prepared: 0,
@@ -130,6 +133,7 @@ impl Committer {
     pub(super) fn begin_after_checkpoint(&mut self) {
         self.begin_generation(0);
         self.live = [false; 2];
+        self.carried = 0;
         self.must_checkpoint = false;
     }
 }
@@ -274,6 +278,9 @@ impl WritableLayer {
             Ok(made) => {
                 let other = 1 - committer.current;
                 committer.set_live(other, false);
+                if !committer.has_live_blocks() {
+                    committer.carried = 0;
+                }
                 if made.is_some() {
                     committer.set_area(other, made);
                 }

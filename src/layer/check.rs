@@ -14,6 +14,7 @@ use super::live::LIVE_FILE;
 use super::map_file::MAP_FILE;
 use super::recovery::{data_blocks, load_for_check, remove_if_there, sync_names};
 use super::sealed::{SEAL_FILE, SealedLayer, seal_in_place};
+use super::space::RESERVE_FILE;
 use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{OpenMode, Storage};
@@ -174,7 +175,7 @@ impl Check<'_> {
         };
         for entry in entries {
             let name = entry.name.as_str();
-            let ours = [HEADER_FILE, MAP_FILE, SEAL_FILE, LIVE_FILE].contains(&name)
+            let ours = [HEADER_FILE, MAP_FILE, SEAL_FILE, LIVE_FILE, RESERVE_FILE].contains(&name)
                 || AREA_FILES.contains(&name)
                 || (0..8).any(|segment| segment_name(segment) == name);
             if ours && !entry.is_dir {
@@ -294,7 +295,7 @@ impl Check<'_> {
             }
         };
         if layer.is_checksummed() {
-            for name in [MAP_FILE].iter().chain(&AREA_FILES) {
+            for name in [MAP_FILE, RESERVE_FILE].iter().chain(&AREA_FILES) {
                 if self.exists(name) {
                     self.add(
                         Severity::Note,

@@ -8,6 +8,7 @@ use super::journal::Area;
 use super::map_file::{LogPlace, add_segment, net, replace_map};
 use super::map_state::Change;
 use super::shared::Core;
+use super::space::Claim;
 use super::state_of_value;
 use super::table::{MapExtent, checkpoint_len, push_extent};
 use crate::block::BLOCK_SIZE;
@@ -66,17 +67,20 @@ impl Core {
         // Where anything fails the next one replaces the file.
         let there = place.take();
         let changes = there.and(changes).map(net);
-        let (bytes, next) = match (there, changes) {
+        let added = match (there, changes) {
             (Some(there), Some(changes)) if there.has_room(changes.len(), self.map_log) => {
                 match self.add_to_map(&there, generation, &changes) {
-                    // What it took is free again, and the table may be small.
-                    Err(error) if error.kind() == ErrorKind::NoSpace => {
-                        self.replace_map(generation, with_in_flight)?
-                    }
-                    added => added?,
+                    // What it took is free again, the table may be small, and there is a reserve
+                    // for it.
+                    Err(error) if error.kind() == ErrorKind::NoSpace => None,
+                    added => Some(added?),
                 }
             }
-            _ => self.replace_map(generation, with_in_flight)?,
+            _ => None,
+        };
+        let (bytes, next) = match added {
+            Some(added) => added,
+            None => self.replace_map(generation, with_in_flight)?,
         };
         *place = Some(next);
         if bytes > MUCH_MEMORY {
@@ -126,8 +130,10 @@ impl Core {
         let bytes = checkpoint_len(count);
         self.stats.checkpoint_bytes.add(bytes);
         let (storage, dir) = (&*self.storage, &*self.dir);
-        let next = replace_map(storage, dir, &self.header(), generation, &extents)
-            .map_err(|error| self.fatal(error))?;
+        let header = self.header();
+        let replace = || replace_map(storage, dir, &header, generation, &extents);
+        let replaced = self.space.within(Claim::Own, bytes, replace);
+        let next = replaced.map_err(|error| self.fatal(error))?;
         // Each change since makes two extents at most of one.
         self.map_extents.store(count, Ordering::Relaxed);
         self.map_changed.store(changed, Ordering::Relaxed);

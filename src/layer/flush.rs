@@ -15,6 +15,7 @@ use super::index::Index;
 use super::journal::{RecordBody, RecordPlace, block_offset, encode_record};
 use super::map_state::{Change, Dirty, MapState};
 use super::recovery::remove_journal;
+use super::space::Claim;
 use super::state_of_value;
 use super::table::{MapExtent, state_code, state_of_code};
 use super::writable::WritableLayer;
@@ -124,9 +125,12 @@ impl WritableLayer {
                     layer.checkpoint_all(committer, &[])?;
                 }
                 committer.areas = [None, None];
-                remove_journal(&*layer.core.storage, &layer.core.dir)?;
+                let core = &layer.core;
+                let remove = || remove_journal(&*core.storage, &core.dir);
+                core.space.within(Claim::Own, 0, remove)?;
             }
             layer.core.end_live();
+            layer.core.space.give_back();
             Ok(())
         })
     }
@@ -190,7 +194,9 @@ impl WritableLayer {
                 ..layer.core.header()
             };
             let (storage, dir) = (&*layer.core.storage, &*layer.core.dir);
-            header.write(storage, dir).map_err(|error| {
+            let write = || header.write(storage, dir);
+            let written = layer.core.space.within(Claim::Own, 0, write);
+            written.map_err(|error| {
                 match Header::read(storage, dir) {
                     Ok(found) if !found.sealed => layer.core.fatal(error),
                     // A crash may find it sealed, so nothing may be written to it any more.
@@ -199,6 +205,7 @@ impl WritableLayer {
             })?;
             layer.core.set_sealed();
             layer.core.end_live();
+            layer.core.space.give_back_all();
             Ok(())
         })
     }
@@ -267,10 +274,17 @@ impl WritableLayer {
         dirty: &Dirty,
         kind: Commit,
     ) -> Result<()> {
-        let carry = kind != Commit::Barrier && !dirty.many;
+        self.core.space.look_after();
+        self.core.space.map_is(self.core.checkpoint_room());
+        let mut carry = kind != Commit::Barrier && !dirty.many;
         if carry {
             body.blocks = dirty.distinct_blocks();
-        } else {
+            // After a power cut they want space that the data files may not have by then.
+            let carried = committer.carried + body.blocks.len() as u64 * BLOCK_SIZE;
+            carry = kind == Commit::Ahead || self.core.space.covers(carried);
+        }
+        if !carry {
+            body.blocks.clear();
             self.core.sync_data()?;
             body.barrier = true;
             let nothing = body.changes.is_empty() && !committer.has_live_blocks();
@@ -282,7 +296,13 @@ impl WritableLayer {
             return self.write_record(committer, &body, kind);
         }
         match self.make_room(committer, body.encoded_len() as u64)? {
-            Room::Fits => self.write_record(committer, &body, kind),
+            Room::Fits => match self.write_record(committer, &body, kind) {
+                // There is room for a checkpoint, if for nothing else.
+                Err(error) if error.kind() == ErrorKind::NoSpace => {
+                    self.checkpoint_all(committer, &body.changes)
+                }
+                other => other,
+            },
             Room::NeedsCheckpoint => self.checkpoint_all(committer, &body.changes),
         }
     }
@@ -344,7 +364,9 @@ impl WritableLayer {
         }
         if body.barrier {
             committer.live = [false; 2];
+            committer.carried = 0;
         }
+        committer.carried += body.blocks.len() as u64 * BLOCK_SIZE;
         if !body.blocks.is_empty() {
             committer.set_live(committer.current, true);
         }

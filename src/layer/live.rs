@@ -50,6 +50,8 @@ const SOFT_LIMIT: u64 = LIMIT / 4;
 /// [`super::WritableLayer::flush_if_due`], so that several at once find room in the log.
 pub const CHANGES_AT_ONCE: u64 = LIMIT / 8;
 const REGION_LEN: u64 = CAPACITY * ENTRY_LEN as u64;
+/// Bytes of each region that have their space from the start.
+const AT_LEAST: u64 = 64 << 10;
 /// Length of the file.
 const FILE_LEN: u64 = HEADER_LEN + 2 * REGION_LEN;
 
@@ -116,6 +118,8 @@ pub(super) struct Live {
     region: usize,
     used: [u64; 2],
     epochs: [u64; 2],
+    /// The host had no space for more entries: a flush makes room.
+    refused: bool,
 }
 
 /// Marks a log as one of a layer that is poisoned.
@@ -217,11 +221,17 @@ impl Live {
             region: 0,
             used: [0; 2],
             epochs: [1, 2],
+            refused: false,
         };
         live.write_at(0, &identity(uuid, storage.boot_id()))?;
         live.bind(storage, dir, data, true)?;
         for (at, epoch) in EPOCHS_AT.into_iter().zip(live.epochs) {
             live.write_at(at, &epoch_field(epoch))?;
+        }
+        for region in [0, 1] {
+            // So that on a full disk either of them takes some changes.
+            let first = live.file.lock().reserve(region_at(region), AT_LEAST);
+            first.context(what)?;
         }
         for (at, change) in changes.iter().enumerate() {
             if at as u64 == LIMIT {
@@ -273,7 +283,8 @@ impl Live {
             ));
         }
         let at = region_at(region) + used * ENTRY_LEN as u64;
-        self.write_at(at, &entry(change, epoch))?;
+        self.write_at(at, &entry(change, epoch))
+            .inspect_err(|error| self.refused = error.kind() == ErrorKind::NoSpace)?;
         if let Some(used) = self.used.get_mut(region) {
             *used += 1;
         }
@@ -286,9 +297,8 @@ impl Live {
 
     /// True when a flush is due to make room.
     pub(super) fn is_filling(&self) -> bool {
-        self.used
-            .get(self.region)
-            .is_some_and(|&used| used >= SOFT_LIMIT)
+        let used = self.used.get(self.region);
+        self.refused || used.is_some_and(|&used| used >= SOFT_LIMIT)
     }
 
     /// A flush froze everything so far: what comes now goes to the other region, if that is empty.
@@ -323,6 +333,7 @@ impl Live {
         if let (Some(slot), Some(used)) = (self.epochs.get_mut(region), self.used.get_mut(region)) {
             *slot = epoch;
             *used = 0;
+            self.refused = false;
         }
         Ok(())
     }

@@ -11,7 +11,8 @@ use super::journal::{
 };
 use super::live::{self, Left};
 use super::map_file::{LogPlace, MAP_FILE, MapFile, replace_map, sync_map};
-use super::table::{MapExtent, Table, push_extent};
+use super::space::{Claim, Space};
+use super::table::{MapExtent, Table, checkpoint_len, push_extent};
 use super::{STATE_DATA, state_of_value, value_of_state};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::storage::Storage;
@@ -44,9 +45,12 @@ pub(super) fn recover(
     dir: &Path,
     header: &Header,
     data: &DataFiles,
+    space: &Space,
     in_memory: bool,
 ) -> Result<Recovered> {
     let loaded = load(storage, dir, header)?;
+    let extents = extents_of(&loaded.index);
+    space.map_is(checkpoint_len(extents.len() as u64));
     if loaded.records.is_empty() {
         // A process that died may have written without a sync. What clients read from now on must
         // not go away, and no later flush would know of it. (After a kill the next flush syncs.)
@@ -56,10 +60,12 @@ pub(super) fn recover(
         if has_journal(storage, dir)? {
             // The checkpoint may be, or have its name, only in memory, if its process died right
             // then.
-            sync_map(storage, dir)?;
-            sync_names(storage, dir)?;
-            // Areas may still lie there whose records a checkpoint contains.
-            remove_journal(storage, dir)?;
+            space.within(Claim::Own, 0, || {
+                sync_map(storage, dir)?;
+                sync_names(storage, dir)?;
+                // Areas may still lie there whose records a checkpoint contains.
+                remove_journal(storage, dir)
+            })?;
         }
         return Ok(Recovered {
             index: loaded.index,
@@ -76,7 +82,9 @@ pub(super) fn recover(
         // What became zero or parent again later needs no space.
         // After a kill the page cache has it, or newer bytes.
         if !in_memory && loaded.index.get(block) == STATE_DATA {
-            data.write(bytes, block_offset(block))?;
+            space.within(Claim::Own, bytes.len() as u64, || {
+                data.write(bytes, block_offset(block))
+            })?;
         }
     }
     data.sync().inspect_err(|_| {
@@ -86,9 +94,12 @@ pub(super) fn recover(
         }
     })?;
     // Whole: what the records say is not durable before the data is, and the file may be torn.
-    let extents = extents_of(&loaded.index);
-    let place = replace_map(storage, dir, header, loaded.generation, &extents)?;
-    remove_journal(storage, dir)?;
+    let place = space.within(Claim::Own, checkpoint_len(extents.len() as u64), || {
+        let place = replace_map(storage, dir, header, loaded.generation, &extents)?;
+        remove_journal(storage, dir)?;
+        Ok(place)
+    })?;
+    space.top_up();
     Ok(Recovered {
         index: loaded.index,
         generation: loaded.generation,

@@ -15,6 +15,7 @@ use super::recovery::{
     AsRecovered, extents_of, load_as_recovered, load_map, remove_if_there, remove_journal,
     sync_names,
 };
+use super::space::RESERVE_FILE;
 use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
 use crate::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -474,8 +475,9 @@ pub fn seal_in_place(
             ));
         }
     };
-    let map = dir.join(MAP_FILE);
-    remove_if_there(storage, &map)?;
+    for name in [MAP_FILE, RESERVE_FILE] {
+        remove_if_there(storage, &dir.join(name))?;
+    }
     remove_journal(storage, dir)?;
     Ok(digest)
 }

@@ -14,6 +14,7 @@ use super::header::{Header, check_size};
 use super::live::{self, Live, LiveChange, Noted, PoisonMark};
 use super::map_file::LogPlace;
 use super::map_state::MapState;
+use super::space::{Claim, Space};
 use super::stats::StatsHandle;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
@@ -37,6 +38,7 @@ pub(super) struct Core {
     /// Virtual size in bytes, never more than the header on disk says.
     size: AtomicU64,
     pub(super) data: DataFiles,
+    pub(super) space: Space,
     pub(super) map: RwLock<MapState>,
     /// Where the next checkpoint adds to the file `map`; `None`: it replaces the file. Held by
     /// whoever writes one.
@@ -64,6 +66,7 @@ impl Core {
         dir: &Path,
         header: Header,
         data: DataFiles,
+        space: Space,
         map: MapState,
         map_file: MapAtOpen,
         stats: StatsHandle,
@@ -71,6 +74,7 @@ impl Core {
         Core {
             dir: dir.to_owned(),
             data,
+            space,
             live: AtomicBool::new(map.live.is_some()),
             flush_due: AtomicBool::new(map.live.as_ref().is_some_and(Live::is_filling)),
             poison_mark: Mutex::new(map.live.as_ref().map(Live::poison_mark)),
@@ -201,7 +205,10 @@ impl Core {
     fn begin_live(&self, map: &mut MapState) -> Result<()> {
         if map.live.is_none() {
             // Everything is durable, or there would be a log.
-            let live = Live::create(&*self.storage, &self.dir, self.uuid(), &self.data, &[])?;
+            let live = self.space.within(Claim::Own, 0, || {
+                Live::create(&*self.storage, &self.dir, self.uuid(), &self.data, &[])
+            })?;
+            self.space.top_up();
             let mut mark = self.poison_mark.lock();
             let mark = mark.insert(live.poison_mark());
             if self.poison.get().is_some() {
@@ -310,12 +317,28 @@ impl Core {
         Ok(())
     }
 
-    /// Writes bytes. Where that fails, some of them may be there: the next flush makes whatever a
-    /// client reads from then on durable.
-    pub(super) fn write_data(&self, buf: &[u8], offset: u64) -> Result<()> {
+    /// Writes a client's bytes; `grows`: they may want space. Where that fails, some of them may be
+    /// there: the next flush makes whatever a client reads from then on durable.
+    pub(super) fn write_data(&self, buf: &[u8], offset: u64, grows: bool) -> Result<()> {
         self.ensure_live()?;
-        self.data.write(buf, offset).inspect_err(|_| {
-            self.map.write().dirty.add_unknown();
-        })
+        self.space
+            .write(offset, buf.len() as u64, grows, || {
+                self.data.write(buf, offset)
+            })
+            .inspect_err(|_| {
+                self.map.write().dirty.add_unknown();
+            })
+    }
+
+    /// As [`Core::write_data`], for a block that is zeroed in part: that gives space back, and must
+    /// not fail for want of it.
+    pub(super) fn write_zeroed(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.ensure_live()?;
+        let write = || self.data.write(buf, offset);
+        self.space
+            .within(Claim::Own, buf.len() as u64, write)
+            .inspect_err(|_| {
+                self.map.write().dirty.add_unknown();
+            })
     }
 }

@@ -20,6 +20,7 @@ use super::map_state::MapState;
 use super::range_lock::{RangeGuard, RangeLock};
 use super::sealed::SEAL_FILE;
 use super::shared::{Core, MapAtOpen};
+use super::space::{Claim, Space, SpaceStatus};
 use super::stats::{LayerCounters, LayerStats, StatsHandle};
 use super::{STATE_DATA, ValueRun, recovery, state_of_value, value_of_state};
 use crate::block::{BLOCK_SIZE, BlockState};
@@ -177,7 +178,8 @@ impl WritableLayer {
             drop_map_cache(&*storage, dir)?;
         }
         let trusted = matches!(left, Left::Trusted(_));
-        let recovered = recovery::recover(&*storage, dir, &header, &data, trusted)?;
+        let space = Space::open(&storage, dir);
+        let recovered = recovery::recover(&*storage, dir, &header, &data, &space, trusted)?;
         let (data_blocks, extents) = recovery::tally(&recovered.index);
         let map_file = MapAtOpen {
             place: recovered.place,
@@ -192,8 +194,8 @@ impl WritableLayer {
         match left {
             Left::Trusted(changes) => {
                 map.take_over(&changes, header.blocks());
-                let live = Live::create(&*storage, dir, header.uuid, &data, &changes)?;
-                map.live = Some(live);
+                let create = || Live::create(&*storage, dir, header.uuid, &data, &changes);
+                map.live = Some(space.within(Claim::Own, 0, create)?);
             }
             // What clients are shown now holds: nobody may find it trustworthy after all.
             Left::Stale { .. } => live::remove(&*storage, dir)?,
@@ -205,6 +207,7 @@ impl WritableLayer {
                 dir,
                 header,
                 data,
+                space,
                 map,
                 map_file,
                 StatsHandle(counters),
@@ -321,6 +324,35 @@ impl WritableLayer {
         result.inspect_err(|_| self.core.flush_due.store(true, Ordering::Relaxed))
     }
 
+    /// Whether a request failed because the log of changes has no room, and may be made again after
+    /// [`WritableLayer::flush_if_due`].
+    pub fn is_flush_due(&self) -> bool {
+        self.core.flush_due.load(Ordering::Relaxed)
+    }
+
+    /// Writes to these bytes of the device may take of the reserve for small ones, whatever their
+    /// size: a file system's journal, without which it gives up.
+    pub fn favour(&self, ranges: Vec<std::ops::Range<u64>>) {
+        self.core.space.favour(ranges);
+    }
+
+    /// How the layer stands with the host's space.
+    pub fn space(&self) -> SpaceStatus {
+        self.core.space.status()
+    }
+
+    /// For how long after the host's disk was found full [`WritableLayer::wait_for_room`] says that
+    /// a write should be tried again.
+    pub fn hold_writes_for(&self, limit: Duration) {
+        self.core.space.hold_writes_for(limit);
+    }
+
+    /// To be called after a write failed with [`ErrorKind::NoSpace`], with nothing locked: waits a
+    /// moment, and says whether to make it again.
+    pub fn wait_for_room(&self) -> bool {
+        self.core.space.wait_for_room()
+    }
+
     /// Waits for writers of the same blocks; every call below that changes blocks wants it held.
     pub fn lock_blocks(&self, start: u64, len: u64) -> RangeGuard<'_> {
         self.locks.lock(start..start + len)
@@ -342,8 +374,25 @@ impl WritableLayer {
     /// [`ErrorKind::NoSpace`] leaves the blocks' states as they were.
     pub fn write_blocks(&self, start: u64, buf: &[u8]) -> Result<u64> {
         self.core.check_writable()?;
-        self.core.write_data(buf, start * BLOCK_SIZE)?;
         let len = buf.len() as u64 / BLOCK_SIZE;
+        let there = self.run_at(start, len);
+        let grows = there.value != STATE_DATA || there.len < len;
+        self.core.write_data(buf, start * BLOCK_SIZE, grows)?;
+        self.blocks_were_written(start, len)
+    }
+
+    /// As [`WritableLayer::write_blocks`], of one block that is zeroed in part and was not data: as
+    /// that gives space back, it is done with what the layer keeps for itself on a full disk.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::write_blocks`].
+    pub fn write_zeroed_block(&self, block: u64, buf: &[u8]) -> Result<u64> {
+        self.core.check_writable()?;
+        self.core.write_zeroed(buf, block * BLOCK_SIZE)?;
+        self.blocks_were_written(block, 1)
+    }
+
+    fn blocks_were_written(&self, start: u64, len: u64) -> Result<u64> {
         let mut map = self.core.map.write();
         let written = Noted::Becomes(STATE_DATA);
         let allocated = self.core.become_data(&mut map, start, len, written)?;
@@ -370,7 +419,7 @@ impl WritableLayer {
     /// As [`WritableLayer::write_blocks`].
     pub fn write_within(&self, offset: u64, buf: &[u8]) -> Result<()> {
         self.core.check_writable()?;
-        self.core.write_data(buf, offset)?;
+        self.core.write_data(buf, offset, false)?;
         let limit = self.options.journal_blocks as u64;
         self.core
             .map
@@ -401,9 +450,18 @@ impl WritableLayer {
         )?;
         // After the change of state, so that a reader never takes a hole for data.
         for run in data {
-            self.core
-                .data
-                .punch(run.start * BLOCK_SIZE, run.len * BLOCK_SIZE)?;
+            let punch = || {
+                let (offset, len) = (run.start * BLOCK_SIZE, run.len * BLOCK_SIZE);
+                self.core.data.punch(offset, len)
+            };
+            match self.core.space.within(Claim::Own, 0, punch) {
+                // A hole may want a block of the host's own. Without it the bytes stay where they
+                // are: the map says what the blocks are, and no more space is taken than before.
+                Err(error) if error.kind() == ErrorKind::NoSpace => {
+                    tracing::debug!(%error, "space is not given back");
+                }
+                other => other?,
+            }
         }
         Ok(())
     }
@@ -417,9 +475,13 @@ impl WritableLayer {
         self.core.check_writable()?;
         self.core.ensure_live()?;
         self.core.note_emptied(start, len)?;
+        let allocate = || {
+            let (offset, len) = (start * BLOCK_SIZE, len * BLOCK_SIZE);
+            self.core.data.allocate_zeroed(offset, len)
+        };
         self.core
-            .data
-            .allocate_zeroed(start * BLOCK_SIZE, len * BLOCK_SIZE)
+            .space
+            .write(start * BLOCK_SIZE, len * BLOCK_SIZE, true, allocate)
             .inspect_err(|_| {
                 self.core.map.write().dirty.add_unknown();
             })?;

@@ -61,6 +61,7 @@ pub struct Metrics {
     snapshots: Family<OfKind, Gauge>,
     bytes: Family<OfKind, Gauge>,
     devices: Family<OfState, Gauge>,
+    read_only: Gauge,
     store_size: Gauge,
     store_free: Gauge,
     backlog: Gauge,
@@ -81,7 +82,7 @@ impl Default for Metrics {
         let requests = Family::default();
         let (snapshots, bytes, devices) = (Family::default(), Family::default(), Family::default());
         let (store_size, store_free) = (Gauge::default(), Gauge::default());
-        let backlog = Gauge::default();
+        let (backlog, read_only) = (Gauge::default(), Gauge::default());
         let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The program that answers", build);
         registry.register(
@@ -113,6 +114,11 @@ impl Default for Metrics {
             "Devices of active snapshots and views by state",
             Family::clone(&devices),
         );
+        registry.register(
+            "snapshots_read_only",
+            "Active snapshots whose file system met an error and takes no writes any more",
+            read_only.clone(),
+        );
         registry.register_with_unit(
             "store_size",
             "Size of the file system of the store",
@@ -140,6 +146,7 @@ impl Default for Metrics {
             snapshots,
             bytes,
             devices,
+            read_only,
             store_size,
             store_free,
             backlog,
@@ -192,6 +199,11 @@ impl Metrics {
                 .set(of_kind.count() as i64);
             self.bytes.get_or_create(&label).set(signed(bytes));
         }
+        let given_up = |record: &&crate::store::SnapshotRecord| {
+            snapshotter.devices().has_given_up(record).unwrap_or(false)
+        };
+        let read_only = records.iter().filter(given_up).count();
+        self.read_only.set(read_only as i64);
         let states = ["serving", "restarting", "failed", "detached"];
         let mut counts = [0i64; 4];
         for record in records.iter().filter(|r| r.kind != SnapshotKind::Committed) {

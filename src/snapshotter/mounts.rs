@@ -102,6 +102,57 @@ impl Mounts {
         Ok(is_mount_point(&self.dir(record.id)) && self.device(record.id)?.is_some())
     }
 
+    /// True of an active snapshot whose file system met an error, as on a full disk, and takes no
+    /// writes any more.
+    ///
+    /// # Errors
+    /// Where the host's mounts cannot be read.
+    pub fn has_given_up(&self, record: &SnapshotRecord) -> Result<bool> {
+        if record.kind != SnapshotKind::Active || record.device {
+            return Ok(false);
+        }
+        let mount = MountInfo::at(&self.dir(record.id))?;
+        Ok(mount.is_some_and(|mount| ext4::has_given_up(&mount)))
+    }
+
+    /// Mounts a snapshot anew whose file system gave up, as one does that a full disk of the host
+    /// kept from writing its journal; says so where that cannot be.
+    pub fn revive(&self, record: &SnapshotRecord) {
+        let outcome = match self.has_given_up(record) {
+            Ok(false) => return,
+            Ok(true) => self.mount_anew(record),
+            Err(error) => Err(error),
+        };
+        let why = match outcome {
+            Ok(true) => return,
+            Ok(false) => "something else has it mounted: stop all that uses it".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(
+            key = %record.key,
+            why,
+            "its file system gave up after an error and takes no writes; it cannot be mounted anew"
+        );
+    }
+
+    /// False where somebody still has it mounted or uses it: the same device gives the same file
+    /// system again then.
+    fn mount_anew(&self, record: &SnapshotRecord) -> Result<bool> {
+        if !self.unmount_unshared(record.id)? {
+            return Ok(false);
+        }
+        tracing::warn!(key = %record.key, "its file system gave up after an error: mounted anew");
+        let dir = self.dir(record.id);
+        self.mount_device(record, &self.loop_device(record.id)?.path(), &dir)?;
+        Ok(true)
+    }
+
+    /// Bytes that programs wrote and that have no blocks of the snapshot yet.
+    pub fn delayed_bytes(&self, id: Uuid) -> u64 {
+        let device = self.loop_device(id);
+        device.map_or(0, |device| ext4::delayed_bytes(&device.path()))
+    }
+
     /// Brings the mount of a snapshot back whose device is there and served: who has it mounted
     /// elsewhere keeps it, and one device gives one file system. `None` where there is no device,
     /// or it cannot be mounted; [`Mounts::mount`] makes another then.
@@ -133,6 +184,11 @@ impl Mounts {
     /// # Errors
     /// What keeps the chain from being opened or mounted, with names.
     pub fn mount(&self, record: &SnapshotRecord) -> Result<PathBuf> {
+        self.store.keep_room();
+        self.store.with_room(|| self.mount_once(record))
+    }
+
+    fn mount_once(&self, record: &SnapshotRecord) -> Result<PathBuf> {
         let dir = self.dir(record.id);
         let run_dir = self.run_dir(record.id);
         self.clear(record.id)?;

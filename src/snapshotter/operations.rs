@@ -96,7 +96,10 @@ impl Snapshotter {
         let mut adopted = 0u32;
         for id in mounts.present()? {
             match needed(id) {
-                Some(record) => adopted += u32::from(mounts.is_ready(record)?),
+                Some(record) => {
+                    adopted += u32::from(mounts.is_ready(record)?);
+                    mounts.revive(record);
+                }
                 // Its device may keep layers from being removed until it is gone.
                 None => retirer.push(Job {
                     id: Some(id),
@@ -367,6 +370,7 @@ impl Snapshotter {
         // A commit may have been cut off with the device still there.
         let stale = record.kind == SnapshotKind::Active && self.settle(record)?;
         if !stale && self.mounts.is_ready(record)? {
+            self.mounts.revive(record);
             // Whoever mounted it, or was to make it larger, may have been killed before this. What
             // is there can be used as it is, though.
             if let Err(error) = self.mounts.grow(record) {

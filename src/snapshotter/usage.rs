@@ -38,9 +38,14 @@ impl Snapshotter {
                 (inodes, stats.map(|stats| stats.top_blocks))
             }
         };
+        // What programs wrote and the kernel has not: they have used it all the same.
+        let delayed = match record.kind {
+            SnapshotKind::Active => self.mounts.delayed_bytes(record.id),
+            _ => 0,
+        };
         let inodes = inodes.zip(record.base_inodes);
         Ok(SnapshotUsage {
-            bytes: self.bytes_of(record, top_blocks)?,
+            bytes: self.bytes_of(record, top_blocks)? + delayed,
             // More may have been deleted than made.
             inodes: inodes.map_or(0, |(now, before)| now.saturating_sub(before)),
         })

@@ -193,6 +193,10 @@ impl Storage for FaultStorage {
         self.inner.boot_id()
     }
 
+    fn free_space(&self, dir: &Path) -> io::Result<Option<u64>> {
+        self.inner.free_space(dir)
+    }
+
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
         let kind = match mode {
             OpenMode::Read | OpenMode::Write => OpKind::Open,

@@ -134,6 +134,12 @@ impl Storage for FileStorage {
         }))
     }
 
+    fn free_space(&self, dir: &Path) -> io::Result<Option<u64>> {
+        let there = nix::sys::statvfs::statvfs(dir)?;
+        // Root's share too: where we have no right to it, it is the same at every look.
+        Ok(Some(there.blocks_free() * there.fragment_size()))
+    }
+
     fn boot_id(&self) -> [u8; 16] {
         boot_id()
     }
@@ -231,31 +237,42 @@ struct SharedMapping {
 /// Space is taken in pieces of this size.
 const RESERVE: u64 = 128 << 10;
 
-impl SharedFile for SharedMapping {
-    fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let end = offset + bytes.len() as u64;
-        // A store to a page without space would kill the process.
-        for piece in offset / RESERVE..end.div_ceil(RESERVE) {
-            if self.reserved.get(piece as usize) == Some(&false) {
-                let start = piece * RESERVE;
-                let len = RESERVE.min(self.map.len() as u64 - start);
-                fallocate(
-                    self.file.as_fd(),
-                    FallocateFlags::empty(),
-                    start as libc::off_t,
-                    len as libc::off_t,
-                )?;
+impl SharedMapping {
+    /// Takes the space of the pieces that the range touches; `use_soon`: their memory too.
+    fn take(&mut self, offset: u64, len: u64, use_soon: bool) -> io::Result<()> {
+        for piece in offset / RESERVE..(offset + len).div_ceil(RESERVE) {
+            if self.reserved.get(piece as usize) != Some(&false) {
+                continue;
+            }
+            let start = piece * RESERVE;
+            let len = RESERVE.min(self.map.len() as u64 - start);
+            fallocate(
+                self.file.as_fd(),
+                FallocateFlags::empty(),
+                start as libc::off_t,
+                len as libc::off_t,
+            )?;
+            if use_soon {
                 // All its pages at once cost less than a fault for each; kernels before 5.14 cannot.
                 let _ = self.map.advise_range(
                     memmap2::Advice::PopulateWrite,
                     start as usize,
                     len as usize,
                 );
-                if let Some(slot) = self.reserved.get_mut(piece as usize) {
-                    *slot = true;
-                }
+            }
+            if let Some(slot) = self.reserved.get_mut(piece as usize) {
+                *slot = true;
             }
         }
+        Ok(())
+    }
+}
+
+impl SharedFile for SharedMapping {
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let end = offset + bytes.len() as u64;
+        // A store to a page without space would kill the process.
+        self.take(offset, bytes.len() as u64, true)?;
         match self.map.get_mut(offset as usize..end as usize) {
             Some(target) => target.copy_from_slice(bytes),
             None => return Err(io::Error::from(io::ErrorKind::InvalidInput)),
@@ -263,6 +280,10 @@ impl SharedFile for SharedMapping {
         // The bytes are in place before whatever the program does next.
         std::sync::atomic::compiler_fence(Ordering::SeqCst);
         Ok(())
+    }
+
+    fn reserve(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.take(offset, len, false)
     }
 
     fn id(&self) -> io::Result<FileId> {

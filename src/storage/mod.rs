@@ -104,6 +104,12 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         Ok(Box::new(SharedByWriting(file)))
     }
 
+    /// Bytes that files below `dir` can still take, as far as the host says; `None` where it cannot.
+    /// To be compared with what it said before, not with what is wanted: hosts keep some back.
+    fn free_space(&self, _dir: &Path) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Differs after each boot: what was only in memory is gone then.
     fn boot_id(&self) -> [u8; 16] {
         [0; 16]
@@ -168,6 +174,8 @@ impl Held for () {}
 pub trait SharedFile: Send + Sync + std::fmt::Debug {
     /// Writes all of `bytes`; takes their space on the host first.
     fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Takes the space of a range, so that writing there needs none.
+    fn reserve(&mut self, offset: u64, len: u64) -> io::Result<()>;
     /// As [`StorageFile::id`].
     fn id(&self) -> io::Result<FileId>;
     /// Notes down, and sees to it that there is, what may prove later that this memory is still
@@ -194,6 +202,10 @@ struct SharedByWriting(Arc<dyn StorageFile>);
 impl SharedFile for SharedByWriting {
     fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.0.write_at(bytes, offset)
+    }
+
+    fn reserve(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.allocate(offset, len)
     }
 
     fn id(&self) -> io::Result<FileId> {

@@ -171,7 +171,7 @@ impl Store {
         })
     }
 
-    fn try_lease(&self, dir: &std::path::Path) -> Result<Option<LayerLease>> {
+    pub(super) fn try_lease(&self, dir: &std::path::Path) -> Result<Option<LayerLease>> {
         let path = dir.join(LEASE_FILE);
         let held = self
             .storage

@@ -11,6 +11,7 @@
 //! ROOT/volumes/NAME/         named volumes
 //! ROOT/snapshots/UUID.json   containerd's snapshots; ROOT/mnt/UUID/ where they are mounted
 //! ROOT/staging/UUID/         being made; ROOT/trash/ being removed
+//! ROOT/reserve               room for commands while the disk is full
 //! ROOT/quarantine/            records whose layers are damaged; made when needed
 //! ROOT/run/CONTAINER/        mounts and processes of the running system
 //! ```
@@ -29,6 +30,7 @@ mod names;
 mod prune;
 mod quarantine;
 mod records;
+mod room;
 mod snapshots;
 mod trash;
 mod volumes;
@@ -211,7 +213,15 @@ impl Store {
                 || name == "volumes"
                 || quarantine::is_quarantine(name)
                 || name.starts_with(MARKER)
-                || ["lock", "gc.lock", "lost+found", "snapshots", "mnt"].contains(&name)
+                || [
+                    "lock",
+                    "gc.lock",
+                    "lost+found",
+                    "reserve",
+                    "snapshots",
+                    "mnt",
+                ]
+                .contains(&name)
         };
         if let Some(foreign) = entries.iter().find(|entry| !known(&entry.name)) {
             return Err(Error::new(

@@ -146,7 +146,9 @@ impl Store {
     /// [`ErrorKind::Corrupt`] where a record is damaged: it may name any layer, so none is removed.
     pub fn prune(&self) -> Result<PruneReport> {
         self.drop_unused_templates()?;
-        self.sweep()
+        let mut report = self.sweep()?;
+        report.bytes += self.give_back_reserves()?;
+        Ok(report)
     }
 
     /// As [`Store::prune`], but templates stay, used or not: for one who makes images all the time.

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::mount::mounted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Records, Store};
 
@@ -368,6 +369,18 @@ impl Check<'_> {
         }
         for container in &records.containers {
             let run_dir = self.store.run_dir(container);
+            if let Some(mounted) = mounted(self.store, container)?.filter(|there| there.given_up) {
+                let name = &container.name;
+                self.find(Finding::new(
+                    Severity::Warning,
+                    format!("container {name}"),
+                    mounted.dir,
+                    "its file system met an error (a full disk of the host?) and takes no writes \
+                     any more",
+                    format!("`vellum mount {name}` mounts it anew, when no program uses it"),
+                    None,
+                ));
+            }
             let status = crate::export::device::status(&run_dir)?;
             if status.is_some_and(|status| status.alive && !status.supervised) {
                 self.find(Finding::new(

@@ -20,7 +20,7 @@ use std::process::Command;
 use uuid::Uuid;
 
 use super::lock_container;
-use super::mount::{self, Rights, mount_locked, mounted, take_over, unmount_ended};
+use super::mount::{self, Rights, mount_anew, mount_locked, mounted, take_over, unmount_ended};
 use super::mount_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{Identity, boot_id};
@@ -203,6 +203,11 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
         owner.write(&run_dir)?;
         let rootfs = match before {
             Some(there) => {
+                let there = if there.given_up {
+                    mount_anew(store, container, &there, None, None)?
+                } else {
+                    there
+                };
                 let atime = container.atime.unwrap_or_default();
                 mount_point::inner_dir(&run_dir, &there.dir, &there.device, atime)?
             }

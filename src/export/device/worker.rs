@@ -43,6 +43,8 @@ use crate::storage::listen_for_waits;
 const MAX_CONNECTIONS: usize = 8;
 /// From include/uapi/linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: i32 = 57;
+/// So many threads never wait for room on the host's disk.
+const SERVING_ALWAYS: usize = 4;
 /// How long commands that are being carried out may go on when the worker is told to stop.
 const FINISH: Duration = Duration::from_secs(5);
 /// How long a connection that was just taken may be without a command then.
@@ -89,6 +91,8 @@ pub(super) fn run(worker: Worker, open: super::Open<'_>) -> Result<()> {
     let table = worker.shared.table();
     table.worker_start.store(me.start, Ordering::Release);
     table.worker_pid.store(me.pid as u64, Ordering::Release);
+    // Whatever the process before held, it is resent or replayed.
+    table.held.store(0, Ordering::Release);
     prepare_process()?;
     let result = serve(worker, open);
     if let Err(error) = &result {
@@ -188,6 +192,8 @@ impl Context {
             stop: &self.stop,
             remember: !self.worker.use_resend,
             failures: &self.failures,
+            held: &self.worker.shared.table().held,
+            held_at_most: (MAX_THREADS - SERVING_ALWAYS) as u64,
         }
     }
 }

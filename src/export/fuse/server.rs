@@ -11,6 +11,7 @@ use super::readers::Readers;
 use super::slot::{Owed, Slot};
 use crate::block::{BlockDevice, Durability, ExtentKind, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::about_to_wait;
 
 /// Why a serving thread ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +37,10 @@ pub struct Server<'a> {
     pub remember: bool,
     /// Failures answered so far, so that a full disk does not fill the log.
     pub failures: &'a AtomicU64,
+    /// Writes that wait for room on the host's disk, and how many may: the other threads serve.
+    pub held: &'a AtomicU64,
+    /// See [`Server::held`].
+    pub held_at_most: u64,
 }
 
 /// What to send: an errno, a short body in hand, or data that lies in the slot.
@@ -44,6 +49,8 @@ enum Answer {
     Errno(i32),
     Body(Body),
     Data(usize),
+    /// None from this process: the server was told to stop, and the next one gets the request.
+    Left,
 }
 
 /// A reply's body of at most 104 bytes.
@@ -95,8 +102,8 @@ impl Server<'_> {
                 len: read,
                 done: None,
             };
-            if self.answer(slot, request)? == Some(Ended::SessionOver) {
-                return Ok(Ended::SessionOver);
+            if let Some(ended) = self.answer(slot, request)? {
+                return Ok(ended);
             }
         }
     }
@@ -139,6 +146,9 @@ impl Server<'_> {
                 ));
             }
         };
+        if matches!(answer, Answer::Left) {
+            return Ok(Some(Ended::Stopped));
+        }
         if self.remember {
             slot.done(match answer {
                 Answer::Errno(errno) => errno,
@@ -148,7 +158,7 @@ impl Server<'_> {
         let mut session = self.session;
         let header = |errno, len| abi::out_header(unique, errno, len);
         let sent = match answer {
-            Answer::None => Ok(()),
+            Answer::None | Answer::Left => Ok(()),
             Answer::Errno(errno) => session.write_all(&header(errno, 0)),
             Answer::Body(mut body) => {
                 let header = header(0, body.len);
@@ -191,12 +201,36 @@ impl Server<'_> {
         Ok(Answer::Data(len))
     }
 
+    /// Does what wants space, and holds it for a while where the host's disk is full, since a file
+    /// system that is told so may give up. `None` where the server is told to stop meanwhile.
+    fn patiently<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<Option<T>> {
+        let mut result = work();
+        if !result.as_ref().is_err_and(Error::is_full_disk) {
+            return result.map(Some);
+        }
+        let _held = Held(self.held);
+        if self.held.fetch_add(1, Ordering::AcqRel) >= self.held_at_most {
+            return result.map(Some);
+        }
+        about_to_wait();
+        while result.as_ref().is_err_and(Error::is_full_disk) && self.device.wait_for_room() {
+            if self.stop.load(Ordering::Acquire) {
+                return Ok(None);
+            }
+            result = work();
+        }
+        result.map(Some)
+    }
+
     fn execute(&self, operation: Operation<'_>) -> Result<Answer> {
         let device = self.device;
         Ok(match operation {
             Operation::Write { offset, data } => {
-                device.write_at(data, offset, Durability::Buffered)?;
-                body(&abi::write_out(data.len() as u32))
+                let write = || device.write_at(data, offset, Durability::Buffered);
+                match self.patiently(write)? {
+                    Some(()) => body(&abi::write_out(data.len() as u32)),
+                    None => Answer::Left,
+                }
             }
             Operation::Fsync => {
                 device.flush()?;
@@ -213,8 +247,11 @@ impl Server<'_> {
                 }
                 abi::FALLOC_ZERO_RANGE_KEEP_SIZE => {
                     let mode = ZeroMode::KeepAllocated;
-                    device.write_zeroes(offset, length, mode, Durability::Buffered)?;
-                    Answer::Errno(0)
+                    let zero = || device.write_zeroes(offset, length, mode, Durability::Buffered);
+                    match self.patiently(zero)? {
+                        Some(()) => Answer::Errno(0),
+                        None => Answer::Left,
+                    }
                 }
                 // Not ENOSYS, after which the kernel would never ask for any mode again.
                 _ => Answer::Errno(libc::EOPNOTSUPP),
@@ -248,6 +285,15 @@ impl Server<'_> {
             | Operation::Interrupt
             | Operation::Other => Answer::Errno(libc::ENOSYS),
         })
+    }
+}
+
+/// One of the writes that are held.
+struct Held<'a>(&'a AtomicU64);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

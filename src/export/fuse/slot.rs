@@ -73,6 +73,9 @@ pub struct Table {
     pub worker_start: AtomicU64,
     /// How the serving process said that it ended: one of the `ENDED_*`, or 0 while it runs.
     pub worker_ended: AtomicU64,
+    /// Writes that the serving process holds while the host's disk is full: it waits for room, and
+    /// does not hang.
+    pub held: AtomicU64,
     records: [Record; MAX_THREADS],
 }
 

@@ -8,13 +8,13 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use super::exec::{Buffer, Refusal, Session};
+use super::exec::{Buffer, Outcome, Patience, Refusal, Session};
 use super::memory::{Budget, Memory, OWN, Share};
 use super::pace::{Class, Pace};
 use super::protocol::{self as wire, Command, Request};
@@ -86,7 +86,15 @@ pub(super) struct Connection<S> {
     threads: AtomicUsize,
     /// Threads that wait to become the reader.
     idle: AtomicUsize,
+    /// Requests that wait for room on the host's disk, and the bytes of their payloads.
+    held: AtomicUsize,
+    held_bytes: AtomicUsize,
+    /// The server ends: nothing is held any more.
+    ends: Arc<AtomicBool>,
 }
+
+/// Threads of a connection that never wait for room on the host's disk.
+const SERVING_ALWAYS: usize = 2;
 
 /// What belongs to whoever reads.
 struct Reader {
@@ -105,6 +113,8 @@ struct Job<'c> {
     class: Class,
     payload: Buffer,
     share: Share<'c>,
+    /// Found the host's disk full before.
+    wants_room: bool,
 }
 
 /// What came of reading a request.
@@ -118,7 +128,7 @@ enum Step<'c> {
 }
 
 impl<S: Stream> Connection<S> {
-    pub(super) fn new(stream: S, session: Session, limits: Limits) -> Self {
+    pub(super) fn new(stream: S, session: Session, limits: Limits, ends: Arc<AtomicBool>) -> Self {
         Connection {
             stream,
             session,
@@ -135,6 +145,9 @@ impl<S: Stream> Connection<S> {
             limits,
             threads: AtomicUsize::new(1),
             idle: AtomicUsize::new(0),
+            held: AtomicUsize::new(0),
+            held_bytes: AtomicUsize::new(0),
+            ends,
         }
     }
 
@@ -181,7 +194,7 @@ impl<S: Stream> Connection<S> {
                         self.threads.fetch_add(1, Relaxed);
                     }
                     drop(reader);
-                    let done = self.run(job, &mut small);
+                    let done = self.run_patiently(job, &mut small);
                     if done.is_err() {
                         // Wakes the reader, which then ends the connection.
                         self.stream.abort();
@@ -255,8 +268,38 @@ impl<S: Stream> Connection<S> {
             *start = from + payload_len;
             let payload = input.get(from..*start).unwrap_or_default();
             let began = Instant::now();
-            self.session
-                .execute(command, &request, payload, out, &mut |out| self.send(out))?;
+            let patience = if self.limits.threads > SERVING_ALWAYS {
+                Patience::Return
+            } else {
+                Patience::Refuse
+            };
+            let outcome =
+                self.session
+                    .execute(command, &request, payload, patience, out, &mut |out| {
+                        self.send(out)
+                    })?;
+            if outcome == Outcome::WantsRoom {
+                // Whoever reads must not wait for that.
+                let Some(share) = self.budget.try_take(payload.len()) else {
+                    let patience = Patience::Refuse;
+                    self.session
+                        .execute(command, &request, payload, patience, out, &mut |out| {
+                            self.send(out)
+                        })?;
+                    return self.next(reader);
+                };
+                let mut job = Job {
+                    command,
+                    request,
+                    class,
+                    payload: self.budget.memory().buffer(payload.len()),
+                    share,
+                    wants_room: true,
+                };
+                job.payload.push(payload);
+                self.send(out)?;
+                return Ok(Step::HandOver(job));
+            }
             self.pace.record(class, began.elapsed());
             return self.next(reader);
         }
@@ -269,6 +312,7 @@ impl<S: Stream> Connection<S> {
             class,
             payload: Buffer::default(),
             share,
+            wants_room: false,
         };
         if payload_len > 0 {
             job.payload = self.budget.memory().buffer(payload_len);
@@ -278,8 +322,10 @@ impl<S: Stream> Connection<S> {
         if slow {
             return Ok(Step::HandOver(job));
         }
-        self.run(job, small)?;
-        Ok(Step::Next)
+        match self.run(job, small)? {
+            Some(job) => Ok(Step::HandOver(job)),
+            None => Ok(Step::Next),
+        }
     }
 
     /// Memory of `cost` bytes for a request. What was answered before is sent if there is none yet:
@@ -326,8 +372,50 @@ impl<S: Stream> Connection<S> {
         Ok(Step::Next)
     }
 
-    /// Serves a request that was set apart and sends its reply.
-    fn run(&self, job: Job<'_>, small: &mut Buffer) -> Result<()> {
+    /// Serves a request that was set apart, on a thread that does not read: it may wait.
+    fn run_patiently(&self, job: Job<'_>, small: &mut Buffer) -> Result<()> {
+        let job = if job.wants_room {
+            Some(job)
+        } else {
+            self.run(job, small)?
+        };
+        let Some(mut job) = job else {
+            return Ok(());
+        };
+        job.wants_room = true;
+        let bytes = job.payload.len();
+        let held = self.held.fetch_add(1, Relaxed) + 1 + SERVING_ALWAYS;
+        let held_bytes = self.held_bytes.fetch_add(bytes, Relaxed) + bytes;
+        // Others have to get a thread and memory meanwhile.
+        let few = held <= self.limits.threads && held_bytes <= self.limits.bytes_in_flight / 2;
+        let patience = if few {
+            Patience::Wait(&self.ends)
+        } else {
+            Patience::Refuse
+        };
+        let done = self.serve_job(job, patience, small).map(drop);
+        self.held.fetch_sub(1, Relaxed);
+        self.held_bytes.fetch_sub(bytes, Relaxed);
+        done
+    }
+
+    /// Serves a request that was set apart and sends its reply. Gives it back where it wants room on
+    /// the host's disk.
+    fn run<'c>(&self, job: Job<'c>, small: &mut Buffer) -> Result<Option<Job<'c>>> {
+        let patience = if self.limits.threads > SERVING_ALWAYS {
+            Patience::Return
+        } else {
+            Patience::Refuse
+        };
+        self.serve_job(job, patience, small)
+    }
+
+    fn serve_job<'c>(
+        &self,
+        job: Job<'c>,
+        patience: Patience<'_>,
+        small: &mut Buffer,
+    ) -> Result<Option<Job<'c>>> {
         let mut long = match job.command {
             Command::Read => Some(self.budget.memory().buffer(job.share.cost())),
             _ => None,
@@ -340,22 +428,28 @@ impl<S: Stream> Connection<S> {
             job.command,
             &job.request,
             job.payload.filled(),
+            patience,
             out,
             &mut |out| {
                 took.get_or_insert_with(|| began.elapsed());
                 self.send(out)
             },
         );
-        // How long the client takes to receive says nothing about the device.
-        self.pace
-            .record(job.class, took.unwrap_or_else(|| began.elapsed()));
-        let sent = done.and_then(|()| self.send(out));
+        if matches!(done, Ok(Outcome::WantsRoom)) {
+            return Ok(Some(job));
+        }
+        // How long the client takes to receive says nothing about the device, nor a full disk.
+        if !job.wants_room {
+            self.pace
+                .record(job.class, took.unwrap_or_else(|| began.elapsed()));
+        }
+        let sent = done.and_then(|_| self.send(out));
         let memory = self.budget.memory();
         if let Some(buffer) = long {
             memory.keep(buffer);
         }
         memory.keep(job.payload);
-        sent
+        sent.map(|()| None)
     }
 
     /// Answers a request that cannot be carried out, and skips its payload.

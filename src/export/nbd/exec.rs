@@ -92,6 +92,26 @@ impl From<Error> for Refusal {
     }
 }
 
+/// What to do with a request that finds the host's disk full.
+#[derive(Clone, Copy)]
+pub(super) enum Patience<'a> {
+    /// Leave it to be tried again by one who may wait.
+    Return,
+    /// Wait for room for a while, unless this says that the server ends.
+    Wait(&'a AtomicBool),
+    /// Tell the client.
+    Refuse,
+}
+
+/// What came of a request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// Its reply is there.
+    Done,
+    /// It wants room on the host's disk, and nothing was said to the client: [`Patience::Return`].
+    WantsRoom,
+}
+
 /// A connection's view of its device.
 pub(super) struct Session {
     device: Arc<dyn BlockDevice>,
@@ -209,9 +229,10 @@ impl Session {
         command: Command,
         request: &Request,
         payload: &[u8],
+        patience: Patience<'_>,
         out: &mut Buffer,
         sink: Sink<'_>,
-    ) -> Result<()> {
+    ) -> Result<Outcome> {
         let Request { offset, len, .. } = *request;
         let durability = if request.flags & flag::FUA != 0 {
             Durability::Durable
@@ -219,15 +240,18 @@ impl Session {
             Durability::Buffered
         };
         let done = match command {
-            Command::Read => return self.read(request, out, sink),
+            Command::Read => return self.read(request, out, sink).map(|()| Outcome::Done),
             Command::BlockStatus => match self.block_status(request, out) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(Outcome::Done),
                 Err(refusal) => Err(refusal),
             },
-            Command::Write => self
-                .device
-                .write_at(payload, offset, durability)
-                .map_err(Refusal::from),
+            Command::Write => {
+                let write = || self.device.write_at(payload, offset, durability);
+                match self.patiently(patience, write) {
+                    Some(done) => done.map_err(Refusal::from),
+                    None => return Ok(Outcome::WantsRoom),
+                }
+            }
             Command::Flush => self.device.flush().map_err(Refusal::from),
             Command::Trim => self
                 .device
@@ -237,19 +261,41 @@ impl Session {
                     Durability::Buffered => Ok(()),
                 })
                 .map_err(Refusal::from),
-            Command::WriteZeroes => self.write_zeroes(request, durability),
+            Command::WriteZeroes => match self.write_zeroes(request, durability, patience) {
+                Some(done) => done,
+                None => return Ok(Outcome::WantsRoom),
+            },
             // Only a hint: that it went unheard does no harm.
             Command::Cache => {
                 let _ = self.device.prefetch(offset, len.into());
                 Ok(())
             }
-            Command::Disconnect => return Ok(()),
+            Command::Disconnect => return Ok(Outcome::Done),
         };
         match done {
             Ok(()) => out.push(&wire::simple_reply(0, request.cookie)),
             Err(refusal) => self.refuse(request, &refusal, out),
         }
-        Ok(())
+        Ok(Outcome::Done)
+    }
+
+    /// Does what wants space as `patience` says; `None`: it is to be tried again.
+    fn patiently(
+        &self,
+        patience: Patience<'_>,
+        mut work: impl FnMut() -> Result<()>,
+    ) -> Option<Result<()>> {
+        let mut result = work();
+        while result.as_ref().is_err_and(Error::is_full_disk) {
+            match patience {
+                Patience::Return => return None,
+                Patience::Wait(ends) if !ends.load(Relaxed) && self.device.wait_for_room() => {
+                    result = work();
+                }
+                Patience::Wait(_) | Patience::Refuse => break,
+            }
+        }
+        Some(result)
     }
 
     /// Appends the error reply to a request.
@@ -392,7 +438,12 @@ impl Session {
         holes
     }
 
-    fn write_zeroes(&self, request: &Request, durability: Durability) -> Result<(), Refusal> {
+    fn write_zeroes(
+        &self,
+        request: &Request,
+        durability: Durability,
+        patience: Patience<'_>,
+    ) -> Option<Result<(), Refusal>> {
         let mode = if request.flags & flag::NO_HOLE != 0 {
             ZeroMode::KeepAllocated
         } else {
@@ -400,14 +451,15 @@ impl Session {
         };
         // Unmapping changes the map alone; keeping the space may mean to write it.
         if request.flags & flag::FAST_ZERO != 0 && mode == ZeroMode::KeepAllocated {
-            return Err(Refusal::new(
+            return Some(Err(Refusal::new(
                 Errno::NotSup,
                 "zeroing without a hole is not faster than writing",
-            ));
+            )));
         }
-        self.device
-            .write_zeroes(request.offset, request.len.into(), mode, durability)
-            .map_err(Refusal::from)
+        let (offset, len) = (request.offset, request.len.into());
+        let zero = || self.device.write_zeroes(offset, len, mode, durability);
+        let done = self.patiently(patience, zero)?;
+        Some(done.map_err(Refusal::from))
     }
 
     fn block_status(&self, request: &Request, out: &mut Buffer) -> Result<(), Refusal> {

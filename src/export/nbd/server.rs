@@ -111,6 +111,8 @@ struct Shared {
     ended: Condvar,
     /// Readable for ever once the server stops.
     stop: EventFd,
+    /// The server stops: no request waits for room on the host's disk any more.
+    ends: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Default)]
@@ -181,6 +183,7 @@ impl Server {
                 state: Mutex::default(),
                 ended: Condvar::new(),
                 stop,
+                ends: Arc::default(),
             }),
         })
     }
@@ -303,6 +306,7 @@ impl Server {
     /// [`ServerConfig::drain_timeout`].
     pub fn shutdown(&self) -> Result<()> {
         self.shared.state.lock().stopping = true;
+        self.shared.ends.store(true, Relaxed);
         // The counter cannot overflow, which is all that could fail.
         let _ = self.shared.stop.write(1);
         self.shared.drain(|_| true)?;
@@ -516,7 +520,7 @@ impl Visit {
         };
         match (handshake.haggle(&mut stream)?, &config.tls) {
             (Outcome::Transmit(negotiated), _) => {
-                Connection::new(socket, self.session(negotiated), limits).serve()
+                Connection::new(socket, self.session(negotiated), limits, self.ends()).serve()
             }
             (Outcome::StartTls, Some(tls)) => {
                 let mut session = tls.connection()?;
@@ -530,7 +534,8 @@ impl Visit {
                 let stream = TlsStream::new(Arc::clone(&socket), session);
                 match outcome {
                     Outcome::Transmit(negotiated) => {
-                        Connection::new(stream, self.session(negotiated), limits).serve()
+                        Connection::new(stream, self.session(negotiated), limits, self.ends())
+                            .serve()
                     }
                     Outcome::StartTls | Outcome::Closed => {
                         super::stream::Stream::finish(&stream);
@@ -546,6 +551,10 @@ impl Visit {
     fn tell_refusal(&self, socket: &Socket, why: &dyn std::fmt::Display) {
         let peer = socket.peer();
         tracing::warn!(id = self.id, peer, "TLS with an NBD client failed: {why}");
+    }
+
+    fn ends(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.shared.ends)
     }
 
     fn session(&self, negotiated: Negotiated) -> Session {

@@ -39,6 +39,7 @@ pub fn session_over(stream: impl Read + Write, exports: &[Arc<Export>]) -> Resul
         Local(RefCell::new(stream)),
         Session::new(negotiated, Arc::default()),
         limits,
+        Arc::default(),
     )
     .serve_alone()
 }

@@ -18,6 +18,8 @@ const PAGE_LEN: usize = 4096;
 #[derive(Debug, Clone, Default)]
 pub(super) struct Image {
     pages: BTreeMap<u64, Arc<[u8; PAGE_LEN]>>,
+    /// Pages whose space was taken ahead, by first page and number. A hole does not give them back.
+    reserved: Vec<(u64, u64)>,
     pub(super) len: u64,
 }
 
@@ -92,7 +94,12 @@ impl Image {
         if len < self.len {
             let old = self.len;
             self.zero(len, (old - len).min(PAGE));
-            self.pages.split_off(&len.div_ceil(PAGE));
+            let pages = len.div_ceil(PAGE);
+            self.pages.split_off(&pages);
+            self.reserved.retain(|(first, _)| *first < pages);
+            for (first, count) in &mut self.reserved {
+                *count = (*count).min(pages - *first);
+            }
         }
         self.len = len;
     }
@@ -102,9 +109,41 @@ impl Image {
         pieces(offset, len).any(|(page, ..)| !self.pages.contains_key(&page))
     }
 
-    /// Bytes in pages.
+    /// Takes the space of a range, and extends the length where it must.
+    fn reserve(&mut self, offset: u64, len: u64) {
+        self.len = self.len.max(offset + len);
+        let (mut first, mut end) = (offset / PAGE, (offset + len).div_ceil(PAGE));
+        // None touches another.
+        self.reserved.retain(|&(there, count)| {
+            let apart = there + count < first || end < there;
+            if !apart {
+                first = first.min(there);
+                end = end.max(there + count);
+            }
+            apart
+        });
+        self.reserved.push((first, end - first));
+    }
+
+    fn is_reserved(&self, page: u64) -> bool {
+        let mut all = self.reserved.iter();
+        all.any(|(first, count)| (*first..first + count).contains(&page))
+    }
+
+    /// Bytes in pages, and of those that are reserved.
     pub(super) fn allocated(&self) -> u64 {
-        self.pages.len() as u64 * PAGE
+        let mut pages = self.pages.len() as u64;
+        for (first, count) in &self.reserved {
+            pages += count - self.pages.range(*first..first + count).count() as u64;
+        }
+        pages * PAGE
+    }
+
+    /// Bytes that writing a range would take.
+    pub(super) fn wants(&self, offset: u64, len: u64) -> u64 {
+        let pages = pieces(offset, len).map(|(page, ..)| page);
+        let new = pages.filter(|page| !self.pages.contains_key(page) && !self.is_reserved(*page));
+        new.count() as u64 * PAGE
     }
 }
 
@@ -188,6 +227,14 @@ impl SimContent {
     pub(super) fn set_len(&mut self, len: u64) {
         self.live.set_len(len);
         self.pending.push(Change::SetLen(len));
+    }
+
+    /// Takes the space of a range. After a power cut that is forgotten.
+    pub(super) fn reserve(&mut self, offset: u64, len: u64) {
+        if offset + len > self.live.len {
+            self.set_len(offset + len);
+        }
+        self.live.reserve(offset, len);
     }
 
     /// Everything is certain now.

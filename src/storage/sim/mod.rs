@@ -95,6 +95,8 @@ struct Disk {
     /// The change in which the power goes.
     cut_at: Option<u64>,
     off: bool,
+    /// Bytes that all files together can take.
+    capacity: Option<u64>,
 }
 
 impl Disk {
@@ -118,7 +120,14 @@ impl Disk {
             counts: OpCounts::default(),
             cut_at: None,
             off: false,
+            capacity: None,
         }
+    }
+
+    /// Bytes that can still be taken.
+    fn free(&self) -> Option<u64> {
+        let capacity = self.capacity?;
+        Some(capacity.saturating_sub(self.tree.allocated()))
     }
 }
 
@@ -198,6 +207,23 @@ impl SimStorage {
                 observer: RwLock::new(None),
             }),
         }
+    }
+
+    /// From now on files can take so many bytes more; beyond that they get ENOSPC. Names take
+    /// nothing. A disk after a power cut is without a limit again.
+    pub fn limit(&self, more: u64) {
+        let mut disk = self.shared.disk.lock();
+        disk.capacity = Some(disk.tree.allocated() + more);
+    }
+
+    /// Whether writing a range of a file would take more than is left.
+    fn refuses(&self, node: NodeId, offset: u64, len: u64) -> bool {
+        let disk = self.shared.disk.lock();
+        let wants = |free| match disk.tree.file(node) {
+            Ok(file) => file.live.wants(offset, len) > free,
+            Err(_) => false,
+        };
+        disk.free().is_some_and(wants)
     }
 
     /// The disk as it is found after a power cut now; `seed` decides what survives. This disk is
@@ -303,6 +329,10 @@ impl Storage for SimStorage {
         u128::from(self.shared.disk.lock().boot).to_le_bytes()
     }
 
+    fn free_space(&self, _dir: &Path) -> io::Result<Option<u64>> {
+        Ok(self.shared.disk.lock().free())
+    }
+
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
         let found = self.look(OpKind::Open, |tree| match tree.find(path) {
             Ok(node) => Ok(Some(node)),
@@ -384,6 +414,14 @@ struct SimFile {
 }
 
 impl SimFile {
+    /// ENOSPC where there is no room for a write.
+    fn want(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.storage.refuses(self.node, offset, len) {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        Ok(())
+    }
+
     fn change(
         &self,
         kind: OpKind,
@@ -411,10 +449,12 @@ impl StorageFile for SimFile {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.want(offset, buf.len() as u64)?;
         self.change(OpKind::Write, |file| file.write(offset, buf), |_| {})
     }
 
     fn write_durable(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.want(offset, buf.len() as u64)?;
         self.change(
             OpKind::WriteDurable,
             |file| file.write(offset, buf),
@@ -423,6 +463,7 @@ impl StorageFile for SimFile {
     }
 
     fn write_direct(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.want(offset, buf.len() as u64)?;
         self.change(OpKind::WriteDirect, |file| file.write(offset, buf), |_| {})
     }
 
@@ -448,16 +489,8 @@ impl StorageFile for SimFile {
     }
 
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        // Space is without limit here; only the length can change.
-        self.change(
-            OpKind::Allocate,
-            |file| {
-                if offset + len > file.live.len {
-                    file.set_len(offset + len);
-                }
-            },
-            |_| {},
-        )
+        self.want(offset, len)?;
+        self.change(OpKind::Allocate, |file| file.reserve(offset, len), |_| {})
     }
 
     fn allocated(&self) -> io::Result<u64> {

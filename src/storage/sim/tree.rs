@@ -83,6 +83,16 @@ impl Tree {
         Ok(node)
     }
 
+    /// Bytes that the files take that have a name.
+    pub(super) fn allocated(&self) -> u64 {
+        let named = self.nodes.values().filter_map(|node| match node {
+            Node::Dir { live, .. } => Some(live.values()),
+            Node::File(_) => None,
+        });
+        let files = named.flatten().filter_map(|node| self.file(*node).ok());
+        files.map(|file| file.live.allocated()).sum()
+    }
+
     /// The directory of `path` and the name in it.
     fn key(&self, path: &Path) -> io::Result<Key> {
         let name = path
