@@ -26,6 +26,7 @@ const READ: u16 = 0;
 const WRITE: u16 = 1;
 const DISC: u16 = 2;
 const FLUSH: u16 = 3;
+const TRIM: u16 = 4;
 /// Longer than anything here takes, so that a hang is a failure.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -330,6 +331,94 @@ fn a_flush_that_takes_long_does_not_hold_up_reads_and_writes() {
     assert_eq!(client.read(0, 4096), [1; 4096]);
     lab.let_go();
     assert_eq!(client.reply().unwrap(), (0, 77));
+}
+
+/// A device on a disk that is full until there is room.
+struct OnFullDisk {
+    memory: MemoryDevice,
+    room: AtomicBool,
+    waiting: AtomicUsize,
+}
+
+impl BlockDevice for OnFullDisk {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.memory.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
+        if !self.room.load(SeqCst) {
+            return Err(Error::new(ErrorKind::NoSpace, "the disk is full"));
+        }
+        self.memory.write_at(buf, offset, durability)
+    }
+
+    fn wait_for_room(&self) -> bool {
+        self.waiting.fetch_add(1, SeqCst);
+        thread::sleep(Duration::from_millis(2));
+        true
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.memory.discard(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, m: ZeroMode, d: Durability) -> Result<()> {
+        self.memory.write_zeroes(offset, len, m, d)
+    }
+
+    fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>> {
+        self.memory.extents(offset, len, max)
+    }
+}
+
+#[test]
+fn writes_that_find_the_disk_full_wait_for_room_while_other_requests_are_served() {
+    let device = Arc::new(OnFullDisk {
+        memory: MemoryDevice::new(SIZE),
+        room: AtomicBool::new(false),
+        waiting: AtomicUsize::new(0),
+    });
+    let running = Running::new(ServerConfig::default(), device.clone());
+    let mut client = running.client();
+    // Short ones, which are served by the thread that reads, and long ones, which are not.
+    for cookie in 10..20 {
+        let len = if cookie % 2 == 0 { 4096 } else { 200_000 };
+        client.send_write(0, cookie, cookie << 20, &vec![cookie as u8; len]);
+    }
+    assert_eq!(client.read(0, 4096), [0; 4096]);
+    client.send(FLUSH, 0, 77, 0, 0);
+    assert_eq!(client.reply().unwrap(), (0, 77));
+    client.send(TRIM, 0, 78, 0, 4096);
+    assert_eq!(client.reply().unwrap(), (0, 78));
+    device.room.store(true, SeqCst);
+    let mut replies: Vec<_> = (10..20).map(|_| client.reply().unwrap()).collect();
+    replies.sort_unstable();
+    assert_eq!(
+        replies,
+        (10..20).map(|cookie| (0, cookie)).collect::<Vec<_>>()
+    );
+    assert_eq!(client.read(15 << 20, 4096), [15; 4096]);
+    // A server that is told to end does not wait.
+    device.room.store(false, SeqCst);
+    let before = device.waiting.load(SeqCst);
+    client.send_write(0, 99, 0, &[9; 4096]);
+    while device.waiting.load(SeqCst) == before {
+        thread::sleep(Duration::from_millis(1));
+    }
+    running.server.shutdown().unwrap();
+    assert_eq!(client.reply().unwrap(), (28, 99));
 }
 
 #[test]

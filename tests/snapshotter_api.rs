@@ -22,6 +22,7 @@ use snapshotter_support::client::{
 };
 use snapshotter_support::rig::Rig;
 use snapshotter_support::{room, wait_for};
+use vellum::fs::mountinfo::MountInfo;
 use vellum::snapshotter::proto::types::Mount;
 
 const REF: &str = "containerd.io/snapshot.ref";
@@ -257,6 +258,53 @@ fn usage_counts_the_blocks_and_inodes_that_a_snapshot_added() {
     rig.client.view("view", "image", &[]).unwrap();
     let usage = rig.client.usage("view").unwrap();
     assert_eq!((usage.size, usage.inodes), (0, 0));
+}
+
+#[test]
+fn usage_counts_what_was_written_and_has_not_reached_the_device_yet() {
+    let rig = Rig::new("");
+    let mount = rig.client.prepare("one", "", &[]).unwrap();
+    let before = rig.client.usage("one").unwrap().size;
+    fs::write(Path::new(&mount.source).join("file"), vec![1; 20 << 20]).unwrap();
+    let now = rig.client.usage("one").unwrap().size;
+    assert!(now >= before + (19 << 20), "{before}, then {now}");
+    // Not twice.
+    common_sync(&mount.source);
+    let synced = rig.client.usage("one").unwrap().size;
+    assert!(
+        (19 << 20..30 << 20).contains(&(synced - before)),
+        "{synced}"
+    );
+}
+
+/// Has the kernel write what it holds of the file system at `dir`.
+fn common_sync(dir: &str) {
+    let synced = std::process::Command::new("sync")
+        .args(["-f", dir])
+        .status();
+    assert!(synced.unwrap().success());
+}
+
+#[test]
+fn a_snapshot_whose_file_system_gave_up_is_mounted_anew_by_the_next_mounts() {
+    let rig = Rig::new("");
+    let mount = rig.client.prepare("one", "", &[]).unwrap();
+    let dir = Path::new(&mount.source);
+    fs::write(dir.join("file"), "mine").unwrap();
+    common_sync(&mount.source);
+    let there = MountInfo::at(dir).unwrap().unwrap();
+    let name = there.source.file_name().unwrap().to_str().unwrap();
+    fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "a test").unwrap();
+    assert!(fs::write(dir.join("refused"), "x").is_err());
+    // Somebody uses it: nothing can be done, and it is left as it is.
+    let user = fs::File::open(dir.join("file")).unwrap();
+    rig.client.mounts("one").unwrap();
+    assert!(fs::write(dir.join("refused"), "x").is_err());
+    drop(user);
+    let again = rig.client.mounts("one").unwrap();
+    assert_eq!(again.source, mount.source);
+    assert_eq!(fs::read_to_string(dir.join("file")).unwrap(), "mine");
+    fs::write(dir.join("again"), "x").unwrap();
 }
 
 #[test]

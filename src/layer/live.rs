@@ -212,6 +212,19 @@ impl Live {
         data: &DataFiles,
         changes: &[LiveChange],
     ) -> Result<Self> {
+        Self::create_aside(storage, dir, uuid, data, changes).inspect_err(|_| {
+            // On a full disk its space counts.
+            let _ = storage.remove_file(&dir.join(LIVE_TMP));
+        })
+    }
+
+    fn create_aside(
+        storage: &dyn Storage,
+        dir: &Path,
+        uuid: Uuid,
+        data: &DataFiles,
+        changes: &[LiveChange],
+    ) -> Result<Self> {
         let tmp = dir.join(LIVE_TMP);
         let path = dir.join(LIVE_FILE);
         let what = || format!("cannot make {}", path.display());

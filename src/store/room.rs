@@ -13,6 +13,8 @@ const ROOM_FILE: &str = "reserve";
 const ROOM: u64 = 4 << 20;
 /// With less left on the disk nothing new is kept: it is there, or it is wanted elsewhere.
 const PLENTY: u64 = 64 << 20;
+/// With less left the disk counts as full: file systems keep some megabytes back.
+const SCARCE: u64 = 16 << 20;
 
 impl Store {
     fn room_file(&self) -> PathBuf {
@@ -45,19 +47,27 @@ impl Store {
     /// # Errors
     /// Those of the work.
     pub fn with_room<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+        // What is made then would find no room later, where nobody can retry: in the kernel.
+        let free = self.storage.free_space(&self.root).ok().flatten();
+        if free.is_some_and(|free| free < SCARCE) {
+            self.use_room();
+        }
         let first = work();
-        if !first.as_ref().is_err_and(crate::Error::is_full_disk) {
-            return first;
+        if first.as_ref().is_err_and(crate::Error::is_full_disk) && self.use_room() {
+            return work();
         }
-        let given = self
-            .storage
-            .open(&self.room_file(), OpenMode::Write)
-            .and_then(|file| Ok(file.allocated()? > 0 && file.set_len(0).is_ok()));
-        if !given.unwrap_or(false) {
-            return first;
+        first
+    }
+
+    /// False where none is kept.
+    fn use_room(&self) -> bool {
+        let file = self.storage.open(&self.room_file(), OpenMode::Write);
+        let given = file.and_then(|file| Ok(file.allocated()? > 0 && file.set_len(0).is_ok()));
+        let given = given.unwrap_or(false);
+        if given {
+            tracing::warn!("the store's disk is full: uses the room that it keeps for such a case");
         }
-        tracing::warn!("the store's disk is full: using the room that it keeps for such a case");
-        work()
+        given
     }
 
     /// Gives back what writable layers have reserved that nobody has open: a crash left it. They are

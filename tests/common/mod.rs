@@ -69,6 +69,8 @@ pub fn shell(directory: &Path, script: &str) -> String {
 pub struct TestStore {
     pub dir: tempfile::TempDir,
     pub root: PathBuf,
+    /// Added to the environment of every command, and so of the servers that they start.
+    pub env: Vec<(&'static str, &'static str)>,
 }
 
 impl TestStore {
@@ -84,7 +86,11 @@ impl TestStore {
             .tempdir_in(parent)
             .unwrap();
         let root = dir.path().canonicalize().unwrap().join("store");
-        TestStore { dir, root }
+        TestStore {
+            dir,
+            root,
+            env: Vec::new(),
+        }
     }
 
     /// A file or directory beside the store.
@@ -101,6 +107,7 @@ impl TestStore {
     pub fn command(&self) -> Command {
         let mut command = Command::new(VELLUM);
         command.arg("--root").arg(&self.root).stdin(Stdio::null());
+        command.envs(self.env.iter().copied());
         command
     }
 

@@ -282,10 +282,14 @@ impl<S: Stream> Connection<S> {
                 // Whoever reads must not wait for that.
                 let Some(share) = self.budget.try_take(payload.len()) else {
                     let patience = Patience::Refuse;
-                    self.session
-                        .execute(command, &request, payload, patience, out, &mut |out| {
-                            self.send(out)
-                        })?;
+                    self.session.execute(
+                        command,
+                        &request,
+                        payload,
+                        patience,
+                        out,
+                        &mut |out| self.send(out),
+                    )?;
                     return self.next(reader);
                 };
                 let mut job = Job {
