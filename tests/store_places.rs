@@ -112,6 +112,7 @@ fn a_store_that_is_moved_while_it_is_mounted_is_served_on_and_ended_where_it_is_
     let moved = TestStore {
         root: new.canonicalize().unwrap(),
         dir: tempfile::tempdir().unwrap(),
+        env: Vec::new(),
     };
     let run_dir = run_dir(&moved.root, "c");
     let rootfs = run_dir.join("rootfs");

@@ -291,8 +291,9 @@ impl Space {
             && error.is_full_disk()
         {
             // Others may have taken what was given up, or given something back.
-            let more = self.give_up(claim, need.max(STEP));
-            if !more && !(claim == Claim::Own && std::mem::take(&mut once_more)) {
+            let again = self.give_up(claim, need.max(STEP))
+                || claim == Claim::Own && std::mem::take(&mut once_more);
+            if !again {
                 break;
             }
             result = work();
