@@ -60,8 +60,8 @@ pub(super) fn recover(
         if has_journal(storage, dir)? {
             // The checkpoint may be, or have its name, only in memory, if its process died right
             // then.
+            sync_map(storage, dir)?;
             space.within(Claim::Own, 0, || {
-                sync_map(storage, dir)?;
                 sync_names(storage, dir)?;
                 // Areas may still lie there whose records a checkpoint contains.
                 remove_journal(storage, dir)
