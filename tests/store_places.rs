@@ -662,6 +662,7 @@ impl OnDisk {
         let store = TestStore {
             root: disk.0.canonicalize().unwrap().join("store"),
             dir: tempfile::tempdir().unwrap(),
+            env: Vec::new(),
         };
         store.small_image("i");
         store.ok(&["create", "i", "--name", "c"]);
