@@ -22,7 +22,7 @@ use vellum::fs::freeze::freeze;
 use vellum::fs::superblock::Superblock;
 
 const UUID: Uuid = Uuid::from_u128(0x1111_2222_3333_4444_5555_6666_7777_8888);
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(120);
 
 fn allocated(path: &Path) -> u64 {
     path.metadata().unwrap().blocks() * 512
@@ -191,7 +191,7 @@ fn freeze_that_lasts_too_long_thaws_by_itself_and_says_so() {
     let frozen = freeze(&device.mount_point, Duration::from_millis(100)).unwrap();
     let start = Instant::now();
     fs::write(device.mount_point.join("file"), "x").unwrap();
-    assert!(start.elapsed() < Duration::from_secs(10));
+    assert!(start.elapsed() < Duration::from_secs(50));
     assert_eq!(frozen.thaw().unwrap_err().kind(), ErrorKind::Timeout);
     finish(&device);
 }
@@ -211,7 +211,7 @@ fn killed_owner_of_a_freeze_leaves_the_file_system_thawed() {
     owner.wait().unwrap();
     let start = Instant::now();
     fs::write(device.mount_point.join("file"), "x").unwrap();
-    assert!(start.elapsed() < Duration::from_secs(10));
+    assert!(start.elapsed() < Duration::from_secs(50));
     finish(&device);
 }
 

@@ -13,18 +13,20 @@ mod server_support;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use common::{TestStore, VELLUM, kill, wait_until};
+use common::{Running, TestStore, VELLUM, kill, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use server_support::{Container, Load, fsck, row, wait_long};
 use vellum::export::device::control;
+use vellum::export::loop_device::LoopDevice;
 
 // --- Upgrade ------------------------------------------------------------------------------------
 
@@ -68,7 +70,7 @@ impl Calls {
             move || {
                 let mut calls = 0;
                 while !finish.load(Ordering::Acquire) {
-                    let wait = Duration::from_secs(20);
+                    let wait = Duration::from_secs(120);
                     control::call(&run_dir, "flush", Value::Null, wait).unwrap();
                     calls += 1;
                 }
@@ -133,9 +135,11 @@ fn upgrade_servers_has_every_mounted_container_served_by_the_new_program_under_l
             }
         }
         assert!(loads.iter().all(Load::is_running), "round {round}");
-        // The new program's processes save each other as the old ones did.
-        busy.kill_worker();
+        // The new program's processes save each other as the old ones did. An upgrade that comes at
+        // once waits for the standby that the death took.
+        kill(busy.served(None).worker.unwrap().pid);
     }
+    busy.settled();
     calls.finish();
     // A second time there is nothing to do.
     let workers = [&busy, &idle].map(|container| container.settled().worker);
@@ -212,7 +216,7 @@ fn a_dead_supervisor_is_replaced_and_one_without_standby_is_reported_and_repaire
         row(&store, "c")["device"]["supervised"] == false
     });
     let listed = store.ok(&["ps"]);
-    assert!(listed.contains("without a supervisor"), "{listed}");
+    assert!(listed.contains("halted"), "{listed}");
     let output = store.output(&["check"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(output.status.code(), Some(1), "{text}");
@@ -376,6 +380,206 @@ fn everything_killed_loses_nothing_synced_and_the_next_mount_cleans_up() {
 #[test]
 fn everything_killed_loses_nothing_synced_and_check_repair_cleans_up() {
     kill_everything_then(&["check", "--repair"], false);
+}
+
+#[test]
+fn a_container_whose_worker_has_just_died_is_removed_by_force_every_time() {
+    let store = TestStore::new();
+    for round in 0..15 {
+        let container = Container::mounted(&store, "c");
+        // Unflushed, so that the worker has something to let go of.
+        fs::write(container.data().join("file"), vec![1; 4 << 20]).unwrap();
+        let before = container.served(None).worker.unwrap();
+        kill(before.pid);
+        let output = store.output(&["rm", "--force", "c"]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "round {round}: {error}");
+    }
+    store.assert_nothing_runs();
+}
+
+#[test]
+fn processes_of_other_users_that_pretend_to_be_a_devices_are_neither_killed_nor_waited_for() {
+    let store = TestStore::new();
+    let container = Container::mounted(&store, "c");
+    let pretend = Command::new("sh")
+        .arg0("@vellum-device")
+        .args(["-c", "read line", "--run-dir"])
+        .arg(&container.run_dir)
+        .uid(65534)
+        .gid(65534)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut pretend = Running(pretend);
+    store.ok(&["umount", "--force", "c"]);
+    assert!(pretend.0.try_wait().unwrap().is_none(), "it was killed");
+    drop(pretend);
+    store.assert_nothing_runs();
+}
+
+// --- Namespaces ---------------------------------------------------------------------------------
+
+/// The loop device of a container, and which of its attachments it is.
+fn attachment(store: &TestStore, name: &str) -> (LoopDevice, Option<u64>) {
+    let path = row(store, name)["device"]["loop_device"].clone();
+    let device = LoopDevice::from_path(Path::new(path.as_str().unwrap())).unwrap();
+    (device, device.diskseq())
+}
+
+/// Fails where the device is attached as it was.
+fn assert_detached((device, diskseq): (LoopDevice, Option<u64>)) {
+    let there = || device.backing_file().is_some() && device.diskseq() == diskseq;
+    // The kernel detaches when the last who looks at it is gone.
+    wait_until("the loop device is detached", || !there());
+}
+
+/// Runs a command of the store in namespaces of its own.
+fn unshared(store: &TestStore, namespaces: &[&str], arguments: &[&str]) -> Output {
+    Command::new("unshare")
+        .args(namespaces)
+        .arg("--fork")
+        .arg(VELLUM)
+        .arg("--root")
+        .arg(&store.root)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn a_loop_device_that_lost_its_name_with_a_namespace_or_by_an_unmount_is_detached_all_the_same() {
+    let store = TestStore::new();
+    Container::mounted(&store, "c");
+    store.ok(&["umount", "c"]);
+    for cleanup in [
+        &["umount", "c"][..],
+        &["check", "--repair"],
+        &["mount", "c"],
+    ] {
+        // All processes end with the pid namespace, and the FUSE file with the mount namespace.
+        let output = unshared(&store, &["--pid", "--mount-proc"], &["mount", "c"]);
+        assert!(output.status.success(), "{output:?}");
+        wait_long("the server is dead", || {
+            row(&store, "c")["device"]["alive"] == false
+        });
+        let lost = attachment(&store, "c");
+        store.ok(cleanup);
+        let mounted_again = attachment_if_any(&store, "c");
+        assert_ne!(mounted_again, Some(lost));
+        store.ok(&["umount", "c"]);
+        assert_detached(lost);
+        store.assert_nothing_runs();
+    }
+    // An administrator unmounts the dead file.
+    let container = Container::at(&store, "c", store.mount("c"));
+    let lost = attachment(&store, "c");
+    container.kill_everything();
+    common::run(
+        "umount",
+        &["-l", container.run_dir.join("dev").to_str().unwrap()],
+    );
+    let output = store.output(&["check"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let path = lost.0.path().display().to_string();
+    assert!(text.contains(&path), "{text}");
+    store.ok(&["check", "--repair"]);
+    assert_detached(lost);
+    // And removed whole, as prune finds it.
+    let container = Container::at(&store, "c", store.mount("c"));
+    let lost = attachment(&store, "c");
+    container.kill_everything();
+    common::run(
+        "umount",
+        &["-l", container.run_dir.join("dev").to_str().unwrap()],
+    );
+    fs::remove_file(store.root.join("containers/c.json")).unwrap();
+    store.ok(&["prune"]);
+    assert_detached(lost);
+    store.assert_nothing_runs();
+}
+
+fn attachment_if_any(store: &TestStore, name: &str) -> Option<(LoopDevice, Option<u64>)> {
+    (!row(store, name)["device"]["loop_device"].is_null()).then(|| attachment(store, name))
+}
+
+#[test]
+fn commands_in_other_pid_and_time_namespaces_take_no_living_server_for_dead() {
+    let store = TestStore::new();
+    let container = Container::mounted(&store, "c");
+    let before = container.settled();
+    for namespaces in [
+        &["--pid", "--mount-proc"][..],
+        &["--time", "--boottime", "1000000"],
+    ] {
+        for arguments in [&["check"][..], &["prune"]] {
+            let output = unshared(&store, namespaces, arguments);
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(
+                output.status.success(),
+                "{namespaces:?} {arguments:?}: {text}"
+            );
+        }
+        let output = unshared(&store, namespaces, &["ps"]);
+        let listed = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(!listed.contains("dead"), "{namespaces:?}: {listed}");
+        let output = unshared(&store, namespaces, &["mount", "c"]);
+        assert!(!output.status.success(), "{namespaces:?}");
+    }
+    // From where its processes cannot be seen it is not taken away from under them.
+    let output = unshared(
+        &store,
+        &["--pid", "--mount-proc"],
+        &["umount", "--force", "c"],
+    );
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("another pid namespace"), "{error}");
+    let after = container.settled();
+    assert_eq!(
+        (after.worker, after.supervisor),
+        (before.worker, before.supervisor)
+    );
+    store.ok(&["umount", "--force", "c"]);
+    store.assert_nothing_runs();
+}
+
+#[test]
+fn a_container_mounted_in_another_mount_namespace_is_named_with_its_process_and_the_way_there() {
+    let store = TestStore::new();
+    Container::mounted(&store, "c");
+    store.ok(&["umount", "c"]);
+    let dir = store.arg("elsewhere");
+    fs::create_dir(&dir).unwrap();
+    let script = format!(
+        "{VELLUM} --root {} mount c {dir} >&2; echo ready; read line",
+        store.root.display()
+    );
+    let shell = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", &script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut shell = Running(shell);
+    let mut ready = [0; 6];
+    std::io::Read::read_exact(shell.0.stdout.as_mut().unwrap(), &mut ready).unwrap();
+    let pid = shell.0.id();
+    for arguments in [
+        &["mount", "c"][..],
+        &["umount", "c"],
+        &["exec", "c", "--", "true"],
+    ] {
+        let output = store.output(arguments);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        let whose = format!("in the mount namespace of process {pid} (");
+        let named = error.contains(&whose) && error.contains(&format!("nsenter -t {pid} -m"));
+        assert!(!output.status.success() && named, "{arguments:?}: {error}");
+    }
+    // The mount goes with the namespace; the server does not keep it.
+    drop(shell);
+    store.ok(&["umount", "c"]);
+    store.assert_nothing_runs();
 }
 
 // --- Deaths without end -------------------------------------------------------------------------

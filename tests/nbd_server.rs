@@ -28,7 +28,7 @@ const DISC: u16 = 2;
 const FLUSH: u16 = 3;
 const TRIM: u16 = 4;
 /// Longer than anything here takes, so that a hang is a failure.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A server on a unix socket in a directory of its own; stops when dropped.
 struct Running {
@@ -635,7 +635,7 @@ fn limits_of_zero_are_refused() {
 #[test]
 fn clients_that_are_silent_or_slow_in_the_handshake_are_dropped_in_time() {
     let config = ServerConfig {
-        handshake_timeout: Duration::from_millis(300),
+        handshake_timeout: Duration::from_secs(1),
         ..ServerConfig::default()
     };
     let running = Running::new(config, memory());
@@ -655,9 +655,9 @@ fn clients_that_are_silent_or_slow_in_the_handshake_are_dropped_in_time() {
             panic!("a handshake of {:?} was let through", began.elapsed());
         });
         closed(&mut silent);
-        assert!(began.elapsed() >= Duration::from_millis(290));
+        assert!(began.elapsed() >= Duration::from_millis(990));
     });
-    assert!(began.elapsed() < Duration::from_secs(5));
+    assert!(began.elapsed() < Duration::from_secs(60));
     // Between requests a served client may be silent for longer than that.
     served.write(0, 0, &[1; 512]);
 }
@@ -698,7 +698,7 @@ fn a_flood_of_silent_clients_keeps_neither_served_nor_new_clients_out() {
         };
         newcomer.write(0, 0, &[2; 512]);
         stop.store(true, SeqCst);
-        assert!(calm < Duration::from_secs(5), "200 writes took {calm:?}");
+        assert!(calm < Duration::from_secs(60), "200 writes took {calm:?}");
         newcomer
     });
     running.await_connections(2);

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::device::{PREPARE_SEAL, SEAL_TOP, SealTop, Target};
 use super::import::forget_ext4_journal;
 use super::lock_container;
-use super::mount::{mounted, take_over};
+use super::mount::{mounted, refuse_halted, take_over};
 use super::stats::encode;
 use super::template;
 use super::temporary::{TemporaryMount, is_clean};
@@ -59,6 +59,7 @@ pub fn commit(
     let container = store.container(name)?;
     let _busy = lock_container(store, &container)?;
     let pin = store.pin_layers()?;
+    refuse_halted(&store.run_dir(&container), name)?;
     take_over(store, &container)?;
     let mount = mounted(store, &container)?;
     match &mount {

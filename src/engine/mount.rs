@@ -272,7 +272,9 @@ pub fn umount(store: &Store, name: &str, force: bool) -> Result<bool> {
 }
 
 pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
-    run::end_running(&store.run_dir(container), &container.name, force)?;
+    let run_dir = store.run_dir(container);
+    see_to_halted(&run_dir, &container.name, force)?;
+    run::end_running(&run_dir, &container.name, force)?;
     unmount_ended(store, container, force)
 }
 
@@ -280,6 +282,7 @@ pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: b
 /// whoever comes after a crash in between knows that this was not finished.
 pub(super) fn unmount_ended(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
     let run_dir = store.run_dir(container);
+    see_to_halted(&run_dir, &container.name, force)?;
     take_scaffold_away(store, container);
     unmount_device(&run_dir, force)
         .map_err(|error| error.context(format!("cannot unmount {}", container.name)))?;
@@ -311,6 +314,36 @@ fn take_scaffold_away(store: &Store, container: &ContainerRecord) {
     }
 }
 
+/// Before a device is unmounted: as [`refuse_halted`], and by force as [`device::wake`].
+fn see_to_halted(run_dir: &Path, name: &str, force: bool) -> Result<()> {
+    match force {
+        true => device::wake(run_dir),
+        false => refuse_halted(run_dir, name),
+    }
+}
+
+/// Refuses to go on where all processes of a device are stopped: whoever touches it waits in the kernel
+/// then, and cannot even be killed.
+pub(super) fn refuse_halted(run_dir: &Path, name: &str) -> Result<()> {
+    match device::status(run_dir)? {
+        Some(status) if status.halted => Err(Error::new(
+            ErrorKind::Timeout,
+            format!(
+                "all processes of the server of {name} are stopped (by a signal or a debugger): \
+                 `kill -CONT {}`, or `vellum umount --force {name}`, which gives those who use it \
+                 I/O errors and keeps what was flushed",
+                status
+                    .stopped
+                    .iter()
+                    .map(i32::to_string)
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Unmounts everything that is mounted from the loop device of a run directory.
 ///
 /// # Errors
@@ -336,6 +369,9 @@ pub fn remove(store: &Store, name: &str, force: bool) -> Result<PruneReport> {
     let report = {
         let _busy = lock_container(store, &container)?;
         end_dead(store);
+        if force {
+            device::wake(&store.run_dir(&container))?;
+        }
         run::end_for_good(store, &container, force)?;
         if let (Some(mounted), false) = (mounted(store, &container)?, force) {
             return Err(Error::new(
@@ -373,6 +409,7 @@ pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
         return Ok(done);
     };
     for run_dir in store.orphaned_run_dirs()? {
+        device::wake(&run_dir)?;
         // Its record was taken away by hand: removing a container ends what runs in it first.
         if let Err(error) = run::end_running(&run_dir, "of a removed record", false) {
             tracing::warn!(%error, "{}: left as it is", run_dir.display());

@@ -24,7 +24,7 @@ use crate::store::{ContainerRecord, SnapshotKind, SnapshotRecord, Store};
 pub const STATS_SCHEMA: u32 = 1;
 
 /// How long a server may take to answer. One that is being restarted takes milliseconds.
-const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+const ASK_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What a name stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -369,7 +369,7 @@ impl Sockets {
         args: &Value,
         timeout: Duration,
     ) -> Result<(Server, Value)> {
-        match control::call(&self.run_dir, verb, args.clone(), timeout) {
+        match control::call_again(&self.run_dir, verb, args.clone(), timeout) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let (dir, socket) = &self.beside;
                 control::call_at(dir, socket, verb, args.clone(), timeout)
@@ -407,7 +407,12 @@ pub(crate) fn decode<T: serde::de::DeserializeOwned>(answer: Value) -> Result<T>
 /// # Errors
 /// [`ErrorKind::NotFound`] while none is.
 pub(crate) fn device_stats(run_dir: &Path) -> Result<DeviceStats> {
-    decode(control::call(run_dir, STATS, Value::Null, ASK_TIMEOUT)?)
+    decode(control::call_again(
+        run_dir,
+        STATS,
+        Value::Null,
+        ASK_TIMEOUT,
+    )?)
 }
 
 /// The raw counters of whoever serves `id`; `None` for nobody.

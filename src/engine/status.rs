@@ -128,6 +128,23 @@ fn describe(
             Some(name) => format!("failed: its server is dead: `vellum umount {name}` cleans up"),
             None => "failed: its server is dead".into(),
         }),
+        _ if device.halted => {
+            let pids = pids(&device.stopped);
+            let cure = name.map_or(String::new(), |name| {
+                format!(", or `vellum umount --force {name}`")
+            });
+            Some(format!(
+                "halted: its server is stopped (by a signal or a debugger): `kill -CONT {pids}`{cure}"
+            ))
+        }
+        _ if !device.stopped.is_empty() => Some(format!(
+            "process {} of its server is stopped (by a signal or a debugger) and is being replaced",
+            pids(&device.stopped)
+        )),
+        Status::Restarting if device.state.hang.is_some() => {
+            let hang = device.state.hang.as_deref().unwrap_or_default();
+            Some(format!("restarting: {hang} and is replaced"))
+        }
         Status::Restarting if device.state.deaths > 1 => {
             let deaths = device.state.deaths;
             let why = device.state.error.as_deref();
@@ -166,6 +183,11 @@ fn space_trouble(
         (false, Some(since)) => Some(format!("host full since {since}")),
         (false, None) => None,
     }
+}
+
+fn pids(pids: &[i32]) -> String {
+    let pids: Vec<String> = pids.iter().map(i32::to_string).collect();
+    pids.join(" ")
 }
 
 /// (bytes in the writable layer, bytes in all layers).

@@ -2,7 +2,9 @@
 //!
 //! The loop does not clear itself at its last close (AUTOCLEAR): between attaching and mounting
 //! other programs (mke2fs, e2fsck, a VM) open and close it. What a crash leaves behind is found by
-//! the backing file, which the kernel shows in sysfs, or by the tag written at attaching.
+//! what the kernel shows in sysfs: the name of the backing file, and how often the device was
+//! attached. The ioctl that says more (LOOP_GET_STATUS64) asks the backing file's file system, which
+//! hangs where that is a FUSE server that does: it is used nowhere.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -74,22 +76,19 @@ const EMPTY_INFO: LoopInfo64 = LoopInfo64 {
 
 /// The ioctls, whose numbers are not built as others are.
 mod ioctl {
-    use super::{LoopConfig, LoopInfo64};
+    use super::LoopConfig;
 
     nix::ioctl_none_bad!(loop_ctl_get_free, 0x4C82);
     nix::ioctl_none_bad!(loop_clr_fd, 0x4C01);
     nix::ioctl_none_bad!(loop_set_capacity, 0x4C07);
     nix::ioctl_write_ptr_bad!(loop_configure, 0x4C0A, LoopConfig);
-    nix::ioctl_read_bad!(loop_get_status64, 0x4C05, LoopInfo64);
 }
 
 /// How to attach.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct LoopOptions {
     /// Refuse writes.
     pub read_only: bool,
-    /// At most 63 bytes that the kernel keeps with the loop device, to find it by.
-    pub tag: String,
 }
 
 /// One loop device, by its number. Dropping it does not detach.
@@ -146,11 +145,6 @@ impl LoopDevice {
         info.lo_flags = LO_FLAGS_DIRECT_IO;
         if options.read_only {
             info.lo_flags |= LO_FLAGS_READ_ONLY;
-        }
-        // The last byte stays zero: the name is a C string.
-        let name = options.tag.as_bytes().iter().take(LO_NAME_SIZE - 1);
-        for (target, byte) in info.lo_file_name.iter_mut().zip(name) {
-            *target = *byte;
         }
         let config = LoopConfig {
             fd: file.as_raw_fd() as u32,
@@ -274,31 +268,20 @@ impl LoopDevice {
         Some(PathBuf::from(std::ffi::OsStr::from_bytes(&bytes)))
     }
 
-    /// The tag given when it was attached, or `None` when it is not attached.
-    pub fn tag(self) -> Option<String> {
-        let node = self.open(false, libc::O_NONBLOCK).ok()?;
-        let mut info = EMPTY_INFO;
-        // SAFETY: `info` is a loop_info64 that the kernel fills; it outlives the call.
-        unsafe { ioctl::loop_get_status64(node.as_raw_fd(), &mut info) }.ok()?;
-        let name = info.lo_file_name.split(|byte| *byte == 0).next()?;
-        Some(String::from_utf8_lossy(name).into_owned())
+    /// A number that no other attachment of a loop device has in this boot, nor this one when it is
+    /// attached again; `None` before Linux 5.15.
+    pub fn diskseq(self) -> Option<u64> {
+        let text = fs::read_to_string(self.sysfs().join("diskseq")).ok()?;
+        text.trim().parse().ok()
     }
 
-    /// True while it is attached to `backing` or carries `tag`.
-    pub fn serves(self, backing: &Path, tag: &str) -> bool {
-        match self.backing_file() {
-            None => false,
-            Some(path) => path == backing || self.tag().as_deref() == Some(tag),
-        }
-    }
-
-    /// Every attached loop device that [`LoopDevice::serves`] `backing` or `tag`, lowest first.
+    /// Every loop device that is attached to `backing`, lowest first.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] where sysfs cannot be read.
-    pub fn find(backing: &Path, tag: &str) -> Result<Vec<LoopDevice>> {
+    pub fn find(backing: &Path) -> Result<Vec<LoopDevice>> {
         let mut found = LoopDevice::attached()?;
-        found.retain(|device| device.serves(backing, tag));
+        found.retain(|device| device.backing_file().as_deref() == Some(backing));
         Ok(found)
     }
 
@@ -395,40 +378,49 @@ impl LoopDevice {
     }
 
     /// Who keeps the device from being detached, as far as can be found out, and what to do.
-    fn user(&self) -> String {
+    pub(super) fn user(&self) -> String {
         let (path, number) = (self.path(), self.major_minor());
         let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
         let own = fs::read_link("/proc/self/ns/mnt").ok();
+        // A server of ours keeps the namespace that it was started in, and what is mounted there.
+        let mut kept = None;
         for process in processes {
             let name = process.file_name();
             let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
                 continue;
             };
             let dir = process.path();
-            let comm = || fs::read_to_string(dir.join("comm")).unwrap_or_default();
+            let comm = fs::read_to_string(dir.join("comm")).unwrap_or_default();
+            let comm = comm.trim_end();
             let mounts = fs::read(dir.join("mountinfo")).unwrap_or_default();
             let mounts = MountInfo::parse(&mounts);
             if let Some(mount) = mounts.iter().find(|mount| mount.major_minor == number) {
                 let target = mount.target.display();
-                return if fs::read_link(dir.join("ns/mnt")).ok() == own {
-                    format!("it is mounted at {target}: unmount that first")
-                } else {
-                    format!(
-                        "it is mounted at {target} in the mount namespace of process {pid} ({}): \
-                         end that, or `nsenter -t {pid} -m umount {target}`",
-                        comm().trim_end()
-                    )
-                };
+                if fs::read_link(dir.join("ns/mnt")).ok() == own {
+                    return format!("it is mounted at {target}: unmount that first");
+                }
+                let place =
+                    format!("it is mounted at {target} in the mount namespace of process {pid}");
+                let enter = format!("`nsenter -t {pid} -m umount {target}`");
+                if comm.starts_with("vellum-") {
+                    kept.get_or_insert_with(|| {
+                        format!(
+                            "{place} ({comm}), where its server was started: {enter} unmounts it"
+                        )
+                    });
+                    continue;
+                }
+                return format!("{place} ({comm}): end that, or {enter}");
             }
             let files = fs::read_dir(dir.join("fd")).into_iter().flatten().flatten();
             if files
                 .filter_map(|file| fs::read_link(file.path()).ok())
                 .any(|file| file == path)
             {
-                return format!("process {pid} ({}) has it open", comm().trim_end());
+                return format!("process {pid} ({comm}) has it open");
             }
         }
-        "it is mounted or open somewhere (see findmnt and fuser)".into()
+        kept.unwrap_or_else(|| "it is mounted or open somewhere (see findmnt and fuser)".into())
     }
 
     /// Detaches as soon as the last opener is gone, which may be now.

@@ -1,11 +1,11 @@
-//! Unix sockets to listen on: made where nothing is, or in place of one that nobody answers on, and of
+//! Unix sockets, connected to without waiting for ever; those to listen on are made where nothing is, or in place of one that nobody answers on, and of
 //! nothing else.
 
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -76,13 +76,7 @@ pub(crate) fn bind_locked(path: &Path, shown: &Path) -> Result<(UnixListener, So
     let shown = shown.display();
     remove_dead_socket(path, &shown)?;
     let address = unix_address(path)?;
-    let fd = socket::socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .context(|| "making a unix socket")?;
+    let fd = new_socket(SockFlag::SOCK_CLOEXEC)?;
     socket::bind(fd.as_raw_fd(), &address).context(|| format!("binding {shown}"))?;
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let inode = fcntl::open(path, flags, Mode::empty()).context(|| format!("opening {shown}"))?;
@@ -96,6 +90,42 @@ pub(crate) fn bind_locked(path: &Path, shown: &Path) -> Result<(UnixListener, So
     let backlog = Backlog::new(BACKLOG).context(|| "sizing the backlog")?;
     socket::listen(&fd, backlog).context(|| format!("listening on {shown}"))?;
     Ok((UnixListener::from(fd), file))
+}
+
+/// Connects to the socket at `path`, waiting at most `timeout` for room among those who wait there:
+/// a server that hangs takes nobody in.
+///
+/// # Errors
+/// As connect(2); [`io::ErrorKind::WouldBlock`] where there was no room.
+pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let address = UnixAddr::new(path)?;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let fd = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    let stream = UnixStream::from(fd);
+    stream.set_write_timeout(Some(timeout))?;
+    socket::connect(stream.as_raw_fd(), &address)?;
+    Ok(stream)
+}
+
+/// True while some process listens on the socket at `path`, whether or not it answers. It is proof
+/// that a server lives which needs neither its pid nor its help, and works across namespaces.
+pub(crate) fn is_listened(path: &Path) -> bool {
+    let Ok(address) = UnixAddr::new(path) else {
+        return false;
+    };
+    let Ok(probe) = new_socket(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK) else {
+        return false;
+    };
+    // Without waiting: those who wait there may be as many as can.
+    matches!(
+        socket::connect(probe.as_raw_fd(), &address),
+        Ok(()) | Err(Errno::EAGAIN)
+    )
+}
+
+fn new_socket(flags: SockFlag) -> Result<OwnedFd> {
+    socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)
+        .context(|| "making a unix socket")
 }
 
 /// Keeps two servers that start at once from replacing the same dead socket, the second the
@@ -127,13 +157,7 @@ fn remove_dead_socket(path: &Path, shown: &impl std::fmt::Display) -> Result<()>
         Ok(_) => {}
     }
     // Without waiting: the backlog of a busy server may be full.
-    let probe = socket::socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        None,
-    )
-    .context(|| "making a unix socket")?;
+    let probe = new_socket(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
     match socket::connect(probe.as_raw_fd(), &unix_address(path)?) {
         Err(Errno::ECONNREFUSED) => {
             fs::remove_file(path).context(|| format!("removing the dead socket {shown}"))
@@ -157,4 +181,33 @@ fn unix_address(path: &Path) -> Result<UnixAddr> {
             ),
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_is_listened_on_as_long_as_a_process_has_it_and_a_full_one_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        assert!(!is_listened(&path));
+        let (listener, file) = bind_locked(&path, &path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let wait = Duration::from_millis(20);
+        let mut waiting = Vec::new();
+        let error = loop {
+            match connect(&path, wait) {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break error,
+            }
+            assert!(waiting.len() <= 2 * BACKLOG as usize);
+        };
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert!(is_listened(&path));
+        drop(listener);
+        file.keep();
+        assert!(!is_listened(&path));
+        assert!(connect(&path, wait).is_err());
+    }
 }

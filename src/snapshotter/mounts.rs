@@ -342,6 +342,7 @@ impl Mounts {
 
     /// Takes away what there is of a snapshot's device, in use or not.
     fn clear(&self, id: Uuid) -> Result<()> {
+        device::wake(&self.run_dir(id))?;
         let dir = self.dir(id);
         if is_mount_point(&dir) {
             ext4::unmount_lazily(&dir)?;
@@ -433,6 +434,7 @@ impl Mounts {
     /// # Errors
     /// [`ErrorKind::InUse`] while somebody still has it mounted.
     pub fn release(&self, id: Uuid) -> Result<()> {
+        device::wake(&self.run_dir(id))?;
         self.hide(id)?;
         crash_point::here("retire: unmounted");
         let options = DetachOptions {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::waiting::about_to_wait;
+use super::waiting::{about_to_wait, waits};
 use super::{
     Entry, Evidence, FileId, Held, Holder, LockMode, Mapping, OpenMode, Proof, SharedFile, Storage,
     StorageFile, evidence,
@@ -23,6 +23,7 @@ pub struct FileStorage;
 
 impl Storage for FileStorage {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
+        let _waits = waits();
         let mut options = OpenOptions::new();
         options
             .read(true)
@@ -55,18 +56,22 @@ impl Storage for FileStorage {
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
+        let _waits = waits();
         fs::DirBuilder::new().mode(0o700).create(path)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let _waits = waits();
         fs::rename(from, to)
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
+        let _waits = waits();
         fs::remove_file(path)
     }
 
     fn remove_tree(&self, path: &Path) -> io::Result<()> {
+        let _waits = waits();
         match fs::remove_dir_all(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
@@ -74,6 +79,7 @@ impl Storage for FileStorage {
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        let _waits = waits();
         let mut entries = Vec::new();
         for entry in fs::read_dir(path)? {
             let entry = entry?;
@@ -90,6 +96,7 @@ impl Storage for FileStorage {
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
+        let _waits = waits();
         match fs::symlink_metadata(path) {
             Ok(_) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -108,10 +115,12 @@ impl Storage for FileStorage {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        let _waits = waits();
         File::open(path)?.sync_all()
     }
 
     fn open_shared(&self, path: &Path, len: u64) -> io::Result<Box<dyn SharedFile>> {
+        let _waits = waits();
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -170,6 +179,7 @@ impl Storage for FileStorage {
             },
             other => other?,
         };
+        let _waits = waits();
         let attempt = || match (mode, wait) {
             (LockMode::Exclusive, true) => file.lock().map_err(TryLockError::Error),
             (LockMode::Shared, true) => file.lock_shared().map_err(TryLockError::Error),
@@ -244,6 +254,7 @@ impl SharedMapping {
             if self.reserved.get(piece as usize) != Some(&false) {
                 continue;
             }
+            let _waits = waits();
             let start = piece * RESERVE;
             let len = RESERVE.min(self.map.len() as u64 - start);
             fallocate(
@@ -359,6 +370,7 @@ impl HostFile {
         flags: libc::c_int,
     ) -> io::Result<()> {
         about_to_wait();
+        let _waits = waits();
         while !buf.is_empty() {
             let aligned = (buf.as_ptr() as usize).is_multiple_of(DIRECT_ALIGN)
                 && buf.len().is_multiple_of(DIRECT_ALIGN)
@@ -436,6 +448,7 @@ impl StorageFile for HostFile {
             let read = if cached {
                 read_cached(&self.file, buf, offset)
             } else {
+                let _waits = waits();
                 self.file.read_at(buf, offset)
             };
             match read {
@@ -462,6 +475,7 @@ impl StorageFile for HostFile {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let _waits = waits();
         self.file.write_all_at(buf, offset)
     }
 
@@ -475,11 +489,13 @@ impl StorageFile for HostFile {
 
     fn sync_data(&self) -> io::Result<()> {
         about_to_wait();
+        let _waits = waits();
         self.file.sync_data()
     }
 
     fn sync(&self) -> io::Result<()> {
         about_to_wait();
+        let _waits = waits();
         self.file.sync_all()
     }
 
@@ -488,10 +504,12 @@ impl StorageFile for HostFile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
+        let _waits = waits();
         self.file.set_len(len)
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _waits = waits();
         fallocate(
             self.file.as_fd(),
             FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
@@ -502,6 +520,7 @@ impl StorageFile for HostFile {
     }
 
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _waits = waits();
         fallocate(
             self.file.as_fd(),
             FallocateFlags::empty(),

@@ -19,8 +19,8 @@ pub use holder::{Holder, by};
 pub use op::{OpCounts, OpKind};
 pub use rng::SeededRng;
 pub use sim::{Moment, Observer, PowerCut, SimStorage, is_power_cut};
-pub(crate) use waiting::about_to_wait;
-pub use waiting::listen as listen_for_waits;
+pub(crate) use waiting::{about_to_wait, monotonic_ns, waits};
+pub use waiting::{listen as listen_for_waits, note_waits_in};
 
 use std::io;
 use std::path::{Path, PathBuf};

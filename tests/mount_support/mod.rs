@@ -148,7 +148,7 @@ impl Device {
     }
 
     pub fn call(&self, verb: &str) -> Value {
-        control::call(&self.run_dir, verb, Value::Null, Duration::from_secs(20)).unwrap()
+        control::call(&self.run_dir, verb, Value::Null, Duration::from_secs(120)).unwrap()
     }
 
     pub fn state(&self) -> RunState {
@@ -212,9 +212,9 @@ impl Drop for Device {
     }
 }
 
-/// Waits at most 20 s for a condition.
+/// Waits at most two minutes for a condition: a busy host may take long for anything.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while !condition() {
         assert!(Instant::now() < deadline, "in vain: {what}");
         std::thread::sleep(Duration::from_millis(2));

@@ -150,7 +150,7 @@ impl Store {
     }
 
     pub fn wait_until(&self, mut done: impl FnMut() -> bool) {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(120);
         while !done() {
             assert!(Instant::now() < end, "it takes too long");
             std::thread::sleep(Duration::from_millis(30));
@@ -204,7 +204,7 @@ impl Running {
 
     /// Waits for its end; the exit status.
     pub fn wait(mut self) -> Option<i32> {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(120);
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status.code();

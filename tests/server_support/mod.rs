@@ -107,7 +107,7 @@ impl Container {
     }
 
     pub fn call(&self, verb: &str) -> Value {
-        control::call(&self.run_dir, verb, Value::Null, Duration::from_secs(20)).unwrap()
+        control::call(&self.run_dir, verb, Value::Null, Duration::from_secs(120)).unwrap()
     }
 }
 

@@ -382,6 +382,17 @@ impl Check<'_> {
                 ));
             }
             let status = crate::export::device::status(&run_dir)?;
+            if status.as_ref().is_some_and(|status| status.halted) {
+                self.find(Finding::new(
+                    Severity::Warning,
+                    format!("container {}", container.name),
+                    &run_dir,
+                    "all processes of its server are stopped (by a signal or a debugger): whoever \
+                     uses it waits for ever",
+                    "`kill -CONT` them, or `vellum umount --force`; what was flushed is safe",
+                    None,
+                ));
+            }
             if status.is_some_and(|status| status.alive && !status.supervised) {
                 self.find(Finding::new(
                     Severity::Warning,

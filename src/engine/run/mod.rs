@@ -20,7 +20,9 @@ use std::process::Command;
 use uuid::Uuid;
 
 use super::lock_container;
-use super::mount::{self, Rights, mount_anew, mount_locked, mounted, take_over, unmount_ended};
+use super::mount::{
+    self, Rights, mount_anew, mount_locked, mounted, refuse_halted, take_over, unmount_ended,
+};
 use super::mount_point;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{Identity, boot_id};
@@ -183,6 +185,7 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
     let busy = lock_container(store, container)?;
     // What a killed command left is in the way of the new one.
     end_for_good(store, container, false)?;
+    refuse_halted(&store.run_dir(container), &container.name)?;
     take_over(store, container)?;
     let before = mounted(store, container)?;
     let keep_mounted = before.is_some();

@@ -14,8 +14,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Value, json};
 
 use super::control;
-use super::detach::{DetachOptions, clean, detach_locked, is_served};
-use super::state::{DEV, LOG, LOOP, RunLock, RunState, Status, loop_tag};
+use super::detach::{DetachOptions, clean, detach_locked};
+use super::state::{DEV, Hint, LOG, RunLock, RunState, Status, hinted_loop, status};
 use super::supervisor::{ARG0, Ready};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::session::Features;
@@ -83,14 +83,15 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
     };
     if let Some(state) = RunState::read(&run_dir)?
         && state.status != Status::Ended
-        && is_served(&run_dir, Some(&state))?
+        && control::is_listened(&run_dir)
     {
         return Err(Error::new(
             ErrorKind::AlreadyExists,
             format!(
-                "{}: a device is attached there (supervisor {})",
+                "{}: a device is attached there (supervisor {}){}",
                 run_dir.display(),
-                state.supervisor.pid
+                state.supervisor.pid,
+                user_elsewhere(&run_dir)
             ),
         ));
     }
@@ -108,13 +109,10 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
     };
     let options = LoopOptions {
         read_only: spec.read_only,
-        tag: loop_tag(&run_dir),
     };
     match LoopDevice::attach(&run_dir.join(DEV), &options) {
         Ok(device) => {
-            // A hint, so that the device is found without looking at every loop device.
-            let hint = run_dir.join(LOOP);
-            let _ = fs::write(hint, device.path().as_os_str().as_encoded_bytes());
+            Hint::write(&run_dir, device);
             Ok(Attached {
                 run_dir,
                 device,
@@ -122,6 +120,15 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
             })
         }
         Err(error) => Err(give_up(&run_dir, error)),
+    }
+}
+
+/// Who uses the device of `run_dir`, where that is somebody: a mount may lie in a mount namespace that
+/// nobody here sees.
+fn user_elsewhere(run_dir: &Path) -> String {
+    match hinted_loop(run_dir) {
+        Some(device) if device.is_claimed().unwrap_or(false) => format!(": {}", device.user()),
+        _ => String::new(),
     }
 }
 
@@ -236,19 +243,17 @@ fn tail(path: &Path) -> String {
 /// # Errors
 /// [`ErrorKind::NotFound`] when no device is attached there, [`ErrorKind::Timeout`].
 pub fn ensure_supervised(run_dir: &Path, timeout: Duration) -> Result<bool> {
-    let state = RunState::read(run_dir)?.filter(RunState::is_alive);
-    let Some(state) = state else {
+    let status = status(run_dir)?.filter(|status| status.alive);
+    let Some(status) = status else {
         return Err(Error::new(
             ErrorKind::NotFound,
             format!("{}: no device is attached there", run_dir.display()),
         ));
     };
-    // A standby that is alive is about to be the supervisor.
-    let alive = |process: super::Identity| process.is_alive();
-    if alive(state.supervisor) || state.standby.is_some_and(alive) {
+    if status.supervised {
         return Ok(false);
     }
-    match control::call(run_dir, "adopt", Value::Null, timeout) {
+    match control::call_again(run_dir, "adopt", Value::Null, timeout) {
         Ok(_) => Ok(true),
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
         Err(error) => Err(error),
@@ -269,28 +274,18 @@ pub fn upgrade(run_dir: &Path, program: &Path, timeout: Duration) -> Result<Valu
         )
     };
     let read = || RunState::read(run_dir)?.ok_or_else(no_device);
-    // An upgrade needs a standby; one is made soon after a worker began to serve.
-    let before = loop {
-        let state = read()?;
-        if state.standby.is_some_and(super::Identity::is_alive) {
-            break state;
-        }
-        if Instant::now() >= deadline {
-            return Err(Error::new(
-                ErrorKind::Timeout,
-                format!("{}: the device has no standby", run_dir.display()),
-            ));
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    };
+    let before = read()?;
+    // The supervisor waits for a standby, which an upgrade needs, if there is none at the moment. A
+    // second order, where the worker died before it could say that it passed the first one on, does no
+    // harm.
     let args = json!({ "program": program });
-    control::call(run_dir, "upgrade", args, timeout)?;
+    control::call_again(run_dir, "upgrade", args, timeout)?;
     loop {
         let state = read()?;
         if state.generation > before.generation && state.status == Status::Serving {
-            return control::call(run_dir, "status", Value::Null, timeout);
+            return control::call_again(run_dir, "status", Value::Null, timeout);
         }
-        if !state.is_alive() {
+        if !control::is_listened(run_dir) {
             return Err(no_device());
         }
         if state.failed_upgrades > before.failed_upgrades

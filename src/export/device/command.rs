@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 
@@ -16,6 +17,7 @@ use crate::block::{
     BLOCK_SIZE, BlockDevice, Durability, Extent, ExtentKind, ZeroMode, check_range,
 };
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::waits;
 
 /// `vellum device-supervisor --file PATH …`: what [`super::attach()`] starts for a plain file.
 #[derive(Debug, Clone, clap::Args)]
@@ -26,6 +28,11 @@ pub struct FileDeviceArgs {
     /// Die at the first write, to test what happens then
     #[arg(long, hide = true)]
     pub abort_on_write: bool,
+    /// What the next write does that finds this file, to test what happens then: a file `hang` is
+    /// removed and the write waits for ever, `spin` is removed and it computes for ever, `wait` makes
+    /// it wait as for a disk until the file is gone
+    #[arg(long, hide = true, value_name = "DIR")]
+    pub faults: Option<PathBuf>,
     #[command(flatten)]
     supervisor: SupervisorArgs,
 }
@@ -40,6 +47,7 @@ pub fn run(args: &FileDeviceArgs) -> Result<()> {
         Ok(Opened {
             device: Arc::new(FileDevice {
                 abort_on_write: args.abort_on_write,
+                faults: args.faults.clone(),
                 ..device
             }),
             control: Arc::new(NoCommands),
@@ -54,6 +62,7 @@ pub struct FileDevice {
     name: PathBuf,
     read_only: bool,
     abort_on_write: bool,
+    faults: Option<PathBuf>,
 }
 
 impl FileDevice {
@@ -94,11 +103,30 @@ impl FileDevice {
             name: path.to_path_buf(),
             read_only,
             abort_on_write: false,
+            faults: None,
         })
     }
 
     fn failed(&self, what: &str, error: io::Error) -> Error {
         Error::io(format!("{}: {what}", self.name.display()), error)
+    }
+
+    /// Does what [`FileDeviceArgs::faults`] asks for.
+    fn suffer(dir: &Path) {
+        if std::fs::remove_file(dir.join("hang")).is_ok() {
+            loop {
+                std::thread::park();
+            }
+        }
+        if std::fs::remove_file(dir.join("spin")).is_ok() {
+            loop {
+                std::hint::spin_loop();
+            }
+        }
+        let _waits = waits();
+        while dir.join("wait").exists() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     fn allocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> Result<()> {
@@ -131,6 +159,9 @@ impl BlockDevice for FileDevice {
     fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
         if self.abort_on_write {
             std::process::abort();
+        }
+        if let Some(dir) = &self.faults {
+            FileDevice::suffer(dir);
         }
         check_range(offset, buf.len() as u64, self.size())?;
         self.file

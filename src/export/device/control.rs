@@ -5,13 +5,15 @@
 //! worker inherits it, so a call that comes while a worker is replaced waits for the next one.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{BufRead, BufReader, ErrorKind as ErrorIo, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -19,6 +21,10 @@ use super::state::CONTROL;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::unix_socket;
 
+/// After this long without an answer it is looked whether anybody can answer.
+const HALTED_CHECK: Duration = Duration::from_secs(2);
+/// No call waits for less than this.
+const SHORTEST: Duration = Duration::from_millis(10);
 /// The longest line that either side takes.
 pub const MAX_LINE: u64 = 1 << 20;
 
@@ -163,21 +169,56 @@ pub fn bind(run_dir: &Path) -> Result<UnixListener> {
 ///
 /// # Errors
 /// As [`bind`].
-pub fn bind_at(dir: &Path, socket: &str) -> Result<UnixListener> {
-    let (_handle, path) = short_path(dir, socket)?;
-    let (listener, file) = unix_socket::bind_locked(&path, &dir.join(socket))?;
+pub fn bind_at(dir: &Path, name: &str) -> Result<UnixListener> {
+    let (_handle, path) = short_path(dir, name)?;
+    let (listener, file) = unix_socket::bind_locked(&path, &dir.join(name))?;
     // Whoever made the directory removes it, and others than this process listen on the socket.
     file.keep();
     Ok(listener)
+}
+
+/// True while a process of the device of `run_dir` lives, whether or not it answers, and in whatever
+/// namespaces: all of them hold the socket.
+pub(super) fn is_listened(run_dir: &Path) -> bool {
+    short_path(run_dir, CONTROL).is_ok_and(|(_handle, path)| unix_socket::is_listened(&path))
 }
 
 /// Calls the device of `run_dir` and waits at most `timeout` for its answer.
 ///
 /// # Errors
 /// What the device answered, [`ErrorKind::NotFound`] when there is none, [`ErrorKind::Timeout`]
-/// when it does not answer.
+/// when it does not answer, with what is known of that and what to do.
 pub fn call(run_dir: &Path, verb: &str, args: Value, timeout: Duration) -> Result<Value> {
-    call_at(run_dir, CONTROL, verb, args, timeout)
+    call_at(run_dir, CONTROL, verb, args, timeout).map_err(|error| explain(run_dir, error))
+}
+
+/// As [`call`], for a command that may be carried out twice: where the worker dies before it has
+/// answered, the next one is asked.
+///
+/// # Errors
+/// As [`call`].
+pub fn call_again(run_dir: &Path, verb: &str, args: Value, timeout: Duration) -> Result<Value> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let asked = ask(run_dir, CONTROL, verb, args.clone(), left.max(SHORTEST));
+        match asked {
+            Ok(answer) => return answer.map_err(|error| explain(run_dir, error)),
+            Err(error) if left.is_zero() => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+/// Adds to a [`ErrorKind::Timeout`] why nobody answers, where that can be seen.
+fn explain(run_dir: &Path, error: Error) -> Error {
+    if error.kind() != ErrorKind::Timeout {
+        return error;
+    }
+    match super::state::stopped(run_dir) {
+        Some(stopped) => Error::new(ErrorKind::Timeout, format!("{error}: {stopped}")),
+        None => error,
+    }
 }
 
 /// As [`call`], with the name of the socket.
@@ -191,44 +232,91 @@ pub fn call_at(
     args: Value,
     timeout: Duration,
 ) -> Result<Value> {
-    let name = dir.join(socket);
-    let what = || format!("{}: {verb}", name.display());
-    let (_handle, path) = short_path(dir, socket)?;
-    let stream = UnixStream::connect(&path).map_err(|error| match error.raw_os_error() {
-        Some(libc::ECONNREFUSED | libc::ENOENT) => Error::with_source(
+    ask(dir, socket, verb, args, timeout)?
+}
+
+/// The outer error is that the server went away before it answered, the inner all others.
+fn ask(
+    dir: &Path,
+    name: &str,
+    verb: &str,
+    args: Value,
+    timeout: Duration,
+) -> Result<Result<Value>> {
+    let began = Instant::now();
+    let what = || format!("{}: {verb}", dir.join(name).display());
+    let failed = |error: std::io::Error| match error.kind() {
+        ErrorIo::WouldBlock => Ok(Err(Error::new(
+            ErrorKind::Timeout,
+            format!(
+                "{}: no answer within {} s",
+                what(),
+                began.elapsed().as_secs_f32().round()
+            ),
+        ))),
+        ErrorIo::ConnectionRefused | ErrorIo::NotFound => Ok(Err(Error::with_source(
             ErrorKind::NotFound,
             format!("{}: no server is there", what()),
             error,
-        ),
-        _ => Error::io(what(), error),
-    })?;
-    stream.set_read_timeout(Some(timeout)).context(what)?;
-    stream.set_write_timeout(Some(timeout)).context(what)?;
+        ))),
+        ErrorIo::BrokenPipe | ErrorIo::ConnectionReset => Err(Error::io(what(), error)),
+        _ => Ok(Err(Error::io(what(), error))),
+    };
     let call = Call {
         verb: verb.to_string(),
         args,
     };
-    send(&stream, &call).context(what)?;
-    let mut line = String::new();
-    let read = BufReader::new((&stream).take(MAX_LINE)).read_line(&mut line);
-    match read {
-        Ok(0) => Err(Error::new(
+    let (_handle, path) = match short_path(dir, name) {
+        Ok(path) => path,
+        Err(error) => return Ok(Err(error)),
+    };
+    let exchange = || {
+        let stream = unix_socket::connect(&path, timeout)?;
+        stream.set_read_timeout(Some(timeout))?;
+        send(&stream, &call)?;
+        let halted = || name == CONTROL && super::state::is_halted(dir);
+        wait_for_answer(&stream, timeout, halted)?;
+        let mut line = String::new();
+        BufReader::new((&stream).take(MAX_LINE)).read_line(&mut line)?;
+        Ok(line)
+    };
+    let line: String = match exchange() {
+        Ok(line) => line,
+        Err(error) => return failed(error),
+    };
+    if !line.ends_with('\n') && (line.len() as u64) < MAX_LINE {
+        return Err(Error::new(
             ErrorKind::Io,
             format!("{}: the server went away before it answered", what()),
-        )),
-        Ok(_) => {
-            let reply: Reply = serde_json::from_str(&line)
-                .map_err(|error| Error::with_source(ErrorKind::Protocol, what(), error))?;
-            match reply.failure {
-                Some(failure) if !reply.ok => Err(Error::from(failure)),
-                _ => Ok(reply.result),
-            }
+        ));
+    }
+    let reply: Reply = match serde_json::from_str(&line) {
+        Ok(reply) => reply,
+        Err(error) => return Ok(Err(Error::with_source(ErrorKind::Protocol, what(), error))),
+    };
+    Ok(match reply.failure {
+        Some(failure) if !reply.ok => Err(Error::from(failure)),
+        _ => Ok(reply.result),
+    })
+}
+
+/// Waits until there is something to read, at most for `timeout`, and not for one that is `halted`.
+fn wait_for_answer(
+    stream: &UnixStream,
+    timeout: Duration,
+    halted: impl Fn() -> bool,
+) -> std::io::Result<()> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let wait = left.min(HALTED_CHECK).as_millis() as u16;
+        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::from(wait)) {
+            Ok(0) if left.is_zero() || halted() => return Err(ErrorIo::WouldBlock.into()),
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
         }
-        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Err(Error::new(
-            ErrorKind::Timeout,
-            format!("{}: no answer within {timeout:?}", what()),
-        )),
-        Err(error) => Err(Error::io(what(), error)),
     }
 }
 

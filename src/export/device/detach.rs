@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 
+use super::control;
 use super::lost::arguments;
 use super::process::Identity;
-use super::state::{
-    self, CONTROL, DEV, LOG, LOOP, RunLock, RunState, STATE, Status, hinted_loop, loop_tag,
-};
+use super::state::{self, CONTROL, DEV, LOG, LOOP, RunLock, RunState, STATE, Status, loops};
 use super::supervisor::ARG0;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::session::FS_TYPE;
@@ -81,15 +80,7 @@ pub(super) fn remove_files(run_dir: &Path) -> Result<()> {
 
 /// All of [`detach`] but the files.
 pub(super) fn clean(run_dir: &Path, options: &DetachOptions) -> Result<()> {
-    let state = match RunState::read(run_dir) {
-        // By force also where nothing can be read any more: nothing of it is needed.
-        Err(error) if options.force => {
-            tracing::warn!(%error, "the state of a device cannot be read");
-            None
-        }
-        other => other?,
-    };
-    if options.force || !is_served(run_dir, state.as_ref())? {
+    if options.force || !control::is_listened(run_dir) {
         // Nobody answers any more, or nobody shall: with the last process the session is aborted,
         // so that nothing below can wait for an answer.
         kill_all(run_dir, options.timeout)?;
@@ -116,14 +107,6 @@ pub(super) fn clean(run_dir: &Path, options: &DetachOptions) -> Result<()> {
     }
     unmount_session(run_dir)?;
     stop(run_dir, options.timeout)
-}
-
-/// The loop devices of a run directory.
-fn loops(run_dir: &Path) -> Result<Vec<LoopDevice>> {
-    match hinted_loop(run_dir) {
-        Some(device) => Ok(vec![device]),
-        None => LoopDevice::find(&run_dir.join(DEV), &loop_tag(run_dir)),
-    }
 }
 
 fn mounts_of(device: LoopDevice) -> Result<Vec<PathBuf>> {
@@ -187,13 +170,15 @@ fn stop(run_dir: &Path, timeout: Duration) -> Result<()> {
     let Some(state) = RunState::read(run_dir)? else {
         return kill_all(run_dir, timeout);
     };
-    let first = state.supervisor.open();
+    let runs = |process: &Identity| !process.is_stopped();
+    let mut named = state.named();
+    let first = named.next().filter(runs).and_then(Identity::open);
     let told = match &first {
         Some(supervisor) => {
             supervisor.signal(Signal::SIGTERM);
             supervisor.wait(timeout)?
         }
-        None => match state.worker.and_then(Identity::open) {
+        None => match named.next().filter(runs).and_then(Identity::open) {
             Some(worker) => {
                 worker.signal(Signal::SIGTERM);
                 worker.wait(timeout)?
@@ -209,15 +194,39 @@ fn stop(run_dir: &Path, timeout: Duration) -> Result<()> {
     kill_all(run_dir, timeout)
 }
 
-/// Kills every process of the device, whatever the state file says, and waits for them.
+/// Sees to it that a device answers again whose processes are all stopped, before it is taken away
+/// from those who use it: whoever unmounts it waits in the kernel otherwise. They go on; where
+/// something, as a debugger, keeps them, they are killed.
+///
+/// # Errors
+/// [`ErrorKind::Timeout`] where they do not die.
+pub fn wake(run_dir: &Path) -> Result<()> {
+    if !state::is_halted(run_dir) {
+        return Ok(());
+    }
+    let run_dir = fs::canonicalize(run_dir).context(|| run_dir.display().to_string())?;
+    for process in processes(&run_dir)?.into_iter().filter_map(Identity::open) {
+        tracing::warn!("process {} was stopped: it goes on", process.pid());
+        process.signal(Signal::SIGCONT);
+    }
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while state::is_halted(&run_dir) {
+        if Instant::now() >= deadline {
+            return kill_all(&run_dir, DetachOptions::default().timeout);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Kills every process of the device, whatever the state file says, and waits until none is left
+/// that could still hold a lock.
 fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
     let deadline = Instant::now() + timeout;
     loop {
         // A standby that becomes the supervisor while its elders die is found in the next round.
-        let found = processes(run_dir)?;
-        if found.is_empty() {
-            return Ok(());
-        }
+        let mut found = processes(run_dir)?;
+        found.extend(dying(run_dir));
         let open: Vec<_> = found.into_iter().filter_map(Identity::open).collect();
         for process in &open {
             process.signal(Signal::SIGKILL);
@@ -234,6 +243,23 @@ fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
                     ),
                 ));
             }
+        }
+        if open.is_empty() && !control::is_listened(run_dir) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "{}: processes of the device live on after {timeout:?}: new ones came again and \
+                     again, or they cannot be seen from here (another pid namespace, as a \
+                     container's): do this there, or end that",
+                    run_dir.display()
+                ),
+            ));
+        }
+        if open.is_empty() {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }
@@ -262,20 +288,29 @@ fn processes(run_dir: &Path) -> Result<Vec<Identity>> {
     Ok(found)
 }
 
-/// True while any process of the device runs. The state may be behind: a supervisor that is killed
-/// just after it sent a standby to work has not written who serves.
-pub(super) fn is_served(run_dir: &Path, state: Option<&RunState>) -> Result<bool> {
-    if state.is_some_and(RunState::is_alive) {
-        return Ok(true);
-    }
-    if state.is_none() {
-        return Ok(false);
-    }
-    match fs::canonicalize(run_dir) {
-        Ok(run_dir) => Ok(!processes(&run_dir)?.is_empty()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Error::io(run_dir.display().to_string(), error)),
-    }
+/// Those that the state names and that are dying: they have no command line any more, and may still
+/// have their files. A directory that was copied names the living processes of another.
+fn dying(run_dir: &Path) -> Vec<Identity> {
+    // Where nothing can be read any more, by force, nothing is known of them.
+    let Ok(Some(state)) = RunState::read(run_dir) else {
+        return Vec::new();
+    };
+    let dying = |one: &Identity| {
+        let line = fs::read(format!("/proc/{}/cmdline", one.pid));
+        line.is_ok_and(|line| line.is_empty()) && one.is_alive()
+    };
+    state.named().filter(dying).collect()
+}
+
+/// The user of a process where it has one alone: real, effective, saved and file system's.
+fn user_of(pid: i32) -> Option<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    let mut users = line.split_ascii_whitespace().map(str::parse::<u32>);
+    let first = users.next()?.ok()?;
+    users
+        .all(|user| user.as_ref() == Ok(&first))
+        .then_some(first)
 }
 
 /// True for a process of the device of `run_dir`, which is at `place`.
@@ -325,12 +360,15 @@ fn run_dir_of(pid: i32) -> Option<PathBuf> {
 }
 
 /// The run directory that a device process was told, and all its arguments; `None` for any other
-/// process.
+/// process. Whoever wants to can have such a command line, so it must be our user's, or root's; what
+/// others hold is not even looked at, since that may hang.
 pub(super) fn command_line(pid: i32) -> Option<(PathBuf, Vec<OsString>)> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     if line.split(|byte| *byte == 0).next()? != ARG0.as_bytes() {
         return None;
     }
+    let ours = nix::unistd::geteuid().as_raw();
+    user_of(pid).filter(|user| *user == ours || *user == 0)?;
     let all = arguments(&line);
     let mut rest = all.iter();
     rest.find(|argument| *argument == "--run-dir")?;
@@ -370,7 +408,6 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
     };
     let mut leaks = Vec::new();
     let mounts = MountInfo::read()?;
-    let attached = LoopDevice::attached()?;
     for entry in fs::read_dir(&run_root).context(|| run_root.display().to_string())? {
         let entry = entry.context(|| run_root.display().to_string())?;
         // Files beside the run directories are others'.
@@ -380,7 +417,7 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
         let run_dir = entry.path();
         let state = RunState::read(&run_dir)?;
         // Before a look at the device's file, for whose answer a server that hangs lets us wait.
-        if is_served(&run_dir, state.as_ref())? {
+        if control::is_listened(&run_dir) {
             continue;
         }
         if !is_there(&run_dir.join(DEV)) && !is_there(&run_dir.join(STATE)) {
@@ -395,8 +432,7 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
         }];
         let mut mounted = false;
         let dev = run_dir.join(DEV);
-        let tag = loop_tag(&run_dir);
-        for device in attached.iter().filter(|device| device.serves(&dev, &tag)) {
+        for device in loops(&run_dir)? {
             what.push(format!("{} is still attached", device.path().display()));
             let before = what.len();
             what.extend(

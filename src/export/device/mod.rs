@@ -7,7 +7,9 @@
 //! * a dead worker is replaced by the standby, which opens the chain again and has the kernel send
 //!   the unanswered requests again (or, on a kernel older than 6.9, takes them from the memory
 //!   that the processes share);
-//! * a dead supervisor is replaced by the standby, which notices that its pipe is closed.
+//! * a dead supervisor is replaced by the standby, which notices that its pipe is closed;
+//! * one that lives and does nothing, since it was stopped or since it hangs, is noticed by another,
+//!   which kills it ([`watch`]).
 //!
 //! All three are forks of one small process, which has one thread when it forks. Forks start in a
 //! fraction of the time of a new program, and a program file that is replaced on disk changes
@@ -29,6 +31,7 @@ mod lost;
 mod process;
 mod state;
 mod supervisor;
+mod watch;
 mod worker;
 
 use std::path::Path;
@@ -38,7 +41,7 @@ use crate::block::BlockDevice;
 
 pub use attach::{AttachSpec, Attached, attach, ensure_supervised, upgrade};
 pub use control::ControlHandler;
-pub use detach::{DetachOptions, Leak, detach, find_leaks};
+pub use detach::{DetachOptions, Leak, detach, find_leaks, wake};
 pub use lost::{FoundDevice, end_lost, find_devices};
 pub use process::{Identity, boot_id};
 pub use state::{DeviceStatus, RunState, Status, status};

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -35,9 +36,35 @@ impl Identity {
         Identity::of(pid).unwrap_or(Identity { pid, start: 0 })
     }
 
-    /// True while it runs; a zombie does not.
+    /// True while any of its threads runs. One that dies may be a zombie whose other threads still
+    /// have its files, and their locks.
     pub fn is_alive(self) -> bool {
-        matches!(stat(self.pid), Some((state, start)) if start == self.start && state != b'Z')
+        match stat(self.pid) {
+            Some((state, start)) if start == self.start => {
+                !matches!(state, b'Z' | b'X') || has_threads(self.pid)
+            }
+            _ => false,
+        }
+    }
+
+    /// True while it is stopped: by SIGSTOP, or by a debugger.
+    pub fn is_stopped(self) -> bool {
+        matches!(stat(self.pid), Some((b'T' | b't', start)) if start == self.start)
+    }
+
+    /// True while its main thread waits in the kernel for what cannot be interrupted, as the disk.
+    pub fn is_in_the_kernel(self) -> bool {
+        matches!(stat(self.pid), Some((b'D', start)) if start == self.start)
+    }
+
+    /// True where it runs the same program file as the caller.
+    pub fn runs_our_program(self) -> bool {
+        let file = |pid: &str| {
+            let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+            Some((file.dev(), file.ino()))
+        };
+        let ours = file("self");
+        ours.is_some() && file(&self.pid.to_string()) == ours
     }
 
     /// A handle on it, or `None` when it is gone.
@@ -48,13 +75,83 @@ impl Identity {
     }
 }
 
+/// True while a thread besides the first runs.
+fn has_threads(pid: i32) -> bool {
+    fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
+}
+
+/// What the threads of a process are doing at this moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Threads {
+    /// The first runs, or would if a processor were free.
+    pub first_runnable: bool,
+    /// So does another.
+    pub runnable: bool,
+    /// Those that wait in the kernel for what cannot be interrupted, as the disk.
+    pub in_kernel: Vec<i32>,
+    /// Processor time that all of them took, those that ended among them.
+    pub cpu: Duration,
+}
+
+impl Threads {
+    /// Those of a process; `None` when it is gone.
+    pub fn of(pid: i32) -> Option<Threads> {
+        let mut threads = Threads {
+            cpu: cpu(&fs::read(format!("/proc/{pid}/stat")).ok()?)?,
+            ..Threads::default()
+        };
+        for entry in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+            let thread = entry.file_name();
+            let Some(thread) = thread.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            // One that ends meanwhile says nothing.
+            let text = fs::read(entry.path().join("stat")).unwrap_or_default();
+            match parse_stat(&text) {
+                Some((b'R', _)) if thread == pid => threads.first_runnable = true,
+                Some((b'R', _)) => threads.runnable = true,
+                Some((b'D', _)) => threads.in_kernel.push(thread),
+                _ => {}
+            }
+        }
+        Some(threads)
+    }
+}
+
+/// utime and stime, fields 14 and 15 of a stat file.
+fn cpu(text: &[u8]) -> Option<Duration> {
+    let mut fields = fields_after_name(text)?;
+    let user: u64 = fields.nth(11)?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    // In the kernel's USER_HZ, which is 100 on every architecture that we run on.
+    Some(Duration::from_millis((user + system) * 10))
+}
+
+/// The namespaces in which a pid and a start time mean something: a process that lives in others
+/// cannot be judged by them.
+pub fn namespaces() -> String {
+    let id = |kind: &str| fs::read_link(format!("/proc/self/ns/{kind}")).ok();
+    let ids = [id("pid"), id("time")].into_iter().flatten();
+    ids.map(|id| id.display().to_string())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
 /// State and start time of a process from /proc.
 fn stat(pid: i32) -> Option<(u8, u64)> {
-    let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name may hold spaces and brackets: fields are counted after the last one.
+    parse_stat(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// The fields of a stat file from the third on. The command's name may hold spaces and brackets:
+/// they are counted after the last one.
+fn fields_after_name(text: &[u8]) -> Option<std::str::SplitAsciiWhitespace<'_>> {
     let end = text.iter().rposition(|byte| *byte == b')')?;
     let rest = std::str::from_utf8(text.get(end + 1..)?).ok()?;
-    let mut fields = rest.split_ascii_whitespace();
+    Some(rest.split_ascii_whitespace())
+}
+
+fn parse_stat(text: &[u8]) -> Option<(u8, u64)> {
+    let mut fields = fields_after_name(text)?;
     let state = *fields.next()?.as_bytes().first()?;
     let start = fields.nth(18)?.parse().ok()?;
     Some((state, start))
@@ -151,6 +248,44 @@ pub fn monotonic_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stopped_process_is_told_from_one_that_waits_and_lives_on() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        let identity = Identity::of(child.id() as i32).unwrap();
+        assert!(!identity.is_stopped());
+        let process = identity.open().unwrap();
+        process.signal(Signal::SIGSTOP);
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while !identity.is_stopped() {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(identity.is_alive());
+        let threads = Threads::of(identity.pid).unwrap();
+        assert!(!threads.runnable && threads.in_kernel.is_empty());
+        assert!(
+            !Identity {
+                start: 1,
+                ..identity
+            }
+            .is_stopped()
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(Threads::of(identity.pid), None);
+    }
+
+    #[test]
+    fn processor_time_is_read_whatever_the_name_of_the_command_holds() {
+        let line = b"7 (a) b (c)) S 1 7 7 0 -1 4194560 100 0 0 0 150 50 0 0 20 0 1 0 4242 0 0";
+        assert_eq!(cpu(line), Some(Duration::from_secs(2)));
+        assert_eq!(parse_stat(line), Some((b'S', 4242)));
+        assert_eq!(cpu(b"7 (a"), None);
+    }
 
     #[test]
     fn an_identity_outlives_neither_its_process_nor_its_start_time() {

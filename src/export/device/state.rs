@@ -4,13 +4,14 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use super::control::Failure;
-use super::detach::is_served;
-use super::process::{Identity, boot_id};
+use super::control::{self, Failure};
+use super::process::{Identity, boot_id, namespaces};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::session::Features;
 use crate::export::loop_device::LoopDevice;
@@ -26,10 +27,13 @@ const UNFINISHED: &str = ".tmp";
 pub const CONTROL: &str = "control.sock";
 /// What the processes had to say.
 pub const LOG: &str = "log";
-/// The loop device that `attach` made: a hint, the truth is in sysfs.
+/// The loop device that `attach` made: [`Hint`].
 pub const LOOP: &str = "loop";
 
 const VERSION: u32 = 1;
+/// How long a command may wait for another that attaches or detaches the same device: longer than
+/// all that either of them waits for.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// How a device is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +61,9 @@ pub struct RunState {
     /// The run directory that it is about: in a copy of that one it says nothing.
     #[serde(default)]
     pub place: Option<Place>,
+    /// The namespaces that its pids and start times are of.
+    #[serde(default)]
+    pub namespaces: String,
     /// How the device is doing.
     pub status: Status,
     /// Why it failed, or why the last worker could not open the device.
@@ -79,6 +86,12 @@ pub struct RunState {
     /// Deaths of workers in a row that count towards giving the device up.
     #[serde(default)]
     pub deaths: u32,
+    /// Workers that were found to hang, and killed.
+    #[serde(default)]
+    pub hangs: u64,
+    /// How the last of them hung.
+    #[serde(default)]
+    pub hang: Option<String>,
     /// Microseconds from the last worker's death to the service of the next one.
     #[serde(default)]
     pub last_pause_us: u64,
@@ -100,6 +113,7 @@ impl RunState {
             version: VERSION,
             boot_id: boot_id(),
             place: run_dir.place().ok(),
+            namespaces: namespaces(),
             status: Status::Starting,
             error: None,
             supervisor: Identity::current(),
@@ -110,6 +124,8 @@ impl RunState {
             generation: 0,
             restarts: 0,
             deaths: 0,
+            hangs: 0,
+            hang: None,
             last_pause_us: 0,
             longest_pause_us: 0,
             failed_upgrades: 0,
@@ -156,10 +172,28 @@ impl RunState {
         Ok(Some(state))
     }
 
-    /// True while a supervisor, or a worker without one, holds the session.
+    /// True while a process that it names runs. One that it does not name may run too: a supervisor
+    /// that was killed just after it sent a standby to work has not said so.
     pub fn is_alive(&self) -> bool {
-        self.supervisor.is_alive()
-            || self.worker.is_some_and(Identity::is_alive)
+        self.named().any(Identity::is_alive)
+    }
+
+    /// The processes that it names, as far as their pids mean anything here: those of another pid or
+    /// time namespace are others, or none.
+    pub(super) fn named(&self) -> impl Iterator<Item = Identity> {
+        let all = [Some(self.supervisor), self.worker, self.standby];
+        let here = self.is_of_our_namespaces();
+        all.into_iter().flatten().filter(move |_| here)
+    }
+
+    fn is_of_our_namespaces(&self) -> bool {
+        self.namespaces.is_empty() || self.namespaces == namespaces()
+    }
+
+    /// False when supervisor and standby are known to be dead.
+    fn is_supervised(&self) -> bool {
+        !self.is_of_our_namespaces()
+            || self.supervisor.is_alive()
             || self.standby.is_some_and(Identity::is_alive)
     }
 }
@@ -174,6 +208,11 @@ pub struct DeviceStatus {
     /// False when supervisor and standby are dead, so that the worker's death would end the
     /// device.
     pub supervised: bool,
+    /// Those of its processes that somebody stopped, by a signal or with a debugger: where one runs
+    /// it replaces the others within seconds.
+    pub stopped: Vec<i32>,
+    /// True where none of its processes runs, since all are stopped: whoever uses the device waits.
+    pub halted: bool,
     /// The loop device on it.
     pub loop_device: Option<PathBuf>,
 }
@@ -187,12 +226,44 @@ pub fn status(run_dir: &Path) -> Result<Option<DeviceStatus>> {
         return Ok(None);
     };
     let device = hinted_loop(run_dir).map(LoopDevice::path);
+    let alive: Vec<Identity> = state.named().filter(|one| one.is_alive()).collect();
+    let stopped = alive.iter().filter(|one| one.is_stopped());
+    let stopped: Vec<i32> = stopped.map(|one| one.pid).collect();
     Ok(Some(DeviceStatus {
-        alive: is_served(run_dir, Some(&state))?,
-        supervised: state.supervisor.is_alive() || state.standby.is_some_and(Identity::is_alive),
+        alive: control::is_listened(run_dir),
+        supervised: state.is_supervised(),
+        halted: !stopped.is_empty() && stopped.len() == alive.len(),
+        stopped,
         loop_device: device,
         state,
     }))
+}
+
+/// True where all processes of the device of `run_dir` are stopped.
+pub(super) fn is_halted(run_dir: &Path) -> bool {
+    let status = status(run_dir).ok().flatten();
+    status.is_some_and(|status| status.halted)
+}
+
+/// What to say of a device whose server does not answer since somebody stopped it; `None` where
+/// nobody did.
+pub(super) fn stopped(run_dir: &Path) -> Option<String> {
+    let status = status(run_dir).ok()??;
+    let [first, ..] = status.stopped.as_slice() else {
+        return None;
+    };
+    let pids: Vec<String> = status.stopped.iter().map(i32::to_string).collect();
+    let pids = pids.join(" ");
+    Some(match status.halted {
+        true => format!(
+            "all its processes are stopped (by a signal or a debugger): `kill -CONT {pids}`, or \
+             `vellum umount --force`, which gives those who use it I/O errors"
+        ),
+        false => format!(
+            "its process {first} is stopped (by a signal or a debugger) and is being replaced: try \
+             again in some seconds"
+        ),
+    })
 }
 
 /// Files that processes which were killed while they wrote the state left in `run_dir`.
@@ -212,27 +283,84 @@ pub(super) fn unfinished(run_dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The tag that a loop device of `run_dir` carries, also after its file was unmounted. It stays that
-/// of the directory when that is moved, and is not that of a copy.
-pub fn loop_tag(run_dir: &Path) -> String {
-    use sha2::Digest;
-    use std::os::unix::ffi::OsStrExt;
-    let digest = match Place::of(run_dir) {
-        Ok(place) => sha2::Sha256::digest(format!("{}:{}", place.dev, place.ino)),
-        // Nothing can be looked at there: its devices are found by their backing file alone.
-        Err(_) => sha2::Sha256::digest(run_dir.as_os_str().as_bytes()),
-    };
-    let hex: String = digest.iter().take(16).map(|b| format!("{b:02x}")).collect();
-    format!("vellum:{hex}")
+/// Which loop device is the one of a run directory, as `attach` noted it.
+///
+/// The number alone says little: a loop device is attached again and again. The kernel counts that
+/// (diskseq, Linux 5.15), so number and count name one attachment, also where the backing file has
+/// lost its name: its FUSE file was unmounted, or went with a mount namespace. The directory's inode
+/// keeps a copy of it from being taken for the original.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Hint {
+    device: PathBuf,
+    diskseq: Option<u64>,
+    boot_id: String,
+    run_dir: Place,
+}
+
+impl Hint {
+    /// Notes the device of `run_dir`. It need not survive a power cut. Best effort: without it the
+    /// device is found by its backing file.
+    pub(super) fn write(run_dir: &Path, device: LoopDevice) {
+        let Ok(place) = Place::of(run_dir) else {
+            return;
+        };
+        let hint = Hint {
+            device: device.path(),
+            diskseq: device.diskseq(),
+            boot_id: boot_id(),
+            run_dir: place,
+        };
+        if let Ok(bytes) = serde_json::to_vec(&hint) {
+            let _ = fs::write(run_dir.join(LOOP), bytes);
+        }
+    }
+
+    fn read(run_dir: &Path) -> Option<Hint> {
+        let bytes = fs::read(run_dir.join(LOOP)).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
+    fn is_about(&self, run_dir: &Path) -> bool {
+        self.boot_id == boot_id() && Place::of(run_dir).ok() == Some(self.run_dir)
+    }
+
+    /// The device, if it is attached as it was then.
+    fn device(&self, run_dir: &Path) -> Option<LoopDevice> {
+        if !self.is_about(run_dir) {
+            return None;
+        }
+        let device = LoopDevice::from_path(&self.device)?;
+        let backing = device.backing_file()?;
+        let same = match self.diskseq {
+            Some(diskseq) => device.diskseq() == Some(diskseq),
+            // A kernel that does not count.
+            None => backing == run_dir.join(DEV),
+        };
+        same.then_some(device)
+    }
 }
 
 /// The loop device that the hint names, if it is still the device's.
 pub fn hinted_loop(run_dir: &Path) -> Option<LoopDevice> {
+    if let Some(hint) = Hint::read(run_dir) {
+        return hint.device(run_dir);
+    }
+    // As earlier versions wrote it: the path alone.
     let text = fs::read_to_string(run_dir.join(LOOP)).ok()?;
     let device = LoopDevice::from_path(Path::new(text.trim()))?;
-    device
-        .serves(&run_dir.join(DEV), &loop_tag(run_dir))
-        .then_some(device)
+    (device.backing_file()? == run_dir.join(DEV)).then_some(device)
+}
+
+/// The loop devices of `run_dir`. No other device is asked for anything: what lies below one may
+/// hang, and whoever asks the kernel for more than the name of its backing file hangs with it.
+///
+/// # Errors
+/// [`ErrorKind::Io`] where sysfs cannot be read.
+pub(super) fn loops(run_dir: &Path) -> Result<Vec<LoopDevice>> {
+    match hinted_loop(run_dir) {
+        Some(device) => Ok(vec![device]),
+        None => LoopDevice::find(&run_dir.join(DEV)),
+    }
 }
 
 /// The lock on a run directory, so that commands attach and detach one after the other.
@@ -242,9 +370,11 @@ impl RunLock {
     /// Locks `run_dir`, which must exist; `None` when it was removed meanwhile.
     ///
     /// # Errors
+    /// [`ErrorKind::InUse`] while another command holds it for longer than such commands take;
     /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
     pub fn take(run_dir: &Path) -> Result<Option<RunLock>> {
         use std::os::unix::fs::MetadataExt;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
             let dir = match fs::OpenOptions::new()
                 .read(true)
@@ -255,9 +385,18 @@ impl RunLock {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
                 Err(error) => return Err(Error::io(run_dir.display().to_string(), error)),
             };
-            let lock = Flock::lock(dir, FlockArg::LockExclusive)
-                .map_err(|(_, errno)| io::Error::from(errno))
-                .context(|| format!("{}: cannot be locked", run_dir.display()))?;
+            let lock = lock_until(dir, deadline)
+                .context(|| format!("{}: cannot be locked", run_dir.display()))?
+                .ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::InUse,
+                        format!(
+                            "{}: another command has been attaching or detaching it for more than \
+                             {LOCK_TIMEOUT:?}: see `fuser -v {0}`",
+                            run_dir.display()
+                        ),
+                    )
+                })?;
             // The holder before us may have removed it, and another may have made it anew.
             let locked = lock.metadata().context(|| run_dir.display().to_string())?;
             match fs::symlink_metadata(run_dir) {
@@ -267,6 +406,21 @@ impl RunLock {
                 _ => {}
             }
         }
+    }
+}
+
+/// Takes the lock; `None` where another holds it until `deadline`.
+fn lock_until(mut dir: fs::File, deadline: Instant) -> io::Result<Option<Flock<fs::File>>> {
+    let mut pause = Duration::from_micros(100);
+    loop {
+        match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= deadline => return Ok(None),
+            Err((again, Errno::EWOULDBLOCK | Errno::EINTR)) => dir = again,
+            Err((_, errno)) => return Err(errno.into()),
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
     }
 }
 
@@ -299,12 +453,14 @@ mod tests {
         fs::copy(first.join(STATE), copy.join(STATE)).unwrap();
         assert!(RunState::read(&first).unwrap().is_some());
         assert!(RunState::read(&copy).unwrap().is_none());
-        let (tag, moved) = (loop_tag(&first), dir.path().join("moved"));
+        Hint::write(&first, LoopDevice::from_number(7));
+        let moved = dir.path().join("moved");
+        let note = || Hint::read(&moved).unwrap();
         fs::rename(&first, &moved).unwrap();
         assert!(RunState::read(&moved).unwrap().is_some());
-        assert_eq!(loop_tag(&moved), tag);
+        assert!(note().is_about(&moved));
         fs::rename(&copy, &first).unwrap();
         assert!(RunState::read(&first).unwrap().is_none());
-        assert_ne!(loop_tag(&first), tag);
+        assert!(!note().is_about(&first));
     }
 }

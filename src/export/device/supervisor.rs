@@ -5,6 +5,7 @@ mod events;
 mod handover;
 mod namespace;
 mod system;
+mod watching;
 
 use children::Standby;
 use events::send_ready;
@@ -12,6 +13,7 @@ pub(super) use events::{Event, Ready};
 pub(super) use handover::{Resume, own_arguments, set_close_on_exec, witness};
 pub(super) use system::event_pipe;
 use system::{block_signals, fork, prepare_process, reap, take_stdout};
+pub(super) use watching::kill;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -32,6 +34,7 @@ use super::backoff::Backoff;
 use super::control::{self, Failure};
 use super::process::Process;
 use super::state::{DEV, RunState, Status};
+use super::watch::{Companion, Hang, Limits, PERIOD, Watch};
 use super::worker::{self, Worker};
 use crate::error::{Error, Result, ResultExt};
 use crate::export::fuse::session::{self, Features};
@@ -50,7 +53,7 @@ const STANDBY_DELAY: Duration = Duration::from_millis(300);
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The options of the hidden subcommand that [`super::attach()`] starts.
-#[derive(Debug, Clone, Default, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct SupervisorArgs {
     /// Directory for the device's state, sockets and mount point
     #[arg(long, value_name = "DIR", default_value = "")]
@@ -70,6 +73,15 @@ pub struct SupervisorArgs {
     /// Do not use the kernel's resending of requests
     #[arg(long)]
     pub no_resend: bool,
+    /// A worker that makes no progress for so many seconds hangs
+    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 30)]
+    pub hang_after: u64,
+}
+
+impl SupervisorArgs {
+    pub(super) fn limits(&self) -> Limits {
+        Limits::new(Duration::from_secs(self.hang_after))
+    }
 }
 
 /// Which process `Supervisor::run` returned in.
@@ -105,6 +117,17 @@ struct Supervisor {
     standby_at: Option<Instant>,
     stopping: Option<Instant>,
     ever_served: bool,
+    /// A program that shall take over as soon as a standby is there, and until when it may wait.
+    upgrade: Option<(PathBuf, Instant)>,
+    /// When to look at the others next.
+    look_at: Instant,
+    watch: Watch,
+    companion: Companion,
+    /// The worker was killed because it hung.
+    hang: Option<Hang>,
+    hangs_in_a_row: u32,
+    /// Requests that were answered before the worker began.
+    served_before: u64,
 }
 
 /// Runs a device: the body of the hidden subcommand. `open` is called in each worker, with the memory
@@ -143,6 +166,7 @@ pub fn supervise(args: &SupervisorArgs, open: super::Open<'_>) -> Result<()> {
                 supervisor: supervisor.state.supervisor,
                 generation: supervisor.state.generation,
                 resume,
+                limits: supervisor.args.limits(),
             };
             // Only the standby may hold the reading end.
             drop(supervisor.events_in);
@@ -199,12 +223,13 @@ impl Supervisor {
         let run_dir = &args.run_dir;
         let held = hold(run_dir)?;
         let mut state = RunState::new(args.read_only, &held);
-        state.write(run_dir)?;
         let shared = Shared::create()?;
         // Before anything is forked: a killed worker's successor knows by it that the page cache is
         // there.
         Witness::hold(run_dir).context(|| run_dir.display().to_string())?;
+        // First the socket, which proves that somebody lives, then the state that says who.
         let listener = control::bind(run_dir)?;
+        state.write(run_dir)?;
         let (events_in, events_out) = event_pipe()?;
         let signals = block_signals()?;
         let dev = run_dir.join(DEV);
@@ -220,7 +245,8 @@ impl Supervisor {
                  unanswered requests are taken from shared memory"
             );
         }
-        Ok(Supervisor {
+        let limits = args.limits();
+        let supervisor = Supervisor {
             args: args.clone(),
             run_dir: held,
             session: Arc::new(session.device),
@@ -243,7 +269,16 @@ impl Supervisor {
             standby_at: None,
             stopping: None,
             ever_served: false,
-        })
+            upgrade: None,
+            look_at: Instant::now() + PERIOD,
+            watch: Watch::new(limits, Instant::now()),
+            companion: Companion::new(limits),
+            hang: None,
+            hangs_in_a_row: 0,
+            served_before: 0,
+        };
+        supervisor.show_myself();
+        Ok(supervisor)
     }
 
     fn run(&mut self) -> Role {
@@ -262,6 +297,10 @@ impl Supervisor {
     /// Does what is due, then waits for the next thing to happen.
     fn step(&mut self) -> Result<Option<Role>> {
         let now = Instant::now();
+        self.beat();
+        if self.look_at <= now {
+            self.look_around();
+        }
         if self.restart_at.is_some_and(|at| at <= now) {
             self.restart_at = None;
             if let Some(role) = self.start_worker()? {
@@ -276,6 +315,7 @@ impl Supervisor {
                 return Ok(Some(role));
             }
         }
+        self.begin_upgrade(now);
         if self.stopping.is_some_and(|at| at <= now) {
             self.stopping = Some(now + STOP_TIMEOUT);
             if let Some(worker) = &self.worker {
@@ -283,17 +323,10 @@ impl Supervisor {
                 worker.signal(Signal::SIGKILL);
             }
         }
-        let deadline = [self.restart_at, self.standby_at, self.stopping]
-            .into_iter()
-            .flatten()
-            .min();
-        let timeout = match deadline {
-            None => PollTimeout::NONE,
-            Some(at) => {
-                let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
-                PollTimeout::from(left.min(60_000) as u16)
-            }
-        };
+        let due = [self.restart_at, self.standby_at, self.stopping];
+        let next = due.into_iter().flatten().fold(self.look_at, Instant::min);
+        let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
+        let timeout = PollTimeout::from(left.min(60_000) as u16);
         let mut fds = vec![
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.events_in.as_fd(), PollFlags::POLLIN),

@@ -26,8 +26,9 @@ use super::control_server::converse;
 use super::process::{Identity, monotonic_ns};
 use super::state::RunState;
 use super::supervisor::{
-    ARG0, Event, Resume, event_pipe, own_arguments, set_close_on_exec, witness,
+    ARG0, Event, Resume, event_pipe, kill, own_arguments, set_close_on_exec, witness,
 };
+use super::watch::{Companion, Limits, PERIOD};
 use super::{Memory, Opened, state};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::readers::Readers;
@@ -37,7 +38,7 @@ use crate::export::fuse::slot::{
     ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared,
 };
 use crate::fs::held_dir::HeldDir;
-use crate::storage::listen_for_waits;
+use crate::storage::{listen_for_waits, note_waits_in};
 
 /// Control connections served at once; the next ones wait.
 const MAX_CONNECTIONS: usize = 8;
@@ -66,6 +67,8 @@ pub(super) struct Worker {
     pub generation: u32,
     /// Another worker served before.
     pub resume: bool,
+    /// When the others hang.
+    pub limits: Limits,
 }
 
 /// What control connections and the main thread share.
@@ -89,10 +92,12 @@ struct Context {
 pub(super) fn run(worker: Worker, open: super::Open<'_>) -> Result<()> {
     let me = Identity::current();
     let table = worker.shared.table();
-    table.worker_start.store(me.start, Ordering::Release);
-    table.worker_pid.store(me.pid as u64, Ordering::Release);
+    table.worker.belongs_to(me.pid, me.start);
     // Whatever the process before held, it is resent or replayed.
     table.held.store(0, Ordering::Release);
+    // For as long as this process lives, and its threads with it.
+    let shared: &'static Arc<Shared> = Box::leak(Box::new(Arc::clone(&worker.shared)));
+    note_waits_in(&shared.table().waits);
     prepare_process()?;
     let result = serve(worker, open);
     if let Err(error) = &result {
@@ -252,8 +257,10 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
         .set_nonblocking(true)
         .context(|| "the control socket")?;
     let mut adopt_at: Option<Instant> = None;
+    let mut elders = Elders::new(context.worker.limits);
     loop {
         let left = adopt_at.map(|at| at.saturating_duration_since(Instant::now()));
+        elders.look(&context.worker.shared);
         let events = Arc::clone(&context.worker.events.lock());
         let mut fds = vec![
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
@@ -261,11 +268,13 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
             PollFd::new(listener.as_fd(), PollFlags::POLLIN),
         ];
         let timeout = match left {
-            Some(left) if !left.is_zero() => PollTimeout::from(left.as_millis() as u16 + 1),
+            Some(left) if !left.is_zero() => {
+                PollTimeout::from(left.min(PERIOD).as_millis() as u16 + 1)
+            }
             _ => {
                 // An error there means that nobody can read it: supervisor and standby are dead.
                 fds.push(PollFd::new(events.as_fd(), PollFlags::empty()));
-                PollTimeout::NONE
+                PollTimeout::from(PERIOD.as_millis() as u16)
             }
         };
         match poll(&mut fds, timeout) {
@@ -313,6 +322,53 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => tracing::warn!("the control socket: {error}"),
         }
+    }
+}
+
+/// Supervisor and standby, which a worker looks at: where both are stopped nobody else would.
+struct Elders {
+    next: Instant,
+    supervisor: Companion,
+    standby: Companion,
+}
+
+impl Elders {
+    fn new(limits: Limits) -> Elders {
+        Elders {
+            next: Instant::now(),
+            supervisor: Companion::new(limits),
+            standby: Companion::new(limits),
+        }
+    }
+
+    /// Says that this worker runs, and kills the two where both hang: then [`adopt_alone`] starts
+    /// others.
+    fn look(&mut self, shared: &Shared) {
+        let now = Instant::now();
+        if now < self.next {
+            return;
+        }
+        self.next = now + PERIOD;
+        let table = shared.table();
+        table.worker.beat(monotonic_ns());
+        let supervisor = self.supervisor.look(&table.supervisor);
+        let standby = self.standby.look(&table.standby);
+        let Some((supervisor, hang)) = supervisor else {
+            return;
+        };
+        // A standby that runs sees to it.
+        let pid = table.standby.pid.load(Ordering::Acquire) as i32;
+        let start = table.standby.start.load(Ordering::Acquire);
+        if standby.is_none() && pid != 0 && (Identity { pid, start }).is_alive() {
+            return;
+        }
+        let reason = hang.reason();
+        tracing::error!("the supervisor (process {}) {reason}", supervisor.pid);
+        // First, or it would take the place of the other.
+        if let Some((standby, _)) = standby {
+            kill(standby);
+        }
+        kill(supervisor);
     }
 }
 
@@ -491,6 +547,8 @@ fn report_status(context: &Context) -> Value {
         "resent": worker.shared.resent(),
         "failures": context.failures.load(Ordering::Relaxed),
         "restarts": table.restarts.load(Ordering::Relaxed),
+        "hangs": table.hangs.load(Ordering::Relaxed),
+        "longest_wait_ms": worker.shared.longest_wait().unwrap_or_default() / 1_000_000,
         "last_pause_us": micros(&table.last_pause_ns),
         "longest_pause_us": micros(&table.longest_pause_ns),
         "size": context.opened.device.size(),

@@ -11,7 +11,7 @@ use super::readers::Readers;
 use super::slot::{Owed, Slot};
 use crate::block::{BlockDevice, Durability, ExtentKind, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::about_to_wait;
+use crate::storage::{about_to_wait, waits};
 
 /// Why a serving thread ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +95,7 @@ impl Server<'_> {
                     ));
                 }
             };
+            slot.begun();
             if self.remember {
                 slot.taken(read);
             }
@@ -213,6 +214,7 @@ impl Server<'_> {
             return result.map(Some);
         }
         about_to_wait();
+        let _waits = waits();
         while result.as_ref().is_err_and(Error::is_full_disk) && self.device.wait_for_room() {
             if self.stop.load(Ordering::Acquire) {
                 return Ok(None);

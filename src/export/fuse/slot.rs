@@ -19,6 +19,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::abi;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::monotonic_ns;
 
 /// The most threads that serve one device.
 pub const MAX_THREADS: usize = 16;
@@ -36,7 +37,9 @@ pub const EXTRA_LEN: usize = 64 << 10;
 const EXTRA_AT: usize = TABLE_LEN + MAX_THREADS * SLOT_LEN;
 const MEMORY_LEN: u64 = (EXTRA_AT + EXTRA_LEN) as u64;
 /// Changes with the layout of [`Table`] and of the buffers.
-const LAYOUT: u64 = 0x5645_4c46_5553_0002;
+const LAYOUT: u64 = 0x5645_4c46_5553_0003;
+/// Threads that note what they wait for, each in a place of its own.
+const WAIT_NOTES: usize = 64;
 
 /// The thread holds no request.
 const IDLE: u64 = 0;
@@ -67,16 +70,49 @@ pub struct Table {
     pub last_pause_ns: AtomicU64,
     /// The longest such pause.
     pub longest_pause_ns: AtomicU64,
-    /// The serving process: its pid, 0 before the first.
-    pub worker_pid: AtomicU64,
-    /// The serving process: its start time, as in /proc.
-    pub worker_start: AtomicU64,
     /// How the serving process said that it ended: one of the `ENDED_*`, or 0 while it runs.
     pub worker_ended: AtomicU64,
     /// Writes that the serving process holds while the host's disk is full: it waits for room, and
     /// does not hang.
     pub held: AtomicU64,
+    /// Workers that were found to hang and killed.
+    pub hangs: AtomicU64,
+    /// The serving process. Its main thread beats, so 0 until it serves.
+    pub worker: Pulse,
+    /// The process that restarts the others.
+    pub supervisor: Pulse,
+    /// The process that waits, all 0 while there is none.
+    pub standby: Pulse,
+    /// Since when threads of the serving process wait for the host: see
+    /// [`crate::storage::note_waits_in`].
+    pub waits: [AtomicU64; WAIT_NOTES],
     records: [Record; MAX_THREADS],
+}
+
+/// Who a process of the device is, and when it was last seen to run: what the others watch it by.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Pulse {
+    /// Its pid, 0 for none.
+    pub pid: AtomicU64,
+    /// Its start time, as in /proc.
+    pub start: AtomicU64,
+    /// When it last said that it runs, 0 before the first time.
+    pub beat_ns: AtomicU64,
+}
+
+impl Pulse {
+    /// From now on this is about another process, which has not been seen to run.
+    pub fn belongs_to(&self, pid: i32, start: u64) {
+        self.beat_ns.store(0, Ordering::Release);
+        self.start.store(start, Ordering::Release);
+        self.pid.store(pid as u64, Ordering::Release);
+    }
+
+    /// Says that the process runs at `now_ns`.
+    pub fn beat(&self, now_ns: u64) {
+        self.beat_ns.store(now_ns, Ordering::Release);
+    }
 }
 
 /// What one serving thread is doing.
@@ -86,6 +122,8 @@ struct Record {
     state: AtomicU64,
     served: AtomicU64,
     resent: AtomicU64,
+    /// When the request came that it has, 0 while it has none.
+    since_ns: AtomicU64,
     len: AtomicU64,
     head: [AtomicU64; HEAD_LEN / 8],
 }
@@ -176,6 +214,25 @@ impl Shared {
         self.table().records.iter().map(sum).sum()
     }
 
+    /// How many nanoseconds the oldest request is old that a thread has and has not answered.
+    pub fn oldest_request(&self) -> Option<u64> {
+        oldest(self.table().records.iter().map(|record| &record.since_ns))
+    }
+
+    /// How many nanoseconds ago the longest wait for the host began that goes on.
+    pub fn longest_wait(&self) -> Option<u64> {
+        oldest(self.table().waits.iter())
+    }
+
+    /// Forgets what the threads of a server that is dead noted. Nobody may be serving.
+    pub fn forget_notes(&self) {
+        let table = self.table();
+        let since = table.records.iter().map(|record| &record.since_ns);
+        for note in since.chain(&table.waits) {
+            note.store(0, Ordering::Release);
+        }
+    }
+
     /// True when a server that is dead now may have taken a request without answering it.
     pub fn owes_answers(&self) -> bool {
         let owes = |record: &Record| record.state.load(Ordering::Acquire) != IDLE;
@@ -216,6 +273,13 @@ impl Shared {
         let buf = unsafe { options.map_mut(self.file.as_raw_fd()) };
         buf.context(|| "a request buffer cannot be mapped")
     }
+}
+
+/// The age of the oldest of these notes, those that are 0 left out.
+fn oldest<'a>(notes: impl Iterator<Item = &'a AtomicU64>) -> Option<u64> {
+    let since = notes.map(|note| note.load(Ordering::Acquire));
+    let first = since.filter(|since| *since != 0).min()?;
+    Some(monotonic_ns().saturating_sub(first))
 }
 
 /// A request that a dead server left in its slot.
@@ -271,6 +335,13 @@ impl Slot {
         self.buf.get_mut(HEAD_AT..).unwrap_or_default()
     }
 
+    /// Notes that a request came, for whoever watches.
+    pub fn begun(&mut self) {
+        if let Some(record) = self.record() {
+            record.since_ns.store(monotonic_ns(), Ordering::Release);
+        }
+    }
+
     /// Notes that a request of `len` bytes came, for a successor.
     pub fn taken(&mut self, len: usize) {
         let Some(record) = self.record() else { return };
@@ -287,6 +358,7 @@ impl Slot {
     pub fn answered(&mut self, was_resent: bool) {
         if let Some(record) = self.record() {
             record.state.store(IDLE, Ordering::Release);
+            record.since_ns.store(0, Ordering::Release);
             record.served.fetch_add(1, Ordering::Relaxed);
             if was_resent {
                 record.resent.fetch_add(1, Ordering::Relaxed);
@@ -430,7 +502,10 @@ mod tests {
         let mut slot = shared.slot(0).unwrap();
         assert_eq!(slot.data(abi::MAX_IO).unwrap().as_ptr() as usize % 4096, 0);
         assert!(slot.data(abi::MAX_IO + 1).is_none());
+        slot.begun();
+        assert!(shared.oldest_request().is_some());
         slot.answered(true);
+        assert_eq!(shared.oldest_request(), None);
         slot.answered(false);
         assert_eq!((shared.served(), shared.resent()), (2, 1));
         assert!(shared.slot(MAX_THREADS).is_err());

@@ -4,7 +4,6 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::unistd::ForkResult;
@@ -16,6 +15,7 @@ use crate::export::device::backoff::{Backoff, Death, Verdict};
 use crate::export::device::control::Failure;
 use crate::export::device::process::{Identity, Process, monotonic_ns};
 use crate::export::device::state::{self, Status};
+use crate::export::device::watch::{Companion, Hang};
 use crate::export::fuse::slot::{self, Shared};
 
 /// The process that waits to be the next worker, or the next supervisor.
@@ -32,7 +32,10 @@ impl Supervisor {
         self.worker_served = false;
         self.worker_since = Instant::now();
         self.shared.table().worker_ended.store(0, Ordering::Release);
-        if let Some(standby) = self.standby.take() {
+        self.shared.table().worker.beat(0);
+        self.shared.forget_notes();
+        self.watch_new_worker();
+        if let Some(standby) = self.take_standby() {
             match nix::unistd::write(&standby.go, b"g") {
                 Ok(_) => {
                     self.worker = Some(standby.process);
@@ -59,6 +62,20 @@ impl Supervisor {
         }
     }
 
+    /// The standby, unless somebody stopped it: one that does not run cannot take over.
+    fn take_standby(&mut self) -> Option<Standby> {
+        let standby = self.standby.take()?;
+        let pid = standby.process.pid();
+        if !Identity::of(pid).is_some_and(Identity::is_stopped) {
+            return Some(standby);
+        }
+        tracing::error!("the standby (process {pid}) is stopped: it is killed");
+        standby.process.signal(Signal::SIGKILL);
+        let _ = standby.process.wait(STOP_TIMEOUT);
+        reap(pid);
+        None
+    }
+
     /// Forks the process that waits. In it, returns only to become the worker, or, when the
     /// supervisor is dead, goes on as the supervisor.
     pub(super) fn fork_standby(&mut self) -> Result<Option<Role>> {
@@ -75,15 +92,7 @@ impl Supervisor {
             ForkResult::Child => {
                 drop(go);
                 self.forget_children();
-                let mut byte = [0];
-                let told = loop {
-                    match nix::unistd::read(&wait, &mut byte) {
-                        Err(Errno::EINTR) => {}
-                        Ok(1) => break true,
-                        _ => break false,
-                    }
-                };
-                if told {
+                if self.stand_by(&wait) {
                     return Ok(Some(Role::Worker { resume: true }));
                 }
                 self.promote();
@@ -116,6 +125,10 @@ impl Supervisor {
             .and_then(|worker| Identity::of(worker.pid()));
         self.worker_since = Instant::now();
         self.worker_served = true;
+        self.upgrade = None;
+        self.companion = Companion::new(self.args.limits());
+        self.show_myself();
+        self.watch_new_worker();
         if self.worker.is_none() {
             self.state.status = Status::Restarting;
             self.note_death();
@@ -138,10 +151,20 @@ impl Supervisor {
             return Ok(None);
         };
         let killed = reap(worker.pid());
+        let hang = self.hang.take();
+        if hang.is_none() {
+            self.state.hang = None;
+        }
         self.state.worker = None;
         let ended = self.shared.table().worker_ended.load(Ordering::Acquire);
         if ended == slot::ENDED_SESSION_OVER || self.stopping.is_some() {
             return Ok(Some(self.end(Status::Ended, None)));
+        }
+        // Whoever stopped it may have done so before it served.
+        if let Some(hang) = hang
+            && (self.ever_served || hang == Hang::Stopped)
+        {
+            return Ok(self.hung_worker_died(hang));
         }
         if !self.ever_served {
             let error = Error::new(
@@ -229,8 +252,8 @@ impl Supervisor {
 pub(super) fn serving_process(shared: &Shared) -> Option<Process> {
     let table = shared.table();
     let worker = Identity {
-        pid: table.worker_pid.load(Ordering::Acquire) as i32,
-        start: table.worker_start.load(Ordering::Acquire),
+        pid: table.worker.pid.load(Ordering::Acquire) as i32,
+        start: table.worker.start.load(Ordering::Acquire),
     };
     worker.open()
 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,9 @@ use crate::export::device::control::Failure;
 use crate::export::device::process::{Identity, Process};
 use crate::export::device::state::Status;
 use crate::export::fuse::session::Features;
+
+/// How long an upgrade may wait until a worker serves and a standby waits, as soon after a death.
+const UPGRADE_WAIT: Duration = Duration::from_secs(20);
 
 /// What a child tells the supervisor: one line of JSON in a pipe, shorter than PIPE_BUF.
 #[derive(Debug, Serialize, Deserialize)]
@@ -82,11 +85,10 @@ impl Supervisor {
             }
             Event::Stop => Ok(self.begin_stop()),
             Event::Upgrade(program) => {
-                if let Err(error) = self.upgrade(&program) {
-                    tracing::error!("upgrade: {error}");
-                    self.state.failed_upgrades += 1;
-                    self.state.upgrade_error = Some(Failure::from(&error));
-                    self.write_state();
+                self.upgrade = Some((program, Instant::now() + UPGRADE_WAIT));
+                // Without a standby it has to wait for one.
+                if self.standby.is_none() && self.worker_served {
+                    self.standby_at = Some(Instant::now());
                 }
                 Ok(None)
             }
@@ -104,7 +106,11 @@ impl Supervisor {
         }
         self.state.error = None;
         self.note_counts();
-        self.standby_at = Some(Instant::now() + STANDBY_DELAY);
+        let delay = match self.upgrade {
+            None => STANDBY_DELAY,
+            Some(_) => Duration::ZERO,
+        };
+        self.standby_at = Some(Instant::now() + delay);
         if let Some(old) = self.old_standby.take() {
             // Killed before its pipe is closed, or it would take over.
             old.process.signal(Signal::SIGKILL);
@@ -125,6 +131,7 @@ impl Supervisor {
     pub(super) fn note_counts(&mut self) {
         let table = self.shared.table();
         self.state.restarts = table.restarts.load(Ordering::Relaxed);
+        self.state.hangs = table.hangs.load(Ordering::Relaxed);
         self.state.last_pause_us = table.last_pause_ns.load(Ordering::Relaxed) / 1000;
         self.state.longest_pause_us = table.longest_pause_ns.load(Ordering::Relaxed) / 1000;
     }

@@ -22,8 +22,10 @@ use super::system::{block_signals, fork, prepare_process, reap};
 use super::{ARG0, STOP_TIMEOUT, Supervisor, SupervisorArgs, hold};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::backoff::Backoff;
+use crate::export::device::control::Failure;
 use crate::export::device::process::{Identity, Process};
 use crate::export::device::state::{RunState, Status};
+use crate::export::device::watch::{Companion, PERIOD, Watch};
 use crate::export::fuse::session::Features;
 use crate::export::fuse::slot::{self, Shared};
 use crate::storage::Witness;
@@ -97,6 +99,7 @@ impl Supervisor {
                 go: adopt_fd(go)?,
             }),
         };
+        let limits = args.limits();
         let mut supervisor = Supervisor {
             args: SupervisorArgs {
                 resume: None,
@@ -123,21 +126,53 @@ impl Supervisor {
             backoff: Backoff::default(),
             stopping: None,
             ever_served: true,
+            upgrade: None,
+            look_at: Instant::now() + PERIOD,
+            watch: Watch::new(limits, Instant::now()),
+            companion: Companion::new(limits),
+            hang: None,
+            hangs_in_a_row: 0,
+            served_before: 0,
         };
+        supervisor.show_myself();
+        supervisor.served_before = supervisor.shared.served();
         supervisor.note_counts();
         supervisor.write_state();
         Ok(Some(supervisor))
     }
 
+    /// Carries out an upgrade that was asked for, once a worker serves and a standby waits, which is
+    /// soon after a death.
+    pub(super) fn begin_upgrade(&mut self, now: Instant) {
+        let ready = self.worker_served && self.worker.is_some() && self.standby.is_some();
+        let late = self
+            .upgrade
+            .as_ref()
+            .is_some_and(|(_, until)| *until <= now);
+        if !(ready || late) || self.stopping.is_some() {
+            return;
+        }
+        let Some((program, _)) = self.upgrade.take() else {
+            return;
+        };
+        if let Err(error) = self.upgrade_to(&program) {
+            tracing::error!("upgrade: {error}");
+            self.state.failed_upgrades += 1;
+            self.state.upgrade_error = Some(Failure::from(&error));
+            self.write_state();
+        }
+    }
+
     /// Executes `program` in this process, with the session. Returns only on failure, or when the
     /// worker is to be started again by this program.
-    pub(super) fn upgrade(&mut self, program: &Path) -> Result<()> {
+    fn upgrade_to(&mut self, program: &Path) -> Result<()> {
         probe(program, &self.run_dir.path())?;
         if self.standby.is_none() {
             // The old program's standby is what saves the device if the new program fails.
             return Err(Error::new(
                 ErrorKind::InUse,
-                "the device has no standby at the moment: try again",
+                "the device has had no standby for a while, which would save it if the new program \
+                 failed: see its log",
             ));
         }
         if let Some(worker) = self.worker.take() {
