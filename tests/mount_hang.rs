@@ -135,17 +135,25 @@ fn a_worker_that_waits_for_the_host_is_left_alone_however_long_that_takes() {
     device.assert_nothing_left();
 }
 
-/// The processes of a device that nobody stopped, once all are there.
-fn all_run(device: &Device, before: &RunState) -> RunState {
+/// Stops a process, and sees that it is stopped: on a busy host that takes a moment.
+fn stop(process: Identity) {
+    signal(process.pid, Signal::SIGSTOP);
+    wait_long("it is stopped", || {
+        process.is_stopped() || !process.is_alive()
+    });
+}
+
+/// The processes of a device once all are there and run, and those `gone` do not.
+fn all_run(device: &Device, gone: &[Identity]) -> RunState {
     let mut found = None;
     wait_long("all processes run", || {
         let state = device.state();
         let processes = [Some(state.supervisor), state.worker, state.standby];
-        let run =
-            |one: Option<Identity>| one.is_some_and(|one| one.is_alive() && !one.is_stopped());
-        let stopped = [Some(before.supervisor), before.worker, before.standby];
-        let gone = stopped.into_iter().flatten().all(|one| !one.is_stopped());
-        found = Some(state).filter(|_| gone && processes.into_iter().all(run));
+        let runs = |one: Option<Identity>| {
+            one.is_some_and(|one| one.is_alive() && !one.is_stopped() && !gone.contains(&one))
+        };
+        let all = processes.into_iter().all(runs) && !gone.iter().any(|one| one.is_alive());
+        found = Some(state).filter(|_| all);
         found.is_some()
     });
     found.unwrap()
@@ -153,26 +161,23 @@ fn all_run(device: &Device, before: &RunState) -> RunState {
 
 #[test]
 fn whichever_of_a_devices_processes_are_stopped_the_others_replace_them_and_it_serves_on() {
-    let check = |stop: &'static [usize]| {
+    let check = |which: &'static [usize]| {
         let device = Device::attached(16 << 20);
-        let before = device.wait_for_standby();
-        let pids = [
-            before.worker.unwrap(),
-            before.supervisor,
-            before.standby.unwrap(),
+        let state = device.wait_for_standby();
+        let all = [
+            state.worker.unwrap(),
+            state.supervisor,
+            state.standby.unwrap(),
         ];
-        for which in stop {
-            signal(pids[*which].pid, Signal::SIGSTOP);
-        }
+        let mut gone: Vec<Identity> = which.iter().map(|index| all[*index]).collect();
+        gone.iter().for_each(|process| stop(*process));
         // Whoever is not stopped may die just then.
-        if stop == [1] {
-            kill(pids[0].pid);
+        if which == [1] {
+            kill(all[0].pid);
+            gone.push(all[0]);
         }
         write_and_read(&device, 1);
-        let after = all_run(&device, &before);
-        for which in stop {
-            assert!(!pids[*which].is_alive(), "{stop:?}: {which}");
-        }
+        let after = all_run(&device, &gone);
         // They look after each other as those before did.
         kill(after.worker.unwrap().pid);
         write_and_read(&device, 2);
@@ -181,8 +186,8 @@ fn whichever_of_a_devices_processes_are_stopped_the_others_replace_them_and_it_s
         device.assert_nothing_left();
     };
     std::thread::scope(|scope| {
-        for stop in [&[0][..], &[1], &[2], &[0, 1], &[0, 2], &[1, 2]] {
-            scope.spawn(move || check(stop));
+        for which in [&[0][..], &[1], &[2], &[0, 1], &[0, 2], &[1, 2]] {
+            scope.spawn(move || check(which));
         }
     });
 }
@@ -191,12 +196,11 @@ fn whichever_of_a_devices_processes_are_stopped_the_others_replace_them_and_it_s
 fn a_stopped_standby_is_not_sent_to_work_when_the_worker_dies() {
     let device = Device::attached(16 << 20);
     let before = device.wait_for_standby();
-    let start = Instant::now();
-    signal(before.standby.unwrap().pid, Signal::SIGSTOP);
-    kill(before.worker.unwrap().pid);
+    let (worker, standby) = (before.worker.unwrap(), before.standby.unwrap());
+    stop(standby);
+    kill(worker.pid);
     write_and_read(&device, 1);
-    println!("{:?}", start.elapsed());
-    all_run(&device, &before);
+    all_run(&device, &[worker, standby]);
     device.detach();
     device.assert_nothing_left();
 }
@@ -311,14 +315,19 @@ fn a_stopped_worker_delays_the_commands_of_its_container_and_fails_none() {
     let store = TestStore::new();
     let container = Container::mounted(&store, "c");
     let before = container.settled().worker.unwrap();
-    signal(before.pid, Signal::SIGSTOP);
+    stop(before);
     let listed = store.ok(&["ps"]);
-    assert!(listed.contains("is being replaced"), "{listed}");
+    // Unless that has happened by now.
+    let replaced = || container.state().hangs > 0;
+    assert!(
+        listed.contains("is being replaced") || replaced(),
+        "{listed}"
+    );
     store.ok(&["stats", "c"]);
     let after = container.served(Some(before.pid));
     assert_eq!(after.hangs, 1);
     assert_eq!(row(&store, "c")["device"]["state"]["hangs"], 1);
-    signal(container.settled().worker.unwrap().pid, Signal::SIGSTOP);
+    stop(container.settled().worker.unwrap());
     store.ok(&["umount", "c"]);
     store.assert_nothing_runs();
     fsck(&store, "c");
