@@ -126,8 +126,6 @@ struct Supervisor {
     /// The worker was killed because it hung.
     hang: Option<Hang>,
     hangs_in_a_row: u32,
-    /// Requests that were answered before the worker began.
-    served_before: u64,
 }
 
 /// Runs a device: the body of the hidden subcommand. `open` is called in each worker, with the memory
@@ -275,7 +273,6 @@ impl Supervisor {
             companion: Companion::new(limits),
             hang: None,
             hangs_in_a_row: 0,
-            served_before: 0,
         };
         supervisor.show_myself();
         Ok(supervisor)

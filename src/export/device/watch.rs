@@ -48,6 +48,13 @@ impl Limits {
     }
 }
 
+impl Limits {
+    /// A worker that lived for longer than this before it hung ends a row of those that hung.
+    pub(super) fn row(&self) -> Duration {
+        self.still * 20
+    }
+}
+
 /// In what way a process hangs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Hang {

@@ -132,10 +132,8 @@ impl Supervisor {
             companion: Companion::new(limits),
             hang: None,
             hangs_in_a_row: 0,
-            served_before: 0,
         };
         supervisor.show_myself();
-        supervisor.served_before = supervisor.shared.served();
         supervisor.note_counts();
         supervisor.write_state();
         Ok(Some(supervisor))

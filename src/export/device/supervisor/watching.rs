@@ -16,8 +16,8 @@ use crate::export::device::process::{Identity, Process, monotonic_ns};
 use crate::export::device::state::{self, Status};
 use crate::export::device::watch::{Companion, Hang, PERIOD, Watch};
 
-/// Workers in a row that hung and answered nothing, after which the device is given up: then the
-/// next one would hang too, and errors are better than waiting for ever.
+/// Workers in a row that hung soon, after which the device is given up: then the next one would hang
+/// too, and errors are better than waiting for ever.
 const MAX_HANGS: u32 = 5;
 
 impl Supervisor {
@@ -77,7 +77,8 @@ impl Supervisor {
         if hang == Hang::Stopped {
             return None;
         }
-        if self.shared.served() != self.served_before {
+        // What it answered meanwhile proves nothing: the request that it hung over is sent again.
+        if self.worker_since.elapsed() > self.args.limits().row() {
             self.hangs_in_a_row = 0;
         }
         self.hangs_in_a_row += 1;
@@ -87,7 +88,7 @@ impl Supervisor {
         let error = Error::new(
             ErrorKind::Io,
             format!(
-                "the device server hung {} times in a row without an answer and is given up: its \
+                "the device server hung {} times in a row and is given up: its \
                  users get I/O errors, nothing that was flushed is lost (see {})",
                 self.hangs_in_a_row,
                 self.run_dir.path().join(state::LOG).display()
@@ -99,7 +100,6 @@ impl Supervisor {
     /// Begins to watch a worker that was just started or found.
     pub(super) fn watch_new_worker(&mut self) {
         self.hang = None;
-        self.served_before = self.shared.served();
         self.watch = Watch::new(self.args.limits(), Instant::now());
     }
 
