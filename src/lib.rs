@@ -19,6 +19,7 @@
 //! * [`snapshotter`]: the store as a containerd snapshotter, over gRPC.
 //! * [`cli`]: the `vellum` command, one file a command.
 //! * [`crash_point`]: where tests have a process die.
+//! * [`inherit`]: what a process does not take over from its caller.
 //! * [`interrupt`]: signals that ask a command to end.
 //! * [`memory`]: what a process keeps of the memory it needed once.
 
@@ -31,6 +32,7 @@ pub mod error;
 pub mod export;
 pub mod fs;
 pub mod image;
+pub mod inherit;
 pub mod interrupt;
 pub mod layer;
 pub mod memory;

@@ -9,7 +9,7 @@
 mod run_support;
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -24,28 +24,56 @@ fn with_each(more: impl Fn(&Path), test: impl Fn(&Store)) {
     }
 }
 
+/// What is no program, the status that it ends with, and a part of the reason.
+const NO_PROGRAMS: [(&str, i32, &str); 6] = [
+    ("nope", 127, "in no directory of the container's PATH"),
+    ("/nosuch", 127, "is not in the container"),
+    ("/crlf", 127, "/bin/sh\\r"),
+    ("/lost", 127, "its interpreter"),
+    ("/elf", 126, "damaged"),
+    ("/plain", 126, "no x"),
+];
+
+fn no_programs(tree: &Path) {
+    for (name, content) in [
+        ("crlf", &b"#!/bin/sh\r\necho x\r\n"[..]),
+        ("lost", b"#!/no/such\n"),
+        ("elf", b"\x7fELF\x02\x01\x01\0garbage"),
+    ] {
+        fs::write(tree.join(name), content).unwrap();
+        fs::set_permissions(tree.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}
+
 #[test]
 fn the_exit_status_is_the_commands_or_says_why_there_is_none() {
-    with_each(
-        |_| {},
-        |store| {
-            let status = |command: &[&str]| {
-                let mut arguments = vec!["run", "box", "--rm", "--"];
-                arguments.extend(command);
-                store.vellum(&arguments).status
-            };
-            assert_eq!(status(&["sh", "-c", "exit 7"]), 7);
-            assert_eq!(status(&["no-such-program"]), 127);
-            assert_eq!(status(&["/no/such/program"]), 127);
-            assert_eq!(status(&["/plain"]), 126);
-            assert_eq!(status(&["/etc"]), 126);
-            let said = store.vellum(&["run", "box", "--rm"]);
-            assert_eq!(said.status, 125);
-            assert!(said.err.contains("names no command"), "{said:?}");
-            // Nothing was left of those that did not start, and --rm removed the others.
-            assert_eq!(store.must(&["ps", "--json"]).trim(), "[]");
-        },
-    );
+    with_each(no_programs, |store| {
+        let status = |command: &[&str]| {
+            let mut arguments = vec!["run", "box", "--rm", "--"];
+            arguments.extend(command);
+            store.vellum(&arguments).status
+        };
+        assert_eq!(status(&["sh", "-c", "exit 7"]), 7);
+        assert_eq!(status(&["no-such-program"]), 127);
+        assert_eq!(status(&["/no/such/program"]), 127);
+        assert_eq!(status(&["/plain"]), 126);
+        assert_eq!(status(&["/etc"]), 126);
+        for (program, status, why) in NO_PROGRAMS {
+            let said = store.vellum(&["run", "box", "--rm", "--", program]);
+            assert_eq!(said.status, status, "{program}: {said:?}");
+            let lines: Vec<&str> = said.err.lines().collect();
+            assert_eq!(lines.len(), 1, "one sentence: {said:?}");
+            assert!(
+                lines[0].starts_with("vellum: \"") && lines[0].contains(why),
+                "{said:?}"
+            );
+        }
+        let said = store.vellum(&["run", "box", "--rm"]);
+        assert_eq!(said.status, 125);
+        assert!(said.err.contains("names no command"), "{said:?}");
+        // Nothing was left of those that did not start, and --rm removed the others.
+        assert_eq!(store.must(&["ps", "--json"]).trim(), "[]");
+    });
 }
 
 #[test]
@@ -150,11 +178,13 @@ fn the_command_is_pid_1_in_namespaces_of_its_own_without_power_over_the_host() {
             }
             let net = fs::read_link("/proc/self/ns/net").unwrap();
             let inside = store.shell(&[], "readlink /proc/self/ns/net");
-            assert_eq!(
+            assert_ne!(
                 Path::new(inside.trim()),
                 net,
-                "the host's network by default"
+                "not the host's unless asked for"
             );
+            let inside = store.shell(&["--network", "host"], "readlink /proc/self/ns/net");
+            assert_eq!(Path::new(inside.trim()), net);
             let out = store.shell(
                 &[],
                 "! mount -t tmpfs none /tmp 2>/dev/null; ! hostname other 2>/dev/null; \
@@ -202,39 +232,40 @@ fn writes_land_in_the_containers_layer_and_two_containers_share_an_image() {
 
 #[test]
 fn a_running_container_is_entered_and_not_taken_away() {
-    with_each(
-        |_| {},
-        |store| {
-            let running = store.start("c", &["-e", "KEPT=yes"]);
-            let out = store.must(&[
-                "exec",
-                "-e",
-                "MORE=1",
-                "-w",
-                "/tmp",
-                "-u",
-                "web",
-                "c",
-                "--",
-                "sh",
-                "-c",
-                "echo $KEPT $MORE; pwd; id -u; ps",
-            ]);
-            assert!(out.starts_with("yes 1\n/tmp\n33\n"), "{out}");
-            assert!(out.contains("trap"), "it sees the others: {out}");
-            let ended = store.vellum(&["exec", "c", "--", "sh", "-c", "exit 9"]);
-            assert_eq!(ended.status, 9);
-            assert_eq!(store.vellum(&["exec", "c", "--", "nope"]).status, 127);
-            for refused in [["umount", "c"], ["rm", "c"]] {
-                let said = store.vellum(&refused);
-                assert_eq!(said.status, 1, "{refused:?}");
-                assert!(said.err.contains("c is running (pid"), "{said:?}");
-            }
-            store.must(&["rm", "--force", "c"]);
-            assert_eq!(running.wait(), Some(137));
-            assert_eq!(store.must(&["ps", "--json"]).trim(), "[]");
-        },
-    );
+    with_each(no_programs, |store| {
+        let running = store.start("c", &["-e", "KEPT=yes"]);
+        let out = store.must(&[
+            "exec",
+            "-e",
+            "MORE=1",
+            "-w",
+            "/tmp",
+            "-u",
+            "web",
+            "c",
+            "--",
+            "sh",
+            "-c",
+            "echo $KEPT $MORE; pwd; id -u; ps",
+        ]);
+        assert!(out.starts_with("yes 1\n/tmp\n33\n"), "{out}");
+        assert!(out.contains("trap"), "it sees the others: {out}");
+        let ended = store.vellum(&["exec", "c", "--", "sh", "-c", "exit 9"]);
+        assert_eq!(ended.status, 9);
+        for (program, status, why) in NO_PROGRAMS {
+            let said = store.vellum(&["exec", "c", "--", program]);
+            assert_eq!(said.status, status, "{program}: {said:?}");
+            assert!(said.err.contains(why), "{said:?}");
+        }
+        for refused in [["umount", "c"], ["rm", "c"]] {
+            let said = store.vellum(&refused);
+            assert_eq!(said.status, 1, "{refused:?}");
+            assert!(said.err.contains("c is running (pid"), "{said:?}");
+        }
+        store.must(&["rm", "--force", "c"]);
+        assert_eq!(running.wait(), Some(137));
+        assert_eq!(store.must(&["ps", "--json"]).trim(), "[]");
+    });
 }
 
 /// The directories of that name in the host's cgroup hierarchies.
@@ -312,7 +343,11 @@ fn what_a_command_killed_at_any_moment_leaves_is_cleaned_up_by_the_next() {
                 child.kill().unwrap();
                 child.wait().unwrap();
                 match moment / 10 % 3 {
-                    0 => drop(store.must(&["exec", "c", "--", "echo", "y"])),
+                    // It may have joined what ended just then, and been ended with it.
+                    0 => {
+                        let said = store.vellum(&["exec", "c", "--", "echo", "y"]);
+                        assert!([0, 137].contains(&said.status), "{said:?}");
+                    }
                     1 => store.wait_until(|| store.vellum(&["umount", "c"]).status == 0),
                     _ => drop(store.must(&["diff", "c"])),
                 }
@@ -378,6 +413,13 @@ fn volumes_of_each_kind_outlive_their_containers() {
             store.must(&["rm", "c"]);
             let out = store.shell(&["-v", "vol:/other"], "ls -ld /other; cat /other/d");
             assert!(out.starts_with("drwxr-x--x"), "mode of the image's: {out}");
+            // Where the image has nothing, anybody may look in.
+            let new = store.shell(
+                &["-v", "new:/new/place", "-u", "web"],
+                "ls -ld /new/place/.",
+            );
+            assert!(new.starts_with("drwxr-xr-x"), "{new}");
+            store.must(&["volume", "rm", "new"]);
             assert!(out.ends_with("d\n"), "{out}");
             store.must(&["volume", "rm", "vol"]);
             assert_eq!(store.must(&["volume", "ls"]), "");

@@ -489,7 +489,13 @@ impl Run {
                 }
             }
             Op::AddVolume(name) => {
-                store.volume_dir(name)?;
+                let place = store.volume_place(name)?;
+                match store.storage().create_dir(&place.full) {
+                    // Before the cut.
+                    Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                    other => other.map_err(|error| Error::io("create_dir", error))?,
+                }
+                store.publish_volume(&place)?;
             }
             Op::RemoveVolume(name) => store.remove_volume(name, &[])?,
             Op::Quarantine(name) => {

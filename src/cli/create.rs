@@ -1,6 +1,7 @@
 //! `vellum create IMAGE`
 
 use super::Context;
+use super::confinement::ConfinementArgs;
 use super::size::parse_size;
 use crate::error::Result;
 use crate::fs::ext4::Atime;
@@ -20,6 +21,8 @@ pub(super) struct Args {
     /// When reads change the access times of its files [default: noatime]
     #[arg(long, value_name = "WHEN", value_enum)]
     atime: Option<Atime>,
+    #[command(flatten)]
+    confinement: ConfinementArgs,
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
@@ -29,6 +32,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         virtual_size: args.size,
         volumes: Vec::new(),
         atime: args.atime,
+        confinement: args.confinement.confinement()?,
     })?;
     context
         .out

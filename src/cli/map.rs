@@ -1,6 +1,7 @@
 //! `vellum map NAME`
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use console::Term;
@@ -9,6 +10,7 @@ use super::Context;
 use super::output::human_size;
 use crate::engine::map::{BlockMap, Grid, Layout, Palette, Rgb, map, png, svg};
 use crate::error::{Result, ResultExt};
+use crate::inherit::result_mode;
 
 /// Arguments of `map`.
 #[derive(Debug, clap::Args)]
@@ -75,7 +77,14 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    std::fs::write(path, bytes).context(|| format!("cannot write {}", path.display()))
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(result_mode())
+        .open(path)
+        .and_then(|mut file| file.write_all(bytes))
+        .context(|| format!("cannot write {}", path.display()))
 }
 
 /// Two cells a character, one above the other, in 24-bit colours.

@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod commit;
 mod completions;
+mod confinement;
 mod create;
 mod device_server;
 mod diff;

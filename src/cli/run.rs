@@ -4,9 +4,10 @@ use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use super::Context;
+use super::confinement::ConfinementArgs;
 use super::output::{complain, say};
 use super::size::parse_size;
-use crate::engine::run::{self, CommandOptions, Ended, FAILURE, Network, RunOptions, parse_volume};
+use crate::engine::run::{self, CommandOptions, Ended, FAILURE, Failure, RunOptions, parse_volume};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::ext4::Atime;
 use crate::interrupt;
@@ -16,10 +17,11 @@ use crate::store::NewContainer;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The container stays when the command ends, unless --rm is given: `vellum exec` runs further commands \
-in it, `vellum commit` makes an image of it, `vellum rm` removes it.
+in it with the same rights and limits, `vellum commit` makes an image of it, `vellum rm` removes it.
 
-Exit status: the command's; 128+N when signal N ended it; 127 when the container has no such program, \
-126 when it cannot be executed, 125 when vellum failed, 128+N when signal N came before it started.
+Exit status: the command's; 128+N when signal N ended it; 127 when the container has no such program \
+or not the interpreter that it needs, 126 when it cannot be executed, 125 when vellum failed, \
+128+N when signal N came before it started.
 
 The OCI runtime is crun or runc, whichever is installed; VELLUM_RUNTIME names another.")]
 pub(super) struct Args {
@@ -37,12 +39,6 @@ pub(super) struct Args {
     /// The program in place of the image's entry point; empty for none
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<String>,
-    /// The host name in the container [default: the container's name]
-    #[arg(long, value_name = "NAME")]
-    hostname: Option<String>,
-    /// The network it sees: the host's, or a loopback interface alone
-    #[arg(long, value_enum, default_value = "host")]
-    network: NetworkArg,
     /// Virtual size, not smaller than the image's
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     size: Option<u64>,
@@ -51,6 +47,8 @@ pub(super) struct Args {
     atime: Option<Atime>,
     #[command(flatten)]
     process: ProcessArgs,
+    #[command(flatten)]
+    confinement: ConfinementArgs,
     /// Say more on standard error; twice for still more
     // In place of the global one, whose short form is the volume's here.
     #[arg(long, action = clap::ArgAction::Count)]
@@ -58,12 +56,6 @@ pub(super) struct Args {
     /// The command [default: the image's]
     #[arg(last = true, value_name = "CMD")]
     command: Vec<String>,
-}
-
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum NetworkArg {
-    Host,
-    None,
 }
 
 /// What `run` and `exec` share.
@@ -136,11 +128,6 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
     let options = RunOptions {
         command: args.process.options(&args.command)?,
         entrypoint: args.entrypoint.clone(),
-        hostname: args.hostname.clone(),
-        network: match args.network {
-            NetworkArg::Host => Network::Host,
-            NetworkArg::None => Network::None,
-        },
         remove: args.rm,
     };
     let new = NewContainer {
@@ -149,6 +136,7 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
         virtual_size: args.size,
         volumes,
         atime: args.atime,
+        confinement: args.confinement.confinement()?,
     };
     run::run(&context.store_to_change()?, &new, &options)
 }
@@ -157,9 +145,11 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
 pub(super) fn exit(ended: Result<Ended>) -> ExitCode {
     match ended {
         Ok(ended) => {
-            if ended.failure.is_some() {
-                // The runtime has said why, on the standard error that it shares with the command.
-                say("vellum: the command could not be started");
+            match &ended.failure {
+                Some(Failure::NoProgram(why)) => say(&format!("vellum: {why}")),
+                // It has said why, on the standard error that it shares with the command.
+                Some(Failure::Runtime(_)) => say("vellum: the command could not be started"),
+                None => {}
             }
             ExitCode::from(ended.status)
         }

@@ -28,6 +28,8 @@ pub struct NewContainer<'a> {
     pub volumes: Vec<super::VolumeMount>,
     /// Access times of its files; the default where it is `None`.
     pub atime: Option<Atime>,
+    /// What it may do and use when it runs.
+    pub confinement: super::Confinement,
 }
 
 /// The layers of a container as they stand now, a commit that was cut off included.
@@ -140,6 +142,7 @@ impl Store {
             volumes: new.volumes.clone(),
             scaffold: super::Scaffold::default(),
             atime: new.atime,
+            confinement: new.confinement.clone(),
             created: now(),
         };
         self.write_json(&self.record_path("containers", &record.name), &record)?;

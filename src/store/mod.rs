@@ -8,7 +8,7 @@
 //! ROOT/images/NAME.json      records; names are percent-encoded
 //! ROOT/containers/NAME.json
 //! ROOT/templates/SIZE.json   empty file systems that images begin with
-//! ROOT/volumes/NAME/         named volumes
+//! ROOT/volumes/NAME/         named volumes; `.NAME.*` beside them while they are filled
 //! ROOT/snapshots/UUID.json   containerd's snapshots; ROOT/mnt/UUID/ where they are mounted
 //! ROOT/staging/UUID/         being made; ROOT/trash/ being removed
 //! ROOT/reserve               room for commands while the disk is full
@@ -23,6 +23,7 @@
 //! Two locks: `lock` is held exclusively while records are read and changed together; `gc.lock` is
 //! shared by whoever has layers that no record names yet, and exclusive for removing such layers.
 
+mod confinement;
 mod containers;
 mod images;
 mod layers;
@@ -35,6 +36,7 @@ mod snapshots;
 mod trash;
 mod volumes;
 
+pub use confinement::{Confinement, Network, PidsLimit, Seccomp};
 pub use containers::{NewContainer, Resolved, now};
 pub use layers::{LayerLease, StagedLayer};
 pub use names::{check_name, check_reference};
@@ -45,6 +47,7 @@ pub use records::{
     VolumeMount,
 };
 pub use snapshots::{SnapshotKind, SnapshotRecord};
+pub use volumes::VolumePlace;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

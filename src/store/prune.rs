@@ -239,6 +239,7 @@ impl Store {
         for directory in RECORDS {
             found.extend(self.unfinished_records(&self.root.join(directory))?);
         }
+        found.extend(self.unfinished_volumes()?);
         let known = self.container_ids()?;
         let dir = self.root.join("run");
         let locks = self.entries(&dir)?.filter(|entry| {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::confinement::Confinement;
 use crate::fs::ext4::Atime;
 use crate::image::ImageConfig;
 
@@ -164,6 +165,9 @@ pub struct ContainerRecord {
     /// Access times of its files, where it was made with other than the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub atime: Option<Atime>,
+    /// What it may do and use when it runs.
+    #[serde(default)]
+    pub confinement: Confinement,
     /// RFC 3339.
     pub created: String,
 }

@@ -98,7 +98,7 @@ impl Owner {
 
     /// A process of the container while one lives: its first, or else another of its cgroup, for
     /// the runtime may have died before it noted the first.
-    fn process(&self, run_dir: &Path) -> Option<Identity> {
+    pub(super) fn process(&self, run_dir: &Path) -> Option<Identity> {
         self.init(run_dir).or_else(|| self.any_member())
     }
 

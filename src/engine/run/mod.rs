@@ -6,9 +6,14 @@
 //! * [`activity()`] says what runs; unmounting and removing end it.
 
 mod activity;
+mod bundle;
+mod capabilities;
+mod executable;
 mod foreground;
+mod limits;
 mod runtime;
 pub(super) mod scaffold;
+mod seccomp;
 mod spec;
 mod user;
 mod volume;
@@ -28,16 +33,19 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::device::{Identity, boot_id};
 use crate::fs::held_dir::Place;
 use crate::interrupt;
-use crate::store::{ContainerRecord, NewContainer, Store};
+use crate::store::{Confinement, ContainerRecord, NewContainer, Store};
 use activity::{Owner, kill_left, oci_dir, settled_activity};
+use bundle::{absolute, host_name, prepare, write_json};
+use executable::{Files, NoProgram};
 use foreground::Foreground;
 use runtime::Runtime;
-use spec::{Bind, ContainerPlan, ProcessPlan};
+use spec::ProcessPlan;
 
 pub use activity::{Activity, activity};
 pub(super) use activity::{end_for_good, end_running, forget};
+pub use capabilities::parse_capability;
 pub(super) use runtime::find as find_runtime;
-pub use spec::Network;
+pub use seccomp::parse_seccomp;
 pub use volume::{check_volumes, parse_volume};
 
 /// The exit status for a failure before the command started, as docker has it.
@@ -65,10 +73,6 @@ pub struct RunOptions {
     pub command: CommandOptions,
     /// The program in place of the image's entry point; empty for none.
     pub entrypoint: Option<String>,
-    /// The host name in the container; its name where it is `None`.
-    pub hostname: Option<String>,
-    /// The network that it sees.
-    pub network: Network,
     /// Remove the container when the command has ended.
     pub remove: bool,
 }
@@ -80,7 +84,35 @@ pub struct Ended {
     /// could not be executed, [`FAILURE`] where it could not be started for another reason.
     pub status: u8,
     /// Why it did not start, if it did not.
-    pub failure: Option<String>,
+    pub failure: Option<Failure>,
+}
+
+/// Why a command did not start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// It is no program, and nobody has said so yet.
+    NoProgram(String),
+    /// The runtime failed, and has said so on the command's standard error.
+    Runtime(String),
+}
+
+impl From<NoProgram> for Ended {
+    fn from(no: NoProgram) -> Self {
+        Ended {
+            status: no.status,
+            failure: Some(Failure::NoProgram(no.why)),
+        }
+    }
+}
+
+/// Checks that this host can confine a container so.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] and [`ErrorKind::Unsupported`], with what to leave out.
+pub fn check_confinement(confinement: &Confinement) -> Result<()> {
+    let capabilities = capabilities::of(confinement)?;
+    seccomp::of(&confinement.seccomp, &capabilities)?;
+    limits::of(confinement).map(drop)
 }
 
 /// Makes a container, runs a command in it in the foreground, and unmounts it. While it runs, the
@@ -94,6 +126,7 @@ pub struct Ended {
 pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Result<Ended> {
     let program = runtime::find()?;
     check_volumes(&new.volumes)?;
+    check_confinement(&new.confinement)?;
     let mut container = store.create_container(new)?;
     let ended = run_created(store, &mut container, options, &program);
     let started = matches!(&ended, Ok(ended) if ended.failure.is_none());
@@ -162,8 +195,6 @@ fn run_created(
         args,
         env: Vec::new(),
         terminal: command.terminal,
-        hostname: options.hostname.clone(),
-        network: options.network,
         program: program.to_owned(),
     };
     run_alone(store, container, &start)
@@ -174,8 +205,6 @@ struct Start {
     args: Vec<String>,
     env: Vec<String>,
     terminal: bool,
-    hostname: Option<String>,
-    network: Network,
     program: PathBuf,
 }
 
@@ -216,18 +245,27 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
             }
             None => mount_locked(store, container, None, Rights::ALL)?.dir,
         };
-        prepare(store, container, start, &run_dir, &rootfs, &owner)?;
+        if let Some(no) = prepare(store, container, start, &run_dir, &rootfs, &owner)? {
+            return Ok(Err(no));
+        }
         // From here on signals are the command's; what came before is ours.
         let foreground = Foreground::new()?;
         interrupt::check()?;
-        Ok((rootfs, foreground))
+        Ok(Ok((rootfs, foreground)))
+    };
+    let undo = || {
+        // Nothing runs yet; the first failure is what matters.
+        let _held = interrupt::hold();
+        let _ = end_alone(store, container, keep_mounted);
     };
     let (rootfs, foreground) = match prepare() {
-        Ok(prepared) => prepared,
+        Ok(Ok(prepared)) => prepared,
+        Ok(Err(no)) => {
+            undo();
+            return Ok(no.into());
+        }
         Err(error) => {
-            // Nothing runs yet; the first failure is what matters.
-            let _held = interrupt::hold();
-            let _ = end_alone(store, container, keep_mounted);
+            undo();
             return Err(error);
         }
     };
@@ -273,140 +311,6 @@ fn end_alone(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> 
     unmount_ended(store, container, false)
 }
 
-/// Writes the bundle.
-fn prepare(
-    store: &Store,
-    container: &ContainerRecord,
-    start: &Start,
-    run_dir: &Path,
-    rootfs: &Path,
-    owner: &Owner,
-) -> Result<()> {
-    let oci = oci_dir(run_dir);
-    let hostname = start
-        .hostname
-        .clone()
-        .unwrap_or_else(|| host_name(&container.name));
-    let config = &container.config.config;
-    let who = user::resolve(rootfs, &config.user)?;
-    let env = spec::environment(
-        &hostname,
-        start.terminal,
-        &who.home,
-        &config.env,
-        &start.env,
-    );
-    let mut binds = etc_files(&mount_point::etc_dir(run_dir)?, &hostname, start.network)?;
-    for volume in &container.volumes {
-        let source = volume::prepare(store, volume, rootfs)?;
-        binds.retain(|bind| bind.destination != volume.destination);
-        binds.push(Bind {
-            source,
-            destination: volume.destination.clone(),
-            read_only: volume.read_only,
-        });
-    }
-    for bind in &mut binds {
-        bind.destination = volume::follow(rootfs, &bind.destination)?;
-        if bind.destination == Path::new("/") {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                "a volume cannot lie on the root of the container",
-            ));
-        }
-    }
-    for path in binds
-        .iter()
-        .map(|bind| &bind.source)
-        .chain([&rootfs.to_owned()])
-    {
-        if path.to_str().is_none() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "{}: a container's description is JSON, which cannot name a path that is not \
-                     UTF-8: use another --root, directory or volume",
-                    path.display()
-                ),
-            ));
-        }
-    }
-    scaffold::make(store, container, rootfs, &binds)?;
-    let plan = ContainerPlan {
-        rootfs: rootfs.to_owned(),
-        process: ProcessPlan {
-            args: start.args.clone(),
-            env,
-            cwd: absolute(&config.working_dir),
-            who,
-            terminal: start.terminal,
-        },
-        hostname,
-        network: start.network,
-        binds,
-        cgroup: owner.cgroup.clone(),
-    };
-    let spec = spec::container(&plan)?;
-    write_json(&oci.join("config.json"), &spec)
-}
-
-fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let bytes = serde_json::to_vec_pretty(value).map_err(|error| {
-        Error::with_source(ErrorKind::Io, "the bundle cannot be encoded", error)
-    })?;
-    fs::write(path, bytes).context(|| format!("cannot write {}", path.display()))
-}
-
-/// A working directory as the runtime takes it.
-fn absolute(path: &str) -> String {
-    match path.starts_with('/') {
-        true => path.to_owned(),
-        false => format!("/{path}"),
-    }
-}
-
-/// A host name made of a container's name.
-fn host_name(name: &str) -> String {
-    name.chars()
-        .map(|c| if c == '_' { '-' } else { c })
-        .take(63)
-        .collect()
-}
-
-/// Files that every container has of its own, so that the image's stay as they are.
-fn etc_files(dir: &Path, hostname: &str, network: Network) -> Result<Vec<Bind>> {
-    let of_host = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let mut files = vec![("hostname", format!("{hostname}\n"))];
-    match network {
-        Network::Host => {
-            files.push((
-                "hosts",
-                format!(
-                    "{}\n127.0.1.1\t{hostname}\n",
-                    of_host("/etc/hosts").trim_end()
-                ),
-            ));
-            files.push(("resolv.conf", of_host("/etc/resolv.conf")));
-        }
-        Network::None => files.push((
-            "hosts",
-            format!("127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\t{hostname}\n"),
-        )),
-    }
-    files
-        .into_iter()
-        .map(|(name, content)| {
-            let source = dir.join(name);
-            fs::write(&source, content).context(|| format!("cannot write {}", source.display()))?;
-            Ok(Bind {
-                source,
-                destination: Path::new("/etc").join(name),
-                read_only: false,
-            })
-        })
-        .collect()
-}
-
 /// Starts the runtime on the bundle and waits for it.
 fn supervise(
     foreground: &Foreground,
@@ -447,7 +351,7 @@ fn ended(status: u8, log: &Path) -> Ended {
     match runtime::logged_failure(log).filter(|_| status != 0) {
         Some(failure) => Ended {
             status: runtime::status_of_failure(&failure),
-            failure: Some(failure),
+            failure: Some(Failure::Runtime(failure)),
         },
         None => Ended {
             status,
@@ -476,20 +380,30 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
     if let Some(user) = &options.user {
         config.user.clone_from(user);
     }
-    match settled_activity(&store.run_dir(&container))? {
-        Activity::Running { .. } => exec_beside(store, &container, options),
-        _ => {
+    let run_dir = store.run_dir(&container);
+    let runs = matches!(settled_activity(&run_dir)?, Activity::Running { .. });
+    match runs && can_be_entered(&run_dir)? {
+        true => exec_beside(store, &container, options),
+        false => {
             let start = Start {
                 args: options.command.clone(),
                 env: options.env.clone(),
                 terminal: options.terminal,
-                hostname: None,
-                network: Network::Host,
                 program: runtime::find()?,
             };
             run_alone(store, &container, &start)
         }
     }
+}
+
+/// Waits until the runtime has noted what it started; false where that has ended meanwhile.
+fn can_be_entered(run_dir: &Path) -> Result<bool> {
+    let Some(owner) = Owner::read(run_dir)? else {
+        return Ok(false);
+    };
+    let lives = || owner.process(run_dir).is_some();
+    owner.runtime(run_dir).wait_for(&owner.id, lives);
+    Ok(lives())
 }
 
 fn exec_beside(
@@ -512,18 +426,32 @@ fn exec_beside(
     let config = &container.config.config;
     let who = user::resolve(&rootfs, &config.user)?;
     let env = spec::environment(
-        &host_name(&container.name),
+        &host_name(container),
         options.terminal,
         &who.home,
         &config.env,
         &options.env,
     );
+    let cwd = absolute(&config.working_dir);
+    if let Some(init) = owner.init(&run_dir) {
+        // As its first process sees them, with all that is mounted there.
+        let root = PathBuf::from(format!("/proc/{}/root", init.pid));
+        let files = Files {
+            root: &root,
+            binds: &[],
+        };
+        if let Some(no) = executable::check(&files, &options.command, &env, &cwd) {
+            return Ok(no.into());
+        }
+    }
     let process = spec::process(&ProcessPlan {
         args: options.command.clone(),
         env,
-        cwd: absolute(&config.working_dir),
+        cwd,
         who,
         terminal: options.terminal,
+        capabilities: capabilities::of(&container.confinement)?,
+        no_new_privileges: container.confinement.no_new_privileges,
     })?;
     let files = ExecFiles::new(&oci_dir(&run_dir));
     write_json(&files.process, &process)?;

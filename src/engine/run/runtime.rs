@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -11,10 +12,13 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::fuse::session::FS_TYPE;
 use crate::export::loop_device::LoopDevice;
 use crate::fs::mountinfo::MountInfo;
+use crate::inherit;
 
 /// Names another runtime, by path or by name.
 const VARIABLE: &str = "VELLUM_RUNTIME";
 const UNIFIED: &str = "/sys/fs/cgroup/unified";
+/// A runtime on a busy host has noted what it started by then; its own error comes after that.
+const NOTED_WITHIN: Duration = Duration::from_secs(20);
 
 /// The runtime for new containers: `$VELLUM_RUNTIME`, else crun, else runc.
 ///
@@ -82,7 +86,26 @@ impl Runtime {
     pub(super) fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.arg("--root").arg(&self.root);
+        // Signals are blocked here while it runs; in a container none is.
+        inherit::for_child(&mut command);
         command
+    }
+
+    /// Whether it has noted a container, which it does after the first process is there; commands for
+    /// the container fail before. Both runtimes replace the file as a whole.
+    fn knows(&self, id: &str) -> bool {
+        let dir = self.root.join(id);
+        ["status", "state.json"]
+            .iter()
+            .any(|name| dir.join(name).exists())
+    }
+
+    /// Waits until it has noted a container, as long as `lives` and not for ever.
+    pub(super) fn wait_for(&self, id: &str, lives: impl Fn() -> bool) {
+        let end = Instant::now() + NOTED_WITHIN;
+        while !self.knows(id) && lives() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     fn is_crun(&self) -> bool {

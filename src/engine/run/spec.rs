@@ -6,30 +6,24 @@ use std::path::{Path, PathBuf};
 use nix::sys::resource::{Resource, getrlimit};
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
-    Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDeviceCgroup,
+    Capabilities, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDeviceCgroup,
     LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxNamespaceBuilder, LinuxNamespaceType,
-    LinuxResourcesBuilder, Mount, MountBuilder, PosixRlimit, PosixRlimitBuilder, PosixRlimitType,
-    Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder, get_default_maskedpaths,
-    get_default_mounts, get_default_readonly_paths,
+    LinuxResourcesBuilder, LinuxSeccomp, Mount, MountBuilder, PosixRlimit, PosixRlimitBuilder,
+    PosixRlimitType, Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
+    get_default_maskedpaths, get_default_mounts, get_default_readonly_paths,
 };
 
+use super::limits::Limits;
 use super::user::Who;
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::Network;
 
 /// Where programs are looked for unless the image says otherwise.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Open files of a process unless it asks for more.
 const OPEN_FILES: u64 = 1024;
-
-/// The network that a container sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Network {
-    /// The host's.
-    #[default]
-    Host,
-    /// Its own, with a loopback interface alone.
-    None,
-}
+/// The file mode mask of a container's processes, whatever the caller's is.
+const UMASK: u32 = 0o022;
 
 /// A process to start.
 #[derive(Debug)]
@@ -39,6 +33,9 @@ pub(super) struct ProcessPlan {
     pub(super) cwd: String,
     pub(super) who: Who,
     pub(super) terminal: bool,
+    /// Those of root; other users get them by programs that have them.
+    pub(super) capabilities: Capabilities,
+    pub(super) no_new_privileges: bool,
 }
 
 /// A file or directory of the host that appears in the container.
@@ -57,11 +54,15 @@ pub(super) struct ContainerPlan {
     pub(super) hostname: String,
     pub(super) network: Network,
     pub(super) binds: Vec<Bind>,
+    /// The root file system cannot be written.
+    pub(super) read_only: bool,
+    pub(super) limits: Limits,
+    pub(super) seccomp: Option<LinuxSeccomp>,
     /// One path component, so that no directory above it is left in the cgroup tree.
     pub(super) cgroup: String,
 }
 
-fn failure(error: OciSpecError) -> Error {
+pub(super) fn failure(error: OciSpecError) -> Error {
     Error::with_source(
         ErrorKind::InvalidInput,
         "cannot describe the container to the OCI runtime",
@@ -101,28 +102,6 @@ pub(super) fn environment(
     env
 }
 
-/// Docker's default set.
-fn capabilities() -> Capabilities {
-    [
-        Capability::Chown,
-        Capability::DacOverride,
-        Capability::Fsetid,
-        Capability::Fowner,
-        Capability::Mknod,
-        Capability::NetRaw,
-        Capability::Setgid,
-        Capability::Setuid,
-        Capability::Setfcap,
-        Capability::Setpcap,
-        Capability::NetBindService,
-        Capability::SysChroot,
-        Capability::Kill,
-        Capability::AuditWrite,
-    ]
-    .into_iter()
-    .collect()
-}
-
 fn open_files() -> Result<PosixRlimit> {
     let hard = getrlimit(Resource::RLIMIT_NOFILE).map_or(OPEN_FILES, |(_, hard)| hard);
     PosixRlimitBuilder::default()
@@ -135,6 +114,7 @@ fn open_files() -> Result<PosixRlimit> {
 
 /// The process as the runtime wants it, for `run` and for `exec`.
 pub(super) fn process(plan: &ProcessPlan) -> Result<Process> {
+    let capabilities = || plan.capabilities.clone();
     let caps = LinuxCapabilitiesBuilder::default().bounding(capabilities());
     // As an execve would have it: only root holds them at once.
     let caps = match plan.who.uid {
@@ -149,6 +129,7 @@ pub(super) fn process(plan: &ProcessPlan) -> Result<Process> {
     let user = UserBuilder::default()
         .uid(plan.who.uid)
         .gid(plan.who.gid)
+        .umask(UMASK)
         .additional_gids(plan.who.groups.clone())
         .build()
         .map_err(failure)?;
@@ -160,7 +141,7 @@ pub(super) fn process(plan: &ProcessPlan) -> Result<Process> {
         .cwd(&plan.cwd)
         .capabilities(caps.build().map_err(failure)?)
         .rlimits([open_files()?])
-        .no_new_privileges(false)
+        .no_new_privileges(plan.no_new_privileges)
         .build()
         .map_err(failure)
 }
@@ -263,13 +244,20 @@ fn namespaces(network: Network) -> Vec<LinuxNamespaceType> {
 pub(super) fn container(plan: &ContainerPlan) -> Result<Spec> {
     let root = RootBuilder::default()
         .path(&plan.rootfs)
-        .readonly(false)
+        .readonly(plan.read_only)
         .build()
         .map_err(failure)?;
-    let resources = LinuxResourcesBuilder::default()
-        .devices(devices()?)
-        .build()
-        .map_err(failure)?;
+    let mut resources = LinuxResourcesBuilder::default().devices(devices()?);
+    if let Some(memory) = plan.limits.memory {
+        resources = resources.memory(memory);
+    }
+    if let Some(pids) = plan.limits.pids {
+        resources = resources.pids(pids);
+    }
+    if let Some(cpu) = plan.limits.cpu.clone() {
+        resources = resources.cpu(cpu);
+    }
+    let resources = resources.build().map_err(failure)?;
     let namespaces = namespaces(plan.network)
         .into_iter()
         .map(|typ| LinuxNamespaceBuilder::default().typ(typ).build())
@@ -277,14 +265,16 @@ pub(super) fn container(plan: &ContainerPlan) -> Result<Spec> {
         .map_err(failure)?;
     let mut masked = get_default_maskedpaths();
     masked.push("/sys/devices/virtual/powercap".into());
-    let linux = LinuxBuilder::default()
+    let mut linux = LinuxBuilder::default()
         .resources(resources)
         .namespaces(namespaces)
         .masked_paths(masked)
         .readonly_paths(get_default_readonly_paths())
-        .cgroups_path(format!("/{}", plan.cgroup))
-        .build()
-        .map_err(failure)?;
+        .cgroups_path(format!("/{}", plan.cgroup));
+    if let Some(seccomp) = plan.seccomp.clone() {
+        linux = linux.seccomp(seccomp);
+    }
+    let linux = linux.build().map_err(failure)?;
     SpecBuilder::default()
         .version("1.0.2")
         .root(root)
@@ -299,6 +289,7 @@ pub(super) fn container(plan: &ContainerPlan) -> Result<Spec> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use oci_spec::runtime::Capability;
 
     #[test]
     fn a_later_variable_replaces_an_earlier_one_in_its_place() {
@@ -322,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn only_root_starts_with_capabilities_and_nobody_with_sys_admin() {
+    fn only_root_starts_with_capabilities() {
         let mut plan = ProcessPlan {
             args: vec!["true".into()],
             env: Vec::new(),
@@ -334,14 +325,15 @@ mod tests {
                 home: "/".into(),
             },
             terminal: false,
+            capabilities: [Capability::Chown].into(),
+            no_new_privileges: false,
         };
         let effective = |plan: &ProcessPlan| {
             let process = process(plan).unwrap();
             let caps = process.capabilities().clone().unwrap();
             caps.effective().clone().unwrap()
         };
-        assert_eq!(effective(&plan).len(), 14);
-        assert!(!effective(&plan).contains(&Capability::SysAdmin));
+        assert_eq!(effective(&plan), plan.capabilities);
         plan.who.uid = 7;
         assert!(effective(&plan).is_empty());
     }

@@ -114,13 +114,20 @@ fn group(line: &str) -> Option<GroupLine> {
     })
 }
 
+/// Whether it is meant as an id, in range or not.
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
 /// A number in the range of ids.
 fn number(text: &str) -> Option<u32> {
     text.parse().ok().filter(|id| *id <= MAX_ID)
 }
 
-/// Looks up `USER[:GROUP]`, names or numbers; empty is root. As docker has it: a number needs no
-/// line in the files; a group that is given replaces the user's own, the supplementary ones too.
+/// Looks up `USER[:GROUP]`, names or numbers; empty is root. As docker has it: what is a number is
+/// never a name, so that an image cannot make user 1001 root by a line that begins with `1001:x:0:`;
+/// a number needs no line in the files; a group that is given replaces the user's own, the
+/// supplementary ones too.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] for a name that the container's files do not have.
@@ -134,10 +141,10 @@ pub(super) fn resolve(root: &Path, spec: &str) -> Result<Who> {
         .iter()
         .filter_map(|line| passwd(line))
         .collect();
-    let found = users
-        .iter()
-        .find(|line| line.name == user)
-        .or_else(|| users.iter().find(|line| number(user) == Some(line.uid)));
+    let found = users.iter().find(|line| match is_number(user) {
+        true => number(user) == Some(line.uid),
+        false => line.name == user,
+    });
     let mut who = match (found, number(user)) {
         (Some(line), _) => Who {
             uid: line.uid,
@@ -162,11 +169,14 @@ pub(super) fn resolve(root: &Path, spec: &str) -> Result<Who> {
         .collect();
     match (wanted_group, found) {
         (Some(wanted), _) => {
-            let line = groups.iter().find(|line| line.name == wanted);
-            who.gid = line
-                .map(|line| line.gid)
-                .or_else(|| number(wanted))
-                .ok_or_else(|| no_such("group", wanted, "/etc/group"))?;
+            let gid = match is_number(wanted) {
+                true => number(wanted),
+                false => groups
+                    .iter()
+                    .find(|line| line.name == wanted)
+                    .map(|line| line.gid),
+            };
+            who.gid = gid.ok_or_else(|| no_such("group", wanted, "/etc/group"))?;
         }
         (None, Some(user)) => {
             who.groups = groups
@@ -200,12 +210,12 @@ mod tests {
         std::fs::create_dir(dir.path().join("etc")).unwrap();
         std::fs::write(
             dir.path().join("etc/passwd"),
-            "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:34::/srv:/bin/sh\n7:x:70:70::/seven:\n",
+            "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:34::/srv:/bin/sh\n7:x:0:0::/seven:\n",
         )
         .unwrap();
         std::fs::write(
             dir.path().join("etc/group"),
-            "root:x:0:\nweb:x:34:\nlogs:x:40:web,root\nmore:x:41:web\n",
+            "root:x:0:\nweb:x:34:\nlogs:x:40:web,root\nmore:x:41:web\n8:x:0:\n",
         )
         .unwrap();
         dir
@@ -226,8 +236,10 @@ mod tests {
         let stranger = who("1234");
         assert_eq!((stranger.uid, stranger.gid), (1234, 0));
         assert_eq!(stranger.home, "/");
-        // A name made of digits wins over the number, as docker has it.
-        assert_eq!(who("7").uid, 70);
+        // Users and groups that are called like a number are not what the number means.
+        let seven = who("7:8");
+        assert_eq!((seven.uid, seven.gid, &seven.home[..]), (7, 8, "/"));
+        assert_eq!((who("007").uid, who("7").groups), (7, vec![]));
     }
 
     #[test]
@@ -237,6 +249,7 @@ mod tests {
             ("nobody", "passwd"),
             ("web:none", "group"),
             ("4294967295", "passwd"),
+            ("web:4294967295", "group"),
         ] {
             let error = resolve(root.path(), spec).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::NotFound, "{spec}");

@@ -2,16 +2,17 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::fcntl::{AT_FDCWD, OFlag, RenameFlags, renameat2};
 
 use super::user::open_in_root;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::image::copy_tree;
-use crate::store::{Store, VolumeMount, check_name};
+use crate::store::{Store, VolumeMount, VolumePlace, check_name};
 
 /// How many links are followed, as the kernel has it.
 const MAX_LINKS: usize = 40;
@@ -101,10 +102,8 @@ pub fn check_volumes(volumes: &[VolumeMount]) -> Result<()> {
 /// a directory that is missing is made.
 pub(super) fn prepare(store: &Store, volume: &VolumeMount, rootfs: &Path) -> Result<PathBuf> {
     if !volume.source.starts_with('/') {
-        let dir = store.volume_dir(&volume.source)?;
-        fill(&dir, rootfs, &volume.destination)
-            .map_err(|error| error.context(format!("cannot fill the volume {}", volume.source)))?;
-        return Ok(dir);
+        return fill(store, &volume.source, rootfs, &volume.destination)
+            .map_err(|error| error.context(format!("cannot fill the volume {}", volume.source)));
     }
     let path = PathBuf::from(&volume.source);
     match fs::symlink_metadata(&path) {
@@ -165,31 +164,86 @@ fn names(path: &Path) -> Vec<OsString> {
     names
 }
 
-/// Copies the image's directory at `place` into an empty volume.
-fn fill(volume: &Path, rootfs: &Path, place: &Path) -> Result<()> {
-    let doing = || format!("cannot open {}", volume.display());
-    let dir = fs::File::open(volume).context(doing)?;
+/// The image's directory at `place`, if it has one: the open directory itself, wherever links led to.
+fn of_image(rootfs: &Path, place: &Path) -> Result<Option<OwnedFd>> {
+    match open_in_root(rootfs, place, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
+        Ok(source) => Ok(Some(source)),
+        Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+        Err(errno) => Err(Error::io(
+            format!("cannot open {} of the image", place.display()),
+            errno.into(),
+        )),
+    }
+}
+
+fn is_there(path: &Path) -> Result<bool> {
+    path.try_exists()
+        .context(|| format!("cannot stat {}", path.display()))
+}
+
+fn is_empty(dir: &Path) -> Result<bool> {
+    let mut entries = fs::read_dir(dir).context(|| format!("cannot list {}", dir.display()))?;
+    Ok(entries.next().is_none())
+}
+
+/// Makes a volume where there is none, and gives an empty one what the image has at `at`, the
+/// directory's mode and owner too.
+fn fill(store: &Store, name: &str, rootfs: &Path, at: &Path) -> Result<PathBuf> {
+    let place = store.volume_place(name)?;
     // Two containers that start at once: the second finds it filled.
-    let _lock = Flock::lock(dir, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| Error::io(doing(), errno.into()))?;
-    if fs::read_dir(volume).context(doing)?.next().is_some() {
+    let _lock = store.lock_volume(&place)?;
+    move_in(store, &place)?;
+    let there = is_there(&place.dir)?;
+    if there && !is_empty(&place.dir)? {
+        return Ok(place.dir);
+    }
+    let source = of_image(rootfs, at)?;
+    if there && source.is_none() {
+        return Ok(place.dir);
+    }
+    let doing = || format!("cannot make {}", place.fresh.display());
+    if is_there(&place.fresh)? {
+        fs::remove_dir_all(&place.fresh).context(doing)?;
+    }
+    fs::create_dir(&place.fresh).context(doing)?;
+    if let Some(source) = source {
+        // Nothing runs in the container yet.
+        let source = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))
+            .context(|| "cannot read /proc/self/fd")?;
+        copy_tree(&source, &place.fresh, None)?;
+    }
+    let fresh = fs::File::open(&place.fresh).context(doing)?;
+    // Whole on the disk before its name says so.
+    nix::unistd::syncfs(fresh).context(|| "cannot sync the volume")?;
+    fs::rename(&place.fresh, &place.full).context(doing)?;
+    move_in(store, &place)?;
+    Ok(place.dir)
+}
+
+/// Brings what was copied whole into the volume; also what a crash kept from coming there.
+fn move_in(store: &Store, place: &VolumePlace) -> Result<()> {
+    if !is_there(&place.full)? {
         return Ok(());
     }
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
-    let source = match open_in_root(rootfs, place, flags) {
-        Ok(source) => source,
-        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
-        Err(errno) => {
-            return Err(Error::io(
-                format!("cannot open {} of the image", place.display()),
-                errno.into(),
-            ));
+    let doing = || format!("cannot move {} into the volume", place.full.display());
+    if !is_there(&place.dir)? {
+        return store.publish_volume(place);
+    }
+    // It is there and was empty: a container may have it already, so it stays the same directory.
+    let like = fs::metadata(&place.full).context(doing)?;
+    std::os::unix::fs::chown(&place.dir, Some(like.uid()), Some(like.gid())).context(doing)?;
+    fs::set_permissions(&place.dir, like.permissions()).context(doing)?;
+    for entry in fs::read_dir(&place.full).context(doing)? {
+        let entry = entry.context(doing)?;
+        let target = place.dir.join(entry.file_name());
+        let flags = RenameFlags::RENAME_NOREPLACE;
+        match renameat2(AT_FDCWD, &entry.path(), AT_FDCWD, &target, flags) {
+            // What a container has made there meanwhile stays.
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(errno) => return Err(Error::io(doing(), errno.into())),
         }
-    };
-    // The open directory itself, wherever links led to; nothing runs in the container yet.
-    let source = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))
-        .context(|| "cannot read /proc/self/fd")?;
-    copy_tree(&source, volume, None).map(drop)
+    }
+    fs::remove_dir_all(&place.full).context(doing)
 }
 
 #[cfg(test)]

@@ -58,6 +58,8 @@ pub(super) fn block_signals() -> Result<SignalFd> {
 /// The supervisor and its standby are a few pages each and never killed for memory, where we may
 /// say so (CAP_SYS_RESOURCE); the worker is more likely to be, since another takes its place.
 pub(super) fn prepare_process() {
+    // It outlives the command whose shell set them.
+    crate::inherit::lift_limits();
     let _ = nix::sys::prctl::set_name(c"vellum-device");
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
 }
