@@ -353,7 +353,7 @@ fn nothing_of_the_callers_process_gets_into_a_container() {
             let setup =
                 "umask 077; ulimit -S -t 1000; ulimit -n 500; trap '' USR1 HUP PIPE; exec 9>lock";
             let look = "umask; grep -E '^Sig(Blk|Ign)' /proc/self/status; ls /proc/self/fd; ulimit -t; \
-                        cat /etc/hosts /etc/hostname >/dev/null && ls /vol /new/dir /made >/dev/null && \
+                        cat /etc/hosts /etc/hostname /etc/resolv.conf >/dev/null && ls /vol /new/dir /made >/dev/null && \
                         busybox stat -c %a /etc/hosts /vol /new/dir /made /new";
             let options = ["-v", "v:/vol", "-v", "./made:/made", "-w", "/new/dir"];
             let run = [

@@ -160,10 +160,14 @@ fn etc_files(dir: &Path, hostname: &str, confinement: &Confinement) -> Result<Ve
             ));
             files.push(("resolv.conf", of_host("/etc/resolv.conf")));
         }
-        Network::None => files.push((
-            "hosts",
-            format!("127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\t{hostname}\n"),
-        )),
+        Network::None => {
+            files.push((
+                "hosts",
+                format!("127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\t{hostname}\n"),
+            ));
+            // There as docker has it, so that a program finds no server, and not the image's.
+            files.push(("resolv.conf", "# This container has no network.\n".into()));
+        }
     }
     files
         .into_iter()
