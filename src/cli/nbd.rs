@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use nix::sys::signal::{SigSet, Signal};
 
@@ -10,7 +11,7 @@ use super::Context;
 use crate::engine::serve::export;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::export::nbd::{
-    ClientCertificates, Server, ServerConfig, TlsConfig, bind_tcp, bind_unix,
+    ClientCertificates, Server, ServerConfig, SocketFile, TlsConfig, bind_tcp, bind_unix,
 };
 
 /// Arguments of `nbd`.
@@ -46,23 +47,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     let store = context.store()?;
     let signals = block_signals()?;
-    let clients = if args.tls_verify_clients {
-        ClientCertificates::Required
-    } else {
-        ClientCertificates::NotRequired
-    };
-    let tls = args
-        .tls_certs
-        .as_deref()
-        .map(|dir| TlsConfig::load(dir, clients))
-        .transpose()?;
-    let config = ServerConfig {
-        max_connections: args.max_connections,
-        memory: usize::try_from(args.memory).unwrap_or(usize::MAX),
-        tls,
-        ..ServerConfig::default()
-    };
-    let server = Arc::new(Server::new(config)?);
+    let server = Arc::new(Server::new(config(args)?)?);
     if store.is_read_only() && !args.read_only {
         context
             .out
@@ -79,34 +64,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         server.add_export(export)?;
         chains.push((name, chain));
     }
-    let mut listeners = Vec::new();
-    let mut socket_file = None;
-    let socket = match (&args.socket, &args.listen) {
-        (Some(path), _) => Some(path.clone()),
-        (None, Some(_)) => None,
-        (None, None) => Some(store.nbd_socket()),
-    };
-    if let Some(path) = &socket {
-        let (listener, file) = bind_unix(path)?;
-        socket_file = Some(file);
-        let server = Arc::clone(&server);
-        listeners.push(std::thread::spawn(move || server.serve_unix(listener)));
-        context
-            .out
-            .note(&format!("listening on {}", path.display()));
-    }
-    if let Some(address) = &args.listen {
-        let listener = bind_tcp(address)?;
-        let address = listener
-            .local_addr()
-            .context(|| "the listening socket has no address")?;
-        if let Some(warning) = exposure(args, address.ip(), &writable) {
-            tracing::warn!("{address}: {warning}");
-        }
-        let server = Arc::clone(&server);
-        listeners.push(std::thread::spawn(move || server.serve_tcp(listener)));
-        context.out.note(&format!("listening on {address}"));
-    }
+    let (listeners, socket_file) = listen(args, context, &server, store.nbd_socket(), &writable)?;
     signals.wait().context(|| "cannot wait for signals")?;
     drop(socket_file);
     let ended = server.shutdown();
@@ -124,6 +82,67 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         }
     }
     ended.and(closed)
+}
+
+fn config(args: &Args) -> Result<ServerConfig> {
+    let clients = if args.tls_verify_clients {
+        ClientCertificates::Required
+    } else {
+        ClientCertificates::NotRequired
+    };
+    let tls = args
+        .tls_certs
+        .as_deref()
+        .map(|dir| TlsConfig::load(dir, clients))
+        .transpose()?;
+    Ok(ServerConfig {
+        max_connections: args.max_connections,
+        memory: usize::try_from(args.memory).unwrap_or(usize::MAX),
+        tls,
+        ..ServerConfig::default()
+    })
+}
+
+/// Threads that accept clients.
+type Listeners = Vec<JoinHandle<Result<()>>>;
+
+/// Listens where the arguments say, or else on a unix socket at `default`, which goes with the answer.
+fn listen(
+    args: &Args,
+    context: &Context,
+    server: &Arc<Server>,
+    default: PathBuf,
+    writable: &[&str],
+) -> Result<(Listeners, Option<SocketFile>)> {
+    let mut listeners = Vec::new();
+    let mut socket_file = None;
+    let socket = match (&args.socket, &args.listen) {
+        (Some(path), _) => Some(path.clone()),
+        (None, Some(_)) => None,
+        (None, None) => Some(default),
+    };
+    if let Some(path) = &socket {
+        let (listener, file) = bind_unix(path)?;
+        socket_file = Some(file);
+        let server = Arc::clone(server);
+        listeners.push(std::thread::spawn(move || server.serve_unix(listener)));
+        context
+            .out
+            .note(&format!("listening on {}", path.display()));
+    }
+    if let Some(address) = &args.listen {
+        let listener = bind_tcp(address)?;
+        let address = listener
+            .local_addr()
+            .context(|| "the listening socket has no address")?;
+        if let Some(warning) = exposure(args, address.ip(), writable) {
+            tracing::warn!("{address}: {warning}");
+        }
+        let server = Arc::clone(server);
+        listeners.push(std::thread::spawn(move || server.serve_tcp(listener)));
+        context.out.note(&format!("listening on {address}"));
+    }
+    Ok((listeners, socket_file))
 }
 
 /// What somebody who listens on `ip` may not have thought of.

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::mount::mounted;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Records, Store};
+use crate::store::{ContainerRecord, Records, Store};
 
 pub use repair::{count_layer, finish_commits};
 
@@ -308,6 +308,16 @@ impl Check<'_> {
         if !records.damaged.is_empty() {
             return Ok(());
         }
+        self.orphans()?;
+        self.leaks(&records.containers)?;
+        for container in &records.containers {
+            self.server_of(container)?;
+        }
+        Ok(())
+    }
+
+    /// What no record names.
+    fn orphans(&mut self) -> Result<()> {
         match self.store.orphans()? {
             None => self.find(Finding::new(
                 Severity::Note,
@@ -338,9 +348,13 @@ impl Check<'_> {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Devices of containers that nobody serves any more.
+    fn leaks(&mut self, containers: &[ContainerRecord]) -> Result<()> {
         for leak in crate::export::device::find_leaks(&self.store.root().join("run"))? {
-            let owner = records
-                .containers
+            let owner = containers
                 .iter()
                 .find(|container| leak.run_dir.ends_with(container.id.to_string()));
             // The others are orphans, see above.
@@ -367,42 +381,45 @@ impl Check<'_> {
                 Some(Remedy::Detach(owner.name.clone())),
             ));
         }
-        for container in &records.containers {
-            let run_dir = self.store.run_dir(container);
-            if let Some(mounted) = mounted(self.store, container)?.filter(|there| there.given_up) {
-                let name = &container.name;
-                self.find(Finding::new(
-                    Severity::Warning,
-                    format!("container {name}"),
-                    mounted.dir,
-                    "its file system met an error (a full disk of the host?) and takes no writes \
-                     any more",
-                    format!("`vellum mount {name}` mounts it anew, when no program uses it"),
-                    None,
-                ));
-            }
-            let status = crate::export::device::status(&run_dir)?;
-            if status.as_ref().is_some_and(|status| status.halted) {
-                self.find(Finding::new(
-                    Severity::Warning,
-                    format!("container {}", container.name),
-                    &run_dir,
-                    "all processes of its server are stopped (by a signal or a debugger): whoever \
-                     uses it waits for ever",
-                    "`kill -CONT` them, or `vellum umount --force`; what was flushed is safe",
-                    None,
-                ));
-            }
-            if status.is_some_and(|status| status.alive && !status.supervised) {
-                self.find(Finding::new(
-                    Severity::Warning,
-                    format!("container {}", container.name),
-                    run_dir,
-                    "its server works, but nobody would restart it: its supervisor is dead",
-                    "--repair starts a supervisor",
-                    Some(Remedy::Supervise(container.name.clone())),
-                ));
-            }
+        Ok(())
+    }
+
+    /// What is wrong with the device of a container that is served.
+    fn server_of(&mut self, container: &ContainerRecord) -> Result<()> {
+        let run_dir = self.store.run_dir(container);
+        if let Some(mounted) = mounted(self.store, container)?.filter(|there| there.given_up) {
+            let name = &container.name;
+            self.find(Finding::new(
+                Severity::Warning,
+                format!("container {name}"),
+                mounted.dir,
+                "its file system met an error (a full disk of the host?) and takes no writes \
+                 any more",
+                format!("`vellum mount {name}` mounts it anew, when no program uses it"),
+                None,
+            ));
+        }
+        let status = crate::export::device::status(&run_dir)?;
+        if status.as_ref().is_some_and(|status| status.halted) {
+            self.find(Finding::new(
+                Severity::Warning,
+                format!("container {}", container.name),
+                &run_dir,
+                "all processes of its server are stopped (by a signal or a debugger): whoever \
+                 uses it waits for ever",
+                "`kill -CONT` them, or `vellum umount --force`; what was flushed is safe",
+                None,
+            ));
+        }
+        if status.is_some_and(|status| status.alive && !status.supervised) {
+            self.find(Finding::new(
+                Severity::Warning,
+                format!("container {}", container.name),
+                run_dir,
+                "its server works, but nobody would restart it: its supervisor is dead",
+                "--repair starts a supervisor",
+                Some(Remedy::Supervise(container.name.clone())),
+            ));
         }
         Ok(())
     }

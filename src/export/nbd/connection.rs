@@ -261,51 +261,7 @@ impl<S: Stream> Connection<S> {
             }
         }
         if !long && !slow {
-            let Reader {
-                input, start, out, ..
-            } = reader;
-            let from = *start + Request::WIRE_LEN;
-            *start = from + payload_len;
-            let payload = input.get(from..*start).unwrap_or_default();
-            let began = Instant::now();
-            let patience = if self.limits.threads > SERVING_ALWAYS {
-                Patience::Return
-            } else {
-                Patience::Refuse
-            };
-            let outcome =
-                self.session
-                    .execute(command, &request, payload, patience, out, &mut |out| {
-                        self.send(out)
-                    })?;
-            if outcome == Outcome::WantsRoom {
-                // Whoever reads must not wait for that.
-                let Some(share) = self.budget.try_take(payload.len()) else {
-                    let patience = Patience::Refuse;
-                    self.session.execute(
-                        command,
-                        &request,
-                        payload,
-                        patience,
-                        out,
-                        &mut |out| self.send(out),
-                    )?;
-                    return self.next(reader);
-                };
-                let mut job = Job {
-                    command,
-                    request,
-                    class,
-                    payload: self.budget.memory().buffer(payload.len()),
-                    share,
-                    wants_room: true,
-                };
-                job.payload.push(payload);
-                self.send(out)?;
-                return Ok(Step::HandOver(job));
-            }
-            self.pace.record(class, began.elapsed());
-            return self.next(reader);
+            return self.serve_at_once(reader, command, &request, class);
         }
         reader.start += Request::WIRE_LEN;
         let cost = self.session.memory(command, &request);
@@ -330,6 +286,57 @@ impl<S: Stream> Connection<S> {
             Some(job) => Ok(Step::HandOver(job)),
             None => Ok(Step::Next),
         }
+    }
+
+    /// Serves a request that was received whole, straight from the input. A write that finds no room on
+    /// the host is set apart, since whoever reads must not wait for that.
+    fn serve_at_once(
+        &self,
+        reader: &mut Reader,
+        command: Command,
+        request: &Request,
+        class: Class,
+    ) -> Result<Step<'_>> {
+        let len = match command {
+            Command::Write => request.len as usize,
+            _ => 0,
+        };
+        let Reader {
+            input, start, out, ..
+        } = reader;
+        let from = *start + Request::WIRE_LEN;
+        *start = from + len;
+        let payload = input.get(from..*start).unwrap_or_default();
+        let serve = |patience, out: &mut Buffer| {
+            let sink = &mut |out: &mut Buffer| self.send(out);
+            self.session
+                .execute(command, request, payload, patience, out, sink)
+        };
+        let began = Instant::now();
+        let patience = if self.limits.threads > SERVING_ALWAYS {
+            Patience::Return
+        } else {
+            Patience::Refuse
+        };
+        if serve(patience, out)? != Outcome::WantsRoom {
+            self.pace.record(class, began.elapsed());
+            return self.next(reader);
+        }
+        let Some(share) = self.budget.try_take(len) else {
+            serve(Patience::Refuse, out)?;
+            return self.next(reader);
+        };
+        let mut job = Job {
+            command,
+            request: *request,
+            class,
+            payload: self.budget.memory().buffer(len),
+            share,
+            wants_room: true,
+        };
+        job.payload.push(payload);
+        self.send(out)?;
+        Ok(Step::HandOver(job))
     }
 
     /// Memory of `cost` bytes for a request. What was answered before is sent if there is none yet:
