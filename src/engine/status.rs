@@ -59,7 +59,11 @@ pub fn status(
         None => serving(store, &record).unwrap_or_default(),
         Some(_) => None,
     };
-    let space = space(store, record.id);
+    let space = match (&device, &serving) {
+        (Some(device), _) if answers(device) => space(store, record.id),
+        (None, Some(_)) => space(store, record.id),
+        _ => None,
+    };
     let full = space.as_ref().and_then(|space| space.full_since.as_deref());
     let status = match (&serving, full) {
         (Some(serving), Some(since)) => {
@@ -165,6 +169,11 @@ fn describe(
     }
 }
 
+/// True where a server can be asked: one that is being replaced would answer when the next one is there.
+fn answers(device: &DeviceStatus) -> bool {
+    device.alive && device.stopped.is_empty() && device.state.status == Status::Serving
+}
+
 /// What a full disk of the host has done to a container, in words.
 fn space_trouble(
     name: Option<&str>,
@@ -262,7 +271,7 @@ pub fn snapshot_status(
         device: mount.source,
     });
     let space = match record.kind {
-        SnapshotKind::Active => space(store, record.id),
+        SnapshotKind::Active if device.as_ref().is_some_and(answers) => space(store, record.id),
         _ => None,
     };
     let status = match record.kind {
