@@ -34,7 +34,10 @@ impl Foreground {
     /// Begins to take signals: from now on none of them ends this process.
     pub(super) fn new() -> Result<Self> {
         let doing = || "cannot take signals";
-        let mut set: SigSet = FORWARDED.into_iter().collect();
+        // A blocked signal comes here even where it is ignored, as nohup has it.
+        let ignored = ignored();
+        let heard = |signal: &Signal| ignored >> (*signal as i32 - 1) & 1 == 0;
+        let mut set: SigSet = FORWARDED.into_iter().filter(heard).collect();
         set.add(Signal::SIGCHLD);
         let mut old = SigSet::empty();
         pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut old)).context(doing)?;
@@ -81,6 +84,14 @@ impl Foreground {
         // It is ours and not reaped yet, so the pid is still its.
         let _ = kill(Pid::from_raw(child.id() as i32), signal);
     }
+}
+
+/// The signals that this process ignores, as a mask (proc(5)); none where that cannot be read.
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0)
 }
 
 impl Drop for Foreground {

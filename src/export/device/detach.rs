@@ -219,10 +219,14 @@ pub fn wake(run_dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// So many times in a row, 10 ms apart, no process of a device is found before it counts as dead.
+const CALM_ROUNDS: u32 = 3;
+
 /// Kills every process of the device, whatever the state file says, and waits until none is left
 /// that could still hold a lock.
 fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
     let deadline = Instant::now() + timeout;
+    let mut calm = 0;
     loop {
         // A standby that becomes the supervisor while its elders die is found in the next round.
         let mut found = processes(run_dir)?;
@@ -244,7 +248,12 @@ fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
                 ));
             }
         }
-        if open.is_empty() && !control::is_listened(run_dir) {
+        // One that is just being executed has no command line yet.
+        calm = match open.is_empty() && !control::is_listened(run_dir) {
+            true => calm + 1,
+            false => 0,
+        };
+        if calm == CALM_ROUNDS {
             return Ok(());
         }
         if Instant::now() >= deadline {
@@ -259,7 +268,7 @@ fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
             ));
         }
         if open.is_empty() {
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(if calm == 0 { 1 } else { 10 }));
         }
     }
 }
