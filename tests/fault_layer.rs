@@ -244,7 +244,10 @@ fn survive(ops: &[Op], options: LayerOptions, plan: &FaultPlan) -> Result<bool, 
         }
         if let Err(error) = &result {
             let no_space = error.kind() == ErrorKind::NoSpace;
+            // What a failed sync has lost, room does not bring back.
+            let lost = error.to_string().starts_with("syncing ");
             if no_space
+                && !lost
                 && matches!(
                     op,
                     Op::Flush | Op::Close | Op::Discard { .. } | Op::Reopen | Op::Kill

@@ -9,12 +9,13 @@
 mod run_support;
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
-use run_support::{RUNTIMES, Store};
+use run_support::{RUNTIMES, Running, Store};
 
 fn with_each(more: impl Fn(&Path), test: impl Fn(&Store)) {
     for runtime in RUNTIMES {
@@ -502,4 +503,29 @@ fn without_a_runtime_the_error_names_the_package() {
     let err = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(err.contains("no OCI runtime no-such-runtime"), "{err}");
     assert_eq!(store.must(&["ps", "--json"]).trim(), "[]");
+}
+
+#[test]
+fn a_command_that_was_started_with_nohup_does_not_hear_of_a_hangup() {
+    with_each(
+        |_| {},
+        |store| {
+            let script = "trap 'exit 9' HUP; trap 'exit 42' TERM; echo ready; \
+                          while true; do sleep 0.05; done";
+            let run = store.command(&["run", "box", "--name", "c", "--", "sh", "-c", script]);
+            let mut command = Command::new("sh");
+            command.args(["-c", r#"trap "" HUP; exec "$0" "$@""#]);
+            command.arg(run.get_program()).args(run.get_args());
+            for (name, value) in run.get_envs() {
+                command.env(name, value.unwrap_or_default());
+            }
+            let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+            let mut said = [0; 6];
+            child.stdout.take().unwrap().read_exact(&mut said).unwrap();
+            let running = Running { child };
+            running.signal(Signal::SIGHUP);
+            running.signal(Signal::SIGTERM);
+            assert_eq!(running.wait(), Some(42));
+        },
+    );
 }

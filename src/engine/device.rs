@@ -343,12 +343,13 @@ pub struct OpenChain {
 
 impl OpenChain {
     fn new(store: &Store, chain: Chain, lease: Option<LayerLease>) -> Self {
+        let mut chain = chain;
         if let Some(top) = chain.top() {
             if let Some(wait) = full_wait() {
                 top.hold_writes_for(wait);
             }
             // Without an ext4 there is nothing to favour.
-            if let Ok(superblock) = Superblock::read(&chain) {
+            if let Ok(superblock) = chain.uncounted(|chain| Superblock::read(chain)) {
                 top.favour(superblock.journal);
             }
         }

@@ -25,6 +25,8 @@ pub const STATS_SCHEMA: u32 = 1;
 
 /// How long a server may take to answer. One that is being restarted takes milliseconds.
 const ASK_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a list waits for one of its servers: it may just be replaced.
+const LOOK_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// What a name stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -416,8 +418,8 @@ pub(crate) fn device_stats(run_dir: &Path) -> Result<DeviceStats> {
 }
 
 /// The raw counters of whoever serves `id`; `None` for nobody.
-fn ask(store: &Store, id: Uuid) -> Result<Option<(Server, DeviceStats)>> {
-    match Sockets::new(store, id).ask(STATS, &Value::Null, ASK_TIMEOUT) {
+fn ask(store: &Store, id: Uuid, timeout: Duration) -> Result<Option<(Server, DeviceStats)>> {
+    match Sockets::new(store, id).ask(STATS, &Value::Null, timeout) {
         Ok((server, answer)) => Ok(Some((server, decode(answer)?))),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
@@ -426,7 +428,7 @@ fn ask(store: &Store, id: Uuid) -> Result<Option<(Server, DeviceStats)>> {
 
 /// How `id` stands with the space of the store's disk; `None` where nobody serves it.
 pub(super) fn space(store: &Store, id: Uuid) -> Option<Space> {
-    let (_, stats) = ask(store, id).ok()??;
+    let (_, stats) = ask(store, id, LOOK_TIMEOUT).ok()??;
     Some(Space::new(stats.space))
 }
 
@@ -439,7 +441,7 @@ pub fn stats(store: &Store, name: &str) -> Result<Stats> {
 }
 
 fn of_container(store: &Store, record: &ContainerRecord) -> Result<Stats> {
-    let answer = ask(store, record.id)?;
+    let answer = ask(store, record.id, ASK_TIMEOUT)?;
     let resolved = store.resolve(record)?;
     let mut stats = assemble(store, record.id, answer, &resolved.sealed, resolved.top)?;
     stats.name.clone_from(&record.name);
@@ -523,7 +525,7 @@ pub fn served(store: &Store) -> Result<Vec<Stats>> {
         let Some(top) = record.layers.last().copied() else {
             continue;
         };
-        let stats = ask(store, record.id).and_then(|answer| {
+        let stats = ask(store, record.id, ASK_TIMEOUT).and_then(|answer| {
             let mut sealed = store.ancestry(Some(record.base))?;
             sealed.extend(record.layers.iter().take(record.layers.len() - 1));
             let mut stats = assemble(store, record.id, answer, &sealed, top)?;
@@ -580,7 +582,7 @@ pub fn served_counters(
             more += usize::from(store.root().join("run").join(id.to_string()).exists());
             continue;
         }
-        match ask(store, id) {
+        match ask(store, id, ASK_TIMEOUT) {
             Ok(Some((_, counters))) => found.push(Served {
                 kind,
                 name,

@@ -10,7 +10,7 @@ use super::serving::{Serving, serving};
 use super::stats::{Space, device_stats, space};
 use crate::block::BLOCK_SIZE;
 use crate::error::Result;
-use crate::export::device::{self, DeviceStatus, Status};
+use crate::export::device::{self, DeviceStatus, Identity, Status};
 use crate::fs::ext4;
 use crate::fs::mountinfo::MountInfo;
 use crate::layer::data_blocks_on_disk;
@@ -171,7 +171,8 @@ fn describe(
 
 /// True where a server can be asked: one that is being replaced would answer when the next one is there.
 fn answers(device: &DeviceStatus) -> bool {
-    device.alive && device.stopped.is_empty() && device.state.status == Status::Serving
+    let works = device.state.worker.is_some_and(Identity::is_alive);
+    works && device.stopped.is_empty() && device.state.status == Status::Serving
 }
 
 /// What a full disk of the host has done to a container, in words.

@@ -4,8 +4,8 @@
 use std::path::PathBuf;
 
 use super::Store;
-use crate::error::Result;
-use crate::layer::{LayerOptions, RESERVE_FILE, WritableLayer};
+use crate::error::{Result, ResultExt};
+use crate::layer::{Header, LayerOptions, RESERVE_FILE, WritableLayer};
 use crate::storage::OpenMode;
 
 /// Kept in a file of this name under the root: running state, and what a layer reserves for itself.
@@ -88,10 +88,15 @@ impl Store {
                 file.and_then(|file| file.allocated()).unwrap_or(0)
             };
             let before = held();
-            // What cannot be opened `check` explains; a sealed one loses it with its checksums.
-            let options = LayerOptions::default();
-            let closed = WritableLayer::open(self.storage.clone(), &dir, options)
-                .and_then(|layer| layer.close());
+            // What cannot be opened `check` explains.
+            let closed = match Header::read(&*self.storage, &dir) {
+                Ok(header) if header.sealed => self
+                    .storage
+                    .remove_file(&path)
+                    .context(|| format!("cannot remove {}", path.display())),
+                _ => WritableLayer::open(self.storage.clone(), &dir, LayerOptions::default())
+                    .and_then(|layer| layer.close()),
+            };
             if let Err(error) = closed {
                 tracing::debug!(%layer, %error, "its reserve stays");
             }

@@ -276,9 +276,9 @@ pub fn upgrade(run_dir: &Path, program: &Path, timeout: Duration) -> Result<Valu
     let read = || RunState::read(run_dir)?.ok_or_else(no_device);
     let before = read()?;
     // The supervisor waits for a standby, which an upgrade needs, if there is none at the moment. A
-    // second order, where the worker died before it could say that it passed the first one on, does no
-    // harm.
-    let args = json!({ "program": program });
+    // worker that dies before it can say that it passed the order on is asked again, through the next
+    // one: it knows from the generation whether the order was carried out.
+    let args = json!({ "program": program, "after": before.generation });
     control::call_again(run_dir, "upgrade", args, timeout)?;
     loop {
         let state = read()?;

@@ -439,6 +439,11 @@ fn command(context: &Context, verb: &str, args: Value) -> Result<Value> {
             let program = args.get("program").and_then(Value::as_str).ok_or_else(|| {
                 Error::new(ErrorKind::InvalidInput, "upgrade: no program is named")
             })?;
+            let after = args.get("after").and_then(Value::as_u64);
+            if after.is_some_and(|after| after < context.worker.generation.into()) {
+                // The order came twice, and was carried out.
+                return Ok(Value::Null);
+            }
             if report(&context.worker, &Event::Upgrade(PathBuf::from(program))) {
                 Ok(Value::Null)
             } else {
