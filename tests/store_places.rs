@@ -320,6 +320,8 @@ fn what_a_container_writes_to_its_hosts_file_does_not_fill_the_disk_of_the_store
         "box",
         "--name",
         "c",
+        "--network",
+        "host",
         "--",
         "/bin/busybox",
         "sh",

@@ -18,6 +18,9 @@ use crate::store::{PruneReport, Store};
 
 /// A device that is still in use is looked at again after this long.
 const RETRY: Duration = Duration::from_secs(2);
+/// How long the end of the snapshotter waits for devices in use, and between two looks at them.
+const GRACE: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_millis(100);
 const THREADS: usize = 2;
 
 /// What is to be done once a device is gone.
@@ -178,16 +181,32 @@ impl Retirer {
         queue.ready.len() + queue.later.len() + queue.running
     }
 
-    /// Does what can be done within `limit` and ends the threads.
+    /// Has what was in use looked at again now, as if for the first time.
+    fn retry_now(&self) {
+        let mut queue = self.shared.queue.lock();
+        let later = std::mem::take(&mut queue.later);
+        queue.ready.extend(later.into_iter().map(|(_, job)| Job {
+            retried: false,
+            ..job
+        }));
+        drop(queue);
+        self.shared.changed.notify_all();
+    }
+
+    /// Does what can be done within `limit` and ends the threads. What is in use for a moment (a
+    /// namespace that is being made has copies of all mounts) gets some more.
     pub fn stop(mut self, limit: Duration) {
-        // What was in use a moment ago may not be any more.
-        {
-            let mut queue = self.shared.queue.lock();
-            let later = std::mem::take(&mut queue.later);
-            queue.ready.extend(later.into_iter().map(|(_, job)| job));
-            self.shared.changed.notify_all();
-        }
-        let drained = self.drain(limit);
+        let deadline = Instant::now() + limit;
+        let grace = Instant::now() + GRACE.min(limit);
+        let drained = loop {
+            self.retry_now();
+            let drained = self.drain(deadline.saturating_duration_since(Instant::now()));
+            let done = self.shared.queue.lock().later.is_empty();
+            if !drained || done || Instant::now() >= grace {
+                break drained;
+            }
+            std::thread::sleep(PAUSE);
+        };
         self.shared.queue.lock().stopping = true;
         self.shared.changed.notify_all();
         if drained {
