@@ -85,6 +85,12 @@ impl Supervisor {
             ForkResult::Parent { child } => {
                 let process = open_child(child)?;
                 self.state.standby = Identity::of(child.as_raw());
+                if let Some(standby) = self.state.standby {
+                    // It says so itself once it runs: until then it could be stopped unnoticed.
+                    let pulse = &self.shared.table().standby;
+                    pulse.belongs_to(standby.pid, standby.start);
+                    pulse.beat(monotonic_ns());
+                }
                 self.standby = Some(Standby { process, go });
                 self.write_state();
                 Ok(None)
