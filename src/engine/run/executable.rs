@@ -180,7 +180,7 @@ fn examine(files: &Files<'_>, file: &OwnedFd) -> Option<(u8, String)> {
     }
     Some((
         NO_PROGRAM,
-        "is no program that this kernel knows, and no script that begins with #!".into(),
+        "is no program that this kernel knows (exec format error), and no script that begins with #!".into(),
     ))
 }
 
