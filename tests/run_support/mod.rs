@@ -133,20 +133,28 @@ impl Store {
         let child = self.command(&arguments).spawn().unwrap();
         let running = Running { child };
         self.wait_until(|| self.status(name).starts_with("running (pid "));
+        // Until then its first process is the runtime's.
+        self.wait_until(|| {
+            let pid = &self.row(name)["pid"];
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.starts_with(b"sh\0-c\0trap")
+        });
         running
+    }
+
+    /// What `ps` has on a container; null for none.
+    fn row(&self, name: &str) -> serde_json::Value {
+        let rows: serde_json::Value = serde_json::from_str(&self.must(&["ps", "--json"])).unwrap();
+        let mut rows = rows.as_array().unwrap().iter();
+        rows.find(|row| row["name"] == name)
+            .cloned()
+            .unwrap_or_default()
     }
 
     /// The status of a container as `ps` has it.
     pub fn status(&self, name: &str) -> String {
-        let rows: serde_json::Value = serde_json::from_str(&self.must(&["ps", "--json"])).unwrap();
-        let row = rows
-            .as_array()
-            .unwrap()
-            .iter()
-            .find(|row| row["name"] == name);
-        row.map_or(String::new(), |row| {
-            row["status"].as_str().unwrap().to_owned()
-        })
+        let status = &self.row(name)["status"];
+        status.as_str().unwrap_or_default().to_owned()
     }
 
     pub fn wait_until(&self, mut done: impl FnMut() -> bool) {
