@@ -22,6 +22,7 @@
 //! * [`inherit`]: what a process does not take over from its caller.
 //! * [`interrupt`]: signals that ask a command to end.
 //! * [`memory`]: what a process keeps of the memory it needed once.
+//! * [`size`]: sizes as people type them.
 
 pub mod block;
 pub mod chain;
@@ -36,6 +37,7 @@ pub mod inherit;
 pub mod interrupt;
 pub mod layer;
 pub mod memory;
+pub mod size;
 pub mod snapshotter;
 pub mod storage;
 pub mod store;

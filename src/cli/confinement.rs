@@ -1,8 +1,8 @@
 //! What `run` and `create` share: the rights and limits of a container, with docker's options.
 
-use super::size::parse_size;
 use crate::engine::run::{check_confinement, parse_capability, parse_seccomp};
 use crate::error::{Error, ErrorKind, Result};
+use crate::size::parse_size;
 use crate::store::{Confinement, Network, PidsLimit, Seccomp};
 
 /// Each later start of the container has the same.

@@ -2,9 +2,9 @@
 
 use super::Context;
 use super::confinement::ConfinementArgs;
-use super::size::parse_size;
 use crate::error::Result;
 use crate::fs::ext4::Atime;
+use crate::size::parse_size;
 use crate::store::NewContainer;
 
 /// Arguments of `create`.

@@ -27,7 +27,6 @@ mod prune;
 mod ps;
 mod remove;
 mod run;
-mod size;
 mod snapshotter;
 mod stats;
 mod upgrade_servers;
@@ -45,7 +44,6 @@ use crate::export::device::command::{self as file_device, FileDeviceArgs};
 use crate::interrupt;
 use crate::store::Store;
 use output::{Output, complain};
-pub(crate) use size::parse_size;
 
 /// Where stores are by default.
 const DEFAULT_ROOT: &str = "/var/lib/vellum";

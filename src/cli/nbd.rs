@@ -40,7 +40,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value_t = ServerConfig::default().max_connections)]
     max_connections: usize,
     /// Memory for the requests of all clients together, beyond 2 MiB for each
-    #[arg(long, value_name = "SIZE", value_parser = super::parse_size, default_value = "256M")]
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse_size, default_value = "256M")]
     memory: u64,
 }
 

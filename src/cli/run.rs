@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use super::Context;
 use super::confinement::ConfinementArgs;
 use super::output::{complain, say};
-use super::size::parse_size;
 use crate::engine::run::{self, CommandOptions, Ended, FAILURE, Failure, RunOptions, parse_volume};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::ext4::Atime;
 use crate::interrupt;
+use crate::size::parse_size;
 use crate::store::NewContainer;
 
 /// Arguments of `run`.

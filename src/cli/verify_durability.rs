@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use super::Context;
 use super::output::human_size;
-use super::{Context, parse_size};
 use crate::engine::durability::{CheckReport, Log, Target, WriteOptions, check, write};
 use crate::error::{Error, ErrorKind, Result};
+use crate::size::parse_size;
 
 /// Arguments of `verify-durability`.
 #[derive(Debug, clap::Args)]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::size::parse_size;
 
 /// Where the file is by default; it need not be there.
 pub const DEFAULT_PATH: &str = "/etc/vellum/config.toml";
@@ -148,10 +149,6 @@ pub fn check_path(key: &str, path: &Path) -> Result<()> {
         ErrorKind::InvalidInput,
         format!("{key} {said}: give an absolute one, that begins with /"),
     ))
-}
-
-pub(super) fn parse_size(text: &str) -> std::result::Result<u64, String> {
-    crate::cli::parse_size(text)
 }
 
 #[cfg(test)]

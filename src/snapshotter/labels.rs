@@ -17,7 +17,7 @@ const MOUNTS_LABEL: &str = "containerd.io/snapshot/vellum.mounts";
 pub(super) fn wanted_size(labels: &BTreeMap<String, String>) -> Result<Option<u64>> {
     for label in SIZE_LABELS {
         if let Some(text) = labels.get(label) {
-            let size = super::config::parse_size(text);
+            let size = crate::size::parse_size(text);
             return match size {
                 Ok(size) => Ok(Some(size)),
                 Err(error) => Err(invalid(format!("label {label}: {error}"))),

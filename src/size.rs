@@ -2,18 +2,19 @@
 
 /// Reads `10G`, `512M`, `1.5T`, `4096`: K, M, G, T are powers of 1024, with or without `iB` or `B`.
 /// The result is a multiple of 4096.
-pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+///
+/// # Errors
+///
+/// A sentence for the user: text that is no size, or one below 1 byte or above 64 TiB.
+pub fn parse_size(text: &str) -> Result<u64, String> {
     let lower = text.trim().to_ascii_lowercase();
     let digits = lower.trim_end_matches("ib").trim_end_matches('b');
-    let (number, shift) = match digits.char_indices().last() {
-        Some((at, 'k')) => (digits.get(..at), 10),
-        Some((at, 'm')) => (digits.get(..at), 20),
-        Some((at, 'g')) => (digits.get(..at), 30),
-        Some((at, 't')) => (digits.get(..at), 40),
-        _ => (Some(digits), 0),
-    };
+    let (number, shift) = [('k', 10), ('m', 20), ('g', 30), ('t', 40)]
+        .into_iter()
+        .find_map(|(unit, shift)| Some((digits.strip_suffix(unit)?, shift)))
+        .unwrap_or((digits, 0));
     let bad = || format!("{text:?} is no size: write a number and K, M, G or T, like 10G");
-    let value: f64 = number.unwrap_or_default().parse().map_err(|_| bad())?;
+    let value: f64 = number.parse().map_err(|_| bad())?;
     let bytes = value * (1u64 << shift) as f64;
     if !(1.0..=(64u64 << 40) as f64).contains(&bytes) {
         return Err(format!("{text:?} is out of range: from 4096 bytes to 64T"));
