@@ -2,7 +2,7 @@
 //! a write is on its way to the disk while the client still thinks, and the flush that follows finds
 //! nothing left to write. docs/durability.md argues why that is safe.
 
-use super::areas::Committer;
+use super::areas::Journal;
 use super::flush::Commit;
 use super::journal::{Area, RecordBody};
 use super::map_state::MapState;
@@ -64,7 +64,7 @@ impl WritableLayer {
         drop(queue);
         let outcome = self
             .check_poison()
-            .and_then(|()| self.commit(&mut self.committer.lock(), Commit::Ahead));
+            .and_then(|()| self.commit(&mut self.journal.lock(), Commit::Ahead));
         if let Err(error) = outcome {
             tracing::debug!(%error, "a flush ahead failed");
         }
@@ -76,22 +76,22 @@ impl WritableLayer {
     ///
     /// # Errors
     /// Any failure poisons, as that of every sync.
-    pub(super) fn sync_journal(&self, committer: &mut Committer) -> Result<()> {
-        if !committer.has_unsynced() {
+    pub(super) fn sync_journal(&self, journal: &mut Journal) -> Result<()> {
+        if !journal.has_unsynced() {
             return Ok(());
         }
-        if let Some(area) = committer.area() {
-            area.sync().map_err(|error| self.core.poison(&error))?;
+        if let Some(area) = journal.area() {
+            area.sync().map_err(|error| self.shared.poison(&error))?;
         }
-        self.core.stats.journal_syncs.add(1);
-        committer.durable = committer.sequence;
+        self.shared.stats.journal_syncs.add(1);
+        journal.durable = journal.sequence;
         // From now on a checkpoint may, and one of this generation must, contain their changes.
-        self.core.map.write().ahead.clear();
+        self.shared.map.write().ahead.clear();
         Ok(())
     }
 }
 
-impl Committer {
+impl Journal {
     /// Some records were written ahead, and no sync has made them durable.
     pub(super) fn has_unsynced(&self) -> bool {
         self.durable < self.sequence
@@ -213,13 +213,13 @@ mod tests {
         let rig = Rig::new();
         rig.layer.write_blocks(0, &[1; 4096]).unwrap();
         rig.layer.flush().unwrap();
-        let flushed = rig.layer.core.durable_extents(false);
+        let flushed = rig.layer.shared.durable_extents(false);
         rig.layer.write_blocks(8, &[1; 4096]).unwrap();
         rig.layer.flush_ahead();
         rig.layer.write_blocks(16, &[1; 4096]).unwrap();
-        assert_eq!(rig.layer.core.durable_extents(false), flushed);
+        assert_eq!(rig.layer.shared.durable_extents(false), flushed);
         rig.layer.flush().unwrap();
-        assert_eq!(rig.layer.core.durable_extents(false).len(), 3);
+        assert_eq!(rig.layer.shared.durable_extents(false).len(), 3);
     }
 
     #[test]
@@ -252,6 +252,6 @@ mod tests {
         rig.layer.flush_ahead();
         let flush = rig.counted(|layer| layer.flush().unwrap());
         assert_eq!((flush[0], flush[1]), (0, 0), "a checkpoint instead");
-        assert_eq!(rig.layer.core.durable_extents(false).len(), 1);
+        assert_eq!(rig.layer.shared.durable_extents(false).len(), 1);
     }
 }

@@ -46,7 +46,7 @@ impl Unsaved {
 
 /// Where the journal stands. Only the flush that leads touches it.
 #[derive(Debug)]
-pub(super) struct Committer {
+pub(super) struct Journal {
     pub(super) areas: [Option<Area>; 2],
     pub(super) current: usize,
     /// The generation being written.
@@ -74,10 +74,10 @@ pub(super) struct Committer {
     pub(super) unsaved: Unsaved,
 }
 
-impl Committer {
+impl Journal {
     /// A journal without areas behind a checkpoint that contains `covered`.
     pub(super) fn new(covered: u64) -> Self {
-        Committer {
+        Journal {
             areas: [None, None],
             current: 0,
             generation: covered + 1,
@@ -147,45 +147,45 @@ pub(super) enum Room {
 
 impl WritableLayer {
     /// Finds a place for a record of `len` bytes.
-    pub(super) fn make_room(&self, committer: &mut Committer, len: u64) -> Result<Room> {
-        if len > self.options.journal_max || committer.must_checkpoint {
+    pub(super) fn make_room(&self, journal: &mut Journal, len: u64) -> Result<Room> {
+        if len > self.options.journal_max || journal.must_checkpoint {
             return Ok(Room::NeedsCheckpoint);
         }
-        let Some(area_len) = committer.area().map(Area::len) else {
+        let Some(area_len) = journal.area().map(Area::len) else {
             let wanted = self.area_for(len, self.options.journal_start);
-            return self.create_area(committer, committer.current, wanted);
+            return self.create_area(journal, journal.current, wanted);
         };
-        if committer.position + len <= area_len {
+        if journal.position + len <= area_len {
             return Ok(Room::Fits);
         }
-        if committer.sequence == 0 {
+        if journal.sequence == 0 {
             // A generation without a record must not be left: the next would not follow what the
             // checkpoint contains.
             let wanted = self.area_for(len, self.next_len(area_len));
-            return self.create_area(committer, committer.current, wanted);
+            return self.create_area(journal, journal.current, wanted);
         }
-        if !self.options.background || self.wait_for_retirement(committer).is_err() {
+        if !self.options.background || self.wait_for_retirement(journal).is_err() {
             return Ok(Room::NeedsCheckpoint);
         }
-        self.switch_area(committer, area_len, len)
+        self.switch_area(journal, area_len, len)
     }
 
     /// Makes an area. Where there is no space for it there may be for a checkpoint.
     pub(super) fn create_area(
         &self,
-        committer: &mut Committer,
+        journal: &mut Journal,
         which: usize,
         len: u64,
     ) -> Result<Room> {
         // An older file of the name is cut first, so it is no area any more.
-        committer.set_area(which, None);
-        let area = self.core.make_area(which, len)?;
+        journal.set_area(which, None);
+        let area = self.shared.make_area(which, len)?;
         let room = if area.is_some() {
             Room::Fits
         } else {
             Room::NeedsCheckpoint
         };
-        committer.set_area(which, area);
+        journal.set_area(which, area);
         Ok(room)
     }
 
@@ -205,68 +205,68 @@ impl WritableLayer {
 
     /// Makes the other area, or a larger one in its place, before it is wanted, so that no flush
     /// has to wait for that.
-    pub(super) fn prepare_other_area(&self, committer: &mut Committer) {
-        let Some(area_len) = committer.area().map(Area::len) else {
+    pub(super) fn prepare_other_area(&self, journal: &mut Journal) {
+        let Some(area_len) = journal.area().map(Area::len) else {
             return;
         };
-        if !self.options.background || committer.position < area_len / 2 {
+        if !self.options.background || journal.position < area_len / 2 {
             return;
         }
-        if let Some(retiring) = &committer.retiring {
+        if let Some(retiring) = &journal.retiring {
             if !retiring.is_finished() {
                 return;
             }
             // A failure is noted there, and the next flush deals with it.
-            let _ = self.wait_for_retirement(committer);
+            let _ = self.wait_for_retirement(journal);
         }
-        let other = 1 - committer.current;
+        let other = 1 - journal.current;
         let wanted = self.next_len(area_len);
-        if committer.must_checkpoint
-            || committer.area_len(other) >= wanted
+        if journal.must_checkpoint
+            || journal.area_len(other) >= wanted
             // On a full disk not again for each flush.
-            || committer.prepared == committer.generation
+            || journal.prepared == journal.generation
         {
             return;
         }
-        committer.prepared = committer.generation;
+        journal.prepared = journal.generation;
         // Its file is cut first, so it is no area any more.
-        committer.set_area(other, None);
-        let core = self.core.clone();
-        committer.retiring = spawn(move || core.make_area(other, wanted)).ok();
+        journal.set_area(other, None);
+        let shared = self.shared.clone();
+        journal.retiring = spawn(move || shared.make_area(other, wanted)).ok();
     }
 
     /// Goes on in the other area, which is free, and has this one freed in the background.
-    fn switch_area(&self, committer: &mut Committer, area_len: u64, len: u64) -> Result<Room> {
-        let other = 1 - committer.current;
+    fn switch_area(&self, journal: &mut Journal, area_len: u64, len: u64) -> Result<Room> {
+        let other = 1 - journal.current;
         let wanted = self.area_for(len, self.next_len(area_len));
-        if committer.area_len(other) < len
-            && let Room::NeedsCheckpoint = self.create_area(committer, other, wanted)?
+        if journal.area_len(other) < len
+            && let Room::NeedsCheckpoint = self.create_area(journal, other, wanted)?
         {
             return Ok(Room::NeedsCheckpoint);
         }
         // A checkpoint is about to contain them, and the next generation to say how many they are.
-        self.sync_journal(committer)?;
-        let core = self.core.clone();
-        let full = committer.generation;
-        let changes = committer.unsaved.take();
-        let Ok(retiring) = spawn(move || core.retire(full, changes).map(|()| None)) else {
+        self.sync_journal(journal)?;
+        let shared = self.shared.clone();
+        let full = journal.generation;
+        let changes = journal.unsaved.take();
+        let Ok(retiring) = spawn(move || shared.retire(full, changes).map(|()| None)) else {
             // What changed went with the thread.
-            self.core.forget_map_place();
+            self.shared.forget_map_place();
             return Ok(Room::NeedsCheckpoint);
         };
-        committer.retiring = Some(retiring);
-        committer.current = other;
-        committer.begin_generation(committer.sequence);
+        journal.retiring = Some(retiring);
+        journal.current = other;
+        journal.begin_generation(journal.sequence);
         Ok(Room::Fits)
     }
 
     /// Waits until the area that is not written to is free.
-    pub(super) fn wait_for_retirement(&self, committer: &mut Committer) -> Result<()> {
-        let Some(retiring) = committer.retiring.take() else {
+    pub(super) fn wait_for_retirement(&self, journal: &mut Journal) -> Result<()> {
+        let Some(retiring) = journal.retiring.take() else {
             return Ok(());
         };
         if !retiring.is_finished() {
-            self.core.stats.journal_waits.add(1);
+            self.shared.stats.journal_waits.add(1);
         }
         let outcome = retiring.join().unwrap_or_else(|_| {
             Err(Error::new(
@@ -276,19 +276,19 @@ impl WritableLayer {
         });
         match outcome {
             Ok(made) => {
-                let other = 1 - committer.current;
-                committer.set_live(other, false);
-                if !committer.has_live_blocks() {
-                    committer.carried = 0;
+                let other = 1 - journal.current;
+                journal.set_live(other, false);
+                if !journal.has_live_blocks() {
+                    journal.carried = 0;
                 }
                 if made.is_some() {
-                    committer.set_area(other, made);
+                    journal.set_area(other, made);
                 }
                 Ok(())
             }
             Err(error) => {
-                committer.must_checkpoint = true;
-                self.core.forget_map_place();
+                journal.must_checkpoint = true;
+                self.shared.forget_map_place();
                 Err(error)
             }
         }

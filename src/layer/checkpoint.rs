@@ -7,7 +7,7 @@ use super::index::Index;
 use super::journal::Area;
 use super::map_file::{LogPlace, add_segment, net, replace_map};
 use super::map_state::Change;
-use super::shared::Core;
+use super::shared::Shared;
 use super::space::Claim;
 use super::state_of_value;
 use super::table::{MapExtent, checkpoint_len, push_extent};
@@ -21,7 +21,7 @@ const MUCH_MEMORY: u64 = 1 << 20;
 /// Blocks whose part of the map is copied under one lock.
 const CHECKPOINT_CHUNK: u64 = 1 << 19;
 
-impl Core {
+impl Shared {
     /// Makes an area; `None` where there is no space for it.
     pub(super) fn make_area(&self, which: usize, len: u64) -> Result<Option<Area>> {
         match Area::create(&*self.storage, &self.dir, which, len) {
@@ -250,23 +250,23 @@ mod tests {
         let layer = WritableLayer::open(storage, dir, LayerOptions::default()).unwrap();
         layer.write_blocks(0, &[1; 4 * 4096]).unwrap();
         layer.flush().unwrap();
-        let flushed = layer.core.durable_extents(false);
+        let flushed = layer.shared.durable_extents(false);
         layer.clear_blocks(1, 2, BlockState::Zero).unwrap();
         layer.write_blocks(2, &[2; 4096]).unwrap();
         layer.write_blocks(9, &[2; 4096]).unwrap();
         layer.clear_blocks(3, 1, BlockState::Parent).unwrap();
-        assert_eq!(layer.core.durable_extents(false), flushed);
+        assert_eq!(layer.shared.durable_extents(false), flushed);
         {
-            let map = &mut *layer.core.map.write();
+            let map = &mut *layer.shared.map.write();
             map.in_flight = std::mem::take(&mut map.changes);
         }
         layer.write_blocks(20, &[3; 4096]).unwrap();
         layer.write_blocks(1, &[3; 4096]).unwrap();
         // The background's checkpoint, while the record of some is being written.
-        assert_eq!(layer.core.durable_extents(false), flushed);
+        assert_eq!(layer.shared.durable_extents(false), flushed);
         // A checkpoint in that record's place contains them, and nothing newer.
         let extents: Vec<_> = layer
-            .core
+            .shared
             .durable_extents(true)
             .iter()
             .map(|extent| (extent.start, extent.len, extent.state))

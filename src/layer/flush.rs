@@ -9,7 +9,7 @@
 use std::time::Instant;
 
 use super::ahead::Pace;
-use super::areas::{Committer, Room};
+use super::areas::{Journal, Room};
 use super::header::Header;
 use super::index::Index;
 use super::journal::{RecordBody, RecordPlace, block_offset, encode_record};
@@ -58,7 +58,7 @@ impl WritableLayer {
     /// earlier is harmed, and the flush may be tried again. So it may where a block cannot be read
     /// back. Any other failure poisons the layer.
     pub fn flush(&self) -> Result<()> {
-        self.core.stats.flushes.add(1);
+        self.shared.stats.flushes.add(1);
         let mut queue = self.queue.lock();
         queue.last = Some(Instant::now());
         queue.pace.flushed();
@@ -69,22 +69,20 @@ impl WritableLayer {
             self.flushed.wait(&mut queue);
         }
         if queue.done >= mine {
-            self.core.stats.flushes_coalesced.add(1);
+            self.shared.stats.flushes_coalesced.add(1);
             return match &queue.failed {
                 Some((number, kind, why)) if *number >= mine => Err(Error::new(*kind, why.clone())),
                 _ => Ok(()),
             };
         }
-        self.lead(queue, |layer, committer| {
-            layer.commit(committer, Commit::Flush)
-        })
+        self.lead(queue, |layer, journal| layer.commit(journal, Commit::Flush))
     }
 
     /// Runs `work` as the only flush, and tells those who wait.
     fn lead<'a>(
         &'a self,
         mut queue: parking_lot::MutexGuard<'a, FlushQueue>,
-        work: impl FnOnce(&Self, &mut Committer) -> Result<()>,
+        work: impl FnOnce(&Self, &mut Journal) -> Result<()>,
     ) -> Result<()> {
         while queue.running {
             self.flushed.wait(&mut queue);
@@ -95,7 +93,7 @@ impl WritableLayer {
         drop(queue);
         let result = self
             .check_poison()
-            .and_then(|()| work(self, &mut self.committer.lock()));
+            .and_then(|()| work(self, &mut self.journal.lock()));
         let mut queue = self.queue.lock();
         queue.running = false;
         queue.done = number;
@@ -113,24 +111,24 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::flush`].
     pub fn close(&self) -> Result<()> {
-        self.lead(self.queue.lock(), |layer, committer| {
-            if layer.core.is_sealed() {
+        self.lead(self.queue.lock(), |layer, journal| {
+            if layer.shared.is_sealed() {
                 return Ok(());
             }
-            layer.commit(committer, Commit::Barrier)?;
-            if committer.areas.iter().any(Option::is_some) {
-                let freed = layer.wait_for_retirement(committer);
+            layer.commit(journal, Commit::Barrier)?;
+            if journal.areas.iter().any(Option::is_some) {
+                let freed = layer.wait_for_retirement(journal);
                 // Where no record came since the last checkpoint, it contains everything.
-                if freed.is_err() || committer.must_checkpoint || committer.sequence > 0 {
-                    layer.checkpoint_all(committer, &[])?;
+                if freed.is_err() || journal.must_checkpoint || journal.sequence > 0 {
+                    layer.checkpoint_all(journal, &[])?;
                 }
-                committer.areas = [None, None];
-                let core = &layer.core;
-                let remove = || remove_journal(&*core.storage, &core.dir);
-                core.space.within(Claim::Own, 0, remove)?;
+                journal.areas = [None, None];
+                let shared = &layer.shared;
+                let remove = || remove_journal(&*shared.storage, &shared.dir);
+                shared.space.within(Claim::Own, 0, remove)?;
             }
-            layer.core.end_live();
-            layer.core.space.give_back();
+            layer.shared.end_live();
+            layer.shared.space.give_back();
             Ok(())
         })
     }
@@ -146,10 +144,10 @@ impl WritableLayer {
     }
 
     /// Flushes so that no block lives in the journal alone, and waits for its thread.
-    fn settle(&self, committer: &mut Committer) -> Result<()> {
-        self.commit(committer, Commit::Barrier)?;
-        if self.wait_for_retirement(committer).is_err() || committer.must_checkpoint {
-            self.checkpoint_all(committer, &[])?;
+    fn settle(&self, journal: &mut Journal) -> Result<()> {
+        self.commit(journal, Commit::Barrier)?;
+        if self.wait_for_retirement(journal).is_err() || journal.must_checkpoint {
+            self.checkpoint_all(journal, &[])?;
         }
         Ok(())
     }
@@ -160,13 +158,13 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::flush`].
     pub fn prepare_journal(&self) -> Result<()> {
-        self.lead(self.queue.lock(), |layer, committer| {
-            if committer.area().is_some() || committer.must_checkpoint || layer.core.is_sealed() {
+        self.lead(self.queue.lock(), |layer, journal| {
+            if journal.area().is_some() || journal.must_checkpoint || layer.shared.is_sealed() {
                 return Ok(());
             }
-            let which = committer.current;
+            let which = journal.current;
             layer
-                .create_area(committer, which, layer.options.journal_start)
+                .create_area(journal, which, layer.options.journal_start)
                 .map(drop)
         })
     }
@@ -178,7 +176,7 @@ impl WritableLayer {
     /// [`ErrorKind::InvalidInput`] for a size that cannot be; where the host refuses, the layer is
     /// as before.
     pub fn grow(&self, size: u64) -> Result<()> {
-        self.lead(self.queue.lock(), |layer, _| layer.core.grow(size))
+        self.lead(self.queue.lock(), |layer, _| layer.shared.grow(size))
     }
 
     /// Makes the layer sealed: durable and never to change again. Takes about as long as a flush,
@@ -187,36 +185,36 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::flush`].
     pub fn seal(&self) -> Result<()> {
-        self.lead(self.queue.lock(), |layer, committer| {
-            layer.settle(committer)?;
+        self.lead(self.queue.lock(), |layer, journal| {
+            layer.settle(journal)?;
             let header = Header {
                 sealed: true,
-                ..layer.core.header()
+                ..layer.shared.header()
             };
-            let (storage, dir) = (&*layer.core.storage, &*layer.core.dir);
+            let (storage, dir) = (&*layer.shared.storage, &*layer.shared.dir);
             let write = || header.write(storage, dir);
-            let written = layer.core.space.within(Claim::Own, 0, write);
+            let written = layer.shared.space.within(Claim::Own, 0, write);
             written.map_err(|error| {
                 match Header::read(storage, dir) {
-                    Ok(found) if !found.sealed => layer.core.fatal(error),
+                    Ok(found) if !found.sealed => layer.shared.fatal(error),
                     // A crash may find it sealed, so nothing may be written to it any more.
-                    _ => layer.core.poison(&error),
+                    _ => layer.shared.poison(&error),
                 }
             })?;
-            layer.core.set_sealed();
-            layer.core.end_live();
-            layer.core.space.give_back_all();
+            layer.shared.set_sealed();
+            layer.shared.end_live();
+            layer.shared.space.give_back_all();
             Ok(())
         })
     }
 
     /// Freezes what changed and commits it.
-    pub(super) fn commit(&self, committer: &mut Committer, kind: Commit) -> Result<()> {
+    pub(super) fn commit(&self, journal: &mut Journal, kind: Commit) -> Result<()> {
         let (dirty, frozen) = {
-            let mut map = self.core.map.write();
+            let mut map = self.shared.map.write();
             let map: &mut MapState = &mut map;
             let frozen = if kind == Commit::Ahead {
-                if !committer.can_go_ahead(map) {
+                if !journal.can_go_ahead(map) {
                     return Ok(());
                 }
                 let frozen = std::mem::take(&mut map.changes);
@@ -235,16 +233,16 @@ impl WritableLayer {
         // Not under the lock: there may be very many, and requests would wait.
         let body = net_changes(&frozen);
         drop(frozen);
-        let retires = kind == Commit::Barrier && committer.has_live_blocks();
+        let retires = kind == Commit::Barrier && journal.has_live_blocks();
         let result = if dirty.is_empty() && body.changes.is_empty() && !retires {
-            if !committer.has_unsynced() {
-                self.core.stats.flushes_empty.add(1);
+            if !journal.has_unsynced() {
+                self.shared.stats.flushes_empty.add(1);
             }
-            self.sync_journal(committer)
+            self.sync_journal(journal)
         } else {
-            self.commit_frozen(committer, body, &dirty, kind)
+            self.commit_frozen(journal, body, &dirty, kind)
         };
-        let mut map = self.core.map.write();
+        let mut map = self.shared.map.write();
         let map: &mut MapState = &mut map;
         if result.is_err() {
             // Neither written nor durable: the next flush has to do it.
@@ -269,69 +267,64 @@ impl WritableLayer {
 
     fn commit_frozen(
         &self,
-        committer: &mut Committer,
+        journal: &mut Journal,
         mut body: RecordBody,
         dirty: &Dirty,
         kind: Commit,
     ) -> Result<()> {
-        self.core.space.look_after();
-        self.core.space.map_is(self.core.checkpoint_room());
+        self.shared.space.look_after();
+        self.shared.space.map_is(self.shared.checkpoint_room());
         let mut carry = kind != Commit::Barrier && !dirty.many;
         if carry {
             body.blocks = dirty.distinct_blocks();
             // After a power cut they want space that the data files may not have by then.
-            let carried = committer.carried + body.blocks.len() as u64 * BLOCK_SIZE;
-            carry = kind == Commit::Ahead || self.core.space.covers(carried);
+            let carried = journal.carried + body.blocks.len() as u64 * BLOCK_SIZE;
+            carry = kind == Commit::Ahead || self.shared.space.covers(carried);
         }
         if !carry {
             body.blocks.clear();
-            self.core.sync_data()?;
+            self.shared.sync_data()?;
             body.barrier = true;
-            let nothing = body.changes.is_empty() && !committer.has_live_blocks();
-            if nothing && !committer.must_checkpoint {
-                return self.sync_journal(committer);
+            let nothing = body.changes.is_empty() && !journal.has_live_blocks();
+            if nothing && !journal.must_checkpoint {
+                return self.sync_journal(journal);
             }
         }
         if kind == Commit::Ahead {
-            return self.write_record(committer, &body, kind);
+            return self.write_record(journal, &body, kind);
         }
-        match self.make_room(committer, body.encoded_len() as u64)? {
-            Room::Fits => match self.write_record(committer, &body, kind) {
+        match self.make_room(journal, body.encoded_len() as u64)? {
+            Room::Fits => match self.write_record(journal, &body, kind) {
                 // There is room for a checkpoint, if for nothing else.
                 Err(error) if error.kind() == ErrorKind::NoSpace => {
-                    self.checkpoint_all(committer, &body.changes)
+                    self.checkpoint_all(journal, &body.changes)
                 }
                 other => other,
             },
-            Room::NeedsCheckpoint => self.checkpoint_all(committer, &body.changes),
+            Room::NeedsCheckpoint => self.checkpoint_all(journal, &body.changes),
         }
     }
 
-    fn write_record(
-        &self,
-        committer: &mut Committer,
-        body: &RecordBody,
-        kind: Commit,
-    ) -> Result<()> {
+    fn write_record(&self, journal: &mut Journal, body: &RecordBody, kind: Commit) -> Result<()> {
         // A durable write says nothing of the records before it.
-        let durable = kind != Commit::Ahead && !committer.has_unsynced();
+        let durable = kind != Commit::Ahead && !journal.has_unsynced();
         let place = RecordPlace {
-            generation: committer.generation,
-            sequence: committer.sequence,
-            records_before: committer.records_before,
-            durable: committer.durable,
+            generation: journal.generation,
+            sequence: journal.sequence,
+            records_before: journal.records_before,
+            durable: journal.durable,
         };
-        let mut buf = std::mem::take(&mut committer.buf);
-        let encoded = encode_record(&mut buf, self.core.uuid(), place, body, |first, bytes| {
+        let mut buf = std::mem::take(&mut journal.buf);
+        let encoded = encode_record(&mut buf, self.shared.uuid(), place, body, |first, bytes| {
             // A writer of a block comes before or after, never in the middle.
             let _lock = self.lock_blocks(first, bytes.len() as u64 / BLOCK_SIZE);
-            self.core.data.read(bytes, block_offset(first))
+            self.shared.data.read(bytes, block_offset(first))
         });
         let written = encoded.and_then(|()| {
-            let Some(area) = committer.area() else {
+            let Some(area) = journal.area() else {
                 return Err(Error::new(ErrorKind::Io, "the journal has no area"));
             };
-            let position = committer.position;
+            let position = journal.position;
             let write = if durable {
                 area.write(&buf, position)
             } else {
@@ -339,62 +332,62 @@ impl WritableLayer {
             };
             write.map_err(|error| {
                 // It may be there all the same, whole or torn.
-                committer.must_checkpoint = true;
-                self.core.fatal(error)
+                journal.must_checkpoint = true;
+                self.shared.fatal(error)
             })
         });
-        self.core.stats.journal_writes.add(1);
-        self.core
+        self.shared.stats.journal_writes.add(1);
+        self.shared
             .stats
             .journal_bytes
             .add(buf.as_slice().len() as u64);
-        committer.buf = buf;
+        journal.buf = buf;
         written?;
         // The blocks were read from a file whose sync may have failed meanwhile.
-        self.core.check_poison()?;
-        committer.position += body.encoded_len() as u64;
-        committer.sequence += 1;
-        committer.unsaved.add(&body.changes);
+        self.shared.check_poison()?;
+        journal.position += body.encoded_len() as u64;
+        journal.sequence += 1;
+        journal.unsaved.add(&body.changes);
         if kind == Commit::Ahead {
-            self.core.stats.records_ahead.add(1);
+            self.shared.stats.records_ahead.add(1);
         } else if durable {
-            committer.durable = committer.sequence;
+            journal.durable = journal.sequence;
         } else {
-            self.sync_journal(committer)?;
+            self.sync_journal(journal)?;
         }
         if body.barrier {
-            committer.live = [false; 2];
-            committer.carried = 0;
+            journal.live = [false; 2];
+            journal.carried = 0;
         }
-        committer.carried += body.blocks.len() as u64 * BLOCK_SIZE;
+        journal.carried += body.blocks.len() as u64 * BLOCK_SIZE;
         if !body.blocks.is_empty() {
-            committer.set_live(committer.current, true);
+            journal.set_live(journal.current, true);
         }
-        self.prepare_other_area(committer);
+        self.prepare_other_area(journal);
         Ok(())
     }
 
     /// Syncs everything and writes a checkpoint that contains it, the frozen changes included: these
     /// are `newest`.
-    fn checkpoint_all(&self, committer: &mut Committer, newest: &[MapExtent]) -> Result<()> {
+    fn checkpoint_all(&self, journal: &mut Journal, newest: &[MapExtent]) -> Result<()> {
         // Two must not write the map at once, and an older one not come last. Where it failed this
         // one does its work too.
-        let _ = self.wait_for_retirement(committer);
+        let _ = self.wait_for_retirement(journal);
         // Should it fail, its name may be durable all the same, and then everything of this
         // generation counts as contained in it: nothing may be added.
-        committer.must_checkpoint = true;
-        self.core.sync_data()?;
-        let mut changes = committer.unsaved.take();
-        if committer.durable == 0 {
+        journal.must_checkpoint = true;
+        self.shared.sync_data()?;
+        let mut changes = journal.unsaved.take();
+        if journal.durable == 0 {
             // Should what is added to the map be torn, the journal could not tell.
             changes = None;
         }
         if let Some(changes) = &mut changes {
             changes.extend_from_slice(newest);
         }
-        self.core.checkpoint(committer.generation, true, changes)?;
-        self.core.map.write().ahead.clear();
-        committer.begin_after_checkpoint();
+        self.shared.checkpoint(journal.generation, true, changes)?;
+        self.shared.map.write().ahead.clear();
+        journal.begin_after_checkpoint();
         Ok(())
     }
 }

@@ -30,7 +30,7 @@ pub(super) struct MapAtOpen {
 
 /// What a layer shares with the thread that frees a journal area.
 #[derive(Debug)]
-pub(super) struct Core {
+pub(super) struct Shared {
     pub(super) storage: Arc<dyn Storage>,
     pub(super) dir: PathBuf,
     /// As it was when the layer was opened: it may have grown since.
@@ -60,7 +60,7 @@ pub(super) struct Core {
     pub(super) flush_due: AtomicBool,
 }
 
-impl Core {
+impl Shared {
     pub(super) fn new(
         storage: Arc<dyn Storage>,
         dir: &Path,
@@ -70,7 +70,7 @@ impl Core {
         map_file: MapAtOpen,
         stats: StatsHandle,
     ) -> Self {
-        Core {
+        Shared {
             dir: dir.to_owned(),
             data,
             space,
@@ -200,7 +200,7 @@ impl Core {
         self.begin_live(&mut self.map.write())
     }
 
-    /// As [`Core::ensure_live`], by whoever has the map.
+    /// As [`Shared::ensure_live`], by whoever has the map.
     fn begin_live(&self, map: &mut MapState) -> Result<()> {
         if map.live.is_none() {
             // Everything is durable, or there would be a log.
@@ -329,7 +329,7 @@ impl Core {
             })
     }
 
-    /// As [`Core::write_data`], for a block that is zeroed in part: that gives space back, and must
+    /// As [`Shared::write_data`], for a block that is zeroed in part: that gives space back, and must
     /// not fail for want of it.
     pub(super) fn write_zeroed(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.ensure_live()?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::areas::Committer;
+use super::areas::Journal;
 use super::data::DataFiles;
 use super::flush::FlushQueue;
 use super::header::Header;
@@ -19,7 +19,7 @@ use super::map_file::drop_map_cache;
 use super::map_state::MapState;
 use super::range_lock::{RangeGuard, RangeLock};
 use super::sealed::SEAL_FILE;
-use super::shared::{Core, MapAtOpen};
+use super::shared::{MapAtOpen, Shared};
 use super::space::{Claim, Space, SpaceStatus};
 use super::stats::{LayerCounters, LayerStats, StatsHandle};
 use super::{STATE_DATA, ValueRun, recovery, state_of_value, value_of_state};
@@ -75,9 +75,9 @@ impl LayerOptions {
 /// the chain's to resolve.
 #[derive(Debug)]
 pub struct WritableLayer {
-    pub(super) core: Arc<Core>,
+    pub(super) shared: Arc<Shared>,
     pub(super) options: LayerOptions,
-    pub(super) committer: Mutex<Committer>,
+    pub(super) journal: Mutex<Journal>,
     pub(super) queue: Mutex<FlushQueue>,
     pub(super) flushed: Condvar,
     locks: RangeLock,
@@ -87,7 +87,7 @@ impl Drop for WritableLayer {
     /// Nobody may open the layer again while a thread of this one still writes to it.
     fn drop(&mut self) {
         // Its outcome matters to nobody any more: what it would have freed is still in the journal.
-        let _ = self.wait_for_retirement(&mut self.committer.lock());
+        let _ = self.wait_for_retirement(&mut self.journal.lock());
     }
 }
 
@@ -202,7 +202,7 @@ impl WritableLayer {
             Left::Nothing => {}
         }
         Ok(Arc::new(WritableLayer {
-            core: Arc::new(Core::new(
+            shared: Arc::new(Shared::new(
                 storage,
                 dir,
                 header,
@@ -212,7 +212,7 @@ impl WritableLayer {
                 StatsHandle(counters),
             )),
             options: options.within_bounds(),
-            committer: Mutex::new(Committer::new(recovered.generation)),
+            journal: Mutex::new(Journal::new(recovered.generation)),
             queue: Mutex::default(),
             flushed: Condvar::new(),
             locks: RangeLock::default(),
@@ -221,43 +221,43 @@ impl WritableLayer {
 
     /// Identity, parent and present size.
     pub fn header(&self) -> Header {
-        self.core.header()
+        self.shared.header()
     }
 
     /// Present size in bytes.
     pub fn size(&self) -> u64 {
-        self.core.size()
+        self.shared.size()
     }
 
     /// The layer's directory.
     pub fn dir(&self) -> &Path {
-        &self.core.dir
+        &self.shared.dir
     }
 
     /// Where the layer's files are kept, to outlive the layer.
     pub fn storage_handle(&self) -> Arc<dyn Storage> {
-        self.core.storage.clone()
+        self.shared.storage.clone()
     }
 
     /// Where the layer's files are kept.
     pub fn storage(&self) -> &dyn Storage {
-        &*self.core.storage
+        &*self.shared.storage
     }
 
     /// What durability has cost since the layer was opened.
     pub fn stats(&self) -> &LayerStats {
-        &self.core.stats
+        &self.shared.stats
     }
 
     /// Data blocks that the map holds.
     pub fn data_blocks(&self) -> u64 {
-        self.core.map.read().data_blocks
+        self.shared.map.read().data_blocks
     }
 
     /// Bytes that the next checkpoint of the map takes on the host at most, beside what the layer
     /// takes now: until it is durable the one before stays.
     pub fn checkpoint_room(&self) -> u64 {
-        self.core.checkpoint_room()
+        self.shared.checkpoint_room()
     }
 
     /// Bytes that the data files take on the host.
@@ -265,18 +265,18 @@ impl WritableLayer {
     /// # Errors
     /// Where the host cannot tell.
     pub fn allocated_bytes(&self) -> Result<u64> {
-        self.core.data.allocated()
+        self.shared.data.allocated()
     }
 
     /// The index value at `block` and for how many blocks from there (at most `max`) it holds.
     pub fn run_at(&self, block: u64, max: u64) -> ValueRun {
-        self.core.map.read().index.run_at(block, max)
+        self.shared.map.read().index.run_at(block, max)
     }
 
     /// Calls `each` with the runs of index values that cover a range, gaps ([`ABSENT`]) included,
     /// as they are at one moment.
     pub fn resolve(&self, start: u64, len: u64, mut each: impl FnMut(ValueRun)) {
-        let map = self.core.map.read();
+        let map = self.shared.map.read();
         let mut at = start;
         while at < start + len {
             let run = map.index.run_at(at, start + len - at);
@@ -287,19 +287,19 @@ impl WritableLayer {
 
     /// Why the layer is poisoned, if it is.
     pub fn poisoned(&self) -> Option<&str> {
-        self.core.poisoned()
+        self.shared.poisoned()
     }
 
     /// Marks the layer as one whose promises cannot be kept any more: from then on every request
     /// fails. Returns the error that they fail with.
     pub fn poison(&self, error: &Error) -> Error {
-        self.core.poison(error)
+        self.shared.poison(error)
     }
 
     /// # Errors
     /// [`ErrorKind::Poisoned`] after a failed sync.
     pub fn check_poison(&self) -> Result<()> {
-        self.core.check_poison()
+        self.shared.check_poison()
     }
 
     /// Flushes where so much changed that the log of changes is filling. To be called before blocks
@@ -308,48 +308,48 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::flush`].
     pub fn flush_if_due(&self) -> Result<()> {
-        if !self.core.flush_due.load(Ordering::Relaxed)
-            || !self.core.flush_due.swap(false, Ordering::Relaxed)
+        if !self.shared.flush_due.load(Ordering::Relaxed)
+            || !self.shared.flush_due.swap(false, Ordering::Relaxed)
         {
             return Ok(());
         }
         let mut result = self.flush();
         // After a flush that failed, one that succeeds empties half of the log, and not the half
         // that changes go to.
-        if result.is_ok() && self.core.log_is_filling() {
+        if result.is_ok() && self.shared.log_is_filling() {
             result = self.flush();
         }
         // It is still due, whoever comes next.
-        result.inspect_err(|_| self.core.flush_due.store(true, Ordering::Relaxed))
+        result.inspect_err(|_| self.shared.flush_due.store(true, Ordering::Relaxed))
     }
 
     /// Whether a request failed because the log of changes has no room, and may be made again after
     /// [`WritableLayer::flush_if_due`].
     pub fn is_flush_due(&self) -> bool {
-        self.core.flush_due.load(Ordering::Relaxed)
+        self.shared.flush_due.load(Ordering::Relaxed)
     }
 
     /// Writes to these bytes of the device may take of the reserve for small ones, whatever their
     /// size: a file system's journal, without which it gives up.
     pub fn favour(&self, ranges: Vec<std::ops::Range<u64>>) {
-        self.core.space.favour(ranges);
+        self.shared.space.favour(ranges);
     }
 
     /// How the layer stands with the host's space.
     pub fn space(&self) -> SpaceStatus {
-        self.core.space.status()
+        self.shared.space.status()
     }
 
     /// For how long after the host's disk was found full [`WritableLayer::wait_for_room`] says that
     /// a write should be tried again.
     pub fn hold_writes_for(&self, limit: Duration) {
-        self.core.space.hold_writes_for(limit);
+        self.shared.space.hold_writes_for(limit);
     }
 
     /// To be called after a write failed with [`ErrorKind::NoSpace`], with nothing locked: waits a
     /// moment, and says whether to make it again.
     pub fn wait_for_room(&self) -> bool {
-        self.core.space.wait_for_room()
+        self.shared.space.wait_for_room()
     }
 
     /// Waits for writers of the same blocks; every call below that changes blocks wants it held.
@@ -363,7 +363,7 @@ impl WritableLayer {
     /// [`ErrorKind::Poisoned`] after a failed sync: the page cache may have dropped what was written.
     pub fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.check_poison()?;
-        self.core.data.read(buf, offset)
+        self.shared.data.read(buf, offset)
     }
 
     /// Writes whole blocks from `start`; they become data. The parent is not read. Returns how many
@@ -372,11 +372,11 @@ impl WritableLayer {
     /// # Errors
     /// [`ErrorKind::NoSpace`] leaves the blocks' states as they were.
     pub fn write_blocks(&self, start: u64, buf: &[u8]) -> Result<u64> {
-        self.core.check_writable()?;
+        self.shared.check_writable()?;
         let len = buf.len() as u64 / BLOCK_SIZE;
         let there = self.run_at(start, len);
         let grows = there.value != STATE_DATA || there.len < len;
-        self.core.write_data(buf, start * BLOCK_SIZE, grows)?;
+        self.shared.write_data(buf, start * BLOCK_SIZE, grows)?;
         self.blocks_were_written(start, len)
     }
 
@@ -386,22 +386,22 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::write_blocks`].
     pub fn write_zeroed_block(&self, block: u64, buf: &[u8]) -> Result<u64> {
-        self.core.check_writable()?;
-        self.core.write_zeroed(buf, block * BLOCK_SIZE)?;
+        self.shared.check_writable()?;
+        self.shared.write_zeroed(buf, block * BLOCK_SIZE)?;
         self.blocks_were_written(block, 1)
     }
 
     fn blocks_were_written(&self, start: u64, len: u64) -> Result<u64> {
-        let mut map = self.core.map.write();
+        let mut map = self.shared.map.write();
         let written = Noted::Becomes(STATE_DATA);
-        let allocated = self.core.become_data(&mut map, start, len, written)?;
+        let allocated = self.shared.become_data(&mut map, start, len, written)?;
         map.dirty
             .add(start, len, self.options.journal_blocks as u64);
         let due = map.dirty.write_back_due();
         drop(map);
         // Who does not flush gains nothing by it.
         if due && self.options.background && self.flushed_of_late() {
-            self.core.data.start_writing_back();
+            self.shared.data.start_writing_back();
         }
         Ok(allocated)
     }
@@ -417,10 +417,10 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::write_blocks`].
     pub fn write_within(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.core.check_writable()?;
-        self.core.write_data(buf, offset, false)?;
+        self.shared.check_writable()?;
+        self.shared.write_data(buf, offset, false)?;
         let limit = self.options.journal_blocks as u64;
-        self.core
+        self.shared
             .map
             .write()
             .dirty
@@ -433,16 +433,16 @@ impl WritableLayer {
     /// # Errors
     /// Where the host refuses to punch the hole.
     pub fn clear_blocks(&self, start: u64, len: u64, state: BlockState) -> Result<()> {
-        self.core.check_writable()?;
+        self.shared.check_writable()?;
         let mut data = Vec::new();
         self.resolve(start, len, |run| {
             if run.value == STATE_DATA {
                 data.push(run);
             }
         });
-        self.core.ensure_live()?;
-        self.core.change(
-            &mut self.core.map.write(),
+        self.shared.ensure_live()?;
+        self.shared.change(
+            &mut self.shared.map.write(),
             start,
             len,
             Noted::Becomes(value_of_state(state)),
@@ -451,9 +451,9 @@ impl WritableLayer {
         for run in data {
             let punch = || {
                 let (offset, len) = (run.start * BLOCK_SIZE, run.len * BLOCK_SIZE);
-                self.core.data.punch(offset, len)
+                self.shared.data.punch(offset, len)
             };
-            match self.core.space.within(Claim::Own, 0, punch) {
+            match self.shared.space.within(Claim::Own, 0, punch) {
                 // A hole may want a block of the host's own. Without it the bytes stay where they
                 // are: the map says what the blocks are, and no more space is taken than before.
                 Err(error) if error.kind() == ErrorKind::NoSpace => {
@@ -471,21 +471,21 @@ impl WritableLayer {
     /// # Errors
     /// [`ErrorKind::NoSpace`] may leave some of the blocks zero; none keeps its old bytes.
     pub fn allocate_zeroed(&self, start: u64, len: u64) -> Result<()> {
-        self.core.check_writable()?;
-        self.core.ensure_live()?;
-        self.core.note_emptied(start, len)?;
+        self.shared.check_writable()?;
+        self.shared.ensure_live()?;
+        self.shared.note_emptied(start, len)?;
         let allocate = || {
             let (offset, len) = (start * BLOCK_SIZE, len * BLOCK_SIZE);
-            self.core.data.allocate_zeroed(offset, len)
+            self.shared.data.allocate_zeroed(offset, len)
         };
-        self.core
+        self.shared
             .space
             .write(start * BLOCK_SIZE, len * BLOCK_SIZE, true, allocate)
             .inspect_err(|_| {
-                self.core.map.write().dirty.add_unknown();
+                self.shared.map.write().dirty.add_unknown();
             })?;
-        let mut map = self.core.map.write();
-        self.core
+        let mut map = self.shared.map.write();
+        self.shared
             .become_data(&mut map, start, len, Noted::Reserved)?;
         map.dirty
             .add(start, len, self.options.journal_blocks as u64);
@@ -497,17 +497,17 @@ impl WritableLayer {
     /// # Errors
     /// When the range lies outside the layer.
     pub fn prefetch(&self, offset: u64, len: u64) -> Result<()> {
-        self.core.data.prefetch(offset, len)
+        self.shared.data.prefetch(offset, len)
     }
 
     /// The state of one block.
     pub fn state(&self, block: u64) -> BlockState {
-        state_of_value(self.core.map.read().index.get(block))
+        state_of_value(self.shared.map.read().index.get(block))
     }
 
     /// True when the map says nothing at all: a fresh layer.
     pub fn is_untouched(&self) -> bool {
-        let map = self.core.map.read();
+        let map = self.shared.map.read();
         map.index
             .runs(0..map.index.end())
             .all(|run| run.value == ABSENT)

@@ -219,9 +219,9 @@ fn a_layer_that_is_poisoned_while_somebody_has_the_map_is_not_trusted_by_a_succe
     let layer = open(disk.clone(), options(0));
     layer.write_blocks(0, &[1; BLOCK_LEN]).unwrap();
     {
-        let _map = layer.core.map.write();
+        let _map = layer.shared.map.write();
         layer
-            .core
+            .shared
             .poison(&Error::new(ErrorKind::Io, "a sync failed"));
     }
     assert_eq!(left(&disk, Path::new(DIR)), Left::Stale { reread: true });
