@@ -9,67 +9,26 @@ use super::map_state::MapState;
 use super::writable::WritableLayer;
 use crate::error::Result;
 
-/// A client that writes more often than this between two flushes gains nothing: its flush carries
-/// them all in one record.
-const FEW_WRITES: u32 = 4;
-
-/// How a client writes and flushes.
-#[derive(Debug)]
-pub(super) struct Pace {
-    /// Writes since the last flush was asked for.
-    since: u32,
-    /// Writes between the two flushes before.
-    before: u32,
-}
-
-impl Default for Pace {
-    /// Nobody has flushed yet.
-    fn default() -> Self {
-        Pace {
-            since: u32::MAX,
-            before: u32::MAX,
-        }
-    }
-}
-
-impl Pace {
-    /// A client asked for a flush.
-    pub(super) fn flushed(&mut self) {
-        self.before = std::mem::take(&mut self.since);
-    }
-
-    /// A client wrote: true where it can be expected to flush soon.
-    fn wrote(&mut self) -> bool {
-        self.since = self.since.saturating_add(1);
-        self.since <= FEW_WRITES && self.before <= FEW_WRITES
-    }
-}
-
 impl WritableLayer {
     /// To be told of each write after it was answered: true where a flush is likely to come next,
     /// and [`WritableLayer::flush_ahead`] worth its while.
     pub fn expects_flush(&self) -> bool {
-        self.options.journal_blocks > 0 && self.queue.lock().pace.wrote()
+        self.options.journal_blocks > 0 && self.queue.wrote()
     }
 
     /// Writes down in the journal what the next flush would, where that needs neither a sync of
     /// data nor room to be made, and nobody flushes just now. Makes nothing durable; what fails here
     /// the next flush meets again.
     pub fn flush_ahead(&self) {
-        let mut queue = self.queue.lock();
-        if queue.running {
+        let Some(leading) = self.queue.lead_if_idle(&self.shared) else {
             return;
-        }
-        queue.running = true;
-        drop(queue);
-        let outcome = self
-            .check_poison()
-            .and_then(|()| self.commit(&mut self.journal.lock(), Commit::Ahead));
+        };
+        let outcome = self.as_leader(leading, |layer, journal| {
+            layer.commit(journal, Commit::Ahead)
+        });
         if let Err(error) = outcome {
             tracing::debug!(%error, "a flush ahead failed");
         }
-        self.queue.lock().running = false;
-        self.flushed.notify_all();
     }
 
     /// Makes the records durable that were written ahead.
@@ -116,28 +75,6 @@ mod tests {
     use super::*;
     use crate::layer::{Header, LayerOptions};
     use crate::storage::{Fault, FaultPlan, FaultStorage, OpCounts, OpKind, SimStorage};
-
-    fn pace(writes: &[u32]) -> Pace {
-        let mut pace = Pace::default();
-        for &count in writes {
-            pace.flushed();
-            (0..count).for_each(|_| {
-                pace.wrote();
-            });
-        }
-        pace
-    }
-
-    #[test]
-    fn a_flush_is_expected_of_a_client_that_flushes_after_few_writes() {
-        assert!(!pace(&[]).wrote());
-        assert!(!pace(&[0]).wrote(), "nobody knows yet how it writes");
-        assert!(pace(&[1, 0]).wrote());
-        assert!(pace(&[1, 3]).wrote());
-        assert!(!pace(&[1, 4]).wrote(), "it does not flush after all");
-        assert!(!pace(&[5, 0]).wrote());
-        assert!(pace(&[5, 1, 0]).wrote());
-    }
 
     struct Rig {
         storage: Arc<FaultStorage>,

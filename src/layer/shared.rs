@@ -50,7 +50,10 @@ pub(super) struct Shared {
     pub(super) map_extents: AtomicU64,
     pub(super) map_changed: AtomicU64,
     pub(super) stats: StatsHandle,
+    /// Which sync failed.
     poison: OnceLock<String>,
+    /// What a thread of ours left half done.
+    fault: OnceLock<&'static str>,
     sealed: AtomicBool,
     /// There is a log of changes.
     live: AtomicBool,
@@ -84,6 +87,7 @@ impl Shared {
             map_changed: AtomicU64::new(0),
             stats,
             poison: OnceLock::new(),
+            fault: OnceLock::new(),
             sealed: AtomicBool::new(false),
             size: AtomicU64::new(header.virtual_size),
             opened: header,
@@ -157,22 +161,29 @@ impl Shared {
 
     /// Why the layer is poisoned, if it is.
     pub(super) fn poisoned(&self) -> Option<&str> {
-        self.poison.get().map(String::as_str)
+        let fault = || self.fault.get().copied();
+        self.poison.get().map(String::as_str).or_else(fault)
     }
 
     /// Marks the layer as one whose promises cannot be kept any more.
     pub(super) fn poison(&self, error: &Error) -> Error {
         tracing::error!(layer = %self.dir.display(), %error, "layer poisoned");
         // The first reason stays.
-        let _ = self.poison.set(error.to_string());
+        let why = self.poison.get_or_init(|| error.to_string());
         if let Some(mark) = &*self.poison_mark.lock() {
             mark.set();
         }
-        self.poison_error()
+        self.sync_failed(why)
     }
 
-    fn poison_error(&self) -> Error {
-        let why = self.poison.get().map(String::as_str).unwrap_or_default();
+    /// Refuses every request from now on, since a thread of ours ended in the middle of its work. As
+    /// a killed process does, it leaves a page cache and a log of changes that a successor can trust.
+    pub(super) fn stop(&self, fault: &'static str) -> Error {
+        tracing::error!(layer = %self.dir.display(), fault, "layer stopped");
+        self.stopped(self.fault.get_or_init(|| fault))
+    }
+
+    fn sync_failed(&self, why: &str) -> Error {
         Error::new(
             ErrorKind::Poisoned,
             format!(
@@ -183,11 +194,24 @@ impl Shared {
         )
     }
 
+    fn stopped(&self, fault: &str) -> Error {
+        Error::new(
+            ErrorKind::Poisoned,
+            format!(
+                "{}: {fault}, which is a fault of Vellum's own, so the layer refuses to go on; open \
+                 it again, which loses nothing that was written, and report what the log says",
+                self.dir.display()
+            ),
+        )
+    }
+
     pub(super) fn check_poison(&self) -> Result<()> {
-        if self.poison.get().is_some() {
-            Err(self.poison_error())
-        } else {
-            Ok(())
+        if let Some(why) = self.poison.get() {
+            return Err(self.sync_failed(why));
+        }
+        match self.fault.get() {
+            Some(fault) => Err(self.stopped(fault)),
+            None => Ok(()),
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use super::areas::Journal;
 use super::data::DataFiles;
@@ -78,8 +78,7 @@ pub struct WritableLayer {
     pub(super) shared: Arc<Shared>,
     pub(super) options: LayerOptions,
     pub(super) journal: Mutex<Journal>,
-    pub(super) queue: Mutex<FlushQueue>,
-    pub(super) flushed: Condvar,
+    pub(super) queue: FlushQueue,
     locks: RangeLock,
 }
 
@@ -213,8 +212,7 @@ impl WritableLayer {
             )),
             options: options.within_bounds(),
             journal: Mutex::new(Journal::new(recovered.generation)),
-            queue: Mutex::default(),
-            flushed: Condvar::new(),
+            queue: FlushQueue::default(),
             locks: RangeLock::default(),
         }))
     }
@@ -399,17 +397,11 @@ impl WritableLayer {
             .add(start, len, self.options.journal_blocks as u64);
         let due = map.dirty.write_back_due();
         drop(map);
-        // Who does not flush gains nothing by it.
-        if due && self.options.background && self.flushed_of_late() {
+        // A client that does not flush gains nothing by it.
+        if due && self.options.background && self.queue.flushed_within(FLUSHES_WITHIN) {
             self.shared.data.start_writing_back();
         }
         Ok(allocated)
-    }
-
-    /// Somebody flushed a short while ago, so it will be done again.
-    fn flushed_of_late(&self) -> bool {
-        let last = self.queue.lock().last;
-        last.is_some_and(|last| last.elapsed() < FLUSHES_WITHIN)
     }
 
     /// Writes bytes within one block that is data already.

@@ -4,24 +4,25 @@
 //! synchronous journal write. Little new data goes into that write itself (design E of a redo
 //! journal: no sync of the data file at all); more is synced first, and then the record carries a
 //! *barrier* that retires the blocks of older records. Records may also have been written ahead of
-//! the flush ([`super::ahead`]). docs/durability.md argues each step.
+//! the flush ([`crate::layer::ahead`]). docs/durability.md argues each step.
 
-use std::time::Instant;
+mod queue;
 
-use super::ahead::Pace;
-use super::areas::{Journal, Room};
-use super::header::Header;
-use super::index::Index;
-use super::journal::{RecordBody, RecordPlace, block_offset, encode_record};
-use super::map_state::{Change, Dirty, MapState};
-use super::recovery::remove_journal;
-use super::space::Claim;
-use super::state_of_value;
-use super::table::{MapExtent, state_code, state_of_code};
-use super::writable::WritableLayer;
+pub(super) use queue::FlushQueue;
+use queue::{Leading, Turn};
+
 use crate::block::BLOCK_SIZE;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::about_to_wait;
+use crate::layer::areas::{Journal, Room};
+use crate::layer::header::Header;
+use crate::layer::index::Index;
+use crate::layer::journal::{RecordBody, RecordPlace, block_offset, encode_record};
+use crate::layer::map_state::{Change, Dirty, MapState};
+use crate::layer::recovery::remove_journal;
+use crate::layer::space::Claim;
+use crate::layer::state_of_value;
+use crate::layer::table::{MapExtent, state_code, state_of_code};
+use crate::layer::writable::WritableLayer;
 
 /// What changes are committed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,22 +35,6 @@ pub(super) enum Commit {
     Ahead,
 }
 
-/// Who flushes, and which flush covers whom.
-#[derive(Debug, Default)]
-pub(super) struct FlushQueue {
-    /// Number of the last flush that began.
-    begun: u64,
-    /// Number of the last flush that ended.
-    done: u64,
-    /// Somebody flushes, or writes ahead.
-    pub(super) running: bool,
-    pub(super) pace: Pace,
-    /// When a flush was last asked for.
-    pub(super) last: Option<Instant>,
-    /// The last flush that failed.
-    failed: Option<(u64, ErrorKind, String)>,
-}
-
 impl WritableLayer {
     /// Makes every write that completed before the call durable. Flushes that overlap coalesce.
     ///
@@ -59,50 +44,32 @@ impl WritableLayer {
     /// back. Any other failure poisons the layer.
     pub fn flush(&self) -> Result<()> {
         self.shared.stats.flushes.add(1);
-        let mut queue = self.queue.lock();
-        queue.last = Some(Instant::now());
-        queue.pace.flushed();
-        // Only a flush that begins from now on covers us.
-        let mine = queue.begun + 1;
-        while queue.running && queue.done < mine {
-            about_to_wait();
-            self.flushed.wait(&mut queue);
+        match self.queue.enter(&self.shared) {
+            Turn::Lead(leading) => self.as_leader(leading, |layer, journal| {
+                layer.commit(journal, Commit::Flush)
+            }),
+            Turn::Covered(outcome) => {
+                self.shared.stats.flushes_coalesced.add(1);
+                outcome
+            }
         }
-        if queue.done >= mine {
-            self.shared.stats.flushes_coalesced.add(1);
-            return match &queue.failed {
-                Some((number, kind, why)) if *number >= mine => Err(Error::new(*kind, why.clone())),
-                _ => Ok(()),
-            };
-        }
-        self.lead(queue, |layer, journal| layer.commit(journal, Commit::Flush))
     }
 
-    /// Runs `work` as the only flush, and tells those who wait.
-    fn lead<'a>(
-        &'a self,
-        mut queue: parking_lot::MutexGuard<'a, FlushQueue>,
+    /// Runs `work` as the only flush.
+    fn lead(&self, work: impl FnOnce(&Self, &mut Journal) -> Result<()>) -> Result<()> {
+        self.as_leader(self.queue.lead(&self.shared), work)
+    }
+
+    /// Runs `work` and tells the clients that wait.
+    pub(super) fn as_leader(
+        &self,
+        leading: Leading<'_>,
         work: impl FnOnce(&Self, &mut Journal) -> Result<()>,
     ) -> Result<()> {
-        while queue.running {
-            self.flushed.wait(&mut queue);
-        }
-        queue.running = true;
-        queue.begun += 1;
-        let number = queue.begun;
-        drop(queue);
-        let result = self
+        let outcome = self
             .check_poison()
             .and_then(|()| work(self, &mut self.journal.lock()));
-        let mut queue = self.queue.lock();
-        queue.running = false;
-        queue.done = number;
-        if let Err(error) = &result {
-            queue.failed = Some((number, error.kind(), error.to_string()));
-        }
-        drop(queue);
-        self.flushed.notify_all();
-        result
+        leading.end(outcome)
     }
 
     /// Flushes, checkpoints and removes the journal, so that the next open has nothing to recover.
@@ -111,7 +78,7 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::flush`].
     pub fn close(&self) -> Result<()> {
-        self.lead(self.queue.lock(), |layer, journal| {
+        self.lead(|layer, journal| {
             if layer.shared.is_sealed() {
                 return Ok(());
             }
@@ -140,7 +107,7 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::flush`].
     pub fn prepare_seal(&self) -> Result<()> {
-        self.lead(self.queue.lock(), WritableLayer::settle)
+        self.lead(WritableLayer::settle)
     }
 
     /// Flushes so that no block lives in the journal alone, and waits for its thread.
@@ -158,7 +125,7 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::flush`].
     pub fn prepare_journal(&self) -> Result<()> {
-        self.lead(self.queue.lock(), |layer, journal| {
+        self.lead(|layer, journal| {
             if journal.area().is_some() || journal.must_checkpoint || layer.shared.is_sealed() {
                 return Ok(());
             }
@@ -176,7 +143,7 @@ impl WritableLayer {
     /// [`ErrorKind::InvalidInput`] for a size that cannot be; where the host refuses, the layer is
     /// as before.
     pub fn grow(&self, size: u64) -> Result<()> {
-        self.lead(self.queue.lock(), |layer, _| layer.shared.grow(size))
+        self.lead(|layer, _| layer.shared.grow(size))
     }
 
     /// Makes the layer sealed: durable and never to change again. Takes about as long as a flush,
@@ -185,7 +152,7 @@ impl WritableLayer {
     /// # Errors
     /// As [`WritableLayer::flush`].
     pub fn seal(&self) -> Result<()> {
-        self.lead(self.queue.lock(), |layer, journal| {
+        self.lead(|layer, journal| {
             layer.settle(journal)?;
             let header = Header {
                 sealed: true,
