@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use vellum::block::{BLOCK_SIZE, BlockDevice, Durability};
-use vellum::chain::{ChainSpec, open_chain};
-use vellum::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
-use vellum::storage::{FileStorage, Storage};
+use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability};
+use vellum_base::storage::{FileStorage, Storage};
+use vellum_core::chain::{ChainSpec, open_chain};
+use vellum_core::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
 
 const DEVICE: u64 = 16 << 20;
 const BLOCKS: u64 = DEVICE / BLOCK_SIZE;

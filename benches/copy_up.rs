@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use vellum::block::{BLOCK_SIZE, BlockDevice, Durability};
-use vellum::chain::{Chain, ChainSpec, open_chain};
-use vellum::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
-use vellum::storage::{FileStorage, Storage};
+use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability};
+use vellum_base::storage::{FileStorage, Storage};
+use vellum_core::chain::{Chain, ChainSpec, open_chain};
+use vellum_core::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
 
 const DEVICE: u64 = 64 << 20;
 

@@ -9,9 +9,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, fallocate};
-use vellum::block::{BlockDevice, Durability, Extent, ExtentKind, ZeroMode, check_range};
-use vellum::error::ResultExt;
-use vellum::export::nbd::{Export, Server, ServerConfig, bind_unix};
+use vellum_base::block::{BlockDevice, Durability, Extent, ExtentKind, ZeroMode, check_range};
+use vellum_base::error::ResultExt;
+use vellum_export::nbd::{Export, Server, ServerConfig, bind_unix};
 
 struct FileDevice {
     file: File,
@@ -27,14 +27,14 @@ impl BlockDevice for FileDevice {
         false
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> vellum::Result<()> {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> vellum_base::Result<()> {
         check_range(offset, buf.len() as u64, self.size)?;
         self.file
             .read_exact_at(buf, offset)
             .context(|| "reading the file")
     }
 
-    fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> vellum::Result<()> {
+    fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> vellum_base::Result<()> {
         check_range(offset, buf.len() as u64, self.size)?;
         self.file
             .write_all_at(buf, offset)
@@ -45,11 +45,11 @@ impl BlockDevice for FileDevice {
         }
     }
 
-    fn flush(&self) -> vellum::Result<()> {
+    fn flush(&self) -> vellum_base::Result<()> {
         self.file.sync_data().context(|| "syncing the file")
     }
 
-    fn discard(&self, offset: u64, len: u64) -> vellum::Result<()> {
+    fn discard(&self, offset: u64, len: u64) -> vellum_base::Result<()> {
         self.write_zeroes(offset, len, ZeroMode::MayUnmap, Durability::Buffered)
     }
 
@@ -59,7 +59,7 @@ impl BlockDevice for FileDevice {
         len: u64,
         mode: ZeroMode,
         durability: Durability,
-    ) -> vellum::Result<()> {
+    ) -> vellum_base::Result<()> {
         check_range(offset, len, self.size)?;
         let how = match mode {
             ZeroMode::MayUnmap => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
@@ -72,7 +72,7 @@ impl BlockDevice for FileDevice {
         }
     }
 
-    fn extents(&self, offset: u64, len: u64, _max: usize) -> vellum::Result<Vec<Extent>> {
+    fn extents(&self, offset: u64, len: u64, _max: usize) -> vellum_base::Result<Vec<Extent>> {
         check_range(offset, len, self.size)?;
         Ok(vec![Extent {
             offset,

@@ -1,9 +1,12 @@
-//! The `vellum` command.
+//! The program `vellum`. All of it is in the workspace's crates, below `crates/`; here is its command
+//! line, one file a command.
+
+mod cli;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    vellum::inherit::at_start();
-    vellum::memory::keep_small();
-    vellum::cli::main()
+    vellum_base::inherit::at_start();
+    vellum_base::memory::keep_small();
+    cli::main()
 }

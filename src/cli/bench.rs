@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use super::Context;
 use super::output::table;
-use crate::engine::bench::{CaseResult, run as run_bench};
-use crate::error::{Error, ErrorKind, Result};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_verify::bench::{CaseResult, run as run_bench};
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]

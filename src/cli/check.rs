@@ -5,9 +5,9 @@ use parking_lot::Mutex;
 
 use super::output::Output;
 use super::{Context, shown};
-use crate::block::BLOCK_SIZE;
-use crate::engine::check::{CheckOptions, CheckReport, CheckWatch, Severity, check};
-use crate::error::{Error, ErrorKind, Result};
+use vellum_base::block::BLOCK_SIZE;
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_engine::check::{CheckOptions, CheckReport, CheckWatch, Severity, check};
 
 /// Arguments of `check`.
 #[derive(Debug, clap::Args)]

@@ -2,8 +2,8 @@
 
 use super::Context;
 use super::output::human_size;
-use crate::engine::commit::{CommitReport, commit};
-use crate::error::Result;
+use vellum_base::error::Result;
+use vellum_engine::commit::{CommitReport, commit};
 
 /// Arguments of `commit`.
 #[derive(Debug, clap::Args)]

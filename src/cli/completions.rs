@@ -5,7 +5,7 @@ use clap_complete::Shell;
 
 use super::Cli;
 use super::output::{write_out, written};
-use crate::error::Result;
+use vellum_base::error::Result;
 
 /// Arguments of `completions`.
 #[derive(Debug, clap::Args)]

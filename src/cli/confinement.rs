@@ -1,9 +1,9 @@
 //! What `run` and `create` share: the rights and limits of a container, with docker's options.
 
-use crate::engine::run::{check_confinement, parse_capability, parse_seccomp};
-use crate::error::{Error, ErrorKind, Result};
-use crate::size::parse_size;
-use crate::store::{Confinement, Network, PidsLimit, Seccomp};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::size::parse_size;
+use vellum_engine::run::{check_confinement, parse_capability, parse_seccomp};
+use vellum_store::{Confinement, Network, PidsLimit, Seccomp};
 
 /// Each later start of the container has the same.
 #[derive(Debug, clap::Args)]

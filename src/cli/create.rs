@@ -2,10 +2,10 @@
 
 use super::Context;
 use super::confinement::ConfinementArgs;
-use crate::error::Result;
-use crate::fs::ext4::Atime;
-use crate::size::parse_size;
-use crate::store::NewContainer;
+use vellum_base::error::Result;
+use vellum_base::size::parse_size;
+use vellum_fs::ext4::Atime;
+use vellum_store::NewContainer;
 
 /// Arguments of `create`.
 #[derive(Debug, clap::Args)]

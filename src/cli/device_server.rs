@@ -4,10 +4,10 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::engine::device::{Target, served_stats};
-use crate::error::{Error, ErrorKind, Result};
-use crate::export::device::{SupervisorArgs, supervise};
-use crate::store::Store;
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_engine::device::{Target, served_stats};
+use vellum_export::device::{SupervisorArgs, supervise};
+use vellum_store::Store;
 
 /// Arguments of `device-server`.
 #[derive(Debug, clap::Args)]

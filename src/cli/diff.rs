@@ -3,8 +3,8 @@
 use serde::Serialize;
 
 use super::Context;
-use crate::engine::diff::diff;
-use crate::error::Result;
+use vellum_base::error::Result;
+use vellum_engine::diff::diff;
 
 /// Arguments of `diff`.
 #[derive(Debug, clap::Args)]

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::{Context, DEFAULT_ROOT};
-use crate::engine::doctor::{Options, Report, State, examine};
-use crate::error::{Error, ErrorKind, Result};
-use crate::snapshotter::config::{Config, DEFAULT_ADDRESS};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_engine::doctor::{Options, Report, State, examine};
+use vellum_snapshotter::config::{Config, DEFAULT_ADDRESS};
 
 /// Arguments of `doctor`.
 #[derive(Debug, clap::Args)]

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use super::Context;
 use super::run::{ProcessArgs, exit};
-use crate::engine::run;
+use vellum_engine::run;
 
 /// Arguments of `exec`.
 #[derive(Debug, clap::Args)]

@@ -4,9 +4,9 @@ use serde::Serialize;
 
 use super::Context;
 use super::output::{human_size, table};
-use crate::engine::template;
-use crate::error::Result;
-use crate::image::HistoryEntry;
+use vellum_base::error::Result;
+use vellum_engine::template;
+use vellum_image::HistoryEntry;
 
 /// Arguments of `history`.
 #[derive(Debug, clap::Args)]

@@ -6,10 +6,10 @@ use serde::Serialize;
 
 use super::Context;
 use super::output::{human_size, table};
-use crate::engine::known::Known;
-use crate::engine::status::{SnapshotStatus, snapshot_status};
-use crate::error::Result;
-use crate::store::{ImageRecord, SnapshotKind, Store};
+use vellum_base::error::Result;
+use vellum_engine::known::Known;
+use vellum_engine::status::{SnapshotStatus, snapshot_status};
+use vellum_store::{ImageRecord, SnapshotKind, Store};
 
 /// Arguments of `images`.
 #[derive(Debug, clap::Args)]

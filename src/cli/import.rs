@@ -8,10 +8,10 @@ use parking_lot::Mutex;
 
 use super::Context;
 use super::output::{Output, human_size};
-use crate::engine::import::{ImportOptions, ImportReport, ImportWatch, import};
-use crate::error::Result;
-use crate::image::{Format, Progress};
-use crate::size::parse_size;
+use vellum_base::error::Result;
+use vellum_base::size::parse_size;
+use vellum_engine::import::{ImportOptions, ImportReport, ImportWatch, import};
+use vellum_image::{Format, Progress};
 
 /// Arguments of `import`.
 #[derive(Debug, clap::Args)]

@@ -5,11 +5,11 @@ use uuid::Uuid;
 
 use super::Context;
 use super::output::Output;
-use crate::engine::known::Known;
-use crate::engine::status;
-use crate::error::{Error, ErrorKind, Result};
-use crate::layer::{Header, SealedLayer};
-use crate::store::Store;
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_core::layer::{Header, SealedLayer};
+use vellum_engine::known::Known;
+use vellum_engine::status;
+use vellum_store::Store;
 
 /// Arguments of `inspect`.
 #[derive(Debug, clap::Args)]

@@ -8,9 +8,9 @@ use console::Term;
 
 use super::Context;
 use super::output::human_size;
-use crate::engine::map::{BlockMap, Grid, Layout, Palette, Rgb, map, png, svg};
-use crate::error::{Result, ResultExt};
-use crate::inherit::result_mode;
+use vellum_base::error::{Result, ResultExt};
+use vellum_base::inherit::result_mode;
+use vellum_engine::map::{BlockMap, Grid, Layout, Palette, Rgb, map, png, svg};
 
 /// Arguments of `map`.
 #[derive(Debug, clap::Args)]

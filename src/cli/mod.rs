@@ -38,12 +38,12 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::engine::lost::explain;
-use crate::error::{Error, ErrorKind, Result};
-use crate::export::device::command::{self as file_device, FileDeviceArgs};
-use crate::interrupt;
-use crate::store::Store;
 use output::{Output, complain};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::interrupt;
+use vellum_engine::lost::explain;
+use vellum_export::device::command::{self as file_device, FileDeviceArgs};
+use vellum_store::Store;
 
 /// Where stores are by default.
 const DEFAULT_ROOT: &str = "/var/lib/vellum";

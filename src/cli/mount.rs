@@ -5,11 +5,11 @@ use std::path::PathBuf;
 
 use super::output::write_out;
 use super::{Context, shown};
-use crate::engine::lost;
-use crate::engine::mount::{Rights, mount as mount_container, umount as umount_container};
-use crate::error::{Error, ErrorKind, Result};
-use crate::fs::ext4::Atime;
-use crate::store::Store;
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_engine::lost;
+use vellum_engine::mount::{Rights, mount as mount_container, umount as umount_container};
+use vellum_fs::ext4::Atime;
+use vellum_store::Store;
 
 /// Arguments of `mount`.
 #[derive(Debug, clap::Args)]

@@ -8,9 +8,9 @@ use std::thread::JoinHandle;
 use nix::sys::signal::{SigSet, Signal};
 
 use super::Context;
-use crate::engine::serve::export;
-use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::export::nbd::{
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_engine::serve::export;
+use vellum_export::nbd::{
     ClientCertificates, Server, ServerConfig, SocketFile, TlsConfig, bind_tcp, bind_unix,
 };
 
@@ -40,7 +40,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value_t = ServerConfig::default().max_connections)]
     max_connections: usize,
     /// Memory for the requests of all clients together, beyond 2 MiB for each
-    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse_size, default_value = "256M")]
+    #[arg(long, value_name = "SIZE", value_parser = vellum_base::size::parse_size, default_value = "256M")]
     memory: u64,
 }
 

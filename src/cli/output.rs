@@ -4,8 +4,8 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::interrupt;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::interrupt;
 
 /// How to print.
 #[derive(Debug, Clone, Copy)]

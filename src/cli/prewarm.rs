@@ -6,9 +6,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::Context;
 use super::output::human_size;
-use crate::block::BLOCK_SIZE;
-use crate::engine::prewarm::prewarm;
-use crate::error::Result;
+use vellum_base::block::BLOCK_SIZE;
+use vellum_base::error::Result;
+use vellum_engine::prewarm::prewarm;
 
 /// Arguments of `prewarm`.
 #[derive(Debug, clap::Args)]

@@ -2,9 +2,9 @@
 
 use super::Context;
 use super::output::human_size;
-use crate::engine::check::finish_commits;
-use crate::engine::mount::clean_orphaned_run_dirs;
-use crate::error::Result;
+use vellum_base::error::Result;
+use vellum_engine::check::finish_commits;
+use vellum_engine::mount::clean_orphaned_run_dirs;
 
 /// Arguments of `prune`.
 #[derive(Debug, clap::Args)]

@@ -4,10 +4,10 @@ use super::Context;
 use super::output::{human_size, table};
 use serde::Serialize;
 
-use crate::engine::known::Known;
-use crate::engine::status::{ContainerStatus, SnapshotStatus, snapshot_status, status};
-use crate::error::Result;
-use crate::store::{SnapshotKind, Store};
+use vellum_base::error::Result;
+use vellum_engine::known::Known;
+use vellum_engine::status::{ContainerStatus, SnapshotStatus, snapshot_status, status};
+use vellum_store::{SnapshotKind, Store};
 
 /// Arguments of `ps`.
 #[derive(Debug, clap::Args)]

@@ -2,10 +2,10 @@
 
 use super::Context;
 use super::output::complain;
-use crate::engine::mount;
-use crate::error::{Error, Result};
-use crate::interrupt;
-use crate::store::PruneReport;
+use vellum_base::error::{Error, Result};
+use vellum_base::interrupt;
+use vellum_engine::mount;
+use vellum_store::PruneReport;
 
 /// Arguments of `rm`.
 #[derive(Debug, clap::Args)]

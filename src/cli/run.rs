@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use super::Context;
 use super::confinement::ConfinementArgs;
 use super::output::{complain, say};
-use crate::engine::run::{self, CommandOptions, Ended, FAILURE, Failure, RunOptions, parse_volume};
-use crate::error::{Error, ErrorKind, Result};
-use crate::fs::ext4::Atime;
-use crate::interrupt;
-use crate::size::parse_size;
-use crate::store::NewContainer;
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::interrupt;
+use vellum_base::size::parse_size;
+use vellum_engine::run::{self, CommandOptions, Ended, FAILURE, Failure, RunOptions, parse_volume};
+use vellum_fs::ext4::Atime;
+use vellum_store::NewContainer;
 
 /// Arguments of `run`.
 #[derive(Debug, clap::Args)]

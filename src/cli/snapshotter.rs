@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Context, DEFAULT_ROOT};
-use crate::crash_point;
-use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::export::unix_socket::{SocketFile, bind_unix};
-use crate::snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat, check_path};
-use crate::snapshotter::{Defaults, Snapshotter, service};
-use crate::storage::LockMode;
-use crate::store::Store;
+use vellum_base::crash_point;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::LockMode;
+use vellum_export::unix_socket::{SocketFile, bind_unix};
+use vellum_snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat, check_path};
+use vellum_snapshotter::{Defaults, Snapshotter, service};
+use vellum_store::Store;
 
 /// Arguments of `snapshotter`.
 #[derive(Debug, clap::Args)]

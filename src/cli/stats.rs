@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use super::Context;
 use super::output::{human_size, table, write_out};
-use crate::engine::stats::{Counters, Latency, Server, Stats, served, stats};
-use crate::error::{Error, ErrorKind, Result};
-use crate::store::Store;
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_engine::stats::{Counters, Latency, Server, Stats, served, stats};
+use vellum_store::Store;
 
 /// Arguments of `stats`.
 #[derive(Debug, clap::Args)]

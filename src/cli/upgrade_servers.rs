@@ -2,8 +2,8 @@
 
 use super::Context;
 use super::output::complain;
-use crate::engine::upgrade::{Upgraded, own_program, served, upgrade_server};
-use crate::error::{Error, Result};
+use vellum_base::error::{Error, Result};
+use vellum_engine::upgrade::{Upgraded, own_program, served, upgrade_server};
 
 /// Arguments of `upgrade-servers`.
 #[derive(Debug, clap::Args)]

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use super::Context;
 use super::output::human_size;
-use crate::engine::durability::{CheckReport, Log, Target, WriteOptions, check, write};
-use crate::error::{Error, ErrorKind, Result};
-use crate::size::parse_size;
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::size::parse_size;
+use vellum_verify::durability::{CheckReport, Log, Target, WriteOptions, check, write};
 
 /// Arguments of `verify-durability`.
 #[derive(Debug, clap::Args)]

@@ -1,8 +1,8 @@
 //! `vellum volume ls` and `vellum volume rm NAME…`
 
 use super::Context;
-use crate::error::Result;
-use crate::store::Store;
+use vellum_base::error::Result;
+use vellum_store::Store;
 
 /// Arguments of `volume`.
 #[derive(Debug, clap::Args)]

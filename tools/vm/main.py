@@ -64,7 +64,7 @@ def arguments():
     parser.add_argument("--no-nbd", action="store_true", help="leave out the NBD client")
     parser.add_argument(
         "--grow", type=pathlib.Path, metavar="PATH",
-        help="only run this test program's test of file systems that grow in use (tests/vm_grow.rs)",
+        help="only run this test program's test of file systems that grow in use (tests/vm/grow.rs)",
     )
     parser.add_argument("--seed", type=int, help="draws the moments and what survives [random]")
     parser.add_argument(

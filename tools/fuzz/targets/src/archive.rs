@@ -6,8 +6,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
-use vellum::ErrorKind;
-use vellum::image::{
+use vellum_base::ErrorKind;
+use vellum_image::{
     ApplyOptions, Compression, ImageConfig, Source, SourceOptions, apply_layer, chain_ids,
 };
 
@@ -30,7 +30,7 @@ fn fix_tar(bytes: &mut [u8]) {
     }
 }
 
-fn judge(error: &vellum::Error) {
+fn judge(error: &vellum_base::Error) {
     let kinds = [
         ErrorKind::Corrupt,
         ErrorKind::Unsupported,

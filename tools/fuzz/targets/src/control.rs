@@ -6,13 +6,13 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use vellum::chain::LatencySnapshot;
-use vellum::engine::device::{DeviceStats, MapPart};
-use vellum::export::device::RunState;
-use vellum::export::device::control::{ControlHandler, Reply};
-use vellum::export::device::control_server::converse;
-use vellum::snapshotter::authority::Connection;
-use vellum::{Error, ErrorKind};
+use vellum_base::{Error, ErrorKind};
+use vellum_core::chain::LatencySnapshot;
+use vellum_engine::device::{DeviceStats, MapPart};
+use vellum_export::device::RunState;
+use vellum_export::device::control::{ControlHandler, Reply};
+use vellum_export::device::control_server::converse;
+use vellum_snapshotter::authority::Connection;
 
 use crate::Seed;
 use crate::input::with_mode;
@@ -20,7 +20,11 @@ use crate::input::with_mode;
 struct Echo;
 
 impl ControlHandler for Echo {
-    fn handle(&self, verb: &str, args: serde_json::Value) -> vellum::Result<serde_json::Value> {
+    fn handle(
+        &self,
+        verb: &str,
+        args: serde_json::Value,
+    ) -> vellum_base::Result<serde_json::Value> {
         match verb {
             "echo" => Ok(args),
             _ => Err(Error::new(

@@ -1,7 +1,7 @@
 //! Makes checksums fit again, since a fuzzer that has to guess them gets nowhere.
 
 use uuid::Uuid;
-use vellum::storage::{Evidence, FileId};
+use vellum_base::storage::{Evidence, FileId};
 
 fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     if let Some(place) = bytes.get_mut(at..at + value.len()) {

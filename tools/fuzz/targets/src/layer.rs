@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use uuid::Uuid;
-use vellum::block::{BLOCK_SIZE, BlockDevice, Durability, MAX_VIRTUAL_SIZE};
-use vellum::chain::{Chain, ChainSpec, open_chain};
-use vellum::layer::{
+use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability, MAX_VIRTUAL_SIZE};
+use vellum_base::storage::{OpenMode, SimStorage, Storage};
+use vellum_base::{Error, ErrorKind};
+use vellum_core::chain::{Chain, ChainSpec, open_chain};
+use vellum_core::layer::{
     Header, LayerOptions, SealedLayer, Severity, WritableLayer, check_layer, seal_in_place,
 };
-use vellum::storage::{OpenMode, SimStorage, Storage};
-use vellum::{Error, ErrorKind};
 
 use crate::input::{self, take_file, with_mode};
 use crate::{Seed, fixup};
@@ -54,7 +54,7 @@ fn spec(sealed: bool) -> ChainSpec {
     }
 }
 
-fn open_on(disk: &SimStorage, sealed: bool) -> vellum::Result<Chain> {
+fn open_on(disk: &SimStorage, sealed: bool) -> vellum_base::Result<Chain> {
     open_chain(&(Arc::new(disk.clone()) as Arc<dyn Storage>), &spec(sealed))
 }
 

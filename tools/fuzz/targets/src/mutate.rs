@@ -1,6 +1,6 @@
 //! Changed inputs for the ordinary tests: what a fuzzer does, with a seed and an end.
 
-use vellum::storage::SeededRng;
+use vellum_base::storage::SeededRng;
 
 const EDGES: [u64; 12] = [
     0,

@@ -3,10 +3,10 @@
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
-use vellum::block::MemoryDevice;
-use vellum::export::nbd::handshake::{Handshake, Outcome};
-use vellum::export::nbd::protocol::{self as wire, Command, Request, chunk, command_flag, option};
-use vellum::export::nbd::{Export, session_over};
+use vellum_base::block::MemoryDevice;
+use vellum_export::nbd::handshake::{Handshake, Outcome};
+use vellum_export::nbd::protocol::{self as wire, Command, Request, chunk, command_flag, option};
+use vellum_export::nbd::{Export, session_over};
 
 use crate::Seed;
 

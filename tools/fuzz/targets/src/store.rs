@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use uuid::Uuid;
-use vellum::ErrorKind;
-use vellum::chain::open_chain;
-use vellum::layer::{Header, LayerOptions, WritableLayer};
-use vellum::storage::{OpenMode, SimStorage, Storage};
-use vellum::store::Store;
+use vellum_base::ErrorKind;
+use vellum_base::storage::{OpenMode, SimStorage, Storage};
+use vellum_core::chain::open_chain;
+use vellum_core::layer::{Header, LayerOptions, WritableLayer};
+use vellum_store::Store;
 
 use crate::Seed;
 use crate::input::{put_file, take_file};
@@ -72,11 +72,11 @@ fn template() -> SimStorage {
     DISK.get_or_init(make).fork()
 }
 
-fn open(disk: &SimStorage) -> vellum::Result<Store> {
+fn open(disk: &SimStorage) -> vellum_base::Result<Store> {
     Store::with_storage(Path::new(ROOT), Arc::new(disk.clone()))
 }
 
-fn judge(error: &vellum::Error) {
+fn judge(error: &vellum_base::Error) {
     let kinds = [
         ErrorKind::Corrupt,
         ErrorKind::Unsupported,

@@ -3,11 +3,11 @@
 use std::io::Write;
 use std::sync::OnceLock;
 
-use vellum::ErrorKind;
-use vellum::fs::superblock::Superblock;
-use vellum::snapshotter::config::Config;
-use vellum::snapshotter::filter::Filters;
-use vellum::store::SnapshotRecord;
+use vellum_base::ErrorKind;
+use vellum_fs::superblock::Superblock;
+use vellum_snapshotter::config::Config;
+use vellum_snapshotter::filter::Filters;
+use vellum_store::SnapshotRecord;
 
 use crate::Seed;
 

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fuzz_targets::{TARGETS, Target, mutate::mutate};
-use vellum::storage::SeededRng;
+use vellum_base::storage::SeededRng;
 
 /// Changed inputs of each target.
 const CHANGED: usize = 400;

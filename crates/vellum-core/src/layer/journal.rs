@@ -1,0 +1,571 @@
+//! Records of the journal and the areas that hold them. format.md, section 3.2.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::codec::{Reader, Writer};
+use super::table::{MapExtent, push_extent, state_code, state_of_code};
+use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::{OpenMode, Storage, StorageFile};
+
+const MAGIC: &[u8; 8] = b"VELLUMJR";
+const VERSION: u32 = 1;
+const HEADER_LEN: usize = 128;
+const CRC_AT: usize = 68;
+const DURABLE_AT: usize = 72;
+const CHANGE_LEN: usize = 16;
+const FLAG_BARRIER: u32 = 1;
+/// Records begin and end at multiples of this, so that each is one direct write.
+const ALIGN: usize = 4096;
+
+/// The largest record: a bound for what a reader allocates.
+const MAX_RECORD: usize = 16 << 20;
+
+/// The largest area that is made, so that no record in it is larger than a reader takes.
+pub(super) const MAX_AREA: u64 = MAX_RECORD as u64;
+
+/// The largest area that is read.
+const MAX_AREA_READ: u64 = 2 * MAX_AREA;
+
+/// The names of the two areas.
+pub(super) const AREA_FILES: [&str; 2] = ["journal.0", "journal.1"];
+
+/// A buffer that begins at a multiple of [`ALIGN`] in memory, for direct writes.
+#[derive(Debug, Default)]
+pub(super) struct AlignedBuf {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl AlignedBuf {
+    /// An empty buffer with room for `len` bytes of zeros.
+    fn reset(&mut self, len: usize) {
+        let room = len + ALIGN;
+        if self.bytes.len() < room {
+            self.bytes = vec![0; room];
+        }
+        self.start = self.bytes.as_ptr().align_offset(ALIGN).min(ALIGN);
+        self.len = len;
+    }
+
+    pub(super) fn as_slice(&self) -> &[u8] {
+        self.bytes
+            .get(self.start..self.start + self.len)
+            .unwrap_or_default()
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [u8] {
+        self.bytes
+            .get_mut(self.start..self.start + self.len)
+            .unwrap_or_default()
+    }
+}
+
+/// A record without its place in the journal.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(super) struct RecordBody {
+    /// Older records' blocks are synced: replay must leave them out.
+    pub(super) barrier: bool,
+    /// Map changes in order; [`BlockState::Parent`] too.
+    pub(super) changes: Vec<MapExtent>,
+    /// Numbers of the blocks whose bytes the record carries.
+    pub(super) blocks: Vec<u64>,
+}
+
+impl RecordBody {
+    /// Adds a change of `len` blocks.
+    pub(super) fn push_change(&mut self, start: u64, len: u64, state: BlockState) {
+        push_extent(&mut self.changes, start, len, state);
+    }
+
+    /// Where the bytes of the blocks begin in a record of so many changes and blocks.
+    fn head_of(changes: usize, blocks: usize) -> usize {
+        (HEADER_LEN + changes * CHANGE_LEN + blocks * 8).next_multiple_of(ALIGN)
+    }
+
+    /// Bytes that a record of so many changes and blocks takes in an area.
+    pub(super) fn len_of(changes: usize, blocks: usize) -> usize {
+        Self::head_of(changes, blocks) + blocks * BLOCK_LEN
+    }
+
+    fn blocks_at(&self) -> usize {
+        Self::head_of(self.changes.len(), self.blocks.len())
+    }
+
+    /// Bytes that the record takes in an area.
+    pub(super) fn encoded_len(&self) -> usize {
+        Self::len_of(self.changes.len(), self.blocks.len())
+    }
+}
+
+/// Where a record stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RecordPlace {
+    pub(super) generation: u64,
+    pub(super) sequence: u64,
+    /// Number of records of the generation before.
+    pub(super) records_before: u64,
+    /// Number of records of this generation that were durable before this one was written.
+    pub(super) durable: u64,
+}
+
+/// Writes a record into `buf`; `fill` reads its blocks, those that lie next to each other at once.
+pub(super) fn encode_record(
+    buf: &mut AlignedBuf,
+    uuid: Uuid,
+    place: RecordPlace,
+    body: &RecordBody,
+    mut fill: impl FnMut(u64, &mut [u8]) -> Result<()>,
+) -> Result<()> {
+    let mut head = Writer::with_capacity(body.blocks_at());
+    head.bytes(MAGIC);
+    head.u32(VERSION);
+    head.u32(if body.barrier { FLAG_BARRIER } else { 0 });
+    head.bytes(uuid.as_bytes());
+    head.u64(place.generation);
+    head.u64(place.sequence);
+    head.u64(place.records_before);
+    head.u32(body.changes.len() as u32);
+    head.u32(body.blocks.len() as u32);
+    head.u32(body.encoded_len() as u32);
+    head.u32(0);
+    head.u64(place.durable);
+    head.pad_to(HEADER_LEN);
+    for change in &body.changes {
+        head.u64(change.start);
+        head.u32(change.len);
+        head.u32(state_code(change.state));
+    }
+    body.blocks.iter().for_each(|&block| head.u64(block));
+    head.pad_to(body.blocks_at());
+    let head = head.into_bytes();
+
+    buf.reset(body.encoded_len());
+    let (front, payload) = buf.as_mut_slice().split_at_mut(head.len());
+    front.copy_from_slice(&head);
+    let mut rest = payload;
+    for run in body.blocks.chunk_by(|block, next| block + 1 == *next) {
+        let len = run.len() * BLOCK_LEN;
+        let (Some(&first), Some((bytes, behind))) = (run.first(), rest.split_at_mut_checked(len))
+        else {
+            break;
+        };
+        fill(first, bytes)?;
+        rest = behind;
+    }
+    let crc = crc32fast::hash(buf.as_slice());
+    if let Some(field) = buf.as_mut_slice().get_mut(CRC_AT..CRC_AT + 4) {
+        field.copy_from_slice(&crc.to_le_bytes());
+    }
+    Ok(())
+}
+
+/// A record as it was read.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Record {
+    pub(super) place: RecordPlace,
+    pub(super) body: RecordBody,
+    /// The bytes of `body.blocks`, one after the other.
+    pub(super) payload: Vec<u8>,
+}
+
+/// Reads the record at the front of `bytes`: `None` where there is no valid one.
+pub(super) fn decode_record(bytes: &[u8], uuid: Uuid) -> Option<Record> {
+    if bytes.get(..8)? != MAGIC {
+        return None;
+    }
+    let read = || -> Result<Option<Record>> {
+        let mut input = Reader::new(bytes);
+        input.skip(8)?;
+        let version = input.u32()?;
+        let flags = input.u32()?;
+        let owner = input.uuid()?;
+        let (generation, sequence, records_before) = (input.u64()?, input.u64()?, input.u64()?);
+        let changes = input.u32()? as usize;
+        let blocks = input.u32()? as usize;
+        let len = input.u32()? as usize;
+        let crc = input.u32()?;
+        let place = RecordPlace {
+            generation,
+            sequence,
+            records_before,
+            durable: input.u64()?,
+        };
+        input.skip(HEADER_LEN - DURABLE_AT - 8)?;
+        if version != VERSION || owner != uuid || len > MAX_RECORD {
+            return Ok(None);
+        }
+        let Some(record) = bytes.get(..len) else {
+            return Ok(None);
+        };
+        // Bounded by the record's length before anything is allocated for them.
+        if changes > len / CHANGE_LEN || blocks > len / BLOCK_LEN {
+            return Ok(None);
+        }
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(record.get(..CRC_AT).unwrap_or_default());
+        hasher.update(&[0; 4]);
+        hasher.update(record.get(CRC_AT + 4..).unwrap_or_default());
+        if hasher.finalize() != crc {
+            return Ok(None);
+        }
+        let mut body = RecordBody {
+            barrier: flags & FLAG_BARRIER != 0,
+            ..RecordBody::default()
+        };
+        for _ in 0..changes {
+            body.changes.push(MapExtent {
+                start: input.u64()?,
+                len: input.u32()?,
+                state: state_of_code(input.u32()?)?,
+            });
+        }
+        for _ in 0..blocks {
+            body.blocks.push(input.u64()?);
+        }
+        if body.encoded_len() != len {
+            return Ok(None);
+        }
+        let payload = record.get(body.blocks_at()..).unwrap_or_default().to_vec();
+        Ok(Some(Record {
+            place,
+            body,
+            payload,
+        }))
+    };
+    read().ok().flatten()
+}
+
+/// The records of one area, as recovery finds them.
+#[derive(Debug)]
+pub(super) struct AreaRecords {
+    pub(super) generation: u64,
+    pub(super) records: Vec<Record>,
+}
+
+/// Reads an area: `None` where it holds no generation after `covered`, the one that the checkpoint
+/// contains. An area that is free may be torn anywhere, as the next generation's first record is.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] where a record is damaged that was durable once, as a record behind it
+/// says: a crash can tear only those that no sync had covered.
+pub(super) fn read_area(bytes: &[u8], uuid: Uuid, covered: u64) -> Result<Option<AreaRecords>> {
+    let mut records: Vec<Record> = Vec::new();
+    let mut at = 0;
+    while let Some(record) = decode_record(bytes.get(at..).unwrap_or_default(), uuid) {
+        let generation = records
+            .first()
+            .map_or(record.place.generation, |r| r.place.generation);
+        if record.place.sequence != records.len() as u64 || record.place.generation != generation {
+            break;
+        }
+        at += record.body.encoded_len();
+        records.push(record);
+    }
+    let generation = match records.first() {
+        Some(first) if first.place.generation > covered => first.place.generation,
+        _ => return Ok(None),
+    };
+    let next = records.len() as u64;
+    let mut behind = at;
+    while let Some(rest) = bytes.get(behind..).filter(|rest| !rest.is_empty()) {
+        if let Some(record) = decode_record(rest, uuid)
+            && record.place.generation == generation
+            && record.place.durable > next
+        {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "the journal is damaged: record {next} of generation {generation} at byte {at} \
+                     is unreadable, but record {} says that it was durable",
+                    record.place.sequence
+                ),
+            ));
+        }
+        behind += ALIGN;
+    }
+    Ok(Some(AreaRecords {
+        generation,
+        records,
+    }))
+}
+
+/// Checks that a record's blocks and changes lie within `blocks`.
+pub(super) fn check_record(record: &Record, blocks: u64) -> Result<()> {
+    let changes_fit = record.body.changes.iter().all(|change| {
+        change.len > 0
+            && change
+                .start
+                .checked_add(u64::from(change.len))
+                .is_some_and(|end| end <= blocks)
+    });
+    if changes_fit && record.body.blocks.iter().all(|&block| block < blocks) {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Corrupt,
+        "a journal record reaches past the end of the layer",
+    ))
+}
+
+/// One of the two files that hold generations.
+#[derive(Debug)]
+pub(super) struct Area {
+    path: PathBuf,
+    file: Arc<dyn StorageFile>,
+    len: u64,
+}
+
+impl Area {
+    /// Makes an area of `len` bytes: filled with zeros, synced, durable under its name. An older
+    /// file of that name is replaced.
+    pub(super) fn create(
+        storage: &dyn Storage,
+        dir: &Path,
+        which: usize,
+        len: u64,
+    ) -> Result<Self> {
+        let path = dir.join(AREA_FILES.get(which).copied().unwrap_or_default());
+        let make = || -> std::io::Result<Arc<dyn StorageFile>> {
+            let file = storage.open(&path, OpenMode::Create)?;
+            // The old records go first: were they to stay, some could survive behind the zeros.
+            file.set_len(0)?;
+            let zeros = vec![0; 64 << 10];
+            let mut at = 0;
+            while at < len {
+                let piece = (len - at).min(zeros.len() as u64);
+                file.write_at(zeros.get(..piece as usize).unwrap_or_default(), at)?;
+                at += piece;
+            }
+            file.sync()?;
+            storage.sync_dir(dir)?;
+            Ok(file)
+        };
+        let file = make()
+            .inspect_err(|_| {
+                // What space it took others need now; that it fails changes nothing.
+                let _ = storage.remove_file(&path);
+            })
+            .context(|| format!("cannot make the journal {} of {len} bytes", path.display()))?;
+        Ok(Area { path, file, len })
+    }
+
+    /// Bytes that records can take.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Writes a record at `offset`, durable on return.
+    pub(super) fn write(&self, record: &AlignedBuf, offset: u64) -> Result<()> {
+        self.file
+            .write_durable(record.as_slice(), offset)
+            .context(|| format!("writing the journal {}", self.path.display()))
+    }
+
+    /// Writes a record at `offset`, durable after [`Area::sync`].
+    pub(super) fn write_unsynced(&self, record: &AlignedBuf, offset: u64) -> Result<()> {
+        self.file
+            .write_direct(record.as_slice(), offset)
+            .context(|| format!("writing the journal {}", self.path.display()))
+    }
+
+    /// Makes all records durable.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.file
+            .sync_data()
+            .context(|| format!("syncing the journal {}", self.path.display()))
+    }
+}
+
+/// The bytes of an area for recovery; `None` where there is no such file.
+pub(super) fn load_area(
+    storage: &dyn Storage,
+    dir: &Path,
+    which: usize,
+) -> Result<Option<Vec<u8>>> {
+    let path = dir.join(AREA_FILES.get(which).copied().unwrap_or_default());
+    match storage.read_all(&path, MAX_AREA_READ) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(format!("cannot read {}", path.display()), error)),
+    }
+}
+
+/// Blocks that a generation's records carry and replay must write: those from the last barrier on.
+pub(super) fn live_payload(records: &[Record]) -> impl Iterator<Item = (u64, &[u8])> {
+    let from = records
+        .iter()
+        .rposition(|record| record.body.barrier)
+        .unwrap_or(0);
+    records.iter().skip(from).flat_map(|record| {
+        record
+            .body
+            .blocks
+            .iter()
+            .copied()
+            .zip(record.payload.chunks_exact(BLOCK_LEN))
+    })
+}
+
+/// The byte at which a block begins.
+pub(super) fn block_offset(block: u64) -> u64 {
+    block * BLOCK_SIZE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: Uuid = Uuid::from_u128(5);
+
+    fn record(generation: u64, sequence: u64, blocks: &[u64], barrier: bool) -> Vec<u8> {
+        let mut body = RecordBody {
+            barrier,
+            blocks: blocks.to_vec(),
+            ..Default::default()
+        };
+        body.push_change(sequence * 10, 3, BlockState::Data);
+        let mut buf = AlignedBuf::default();
+        let place = RecordPlace {
+            generation,
+            sequence,
+            records_before: 0,
+            durable: sequence,
+        };
+        encode_record(&mut buf, UUID, place, &body, |first, bytes| {
+            for (block, bytes) in (first..).zip(bytes.chunks_exact_mut(BLOCK_LEN)) {
+                bytes.fill(block as u8);
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(buf.as_slice().as_ptr() as usize % ALIGN, 0);
+        buf.as_slice().to_vec()
+    }
+
+    fn area(records: &[Vec<u8>]) -> Vec<u8> {
+        let mut bytes = records.concat();
+        bytes.resize(bytes.len() + 8192, 0);
+        bytes
+    }
+
+    #[test]
+    fn records_read_back_in_order_with_their_blocks() {
+        let bytes = area(&[record(4, 0, &[7, 9], false), record(4, 1, &[], true)]);
+        let found = read_area(&bytes, UUID, 0).unwrap().unwrap();
+        assert_eq!(found.generation, 4);
+        assert_eq!(found.records.len(), 2);
+        assert_eq!(found.records[0].body.blocks, [7, 9]);
+        assert!(
+            found.records[0].payload[..4096]
+                .iter()
+                .all(|&byte| byte == 7)
+        );
+        assert!(found.records[1].body.barrier);
+    }
+
+    #[test]
+    fn blocks_that_lie_next_to_each_other_are_read_at_once() {
+        let mut body = RecordBody {
+            blocks: vec![3, 4, 5, 9, 11, 12],
+            ..Default::default()
+        };
+        body.push_change(3, 3, BlockState::Data);
+        let place = RecordPlace {
+            generation: 1,
+            sequence: 0,
+            records_before: 0,
+            durable: 0,
+        };
+        let mut reads = Vec::new();
+        encode_record(
+            &mut AlignedBuf::default(),
+            UUID,
+            place,
+            &body,
+            |first, bytes| {
+                reads.push((first, bytes.len() / BLOCK_LEN));
+                Ok(())
+            },
+        )
+        .unwrap();
+        assert_eq!(reads, [(3, 3), (9, 1), (11, 2)]);
+    }
+
+    #[test]
+    fn any_torn_last_record_ends_the_generation_before_it() {
+        let good = area(&[record(1, 0, &[1], false), record(1, 1, &[2, 3], false)]);
+        let second = record(1, 0, &[1], false).len();
+        for at in (second..good.len() - 8192).step_by(256) {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            let found = read_area(&bad, UUID, 0).unwrap().unwrap();
+            assert_eq!(found.records.len(), 1, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_record_that_others_follow_is_corrupt() {
+        let mut bytes = area(&[
+            record(1, 0, &[], false),
+            record(1, 1, &[], false),
+            record(1, 2, &[], false),
+        ]);
+        bytes[4096 + 130] ^= 1;
+        assert_eq!(
+            read_area(&bytes, UUID, 0).unwrap_err().kind(),
+            ErrorKind::Corrupt
+        );
+    }
+
+    /// The first record of a generation, torn, over an older generation of shorter records.
+    #[test]
+    fn a_free_area_torn_by_the_next_generation_is_empty_and_not_damaged() {
+        let mut bytes = area(&[
+            record(3, 0, &[], false),
+            record(3, 1, &[], false),
+            record(3, 2, &[], false),
+        ]);
+        let new = record(5, 0, &[7], false);
+        bytes[4096..8192].copy_from_slice(&new[4096..8192]);
+        assert!(read_area(&bytes, UUID, 3).unwrap().is_none());
+        assert_eq!(
+            read_area(&bytes, UUID, 2).unwrap_err().kind(),
+            ErrorKind::Corrupt
+        );
+    }
+
+    #[test]
+    fn leftovers_of_an_older_generation_are_not_read() {
+        let mut bytes = area(&[record(3, 0, &[1], false), record(3, 1, &[2], false)]);
+        let new = record(5, 0, &[], false);
+        bytes[..new.len()].copy_from_slice(&new);
+        let found = read_area(&bytes, UUID, 0).unwrap().unwrap();
+        assert_eq!((found.generation, found.records.len()), (5, 1));
+    }
+
+    #[test]
+    fn another_layer_s_records_and_zeros_are_no_records() {
+        assert!(read_area(&area(&[]), UUID, 0).unwrap().is_none());
+        let bytes = area(&[record(1, 0, &[1], false)]);
+        assert!(read_area(&bytes, Uuid::from_u128(6), 0).unwrap().is_none());
+    }
+
+    #[test]
+    fn blocks_before_the_last_barrier_are_not_replayed() {
+        let bytes = area(&[
+            record(1, 0, &[1], false),
+            record(1, 1, &[2], true),
+            record(1, 2, &[3], false),
+        ]);
+        let found = read_area(&bytes, UUID, 0).unwrap().unwrap();
+        let live: Vec<u64> = live_payload(&found.records)
+            .map(|(block, _)| block)
+            .collect();
+        assert_eq!(live, [2, 3]);
+    }
+}

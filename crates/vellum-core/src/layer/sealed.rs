@@ -1,0 +1,483 @@
+//! A sealed layer: read-only, each block checked against its checksum. format.md, sections 4, 5.
+
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+
+use sha2::{Digest, Sha256};
+
+use super::data::DataFiles;
+use super::header::Header;
+use super::index::Index;
+use super::live::{self, Left};
+use super::map_file::MAP_FILE;
+use super::recovery::{
+    AsRecovered, extents_of, load_as_recovered, load_map, remove_if_there, remove_journal,
+    sync_names,
+};
+use super::space::RESERVE_FILE;
+use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
+use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::{OpenMode, Storage};
+
+/// The seal's file name.
+pub(super) const SEAL_FILE: &str = "seal";
+
+/// What is hashed in front of a layer's content.
+const DIGEST_PREFIX: &[u8; 16] = b"vellum layer v1\n";
+
+/// Bytes read at a time when a whole layer is read.
+const SCRUB_LEN: usize = 1 << 20;
+
+/// Buffers of that length between the thread that reads and the one that computes the digest.
+const PIECES: usize = 4;
+
+/// So many bytes need no second thread.
+const ALONE: u64 = 8 << 20;
+
+/// A layer that never changes again.
+#[derive(Debug)]
+pub struct SealedLayer {
+    dir: PathBuf,
+    header: Header,
+    data: DataFiles,
+    map: SealedMap,
+}
+
+#[derive(Debug)]
+enum SealedMap {
+    /// With checksums.
+    Table(Table),
+    /// Sealed, but the seal file has not been made yet.
+    Pending(Index),
+    /// Not sealed, but nobody can write it: recovered in memory.
+    Unsealed(AsRecovered),
+}
+
+/// What [`SealedLayer::scrub`] found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ScrubReport {
+    /// Data blocks read.
+    pub blocks: u64,
+    /// Blocks whose bytes do not match their checksum, at most the first 1000.
+    pub corrupt: Vec<u64>,
+    /// The layer's digest, where every block was fine and it matched.
+    pub digest: Option<[u8; DIGEST_LEN]>,
+}
+
+impl SealedLayer {
+    /// Opens a sealed layer. All of its structure is checked; blocks are as they are read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a layer that is not sealed; otherwise as
+    /// [`Header::decode`]; the message names the file.
+    pub fn open(storage: &dyn Storage, dir: &Path) -> Result<Self> {
+        let layer = SealedLayer::open_unsynced(storage, dir)?;
+        if let SealedMap::Pending(_) = layer.map {
+            // Whoever sealed it may have died before that was durable.
+            sync_names(storage, dir)?;
+        }
+        Ok(layer)
+    }
+
+    /// Opens a layer that is not sealed for reading alone, in a store that cannot be written: as it
+    /// would be after recovery, which is done in memory. Nobody may be writing it.
+    ///
+    /// # Errors
+    /// As [`SealedLayer::open`].
+    pub fn open_unsealed(storage: &dyn Storage, dir: &Path) -> Result<Self> {
+        let header = Header::read(storage, dir)?;
+        if header.sealed {
+            return SealedLayer::open(storage, dir);
+        }
+        let data = DataFiles::open(storage, dir, &header, OpenMode::Read)?;
+        let left = live::read_left(storage, dir, &header, &data)?;
+        if left == (Left::Stale { reread: true }) {
+            data.drop_cache()?;
+        }
+        let found = load_as_recovered(storage, dir, &header, &left)?;
+        Ok(SealedLayer {
+            dir: dir.to_owned(),
+            header,
+            data,
+            map: SealedMap::Unsealed(found),
+        })
+    }
+
+    /// As [`SealedLayer::open`], for one who builds nothing on it.
+    pub(super) fn open_unsynced(storage: &dyn Storage, dir: &Path) -> Result<Self> {
+        let header = Header::read(storage, dir)?;
+        if !header.sealed {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("{}: the layer is not sealed", dir.display()),
+            ));
+        }
+        let data = DataFiles::open(storage, dir, &header, OpenMode::Read)?;
+        let expected = Expected {
+            kind: TableKind::Seal,
+            uuid: header.uuid,
+            virtual_size: header.virtual_size,
+        };
+        let seal = || Table::open(storage, &dir.join(SEAL_FILE), expected);
+        let map = match seal()? {
+            Some(table) => SealedMap::Table(table),
+            None => {
+                let pending = load_map(storage, dir, &header);
+                // Made meanwhile: then the map, or the journal, may have been gone before we read
+                // it, and what we read means nothing.
+                match seal()? {
+                    Some(table) => SealedMap::Table(table),
+                    None => SealedMap::Pending(pending?),
+                }
+            }
+        };
+        Ok(SealedLayer {
+            dir: dir.to_owned(),
+            header,
+            data,
+            map,
+        })
+    }
+
+    /// Identity, parent and size.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The layer's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// True when the layer has checksums and a digest.
+    pub fn is_checksummed(&self) -> bool {
+        matches!(self.map, SealedMap::Table(_))
+    }
+
+    /// The digest over the layer's content, `None` until it has been made.
+    pub fn digest(&self) -> Option<[u8; DIGEST_LEN]> {
+        match &self.map {
+            SealedMap::Table(table) => Some(table.digest),
+            SealedMap::Pending(_) | SealedMap::Unsealed(_) => None,
+        }
+    }
+
+    /// Calls `each` with every extent, in order.
+    pub fn for_each_extent(&self, mut each: impl FnMut(MapExtent)) {
+        match &self.map {
+            SealedMap::Table(table) => table.extents().for_each(each),
+            SealedMap::Pending(index) | SealedMap::Unsealed(AsRecovered { index, .. }) => {
+                extents_of(index).into_iter().for_each(&mut each);
+            }
+        }
+    }
+
+    /// Data blocks that the layer holds.
+    pub fn data_blocks(&self) -> u64 {
+        match &self.map {
+            SealedMap::Table(table) => table.sum_count(),
+            SealedMap::Pending(index) | SealedMap::Unsealed(AsRecovered { index, .. }) => {
+                super::recovery::data_blocks(index)
+            }
+        }
+    }
+
+    /// Bytes that the data files take on the host.
+    ///
+    /// # Errors
+    /// Where the host cannot tell.
+    pub fn allocated_bytes(&self) -> Result<u64> {
+        self.data.allocated()
+    }
+
+    /// Reads whole blocks from `block`, all of them data in one extent, and checks each.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where a block does not match its checksum: it names layer and block.
+    pub fn read_blocks(&self, buf: &mut [u8], block: u64) -> Result<()> {
+        self.data.read(buf, block * BLOCK_SIZE)?;
+        let table = match &self.map {
+            SealedMap::Table(table) => table,
+            SealedMap::Pending(_) => return Ok(()),
+            SealedMap::Unsealed(found) => {
+                found.fill(buf, block);
+                return Ok(());
+            }
+        };
+        let sums = table
+            .sums(block, buf.len() / BLOCK_LEN)
+            .context(|| self.dir.join(SEAL_FILE).display().to_string())?;
+        for (at, (bytes, sum)) in buf.chunks_exact(BLOCK_LEN).zip(sums).enumerate() {
+            if crc32fast::hash(bytes) != sum {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!(
+                        "{}: block {} does not match its checksum: the disk lost or changed it; \
+                         restore the layer from its image",
+                        self.dir.display(),
+                        block + at as u64
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// A hint that blocks will be read soon.
+    ///
+    /// # Errors
+    /// When the range lies outside the layer.
+    pub fn prefetch(&self, block: u64, len: u64) -> Result<()> {
+        self.data.prefetch(block * BLOCK_SIZE, len * BLOCK_SIZE)
+    }
+
+    /// Reads every block and checks the checksums, their own CRC and the digest. `progress` is
+    /// called with the number of blocks just read.
+    ///
+    /// # Errors
+    /// Where a file cannot be read; corrupt blocks are in the report instead.
+    pub fn scrub(&self, mut progress: impl FnMut(u64)) -> Result<ScrubReport> {
+        let mut report = ScrubReport::default();
+        if let SealedMap::Table(table) = &self.map {
+            table
+                .check_sums_crc()
+                .context(|| self.dir.join(SEAL_FILE).display().to_string())?;
+        }
+        let found = walk(&self.header, &self.data, &self.extents(), |block, bytes| {
+            let mut sums = match &self.map {
+                SealedMap::Table(table) => Some(table.sums(block, bytes.len() / BLOCK_LEN)?),
+                SealedMap::Pending(_) | SealedMap::Unsealed(_) => None,
+            };
+            for (at, bytes) in bytes.chunks_exact(BLOCK_LEN).enumerate() {
+                let sum = sums.as_mut().and_then(Iterator::next);
+                if sum.is_some_and(|sum| crc32fast::hash(bytes) != sum)
+                    && report.corrupt.len() < 1000
+                {
+                    report.corrupt.push(block + at as u64);
+                }
+            }
+            report.blocks += (bytes.len() / BLOCK_LEN) as u64;
+            progress((bytes.len() / BLOCK_LEN) as u64);
+            Ok(())
+        })?;
+        if report.corrupt.is_empty() {
+            match self.digest() {
+                Some(stated) if stated != found => {
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!(
+                            "{}: every block matches its checksum, but the digest does not",
+                            self.dir.join(SEAL_FILE).display()
+                        ),
+                    ));
+                }
+                stated => report.digest = stated,
+            }
+        }
+        Ok(report)
+    }
+
+    fn extents(&self) -> Vec<MapExtent> {
+        let mut extents = Vec::new();
+        self.for_each_extent(|extent| extents.push(extent));
+        extents
+    }
+}
+
+impl AsRecovered {
+    /// Puts the bytes of blocks that are in the journal in the place of what the data files hold.
+    fn fill(&self, buf: &mut [u8], first: u64) {
+        let end = first + (buf.len() / BLOCK_LEN) as u64;
+        for (block, bytes) in self.blocks.range(first..end) {
+            let at = (block - first) as usize * BLOCK_LEN;
+            if let Some(target) = buf.get_mut(at..at + BLOCK_LEN) {
+                target.copy_from_slice(bytes);
+            }
+        }
+    }
+}
+
+/// What goes into a digest.
+enum Piece {
+    /// Start, length and state of an extent.
+    Head([u8; 16]),
+    /// So many bytes of this buffer.
+    Data(Vec<u8>, usize),
+}
+
+/// A digest in the making.
+struct Digesting(Sha256);
+
+impl Digesting {
+    fn new(header: &Header) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(DIGEST_PREFIX);
+        hash.update(header.virtual_size.to_le_bytes());
+        Digesting(hash)
+    }
+
+    /// Takes a piece; a buffer comes back.
+    fn take(&mut self, piece: Piece) -> Option<Vec<u8>> {
+        match piece {
+            Piece::Head(head) => {
+                self.0.update(head);
+                None
+            }
+            Piece::Data(buf, len) => {
+                self.0.update(buf.get(..len).unwrap_or_default());
+                Some(buf)
+            }
+        }
+    }
+
+    fn finish(self) -> [u8; DIGEST_LEN] {
+        self.0.finalize().into()
+    }
+}
+
+/// Reads all data of a layer in order, calls `each` with pieces of whole blocks, and returns the
+/// digest. That of much data is computed in a thread of its own, while `each` goes on.
+fn walk(
+    header: &Header,
+    data: &DataFiles,
+    extents: &[MapExtent],
+    mut each: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<[u8; DIGEST_LEN]> {
+    let held = extents.iter().filter(|e| e.state == BlockState::Data);
+    let blocks: u64 = held.map(|extent| u64::from(extent.len)).sum();
+    if blocks * BLOCK_SIZE <= ALONE {
+        let mut digest = Digesting::new(header);
+        let spare = Cell::new(Vec::new());
+        let mut take = |piece| {
+            if let Some(buf) = digest.take(piece) {
+                spare.set(buf);
+            }
+        };
+        read_pieces(data, extents, &|| spare.take(), &mut take, &mut each)?;
+        return Ok(digest.finish());
+    }
+    std::thread::scope(|scope| {
+        let (pieces, to_hash) = mpsc::sync_channel(PIECES);
+        let (emptied, free) = mpsc::channel();
+        (0..PIECES).for_each(|_| drop(emptied.send(Vec::new())));
+        let hasher = scope.spawn(move || {
+            let mut digest = Digesting::new(header);
+            for piece in to_hash {
+                if let Some(buf) = digest.take(piece) {
+                    // Who read has ended with an error.
+                    let _ = emptied.send(buf);
+                }
+            }
+            digest.finish()
+        });
+        let buffer = || free.recv().unwrap_or_default();
+        let mut take = |piece| drop(pieces.send(piece));
+        let read = read_pieces(data, extents, &buffer, &mut take, &mut each);
+        drop(pieces);
+        let digest = hasher.join().map_err(|_| {
+            Error::new(
+                ErrorKind::Io,
+                "the thread that computes a digest ended unexpectedly",
+            )
+        });
+        read.and(digest)
+    })
+}
+
+/// Reads the data of extents into buffers that `buffer` gives, of any length, and passes all that
+/// the digest is of to `take`.
+fn read_pieces(
+    data: &DataFiles,
+    extents: &[MapExtent],
+    buffer: &dyn Fn() -> Vec<u8>,
+    take: &mut dyn FnMut(Piece),
+    each: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    for extent in extents {
+        let mut head = [0; 16];
+        let (start, rest) = head.split_at_mut(8);
+        let (len, state) = rest.split_at_mut(4);
+        start.copy_from_slice(&extent.start.to_le_bytes());
+        len.copy_from_slice(&extent.len.to_le_bytes());
+        state.copy_from_slice(&state_code(extent.state).to_le_bytes());
+        take(Piece::Head(head));
+        if extent.state != BlockState::Data {
+            continue;
+        }
+        let end = extent.start + u64::from(extent.len);
+        let mut block = extent.start;
+        while block < end {
+            vellum_base::interrupt::check()?;
+            let blocks = (end - block).min((SCRUB_LEN / BLOCK_LEN) as u64);
+            let len = blocks as usize * BLOCK_LEN;
+            let mut buf = buffer();
+            if buf.len() < len {
+                buf.resize(SCRUB_LEN, 0);
+            }
+            let bytes = buf.get_mut(..len).unwrap_or_default();
+            data.read(bytes, block * BLOCK_SIZE)?;
+            each(block, bytes)?;
+            take(Piece::Data(buf, len));
+            block += blocks;
+        }
+    }
+    Ok(())
+}
+
+/// Gives a sealed layer its checksums and digest, and removes what they replace. Safe to repeat
+/// after a crash, and to do while the layer is being read. `progress` is called with the number of
+/// blocks just read. Returns the digest.
+///
+/// # Errors
+/// As [`SealedLayer::open`]; the layer stays readable as it was.
+pub fn seal_in_place(
+    storage: &dyn Storage,
+    dir: &Path,
+    mut progress: impl FnMut(u64),
+) -> Result<[u8; DIGEST_LEN]> {
+    let layer = SealedLayer::open(storage, dir)?;
+    let digest = match &layer.map {
+        SealedMap::Table(table) => {
+            // Whoever made the seal may have died before its name was durable.
+            sync_names(storage, dir)?;
+            table.digest
+        }
+        SealedMap::Pending(index) => {
+            let extents = extents_of(index);
+            let mut sums = Vec::new();
+            let digest = walk(&layer.header, &layer.data, &extents, |_, bytes| {
+                sums.extend(bytes.chunks_exact(BLOCK_LEN).map(crc32fast::hash));
+                progress((bytes.len() / BLOCK_LEN) as u64);
+                Ok(())
+            })?;
+            let content = TableContent {
+                kind: TableKind::Seal,
+                uuid: layer.header.uuid,
+                generation: 0,
+                virtual_size: layer.header.virtual_size,
+                extents: &extents,
+                sums: &sums,
+                digest,
+            };
+            let path = dir.join(SEAL_FILE);
+            storage
+                .write_atomic(&path, &content.encode())
+                .context(|| format!("cannot write {}", path.display()))?;
+            digest
+        }
+        // `open` makes none.
+        SealedMap::Unsealed(_) => {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "the layer is not sealed",
+            ));
+        }
+    };
+    for name in [MAP_FILE, RESERVE_FILE] {
+        remove_if_there(storage, &dir.join(name))?;
+    }
+    remove_journal(storage, dir)?;
+    Ok(digest)
+}

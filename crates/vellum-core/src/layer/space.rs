@@ -1,0 +1,547 @@
+//! Space on the host: what a writable layer keeps back for itself, so that flushes, discards, closing
+//! and opening work on a full disk, and how its writers meet one. docs/durability.md, "A full disk".
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use super::recovery::remove_if_there;
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::storage::{OpenMode, Storage, StorageFile};
+
+/// The file that holds space and nothing else. Its length is what it holds.
+pub const RESERVE_FILE: &str = "reserve";
+
+/// Kept for the layer itself beside its map: the header and the first pieces of the log of changes,
+/// and what the host's file system needs to note all that.
+const OWN: u64 = 1 << 20;
+/// Kept for clients' small writes once the disk is full, so that one that writes little goes on, and
+/// the file system of one that writes much can note what it could not write.
+const CLIENTS: u64 = 3 << 20;
+/// The same while less than [`LOW`] is left: what the journal of an ext4 takes, all of whose blocks
+/// may still have to be written for the first time. But no more than a part of what is left.
+const CLIENTS_LOW: u64 = 16 << 20;
+const LOW: u64 = 1 << 30;
+const PART: u64 = 16;
+/// A write of at most so many bytes is small: those of a file system's own structures are.
+const SMALL: u64 = 128 << 10;
+/// What is given up for one failure at least: a file system takes more than the bytes.
+const STEP: u64 = 256 << 10;
+/// So much more must be free than when the disk refused before writers try again: more than a
+/// neighbour gives up of its reserve for itself, which is not theirs to take.
+const MARGIN: u64 = 8 << 20;
+/// Writers try once in this time where the disk seemed to have room: a quota shows nowhere.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// How often the reserve is made whole again where it is not.
+const TOP_UP: Duration = Duration::from_secs(1);
+/// With less left on the disk, a layer that is closed keeps its reserve, so that it can be opened
+/// again to remove something.
+const TIGHT: u64 = 64 << 20;
+/// How long writers are held by default.
+const HOLD: Duration = Duration::from_secs(20);
+/// A held writer looks again after so long.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What space is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// The layer's own files, without which it can keep no promise: may take all of the reserve.
+    Own,
+    /// A client's write: small ones may take what is not for the layer itself.
+    Client,
+}
+
+/// A disk without space, as one layer's writers met it.
+#[derive(Debug)]
+struct Full {
+    since: SystemTime,
+    began: Instant,
+    /// What was free when it refused: hosts keep some for themselves.
+    level: Option<u64>,
+    tried: Instant,
+}
+
+impl Full {
+    /// It refused although there seemed to be room: a quota, or what is kept for others.
+    fn is_unexplained(&self, len: u64) -> bool {
+        self.level.is_none_or(|level| level >= len + TIGHT)
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    file: Option<Arc<dyn StorageFile>>,
+    /// What the reserve holds.
+    len: u64,
+    /// What a checkpoint of the map takes, and blocks that so far lie in the journal alone: after a
+    /// power cut they want space in the data files.
+    map: u64,
+    carried: u64,
+    topped_up: Option<Instant>,
+    /// The host cannot reserve at all.
+    unsupported: bool,
+    full: Option<Full>,
+}
+
+impl State {
+    /// What is the layer's own.
+    fn own(&self) -> u64 {
+        (OWN + self.map + self.carried).next_multiple_of(STEP)
+    }
+}
+
+/// The space of one layer.
+#[derive(Debug)]
+pub(super) struct Space {
+    storage: Arc<dyn Storage>,
+    dir: PathBuf,
+    path: PathBuf,
+    state: Mutex<State>,
+    /// There is a [`Full`].
+    full: AtomicBool,
+    hold_ms: AtomicU64,
+    /// Bytes of the device that count as small whatever is written there.
+    favoured: OnceLock<Vec<Range<u64>>>,
+    opened: Instant,
+    /// When the reserve was last looked after, in milliseconds since then.
+    looked_after: AtomicU64,
+}
+
+/// How a layer stands with the host's space.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpaceStatus {
+    /// Bytes that the layer keeps back on the host.
+    pub reserved_bytes: u64,
+    /// Since when the host has had no room for its writes, in seconds since 1970; `None` while it has.
+    pub full_since: Option<u64>,
+}
+
+impl Space {
+    /// Takes over what a process before left in `dir`, and reserves what is missing where there is
+    /// room.
+    pub(super) fn open(storage: &Arc<dyn Storage>, dir: &Path) -> Self {
+        let space = Space {
+            storage: storage.clone(),
+            dir: dir.to_owned(),
+            path: dir.join(RESERVE_FILE),
+            state: Mutex::default(),
+            full: AtomicBool::new(false),
+            hold_ms: AtomicU64::new(HOLD.as_millis() as u64),
+            favoured: OnceLock::new(),
+            opened: Instant::now(),
+            looked_after: AtomicU64::new(0),
+        };
+        if let Ok(file) = storage.open(&space.path, OpenMode::Write) {
+            let mut state = space.state.lock();
+            // What is a hole in it holds nothing.
+            let holds = file.len().and_then(|len| Ok(len.min(file.allocated()?)));
+            state.len = holds.unwrap_or(0);
+            state.file = Some(file);
+        }
+        space.top_up();
+        space
+    }
+
+    /// How long writers are held before they are told that the disk is full.
+    pub(super) fn hold_writes_for(&self, limit: Duration) {
+        let millis = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        self.hold_ms.store(millis, Ordering::Relaxed);
+    }
+
+    /// Writes to these bytes of the device count as small: a journal, without which the file system
+    /// above gives up.
+    pub(super) fn favour(&self, ranges: Vec<Range<u64>>) {
+        // Once is enough: it stays where it is.
+        let _ = self.favoured.set(ranges);
+    }
+
+    fn is_small(&self, offset: u64, len: u64) -> bool {
+        let within = |range: &Range<u64>| range.start <= offset && offset + len <= range.end;
+        len <= SMALL
+            || self
+                .favoured
+                .get()
+                .is_some_and(|all| all.iter().any(within))
+    }
+
+    /// The next checkpoint takes so many bytes at most.
+    pub(super) fn map_is(&self, bytes: u64) {
+        self.state.lock().map = bytes;
+    }
+
+    /// Whether after a power cut there is space for so many bytes of blocks that lie in the journal
+    /// alone.
+    pub(super) fn covers(&self, carried: u64) -> bool {
+        let covered = {
+            let mut state = self.state.lock();
+            state.carried = carried;
+            state.unsupported || state.len >= state.own()
+        };
+        covered || {
+            self.top_up();
+            let state = self.state.lock();
+            state.len >= state.own()
+        }
+    }
+
+    /// As [`Space::top_up`], for one who calls it often.
+    pub(super) fn look_after(&self) {
+        let now = self.opened.elapsed().as_millis() as u64;
+        let last = self.looked_after.load(Ordering::Relaxed);
+        if now.saturating_sub(last) >= TOP_UP.as_millis() as u64 {
+            self.looked_after.store(now, Ordering::Relaxed);
+            self.top_up();
+        }
+    }
+
+    /// Reserves what is missing, where there is room, and not all the time.
+    pub(super) fn top_up(&self) {
+        let free = self.free().unwrap_or(u64::MAX);
+        let clients = if free < LOW {
+            (free / PART).clamp(CLIENTS, CLIENTS_LOW)
+        } else {
+            CLIENTS
+        };
+        let mut state = self.state.lock();
+        let wanted = (state.own() + clients).next_multiple_of(STEP);
+        let lately = state.topped_up.is_some_and(|at| at.elapsed() < TOP_UP);
+        // What it lacks for itself cannot wait.
+        if state.unsupported || state.len >= wanted || lately && state.len >= state.own() {
+            return;
+        }
+        if state.full.is_some() && !self.is_open(&state, 0) {
+            return;
+        }
+        // The first part is worth more than the second: on a disk with less than both, that alone.
+        for target in [wanted, state.own()] {
+            if state.len < target && self.reserve(&mut state, target) {
+                break;
+            }
+        }
+        state.topped_up = Some(Instant::now());
+    }
+
+    /// Makes the reserve `target` bytes long; false where there is no room.
+    fn reserve(&self, state: &mut State, target: u64) -> bool {
+        if state.file.is_none() {
+            state.file = self.storage.open(&self.path, OpenMode::Create).ok();
+        }
+        let Some(file) = state.file.clone() else {
+            return false;
+        };
+        match file.allocate(0, target) {
+            Ok(()) => {
+                state.len = target;
+                true
+            }
+            Err(error) => {
+                // Part of it may have been taken.
+                let _ = file.set_len(state.len);
+                state.unsupported = Error::io("", error).kind() != ErrorKind::NoSpace;
+                if state.unsupported {
+                    tracing::debug!(dir = %self.dir.display(), "no space can be reserved here");
+                }
+                false
+            }
+        }
+    }
+
+    /// Gives up some of the reserve, at least `need` bytes where there are as many; false where
+    /// nothing is left for this claim.
+    fn give_up(&self, claim: Claim, need: u64) -> bool {
+        let mut state = self.state.lock();
+        let keep = match claim {
+            Claim::Own => 0,
+            Claim::Client => state.own(),
+        };
+        if state.len <= keep {
+            return false;
+        }
+        let left = state
+            .len
+            .saturating_sub(need.next_multiple_of(STEP))
+            .max(keep);
+        let Some(file) = &state.file else {
+            return false;
+        };
+        if file.set_len(left).is_err() {
+            return false;
+        }
+        state.len = left;
+        state.topped_up = Some(Instant::now());
+        true
+    }
+
+    /// Does work that takes about `need` bytes, from the reserve where the host has none, again and
+    /// again until that is used up. The work must bear being cut off and repeated.
+    pub(super) fn within<T>(
+        &self,
+        claim: Claim,
+        need: u64,
+        mut work: impl FnMut() -> Result<T>,
+    ) -> Result<T> {
+        let mut result = work();
+        let mut once_more = true;
+        while let Err(error) = &result
+            && error.is_full_disk()
+        {
+            // Others may have taken what was given up, or given something back.
+            let again = self.give_up(claim, need.max(STEP))
+                || claim == Claim::Own && std::mem::take(&mut once_more);
+            if !again {
+                break;
+            }
+            result = work();
+        }
+        result
+    }
+
+    /// Does a client's write of `len` bytes at `offset`; `grows`: it may want space for all of them.
+    pub(super) fn write(
+        &self,
+        offset: u64,
+        len: u64,
+        grows: bool,
+        work: impl Fn() -> Result<()>,
+    ) -> Result<()> {
+        let small = self.is_small(offset, len);
+        if grows && !small && self.full.load(Ordering::Relaxed) && !self.may_try(len) {
+            return Err(self.refusal());
+        }
+        let result = if small {
+            self.within(Claim::Client, len, &work)
+        } else {
+            work()
+        };
+        match &result {
+            Ok(()) if self.full.load(Ordering::Relaxed) && grows => self.wrote(small),
+            Err(error) if error.is_full_disk() => self.met_full_disk(),
+            _ => {}
+        }
+        result
+    }
+
+    fn refusal(&self) -> Error {
+        Error::io(
+            format!("{}: the host's disk is full", self.dir.display()),
+            std::io::Error::from_raw_os_error(libc::ENOSPC),
+        )
+    }
+
+    fn free(&self) -> Option<u64> {
+        self.storage.free_space(&self.dir).ok().flatten()
+    }
+
+    /// Whether the disk says that it has room for `len` bytes again.
+    fn is_open(&self, state: &State, len: u64) -> bool {
+        let Some(full) = &state.full else {
+            return true;
+        };
+        match (full.level, self.free()) {
+            (Some(level), Some(free)) => free >= level + MARGIN + len,
+            _ => false,
+        }
+    }
+
+    /// Whether a write that wants space should try at all. Without that, writers who wait would take
+    /// whatever a neighbour gives up of its own reserve.
+    fn may_try(&self, len: u64) -> bool {
+        let mut state = self.state.lock();
+        if self.is_open(&state, len) {
+            return true;
+        }
+        match &mut state.full {
+            Some(full) if full.is_unexplained(len) && full.tried.elapsed() >= TRY_AGAIN => {
+                full.tried = Instant::now();
+                true
+            }
+            Some(_) => false,
+            None => true,
+        }
+    }
+
+    fn met_full_disk(&self) {
+        let level = self.free();
+        let mut state = self.state.lock();
+        let now = Instant::now();
+        match &mut state.full {
+            Some(full) => {
+                full.tried = now;
+                full.level = full.level.min(level).or(level);
+            }
+            none => {
+                tracing::warn!(dir = %self.dir.display(), "the host's disk is full");
+                *none = Some(Full {
+                    since: SystemTime::now(),
+                    began: now,
+                    level,
+                    tried: now,
+                });
+            }
+        }
+        self.full.store(true, Ordering::Relaxed);
+    }
+
+    /// A write was successful that wanted space: a small one says little.
+    fn wrote(&self, small: bool) {
+        let mut state = self.state.lock();
+        if !small || self.is_open(&state, 0) {
+            state.full = None;
+            self.full.store(false, Ordering::Relaxed);
+            tracing::info!(dir = %self.dir.display(), "the host's disk has room again");
+            drop(state);
+            self.top_up();
+        }
+    }
+
+    /// To be called after a write failed for want of space, with nothing locked: waits a moment and
+    /// says whether it should be tried again. Not any more once the disk has been full for long.
+    pub(super) fn wait_for_room(&self) -> bool {
+        let hold = Duration::from_millis(self.hold_ms.load(Ordering::Relaxed));
+        let waited = self
+            .state
+            .lock()
+            .full
+            .as_ref()
+            .map(|full| full.began.elapsed());
+        match waited {
+            Some(waited) if waited < hold => {
+                std::thread::sleep(LOOK.min(hold - waited));
+                true
+            }
+            Some(_) => false,
+            // Somebody else's write went well meanwhile; or the failure was of another kind.
+            None => false,
+        }
+    }
+
+    pub(super) fn status(&self) -> SpaceStatus {
+        let state = self.state.lock();
+        let full = state.full.as_ref().filter(|_| !self.is_open(&state, 0));
+        let seconds = |since: SystemTime| {
+            let since = since.duration_since(SystemTime::UNIX_EPOCH);
+            since.map_or(0, |since| since.as_secs())
+        };
+        SpaceStatus {
+            reserved_bytes: state.len,
+            full_since: full.map(|full| seconds(full.since)),
+        }
+    }
+
+    /// The layer is closed: gives everything back, but on a disk that is nearly full, where it would
+    /// not be opened again otherwise.
+    pub(super) fn give_back(&self) {
+        if self.free().is_some_and(|free| free < TIGHT) {
+            return;
+        }
+        self.give_back_all();
+    }
+
+    /// As [`Space::give_back`], of a layer that nobody will write again.
+    pub(super) fn give_back_all(&self) {
+        let mut state = self.state.lock();
+        state.file = None;
+        state.len = 0;
+        state.topped_up = None;
+        if let Err(error) = remove_if_there(&*self.storage, &self.path) {
+            tracing::warn!(%error, "space stays reserved");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vellum_base::storage::SimStorage;
+
+    fn space(room: u64) -> (SimStorage, Space) {
+        let disk = SimStorage::new();
+        disk.create_dir(Path::new("/layer")).unwrap();
+        disk.limit(room);
+        let storage: Arc<dyn Storage> = Arc::new(disk.clone());
+        let space = Space::open(&storage, Path::new("/layer"));
+        (disk, space)
+    }
+
+    fn refused() -> Error {
+        Error::io("", std::io::Error::from_raw_os_error(libc::ENOSPC))
+    }
+
+    #[test]
+    fn a_disk_with_room_for_the_layer_alone_gives_that() {
+        let (_, plenty) = space(2 << 30);
+        let (_, low) = space(512 << 20);
+        let (_, lower) = space(48 << 20);
+        let (_, own) = space(2 << 20);
+        let (_, none) = space(100 << 10);
+        let all = [&plenty, &low, &lower, &own, &none];
+        let reserved = all.map(|space| space.status().reserved_bytes);
+        let wanted = [OWN + CLIENTS, OWN + CLIENTS_LOW, OWN + CLIENTS, OWN, 0];
+        assert_eq!(reserved, wanted);
+    }
+
+    #[test]
+    fn small_writes_leave_the_layer_its_own_and_its_own_files_take_all() {
+        let (_, space) = space(2 << 30);
+        space
+            .within(Claim::Client, 4096, || Err::<(), _>(refused()))
+            .unwrap_err();
+        assert_eq!(space.status().reserved_bytes, OWN);
+        space
+            .within(Claim::Own, 4096, || Err::<(), _>(refused()))
+            .unwrap_err();
+        assert_eq!(space.status().reserved_bytes, 0);
+    }
+
+    #[test]
+    fn a_large_write_does_not_take_what_small_ones_need_nor_tries_before_there_is_room() {
+        let (disk, space) = space(2 << 30);
+        let tries = std::cell::Cell::new(0);
+        let large = |room: bool| {
+            space.write(0, 1 << 20, true, || {
+                tries.set(tries.get() + 1);
+                if room { Ok(()) } else { Err(refused()) }
+            })
+        };
+        large(false).unwrap_err();
+        assert!(space.status().full_since.is_some());
+        assert_eq!(space.status().reserved_bytes, OWN + CLIENTS);
+        large(true).unwrap_err();
+        assert_eq!(tries.get(), 1, "not before there is room");
+        // Small ones go on.
+        space.write(0, 4096, true, || Ok(())).unwrap();
+        assert!(space.status().full_since.is_some());
+        disk.limit(3 << 30);
+        assert!(space.status().full_since.is_none());
+        large(true).unwrap();
+        assert_eq!(tries.get(), 2);
+    }
+
+    #[test]
+    fn writers_are_held_for_a_while_after_the_disk_is_full_and_no_longer() {
+        let (_, space) = space(64 << 20);
+        assert!(!space.wait_for_room(), "the disk is not full");
+        space.hold_writes_for(Duration::from_millis(80));
+        space
+            .write(0, 1 << 20, true, || Err(refused()))
+            .unwrap_err();
+        let began = Instant::now();
+        while space.wait_for_room() {}
+        assert!(began.elapsed() >= Duration::from_millis(70));
+        assert!(!space.wait_for_room());
+    }
+
+    #[test]
+    fn a_disk_that_is_nearly_full_leaves_a_closed_layer_its_reserve() {
+        for (room, left) in [(32 << 20, true), (128 << 20, false)] {
+            let (disk, space) = space(room);
+            space.give_back();
+            assert_eq!(disk.exists(Path::new("/layer/reserve")).unwrap(), left);
+        }
+    }
+}

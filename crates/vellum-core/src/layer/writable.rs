@@ -1,0 +1,507 @@
+//! A writable layer: the map in memory, writes to the data files, and what is not yet durable.
+//! Making it durable is in [`super::flush`], coming back after a crash in [`super::recovery`].
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::areas::Journal;
+use super::data::DataFiles;
+use super::flush::FlushQueue;
+use super::header::Header;
+use super::index::ABSENT;
+use super::journal::MAX_AREA;
+use super::live::{self, Left, Live, Noted};
+use super::map_file::drop_map_cache;
+use super::map_state::MapState;
+use super::range_lock::{RangeGuard, RangeLock};
+use super::sealed::SEAL_FILE;
+use super::shared::{MapAtOpen, Shared};
+use super::space::{Claim, Space, SpaceStatus};
+use super::stats::{LayerCounters, LayerStats, StatsHandle};
+use super::{STATE_DATA, ValueRun, recovery, state_of_value, value_of_state};
+use vellum_base::block::{BLOCK_SIZE, BlockState};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::{OpenMode, Storage};
+
+/// A client that flushed within this time is expected to do it again.
+const FLUSHES_WITHIN: Duration = Duration::from_secs(15);
+
+/// How a writable layer trades.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerOptions {
+    /// A flush with at most this many blocks of new data carries them in its journal record and
+    /// needs no sync of the data file; 0 turns that off.
+    pub journal_blocks: usize,
+    /// Bytes of a journal area when it is first made, a multiple of 4096, at most 16 MiB.
+    pub journal_start: u64,
+    /// Bytes up to which areas grow under load, a multiple of 4096, at most 16 MiB.
+    pub journal_max: u64,
+    /// Bytes by which the file `map` may grow by changes before it is written anew as a table; half
+    /// of the table where that is more.
+    pub map_log: u64,
+    /// Free a full journal area in a thread of its own, while flushes go on in the other area.
+    pub background: bool,
+}
+
+impl Default for LayerOptions {
+    fn default() -> Self {
+        LayerOptions {
+            journal_blocks: 32,
+            journal_start: 256 << 10,
+            journal_max: 8 << 20,
+            map_log: 256 << 10,
+            background: true,
+        }
+    }
+}
+
+impl LayerOptions {
+    /// The nearest that the format allows.
+    fn within_bounds(self) -> Self {
+        let bounded = |len: u64| (len / BLOCK_SIZE * BLOCK_SIZE).clamp(BLOCK_SIZE, MAX_AREA);
+        LayerOptions {
+            journal_start: bounded(self.journal_start),
+            journal_max: bounded(self.journal_max),
+            ..self
+        }
+    }
+}
+
+/// The top layer of a chain. Blocks it holds are read and written here; what it says nothing of is
+/// the chain's to resolve.
+#[derive(Debug)]
+pub struct WritableLayer {
+    pub(super) shared: Arc<Shared>,
+    pub(super) options: LayerOptions,
+    pub(super) journal: Mutex<Journal>,
+    pub(super) queue: FlushQueue,
+    locks: RangeLock,
+}
+
+impl Drop for WritableLayer {
+    /// Nobody may open the layer again while a thread of this one still writes to it.
+    fn drop(&mut self) {
+        // Its outcome matters to nobody any more: what it would have freed is still in the journal.
+        let _ = self.wait_for_retirement(&mut self.journal.lock());
+    }
+}
+
+impl WritableLayer {
+    /// Makes the directory `dir` with an empty layer in it, durable but for the entry of `dir` in
+    /// its own parent directory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AlreadyExists`] where `dir` is there.
+    pub fn create(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<()> {
+        WritableLayer::create_beside(storage, dir, header, || Ok(()))
+    }
+
+    /// As [`WritableLayer::create`], with further files in `dir`, whose content `beside` makes
+    /// durable; their names are with the layer's own.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::create`], and what `beside` says.
+    pub fn create_beside(
+        storage: &dyn Storage,
+        dir: &Path,
+        header: &Header,
+        beside: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        storage
+            .create_dir(dir)
+            .context(|| format!("cannot make the layer {}", dir.display()))?;
+        DataFiles::create(storage, dir, header.virtual_size)?;
+        beside()?;
+        // Last, and it syncs the directory: a layer with a header is whole.
+        header.write(storage, dir)
+    }
+
+    /// Opens a writable layer and recovers it where it was not closed.
+    ///
+    /// The caller makes sure that nobody else has it open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a sealed layer, [`ErrorKind::Corrupt`] or
+    /// [`ErrorKind::Unsupported`] for what cannot be read; the message names the file.
+    pub fn open(
+        storage: Arc<dyn Storage>,
+        dir: &Path,
+        options: LayerOptions,
+    ) -> Result<Arc<WritableLayer>> {
+        WritableLayer::open_counted(storage, dir, options, Arc::new(LayerStats::new()))
+    }
+
+    /// As [`WritableLayer::open`], counting in `counters`, which may hold what was counted before.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::open`].
+    pub fn open_counted(
+        storage: Arc<dyn Storage>,
+        dir: &Path,
+        options: LayerOptions,
+        counters: Arc<dyn LayerCounters>,
+    ) -> Result<Arc<WritableLayer>> {
+        let header = Header::read(&*storage, dir)?;
+        if header.sealed {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "{}: the layer is sealed and cannot be written",
+                    dir.display()
+                ),
+            ));
+        }
+        let seal = dir.join(SEAL_FILE);
+        let stray = storage
+            .exists(&seal)
+            .context(|| format!("cannot look for {}", seal.display()))?;
+        if stray {
+            // Sealing would take it for the layer's own.
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "{}: a seal in a layer that is not sealed: it was put there by hand, or the \
+                     header is an older one; take away the one that is wrong",
+                    seal.display()
+                ),
+            ));
+        }
+        let data = DataFiles::open(&*storage, dir, &header, OpenMode::Write)?;
+        let left = live::read_left(&*storage, dir, &header, &data)?;
+        if left == (Left::Stale { reread: true }) {
+            data.drop_cache()?;
+            drop_map_cache(&*storage, dir)?;
+        }
+        let trusted = matches!(left, Left::Trusted(_));
+        let space = Space::open(&storage, dir);
+        let recovered = recovery::recover(&*storage, dir, &header, &data, &space, trusted)?;
+        let (data_blocks, extents) = recovery::tally(&recovered.index);
+        let map_file = MapAtOpen {
+            place: recovered.place,
+            extents,
+            log: options.map_log,
+        };
+        let mut map = MapState {
+            data_blocks,
+            index: recovered.index,
+            ..MapState::default()
+        };
+        match left {
+            Left::Trusted(changes) => {
+                map.take_over(&changes, header.blocks());
+                let create = || Live::create(&*storage, dir, header.uuid, &data, &changes);
+                map.live = Some(space.within(Claim::Own, 0, create)?);
+            }
+            // What clients are shown now holds: nobody may find it trustworthy after all.
+            Left::Stale { .. } => live::remove(&*storage, dir)?,
+            Left::Nothing => {}
+        }
+        Ok(Arc::new(WritableLayer {
+            shared: Arc::new(Shared::new(
+                storage,
+                dir,
+                header,
+                (data, space),
+                map,
+                map_file,
+                StatsHandle(counters),
+            )),
+            options: options.within_bounds(),
+            journal: Mutex::new(Journal::new(recovered.generation)),
+            queue: FlushQueue::default(),
+            locks: RangeLock::default(),
+        }))
+    }
+
+    /// Identity, parent and present size.
+    pub fn header(&self) -> Header {
+        self.shared.header()
+    }
+
+    /// Present size in bytes.
+    pub fn size(&self) -> u64 {
+        self.shared.size()
+    }
+
+    /// The layer's directory.
+    pub fn dir(&self) -> &Path {
+        &self.shared.dir
+    }
+
+    /// Where the layer's files are kept, to outlive the layer.
+    pub fn storage_handle(&self) -> Arc<dyn Storage> {
+        self.shared.storage.clone()
+    }
+
+    /// Where the layer's files are kept.
+    pub fn storage(&self) -> &dyn Storage {
+        &*self.shared.storage
+    }
+
+    /// What durability has cost since the layer was opened.
+    pub fn stats(&self) -> &LayerStats {
+        &self.shared.stats
+    }
+
+    /// Data blocks that the map holds.
+    pub fn data_blocks(&self) -> u64 {
+        self.shared.map.read().data_blocks
+    }
+
+    /// Bytes that the next checkpoint of the map takes on the host at most, beside what the layer
+    /// takes now: until it is durable the one before stays.
+    pub fn checkpoint_room(&self) -> u64 {
+        self.shared.checkpoint_room()
+    }
+
+    /// Bytes that the data files take on the host.
+    ///
+    /// # Errors
+    /// Where the host cannot tell.
+    pub fn allocated_bytes(&self) -> Result<u64> {
+        self.shared.data.allocated()
+    }
+
+    /// The index value at `block` and for how many blocks from there (at most `max`) it holds.
+    pub fn run_at(&self, block: u64, max: u64) -> ValueRun {
+        self.shared.map.read().index.run_at(block, max)
+    }
+
+    /// Calls `each` with the runs of index values that cover a range, gaps ([`ABSENT`]) included,
+    /// as they are at one moment.
+    pub fn resolve(&self, start: u64, len: u64, mut each: impl FnMut(ValueRun)) {
+        let map = self.shared.map.read();
+        let mut at = start;
+        while at < start + len {
+            let run = map.index.run_at(at, start + len - at);
+            at += run.len;
+            each(run);
+        }
+    }
+
+    /// Why the layer is poisoned, if it is.
+    pub fn poisoned(&self) -> Option<&str> {
+        self.shared.poisoned()
+    }
+
+    /// Marks the layer as one whose promises cannot be kept any more: from then on every request
+    /// fails. Returns the error that they fail with.
+    pub fn poison(&self, error: &Error) -> Error {
+        self.shared.poison(error)
+    }
+
+    /// # Errors
+    /// [`ErrorKind::Poisoned`] after a failed sync.
+    pub fn check_poison(&self) -> Result<()> {
+        self.shared.check_poison()
+    }
+
+    /// Flushes where so much changed that the log of changes is filling. To be called before blocks
+    /// are locked.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn flush_if_due(&self) -> Result<()> {
+        if !self.shared.flush_due.load(Ordering::Relaxed)
+            || !self.shared.flush_due.swap(false, Ordering::Relaxed)
+        {
+            return Ok(());
+        }
+        let mut result = self.flush();
+        // After a flush that failed, one that succeeds empties half of the log, and not the half
+        // that changes go to.
+        if result.is_ok() && self.shared.log_is_filling() {
+            result = self.flush();
+        }
+        // It is still due, whoever comes next.
+        result.inspect_err(|_| self.shared.flush_due.store(true, Ordering::Relaxed))
+    }
+
+    /// Whether a request failed because the log of changes has no room, and may be made again after
+    /// [`WritableLayer::flush_if_due`].
+    pub fn is_flush_due(&self) -> bool {
+        self.shared.flush_due.load(Ordering::Relaxed)
+    }
+
+    /// Writes to these bytes of the device may take of the reserve for small ones, whatever their
+    /// size: a file system's journal, without which it gives up.
+    pub fn favour(&self, ranges: Vec<std::ops::Range<u64>>) {
+        self.shared.space.favour(ranges);
+    }
+
+    /// How the layer stands with the host's space.
+    pub fn space(&self) -> SpaceStatus {
+        self.shared.space.status()
+    }
+
+    /// For how long after the host's disk was found full [`WritableLayer::wait_for_room`] says that
+    /// a write should be tried again.
+    pub fn hold_writes_for(&self, limit: Duration) {
+        self.shared.space.hold_writes_for(limit);
+    }
+
+    /// To be called after a write failed with [`ErrorKind::NoSpace`], with nothing locked: waits a
+    /// moment, and says whether to make it again.
+    pub fn wait_for_room(&self) -> bool {
+        self.shared.space.wait_for_room()
+    }
+
+    /// Waits for writers of the same blocks; every call below that changes blocks wants it held.
+    pub fn lock_blocks(&self, start: u64, len: u64) -> RangeGuard<'_> {
+        self.locks.lock(start..start + len)
+    }
+
+    /// Reads bytes of blocks that are [`STATE_DATA`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Poisoned`] after a failed sync: the page cache may have dropped what was written.
+    pub fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.check_poison()?;
+        self.shared.data.read(buf, offset)
+    }
+
+    /// Writes whole blocks from `start`; they become data. The parent is not read. Returns how many
+    /// of them were not data before.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] leaves the blocks' states as they were.
+    pub fn write_blocks(&self, start: u64, buf: &[u8]) -> Result<u64> {
+        self.shared.check_writable()?;
+        let len = buf.len() as u64 / BLOCK_SIZE;
+        let there = self.run_at(start, len);
+        let grows = there.value != STATE_DATA || there.len < len;
+        self.shared.write_data(buf, start * BLOCK_SIZE, grows)?;
+        self.blocks_were_written(start, len)
+    }
+
+    /// As [`WritableLayer::write_blocks`], of one block that is zeroed in part and was not data: as
+    /// that gives space back, it is done with what the layer keeps for itself on a full disk.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::write_blocks`].
+    pub fn write_zeroed_block(&self, block: u64, buf: &[u8]) -> Result<u64> {
+        self.shared.check_writable()?;
+        self.shared.write_zeroed(buf, block * BLOCK_SIZE)?;
+        self.blocks_were_written(block, 1)
+    }
+
+    fn blocks_were_written(&self, start: u64, len: u64) -> Result<u64> {
+        let mut map = self.shared.map.write();
+        let written = Noted::Becomes(STATE_DATA);
+        let allocated = self.shared.become_data(&mut map, start, len, written)?;
+        map.dirty
+            .add(start, len, self.options.journal_blocks as u64);
+        let due = map.dirty.write_back_due();
+        drop(map);
+        // A client that does not flush gains nothing by it.
+        if due && self.options.background && self.queue.flushed_within(FLUSHES_WITHIN) {
+            self.shared.data.start_writing_back();
+        }
+        Ok(allocated)
+    }
+
+    /// Writes bytes within one block that is data already.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::write_blocks`].
+    pub fn write_within(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.shared.check_writable()?;
+        self.shared.write_data(buf, offset, false)?;
+        let limit = self.options.journal_blocks as u64;
+        self.shared
+            .map
+            .write()
+            .dirty
+            .add(offset / BLOCK_SIZE, 1, limit);
+        Ok(())
+    }
+
+    /// Gives blocks the state zero or parent, and the space of those that were data back.
+    ///
+    /// # Errors
+    /// Where the host refuses to punch the hole.
+    pub fn clear_blocks(&self, start: u64, len: u64, state: BlockState) -> Result<()> {
+        self.shared.check_writable()?;
+        let mut data = Vec::new();
+        self.resolve(start, len, |run| {
+            if run.value == STATE_DATA {
+                data.push(run);
+            }
+        });
+        self.shared.ensure_live()?;
+        self.shared.change(
+            &mut self.shared.map.write(),
+            start,
+            len,
+            Noted::Becomes(value_of_state(state)),
+        )?;
+        // After the change of state, so that a reader never takes a hole for data.
+        for run in data {
+            let punch = || {
+                let (offset, len) = (run.start * BLOCK_SIZE, run.len * BLOCK_SIZE);
+                self.shared.data.punch(offset, len)
+            };
+            match self.shared.space.within(Claim::Own, 0, punch) {
+                // A hole may want a block of the host's own. Without it the bytes stay where they
+                // are: the map says what the blocks are, and no more space is taken than before.
+                Err(error) if error.kind() == ErrorKind::NoSpace => {
+                    tracing::debug!(%error, "space is not given back");
+                }
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes blocks data that is zero and takes its space now, so that writing there later cannot
+    /// run out of space.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] may leave some of the blocks zero; none keeps its old bytes.
+    pub fn allocate_zeroed(&self, start: u64, len: u64) -> Result<()> {
+        self.shared.check_writable()?;
+        self.shared.ensure_live()?;
+        self.shared.note_emptied(start, len)?;
+        let allocate = || {
+            let (offset, len) = (start * BLOCK_SIZE, len * BLOCK_SIZE);
+            self.shared.data.allocate_zeroed(offset, len)
+        };
+        self.shared
+            .space
+            .write(start * BLOCK_SIZE, len * BLOCK_SIZE, true, allocate)
+            .inspect_err(|_| {
+                self.shared.map.write().dirty.add_unknown();
+            })?;
+        let mut map = self.shared.map.write();
+        self.shared
+            .become_data(&mut map, start, len, Noted::Reserved)?;
+        map.dirty
+            .add(start, len, self.options.journal_blocks as u64);
+        Ok(())
+    }
+
+    /// A hint that bytes of data blocks will be read soon.
+    ///
+    /// # Errors
+    /// When the range lies outside the layer.
+    pub fn prefetch(&self, offset: u64, len: u64) -> Result<()> {
+        self.shared.data.prefetch(offset, len)
+    }
+
+    /// The state of one block.
+    pub fn state(&self, block: u64) -> BlockState {
+        state_of_value(self.shared.map.read().index.get(block))
+    }
+
+    /// True when the map says nothing at all: a fresh layer.
+    pub fn is_untouched(&self) -> bool {
+        let map = self.shared.map.read();
+        map.index
+            .runs(0..map.index.end())
+            .all(|run| run.value == ABSENT)
+    }
+}

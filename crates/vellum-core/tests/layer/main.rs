@@ -1,0 +1,20 @@
+//! Layers and chains: models, power cuts, faults, hostile bytes, races.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+mod chain_model;
+mod chain_prewarm;
+mod crash;
+mod crash_grow;
+mod crash_layer;
+mod fault_cost;
+mod fault_layer;
+mod hostile_layer;
+mod live_layer;
+mod stress_layer;

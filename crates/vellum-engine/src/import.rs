@@ -1,0 +1,570 @@
+//! Images into the store: each layer of a source becomes one block layer.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::device::{OpenChain, Target};
+use super::temporary::TemporaryMount;
+use super::{raw, template};
+use vellum_base::block::{BLOCK_SIZE, BlockDevice, BlockState};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_core::layer::{LayerOptions, WritableLayer, seal_in_place};
+use vellum_fs::ext4;
+use vellum_fs::superblock::Superblock;
+use vellum_image::{
+    ApplyOptions, Format, HistoryEntry, Holds, Image, ImageConfig, Measure, Platform, Progress,
+    RawImage, Source, SourceOptions, apply_layer, chain_ids, copy_tree,
+};
+use vellum_store::{FsInfo, ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
+
+/// The virtual size of an image where nobody says otherwise: 10 GiB.
+pub const DEFAULT_SIZE: u64 = 10 << 30;
+
+/// What a user says about an import.
+#[derive(Debug, Clone, Default)]
+pub struct ImportOptions {
+    /// Virtual size in bytes, a multiple of 4096.
+    pub size: Option<u64>,
+    /// Put the source on top of this image.
+    pub from: Option<String>,
+    /// Which image of an archive with several.
+    pub select: Option<String>,
+    /// Which platform of an image for several.
+    pub platform: Option<Platform>,
+    /// What the source is; `None` finds out.
+    pub format: Option<Format>,
+}
+
+/// What became of one layer of the source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LayerOutcome {
+    /// The digest of its uncompressed tar, where it is known.
+    pub diff_id: Option<String>,
+    /// The block layer.
+    pub layer: Uuid,
+    /// The store had it already.
+    pub existed: bool,
+    /// Bytes of its data blocks.
+    pub bytes: u64,
+}
+
+/// What an import made.
+#[derive(Debug, Clone, Serialize)]
+pub struct ImportReport {
+    /// The image.
+    pub image: ImageRecord,
+    /// Its layers from the source, from the bottom up.
+    pub layers: Vec<LayerOutcome>,
+    /// The disk image can be mounted, or it is no disk image.
+    pub mountable: bool,
+}
+
+/// What happens during an import, for a person who waits.
+pub trait ImportWatch {
+    /// A layer is begun; `size` is the number of bytes to read, where that is known. What it
+    /// returns hears of them.
+    fn layer(&self, name: &str, size: Option<u64>) -> Option<Progress<'static>>;
+    /// A layer was there already.
+    fn exists(&self, name: &str);
+    /// The layer begun last is done.
+    fn done(&self);
+}
+
+/// Watches nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Quiet;
+
+impl ImportWatch for Quiet {
+    fn layer(&self, _: &str, _: Option<u64>) -> Option<Progress<'static>> {
+        None
+    }
+    fn exists(&self, _: &str) {}
+    fn done(&self) {}
+}
+
+/// Makes the image `name` from `source`: a path, or `-` for a tar on standard input.
+///
+/// # Errors
+/// [`ErrorKind::AlreadyExists`] for the name; whatever is wrong with the source. Nothing is visible
+/// then, though layers that were done are kept until [`Store::prune`], and are found again.
+pub fn import(
+    store: &Store,
+    name: &str,
+    source: &Path,
+    options: &ImportOptions,
+    watch: &dyn ImportWatch,
+) -> Result<ImportReport> {
+    store.check_new_image(name)?;
+    let pin = store.pin_layers()?;
+    let mut source_options = SourceOptions::new(store.root().join("staging"));
+    source_options.image.clone_from(&options.select);
+    source_options.platform.clone_from(&options.platform);
+    source_options.format = options.format;
+    let mut opened = Source::open(source, &source_options)?;
+    let importer = Importer {
+        store,
+        pin: &pin,
+        watch,
+    };
+    let (image, layers) = match &mut opened {
+        Source::Raw(raw) => importer.raw(name, raw, options)?,
+        other => importer.files_that_fit(name, source, other, options)?,
+    };
+    store.put_image(&image, &pin)?;
+    let mountable = image.fs.is_some();
+    Ok(ImportReport {
+        image,
+        layers,
+        mountable,
+    })
+}
+
+/// Where layers go on top of.
+struct Ground {
+    layers: Vec<Uuid>,
+    virtual_size: u64,
+    fs: FsInfo,
+    config: ImageConfig,
+    /// Stands for all of the layers, so that what is built on them can be found again.
+    key: Option<String>,
+    /// There is an image below, from which whiteouts delete.
+    has_image: bool,
+}
+
+struct Importer<'a> {
+    store: &'a Store,
+    pin: &'a StoreGuard,
+    watch: &'a dyn ImportWatch,
+}
+
+impl Importer<'_> {
+    fn ground(&self, options: &ImportOptions, size: u64) -> Result<Ground> {
+        let Some(from) = &options.from else {
+            let template = template::get(self.store, size, self.pin)?;
+            return Ok(Ground {
+                layers: vec![template.layer],
+                virtual_size: size,
+                fs: template.fs,
+                config: ImageConfig::for_host(),
+                key: Some(template.key),
+                has_image: false,
+            });
+        };
+        let image = self.store.image(from)?;
+        if options.size.is_some_and(|size| size != image.virtual_size) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "--size and --from contradict each other: {from} has {} bytes; give a container \
+                     another size instead (`vellum create --size`)",
+                    image.virtual_size
+                ),
+            ));
+        }
+        let fs = image.fs.ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unsupported,
+                format!("{from} holds no ext4 file system to add files to"),
+            )
+        })?;
+        let mut config = image.config;
+        let own = template::count(self.store, &image.layers);
+        config.settle_history(image.layers.len().saturating_sub(own));
+        Ok(Ground {
+            layers: image.layers,
+            virtual_size: image.virtual_size,
+            fs,
+            config,
+            key: None,
+            has_image: true,
+        })
+    }
+
+    /// As [`Importer::files`], in a file system that the content fits in where the user gave no
+    /// size: by what can be told beforehand, and where that was not enough by all of the content.
+    fn files_that_fit(
+        &self,
+        name: &str,
+        path: &Path,
+        source: &mut Source,
+        options: &ImportOptions,
+    ) -> Result<(ImageRecord, Vec<LayerOutcome>)> {
+        if let (Some(size), _) | (None, Some(size)) =
+            (options.size, options.from.is_some().then_some(DEFAULT_SIZE))
+        {
+            return self.files(name, path, source, options, size);
+        }
+        let size = source.measure(false)?.map_or(DEFAULT_SIZE, size_for);
+        let error = match self.files(name, path, source, options, size) {
+            Err(error) if error.kind() == ErrorKind::NoSpace => error,
+            other => return other,
+        };
+        match source.measure(true)?.map(size_for) {
+            Some(larger) if larger > size => {
+                tracing::info!("{size} bytes are too small: once more with {larger}");
+                self.watch.done();
+                self.files(name, path, source, options, larger)
+            }
+            // The store's disk is full, or the content cannot be read twice.
+            _ => Err(error),
+        }
+    }
+
+    fn files(
+        &self,
+        name: &str,
+        path: &Path,
+        source: &mut Source,
+        options: &ImportOptions,
+        size: u64,
+    ) -> Result<(ImageRecord, Vec<LayerOutcome>)> {
+        let mut ground = self.ground(options, size)?;
+        let mut outcomes = Vec::new();
+        let shown = path.display().to_string();
+        match source {
+            Source::Image(image) => {
+                if options.from.is_some() {
+                    return Err(Error::new(
+                        ErrorKind::InvalidInput,
+                        "--from takes a tar or a directory to add, not a whole image",
+                    ));
+                }
+                self.image_layers(image, &mut ground, &mut outcomes)?;
+                ground.config = image.config().clone();
+                // What is built on it adds steps of its own.
+                ground.config.settle_history(image.layers().len());
+            }
+            Source::Tar(tar) => {
+                let progress = self.watch.layer(&shown, tar.size());
+                let reader = tar.reader(progress)?;
+                let apply = ApplyOptions {
+                    whiteouts: ground.has_image,
+                    ..ApplyOptions::default()
+                };
+                let outcome = self.layer(&ground, file_origin(path), None, None, |dir| {
+                    apply_layer(reader, dir, &apply)
+                        .map(drop)
+                        .map_err(|error| error.context(&shown))
+                })?;
+                self.added(&mut ground, &mut outcomes, outcome, path);
+            }
+            Source::Directory(directory) => {
+                let progress = self.watch.layer(&shown, None);
+                let outcome = self.layer(&ground, file_origin(path), None, None, |dir| {
+                    copy_tree(directory, dir, progress).map(drop)
+                })?;
+                self.added(&mut ground, &mut outcomes, outcome, path);
+            }
+            Source::Raw(_) => {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    "a disk image is not a layer of files",
+                ));
+            }
+        }
+        let image = ImageRecord {
+            name: name.to_owned(),
+            id: Uuid::new_v4(),
+            layers: ground.layers,
+            virtual_size: ground.virtual_size,
+            device_size: None,
+            fs: Some(ground.fs),
+            holds: None,
+            config: ground.config,
+            created: now(),
+        };
+        Ok((image, outcomes))
+    }
+
+    /// A layer of loose files was made: it goes on the stack and into the history.
+    fn added(
+        &self,
+        ground: &mut Ground,
+        outcomes: &mut Vec<LayerOutcome>,
+        outcome: LayerOutcome,
+        path: &Path,
+    ) {
+        self.watch.done();
+        ground.layers.push(outcome.layer);
+        ground.config.history.push(imported(path));
+        outcomes.push(outcome);
+    }
+
+    fn image_layers(
+        &self,
+        image: &Image,
+        ground: &mut Ground,
+        outcomes: &mut Vec<LayerOutcome>,
+    ) -> Result<()> {
+        let base_key = ground.key.clone().unwrap_or_default();
+        let chain_ids = chain_ids(image.diff_ids());
+        for (index, (layer, chain_id)) in image.layers().iter().zip(chain_ids).enumerate() {
+            let short: String = layer
+                .diff_id
+                .chars()
+                .skip("sha256:".len())
+                .take(12)
+                .collect();
+            let key = format!("{base_key}/{chain_id}");
+            let parent = ground.layers.last().copied().unwrap_or_default();
+            let diff_id = Some(layer.diff_id.clone());
+            let outcome = match self.store.find_layer(parent, &key, self.pin)? {
+                Some(found) => {
+                    self.watch.exists(&short);
+                    let bytes = self.store.layer_info(found)?.bytes;
+                    LayerOutcome {
+                        diff_id,
+                        layer: found,
+                        existed: true,
+                        bytes,
+                    }
+                }
+                None => {
+                    let progress = self.watch.layer(&short, Some(layer.size));
+                    let reader = image.open_layer(index, progress)?;
+                    let origin = format!("layer {}", layer.diff_id);
+                    let outcome = self.layer(ground, origin, diff_id, Some(key), |dir| {
+                        apply_layer(reader, dir, &ApplyOptions::default()).map(drop)
+                    })?;
+                    self.watch.done();
+                    outcome
+                }
+            };
+            ground.layers.push(outcome.layer);
+            outcomes.push(outcome);
+        }
+        Ok(())
+    }
+
+    /// Makes one layer: `fill` writes into the mounted file system.
+    fn layer(
+        &self,
+        ground: &Ground,
+        origin: String,
+        diff_id: Option<String>,
+        chain_key: Option<String>,
+        fill: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<LayerOutcome> {
+        let parent = ground.layers.last().copied();
+        let staged = self.store.stage_layer(parent, ground.virtual_size)?;
+        let target = Target::Staged(staged.header.uuid);
+        let mount = TemporaryMount::new(self.store, &target)?;
+        fill(mount.dir()).map_err(|error| self.name_the_limit(error, mount.dir(), ground))?;
+        mount.end()?;
+        let open = target.open(self.store)?;
+        forget_ext4_journal(&open)?;
+        let layer = open.chain().top().ok_or_else(|| {
+            Error::new(ErrorKind::ReadOnly, "a layer that is being made has no top")
+        })?;
+        let bytes = layer.data_blocks() * BLOCK_SIZE;
+        drop(open);
+        let info = LayerInfo {
+            origin,
+            diff_id: diff_id.clone(),
+            chain_key,
+            bytes,
+            damaged: None,
+        };
+        let layer = finish_layer(staged, layer, info, self.pin)?;
+        Ok(LayerOutcome {
+            diff_id,
+            layer,
+            existed: false,
+            bytes,
+        })
+    }
+
+    /// Says which of its limits the file system at `dir` has reached, and what to do.
+    fn name_the_limit(&self, error: Error, dir: &Path, ground: &Ground) -> Error {
+        let Ok(usage) = ext4::usage(dir) else {
+            return error;
+        };
+        if error.kind() != ErrorKind::NoSpace {
+            return error;
+        }
+        let size = ground.virtual_size;
+        let remedy = match ground.has_image {
+            true => "import the image that --from names anew with a larger --size",
+            false => "give a larger --size",
+        };
+        if usage.files_used >= usage.files {
+            return error.context(format!(
+                "the image's file system of {size} bytes has {} inodes, one for each file and \
+                 directory, and all are in use: {remedy}",
+                usage.files
+            ));
+        }
+        if usage.free < (size / 100).max(1 << 20) {
+            return error.context(format!(
+                "the image's file system of {size} bytes is full: {remedy}"
+            ));
+        }
+        match nix::sys::statvfs::statvfs(self.store.root()) {
+            Ok(disk) if disk.blocks_available() * disk.fragment_size() < 16 << 20 => {
+                error.context(format!(
+                    "the disk of the store {} is full",
+                    self.store.root().display()
+                ))
+            }
+            _ => error,
+        }
+    }
+
+    fn raw(
+        &self,
+        name: &str,
+        raw_image: &RawImage,
+        options: &ImportOptions,
+    ) -> Result<(ImageRecord, Vec<LayerOutcome>)> {
+        if options.from.is_some() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "--from takes a tar or a directory to add, not a disk image",
+            ));
+        }
+        let fs = mountable(raw_image)?;
+        let fixed = fs.as_ref().and_then(|fs| fs.fixed.as_ref());
+        let least = raw_image.size.next_multiple_of(BLOCK_SIZE);
+        let virtual_size = options.size.unwrap_or(least);
+        if let (Some(why), true) = (fixed, virtual_size > least) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "its file system cannot be made larger than its {} bytes, since {why}: leave \
+                     --size out",
+                    raw_image.size
+                ),
+            ));
+        }
+        if virtual_size < least {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("--size {virtual_size} is smaller than the disk image ({least} bytes)"),
+            ));
+        }
+        let staged = self.store.stage_layer(None, virtual_size)?;
+        let storage = self.store.storage().clone();
+        let layer = WritableLayer::open(storage, &staged.dir(), LayerOptions::default())?;
+        let shown = raw_image.path.display().to_string();
+        let mut progress = self.watch.layer(&shown, Some(raw_image.size));
+        raw::copy_in(&layer, &raw_image.path, raw_image.size, |bytes| {
+            if let Some(progress) = &mut progress {
+                progress(bytes);
+            }
+        })?;
+        let bytes = layer.data_blocks() * BLOCK_SIZE;
+        let info = LayerInfo {
+            origin: file_origin(&raw_image.path),
+            ..LayerInfo::default()
+        };
+        let layer = finish_layer(staged, layer, info, self.pin)?;
+        self.watch.done();
+        let mut config = ImageConfig::for_host();
+        config.history.push(imported(&raw_image.path));
+        let image = ImageRecord {
+            name: name.to_owned(),
+            id: Uuid::new_v4(),
+            layers: vec![layer],
+            virtual_size,
+            device_size: (options.size.is_none() && raw_image.size < virtual_size)
+                .then_some(raw_image.size),
+            fs,
+            holds: raw_image.holds.as_ref().map(Holds::to_string),
+            config,
+            created: now(),
+        };
+        let outcome = LayerOutcome {
+            diff_id: None,
+            layer,
+            existed: false,
+            bytes,
+        };
+        Ok((image, vec![outcome]))
+    }
+}
+
+/// The file system of a disk image, where it can be mounted.
+fn mountable(raw_image: &RawImage) -> Result<Option<FsInfo>> {
+    let kind = match &raw_image.holds {
+        // The kernel's ext4 mounts all three.
+        Some(Holds::FileSystem(kind)) if matches!(&kind[..], "ext2" | "ext3" | "ext4") => kind,
+        _ => return Ok(None),
+    };
+    let fixed = Superblock::of_file(&raw_image.path)?.fixed();
+    Ok(Some(FsInfo {
+        kind: kind.clone(),
+        fixed: fixed.map(str::to_owned),
+    }))
+}
+
+/// The virtual size of an image whose size nobody says: the usual one, and for content that would
+/// fill most of it as much on top of the content.
+fn size_for(content: Measure) -> u64 {
+    let blocks = content.bytes + content.bytes / 8;
+    let inodes = content.files.saturating_mul(ext4::BYTES_PER_INODE);
+    let need = blocks.max(inodes);
+    if need <= DEFAULT_SIZE / 4 * 3 {
+        return DEFAULT_SIZE;
+    }
+    (need + DEFAULT_SIZE).next_multiple_of(1 << 30)
+}
+
+fn file_origin(path: &Path) -> String {
+    if path.as_os_str() == "-" {
+        return "vellum import (standard input)".into();
+    }
+    format!(
+        "vellum import {}",
+        path.file_name().unwrap_or(path.as_os_str()).display()
+    )
+}
+
+/// The step of the history that added `path`.
+fn imported(path: &Path) -> HistoryEntry {
+    HistoryEntry {
+        created: Some(now()),
+        created_by: Some(file_origin(path)),
+        ..HistoryEntry::default()
+    }
+}
+
+/// Lets a layer say nothing of the ext4 journal's blocks: after an orderly unmount they mean
+/// nothing, and every layer would carry them.
+pub(super) fn forget_ext4_journal(open: &OpenChain) -> Result<()> {
+    let chain = open.chain();
+    let superblock = match Superblock::read(&**chain) {
+        Ok(superblock) if superblock.clean => superblock,
+        // What needs recovery, and what is no ext4, stays as it is.
+        _ => return Ok(()),
+    };
+    let Some(top) = chain.top() else {
+        return Ok(());
+    };
+    for range in superblock.journal {
+        let start = range.start.div_ceil(BLOCK_SIZE);
+        let end = (range.end / BLOCK_SIZE).min(chain.size() / BLOCK_SIZE);
+        if start < end {
+            let _lock = top.lock_blocks(start, end - start);
+            top.clear_blocks(start, end - start, BlockState::Parent)?;
+        }
+    }
+    Ok(())
+}
+
+/// Seals a layer that is complete, gives it checksums and publishes it.
+pub(super) fn finish_layer(
+    staged: StagedLayer,
+    layer: Arc<WritableLayer>,
+    mut info: LayerInfo,
+    pin: &StoreGuard,
+) -> Result<Uuid> {
+    info.bytes = layer.data_blocks() * BLOCK_SIZE;
+    let storage = layer.storage_handle();
+    layer.seal()?;
+    drop(layer);
+    seal_in_place(&*storage, &staged.dir(), |_| {})?;
+    staged.publish(&info, pin)
+}

@@ -1,0 +1,97 @@
+//! What users do with a store: import, mount, run, commit, compare, serve. Commands and the
+//! snapshotter call these; nothing here prints.
+
+pub mod check;
+pub mod commit;
+pub mod device;
+pub mod diff;
+pub mod doctor;
+pub mod grow;
+pub mod import;
+pub mod known;
+pub mod lost;
+pub mod map;
+pub mod mount;
+pub mod mount_point;
+pub mod prewarm;
+pub mod raw;
+pub mod run;
+pub mod serve;
+pub mod serving;
+pub mod stats;
+pub mod status;
+pub mod template;
+pub mod temporary;
+pub mod upgrade;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use vellum_base::error::{Result, ResultExt};
+use vellum_base::interrupt;
+use vellum_base::storage::{Held, LockMode, by};
+use vellum_store::{ContainerRecord, Store};
+
+/// A path in JSON, whose strings are text: what is not is replaced.
+pub fn path_as_text<S: serde::Serializer>(
+    path: &std::path::Path,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
+/// Most commands work on a container for less than this: whoever waits longer wants to know for whom.
+const SHORT_WAIT: Duration = Duration::from_secs(1);
+/// How long apart it is asked for, in that time and afterwards.
+const SHORT_PAUSE: Duration = Duration::from_millis(2);
+const LONG_PAUSE: Duration = Duration::from_millis(50);
+
+/// The file whose lock keeps other processes from a container.
+pub fn container_lock(store: &Store, id: Uuid) -> PathBuf {
+    store.root().join("run").join(format!("{id}.lock"))
+}
+
+/// Keeps other processes from mounting, unmounting or committing the same container.
+pub fn lock_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
+    let held = wait_for_container(store, container)?;
+    // While we waited it may have been removed, and its name given to another.
+    if store.container(&container.name)?.id != container.id {
+        return Err(vellum_base::Error::new(
+            vellum_base::ErrorKind::NotFound,
+            format!(
+                "the container {} was removed, and another made of that name: try again",
+                container.name
+            ),
+        ));
+    }
+    Ok(held)
+}
+
+/// Waits for the lock of a container, and says for whom where that takes long. It asks again and again,
+/// since a signal that comes just before a call that waits does not wake it.
+fn wait_for_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
+    let path = container_lock(store, container.id);
+    let since = Instant::now();
+    let mut told = false;
+    loop {
+        let held = store
+            .storage()
+            .lock(&path, LockMode::Exclusive, false)
+            .context(|| format!("cannot lock {}", path.display()))?;
+        if let Some(held) = held {
+            return Ok(held);
+        }
+        interrupt::check()?;
+        if since.elapsed() > SHORT_WAIT && !told {
+            told = true;
+            tracing::warn!(
+                "waiting for another process that works on the container {}{}",
+                container.name,
+                by(serving::working(store, container).as_ref())
+            );
+        }
+        std::thread::sleep(if told { LONG_PAUSE } else { SHORT_PAUSE });
+    }
+}

@@ -1,0 +1,493 @@
+//! Containers that run: an image's command, or another, in a container's file system, started by
+//! an OCI runtime with namespaces, capabilities and cgroups of its own.
+//!
+//! * [`run`] makes a container and runs a command in it; [`exec`] runs one in a container that is
+//!   there, beside what runs in it or alone.
+//! * [`activity()`] says what runs; unmounting and removing end it.
+
+mod activity;
+mod bundle;
+mod capabilities;
+mod executable;
+mod foreground;
+mod limits;
+mod runtime;
+pub(super) mod scaffold;
+mod seccomp;
+mod spec;
+mod user;
+mod volume;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use uuid::Uuid;
+
+use super::lock_container;
+use super::mount::{
+    self, Rights, mount_anew, mount_locked, mounted, refuse_halted, take_over, unmount_ended,
+};
+use super::mount_point;
+use activity::{Owner, kill_left, oci_dir, settled_activity};
+use bundle::{absolute, host_name, prepare, write_json};
+use executable::{Files, NoProgram};
+use foreground::Foreground;
+use runtime::Runtime;
+use spec::ProcessPlan;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::interrupt;
+use vellum_export::device::{Identity, boot_id};
+use vellum_fs::held_dir::Place;
+use vellum_store::{Confinement, ContainerRecord, NewContainer, Store};
+
+pub use activity::{Activity, activity};
+pub(super) use activity::{end_for_good, end_running, forget};
+pub use capabilities::parse_capability;
+pub(super) use runtime::find as find_runtime;
+pub use seccomp::parse_seccomp;
+pub use volume::{check_volumes, parse_volume};
+
+/// The exit status for a failure before the command started, as docker has it.
+pub const FAILURE: u8 = 125;
+
+/// A command and what it gets.
+#[derive(Debug, Clone, Default)]
+pub struct CommandOptions {
+    /// The program and its arguments; for [`run`] the image's where it is empty.
+    pub command: Vec<String>,
+    /// `NAME=VALUE` each, on top of the image's.
+    pub env: Vec<String>,
+    /// Where it starts; the image's where it is `None`. Made where it is missing.
+    pub workdir: Option<String>,
+    /// `USER[:GROUP]`, names or numbers; the image's where it is `None`.
+    pub user: Option<String>,
+    /// Give it a terminal; standard input must be one.
+    pub terminal: bool,
+}
+
+/// How to run a new container.
+#[derive(Debug, Clone, Default)]
+pub struct RunOptions {
+    /// The command.
+    pub command: CommandOptions,
+    /// The program in place of the image's entry point; empty for none.
+    pub entrypoint: Option<String>,
+    /// Remove the container when the command has ended.
+    pub remove: bool,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Its exit status, 128 + n after signal n; 127 where the program was not found, 126 where it
+    /// could not be executed, [`FAILURE`] where it could not be started for another reason.
+    pub status: u8,
+    /// Why it did not start, if it did not.
+    pub failure: Option<Failure>,
+}
+
+/// Why a command did not start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// It is no program, and nobody has said so yet.
+    NoProgram(String),
+    /// The runtime failed, and has said so on the command's standard error.
+    Runtime(String),
+}
+
+impl From<NoProgram> for Ended {
+    fn from(no: NoProgram) -> Self {
+        Ended {
+            status: no.status,
+            failure: Some(Failure::NoProgram(no.why)),
+        }
+    }
+}
+
+/// Checks that this host can confine a container so.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] and [`ErrorKind::Unsupported`], with what to leave out.
+pub fn check_confinement(confinement: &Confinement) -> Result<()> {
+    let capabilities = capabilities::of(confinement)?;
+    seccomp::of(&confinement.seccomp, &capabilities)?;
+    limits::of(confinement).map(drop)
+}
+
+/// Makes a container, runs a command in it in the foreground, and unmounts it. While it runs, the
+/// signals of the calling thread go on to the command.
+///
+/// A container whose command could not be started is removed again.
+///
+/// # Errors
+/// [`ErrorKind::Missing`] without an OCI runtime; as [`Store::create_container`] and
+/// [`mount::mount`]; [`ErrorKind::NotFound`] for a user that the image does not have.
+pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Result<Ended> {
+    let program = runtime::find()?;
+    check_volumes(&new.volumes)?;
+    check_confinement(&new.confinement)?;
+    let mut container = store.create_container(new)?;
+    let ended = run_created(store, &mut container, options, &program);
+    let started = matches!(&ended, Ok(ended) if ended.failure.is_none());
+    if options.remove || !started {
+        let removed = remove_again(store, &container);
+        if started {
+            removed?;
+        }
+    }
+    ended
+}
+
+fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
+    // Also where a signal asked us to end.
+    let _held = interrupt::hold();
+    // Somebody may have removed it meanwhile, and even made another of that name.
+    match store.container(&container.name) {
+        Ok(there) if there.id == container.id => {
+            mount::remove(store, &container.name, false).map(drop)
+        }
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn run_created(
+    store: &Store,
+    container: &mut ContainerRecord,
+    options: &RunOptions,
+    program: &Path,
+) -> Result<Ended> {
+    // Commands that are run in it later get the same.
+    let config = &mut container.config.config;
+    let command = &options.command;
+    spec::merge_env(&mut config.env, &command.env);
+    if let Some(workdir) = &command.workdir {
+        config.working_dir.clone_from(workdir);
+    }
+    if let Some(user) = &command.user {
+        config.user.clone_from(user);
+    }
+    let mut args: Vec<String> = match &options.entrypoint {
+        Some(program) => Some(program.clone())
+            .filter(|program| !program.is_empty())
+            .into_iter()
+            .collect(),
+        None => config.entrypoint.clone(),
+    };
+    // Another entry point has other arguments.
+    match (command.command.is_empty(), &options.entrypoint) {
+        (true, None) => args.extend(config.cmd.iter().cloned()),
+        _ => args.extend(command.command.iter().cloned()),
+    }
+    if args.is_empty() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "the image {} names no command: give one after `--`",
+                container.image
+            ),
+        ));
+    }
+    store.update_container(container)?;
+    let start = Start {
+        args,
+        env: Vec::new(),
+        terminal: command.terminal,
+        program: program.to_owned(),
+    };
+    run_alone(store, container, &start)
+}
+
+/// What [`run_alone`] starts; the rest is in the container's record.
+struct Start {
+    args: Vec<String>,
+    env: Vec<String>,
+    terminal: bool,
+    program: PathBuf,
+}
+
+/// Mounts a container that nothing runs in, unless it is, runs a command, and puts all back.
+fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Result<Ended> {
+    let run_dir = store.run_dir(container);
+    let busy = lock_container(store, container)?;
+    // What a killed command left is in the way of the new one.
+    end_for_good(store, container, false)?;
+    refuse_halted(&store.run_dir(container), &container.name)?;
+    take_over(store, container)?;
+    let before = mounted(store, container)?;
+    let keep_mounted = before.is_some();
+    let oci = oci_dir(&run_dir).join("root");
+    fs::create_dir_all(&oci).context(|| format!("cannot make {}", oci.display()))?;
+    let owner = Owner {
+        id: container.id.to_string(),
+        program: start.program.clone(),
+        waiter: Identity::current(),
+        runner: None,
+        cgroup: format!("vellum-{}", container.id),
+        keep_mounted,
+        boot_id: boot_id(),
+        place: Place::of(&run_dir).ok(),
+    };
+    let prepare = || {
+        // First, so that whoever comes after us should we be killed knows what to unmount.
+        owner.write(&run_dir)?;
+        let rootfs = match before {
+            Some(there) => {
+                let there = if there.given_up {
+                    mount_anew(store, container, &there, None, None)?
+                } else {
+                    there
+                };
+                let atime = container.atime.unwrap_or_default();
+                mount_point::inner_dir(&run_dir, &there.dir, &there.device, atime)?
+            }
+            None => mount_locked(store, container, None, Rights::ALL)?.dir,
+        };
+        if let Some(no) = prepare(store, container, start, &run_dir, &rootfs, &owner)? {
+            return Ok(Err(no));
+        }
+        // From here on signals are the command's; what came before is ours.
+        let foreground = Foreground::new()?;
+        interrupt::check()?;
+        Ok(Ok((rootfs, foreground)))
+    };
+    let undo = || {
+        // Nothing runs yet; the first failure is what matters.
+        let _held = interrupt::hold();
+        let _ = end_alone(store, container, keep_mounted);
+    };
+    let (rootfs, foreground) = match prepare() {
+        Ok(Ok(prepared)) => prepared,
+        Ok(Err(no)) => {
+            undo();
+            return Ok(no.into());
+        }
+        Err(error) => {
+            undo();
+            return Err(error);
+        }
+    };
+    // Others may ask, look and enter while it runs.
+    drop(busy);
+    let ended = supervise(&foreground, &run_dir, owner, &rootfs);
+    let put_back = put_back(store, container, keep_mounted);
+    let ended = ended?;
+    put_back?;
+    Ok(ended)
+}
+
+/// Removes what a run left, and unmounts.
+fn put_back(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> Result<()> {
+    let _held = interrupt::hold();
+    let _busy = match lock_container(store, container) {
+        // Removed by force, mounts and all.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    let run_dir = store.run_dir(container);
+    match Owner::read(&run_dir)? {
+        // Ended by force, and another runs in it by now.
+        Some(owner) if owner.waiter != Identity::current() => Ok(()),
+        Some(_) => end_alone(store, container, keep_mounted),
+        // Ended by force.
+        None => Ok(()),
+    }
+}
+
+/// Ends what is left of a run of ours, and unmounts.
+fn end_alone(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> Result<()> {
+    let run_dir = store.run_dir(container);
+    if keep_mounted {
+        kill_left(&run_dir)?;
+        if let Some(mounted) = mounted(store, container)? {
+            scaffold::take_away(store, container, &mounted.dir)?;
+        }
+        mount_point::end_inner(&run_dir)?;
+        return forget(&run_dir);
+    }
+    kill_left(&run_dir)?;
+    unmount_ended(store, container, false)
+}
+
+/// Starts the runtime on the bundle and waits for it.
+fn supervise(
+    foreground: &Foreground,
+    run_dir: &Path,
+    mut owner: Owner,
+    rootfs: &Path,
+) -> Result<Ended> {
+    let oci = oci_dir(run_dir);
+    let runtime = owner.runtime(run_dir);
+    let log = oci.join("log");
+    let mut command = logged(&runtime, &log);
+    command
+        .args(["run", "--bundle"])
+        .arg(&oci)
+        .arg("--pid-file")
+        .arg(oci.join("pid"))
+        .arg(&owner.id);
+    let mut child = runtime.spawn(&mut command, Some(rootfs))?;
+    owner.runner = Identity::of(child.id() as i32);
+    let noted = owner.write(run_dir);
+    let status = foreground.wait(&mut child)?;
+    noted?;
+    Ok(ended(status, &log))
+}
+
+fn logged(runtime: &Runtime, log: &Path) -> Command {
+    let mut command = runtime.command();
+    // By its name alone: crun takes what stands before a colon in a path for a kind of log.
+    if let (Some(dir), Some(name)) = (log.parent(), log.file_name()) {
+        command.current_dir(dir).arg("--log").arg(name);
+    }
+    command.args(["--log-format", "json"]);
+    command
+}
+
+/// Tells the command's exit status from a failure of the runtime.
+fn ended(status: u8, log: &Path) -> Ended {
+    match runtime::logged_failure(log).filter(|_| status != 0) {
+        Some(failure) => Ended {
+            status: runtime::status_of_failure(&failure),
+            failure: Some(Failure::Runtime(failure)),
+        },
+        None => Ended {
+            status,
+            failure: None,
+        },
+    }
+}
+
+/// Runs a command in a container that is there, in the foreground: beside what runs in it, in its
+/// namespaces; or, where nothing does, alone, mounted for as long as it takes.
+///
+/// # Errors
+/// As [`run`]; [`ErrorKind::InUse`] while the container starts or stops.
+pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended> {
+    let mut container = store.container(name)?;
+    if options.command.is_empty() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "there is no command: give one after `--`",
+        ));
+    }
+    let config = &mut container.config.config;
+    if let Some(workdir) = &options.workdir {
+        config.working_dir.clone_from(workdir);
+    }
+    if let Some(user) = &options.user {
+        config.user.clone_from(user);
+    }
+    let run_dir = store.run_dir(&container);
+    let runs = matches!(settled_activity(&run_dir)?, Activity::Running { .. });
+    match runs && can_be_entered(&run_dir)? {
+        true => exec_beside(store, &container, options),
+        false => {
+            let start = Start {
+                args: options.command.clone(),
+                env: options.env.clone(),
+                terminal: options.terminal,
+                program: runtime::find()?,
+            };
+            run_alone(store, &container, &start)
+        }
+    }
+}
+
+/// Waits until the runtime has noted what it started; false where that has ended meanwhile.
+fn can_be_entered(run_dir: &Path) -> Result<bool> {
+    let Some(owner) = Owner::read(run_dir)? else {
+        return Ok(false);
+    };
+    let lives = || owner.process(run_dir).is_some();
+    owner.runtime(run_dir).wait_for(&owner.id, lives);
+    Ok(lives())
+}
+
+fn exec_beside(
+    store: &Store,
+    container: &ContainerRecord,
+    options: &CommandOptions,
+) -> Result<Ended> {
+    let run_dir = store.run_dir(container);
+    let gone = || {
+        Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "the command in {} has just ended: try again",
+                container.name
+            ),
+        )
+    };
+    let owner = Owner::read(&run_dir)?.ok_or_else(gone)?;
+    let rootfs = mounted(store, container)?.ok_or_else(gone)?.dir;
+    let config = &container.config.config;
+    let who = user::resolve(&rootfs, &config.user)?;
+    let env = spec::environment(
+        &host_name(container),
+        options.terminal,
+        &who.home,
+        &config.env,
+        &options.env,
+    );
+    let cwd = absolute(&config.working_dir);
+    if let Some(init) = owner.init(&run_dir) {
+        // As its first process sees them, with all that is mounted there.
+        let root = PathBuf::from(format!("/proc/{}/root", init.pid));
+        let files = Files {
+            root: &root,
+            binds: &[],
+        };
+        if let Some(no) = executable::check(&files, &options.command, &env, &cwd) {
+            return Ok(no.into());
+        }
+    }
+    let process = spec::process(&ProcessPlan {
+        args: options.command.clone(),
+        env,
+        cwd,
+        who,
+        terminal: options.terminal,
+        capabilities: capabilities::of(&container.confinement)?,
+        no_new_privileges: container.confinement.no_new_privileges,
+    })?;
+    let files = ExecFiles::new(&oci_dir(&run_dir));
+    write_json(&files.process, &process)?;
+    let runtime = owner.runtime(&run_dir);
+    let mut command = logged(&runtime, &files.log);
+    command
+        .args(["exec", "--process"])
+        .arg(&files.process)
+        .arg(&owner.id);
+    let foreground = Foreground::new()?;
+    interrupt::check()?;
+    let mut child = runtime.spawn(&mut command, Some(&rootfs))?;
+    let status = foreground.wait(&mut child)?;
+    Ok(ended(status, &files.log))
+}
+
+/// The files of one `exec`, gone with it.
+struct ExecFiles {
+    process: PathBuf,
+    log: PathBuf,
+}
+
+impl ExecFiles {
+    fn new(oci: &Path) -> Self {
+        let base = oci.join(format!("exec-{}", Uuid::new_v4()));
+        ExecFiles {
+            process: base.with_extension("json"),
+            log: base.with_extension("log"),
+        }
+    }
+}
+
+impl Drop for ExecFiles {
+    fn drop(&mut self) {
+        // Whoever cleans up after the container removes what stays.
+        let _ = fs::remove_file(&self.process);
+        let _ = fs::remove_file(&self.log);
+    }
+}

@@ -1,0 +1,98 @@
+//! Chains as NBD exports.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::device::{COPY_UP, MAP, OpenChain, STATS, Target, counts};
+use super::serving::WHO;
+use super::stats::encode;
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::storage::Holder;
+use vellum_core::chain::ChainStats;
+use vellum_export::device::ControlHandler;
+use vellum_export::device::control_server::ControlServer;
+use vellum_export::nbd::Export;
+use vellum_store::Store;
+
+/// A chain that is served, and the socket on which others ask for its counters. Both are closed in
+/// order when it is dropped, after the server's shutdown.
+#[derive(Debug)]
+pub struct Serving {
+    // First, since it holds the chain too.
+    _control: Option<ControlServer>,
+    chain: Arc<OpenChain>,
+}
+
+impl Serving {
+    /// Closes the chain in order, after the server's shutdown.
+    ///
+    /// # Errors
+    /// Where what was written could not be made durable, or something is left to recover.
+    pub fn close(self) -> Result<()> {
+        self.chain.close()
+    }
+}
+
+/// What others may ask an NBD server for: nothing that would end or change what it serves.
+struct Answers(Arc<OpenChain>);
+
+impl ControlHandler for Answers {
+    fn handle(&self, verb: &str, args: Value) -> Result<Value> {
+        match verb {
+            STATS | MAP | COPY_UP => self.0.handle(verb, args),
+            WHO => encode(&Holder::current()),
+            _ => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("an NBD server knows no command {verb:?}"),
+            )),
+        }
+    }
+}
+
+/// The export of a container (writable, unless the store is not) or an image (read-only) under its
+/// name.
+///
+/// # Errors
+/// [`vellum_base::ErrorKind::NotFound`] for a name that is neither; [`vellum_base::ErrorKind::InUse`] while the
+/// container is mounted or served.
+pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Serving)> {
+    let (target, id, shown) = match store.container(name) {
+        Ok(container) => (Target::Container(name.to_owned()), Some(container.id), None),
+        Err(no_container) => match store
+            .image(name)
+            .ok()
+            .and_then(|image| Some((*image.layers.last()?, image.device_size)))
+        {
+            // Several servers may have an image, so none of them answers for it.
+            Some((top, shown)) => (Target::Sealed(top), None, shown),
+            None => return Err(no_container),
+        },
+    };
+    let stats = Arc::new(ChainStats::default().counting(counts()));
+    let target = match target {
+        // Who only reads changes no file of it.
+        Target::Container(name) if read_only => Target::Look(name),
+        other => other,
+    };
+    let chain = Arc::new(target.open_counted(store, stats)?);
+    if let Some(size) = shown {
+        chain.chain().show(size)?;
+    }
+    let mut export = Export::new(name, chain.chain().clone());
+    export.read_only = read_only;
+    // In a store that cannot be written there is no place for a socket, and nothing is counted but
+    // reads.
+    let control = id.filter(|_| !store.is_read_only()).and_then(|id| {
+        let (dir, socket) = store.socket_beside(id);
+        let answers = Arc::new(Answers(chain.clone()));
+        ControlServer::start(&dir, &socket, answers)
+            .inspect_err(|error| tracing::warn!(%error, "nobody can ask for counters"))
+            .ok()
+    });
+    let serving = Serving {
+        _control: control,
+        chain,
+    };
+    Ok((export, serving))
+}

@@ -1,0 +1,374 @@
+//! The control socket of a device: one JSON object a line, each way.
+//!
+//! Request: `{"verb": "status", "args": …}`. Answer: `{"ok": true, "result": …}` or
+//! `{"ok": false, "kind": "NoSpace", "error": "…"}`. The supervisor binds the socket and every
+//! worker inherits it, so a call that comes while a worker is replaced waits for the next one.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, ErrorKind as ErrorIo, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::state::CONTROL;
+use crate::unix_socket;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+
+/// After this long without an answer it is looked whether anybody can answer.
+const HALTED_CHECK: Duration = Duration::from_secs(2);
+/// No call waits for less than this.
+const SHORTEST: Duration = Duration::from_millis(10);
+/// The longest line that either side takes.
+pub const MAX_LINE: u64 = 1 << 20;
+
+/// Commands that a worker takes beside `status`, `flush`, `stop`, `upgrade` and `adopt`.
+pub trait ControlHandler: Send + Sync {
+    /// Carries out `verb`. Calls may come from several threads at once.
+    ///
+    /// # Errors
+    /// What the caller is told; [`ErrorKind::Unsupported`] for a verb that it does not know.
+    fn handle(&self, verb: &str, args: Value) -> Result<Value>;
+}
+
+/// A handler that knows no further command.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoCommands;
+
+impl ControlHandler for NoCommands {
+    fn handle(&self, verb: &str, _: Value) -> Result<Value> {
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("the device server knows no command {verb:?}"),
+        ))
+    }
+}
+
+/// One request line.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Call {
+    /// What to do.
+    pub verb: String,
+    /// With what.
+    #[serde(default)]
+    pub args: Value,
+}
+
+/// One answer line.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Reply {
+    /// True for success.
+    pub ok: bool,
+    /// What came out.
+    #[serde(default)]
+    pub result: Value,
+    /// What went wrong.
+    #[serde(flatten)]
+    pub failure: Option<Failure>,
+}
+
+/// An [`Error`] that travels between processes: kind and the whole text.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Failure {
+    /// The name of an [`ErrorKind`].
+    pub kind: String,
+    /// The whole story on one line.
+    pub error: String,
+}
+
+const KINDS: [ErrorKind; 17] = [
+    ErrorKind::InvalidInput,
+    ErrorKind::OutOfRange,
+    ErrorKind::NoSpace,
+    ErrorKind::ReadOnly,
+    ErrorKind::Io,
+    ErrorKind::Corrupt,
+    ErrorKind::Unsupported,
+    ErrorKind::Poisoned,
+    ErrorKind::NotFound,
+    ErrorKind::AlreadyExists,
+    ErrorKind::InUse,
+    ErrorKind::Permission,
+    ErrorKind::Missing,
+    ErrorKind::Protocol,
+    ErrorKind::Timeout,
+    ErrorKind::Command,
+    ErrorKind::Interrupted,
+];
+
+impl From<&Error> for Failure {
+    fn from(error: &Error) -> Self {
+        // One line, and short enough that a pipe takes it in one piece.
+        let text: String = error
+            .to_string()
+            .replace('\n', " ")
+            .chars()
+            .take(900)
+            .collect();
+        Failure {
+            kind: format!("{:?}", error.kind()),
+            error: text,
+        }
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        let known = KINDS
+            .into_iter()
+            .find(|kind| format!("{kind:?}") == failure.kind);
+        Error::new(known.unwrap_or(ErrorKind::Io), failure.error)
+    }
+}
+
+impl From<Result<Value>> for Reply {
+    fn from(result: Result<Value>) -> Self {
+        match result {
+            Ok(result) => Reply {
+                ok: true,
+                result,
+                failure: None,
+            },
+            Err(error) => Reply {
+                ok: false,
+                result: Value::Null,
+                failure: Some(Failure::from(&error)),
+            },
+        }
+    }
+}
+
+/// A path to a file of `dir` that is short however long the path of `dir` is: a socket's path has
+/// room for 107 bytes. Valid while the returned file is open.
+fn short_path(dir: &Path, name: &str) -> Result<(File, PathBuf)> {
+    let handle = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)
+        .open(dir)
+        .context(|| dir.display().to_string())?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}/{name}", handle.as_raw_fd()));
+    Ok((handle, path))
+}
+
+/// Makes the socket in `run_dir`, mode 0600, replacing one that nobody answers on.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] where somebody does, [`ErrorKind::AlreadyExists`] where something else is
+/// there; [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+pub fn bind(run_dir: &Path) -> Result<UnixListener> {
+    bind_at(run_dir, CONTROL)
+}
+
+/// As [`bind`], with a name for the socket.
+///
+/// # Errors
+/// As [`bind`].
+pub fn bind_at(dir: &Path, name: &str) -> Result<UnixListener> {
+    let (_handle, path) = short_path(dir, name)?;
+    let (listener, file) = unix_socket::bind_locked(&path, &dir.join(name))?;
+    // Whoever made the directory removes it, and others than this process listen on the socket.
+    file.keep();
+    Ok(listener)
+}
+
+/// True while a process of the device of `run_dir` lives, whether or not it answers, and in whatever
+/// namespaces: all of them hold the socket.
+pub(super) fn is_listened(run_dir: &Path) -> bool {
+    short_path(run_dir, CONTROL).is_ok_and(|(_handle, path)| unix_socket::is_listened(&path))
+}
+
+/// Calls the device of `run_dir` and waits at most `timeout` for its answer.
+///
+/// # Errors
+/// What the device answered, [`ErrorKind::NotFound`] when there is none, [`ErrorKind::Timeout`]
+/// when it does not answer, with what is known of that and what to do.
+pub fn call(run_dir: &Path, verb: &str, args: Value, timeout: Duration) -> Result<Value> {
+    call_at(run_dir, CONTROL, verb, args, timeout).map_err(|error| explain(run_dir, error))
+}
+
+/// As [`call`], for a command that may be carried out twice: where the worker dies before it has
+/// answered, the next one is asked.
+///
+/// # Errors
+/// As [`call`].
+pub fn call_again(run_dir: &Path, verb: &str, args: Value, timeout: Duration) -> Result<Value> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let asked = ask(run_dir, CONTROL, verb, args.clone(), left.max(SHORTEST));
+        match asked {
+            Ok(answer) => return answer.map_err(|error| explain(run_dir, error)),
+            Err(error) if left.is_zero() => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+/// Adds to a [`ErrorKind::Timeout`] why nobody answers, where that can be seen.
+fn explain(run_dir: &Path, error: Error) -> Error {
+    if error.kind() != ErrorKind::Timeout {
+        return error;
+    }
+    match super::state::stopped(run_dir) {
+        Some(stopped) => Error::new(ErrorKind::Timeout, format!("{error}: {stopped}")),
+        None => error,
+    }
+}
+
+/// As [`call`], with the name of the socket.
+///
+/// # Errors
+/// As [`call`].
+pub fn call_at(
+    dir: &Path,
+    socket: &str,
+    verb: &str,
+    args: Value,
+    timeout: Duration,
+) -> Result<Value> {
+    ask(dir, socket, verb, args, timeout)?
+}
+
+/// The outer error is that the server went away before it answered, the inner all others.
+fn ask(
+    dir: &Path,
+    name: &str,
+    verb: &str,
+    args: Value,
+    timeout: Duration,
+) -> Result<Result<Value>> {
+    let began = Instant::now();
+    let what = || format!("{}: {verb}", dir.join(name).display());
+    let failed = |error: std::io::Error| match error.kind() {
+        ErrorIo::WouldBlock => Ok(Err(Error::new(
+            ErrorKind::Timeout,
+            format!(
+                "{}: no answer within {} s",
+                what(),
+                began.elapsed().as_secs_f32().round()
+            ),
+        ))),
+        ErrorIo::ConnectionRefused | ErrorIo::NotFound => Ok(Err(Error::with_source(
+            ErrorKind::NotFound,
+            format!("{}: no server is there", what()),
+            error,
+        ))),
+        ErrorIo::BrokenPipe | ErrorIo::ConnectionReset => Err(Error::io(what(), error)),
+        _ => Ok(Err(Error::io(what(), error))),
+    };
+    let call = Call {
+        verb: verb.to_string(),
+        args,
+    };
+    let (_handle, path) = match short_path(dir, name) {
+        Ok(path) => path,
+        Err(error) => return Ok(Err(error)),
+    };
+    let exchange = || {
+        let stream = unix_socket::connect(&path, timeout)?;
+        stream.set_read_timeout(Some(timeout))?;
+        send(&stream, &call)?;
+        let halted = || name == CONTROL && super::state::is_halted(dir);
+        wait_for_answer(&stream, timeout, halted)?;
+        let mut line = String::new();
+        BufReader::new((&stream).take(MAX_LINE)).read_line(&mut line)?;
+        Ok(line)
+    };
+    let line: String = match exchange() {
+        Ok(line) => line,
+        Err(error) => return failed(error),
+    };
+    if !line.ends_with('\n') && (line.len() as u64) < MAX_LINE {
+        return Err(Error::new(
+            ErrorKind::Io,
+            format!("{}: the server went away before it answered", what()),
+        ));
+    }
+    let reply: Reply = match serde_json::from_str(&line) {
+        Ok(reply) => reply,
+        Err(error) => return Ok(Err(Error::with_source(ErrorKind::Protocol, what(), error))),
+    };
+    Ok(match reply.failure {
+        Some(failure) if !reply.ok => Err(Error::from(failure)),
+        _ => Ok(reply.result),
+    })
+}
+
+/// Waits until there is something to read, at most for `timeout`, and not for one that is `halted`.
+fn wait_for_answer(
+    stream: &UnixStream,
+    timeout: Duration,
+    halted: impl Fn() -> bool,
+) -> std::io::Result<()> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let wait = left.min(HALTED_CHECK).as_millis() as u16;
+        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::from(wait)) {
+            Ok(0) if left.is_zero() || halted() => return Err(ErrorIo::WouldBlock.into()),
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Sends one line.
+pub(super) fn send(mut stream: &UnixStream, message: &impl Serialize) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_error_survives_the_way_between_processes() {
+        for kind in KINDS {
+            let failure = Failure::from(&Error::new(kind, "what\nhappened"));
+            let error = Error::from(failure);
+            assert_eq!(error.kind(), kind);
+            assert_eq!(error.to_string(), "what happened");
+        }
+    }
+
+    #[test]
+    fn a_reply_is_one_line_of_json() {
+        let reply = Reply::from(Err(Error::new(ErrorKind::NoSpace, "full")));
+        assert_eq!(
+            serde_json::to_string(&reply).unwrap(),
+            r#"{"ok":false,"result":null,"kind":"NoSpace","error":"full"}"#
+        );
+        let reply: Reply = serde_json::from_str(r#"{"ok":true,"result":3}"#).unwrap();
+        assert!(reply.failure.is_none());
+    }
+
+    #[test]
+    fn a_run_directory_with_a_long_path_has_a_socket_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = dir.path().join("x".repeat(200));
+        std::fs::create_dir(&long).unwrap();
+        let listener = bind(&long).unwrap();
+        let server = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let mut line = String::new();
+            BufReader::new(&stream).read_line(&mut line).unwrap();
+            let call: Call = serde_json::from_str(&line).unwrap();
+            send(&stream, &Reply::from(Ok(call.args))).unwrap();
+        });
+        let answer = call(&long, "echo", Value::from(5), Duration::from_secs(5)).unwrap();
+        assert_eq!(answer, 5);
+        server.join().unwrap();
+        let error = call(&long, "echo", Value::Null, Duration::from_secs(5)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+    }
+}

@@ -1,0 +1,474 @@
+//! From an attached device, or what a crash left of one, to nothing.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::Signal;
+
+use super::control;
+use super::lost::arguments;
+use super::process::Identity;
+use super::state::{self, CONTROL, DEV, LOG, LOOP, RunLock, RunState, STATE, Status, loops};
+use super::supervisor::ARG0;
+use crate::fuse::session::FS_TYPE;
+use crate::loop_device::LoopDevice;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_fs::held_dir::Place;
+use vellum_fs::mountinfo::MountInfo;
+
+/// How to detach.
+#[derive(Debug, Clone)]
+pub struct DetachOptions {
+    /// Also when it is mounted: its users get I/O errors, what they flushed is kept.
+    pub force: bool,
+    /// How long to wait for each step.
+    pub timeout: Duration,
+}
+
+impl Default for DetachOptions {
+    fn default() -> Self {
+        DetachOptions {
+            force: false,
+            timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Removes the loop device, the session, the processes and the run directory of a device, in
+/// whatever state a crash left them. A device that is not there is fine.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while it is mounted or open and its server lives; [`ErrorKind::Timeout`].
+pub fn detach(run_dir: &Path, options: &DetachOptions) -> Result<()> {
+    let run_dir = match fs::canonicalize(run_dir) {
+        Ok(run_dir) => run_dir,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(run_dir.display().to_string(), error)),
+    };
+    match RunLock::take(&run_dir)? {
+        Some(_lock) => detach_locked(&run_dir, options),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn detach_locked(run_dir: &Path, options: &DetachOptions) -> Result<()> {
+    clean(run_dir, options)?;
+    remove_files(run_dir)
+}
+
+/// Removes the files of a device that is gone, and its run directory where nothing else is there.
+pub(super) fn remove_files(run_dir: &Path) -> Result<()> {
+    let files = [DEV, STATE, CONTROL, LOG, LOOP].map(|name| run_dir.join(name));
+    for path in files.into_iter().chain(state::unfinished(run_dir)?) {
+        match fs::remove_file(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(path.display().to_string(), error)),
+        }
+    }
+    match fs::remove_dir(run_dir) {
+        // What others keep there stays.
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result.context(|| run_dir.display().to_string()),
+    }
+}
+
+/// All of [`detach`] but the files.
+pub(super) fn clean(run_dir: &Path, options: &DetachOptions) -> Result<()> {
+    if options.force || !control::is_listened(run_dir) {
+        // Nobody answers any more, or nobody shall: with the last process the session is aborted,
+        // so that nothing below can wait for an answer.
+        kill_all(run_dir, options.timeout)?;
+        for device in loops(run_dir)? {
+            unmount_all(device)?;
+            device.detach_lazily()?;
+        }
+        unmount_session(run_dir)?;
+        return Ok(());
+    }
+    for device in loops(run_dir)? {
+        let mounts = mounts_of(device)?;
+        if let Some(mount) = mounts.first() {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "{}: it is mounted on {}: unmount that first",
+                    device.path().display(),
+                    mount.display()
+                ),
+            ));
+        }
+        device.detach(options.timeout)?;
+    }
+    unmount_session(run_dir)?;
+    stop(run_dir, options.timeout)
+}
+
+fn mounts_of(device: LoopDevice) -> Result<Vec<PathBuf>> {
+    let path = device.path();
+    let mounts = MountInfo::read()?;
+    Ok(mounts
+        .into_iter()
+        .filter(|mount| mount.major_minor == device.major_minor() || mount.source == path)
+        .map(|mount| mount.target)
+        .collect())
+}
+
+fn unmount_all(device: LoopDevice) -> Result<()> {
+    // The last mounted is the first to go.
+    let mounts = MountInfo::read()?;
+    let ours = mounts
+        .iter()
+        .rev()
+        .filter(|mount| mount.major_minor == device.major_minor());
+    for mount in ours {
+        // Others' mounts are not ours to take away.
+        mount.check_uncovered(&mounts)?;
+        let target = &mount.target;
+        tracing::warn!("{}: unmounted, since its device is gone", target.display());
+        lazily_unmount(target)?;
+    }
+    Ok(())
+}
+
+fn unmount_session(run_dir: &Path) -> Result<()> {
+    let dev = run_dir.join(DEV);
+    // Whatever lies on top of it, one after the other, but not for ever.
+    for _ in 0..16 {
+        match umount2(&dev, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            // Not mounted, or not there.
+            Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => return Ok(()),
+            Err(errno) => {
+                return Err(Error::io(
+                    format!("{}: cannot be unmounted", dev.display()),
+                    errno.into(),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn lazily_unmount(target: &Path) -> Result<()> {
+    match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(Error::io(
+            format!("{}: cannot be unmounted", target.display()),
+            errno.into(),
+        )),
+    }
+}
+
+/// Ends the processes in order: the session is unmounted, so they may be ending already.
+fn stop(run_dir: &Path, timeout: Duration) -> Result<()> {
+    let Some(state) = RunState::read(run_dir)? else {
+        return kill_all(run_dir, timeout);
+    };
+    let runs = |process: &Identity| !process.is_stopped();
+    let mut named = state.named();
+    let first = named.next().filter(runs).and_then(Identity::open);
+    let told = match &first {
+        Some(supervisor) => {
+            supervisor.signal(Signal::SIGTERM);
+            supervisor.wait(timeout)?
+        }
+        None => match named.next().filter(runs).and_then(Identity::open) {
+            Some(worker) => {
+                worker.signal(Signal::SIGTERM);
+                worker.wait(timeout)?
+            }
+            None => false,
+        },
+    };
+    // A supervisor that ended in order has waited for the others and said so.
+    let ended = RunState::read(run_dir)?.is_some_and(|state| state.status == Status::Ended);
+    if told && ended {
+        return Ok(());
+    }
+    kill_all(run_dir, timeout)
+}
+
+/// Sees to it that a device answers again whose processes are all stopped, before it is taken away
+/// from those who use it: whoever unmounts it waits in the kernel otherwise. They go on; where
+/// something, as a debugger, keeps them, they are killed.
+///
+/// # Errors
+/// [`ErrorKind::Timeout`] where they do not die.
+pub fn wake(run_dir: &Path) -> Result<()> {
+    if !state::is_halted(run_dir) {
+        return Ok(());
+    }
+    let run_dir = fs::canonicalize(run_dir).context(|| run_dir.display().to_string())?;
+    for process in processes(&run_dir)?.into_iter().filter_map(Identity::open) {
+        tracing::warn!("process {} was stopped: it goes on", process.pid());
+        process.signal(Signal::SIGCONT);
+    }
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while state::is_halted(&run_dir) {
+        if Instant::now() >= deadline {
+            return kill_all(&run_dir, DetachOptions::default().timeout);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// So many times in a row, 10 ms apart, no process of a device is found before it counts as dead.
+const CALM_ROUNDS: u32 = 3;
+
+/// Kills every process of the device, whatever the state file says, and waits until none is left
+/// that could still hold a lock.
+fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
+    let deadline = Instant::now() + timeout;
+    let mut calm = 0;
+    loop {
+        // A standby that becomes the supervisor while its elders die is found in the next round.
+        let mut found = processes(run_dir)?;
+        found.extend(dying(run_dir));
+        let open: Vec<_> = found.into_iter().filter_map(Identity::open).collect();
+        for process in &open {
+            process.signal(Signal::SIGKILL);
+        }
+        for process in &open {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !process.wait(left)? {
+                return Err(Error::new(
+                    ErrorKind::Timeout,
+                    format!(
+                        "{}: process {} of the device does not die (its disk may hang)",
+                        run_dir.display(),
+                        process.pid()
+                    ),
+                ));
+            }
+        }
+        // One that is just being executed has no command line yet.
+        calm = match open.is_empty() && !control::is_listened(run_dir) {
+            true => calm + 1,
+            false => 0,
+        };
+        if calm == CALM_ROUNDS {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "{}: processes of the device live on after {timeout:?}: new ones came again and \
+                     again, or they cannot be seen from here (another pid namespace, as a \
+                     container's): do this there, or end that",
+                    run_dir.display()
+                ),
+            ));
+        }
+        if open.is_empty() {
+            std::thread::sleep(Duration::from_millis(if calm == 0 { 1 } else { 10 }));
+        }
+    }
+}
+
+/// The living processes of the device, by their command line and the directory that they hold: the
+/// state file may be half written.
+fn processes(run_dir: &Path) -> Result<Vec<Identity>> {
+    let mut found = Vec::new();
+    let place = Place::of(run_dir).ok();
+    for entry in fs::read_dir("/proc").context(|| "/proc: cannot be read")? {
+        let Ok(entry) = entry else { continue };
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<i32>().ok())
+        else {
+            continue;
+        };
+        if is_of(pid, run_dir, place)
+            && let Some(identity) = Identity::of(pid)
+            && identity.is_alive()
+        {
+            found.push(identity);
+        }
+    }
+    Ok(found)
+}
+
+/// Those that the state names and that are dying: they have no command line any more, and may still
+/// have their files. A directory that was copied names the living processes of another.
+fn dying(run_dir: &Path) -> Vec<Identity> {
+    // Where nothing can be read any more, by force, nothing is known of them.
+    let Ok(Some(state)) = RunState::read(run_dir) else {
+        return Vec::new();
+    };
+    let dying = |one: &Identity| {
+        let line = fs::read(format!("/proc/{}/cmdline", one.pid));
+        line.is_ok_and(|line| line.is_empty()) && one.is_alive()
+    };
+    state.named().filter(dying).collect()
+}
+
+/// The user of a process where it has one alone: real, effective, saved and file system's.
+fn user_of(pid: i32) -> Option<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    let mut users = line.split_ascii_whitespace().map(str::parse::<u32>);
+    let first = users.next()?.ok()?;
+    users
+        .all(|user| user.as_ref() == Ok(&first))
+        .then_some(first)
+}
+
+/// True for a process of the device of `run_dir`, which is at `place`.
+fn is_of(pid: i32, run_dir: &Path, place: Option<Place>) -> bool {
+    let Some(told) = run_dir_of(pid) else {
+        return false;
+    };
+    // The last part of the path is the device's own name, which it keeps.
+    if told.file_name() != run_dir.file_name() {
+        return false;
+    }
+    let Some(place) = place else {
+        // Nothing can be looked at there (its disk is gone).
+        return told == run_dir;
+    };
+    let held = held_dirs(pid);
+    if held.is_empty() {
+        // A program from before run directories were held.
+        return told == run_dir;
+    }
+    held.contains(&place)
+}
+
+/// The directories that a process has open.
+fn held_dirs(pid: i32) -> Vec<Place> {
+    let files = fs::read_dir(format!("/proc/{pid}/fd"));
+    files
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|file| {
+            let path = file.path();
+            // Not the files of the device: to look at one may mean to wait for its server.
+            let link = fs::read_link(&path).ok()?;
+            if !link.is_absolute() || link.starts_with("/dev") {
+                return None;
+            }
+            let metadata = fs::metadata(&path).ok()?;
+            metadata.is_dir().then(|| Place::from(&metadata))
+        })
+        .collect()
+}
+
+/// The run directory that a device process was told, `None` for any other process.
+fn run_dir_of(pid: i32) -> Option<PathBuf> {
+    command_line(pid).map(|(run_dir, _)| run_dir)
+}
+
+/// The run directory that a device process was told, and all its arguments; `None` for any other
+/// process. Whoever wants to can have such a command line, so it must be our user's, or root's; what
+/// others hold is not even looked at, since that may hang.
+pub(super) fn command_line(pid: i32) -> Option<(PathBuf, Vec<OsString>)> {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    if line.split(|byte| *byte == 0).next()? != ARG0.as_bytes() {
+        return None;
+    }
+    let ours = nix::unistd::geteuid().as_raw();
+    user_of(pid).filter(|user| *user == ours || *user == 0)?;
+    let all = arguments(&line);
+    let mut rest = all.iter();
+    rest.find(|argument| *argument == "--run-dir")?;
+    let run_dir = PathBuf::from(rest.next()?);
+    Some((run_dir, all))
+}
+
+/// Something of a device that is left without a living server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leak {
+    /// The device's run directory: [`detach`] it to clean up.
+    pub run_dir: PathBuf,
+    /// What is there, for a person.
+    pub what: String,
+    /// True where its file system is still mounted, so that somebody may look there and see errors.
+    /// Anything else the next [`attach`](super::attach()) replaces.
+    pub mounted: bool,
+}
+
+/// True unless `path` is known not to be there: a dead FUSE mount answers with an error.
+fn is_there(path: &Path) -> bool {
+    match path.symlink_metadata() {
+        Ok(_) => true,
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// What dead devices left behind below `run_root`, the directory of all run directories.
+///
+/// # Errors
+/// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
+    let run_root = match fs::canonicalize(run_root) {
+        Ok(run_root) => run_root,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io(run_root.display().to_string(), error)),
+    };
+    let mut leaks = Vec::new();
+    let mounts = MountInfo::read()?;
+    for entry in fs::read_dir(&run_root).context(|| run_root.display().to_string())? {
+        let entry = entry.context(|| run_root.display().to_string())?;
+        // Files beside the run directories are others'.
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let run_dir = entry.path();
+        let state = RunState::read(&run_dir)?;
+        // Before a look at the device's file, for whose answer a server that hangs lets us wait.
+        if control::is_listened(&run_dir) {
+            continue;
+        }
+        if !is_there(&run_dir.join(DEV)) && !is_there(&run_dir.join(STATE)) {
+            continue;
+        }
+        let mut what = vec![match state {
+            Some(state) => match state.error {
+                Some(error) => format!("its server is dead ({error})"),
+                None => "its server is dead".to_string(),
+            },
+            None => "a run directory of an earlier boot, or half made".to_string(),
+        }];
+        let mut mounted = false;
+        let dev = run_dir.join(DEV);
+        for device in loops(&run_dir)? {
+            what.push(format!("{} is still attached", device.path().display()));
+            let before = what.len();
+            what.extend(
+                mounts
+                    .iter()
+                    .filter(|mount| mount.major_minor == device.major_minor())
+                    .map(|mount| format!("{} is still mounted", mount.target.display())),
+            );
+            mounted |= what.len() > before;
+        }
+        if mounts
+            .iter()
+            .any(|mount| mount.target == dev && mount.fs_type == FS_TYPE)
+        {
+            what.push(format!("{} is still mounted", dev.display()));
+        }
+        what.extend(
+            processes(&run_dir)?
+                .iter()
+                .map(|process| format!("process {} still runs", process.pid)),
+        );
+        leaks.push(Leak {
+            run_dir,
+            mounted,
+            what: what.join("; "),
+        });
+    }
+    leaks.sort_by(|a, b| a.run_dir.cmp(&b.run_dir));
+    Ok(leaks)
+}

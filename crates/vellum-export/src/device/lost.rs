@@ -1,0 +1,127 @@
+//! Devices found and ended without a look into their run directories, whose disk may fail.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use super::detach::{DetachOptions, clean, command_line};
+use super::state::DEV;
+use crate::fuse::session::FS_TYPE;
+use crate::loop_device::LoopDevice;
+use vellum_base::error::{Result, ResultExt};
+use vellum_fs::mountinfo::MountInfo;
+
+/// A device that something is left of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundDevice {
+    /// Its run directory.
+    pub run_dir: PathBuf,
+    /// Where its block device is mounted.
+    pub mounts: Vec<PathBuf>,
+    /// The arguments of its processes; none where all are dead.
+    arguments: Vec<OsString>,
+}
+
+impl FoundDevice {
+    /// What its processes were given with an option.
+    pub fn argument(&self, option: &str) -> Option<String> {
+        let mut all = self.arguments.iter();
+        all.find(|argument| *argument == option)?;
+        all.next()?.clone().into_string().ok()
+    }
+}
+
+/// What is left of devices whose run directories lie in `run_root`: processes by their command lines,
+/// loop devices by their backing files, sessions and mounts by the table of mounts.
+///
+/// # Errors
+/// Where /proc or /sys are missing.
+pub fn find_devices(run_root: &Path) -> Result<Vec<FoundDevice>> {
+    let mut found: Vec<FoundDevice> = Vec::new();
+    let mut add = |run_dir: &Path, arguments: Vec<OsString>, mounts: Vec<PathBuf>| {
+        if run_dir.parent() != Some(run_root) {
+            return;
+        }
+        match found.iter_mut().find(|device| device.run_dir == run_dir) {
+            Some(device) => {
+                device.mounts.extend(mounts);
+                if device.arguments.is_empty() {
+                    device.arguments = arguments;
+                }
+            }
+            None => found.push(FoundDevice {
+                run_dir: run_dir.to_owned(),
+                mounts,
+                arguments,
+            }),
+        }
+    };
+    for entry in fs::read_dir("/proc")
+        .context(|| "/proc: cannot be read")?
+        .flatten()
+    {
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        if let Some((run_dir, arguments)) = command_line(pid) {
+            // Where it is now, if it was moved; the link is read without asking the disk.
+            for dir in held_paths(pid).into_iter().chain([run_dir]) {
+                add(&dir, arguments.clone(), Vec::new());
+            }
+        }
+    }
+    let mounts = MountInfo::read()?;
+    for device in LoopDevice::attached()? {
+        let Some(backing) = device.backing_file() else {
+            continue;
+        };
+        if let (Some(dir), true) = (backing.parent(), backing.ends_with(DEV)) {
+            let number = device.major_minor();
+            let on_it = mounts.iter().filter(|mount| mount.major_minor == number);
+            add(
+                dir,
+                Vec::new(),
+                on_it.map(|mount| mount.target.clone()).collect(),
+            );
+        }
+    }
+    let sessions = mounts.iter().filter(|mount| mount.fs_type == FS_TYPE);
+    for session in sessions.filter(|mount| mount.target.ends_with(DEV)) {
+        if let Some(dir) = session.target.parent() {
+            add(dir, Vec::new(), Vec::new());
+        }
+    }
+    Ok(found)
+}
+
+/// The paths of what a process has open.
+fn held_paths(pid: i32) -> Vec<PathBuf> {
+    let files = fs::read_dir(format!("/proc/{pid}/fd"));
+    let links = files.into_iter().flatten().flatten();
+    links
+        .filter_map(|file| fs::read_link(file.path()).ok())
+        .collect()
+}
+
+/// Ends a device by force: processes, mounts, loop devices, session. Its files stay, as far as they
+/// cannot be removed.
+///
+/// # Errors
+/// [`vellum_base::ErrorKind::InUse`] where others mounted something on it, [`vellum_base::ErrorKind::Timeout`]
+/// where a process does not die.
+pub fn end_lost(run_dir: &Path, options: &DetachOptions) -> Result<()> {
+    clean(run_dir, options)?;
+    // If its disk works after all, nothing is left; if not, a later `umount` or `check` finds files.
+    let _ = super::detach::remove_files(run_dir);
+    Ok(())
+}
+
+/// The arguments of a command line as the kernel gives it.
+pub(super) fn arguments(line: &[u8]) -> Vec<OsString> {
+    let parts = line.split(|byte| *byte == 0);
+    parts
+        .map(|part| OsString::from_vec(part.to_vec()))
+        .collect()
+}

@@ -1,0 +1,466 @@
+//! The run directory of a device: file names, and the state that the supervisor writes.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use super::control::{self, Failure};
+use super::process::{Identity, boot_id, namespaces};
+use crate::fuse::session::Features;
+use crate::loop_device::LoopDevice;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_fs::held_dir::{HeldDir, Place};
+
+/// The file that the FUSE session is mounted on.
+pub const DEV: &str = "dev";
+/// The state, as JSON.
+pub const STATE: &str = "state.json";
+/// How the name ends of a [`STATE`] that is being written.
+const UNFINISHED: &str = ".tmp";
+/// The control socket.
+pub const CONTROL: &str = "control.sock";
+/// What the processes had to say.
+pub const LOG: &str = "log";
+/// The loop device that `attach` made: [`Hint`].
+pub const LOOP: &str = "loop";
+
+const VERSION: u32 = 1;
+/// How long a command may wait for another that attaches or detaches the same device: longer than
+/// all that either of them waits for.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// How a device is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// The first worker is opening it.
+    Starting,
+    /// A worker serves it.
+    Serving,
+    /// A worker died and the next is on its way.
+    Restarting,
+    /// Workers died again and again; the session was given up.
+    Failed,
+    /// It was ended in order.
+    Ended,
+}
+
+/// What `state.json` holds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RunState {
+    /// Version of this structure.
+    pub version: u32,
+    /// The boot that it is about.
+    pub boot_id: String,
+    /// The run directory that it is about: in a copy of that one it says nothing.
+    #[serde(default)]
+    pub place: Option<Place>,
+    /// The namespaces that its pids and start times are of.
+    #[serde(default)]
+    pub namespaces: String,
+    /// How the device is doing.
+    pub status: Status,
+    /// Why it failed, or why the last worker could not open the device.
+    pub error: Option<String>,
+    /// The process that owns the session.
+    pub supervisor: Identity,
+    /// The process that serves.
+    pub worker: Option<Identity>,
+    /// The process that waits.
+    pub standby: Option<Identity>,
+    /// What kernel and server agreed on.
+    pub features: Option<Features>,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Programs that took the session over by upgrades.
+    pub generation: u32,
+    /// Workers that replaced another, upgrades among them.
+    #[serde(default)]
+    pub restarts: u64,
+    /// Deaths of workers in a row that count towards giving the device up.
+    #[serde(default)]
+    pub deaths: u32,
+    /// Workers that were found to hang, and killed.
+    #[serde(default)]
+    pub hangs: u64,
+    /// How the last of them hung.
+    #[serde(default)]
+    pub hang: Option<String>,
+    /// Microseconds from the last worker's death to the service of the next one.
+    #[serde(default)]
+    pub last_pause_us: u64,
+    /// The longest of all such times, in microseconds.
+    #[serde(default)]
+    pub longest_pause_us: u64,
+    /// Upgrades that failed while the old program went on.
+    #[serde(default)]
+    pub failed_upgrades: u32,
+    /// Why the last of them did.
+    #[serde(default)]
+    pub upgrade_error: Option<Failure>,
+}
+
+impl RunState {
+    /// A state of this boot, with the calling process as supervisor.
+    pub fn new(read_only: bool, run_dir: &HeldDir) -> Self {
+        RunState {
+            version: VERSION,
+            boot_id: boot_id(),
+            place: run_dir.place().ok(),
+            namespaces: namespaces(),
+            status: Status::Starting,
+            error: None,
+            supervisor: Identity::current(),
+            worker: None,
+            standby: None,
+            features: None,
+            read_only,
+            generation: 0,
+            restarts: 0,
+            deaths: 0,
+            hangs: 0,
+            hang: None,
+            last_pause_us: 0,
+            longest_pause_us: 0,
+            failed_upgrades: 0,
+            upgrade_error: None,
+        }
+    }
+
+    /// Replaces the state in `run_dir`. It need not survive a power cut, which ends all that it
+    /// is about.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] or [`ErrorKind::Io`].
+    pub fn write(&self, run_dir: &Path) -> Result<()> {
+        // Of this process alone: while a supervisor is replaced there may be two that write.
+        let tmp = run_dir.join(format!("{STATE}.{}{UNFINISHED}", std::process::id()));
+        let bytes = serde_json::to_vec_pretty(self).map_err(|error| {
+            Error::with_source(ErrorKind::Io, "the state cannot be encoded", error)
+        })?;
+        fs::write(&tmp, bytes).context(|| tmp.display().to_string())?;
+        fs::rename(&tmp, run_dir.join(STATE)).context(|| tmp.display().to_string())
+    }
+
+    /// Reads the state of `run_dir`; `None` when there is none, when it is cut, or when it is
+    /// about another boot, or another directory, of which this is a copy.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+    pub fn read(run_dir: &Path) -> Result<Option<RunState>> {
+        let path = run_dir.join(STATE);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io(path.display().to_string(), error)),
+        };
+        let state = serde_json::from_slice::<RunState>(&bytes).ok();
+        let Some(state) = state.filter(|s| s.version == VERSION && s.boot_id == boot_id()) else {
+            return Ok(None);
+        };
+        // One of an earlier program says nothing of its place.
+        if let Some(place) = state.place {
+            let here = Place::of(run_dir).context(|| run_dir.display().to_string())?;
+            return Ok((here == place).then_some(state));
+        }
+        Ok(Some(state))
+    }
+
+    /// True while a process that it names runs. One that it does not name may run too: a supervisor
+    /// that was killed just after it sent a standby to work has not said so.
+    pub fn is_alive(&self) -> bool {
+        self.named().any(Identity::is_alive)
+    }
+
+    /// The processes that it names, as far as their pids mean anything here: those of another pid or
+    /// time namespace are others, or none.
+    pub(super) fn named(&self) -> impl Iterator<Item = Identity> {
+        let all = [Some(self.supervisor), self.worker, self.standby];
+        let here = self.is_of_our_namespaces();
+        all.into_iter().flatten().filter(move |_| here)
+    }
+
+    fn is_of_our_namespaces(&self) -> bool {
+        self.namespaces.is_empty() || self.namespaces == namespaces()
+    }
+
+    /// False when supervisor and standby are known to be dead.
+    fn is_supervised(&self) -> bool {
+        !self.is_of_our_namespaces()
+            || self.supervisor.is_alive()
+            || self.standby.is_some_and(Identity::is_alive)
+    }
+}
+
+/// A device as other commands see it.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceStatus {
+    /// What the supervisor wrote last.
+    pub state: RunState,
+    /// True while any of its processes runs.
+    pub alive: bool,
+    /// False when supervisor and standby are dead, so that the worker's death would end the
+    /// device.
+    pub supervised: bool,
+    /// Those of its processes that somebody stopped, by a signal or with a debugger: where one runs
+    /// it replaces the others within seconds.
+    pub stopped: Vec<i32>,
+    /// True where none of its processes runs, since all are stopped: whoever uses the device waits.
+    pub halted: bool,
+    /// The loop device on it.
+    pub loop_device: Option<PathBuf>,
+}
+
+/// The device of `run_dir`, or `None` when nothing of this boot is there.
+///
+/// # Errors
+/// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+pub fn status(run_dir: &Path) -> Result<Option<DeviceStatus>> {
+    let Some(state) = RunState::read(run_dir)? else {
+        return Ok(None);
+    };
+    let device = hinted_loop(run_dir).map(LoopDevice::path);
+    let alive: Vec<Identity> = state.named().filter(|one| one.is_alive()).collect();
+    let stopped = alive.iter().filter(|one| one.is_stopped());
+    let stopped: Vec<i32> = stopped.map(|one| one.pid).collect();
+    Ok(Some(DeviceStatus {
+        alive: control::is_listened(run_dir),
+        supervised: state.is_supervised(),
+        halted: !stopped.is_empty() && stopped.len() == alive.len(),
+        stopped,
+        loop_device: device,
+        state,
+    }))
+}
+
+/// True where all processes of the device of `run_dir` are stopped.
+pub(super) fn is_halted(run_dir: &Path) -> bool {
+    let status = status(run_dir).ok().flatten();
+    status.is_some_and(|status| status.halted)
+}
+
+/// What to say of a device whose server does not answer since somebody stopped it; `None` where
+/// nobody did.
+pub(super) fn stopped(run_dir: &Path) -> Option<String> {
+    let status = status(run_dir).ok()??;
+    let [first, ..] = status.stopped.as_slice() else {
+        return None;
+    };
+    let pids: Vec<String> = status.stopped.iter().map(i32::to_string).collect();
+    let pids = pids.join(" ");
+    Some(match status.halted {
+        true => format!(
+            "all its processes are stopped (by a signal or a debugger): `kill -CONT {pids}`, or \
+             `vellum umount --force`, which gives those who use it I/O errors"
+        ),
+        false => format!(
+            "its process {first} is stopped (by a signal or a debugger) and is being replaced: try \
+             again in some seconds"
+        ),
+    })
+}
+
+/// Files that processes which were killed while they wrote the state left in `run_dir`.
+///
+/// # Errors
+/// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+pub(super) fn unfinished(run_dir: &Path) -> Result<Vec<PathBuf>> {
+    let what = || run_dir.display().to_string();
+    let mut found = Vec::new();
+    for entry in fs::read_dir(run_dir).context(what)? {
+        let path = entry.context(what)?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        if name.is_some_and(|name| name.starts_with(STATE) && name.ends_with(UNFINISHED)) {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+/// Which loop device is the one of a run directory, as `attach` noted it.
+///
+/// The number alone says little: a loop device is attached again and again. The kernel counts that
+/// (diskseq, Linux 5.15), so number and count name one attachment, also where the backing file has
+/// lost its name: its FUSE file was unmounted, or went with a mount namespace. The directory's inode
+/// keeps a copy of it from being taken for the original.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Hint {
+    device: PathBuf,
+    diskseq: Option<u64>,
+    boot_id: String,
+    run_dir: Place,
+}
+
+impl Hint {
+    /// Notes the device of `run_dir`. It need not survive a power cut. Best effort: without it the
+    /// device is found by its backing file.
+    pub(super) fn write(run_dir: &Path, device: LoopDevice) {
+        let Ok(place) = Place::of(run_dir) else {
+            return;
+        };
+        let hint = Hint {
+            device: device.path(),
+            diskseq: device.diskseq(),
+            boot_id: boot_id(),
+            run_dir: place,
+        };
+        if let Ok(bytes) = serde_json::to_vec(&hint) {
+            let _ = fs::write(run_dir.join(LOOP), bytes);
+        }
+    }
+
+    fn read(run_dir: &Path) -> Option<Hint> {
+        let bytes = fs::read(run_dir.join(LOOP)).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
+    fn is_about(&self, run_dir: &Path) -> bool {
+        self.boot_id == boot_id() && Place::of(run_dir).ok() == Some(self.run_dir)
+    }
+
+    /// The device, if it is attached as it was then.
+    fn device(&self, run_dir: &Path) -> Option<LoopDevice> {
+        if !self.is_about(run_dir) {
+            return None;
+        }
+        let device = LoopDevice::from_path(&self.device)?;
+        let backing = device.backing_file()?;
+        let same = match self.diskseq {
+            Some(diskseq) => device.diskseq() == Some(diskseq),
+            // A kernel that does not count.
+            None => backing == run_dir.join(DEV),
+        };
+        same.then_some(device)
+    }
+}
+
+/// The loop device that the hint names, if it is still the device's.
+pub fn hinted_loop(run_dir: &Path) -> Option<LoopDevice> {
+    if let Some(hint) = Hint::read(run_dir) {
+        return hint.device(run_dir);
+    }
+    // As earlier versions wrote it: the path alone.
+    let text = fs::read_to_string(run_dir.join(LOOP)).ok()?;
+    let device = LoopDevice::from_path(Path::new(text.trim()))?;
+    (device.backing_file()? == run_dir.join(DEV)).then_some(device)
+}
+
+/// The loop devices of `run_dir`. No other device is asked for anything: what lies below one may
+/// hang, and whoever asks the kernel for more than the name of its backing file hangs with it.
+///
+/// # Errors
+/// [`ErrorKind::Io`] where sysfs cannot be read.
+pub(super) fn loops(run_dir: &Path) -> Result<Vec<LoopDevice>> {
+    match hinted_loop(run_dir) {
+        Some(device) => Ok(vec![device]),
+        None => LoopDevice::find(&run_dir.join(DEV)),
+    }
+}
+
+/// The lock on a run directory, so that commands attach and detach one after the other.
+pub struct RunLock(#[allow(dead_code, reason = "held for its Drop")] Flock<fs::File>);
+
+impl RunLock {
+    /// Locks `run_dir`, which must exist; `None` when it was removed meanwhile.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while another command holds it for longer than such commands take;
+    /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
+    pub fn take(run_dir: &Path) -> Result<Option<RunLock>> {
+        use std::os::unix::fs::MetadataExt;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
+        loop {
+            let dir = match fs::OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC)
+                .open(run_dir)
+            {
+                Ok(dir) => dir,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(Error::io(run_dir.display().to_string(), error)),
+            };
+            let lock = lock_until(dir, deadline)
+                .context(|| format!("{}: cannot be locked", run_dir.display()))?
+                .ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::InUse,
+                        format!(
+                            "{}: another command has been attaching or detaching it for more than \
+                             {LOCK_TIMEOUT:?}: see `fuser -v {0}`",
+                            run_dir.display()
+                        ),
+                    )
+                })?;
+            // The holder before us may have removed it, and another may have made it anew.
+            let locked = lock.metadata().context(|| run_dir.display().to_string())?;
+            match fs::symlink_metadata(run_dir) {
+                Ok(there) if (there.dev(), there.ino()) == (locked.dev(), locked.ino()) => {
+                    return Ok(Some(RunLock(lock)));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Takes the lock; `None` where another holds it until `deadline`.
+fn lock_until(mut dir: fs::File, deadline: Instant) -> io::Result<Option<Flock<fs::File>>> {
+    let mut pause = Duration::from_micros(100);
+    loop {
+        match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= deadline => return Ok(None),
+            Err((again, Errno::EWOULDBLOCK | Errno::EINTR)) => dir = again,
+            Err((_, errno)) => return Err(errno.into()),
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What another process has written half of is neither taken for the state nor destroyed.
+    #[test]
+    fn a_state_that_another_process_is_writing_is_left_to_it_and_found_when_it_died() {
+        let dir = tempfile::tempdir().unwrap();
+        let half = dir.path().join(format!("{STATE}.1{UNFINISHED}"));
+        fs::write(&half, b"{\"version\"").unwrap();
+        let held = HeldDir::open(dir.path()).unwrap();
+        RunState::new(false, &held).write(dir.path()).unwrap();
+        assert!(RunState::read(dir.path()).unwrap().is_some());
+        assert_eq!(fs::read(&half).unwrap(), b"{\"version\"");
+        assert_eq!(unfinished(dir.path()).unwrap(), [half]);
+    }
+
+    /// A backup program copies what it finds, also of what runs.
+    #[test]
+    fn the_state_of_a_directory_says_nothing_in_a_copy_and_still_holds_after_a_move() {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, copy) = (dir.path().join("first"), dir.path().join("copy"));
+        fs::create_dir(&first).unwrap();
+        fs::create_dir(&copy).unwrap();
+        let held = HeldDir::open(&first).unwrap();
+        RunState::new(false, &held).write(&held.path()).unwrap();
+        fs::copy(first.join(STATE), copy.join(STATE)).unwrap();
+        assert!(RunState::read(&first).unwrap().is_some());
+        assert!(RunState::read(&copy).unwrap().is_none());
+        Hint::write(&first, LoopDevice::from_number(7));
+        let moved = dir.path().join("moved");
+        let note = || Hint::read(&moved).unwrap();
+        fs::rename(&first, &moved).unwrap();
+        assert!(RunState::read(&moved).unwrap().is_some());
+        assert!(note().is_about(&moved));
+        fs::rename(&copy, &first).unwrap();
+        assert!(RunState::read(&first).unwrap().is_none());
+        assert!(!note().is_about(&first));
+    }
+}

@@ -1,0 +1,377 @@
+//! The process that owns a device's FUSE session, and what its forks become.
+
+mod children;
+mod events;
+mod handover;
+mod namespace;
+mod system;
+mod watching;
+
+use children::Standby;
+use events::send_ready;
+pub(super) use events::{Event, Ready};
+pub(super) use handover::{Resume, own_arguments, set_close_on_exec, witness};
+pub(super) use system::event_pipe;
+use system::{block_signals, fork, prepare_process, reap, take_stdout};
+pub(super) use watching::kill;
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use nix::sys::signalfd::SignalFd;
+use nix::unistd::ForkResult;
+use parking_lot::Mutex;
+
+use super::backoff::Backoff;
+use super::control::{self, Failure};
+use super::process::Process;
+use super::state::{DEV, RunState, Status};
+use super::watch::{Companion, Hang, Limits, PERIOD, Watch};
+use super::worker::{self, Worker};
+use crate::fuse::session::{self, Features};
+use crate::fuse::slot::{MAX_THREADS, Shared};
+use vellum_base::error::{Error, Result, ResultExt};
+use vellum_base::storage::Witness;
+use vellum_fs::held_dir::HeldDir;
+
+/// What the processes of a device are called in `ps`. The first character tells systemd's
+/// shutdown to leave them alone until the file systems on them are unmounted.
+pub const ARG0: &str = "@vellum-device";
+
+/// A standby is made this long after a worker began to serve, so that a device that is attached
+/// and detached at once does not pay for it.
+const STANDBY_DELAY: Duration = Duration::from_millis(300);
+/// A worker that was told to stop and does not is killed after this long.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The options of the hidden subcommand that [`super::attach()`] starts.
+#[derive(Debug, Clone, clap::Args)]
+pub struct SupervisorArgs {
+    /// Directory for the device's state, sockets and mount point
+    #[arg(long, value_name = "DIR", default_value = "")]
+    pub run_dir: PathBuf,
+    /// Threads that serve the device
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub threads: usize,
+    /// Mount the device read-only
+    #[arg(long)]
+    pub read_only: bool,
+    /// Answer whether this program can take a session over, and end
+    #[arg(long)]
+    pub probe: bool,
+    /// Take over the session that these descriptors hold (JSON)
+    #[arg(long, value_name = "JSON")]
+    pub resume: Option<String>,
+    /// Do not use the kernel's resending of requests
+    #[arg(long)]
+    pub no_resend: bool,
+    /// A worker that makes no progress for so many seconds hangs
+    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 30)]
+    pub hang_after: u64,
+}
+
+impl SupervisorArgs {
+    pub(super) fn limits(&self) -> Limits {
+        Limits::new(Duration::from_secs(self.hang_after))
+    }
+}
+
+/// Which process `Supervisor::run` returned in.
+enum Role {
+    Worker { resume: bool },
+    End(Result<()>),
+}
+
+struct Supervisor {
+    args: SupervisorArgs,
+    /// Held open by every process of the device, which is how others find them: a store may be
+    /// moved while it is mounted, and copied, state and all.
+    run_dir: HeldDir,
+    session: Arc<File>,
+    features: Features,
+    listener: UnixListener,
+    shared: Arc<Shared>,
+    events_in: File,
+    events_out: File,
+    event_bytes: Vec<u8>,
+    signals: SignalFd,
+    state: RunState,
+    ready: Option<File>,
+    worker: Option<Process>,
+    worker_since: Instant,
+    /// The worker said that it serves.
+    worker_served: bool,
+    standby: Option<Standby>,
+    /// The standby of the program before an upgrade: kept until our own worker serves.
+    old_standby: Option<Standby>,
+    backoff: Backoff,
+    restart_at: Option<Instant>,
+    standby_at: Option<Instant>,
+    stopping: Option<Instant>,
+    ever_served: bool,
+    /// A program that shall take over as soon as a standby is there, and until when it may wait.
+    upgrade: Option<(PathBuf, Instant)>,
+    /// When to look at the others next.
+    look_at: Instant,
+    watch: Watch,
+    companion: Companion,
+    /// The worker was killed because it hung.
+    hang: Option<Hang>,
+    hangs_in_a_row: u32,
+}
+
+/// Runs a device: the body of the hidden subcommand. `open` is called in each worker, with the memory
+/// that they share.
+///
+/// It returns in every process that it forks, when that process is to end. The calling process
+/// must have no other threads. Standard output is the pipe that `attach` reads.
+///
+/// # Errors
+/// What kept the device from being served; the caller of `attach` gets the same text.
+pub fn supervise(args: &SupervisorArgs, open: super::Open<'_>) -> Result<()> {
+    if args.probe {
+        return writeln!(io::stdout(), "{}", handover::PROBE_ANSWER)
+            .context(|| "the answer to --probe");
+    }
+    let supervisor = match &args.resume {
+        Some(resume) => Supervisor::resume(args, resume)?,
+        None => Supervisor::start(args)?,
+    };
+    // None in the parent of the fork that goes to the background.
+    let Some(mut supervisor) = supervisor else {
+        return Ok(());
+    };
+    match supervisor.run() {
+        Role::End(result) => result,
+        Role::Worker { resume } => {
+            let worker = Worker {
+                run_dir: supervisor.run_dir,
+                session: Arc::clone(&supervisor.session),
+                features: supervisor.features,
+                use_resend: supervisor.features.resend && !supervisor.args.no_resend,
+                threads: supervisor.args.threads.clamp(1, MAX_THREADS),
+                shared: Arc::clone(&supervisor.shared),
+                listener: supervisor.listener,
+                events: Mutex::new(Arc::new(supervisor.events_out)),
+                supervisor: supervisor.state.supervisor,
+                generation: supervisor.state.generation,
+                resume,
+                limits: supervisor.args.limits(),
+            };
+            // Only the standby may hold the reading end.
+            drop(supervisor.events_in);
+            worker::run(worker, open)
+        }
+    }
+}
+
+/// Opens the run directory for as long as the device lives.
+fn hold(run_dir: &Path) -> Result<HeldDir> {
+    HeldDir::open(run_dir).context(|| format!("{}: cannot be opened", run_dir.display()))
+}
+
+impl Supervisor {
+    /// Mounts the session and gets all that the forks will need; `None` in the foreground process,
+    /// whose part is done.
+    fn start(args: &SupervisorArgs) -> Result<Option<Supervisor>> {
+        let ready = take_stdout()?;
+        let result = Supervisor::start_in_background(args, ready);
+        if let Err((error, Some(mut ready))) = result {
+            send_ready(&mut ready, &Ready::Failed(Failure::from(&error)));
+            return Err(error);
+        }
+        result.map_err(|(error, _)| error)
+    }
+
+    #[allow(
+        clippy::type_complexity,
+        reason = "the pipe comes back so that the error can be told"
+    )]
+    fn start_in_background(
+        args: &SupervisorArgs,
+        ready: File,
+    ) -> Result<Option<Supervisor>, (Error, Option<File>)> {
+        match fork() {
+            Ok(ForkResult::Parent { .. }) => return Ok(None),
+            Ok(ForkResult::Child) => {}
+            Err(error) => return Err((error, Some(ready))),
+        }
+        // Neither can fail: a fork leads no group, and `/` is there.
+        let _ = nix::unistd::setsid();
+        let _ = std::env::set_current_dir("/");
+        prepare_process();
+        match Supervisor::mount(args) {
+            Ok(mut supervisor) => {
+                supervisor.ready = Some(ready);
+                Ok(Some(supervisor))
+            }
+            Err(error) => Err((error, Some(ready))),
+        }
+    }
+
+    fn mount(args: &SupervisorArgs) -> Result<Supervisor> {
+        let run_dir = &args.run_dir;
+        let held = hold(run_dir)?;
+        let mut state = RunState::new(args.read_only, &held);
+        let shared = Shared::create()?;
+        // Before anything is forked: a killed worker's successor knows by it that the page cache is
+        // there.
+        Witness::hold(run_dir).context(|| run_dir.display().to_string())?;
+        // First the socket, which proves that somebody lives, then the state that says who.
+        let listener = control::bind(run_dir)?;
+        state.write(run_dir)?;
+        let (events_in, events_out) = event_pipe()?;
+        let signals = block_signals()?;
+        let dev = run_dir.join(DEV);
+        fs::write(&dev, b"").context(|| dev.display().to_string())?;
+        let session = session::mount_file(&dev, "vellum", args.read_only)?;
+        namespace::leave(run_dir);
+        // What was opened before belongs to the caller's mounts, whose names may go with them.
+        let held = hold(run_dir)?;
+        state.features = Some(session.features);
+        if !session.features.resend {
+            tracing::warn!(
+                "this kernel cannot resend requests (Linux 6.9 can): a killed server's \
+                 unanswered requests are taken from shared memory"
+            );
+        }
+        let limits = args.limits();
+        let supervisor = Supervisor {
+            args: args.clone(),
+            run_dir: held,
+            session: Arc::new(session.device),
+            features: session.features,
+            listener,
+            shared,
+            events_in,
+            events_out,
+            event_bytes: Vec::new(),
+            signals,
+            state,
+            ready: None,
+            worker: None,
+            worker_since: Instant::now(),
+            worker_served: false,
+            standby: None,
+            old_standby: None,
+            backoff: Backoff::default(),
+            restart_at: Some(Instant::now()),
+            standby_at: None,
+            stopping: None,
+            ever_served: false,
+            upgrade: None,
+            look_at: Instant::now() + PERIOD,
+            watch: Watch::new(limits, Instant::now()),
+            companion: Companion::new(limits),
+            hang: None,
+            hangs_in_a_row: 0,
+        };
+        supervisor.show_myself();
+        Ok(supervisor)
+    }
+
+    fn run(&mut self) -> Role {
+        loop {
+            match self.step() {
+                Ok(None) => {}
+                Ok(Some(role)) => return role,
+                Err(error) => {
+                    tracing::error!("the supervisor cannot go on: {error}");
+                    return self.end(Status::Failed, Some(error));
+                }
+            }
+        }
+    }
+
+    /// Does what is due, then waits for the next thing to happen.
+    fn step(&mut self) -> Result<Option<Role>> {
+        let now = Instant::now();
+        self.beat();
+        if self.look_at <= now {
+            self.look_around();
+        }
+        if self.restart_at.is_some_and(|at| at <= now) {
+            self.restart_at = None;
+            if let Some(role) = self.start_worker()? {
+                return Ok(Some(role));
+            }
+        }
+        if self.standby_at.is_some_and(|at| at <= now) {
+            self.standby_at = None;
+            if self.standby.is_none()
+                && let Some(role) = self.fork_standby()?
+            {
+                return Ok(Some(role));
+            }
+        }
+        self.begin_upgrade(now);
+        if self.stopping.is_some_and(|at| at <= now) {
+            self.stopping = Some(now + STOP_TIMEOUT);
+            if let Some(worker) = &self.worker {
+                tracing::warn!("the worker did not stop in time and is killed");
+                worker.signal(Signal::SIGKILL);
+            }
+        }
+        let due = [self.restart_at, self.standby_at, self.stopping];
+        let next = due.into_iter().flatten().fold(self.look_at, Instant::min);
+        let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
+        let timeout = PollTimeout::from(left.min(60_000) as u16);
+        let mut fds = vec![
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.events_in.as_fd(), PollFlags::POLLIN),
+        ];
+        // A child that is not there polls as the signals once more, and its answer is not looked at.
+        for child in [
+            self.worker.as_ref(),
+            self.standby.as_ref().map(|standby| &standby.process),
+        ] {
+            let fd = child.map_or(self.signals.as_fd(), |child| child.as_fd());
+            fds.push(PollFd::new(fd, PollFlags::POLLIN));
+        }
+        match poll(&mut fds, timeout) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(None),
+            Err(errno) => return Err(Error::io("poll", errno.into())),
+        }
+        let hit: Vec<bool> = fds.iter().map(|fd| fd.any() == Some(true)).collect();
+        let hit = |at: usize| hit.get(at).copied().unwrap_or(false);
+        let (signal, event) = (hit(0), hit(1));
+        let worker_died = self.worker.is_some() && hit(2);
+        let standby_died = self.standby.is_some() && hit(3);
+        if signal && let Ok(Some(info)) = self.signals.read_signal() {
+            tracing::info!(signal = info.ssi_signo, "told to stop");
+            if let Some(role) = self.begin_stop() {
+                return Ok(Some(role));
+            }
+        }
+        // Events before deaths: a worker says why it could not open and dies.
+        if event && let Some(role) = self.read_events()? {
+            return Ok(Some(role));
+        }
+        if worker_died && let Some(role) = self.worker_died()? {
+            return Ok(Some(role));
+        }
+        if standby_died {
+            if let Some(standby) = self.standby.take() {
+                reap(standby.process.pid());
+            }
+            self.standby_at = Some(Instant::now() + STANDBY_DELAY);
+        }
+        Ok(None)
+    }
+
+    fn write_state(&self) {
+        // A full host must not end the device.
+        if let Err(error) = self.state.write(&self.run_dir.path()) {
+            tracing::warn!("{error}");
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! From one program to the next: upgrades, and supervisors for workers that lost theirs.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::Signal;
+use nix::unistd::ForkResult;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::children::{Standby, serving_process};
+use super::system::{block_signals, fork, prepare_process, reap};
+use super::{ARG0, STOP_TIMEOUT, Supervisor, SupervisorArgs, hold};
+use crate::device::backoff::Backoff;
+use crate::device::control::Failure;
+use crate::device::process::{Identity, Process};
+use crate::device::state::{RunState, Status};
+use crate::device::watch::{Companion, PERIOD, Watch};
+use crate::fuse::session::Features;
+use crate::fuse::slot::{self, Shared};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::Witness;
+
+/// What a program answers to `--probe` when it can take a session of this version over.
+pub(super) const PROBE_ANSWER: &str = "vellum-device 1";
+
+/// What one program hands to the next in an upgrade, or a worker without a supervisor to the one
+/// that it starts: descriptors that stay open across exec, and what was agreed on.
+#[derive(Debug, Serialize, Deserialize)]
+pub(in crate::device) struct Resume {
+    pub session: i32,
+    pub listener: i32,
+    pub shared: i32,
+    pub events_in: i32,
+    pub events_out: i32,
+    /// The old program's standby and the pipe that it waits on.
+    pub standby: Option<(i32, i32)>,
+    pub features: Features,
+    pub generation: u32,
+    /// What the processes of the device hold of the store's file system, if they do: see [`Witness`].
+    #[serde(default)]
+    pub witness: Option<(i32, Uuid)>,
+}
+
+/// What this process holds, with a descriptor for the program that comes next.
+pub(in crate::device) fn witness() -> Option<(OwnedFd, Uuid)> {
+    let held = Witness::held()?;
+    // Without it a log of changes needs another proof, which most kernels have.
+    let copy = held.file().try_clone_to_owned().ok()?;
+    Some((copy, held.token()))
+}
+
+impl Supervisor {
+    /// Takes the session over from the program that executed this one, or from a worker that lost
+    /// its supervisor; `None` in the foreground process, whose part is done.
+    pub(super) fn resume(args: &SupervisorArgs, resume: &str) -> Result<Option<Supervisor>> {
+        let resume: Resume = serde_json::from_str(resume).map_err(|error| {
+            Error::with_source(ErrorKind::InvalidInput, "--resume is no hand-over", error)
+        })?;
+        if resume.standby.is_none() && matches!(fork()?, ForkResult::Parent { .. }) {
+            return Ok(None);
+        }
+        // In an upgrade the process leads a session already, which is no failure.
+        let _ = nix::unistd::setsid();
+        prepare_process();
+        let shared = Shared::inherit(adopt_fd(resume.shared)?)?;
+        match resume.witness {
+            Some((file, token)) => Witness::inherit(adopt_fd(file)?, token),
+            None => Witness::hold(&args.run_dir),
+        }
+        .context(|| "the file system of the store cannot be held")?;
+        let worker = serving_process(&shared);
+        let run_dir = hold(&args.run_dir)?;
+        let mut state = RunState::new(args.read_only, &run_dir);
+        state.features = Some(resume.features);
+        state.generation = resume.generation;
+        state.status = if worker.is_some() {
+            Status::Serving
+        } else {
+            Status::Restarting
+        };
+        state.worker = worker
+            .as_ref()
+            .and_then(|worker| Identity::of(worker.pid()));
+        let old_standby = match resume.standby {
+            None => None,
+            Some((pid, go)) => Some(Standby {
+                process: Process::open(pid)
+                    .context(|| "the standby of the program before is gone")?,
+                go: adopt_fd(go)?,
+            }),
+        };
+        let limits = args.limits();
+        let mut supervisor = Supervisor {
+            args: SupervisorArgs {
+                resume: None,
+                ..args.clone()
+            },
+            run_dir,
+            session: Arc::new(File::from(adopt_fd(resume.session)?)),
+            features: resume.features,
+            listener: UnixListener::from(adopt_fd(resume.listener)?),
+            shared,
+            events_in: File::from(adopt_fd(resume.events_in)?),
+            events_out: File::from(adopt_fd(resume.events_out)?),
+            event_bytes: Vec::new(),
+            signals: block_signals()?,
+            state,
+            ready: None,
+            restart_at: worker.is_none().then(Instant::now),
+            standby_at: worker.is_some().then(Instant::now),
+            worker,
+            worker_since: Instant::now(),
+            worker_served: true,
+            standby: None,
+            old_standby,
+            backoff: Backoff::default(),
+            stopping: None,
+            ever_served: true,
+            upgrade: None,
+            look_at: Instant::now() + PERIOD,
+            watch: Watch::new(limits, Instant::now()),
+            companion: Companion::new(limits),
+            hang: None,
+            hangs_in_a_row: 0,
+        };
+        supervisor.show_myself();
+        supervisor.note_counts();
+        supervisor.write_state();
+        Ok(Some(supervisor))
+    }
+
+    /// Carries out an upgrade that was asked for, once a worker serves and a standby waits, which is
+    /// soon after a death.
+    pub(super) fn begin_upgrade(&mut self, now: Instant) {
+        let ready = self.worker_served && self.worker.is_some() && self.standby.is_some();
+        let late = self
+            .upgrade
+            .as_ref()
+            .is_some_and(|(_, until)| *until <= now);
+        if !(ready || late) || self.stopping.is_some() {
+            return;
+        }
+        let Some((program, _)) = self.upgrade.take() else {
+            return;
+        };
+        if let Err(error) = self.upgrade_to(&program) {
+            tracing::error!("upgrade: {error}");
+            self.state.failed_upgrades += 1;
+            self.state.upgrade_error = Some(Failure::from(&error));
+            self.write_state();
+        }
+    }
+
+    /// Executes `program` in this process, with the session. Returns only on failure, or when the
+    /// worker is to be started again by this program.
+    fn upgrade_to(&mut self, program: &Path) -> Result<()> {
+        probe(program, &self.run_dir.path())?;
+        if self.standby.is_none() {
+            // The old program's standby is what saves the device if the new program fails.
+            return Err(Error::new(
+                ErrorKind::InUse,
+                "the device has had no standby for a while, which would save it if the new program \
+                 failed: see its log",
+            ));
+        }
+        if let Some(worker) = self.worker.take() {
+            worker.signal(Signal::SIGTERM);
+            if !worker.wait(STOP_TIMEOUT)? {
+                worker.signal(Signal::SIGKILL);
+                worker.wait(STOP_TIMEOUT)?;
+            }
+            reap(worker.pid());
+            self.state.worker = None;
+            let ended = self.shared.table().worker_ended.load(Ordering::Acquire);
+            if ended == slot::ENDED_SESSION_OVER {
+                // Unmounted meanwhile: the next worker will find that and end.
+                self.restart_at = Some(Instant::now());
+                return Ok(());
+            }
+        }
+        self.note_death();
+        self.state.status = Status::Restarting;
+        self.write_state();
+        let error = self.execute(program);
+        self.restart_at = Some(Instant::now());
+        Err(error)
+    }
+
+    fn execute(&mut self, program: &Path) -> Error {
+        let Some(standby) = &self.standby else {
+            return Error::new(ErrorKind::InUse, "no standby");
+        };
+        let fds = [
+            self.session.as_raw_fd(),
+            self.listener.as_raw_fd(),
+            self.shared.fd().as_raw_fd(),
+            self.events_in.as_raw_fd(),
+            self.events_out.as_raw_fd(),
+            standby.go.as_raw_fd(),
+        ];
+        let [session, listener, shared, events_in, events_out, standby_go] = fds;
+        let witness = witness();
+        let held = witness.as_ref().map(|(file, _)| file.as_raw_fd());
+        let resume = Resume {
+            session,
+            listener,
+            shared,
+            events_in,
+            events_out,
+            standby: Some((standby.process.pid(), standby_go)),
+            features: self.features,
+            generation: self.state.generation + 1,
+            witness: held.zip(witness.as_ref().map(|(_, token)| *token)),
+        };
+        let resume = match serde_json::to_string(&resume) {
+            Ok(resume) => resume,
+            Err(error) => return Error::with_source(ErrorKind::Io, "the hand-over", error),
+        };
+        let fds: Vec<i32> = fds.into_iter().chain(held).collect();
+        set_close_on_exec(&fds, false);
+        let error = Command::new(program)
+            .arg0(ARG0)
+            .args(own_arguments(&self.run_dir.path()))
+            .arg("--resume")
+            .arg(resume)
+            .exec();
+        set_close_on_exec(&fds, true);
+        Error::io(format!("{}: cannot be executed", program.display()), error)
+    }
+}
+
+/// The arguments that this program was started with, without those of an earlier hand-over, and
+/// with the path that its run directory has now.
+pub(in crate::device) fn own_arguments(run_dir: &Path) -> Vec<OsString> {
+    let mut arguments = Vec::new();
+    let mut all = std::env::args_os().skip(1);
+    while let Some(argument) = all.next() {
+        if argument == "--resume" {
+            all.next();
+            continue;
+        }
+        let is_run_dir = argument == "--run-dir";
+        arguments.push(argument);
+        if is_run_dir && all.next().is_some() {
+            arguments.push(run_dir.into());
+        }
+    }
+    arguments
+}
+
+/// Asks `program` whether it can take over.
+fn probe(program: &Path, run_dir: &Path) -> Result<()> {
+    let what = || format!("{}: --probe", program.display());
+    let mut child = Command::new(program)
+        .arg0(ARG0)
+        .args(own_arguments(run_dir))
+        .arg("--probe")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context(what)?;
+    let process = Process::open(child.id() as i32).context(what)?;
+    if !process.wait(Duration::from_secs(5))? {
+        process.signal(Signal::SIGKILL);
+        let _ = child.wait();
+        return Err(Error::new(
+            ErrorKind::Timeout,
+            format!("{}: no answer within 5 s", what()),
+        ));
+    }
+    let output = child.wait_with_output().context(what)?;
+    let answer = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() || answer.trim() != PROBE_ANSWER {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{}: it cannot take the session over (answer {:?}, {})",
+                what(),
+                answer.trim(),
+                output.status
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Owns a descriptor that the program before left open for us.
+fn adopt_fd(fd: i32) -> Result<OwnedFd> {
+    if fd <= 2 || !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("--resume names descriptor {fd}, which is not open"),
+        ));
+    }
+    // SAFETY: the descriptor is open, and nothing else in this new program owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    set_close_on_exec(&[fd.as_raw_fd()], true);
+    Ok(fd)
+}
+
+pub(in crate::device) fn set_close_on_exec(fds: &[i32], on: bool) {
+    let flags = if on {
+        FdFlag::FD_CLOEXEC
+    } else {
+        FdFlag::empty()
+    };
+    for fd in fds {
+        // SAFETY: the descriptors are open: their owners are borrowed by the callers.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*fd) };
+        let _ = fcntl(fd, FcntlArg::F_SETFD(flags));
+    }
+}

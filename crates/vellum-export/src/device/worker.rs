@@ -1,0 +1,605 @@
+//! The process that serves a device: opens it, answers the kernel, listens to commands.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::os::unix::thread::JoinHandleExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use super::control::Failure;
+use super::control_server::converse;
+use super::process::{Identity, monotonic_ns};
+use super::state::RunState;
+use super::supervisor::{
+    ARG0, Event, Resume, event_pipe, kill, own_arguments, set_close_on_exec, witness,
+};
+use super::watch::{Companion, Limits, PERIOD};
+use super::{Memory, Opened, state};
+use crate::fuse::readers::Readers;
+use crate::fuse::server::{Ended, Server};
+use crate::fuse::session::{self, Features};
+use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::{listen_for_waits, note_waits_in};
+use vellum_fs::held_dir::HeldDir;
+
+/// Control connections served at once; the next ones wait.
+const MAX_CONNECTIONS: usize = 8;
+/// From include/uapi/linux/prctl.h (Linux 5.6).
+const PR_SET_IO_FLUSHER: i32 = 57;
+/// So many threads never wait for room on the host's disk.
+const SERVING_ALWAYS: usize = 4;
+/// How long commands that are being carried out may go on when the worker is told to stop.
+const FINISH: Duration = Duration::from_secs(5);
+/// How long a connection that was just taken may be without a command then.
+const FINISH_FRESH: Duration = Duration::from_millis(100);
+
+/// What a worker gets from the process that it was forked from.
+pub(super) struct Worker {
+    pub run_dir: HeldDir,
+    pub session: Arc<File>,
+    pub features: Features,
+    pub use_resend: bool,
+    /// Threads that take requests at once; more stand by for when they wait for the disk.
+    pub threads: usize,
+    pub shared: Arc<Shared>,
+    pub listener: UnixListener,
+    /// The pipe to the supervisor.
+    pub events: Mutex<Arc<File>>,
+    pub supervisor: Identity,
+    pub generation: u32,
+    /// Another worker served before.
+    pub resume: bool,
+    /// When the others hang.
+    pub limits: Limits,
+}
+
+/// What control connections and the main thread share.
+struct Context {
+    worker: Worker,
+    started: Instant,
+    opened: Opened,
+    readers: Arc<Readers>,
+    failures: AtomicU64,
+    connections: AtomicUsize,
+    /// Commands that are being carried out.
+    busy: AtomicUsize,
+    /// Connections without an answer so far: the first command is on its way.
+    fresh: AtomicUsize,
+    stop: AtomicBool,
+    /// Written to end the main thread's wait.
+    wake: EventFd,
+}
+
+/// Serves until the session is over or SIGTERM asks to stop. Returns when the process should end.
+pub(super) fn run(worker: Worker, open: super::Open<'_>) -> Result<()> {
+    let me = Identity::current();
+    let table = worker.shared.table();
+    table.worker.belongs_to(me.pid, me.start);
+    // Whatever the process before held, it is resent or replayed.
+    table.held.store(0, Ordering::Release);
+    // For as long as this process lives, and its threads with it.
+    let shared: &'static Arc<Shared> = Box::leak(Box::new(Arc::clone(&worker.shared)));
+    note_waits_in(&shared.table().waits);
+    prepare_process()?;
+    let result = serve(worker, open);
+    if let Err(error) = &result {
+        tracing::error!("the worker ends: {error}");
+    }
+    result
+}
+
+fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
+    let started = Instant::now();
+    let memory = Memory {
+        file: worker.shared.fd(),
+        offset: worker.shared.extra_at(),
+        len: EXTRA_LEN,
+    };
+    let opened = match open(memory, &worker.run_dir.path()) {
+        Ok(opened) => opened,
+        Err(error) => {
+            report(&worker, &Event::OpenFailed(Failure::from(&error)));
+            return Err(error);
+        }
+    };
+    let wake = EventFd::new().context(|| "an eventfd cannot be made")?;
+    let readers = Readers::new(worker.threads);
+    let context = Arc::new(Context {
+        worker,
+        started,
+        opened,
+        readers,
+        failures: AtomicU64::new(0),
+        connections: AtomicUsize::new(0),
+        busy: AtomicUsize::new(0),
+        fresh: AtomicUsize::new(0),
+        stop: AtomicBool::new(false),
+        wake,
+    });
+    let mut threads = Vec::new();
+    recover(&context)?;
+    for index in 0..context.worker.threads {
+        threads.push(serving_thread(&context, index)?);
+    }
+    note_pause(&context.worker);
+    report(
+        &context.worker,
+        &Event::Serving(nix::unistd::getpid().as_raw()),
+    );
+    for index in context.worker.threads..MAX_THREADS {
+        match serving_thread(&context, index) {
+            Ok(thread) => threads.push(thread),
+            // It serves, with less in flight.
+            Err(error) => {
+                tracing::warn!("{error}");
+                break;
+            }
+        }
+    }
+    let result = main_loop(&context, &threads);
+    context.stop.store(true, Ordering::Release);
+    context.readers.close();
+    let ended = join(threads)?;
+    result?;
+    finish_commands(&context);
+    // What was answered is in the kernel; this makes it durable too before the device closes.
+    context.opened.device.flush()?;
+    let ended = match ended {
+        Ended::SessionOver => ENDED_SESSION_OVER,
+        Ended::Stopped => ENDED_STOPPED,
+    };
+    let table = context.worker.shared.table();
+    table.worker_ended.store(ended, Ordering::Release);
+    Ok(())
+}
+
+/// Starts thread `index` of those that answer requests.
+fn serving_thread(context: &Arc<Context>, index: usize) -> Result<JoinHandle<Result<Ended>>> {
+    let mut slot = context.worker.shared.slot(index)?;
+    let context = Arc::clone(context);
+    std::thread::Builder::new()
+        .name(format!("fuse-{index}"))
+        .spawn(move || {
+            run_before_clients();
+            let readers = Arc::clone(&context.readers);
+            listen_for_waits(move || readers.relieve());
+            let result = context.server().run(&mut slot);
+            let _ = context.wake.write(1);
+            result
+        })
+        .context(|| "a serving thread cannot be started")
+}
+
+impl Context {
+    fn server(&self) -> Server<'_> {
+        Server {
+            session: &self.worker.session,
+            device: &*self.opened.device,
+            readers: &self.readers,
+            stop: &self.stop,
+            remember: !self.worker.use_resend,
+            failures: &self.failures,
+            held: &self.worker.shared.table().held,
+            held_at_most: (MAX_THREADS - SERVING_ALWAYS) as u64,
+        }
+    }
+}
+
+/// Waits for commands that are being carried out, so that no caller is left without an answer
+/// when the next worker takes over.
+fn finish_commands(context: &Context) {
+    let stopped = Instant::now();
+    let waiting = |count: &AtomicUsize, limit: Duration| {
+        count.load(Ordering::Acquire) > 0 && stopped.elapsed() < limit
+    };
+    while waiting(&context.fresh, FINISH_FRESH) || waiting(&context.busy, FINISH) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Sees to the requests that the worker before took and did not answer.
+fn recover(context: &Context) -> Result<()> {
+    if !context.worker.resume {
+        return Ok(());
+    }
+    if context.worker.use_resend {
+        match session::resend(&context.worker.session) {
+            Ok(()) => return Ok(()),
+            // Unmounted meanwhile: the first read says so.
+            Err(error) => tracing::warn!("{error}"),
+        }
+        return Ok(());
+    }
+    for index in 0..MAX_THREADS {
+        let mut slot = context.worker.shared.slot(index)?;
+        context.server().replay(&mut slot)?;
+    }
+    Ok(())
+}
+
+/// Records how long nobody served.
+fn note_pause(worker: &Worker) {
+    let table = worker.shared.table();
+    let death = table.death_ns.swap(0, Ordering::AcqRel);
+    if death != 0 {
+        let pause = monotonic_ns().saturating_sub(death);
+        table.last_pause_ns.store(pause, Ordering::Relaxed);
+        table.longest_pause_ns.fetch_max(pause, Ordering::Relaxed);
+    }
+}
+
+/// Waits for the end: of the session, by SIGTERM, or of a thread. Takes control connections.
+fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> Result<()> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGTERM);
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .context(|| "signals cannot be watched")?;
+    let listener = &context.worker.listener;
+    listener
+        .set_nonblocking(true)
+        .context(|| "the control socket")?;
+    let mut adopt_at: Option<Instant> = None;
+    let mut elders = Elders::new(context.worker.limits);
+    loop {
+        let left = adopt_at.map(|at| at.saturating_duration_since(Instant::now()));
+        elders.look(&context.worker.shared);
+        let events = Arc::clone(&context.worker.events.lock());
+        let mut fds = vec![
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(context.wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+        ];
+        let timeout = match left {
+            Some(left) if !left.is_zero() => {
+                PollTimeout::from(left.min(PERIOD).as_millis() as u16 + 1)
+            }
+            _ => {
+                // An error there means that nobody can read it: supervisor and standby are dead.
+                fds.push(PollFd::new(events.as_fd(), PollFlags::empty()));
+                PollTimeout::from(PERIOD.as_millis() as u16)
+            }
+        };
+        match poll(&mut fds, timeout) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(Error::io("poll", errno.into())),
+        }
+        let alone = fds.get(3).is_some_and(|fd| fd.any() == Some(true));
+        if matches!(signals.read_signal(), Ok(Some(_))) {
+            return Ok(());
+        }
+        if threads.iter().any(JoinHandle::is_finished) || context.stop.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if alone {
+            adopt_at = adopt_alone(&context.worker);
+        }
+        if context.connections.load(Ordering::Acquire) >= MAX_CONNECTIONS {
+            // Rare, and not worth a queue: the kernel's backlog holds the next ones.
+            std::thread::sleep(Duration::from_millis(5));
+            continue;
+        }
+        match listener.accept() {
+            Ok((stream, _)) => {
+                context.connections.fetch_add(1, Ordering::AcqRel);
+                context.fresh.fetch_add(1, Ordering::AcqRel);
+                let held = Arc::clone(context);
+                let spawned = std::thread::Builder::new()
+                    .name("control".to_string())
+                    .spawn(move || {
+                        // It was counted as fresh when it was taken.
+                        let mut fresh = Some(Counted(&held.fresh));
+                        let begin = || (Counted::new(&held.busy), fresh.take());
+                        let answer = |verb: &str, args| command(&held, verb, args);
+                        if let Err(error) = converse(&stream, begin, answer) {
+                            tracing::debug!("control connection: {error}");
+                        }
+                        held.connections.fetch_sub(1, Ordering::AcqRel);
+                    });
+                if spawned.is_err() {
+                    context.fresh.fetch_sub(1, Ordering::AcqRel);
+                    context.connections.fetch_sub(1, Ordering::AcqRel);
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => tracing::warn!("the control socket: {error}"),
+        }
+    }
+}
+
+/// Supervisor and standby, which a worker looks at: where both are stopped nobody else would.
+struct Elders {
+    next: Instant,
+    supervisor: Companion,
+    standby: Companion,
+}
+
+impl Elders {
+    fn new(limits: Limits) -> Elders {
+        Elders {
+            next: Instant::now(),
+            supervisor: Companion::new(limits),
+            standby: Companion::new(limits),
+        }
+    }
+
+    /// Says that this worker runs, and kills the two where both hang: then [`adopt_alone`] starts
+    /// others.
+    fn look(&mut self, shared: &Shared) {
+        let now = Instant::now();
+        if now < self.next {
+            return;
+        }
+        self.next = now + PERIOD;
+        let table = shared.table();
+        table.worker.beat(monotonic_ns());
+        let supervisor = self.supervisor.look(&table.supervisor);
+        let standby = self.standby.look(&table.standby);
+        let Some((supervisor, hang)) = supervisor else {
+            return;
+        };
+        // A standby that runs sees to it.
+        let pid = table.standby.pid.load(Ordering::Acquire) as i32;
+        let start = table.standby.start.load(Ordering::Acquire);
+        if standby.is_none() && pid != 0 && (Identity { pid, start }).is_alive() {
+            return;
+        }
+        let reason = hang.reason();
+        tracing::error!("the supervisor (process {}) {reason}", supervisor.pid);
+        // First, or it would take the place of the other.
+        if let Some((standby, _)) = standby {
+            kill(standby);
+        }
+        kill(supervisor);
+    }
+}
+
+/// Waits for the serving threads, waking those that wait for a request. The session is over when
+/// one of them found it so.
+fn join(threads: Vec<JoinHandle<Result<Ended>>>) -> Result<Ended> {
+    let mut all = Ok(Ended::Stopped);
+    for thread in threads {
+        // A signal that comes just before the thread begins to wait is lost: send it again.
+        while !thread.is_finished() {
+            // SAFETY: the thread was not joined, so its handle is valid.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGUSR1) };
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        match thread.join() {
+            Ok(Ok(Ended::SessionOver)) => all = all.map(|_| Ended::SessionOver),
+            Ok(Ok(Ended::Stopped)) => {}
+            Ok(Err(error)) => all = Err(error),
+            Err(_) => {
+                all = Err(Error::new(ErrorKind::Io, "a serving thread panicked"));
+            }
+        }
+    }
+    all
+}
+
+/// Tells the supervisor. One that is dead is no reason to end.
+fn report(worker: &Worker, event: &Event) -> bool {
+    let Ok(mut line) = serde_json::to_vec(event) else {
+        return false;
+    };
+    line.push(b'\n');
+    let events = Arc::clone(&worker.events.lock());
+    (&*events).write_all(&line).is_ok()
+}
+
+/// Is counted until it is dropped.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Counted(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn command(context: &Context, verb: &str, args: Value) -> Result<Value> {
+    match verb {
+        "status" => Ok(report_status(context)),
+        "flush" => {
+            context.opened.device.flush()?;
+            Ok(Value::Null)
+        }
+        "stop" => {
+            if !report(&context.worker, &Event::Stop) {
+                context.stop.store(true, Ordering::Release);
+                let _ = context.wake.write(1);
+            }
+            Ok(Value::Null)
+        }
+        "upgrade" => {
+            let program = args.get("program").and_then(Value::as_str).ok_or_else(|| {
+                Error::new(ErrorKind::InvalidInput, "upgrade: no program is named")
+            })?;
+            let after = args.get("after").and_then(Value::as_u64);
+            if after.is_some_and(|after| after < context.worker.generation.into()) {
+                // The order came twice, and was carried out.
+                return Ok(Value::Null);
+            }
+            if report(&context.worker, &Event::Upgrade(PathBuf::from(program))) {
+                Ok(Value::Null)
+            } else {
+                Err(Error::new(
+                    ErrorKind::NotFound,
+                    "upgrade: the device has no supervisor",
+                ))
+            }
+        }
+        "adopt" => adopt(&context.worker),
+        _ => context.opened.control.handle(verb, args),
+    }
+}
+
+/// Starts a supervisor, since this worker has none. Returns when to try again.
+fn adopt_alone(worker: &Worker) -> Option<Instant> {
+    match adopt(worker) {
+        Ok(_) => {
+            tracing::warn!("supervisor and standby died: another supervisor was started");
+            None
+        }
+        // Not quite dead.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            Some(Instant::now() + Duration::from_millis(20))
+        }
+        Err(error) => {
+            tracing::error!("{error}");
+            Some(Instant::now() + Duration::from_secs(1))
+        }
+    }
+}
+
+/// Starts a supervisor for a worker that has none any more.
+fn adopt(worker: &Worker) -> Result<Value> {
+    let what = || "a supervisor cannot be started";
+    // Held to the end, so that two calls do not start two.
+    let mut events = worker.events.lock();
+    if RunState::read(&worker.run_dir.path())?.is_some_and(|state| state.supervisor.is_alive()) {
+        return Err(Error::new(
+            ErrorKind::AlreadyExists,
+            "the device has a supervisor",
+        ));
+    }
+    let (events_in, events_out) = event_pipe()?;
+    // Copies that the new program inherits; ours stay closed to it.
+    let copies = [
+        worker.session.as_fd(),
+        worker.listener.as_fd(),
+        worker.shared.fd().as_fd(),
+        events_in.as_fd(),
+        events_out.as_fd(),
+    ]
+    .into_iter()
+    .map(|fd| fd.try_clone_to_owned())
+    .collect::<std::io::Result<Vec<OwnedFd>>>()
+    .context(what)?;
+    let mut fds: Vec<i32> = copies.iter().map(AsRawFd::as_raw_fd).collect();
+    let &[session, listener, shared, events_read, events_write] = fds.as_slice() else {
+        return Err(Error::new(ErrorKind::Io, what()));
+    };
+    let witness = witness();
+    let held = witness.as_ref().map(|(file, _)| file.as_raw_fd());
+    let resume = Resume {
+        session,
+        listener,
+        shared,
+        events_in: events_read,
+        events_out: events_write,
+        standby: None,
+        features: worker.features,
+        generation: worker.generation,
+        witness: held.zip(witness.as_ref().map(|(_, token)| *token)),
+    };
+    fds.extend(held);
+    let resume = serde_json::to_string(&resume)
+        .map_err(|error| Error::with_source(ErrorKind::Io, what(), error))?;
+    set_close_on_exec(&fds, false);
+    let status = Command::new("/proc/self/exe")
+        .arg0(ARG0)
+        .args(own_arguments(&worker.run_dir.path()))
+        .arg("--resume")
+        .arg(resume)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .context(what)?;
+    if !status.success() {
+        return Err(Error::new(
+            ErrorKind::Command,
+            format!("{}: {status}", what()),
+        ));
+    }
+    *events = Arc::new(events_out);
+    Ok(Value::Null)
+}
+
+fn report_status(context: &Context) -> Value {
+    let worker = &context.worker;
+    let table = worker.shared.table();
+    let micros = |ns: &AtomicU64| ns.load(Ordering::Relaxed) / 1000;
+    json!({
+        "pid": nix::unistd::getpid().as_raw(),
+        "supervisor": worker.supervisor.pid,
+        "uptime_ms": context.started.elapsed().as_millis() as u64,
+        "served": worker.shared.served(),
+        "resent": worker.shared.resent(),
+        "failures": context.failures.load(Ordering::Relaxed),
+        "restarts": table.restarts.load(Ordering::Relaxed),
+        "hangs": table.hangs.load(Ordering::Relaxed),
+        "longest_wait_ms": worker.shared.longest_wait().unwrap_or_default() / 1_000_000,
+        "last_pause_us": micros(&table.last_pause_ns),
+        "longest_pause_us": micros(&table.longest_pause_ns),
+        "size": context.opened.device.size(),
+        "read_only": context.opened.device.is_read_only(),
+        "threads": worker.threads,
+        "fuse_minor": worker.features.minor,
+        "resend": worker.use_resend,
+        "generation": worker.generation,
+        "version": env!("CARGO_PKG_VERSION"),
+        // Not every path is text that JSON can carry.
+        "log": worker.run_dir.path().join(state::LOG).display().to_string(),
+    })
+}
+
+/// Gives this thread the priority that the kernel gives its own block workers: those who wait for it
+/// hold the processors otherwise, and each of their requests waits for a turn. Best effort.
+fn run_before_clients() {
+    // SAFETY: the call takes integers and changes the priority of this thread alone.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
+}
+
+fn prepare_process() -> Result<()> {
+    let _ = nix::sys::prctl::set_name(c"vellum-worker");
+    // For want of memory rather this process than the supervisor, from which it was forked.
+    let adjustment = "/proc/self/oom_score_adj";
+    if let Ok(text) = std::fs::read_to_string(adjustment)
+        && let Ok(supervisors) = text.trim().parse::<i32>()
+    {
+        let _ = std::fs::write(adjustment, (supervisors + 1).min(1000).to_string());
+    }
+    // Reclaiming memory must not wait for I/O on our own device. It can fail even for root.
+    // SAFETY: the call takes integers and changes a flag of this thread, which its threads inherit.
+    unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    let action = SigAction::new(
+        SigHandler::Handler(wake_up),
+        SaFlags::empty(),
+        SigSet::empty(),
+    );
+    // SAFETY: the handler does nothing, so it is safe at any point; it is there so that a
+    // blocked read returns.
+    unsafe { sigaction(Signal::SIGUSR1, &action) }.context(|| "a signal handler")?;
+    // A thread that panics must not leave a device that is half served.
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        default(info);
+        std::process::abort();
+    }));
+    Ok(())
+}
+
+extern "C" fn wake_up(_: i32) {}

@@ -1,0 +1,611 @@
+//! Transmission: requests in, replies out, on one or several threads.
+//!
+//! Of a connection's threads one at a time is the reader: it owns the socket's receiving side and
+//! a buffer that takes many requests with one system call. Requests of a fast class it serves on
+//! the spot, straight from that buffer, and sends the replies together once the buffer is used
+//! up. Before it serves a request of a slow class it gives up the reader's role, so that another
+//! thread reads on.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::thread::{self, Scope};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
+
+use super::exec::{Buffer, Outcome, Patience, Refusal, Session};
+use super::memory::{Budget, Memory, OWN, Share};
+use super::pace::{Class, Pace};
+use super::protocol::{self as wire, Command, Request};
+use super::stream::{Stream, allowance};
+use vellum_base::error::{Error, ErrorKind, Result};
+
+/// Size of the buffer that requests are received into, in bytes.
+const INPUT: usize = 256 << 10;
+/// Payloads up to this length are received together with other requests, in bytes.
+const SHORT: usize = 64 << 10;
+/// So many bytes of replies are sent even when there are more requests to serve first.
+const BATCH: usize = 64 << 10;
+/// Payloads up to this length are skipped when their request is refused, in bytes.
+const MAX_SKIPPED: u32 = 2 * wire::MAX_PAYLOAD;
+
+/// Writes longer than [`OWN`] go to the device in pieces of this many bytes, as they come.
+const PIECE: usize = 1 << 20;
+
+/// What one connection may use.
+#[derive(Debug, Clone)]
+pub(super) struct Limits {
+    /// Threads, at least 1.
+    pub(super) threads: usize,
+    /// Bytes of long requests in flight; one request is always let through.
+    pub(super) bytes_in_flight: usize,
+    /// What they count against together with those of other connections.
+    pub(super) memory: Arc<Memory>,
+    /// How long a client may stall in the middle of a request.
+    pub(super) stall: Duration,
+}
+
+/// A source of threads for a connection.
+pub(super) trait Crew<'c, S> {
+    /// Starts another thread on the connection; false when there is none to be had.
+    fn hire(&self, connection: &'c Connection<S>) -> bool;
+}
+
+/// No other threads: everything is served by the caller.
+pub(super) struct Alone;
+
+impl<'c, S> Crew<'c, S> for Alone {
+    fn hire(&self, _: &'c Connection<S>) -> bool {
+        false
+    }
+}
+
+/// Threads that end with a scope.
+struct Threads<'scope, 'env>(&'scope Scope<'scope, 'env>);
+
+impl<'c: 'scope, 'scope, S: Stream + Sync> Crew<'c, S> for Threads<'scope, '_> {
+    fn hire(&self, connection: &'c Connection<S>) -> bool {
+        let scope = self.0;
+        thread::Builder::new()
+            .name("nbd-helper".into())
+            .spawn_scoped(scope, move || connection.work(&Threads(scope)))
+            .is_ok()
+    }
+}
+
+/// A client in its transmission phase.
+pub(super) struct Connection<S> {
+    stream: S,
+    session: Session,
+    limits: Limits,
+    reader: Mutex<Reader>,
+    writer: Mutex<()>,
+    pace: Pace,
+    budget: Budget,
+    threads: AtomicUsize,
+    /// Threads that wait to become the reader.
+    idle: AtomicUsize,
+    /// Requests that wait for room on the host's disk, and the bytes of their payloads.
+    held: AtomicUsize,
+    held_bytes: AtomicUsize,
+    /// The server ends: nothing is held any more.
+    ends: Arc<AtomicBool>,
+}
+
+/// Threads of a connection that never wait for room on the host's disk.
+const SERVING_ALWAYS: usize = 2;
+
+/// What belongs to whoever reads.
+struct Reader {
+    input: Vec<u8>,
+    start: usize,
+    end: usize,
+    /// Replies that have not been sent yet.
+    out: Buffer,
+    ended: Option<Result<()>>,
+}
+
+/// A request that may be served while others are read.
+struct Job<'c> {
+    command: Command,
+    request: Request,
+    class: Class,
+    payload: Buffer,
+    share: Share<'c>,
+    /// Found the host's disk full before.
+    wants_room: bool,
+}
+
+/// What came of reading a request.
+enum Step<'c> {
+    /// Served; the next one, please.
+    Next,
+    /// To be served by this thread once another one reads.
+    HandOver(Job<'c>),
+    /// The client is done.
+    End,
+}
+
+impl<S: Stream> Connection<S> {
+    pub(super) fn new(stream: S, session: Session, limits: Limits, ends: Arc<AtomicBool>) -> Self {
+        Connection {
+            stream,
+            session,
+            reader: Mutex::new(Reader {
+                input: vec![0; INPUT],
+                start: 0,
+                end: 0,
+                out: Buffer::default(),
+                ended: None,
+            }),
+            writer: Mutex::new(()),
+            pace: Pace::default(),
+            budget: Budget::new(Arc::clone(&limits.memory), limits.bytes_in_flight),
+            limits,
+            threads: AtomicUsize::new(1),
+            idle: AtomicUsize::new(0),
+            held: AtomicUsize::new(0),
+            held_bytes: AtomicUsize::new(0),
+            ends,
+        }
+    }
+
+    /// Serves the client on this thread and on others until it goes away, and waits for all that
+    /// is in flight.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Protocol`] and [`ErrorKind::Timeout`] for what the client did, or the
+    /// stream's error.
+    pub(super) fn serve(self) -> Result<()>
+    where
+        S: Sync,
+    {
+        thread::scope(|scope| self.work(&Threads(scope)));
+        self.finish()
+    }
+
+    /// Serves the client on this thread alone.
+    pub(super) fn serve_alone(self) -> Result<()> {
+        self.work(&Alone);
+        self.finish()
+    }
+
+    fn finish(self) -> Result<()> {
+        self.stream.finish();
+        self.reader.into_inner().ended.unwrap_or(Ok(()))
+    }
+
+    /// Reads and serves until the connection ends.
+    fn work<'c>(&'c self, crew: &impl Crew<'c, S>) {
+        let _abort = AbortOnPanic(&self.stream);
+        let mut small = Buffer::default();
+        let Some(mut reader) = self.lead() else {
+            return;
+        };
+        loop {
+            match self.step(&mut reader, &mut small) {
+                Ok(Step::Next) => {}
+                Ok(Step::HandOver(job)) => {
+                    if self.idle.load(Relaxed) == 0
+                        && self.threads.load(Relaxed) < self.limits.threads
+                        && crew.hire(self)
+                    {
+                        self.threads.fetch_add(1, Relaxed);
+                    }
+                    drop(reader);
+                    let done = self.run_patiently(job, &mut small);
+                    if done.is_err() {
+                        // Wakes the reader, which then ends the connection.
+                        self.stream.abort();
+                    }
+                    match self.lead() {
+                        Some(again) => reader = again,
+                        None => return,
+                    }
+                }
+                Ok(Step::End) => {
+                    let sent = self.send(&mut reader.out);
+                    reader.ended = Some(sent);
+                    return;
+                }
+                Err(error) => {
+                    // What was served before may still be welcome, as far as it goes.
+                    let _ = self.send(&mut reader.out);
+                    reader.ended = Some(Err(error));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Waits to become the reader; `None` once the connection has ended.
+    fn lead(&self) -> Option<MutexGuard<'_, Reader>> {
+        self.idle.fetch_add(1, Relaxed);
+        let reader = self.reader.lock();
+        self.idle.fetch_sub(1, Relaxed);
+        reader.ended.is_none().then_some(reader)
+    }
+
+    /// Reads one request, and serves it where that is quick.
+    fn step(&self, reader: &mut Reader, small: &mut Buffer) -> Result<Step<'_>> {
+        let request = loop {
+            match Request::parse(reader.available())? {
+                Some(request) => break request,
+                None if !self.fill(reader, Request::WIRE_LEN)? => return Ok(Step::End),
+                None => {}
+            }
+        };
+        let command = match self.session.check(&request) {
+            Ok(Command::Disconnect) => return Ok(Step::End),
+            Ok(command) => command,
+            Err(refusal) => {
+                reader.start += Request::WIRE_LEN;
+                self.refuse(reader, &request, &refusal)?;
+                return self.next(reader);
+            }
+        };
+        let len = request.len as usize;
+        let payload_len = if command == Command::Write { len } else { 0 };
+        if payload_len > OWN {
+            self.write_in_pieces(reader, &request)?;
+            return self.next(reader);
+        }
+        let long = matches!(command, Command::Read | Command::Write) && len > SHORT;
+        let class = Class::of(command, &request, long);
+        let slow = self.pace.is_slow(class);
+        if !long {
+            let whole = Request::WIRE_LEN + payload_len;
+            if reader.available().len() < whole && !self.fill(reader, whole)? {
+                return Err(torn());
+            }
+        }
+        if !long && !slow {
+            return self.serve_at_once(reader, command, &request, class);
+        }
+        reader.start += Request::WIRE_LEN;
+        let cost = self.session.memory(command, &request);
+        let share = self.share(reader, cost)?;
+        let mut job = Job {
+            command,
+            request,
+            class,
+            payload: Buffer::default(),
+            share,
+            wants_room: false,
+        };
+        if payload_len > 0 {
+            job.payload = self.budget.memory().buffer(payload_len);
+            self.receive(reader, job.payload.extend(payload_len))?;
+        }
+        self.send(&mut reader.out)?;
+        if slow {
+            return Ok(Step::HandOver(job));
+        }
+        match self.run(job, small)? {
+            Some(job) => Ok(Step::HandOver(job)),
+            None => Ok(Step::Next),
+        }
+    }
+
+    /// Serves a request that was received whole, straight from the input. A write that finds no room on
+    /// the host is set apart, since whoever reads must not wait for that.
+    fn serve_at_once(
+        &self,
+        reader: &mut Reader,
+        command: Command,
+        request: &Request,
+        class: Class,
+    ) -> Result<Step<'_>> {
+        let len = match command {
+            Command::Write => request.len as usize,
+            _ => 0,
+        };
+        let Reader {
+            input, start, out, ..
+        } = reader;
+        let from = *start + Request::WIRE_LEN;
+        *start = from + len;
+        let payload = input.get(from..*start).unwrap_or_default();
+        let serve = |patience, out: &mut Buffer| {
+            let sink = &mut |out: &mut Buffer| self.send(out);
+            self.session
+                .execute(command, request, payload, patience, out, sink)
+        };
+        let began = Instant::now();
+        let patience = if self.limits.threads > SERVING_ALWAYS {
+            Patience::Return
+        } else {
+            Patience::Refuse
+        };
+        if serve(patience, out)? != Outcome::WantsRoom {
+            self.pace.record(class, began.elapsed());
+            return self.next(reader);
+        }
+        let Some(share) = self.budget.try_take(len) else {
+            serve(Patience::Refuse, out)?;
+            return self.next(reader);
+        };
+        let mut job = Job {
+            command,
+            request: *request,
+            class,
+            payload: self.budget.memory().buffer(len),
+            share,
+            wants_room: true,
+        };
+        job.payload.push(payload);
+        self.send(out)?;
+        Ok(Step::HandOver(job))
+    }
+
+    /// Memory of `cost` bytes for a request. What was answered before is sent if there is none yet:
+    /// the client may wait for it.
+    fn share(&self, reader: &mut Reader, cost: usize) -> Result<Share<'_>> {
+        if let Some(share) = self.budget.try_take(cost) {
+            return Ok(share);
+        }
+        self.send(&mut reader.out)?;
+        Ok(self.budget.take(cost))
+    }
+
+    /// Serves a long write while it comes in, so that a client cannot have the server hold what it
+    /// has not sent to its end. One that goes away in between has written a part, as the protocol
+    /// lets it be with a write that was not answered.
+    fn write_in_pieces(&self, reader: &mut Reader, request: &Request) -> Result<()> {
+        reader.start += Request::WIRE_LEN;
+        let _share = self.share(reader, PIECE)?;
+        let mut buffer = self.budget.memory().buffer(PIECE);
+        let mut refusal = None;
+        let mut done = 0;
+        while done < request.len {
+            let len = (request.len - done).min(PIECE as u32);
+            buffer.truncate(0);
+            let payload = buffer.extend(len as usize);
+            self.receive(reader, payload)?;
+            // After an error the rest is received and dropped: the next request lies behind it.
+            if refusal.is_none() {
+                let offset = request.offset + u64::from(done);
+                refusal = self.session.write_piece(payload, offset).err();
+            }
+            done += len;
+        }
+        self.session.finish_write(request, refusal, &mut reader.out);
+        self.budget.memory().keep(buffer);
+        Ok(())
+    }
+
+    /// Goes on to the next request, once there is room for its reply.
+    fn next(&self, reader: &mut Reader) -> Result<Step<'_>> {
+        if reader.out.len() >= BATCH {
+            self.send(&mut reader.out)?;
+        }
+        Ok(Step::Next)
+    }
+
+    /// Serves a request that was set apart, on a thread that does not read: it may wait.
+    fn run_patiently(&self, job: Job<'_>, small: &mut Buffer) -> Result<()> {
+        let job = if job.wants_room {
+            Some(job)
+        } else {
+            self.run(job, small)?
+        };
+        let Some(mut job) = job else {
+            return Ok(());
+        };
+        job.wants_room = true;
+        let bytes = job.payload.len();
+        let held = self.held.fetch_add(1, Relaxed) + 1 + SERVING_ALWAYS;
+        let held_bytes = self.held_bytes.fetch_add(bytes, Relaxed) + bytes;
+        // Others have to get a thread and memory meanwhile.
+        let few = held <= self.limits.threads && held_bytes <= self.limits.bytes_in_flight / 2;
+        let patience = if few {
+            Patience::Wait(&self.ends)
+        } else {
+            Patience::Refuse
+        };
+        let done = self.serve_job(job, patience, small).map(drop);
+        self.held.fetch_sub(1, Relaxed);
+        self.held_bytes.fetch_sub(bytes, Relaxed);
+        done
+    }
+
+    /// Serves a request that was set apart and sends its reply. Gives it back where it wants room on
+    /// the host's disk.
+    fn run<'c>(&self, job: Job<'c>, small: &mut Buffer) -> Result<Option<Job<'c>>> {
+        let patience = if self.limits.threads > SERVING_ALWAYS {
+            Patience::Return
+        } else {
+            Patience::Refuse
+        };
+        self.serve_job(job, patience, small)
+    }
+
+    fn serve_job<'c>(
+        &self,
+        job: Job<'c>,
+        patience: Patience<'_>,
+        small: &mut Buffer,
+    ) -> Result<Option<Job<'c>>> {
+        let mut long = match job.command {
+            Command::Read => Some(self.budget.memory().buffer(job.share.cost())),
+            _ => None,
+        };
+        let out = long.as_mut().unwrap_or(small);
+        out.truncate(0);
+        let began = Instant::now();
+        let mut took = None;
+        let done = self.session.execute(
+            job.command,
+            &job.request,
+            job.payload.filled(),
+            patience,
+            out,
+            &mut |out| {
+                took.get_or_insert_with(|| began.elapsed());
+                self.send(out)
+            },
+        );
+        if matches!(done, Ok(Outcome::WantsRoom)) {
+            return Ok(Some(job));
+        }
+        // How long the client takes to receive says nothing about the device, nor a full disk.
+        if !job.wants_room {
+            self.pace
+                .record(job.class, took.unwrap_or_else(|| began.elapsed()));
+        }
+        let sent = done.and_then(|_| self.send(out));
+        let memory = self.budget.memory();
+        if let Some(buffer) = long {
+            memory.keep(buffer);
+        }
+        memory.keep(job.payload);
+        sent.map(|()| None)
+    }
+
+    /// Answers a request that cannot be carried out, and skips its payload.
+    fn refuse(&self, reader: &mut Reader, request: &Request, refusal: &Refusal) -> Result<()> {
+        self.session.refuse(request, refusal, &mut reader.out);
+        if Command::from_wire(request.command) != Some(Command::Write) {
+            return Ok(());
+        }
+        if request.len > MAX_SKIPPED {
+            return Err(Error::new(
+                ErrorKind::Protocol,
+                format!("the client announced a write of {} bytes", request.len),
+            ));
+        }
+        let mut rest = request.len as usize;
+        while rest > 0 {
+            if reader.available().is_empty() && !self.fill(reader, 1)? {
+                return Err(torn());
+            }
+            let piece = rest.min(reader.available().len());
+            reader.start += piece;
+            rest -= piece;
+        }
+        Ok(())
+    }
+
+    /// Receives until `want` bytes, at most the size of the input buffer, are available. False
+    /// when the client closed the stream between two requests.
+    fn fill(&self, reader: &mut Reader, want: usize) -> Result<bool> {
+        // The client may wait for these before it sends more.
+        self.send(&mut reader.out)?;
+        if reader.start == reader.end {
+            reader.start = 0;
+            reader.end = 0;
+        } else if reader.input.len() - reader.start < want {
+            reader.input.copy_within(reader.start..reader.end, 0);
+            reader.end -= reader.start;
+            reader.start = 0;
+        }
+        let mut clock = Clock::default();
+        while reader.available().len() < want {
+            let between = reader.start == reader.end;
+            let room = reader.input.get_mut(reader.end..).unwrap_or_default();
+            match self.stream.recv(room) {
+                Ok(0) if between => return Ok(false),
+                Ok(0) => return Err(torn()),
+                Ok(len) => reader.end += len,
+                // Between two requests a client may be silent as long as it likes.
+                Err(error) if between && error.kind() == io::ErrorKind::WouldBlock => {
+                    self.budget.memory().forget();
+                    continue;
+                }
+                Err(error) => return Err(receiving(error)),
+            }
+            clock.check(self.limits.stall, want)?;
+        }
+        Ok(true)
+    }
+
+    /// Fills `target` with the input's next bytes.
+    fn receive(&self, reader: &mut Reader, target: &mut [u8]) -> Result<()> {
+        let ready = reader.available();
+        let (head, mut rest) = target.split_at_mut(ready.len().min(target.len()));
+        head.copy_from_slice(ready.get(..head.len()).unwrap_or_default());
+        reader.start += head.len();
+        let len = rest.len();
+        if len > 0 {
+            self.send(&mut reader.out)?;
+        }
+        let mut clock = Clock::default();
+        while !rest.is_empty() {
+            match self.stream.recv_whole(rest) {
+                Ok(0) => return Err(torn()),
+                Ok(got) => rest = rest.get_mut(got..).unwrap_or_default(),
+                Err(error) => return Err(receiving(error)),
+            }
+            clock.check(self.limits.stall, len)?;
+        }
+        Ok(())
+    }
+
+    /// Sends what is in `out` and empties it.
+    fn send(&self, out: &mut Buffer) -> Result<()> {
+        if out.len() == 0 {
+            return Ok(());
+        }
+        let sent = {
+            let _writer = self.writer.lock();
+            self.stream.send(out.filled())
+        };
+        out.truncate(0);
+        sent.map_err(|error| Error::io("sending replies to the client", error))
+    }
+}
+
+impl Reader {
+    /// Bytes that were received and not yet used.
+    fn available(&self) -> &[u8] {
+        self.input.get(self.start..self.end).unwrap_or_default()
+    }
+}
+
+/// Watches over a client in the middle of a request; costs nothing when it comes in one piece.
+#[derive(Default)]
+struct Clock(Option<Instant>);
+
+impl Clock {
+    fn check(&mut self, stall: Duration, len: usize) -> Result<()> {
+        match self.0 {
+            None => self.0 = Some(Instant::now()),
+            Some(began) if began.elapsed() > allowance(stall, len) => return Err(stalled()),
+            Some(_) => {}
+        }
+        Ok(())
+    }
+}
+
+/// Ends the stream when its thread panics, so that the client is not left waiting.
+struct AbortOnPanic<'a, S: Stream>(&'a S);
+
+impl<S: Stream> Drop for AbortOnPanic<'_, S> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.abort();
+        }
+    }
+}
+
+fn torn() -> Error {
+    Error::new(
+        ErrorKind::Protocol,
+        "the client went away in the middle of a request",
+    )
+}
+
+fn stalled() -> Error {
+    Error::new(
+        ErrorKind::Timeout,
+        "the client stalled in the middle of a request",
+    )
+}
+
+fn receiving(error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => stalled(),
+        _ => Error::io("receiving requests from the client", error),
+    }
+}

@@ -1,0 +1,548 @@
+//! One request against the device: checks, the call, and the bytes of the reply.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use super::handshake::Negotiated;
+use super::protocol::{self as wire, Command, Errno, Request, chunk, command_flag as flag};
+use vellum_base::block::{BlockDevice, Durability, Extent, ExtentKind, ZeroMode};
+use vellum_base::error::{Error, Result};
+
+/// The longest run of bytes that a structured read sends in one chunk, where the client lets it:
+/// so much memory a long read takes. Shorter chunks cost the client more than they gain.
+const READ_PIECE: usize = 1 << 20;
+/// Reads shorter than this are not searched for holes, in bytes.
+const HOLES_FROM: u32 = 32 << 10;
+/// The most extents of a read that are sent apart; what is beyond is sent as data.
+const READ_EXTENTS: usize = 16;
+/// The most extents in a reply to BLOCK_STATUS.
+const STATUS_EXTENTS: usize = 4096;
+/// The longest text that goes with an error, in bytes.
+const MAX_TEXT: usize = 512;
+
+/// Bytes on their way to a client. Memory is kept, and zeroed only when it is new.
+#[derive(Debug, Default)]
+pub(super) struct Buffer {
+    bytes: Vec<u8>,
+    len: usize,
+}
+
+impl Buffer {
+    /// The bytes in it.
+    pub(super) fn filled(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
+    }
+
+    /// How many bytes are in it.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// How much memory it holds, in bytes.
+    pub(super) fn capacity(&self) -> usize {
+        self.bytes.capacity()
+    }
+
+    /// Forgets the bytes from `len` on.
+    pub(super) fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Makes it `more` bytes longer and hands them out, whatever they hold, to be overwritten.
+    pub(super) fn extend(&mut self, more: usize) -> &mut [u8] {
+        let start = self.len;
+        self.len += more;
+        if self.bytes.len() < self.len {
+            if start == 0 {
+                // Fresh memory comes zeroed from the kernel and is not touched until it is used.
+                self.bytes = vec![0; self.len];
+            } else {
+                self.bytes.resize(self.len, 0);
+            }
+        }
+        self.bytes.get_mut(start..self.len).unwrap_or_default()
+    }
+
+    /// Appends `bytes`.
+    pub(super) fn push(&mut self, bytes: &[u8]) {
+        self.extend(bytes.len()).copy_from_slice(bytes);
+    }
+}
+
+/// Why a request gets an error instead of being carried out.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) errno: Errno,
+    text: Cow<'static, str>,
+}
+
+impl Refusal {
+    pub(super) fn new(errno: Errno, text: impl Into<Cow<'static, str>>) -> Self {
+        Refusal {
+            errno,
+            text: text.into(),
+        }
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Refusal::new(error.kind().into(), error.to_string())
+    }
+}
+
+/// What to do with a request that finds the host's disk full.
+#[derive(Clone, Copy)]
+pub(super) enum Patience<'a> {
+    /// Leave it to be tried again by one who may wait.
+    Return,
+    /// Wait for room for a while, unless this says that the server ends.
+    Wait(&'a AtomicBool),
+    /// Tell the client.
+    Refuse,
+}
+
+/// What came of a request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// Its reply is there.
+    Done,
+    /// It wants room on the host's disk, and nothing was said to the client: [`Patience::Return`].
+    WantsRoom,
+}
+
+/// A connection's view of its device.
+pub(super) struct Session {
+    device: Arc<dyn BlockDevice>,
+    name: String,
+    size: u64,
+    read_only: bool,
+    structured: bool,
+    allocation: bool,
+    /// The client has made a request: it is no idle connection that only takes a place.
+    busy: Arc<AtomicBool>,
+}
+
+/// Where full buffers go in the middle of a reply; leaves the buffer empty.
+pub(super) type Sink<'a> = &'a mut dyn FnMut(&mut Buffer) -> Result<()>;
+
+impl Session {
+    /// `busy` is set at the first request.
+    pub(super) fn new(negotiated: Negotiated, busy: Arc<AtomicBool>) -> Self {
+        let export = &negotiated.export;
+        Session {
+            name: export.name.clone(),
+            size: export.device.size(),
+            read_only: export.is_read_only(),
+            device: Arc::clone(&export.device),
+            structured: negotiated.structured,
+            allocation: negotiated.allocation,
+            busy,
+        }
+    }
+
+    /// Decides whether a request can be carried out, before any of it is.
+    pub(super) fn check(&self, request: &Request) -> Result<Command, Refusal> {
+        let inval = |text: &'static str| Err(Refusal::new(Errno::Inval, text));
+        let Some(command) = Command::from_wire(request.command) else {
+            return inval("the server does not know this command");
+        };
+        if request.flags & !command.valid_flags() != 0 {
+            return inval("the request has a flag that its command does not have");
+        }
+        if command == Command::Disconnect {
+            return Ok(command);
+        }
+        if !self.busy.load(Relaxed) {
+            self.busy.store(true, Relaxed);
+        }
+        if command == Command::Flush {
+            return match (request.offset, request.len) {
+                (0, 0) => Ok(command),
+                _ => inval("a flush has no offset and no length"),
+            };
+        }
+        let writes = matches!(
+            command,
+            Command::Write | Command::Trim | Command::WriteZeroes
+        );
+        if writes && self.read_only {
+            return Err(Refusal::new(Errno::Perm, "the export is read-only"));
+        }
+        if command == Command::BlockStatus && !self.allocation {
+            return inval("no metadata context was selected for this export");
+        }
+        if request.flags & flag::DF != 0 && !self.structured {
+            return inval("DF needs structured replies");
+        }
+        if request.len == 0 {
+            return inval("the request has length 0");
+        }
+        if matches!(command, Command::Read | Command::Write) && request.len > wire::MAX_PAYLOAD {
+            let errno = if command == Command::Read && self.structured {
+                Errno::Overflow
+            } else {
+                Errno::Inval
+            };
+            return Err(Refusal::new(
+                errno,
+                "the request is longer than the limit of 32 MiB",
+            ));
+        }
+        let end = request.offset.checked_add(request.len.into());
+        if end.is_none_or(|end| end > self.size) {
+            let errno = match command {
+                Command::Write | Command::WriteZeroes => Errno::NoSpc,
+                _ => Errno::Inval,
+            };
+            return Err(Refusal::new(
+                errno,
+                "the request reaches past the end of the export",
+            ));
+        }
+        Ok(command)
+    }
+
+    /// The memory that a checked request takes while it is carried out, in bytes.
+    pub(super) fn memory(&self, command: Command, request: &Request) -> usize {
+        let len = request.len as usize;
+        match command {
+            Command::Read if self.in_pieces(request) => len.min(READ_PIECE),
+            Command::Read | Command::Write => len,
+            _ => 0,
+        }
+    }
+
+    /// True when a read may be answered in several chunks.
+    fn in_pieces(&self, request: &Request) -> bool {
+        self.structured && request.flags & flag::DF == 0
+    }
+
+    /// Carries out a checked request and appends its reply to `out`, which may go to `sink` in
+    /// between. An error of the device becomes an error for the client.
+    ///
+    /// # Errors
+    /// Those of `sink`.
+    pub(super) fn execute(
+        &self,
+        command: Command,
+        request: &Request,
+        payload: &[u8],
+        patience: Patience<'_>,
+        out: &mut Buffer,
+        sink: Sink<'_>,
+    ) -> Result<Outcome> {
+        let Request { offset, len, .. } = *request;
+        let durability = if request.flags & flag::FUA != 0 {
+            Durability::Durable
+        } else {
+            Durability::Buffered
+        };
+        let done = match command {
+            Command::Read => return self.read(request, out, sink).map(|()| Outcome::Done),
+            Command::BlockStatus => match self.block_status(request, out) {
+                Ok(()) => return Ok(Outcome::Done),
+                Err(refusal) => Err(refusal),
+            },
+            Command::Write => {
+                let write = || self.device.write_at(payload, offset, durability);
+                match self.patiently(patience, write) {
+                    Some(done) => done.map_err(Refusal::from),
+                    None => return Ok(Outcome::WantsRoom),
+                }
+            }
+            Command::Flush => self.device.flush().map_err(Refusal::from),
+            Command::Trim => self
+                .device
+                .discard(offset, len.into())
+                .and_then(|()| match durability {
+                    Durability::Durable => self.device.flush(),
+                    Durability::Buffered => Ok(()),
+                })
+                .map_err(Refusal::from),
+            Command::WriteZeroes => match self.write_zeroes(request, durability, patience) {
+                Some(done) => done,
+                None => return Ok(Outcome::WantsRoom),
+            },
+            // Only a hint: that it went unheard does no harm.
+            Command::Cache => {
+                let _ = self.device.prefetch(offset, len.into());
+                Ok(())
+            }
+            Command::Disconnect => return Ok(Outcome::Done),
+        };
+        match done {
+            Ok(()) => out.push(&wire::simple_reply(0, request.cookie)),
+            Err(refusal) => self.refuse(request, &refusal, out),
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// Does what wants space as `patience` says; `None`: it is to be tried again.
+    fn patiently(
+        &self,
+        patience: Patience<'_>,
+        mut work: impl FnMut() -> Result<()>,
+    ) -> Option<Result<()>> {
+        let mut result = work();
+        while result.as_ref().is_err_and(Error::is_full_disk) {
+            match patience {
+                Patience::Return => return None,
+                Patience::Wait(ends) if !ends.load(Relaxed) && self.device.wait_for_room() => {
+                    result = work();
+                }
+                Patience::Wait(_) | Patience::Refuse => break,
+            }
+        }
+        Some(result)
+    }
+
+    /// Appends the error reply to a request.
+    pub(super) fn refuse(&self, request: &Request, refusal: &Refusal, out: &mut Buffer) {
+        let Refusal { errno, text } = refusal;
+        if matches!(errno, Errno::Io) {
+            tracing::warn!(export = %self.name, ?request, "request failed: {text}");
+        } else {
+            tracing::debug!(export = %self.name, ?request, ?errno, "request refused: {text}");
+        }
+        if !self.structured {
+            out.push(&wire::simple_reply(*errno as u32, request.cookie));
+            return;
+        }
+        let text = shorten(text);
+        let len = 6 + text.len();
+        out.push(&wire::chunk_header(
+            chunk::FLAG_DONE,
+            chunk::ERROR,
+            request.cookie,
+            len as u32,
+        ));
+        out.push(&(*errno as u32).to_be_bytes());
+        out.push(&(text.len() as u16).to_be_bytes());
+        out.push(text.as_bytes());
+    }
+
+    /// Carries out a part of a checked write; it is durable only after [`Session::finish_write`].
+    ///
+    /// # Errors
+    /// What to tell the client.
+    pub(super) fn write_piece(&self, payload: &[u8], offset: u64) -> Result<(), Refusal> {
+        self.device
+            .write_at(payload, offset, Durability::Buffered)
+            .map_err(Refusal::from)
+    }
+
+    /// Appends the reply to a write of which all pieces were written, or that was refused.
+    pub(super) fn finish_write(
+        &self,
+        request: &Request,
+        refusal: Option<Refusal>,
+        out: &mut Buffer,
+    ) {
+        let done = match refusal {
+            Some(refusal) => Err(refusal),
+            None if request.flags & flag::FUA != 0 => self.device.flush().map_err(Refusal::from),
+            None => Ok(()),
+        };
+        match done {
+            Ok(()) => out.push(&wire::simple_reply(0, request.cookie)),
+            Err(refusal) => self.refuse(request, &refusal, out),
+        }
+    }
+
+    fn read(&self, request: &Request, out: &mut Buffer, sink: Sink<'_>) -> Result<()> {
+        if self.in_pieces(request) {
+            return self.read_pieces(request, out, sink);
+        }
+        let start = out.len();
+        let len = request.len as usize;
+        if self.structured {
+            out.push(&data_header(
+                chunk::FLAG_DONE,
+                request.cookie,
+                request.offset,
+                len,
+            ));
+        } else {
+            out.push(&wire::simple_reply(0, request.cookie));
+        }
+        // Nothing is sent before all of it is read, so an error can still take its place.
+        if let Err(error) = self.device.read_at(out.extend(len), request.offset) {
+            out.truncate(start);
+            self.refuse(request, &error.into(), out);
+        }
+        Ok(())
+    }
+
+    /// Answers a read with chunks of data and holes, as they come.
+    fn read_pieces(&self, request: &Request, out: &mut Buffer, sink: Sink<'_>) -> Result<()> {
+        let end = request.offset + u64::from(request.len);
+        let mut holes = self.holes(request).into_iter();
+        let mut hole = holes.next();
+        let mut at = request.offset;
+        while at < end {
+            let start = out.len();
+            if let Some((from, len)) = hole.filter(|(from, _)| *from == at) {
+                at += len;
+                hole = holes.next();
+                out.push(&wire::chunk_header(
+                    done(at == end),
+                    chunk::OFFSET_HOLE,
+                    request.cookie,
+                    12,
+                ));
+                out.push(&from.to_be_bytes());
+                // A hole lies within the request, whose length has 32 bits.
+                out.push(&(len as u32).to_be_bytes());
+                continue;
+            }
+            let until = hole.map_or(end, |(from, _)| from);
+            let len = (until - at).min(READ_PIECE as u64) as usize;
+            let last = at + len as u64 == end;
+            out.push(&data_header(done(last), request.cookie, at, len));
+            if let Err(error) = self.device.read_at(out.extend(len), at) {
+                out.truncate(start);
+                self.refuse(request, &error.into(), out);
+                return Ok(());
+            }
+            at += len as u64;
+            // What is full goes out before the next piece is read.
+            if !last && out.len() >= READ_PIECE {
+                sink(out)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The parts of a read that are known to be zeros, as offset and length, in order.
+    fn holes(&self, request: &Request) -> Vec<(u64, u64)> {
+        let mut holes: Vec<(u64, u64)> = Vec::new();
+        if request.len < HOLES_FROM {
+            return holes;
+        }
+        // Where this fails, the read itself will say why.
+        let extents = self
+            .device
+            .extents(request.offset, request.len.into(), READ_EXTENTS)
+            .unwrap_or_default();
+        for extent in clip(&extents, request) {
+            if extent.kind == ExtentKind::Data {
+                continue;
+            }
+            match holes.last_mut() {
+                Some((from, len)) if *from + *len == extent.offset => *len += extent.len,
+                _ => holes.push((extent.offset, extent.len)),
+            }
+        }
+        holes
+    }
+
+    fn write_zeroes(
+        &self,
+        request: &Request,
+        durability: Durability,
+        patience: Patience<'_>,
+    ) -> Option<Result<(), Refusal>> {
+        let mode = if request.flags & flag::NO_HOLE != 0 {
+            ZeroMode::KeepAllocated
+        } else {
+            ZeroMode::MayUnmap
+        };
+        // Unmapping changes the map alone; keeping the space may mean to write it.
+        if request.flags & flag::FAST_ZERO != 0 && mode == ZeroMode::KeepAllocated {
+            return Some(Err(Refusal::new(
+                Errno::NotSup,
+                "zeroing without a hole is not faster than writing",
+            )));
+        }
+        let (offset, len) = (request.offset, request.len.into());
+        let zero = || self.device.write_zeroes(offset, len, mode, durability);
+        let done = self.patiently(patience, zero)?;
+        Some(done.map_err(Refusal::from))
+    }
+
+    fn block_status(&self, request: &Request, out: &mut Buffer) -> Result<(), Refusal> {
+        let one = request.flags & flag::REQ_ONE != 0;
+        // Neighbours of different kinds can have the same status, so one takes a look at more.
+        let extents = self
+            .device
+            .extents(request.offset, request.len.into(), STATUS_EXTENTS)?;
+        let mut statuses: Vec<(u32, u32)> = Vec::new();
+        for extent in clip(&extents, request) {
+            let status = match extent.kind {
+                ExtentKind::Data => 0,
+                ExtentKind::Hole | ExtentKind::Zero => wire::STATE_HOLE | wire::STATE_ZERO,
+            };
+            // All extents lie within the request, whose length has 32 bits.
+            let len = extent.len as u32;
+            match statuses.last_mut() {
+                Some((last, sum)) if *last == status => *sum += len,
+                Some(_) if one => break,
+                _ => statuses.push((status, len)),
+            }
+        }
+        if statuses.is_empty() {
+            // The protocol wants at least one; "may hold data" is always true.
+            statuses.push((0, request.len));
+        }
+        let len = 4 + 8 * statuses.len();
+        out.push(&wire::chunk_header(
+            chunk::FLAG_DONE,
+            chunk::BLOCK_STATUS,
+            request.cookie,
+            len as u32,
+        ));
+        out.push(&wire::BASE_ALLOCATION_ID.to_be_bytes());
+        for (status, len) in statuses {
+            out.push(&len.to_be_bytes());
+            out.push(&status.to_be_bytes());
+        }
+        Ok(())
+    }
+}
+
+/// The extents as far as they describe the request from its start on, without a gap: whatever a
+/// device says, nothing outside the request goes to the client.
+fn clip(extents: &[Extent], request: &Request) -> Vec<Extent> {
+    let end = request.offset + u64::from(request.len);
+    let mut at = request.offset;
+    let mut clipped = Vec::with_capacity(extents.len());
+    for extent in extents {
+        let extent_end = extent.offset.saturating_add(extent.len).min(end);
+        if extent.offset > at || extent_end <= at {
+            break;
+        }
+        clipped.push(Extent {
+            offset: at,
+            len: extent_end - at,
+            kind: extent.kind,
+        });
+        at = extent_end;
+    }
+    clipped
+}
+
+fn done(last: bool) -> u16 {
+    if last { chunk::FLAG_DONE } else { 0 }
+}
+
+/// A data chunk's header with the offset that precedes its bytes.
+fn data_header(flags: u16, cookie: u64, offset: u64, len: usize) -> [u8; 28] {
+    let header = wire::chunk_header(flags, chunk::OFFSET_DATA, cookie, (len + 8) as u32);
+    let mut bytes = [0; 28];
+    if let Some((head, tail)) = bytes.split_first_chunk_mut() {
+        *head = header;
+        tail.copy_from_slice(&offset.to_be_bytes());
+    }
+    bytes
+}
+
+/// Cuts a text for the client to a length that every client reads.
+fn shorten(text: &str) -> &str {
+    let mut len = text.len().min(MAX_TEXT);
+    while !text.is_char_boundary(len) {
+        len -= 1;
+    }
+    text.get(..len).unwrap_or_default()
+}

@@ -1,0 +1,72 @@
+//! Container images in their many shapes: where a root file system comes from, how a layer of it
+//! is applied to a mounted tree, and how a tree becomes a layer again.
+//!
+//! * [`Source`]: a directory, a tar, an OCI image, a Docker archive or a disk image.
+//! * [`apply_layer`], [`copy_tree`]: one layer, or a whole tree, into a directory.
+//! * [`diff_trees`], [`write_layer_tar`], [`write_rootfs_tar`]: the way back.
+//! * [`ImageConfig`], [`chain_id`]: what an image says about how to run it, and its identity.
+//!
+//! Nothing here knows of block layers: all of it works on directories and streams.
+
+mod acl;
+mod apply;
+mod blobs;
+mod compress;
+mod config;
+mod copy;
+mod detect;
+mod diff;
+mod docker;
+mod docker_legacy;
+mod install;
+mod layer;
+mod measure;
+mod members;
+mod node;
+mod oci;
+mod platform;
+mod raw;
+mod records;
+mod rooted;
+mod source;
+mod walk;
+mod write;
+mod write_oci;
+
+pub use apply::{ApplyOptions, apply_layer};
+pub use compress::Compression;
+pub use config::{HistoryEntry, HistoryStep, ImageConfig, RunConfig, chain_id, chain_ids};
+pub use copy::copy_tree;
+pub use diff::{Change, ChangeKind, Foreign, diff_trees, diff_trees_but};
+pub use install::ApplyStats;
+pub use layer::{LayerReader, LayerRef};
+pub use measure::Measure;
+pub use platform::Platform;
+pub use raw::Holds;
+pub use source::{Format, Image, RawImage, Source, SourceOptions, TarSource};
+pub use write::{write_layer_tar, write_rootfs_tar};
+pub use write_oci::OciWriter;
+
+use vellum_base::Error;
+
+/// Hears how many bytes of a source were read since it was last called.
+pub type Progress<'a> = Box<dyn FnMut(u64) + Send + 'a>;
+
+/// Turns a failed read into an [`Error`]; one of ours that travelled inside comes out again.
+pub(crate) fn read_failure(doing: &str, error: std::io::Error) -> Error {
+    let is_ours = error
+        .get_ref()
+        .is_some_and(|inner| inner.downcast_ref::<Error>().is_some());
+    if !is_ours {
+        return Error::io(doing, error);
+    }
+    match error.into_inner().map(|inner| inner.downcast::<Error>()) {
+        Some(Ok(ours)) => *ours,
+        _ => Error::new(vellum_base::ErrorKind::Io, doing),
+    }
+}
+
+/// Wraps one of our errors for a trait that speaks [`std::io::Error`].
+pub(crate) fn as_io_error(error: Error) -> std::io::Error {
+    std::io::Error::other(error)
+}

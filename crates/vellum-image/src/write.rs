@@ -1,0 +1,391 @@
+//! Writes trees as tars: PAX headers, so that every attribute that is read is written too.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use tar_core::{EntryBuilder, EntryType, SparseEntry};
+
+use super::Progress;
+use super::apply::WHITEOUT;
+use super::diff::{Change, ChangeKind};
+use super::install::Content;
+use super::node::{Kind, Node, Time, Xattrs, join, normalise, shown, split};
+use super::rooted::{Rooted, is_directory};
+use super::walk::{FileContent, Level, NoContent, walk};
+use vellum_base::error::ResultExt;
+use vellum_base::{Error, ErrorKind, Result};
+
+/// The most bytes that the size field of a ustar header holds.
+const MAX_USTAR_SIZE: u64 = 0o77_777_777_777;
+
+/// A tar being written.
+pub(super) struct TarWriter<W: Write> {
+    output: W,
+    buffer: Vec<u8>,
+}
+
+impl<W: Write> TarWriter<W> {
+    /// Starts a tar.
+    pub fn new(output: W) -> Self {
+        TarWriter {
+            output,
+            buffer: vec![0; 128 * 1024],
+        }
+    }
+
+    /// Appends `node` with its `content`, of which there are `length` bytes.
+    pub fn append(&mut self, node: &Node, length: u64, content: &mut dyn Content) -> Result<()> {
+        self.put(node, length, content)
+            .context(|| format!("writing {} to the tar", node.shown()))
+    }
+
+    fn put(&mut self, node: &Node, length: u64, content: &mut dyn Content) -> Result<()> {
+        let header = header(node, length)?;
+        let failed = || "writing the archive";
+        self.output.write_all(&header).context(failed)?;
+        let mut left = length;
+        while left > 0 {
+            let most = usize::try_from(left)
+                .unwrap_or(usize::MAX)
+                .min(self.buffer.len());
+            let buffer = self.buffer.get_mut(..most).unwrap_or_default();
+            let count = content.read(buffer)?;
+            if count == 0 {
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    format!("it became {left} bytes shorter while it was read"),
+                ));
+            }
+            let data = buffer.get(..count).unwrap_or_default();
+            self.output.write_all(data).context(failed)?;
+            left -= count as u64;
+        }
+        let padding = length.next_multiple_of(512) - length;
+        let zeros = [0; 512];
+        let padding = zeros.get(..padding as usize).unwrap_or_default();
+        self.output.write_all(padding).context(failed)
+    }
+
+    /// Writes the end marker and gives the output back.
+    pub fn finish(mut self) -> Result<W> {
+        self.output
+            .write_all(&[0; 1024])
+            .and_then(|()| self.output.flush())
+            .context(|| "writing the archive's end")?;
+        Ok(self.output)
+    }
+}
+
+fn unsupported(error: tar_core::HeaderError) -> Error {
+    Error::with_source(ErrorKind::Unsupported, "a tar cannot hold it", error)
+}
+
+fn header(node: &Node, length: u64) -> Result<Vec<u8>> {
+    let mut path = node.path.clone();
+    match node.kind {
+        Kind::Directory if path.is_empty() => path.extend(b"./"),
+        Kind::Directory => path.push(b'/'),
+        _ => {}
+    }
+    let mut entry = EntryBuilder::new_ustar();
+    entry
+        .path(&path)
+        .mode(node.mode)
+        .and_then(|entry| entry.uid(u64::from(node.uid)))
+        .and_then(|entry| entry.gid(u64::from(node.gid)))
+        .and_then(|entry| entry.mtime(node.mtime.seconds.max(0).cast_unsigned()))
+        .and_then(|entry| entry.size(length))
+        .map_err(unsupported)?;
+    if node.mtime.nanoseconds > 0 || node.mtime.seconds < 0 {
+        entry.add_pax("mtime", node.mtime.to_string());
+    }
+    for (name, value) in &node.xattrs {
+        let name = std::str::from_utf8(name).map_err(|_| {
+            Error::new(
+                ErrorKind::Unsupported,
+                format!("its xattr {} is not named in UTF-8", shown(name)),
+            )
+        })?;
+        let name = name.replace('%', "%25").replace('=', "%3D");
+        entry.add_pax(&format!("SCHILY.xattr.{name}"), value);
+    }
+    let mut device = |kind: EntryType, major: u32, minor: u32| -> Result<()> {
+        entry.entry_type(kind);
+        entry.device(major, minor).map(drop).map_err(unsupported)
+    };
+    match &node.kind {
+        Kind::File { size, extents } => {
+            entry.entry_type(EntryType::Regular);
+            if let Some(extents) = extents {
+                let mut map: Vec<SparseEntry> = extents
+                    .iter()
+                    .map(|extent| SparseEntry {
+                        offset: extent.offset,
+                        length: extent.length,
+                    })
+                    .collect();
+                // An empty run tells readers where the file ends, as GNU tar has it.
+                if extents.last().and_then(|last| last.end()) != Some(*size) {
+                    map.push(SparseEntry {
+                        offset: *size,
+                        length: 0,
+                    });
+                }
+                entry.sparse(&map, *size);
+            }
+        }
+        Kind::Directory => {
+            entry.entry_type(EntryType::Directory);
+        }
+        Kind::Symlink(target) => {
+            entry.entry_type(EntryType::Symlink).link_name(target);
+        }
+        Kind::HardLink(target) => {
+            entry.entry_type(EntryType::Link).link_name(target);
+        }
+        Kind::CharDevice { major, minor } => device(EntryType::Char, *major, *minor)?,
+        Kind::BlockDevice { major, minor } => device(EntryType::Block, *major, *minor)?,
+        Kind::Fifo => {
+            entry.entry_type(EntryType::Fifo);
+        }
+        Kind::Socket => {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "a tar cannot hold a socket",
+            ));
+        }
+    }
+    Ok(entry.finish_bytes())
+}
+
+/// Appends a node of a tree with the data of its file.
+fn append<W: Write>(
+    tar: &mut TarWriter<W>,
+    mut node: Node,
+    file: Option<&File>,
+    progress: &mut Option<Progress<'_>>,
+) -> Result<()> {
+    if node.kind == Kind::Socket {
+        tracing::debug!(path = node.shown(), "socket left out of the tar");
+        return Ok(());
+    }
+    // A map in front of so much data has no room in the header's size field.
+    if let Kind::File { size, extents } = &mut node.kind
+        && let Some(runs) = extents
+        && runs.iter().map(|run| run.length).sum::<u64>() > MAX_USTAR_SIZE / 2
+    {
+        tracing::debug!(size, "holes are written as zeros");
+        *extents = None;
+    }
+    let Some(file) = file else {
+        return tar.append(&node, 0, &mut NoContent);
+    };
+    let mut content = FileContent::new(file, &node.kind);
+    let length = content.length();
+    tar.append(&node, length, &mut content)?;
+    if let Some(progress) = progress {
+        progress(length);
+    }
+    Ok(())
+}
+
+/// Writes the tree at `root` as the tar of a root file system to `output`.
+///
+/// The order is fixed (directories first, names sorted), so that the same tree gives the same
+/// bytes. Sockets have no place in a tar and are left out, and so is the empty `lost+found`
+/// that ext4 keeps. `progress` hears of the bytes of data written.
+///
+/// # Errors
+///
+/// `Io` with the file that could not be read, or when `output` fails; `Unsupported` for an
+/// attribute that a tar cannot hold.
+pub fn write_rootfs_tar(
+    root: &Path,
+    output: impl Write,
+    mut progress: Option<Progress<'_>>,
+) -> Result<()> {
+    let mut tar = TarWriter::new(output);
+    let skip_lost_found = is_empty_lost_found(root)?;
+    walk(root, &mut |node, file| {
+        if skip_lost_found && node.path == b"lost+found" {
+            return Ok(());
+        }
+        append(&mut tar, node, file.as_ref(), &mut progress)
+    })?;
+    tar.finish().map(drop)
+}
+
+fn is_empty_lost_found(root: &Path) -> Result<bool> {
+    let root = Level::root(root)?;
+    match root.look(b"lost+found")? {
+        Some(stat) if is_directory(&stat) => Ok(root.enter(b"lost+found")?.names()?.is_empty()),
+        _ => Ok(false),
+    }
+}
+
+/// Writes `changes`, what [`diff_trees`](super::diff_trees) found at `upper`, to `output` as an
+/// OCI layer: new and changed files whole, deletions as whiteouts.
+///
+/// The order is that of the sorted paths, so that the same change gives the same bytes. A
+/// changed file with further names that did not change comes with all of them, since a layer
+/// that replaced one name would cut the link. `progress` hears of the bytes of data written.
+///
+/// # Errors
+///
+/// `Unsupported` for a file whose own name begins with `.wh.`, which a layer cannot hold;
+/// `NotFound` when `upper` changed meanwhile; `Io` when a file cannot be read or `output` fails.
+pub fn write_layer_tar(
+    upper: &Path,
+    changes: &[Change],
+    output: impl Write,
+    mut progress: Option<Progress<'_>>,
+) -> Result<()> {
+    let mut tree = Rooted::open(upper)?;
+    let mut present = BTreeSet::new();
+    // A whiteout sorts by the name it hides.
+    let mut gone = BTreeSet::new();
+    for change in changes {
+        let path = normalise(change.path.as_os_str().as_bytes()).map_err(|why| {
+            Error::new(
+                ErrorKind::InvalidInput,
+                format!("path {:?} refused: {why}", change.path),
+            )
+        })?;
+        match change.kind {
+            ChangeKind::Added | ChangeKind::Changed => present.insert(path),
+            ChangeKind::Deleted => gone.insert(path),
+        };
+    }
+    add_other_names(upper, &mut tree, &mut present)?;
+    let mut tar = TarWriter::new(output);
+    let mut links: HashMap<u64, Vec<u8>> = HashMap::new();
+    let all: BTreeSet<&Vec<u8>> = present.iter().chain(&gone).collect();
+    for path in all {
+        if gone.contains(path) {
+            let node = whiteout(path)?;
+            tar.append(&node, 0, &mut NoContent)?;
+            continue;
+        }
+        let Some((above, name)) = split(path) else {
+            let root = Level::root(upper)?.own_node()?;
+            append(&mut tar, root, None, &mut progress)?;
+            continue;
+        };
+        if name.starts_with(WHITEOUT) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "{}: in an image layer a name that begins with .wh. means a deletion",
+                    shown(path)
+                ),
+            ));
+        }
+        let level = level(&mut tree, above)?;
+        let stat = level.look(name)?.ok_or_else(|| vanished(path))?;
+        if !is_directory(&stat) && stat.st_nlink > 1 {
+            if let Some(first) = links.get(&stat.st_ino) {
+                let (mut node, _) = level.node(name, &stat)?;
+                node.kind = Kind::HardLink(first.clone());
+                node.xattrs = Xattrs::new();
+                append(&mut tar, node, None, &mut progress)?;
+                continue;
+            }
+            links.insert(stat.st_ino, path.clone());
+        }
+        let (node, file) = level.node(name, &stat)?;
+        append(&mut tar, node, file.as_ref(), &mut progress)?;
+    }
+    tar.finish().map(drop)
+}
+
+fn vanished(path: &[u8]) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        format!("{}: it was there when the trees were compared", shown(path)),
+    )
+}
+
+fn level(tree: &mut Rooted, path: &[u8]) -> Result<Level> {
+    let directory = tree.find(path)?.ok_or_else(|| vanished(path))?;
+    let fd = directory
+        .fd
+        .try_clone()
+        .context(|| format!("opening {}", shown(path)))?;
+    Ok(Level::at(fd, path))
+}
+
+/// Adds to `paths` the names outside it of files that it holds some names of.
+fn add_other_names(upper: &Path, tree: &mut Rooted, paths: &mut BTreeSet<Vec<u8>>) -> Result<()> {
+    let mut names: HashMap<u64, u64> = HashMap::new();
+    let mut missing = HashMap::new();
+    for path in paths.iter() {
+        let Some((above, name)) = split(path) else {
+            continue;
+        };
+        let stat = level(tree, above)?
+            .look(name)?
+            .ok_or_else(|| vanished(path))?;
+        if !is_directory(&stat) && stat.st_nlink > 1 {
+            let count = names.entry(stat.st_ino).or_default();
+            *count += 1;
+            if *count < stat.st_nlink {
+                missing.insert(stat.st_ino, ());
+            } else {
+                missing.remove(&stat.st_ino);
+            }
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    find_names(&Level::root(upper)?, &missing, paths)
+}
+
+fn find_names(
+    level: &Level,
+    wanted: &HashMap<u64, ()>,
+    paths: &mut BTreeSet<Vec<u8>>,
+) -> Result<()> {
+    for name in level.names()? {
+        let Some(stat) = level.look(&name)? else {
+            continue;
+        };
+        if is_directory(&stat) {
+            level.descend(&name, |inner| find_names(inner, wanted, paths))?;
+        } else if wanted.contains_key(&stat.st_ino) {
+            paths.insert(join(&level.path, &name));
+        }
+    }
+    Ok(())
+}
+
+/// The empty file that hides `path`.
+fn whiteout(path: &[u8]) -> Result<Node> {
+    let (above, name) = split(path).ok_or_else(|| {
+        Error::new(
+            ErrorKind::InvalidInput,
+            "the root of a tree cannot be deleted by a layer",
+        )
+    })?;
+    Ok(plain_file(join(above, &[WHITEOUT, name].concat()), 0, 0))
+}
+
+/// A regular file of root's with no history.
+pub(super) fn plain_file(path: Vec<u8>, size: u64, mode: u32) -> Node {
+    Node {
+        path,
+        kind: Kind::File {
+            size,
+            extents: None,
+        },
+        mode,
+        uid: 0,
+        gid: 0,
+        mtime: Time::default(),
+        atime: None,
+        xattrs: Xattrs::new(),
+    }
+}

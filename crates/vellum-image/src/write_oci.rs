@@ -1,0 +1,289 @@
+//! Writes an OCI image, as a layout directory or as an archive of one.
+//!
+//! See the OCI image specification 1.1: image-layout.md, manifest.md.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use super::blobs::Slice;
+use super::compress::{Compression, Encoder};
+use super::config::ImageConfig;
+use super::install::Content;
+use super::layer::hex;
+use super::node::{Kind, Node};
+use super::oci::{canonical_name, tag_of};
+use super::read_failure;
+use super::write::{TarWriter, plain_file};
+use vellum_base::error::ResultExt;
+use vellum_base::{Error, ErrorKind, Result};
+
+/// Collects the layers of an image and writes it out.
+#[derive(Debug)]
+pub struct OciWriter {
+    spool: TempDir,
+    compression: Compression,
+    layers: Vec<Value>,
+    diff_ids: Vec<String>,
+    /// Blobs by digits of their digest: size in bytes.
+    blobs: BTreeMap<String, u64>,
+}
+
+impl OciWriter {
+    /// Starts an image whose layers are compressed with `compression`.
+    ///
+    /// Blobs are collected in a temporary directory inside `spool`, which needs room for them;
+    /// it is removed with the writer.
+    ///
+    /// # Errors
+    ///
+    /// When that directory cannot be made.
+    pub fn new(spool: &Path, compression: Compression) -> Result<OciWriter> {
+        let spool = tempfile::tempdir_in(spool)
+            .context(|| format!("making a temporary directory in {spool:?}"))?;
+        Ok(OciWriter {
+            spool,
+            compression,
+            layers: Vec::new(),
+            diff_ids: Vec::new(),
+            blobs: BTreeMap::new(),
+        })
+    }
+
+    /// Adds the next layer, above those before; `write` writes its uncompressed tar.
+    ///
+    /// Returns its diff_id.
+    ///
+    /// # Errors
+    ///
+    /// What `write` fails with, or `NoSpace` and `Io` of the spool.
+    pub fn add_layer(
+        &mut self,
+        write: impl FnOnce(&mut dyn Write) -> Result<()>,
+    ) -> Result<String> {
+        let path = self.spool.path().join("layer");
+        let failed = || format!("writing {path:?}");
+        let file = File::create(&path).context(failed)?;
+        let blob = Hashed::new(BufWriter::with_capacity(128 * 1024, file));
+        let encoder = Encoder::new(blob, self.compression).context(failed)?;
+        let mut tar = Hashed::new(encoder);
+        write(&mut tar)?;
+        let (encoder, diff, _) = tar.finish();
+        let (blob, digest, size) = encoder.finish().context(failed)?.finish();
+        blob.into_inner()
+            .map_err(|error| Error::io(failed(), error.into_error()))?;
+        std::fs::rename(&path, self.spool.path().join(&digest)).context(failed)?;
+        let diff_id = format!("sha256:{diff}");
+        let media_type = format!(
+            "application/vnd.oci.image.layer.v1.tar{}",
+            self.compression.suffix()
+        );
+        self.layers.push(descriptor(&media_type, &digest, size));
+        self.blobs.insert(digest, size);
+        self.diff_ids.push(diff_id.clone());
+        Ok(diff_id)
+    }
+
+    /// Adds a JSON document and returns its descriptor.
+    fn add_json(&mut self, media_type: &str, data: &[u8]) -> Result<Value> {
+        let digest = hex(&Sha256::digest(data));
+        let path = self.spool.path().join(&digest);
+        std::fs::write(&path, data).context(|| format!("writing {path:?}"))?;
+        self.blobs.insert(digest.clone(), data.len() as u64);
+        Ok(descriptor(media_type, &digest, data.len() as u64))
+    }
+
+    /// Makes the configuration and the manifest; returns `index.json` and the manifest's digest.
+    fn seal(&mut self, mut config: ImageConfig, name: Option<&str>) -> Result<(Vec<u8>, String)> {
+        config.rootfs.kind = "layers".into();
+        config.rootfs.diff_ids = self.diff_ids.clone();
+        let mut platform = json!({ "architecture": config.architecture, "os": config.os });
+        if let (Some(variant), Some(platform)) = (&config.variant, platform.as_object_mut()) {
+            platform.insert("variant".into(), json!(variant));
+        }
+        let config = self.add_json(
+            "application/vnd.oci.image.config.v1+json",
+            &config.to_json()?,
+        )?;
+        let manifest_type = "application/vnd.oci.image.manifest.v1+json";
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": manifest_type,
+            "config": config,
+            "layers": self.layers,
+        });
+        let mut manifest = self.add_json(manifest_type, manifest.to_string().as_bytes())?;
+        let digest = manifest
+            .get("digest")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned();
+        if let Some(manifest) = manifest.as_object_mut() {
+            manifest.insert("platform".into(), platform);
+            if let Some(name) = name {
+                let name = canonical_name(name);
+                manifest.insert(
+                    "annotations".into(),
+                    json!({
+                        "io.containerd.image.name": name,
+                        "org.opencontainers.image.ref.name": tag_of(&name).unwrap_or("latest"),
+                    }),
+                );
+            }
+        }
+        let index = json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": [manifest],
+        });
+        Ok((index.to_string().into_bytes(), digest))
+    }
+
+    /// Writes the image as an OCI layout into `directory`, which must be missing or empty.
+    ///
+    /// `config` says how to run it and how it came to be; its diff_ids are filled in here. With
+    /// `name` it can be found by that. Returns the manifest's digest.
+    ///
+    /// # Errors
+    ///
+    /// `AlreadyExists` when there is something in `directory`; `NoSpace` and `Io`.
+    pub fn write_layout(
+        mut self,
+        config: ImageConfig,
+        name: Option<&str>,
+        directory: &Path,
+    ) -> Result<String> {
+        let (index, digest) = self.seal(config, name)?;
+        let failed = |path: &Path| format!("writing {path:?}");
+        let blobs = directory.join("blobs/sha256");
+        let used = std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some());
+        if used {
+            return Err(Error::new(
+                ErrorKind::AlreadyExists,
+                format!("{directory:?} is not empty"),
+            ));
+        }
+        std::fs::create_dir_all(&blobs).context(|| failed(&blobs))?;
+        for name in self.blobs.keys() {
+            let to = blobs.join(name);
+            std::fs::copy(self.spool.path().join(name), &to).context(|| failed(&to))?;
+        }
+        for (name, data) in [("index.json", &index[..]), ("oci-layout", LAYOUT)] {
+            let path = directory.join(name);
+            std::fs::write(&path, data).context(|| failed(&path))?;
+        }
+        Ok(digest)
+    }
+
+    /// Writes the image as an OCI archive, the tar of a layout, to `output`.
+    ///
+    /// As [`write_layout`](Self::write_layout) otherwise.
+    ///
+    /// # Errors
+    ///
+    /// `NoSpace` and `Io` of the spool or of `output`.
+    pub fn write_archive(
+        mut self,
+        config: ImageConfig,
+        name: Option<&str>,
+        output: impl Write,
+    ) -> Result<String> {
+        let (index, digest) = self.seal(config, name)?;
+        let mut tar = TarWriter::new(output);
+        for directory in ["blobs", "blobs/sha256"] {
+            let mut node = plain_file(directory.into(), 0, 0o755);
+            node.kind = Kind::Directory;
+            tar.append(&node, 0, &mut Bytes(&[]))?;
+        }
+        for (name, size) in &self.blobs {
+            let path = self.spool.path().join(name);
+            append_file(&mut tar, format!("blobs/sha256/{name}"), &path, *size)?;
+        }
+        for (name, data) in [("index.json", &index[..]), ("oci-layout", LAYOUT)] {
+            let node = file(name.into(), data.len() as u64);
+            tar.append(&node, data.len() as u64, &mut Bytes(data))?;
+        }
+        tar.finish()?;
+        Ok(digest)
+    }
+}
+
+/// The file that marks an OCI layout.
+const LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+
+fn descriptor(media_type: &str, digest: &str, size: u64) -> Value {
+    json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": size })
+}
+
+fn file(path: String, size: u64) -> Node {
+    plain_file(path.into_bytes(), size, 0o644)
+}
+
+fn append_file<W: Write>(
+    tar: &mut TarWriter<W>,
+    name: String,
+    path: &PathBuf,
+    size: u64,
+) -> Result<()> {
+    let input = File::open(path).context(|| format!("opening {path:?}"))?;
+    let mut input = Slice::new(input.into(), 0, size);
+    tar.append(&file(name, size), size, &mut Stream(&mut input))
+}
+
+struct Bytes<'a>(&'a [u8]);
+
+impl Content for Bytes<'_> {
+    fn read(&mut self, into: &mut [u8]) -> Result<usize> {
+        Stream(&mut self.0).read(into)
+    }
+}
+
+struct Stream<'a, R>(&'a mut R);
+
+impl<R: io::Read> Content for Stream<'_, R> {
+    fn read(&mut self, into: &mut [u8]) -> Result<usize> {
+        self.0
+            .read(into)
+            .map_err(|error| read_failure("reading a blob", error))
+    }
+}
+
+/// Hashes and counts what is written through it.
+struct Hashed<W> {
+    output: W,
+    hasher: Sha256,
+    written: u64,
+}
+
+impl<W: Write> Hashed<W> {
+    fn new(output: W) -> Self {
+        Hashed {
+            output,
+            hasher: Sha256::new(),
+            written: 0,
+        }
+    }
+
+    /// The output, the digits of the digest and the number of bytes.
+    fn finish(self) -> (W, String, u64) {
+        (self.output, hex(&self.hasher.finalize()), self.written)
+    }
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let count = self.output.write(data)?;
+        self.hasher.update(data.get(..count).unwrap_or_default());
+        self.written += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.output.flush()
+    }
+}

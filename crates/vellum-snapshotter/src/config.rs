@@ -1,0 +1,202 @@
+//! The configuration file of the snapshotter, `/etc/vellum/config.toml`.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::size::parse_size;
+
+/// Where the file is by default; it need not be there.
+pub const DEFAULT_PATH: &str = "/etc/vellum/config.toml";
+/// Where containerd finds us by default.
+pub const DEFAULT_ADDRESS: &str = "/run/vellum/vellum.sock";
+/// The size of an image's file system, and of its containers'.
+pub const DEFAULT_SIZE: u64 = 10 << 30;
+
+/// What the file says; every key may be left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// 1.
+    pub version: Option<u32>,
+    /// The store.
+    pub root: Option<PathBuf>,
+    /// The socket.
+    pub address: Option<PathBuf>,
+    /// Size of file systems: `10G`.
+    pub default_size: Option<String>,
+    /// How snapshots are handed to containerd.
+    #[serde(default)]
+    pub mounts: MountMode,
+    /// Where Prometheus finds counters.
+    #[serde(default)]
+    pub metrics: MetricsConfig,
+    /// The log.
+    #[serde(default)]
+    pub log: Log,
+}
+
+/// What Mounts answers with, where no label says anything else.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MountMode {
+    /// A bind of the directory that we mounted.
+    #[default]
+    Bind,
+    /// The block device, which containerd or a virtual machine mounts.
+    Device,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Address and port to listen on, without which there is no server: `127.0.0.1:9142`.
+    pub address: Option<std::net::SocketAddr>,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// `error`, `warn`, `info`, `debug` or `trace`.
+    pub level: Option<String>,
+    /// `text` or `json`.
+    #[serde(default)]
+    pub format: LogFormat,
+}
+
+/// How lines of the log look.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Config {
+    /// Reads the file at `path`; without one given, the default file if it is there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] with line and key; [`ErrorKind::NotFound`] for a given path.
+    pub fn load(path: Option<&Path>) -> Result<Self> {
+        let (path, required) = match path {
+            Some(path) => (path, true),
+            None => (Path::new(DEFAULT_PATH), false),
+        };
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => {
+                return Ok(Config::default());
+            }
+            Err(error) => return Err(Error::io(format!("cannot read {}", path.display()), error)),
+        };
+        let wrong = |text: String| Error::new(ErrorKind::InvalidInput, text);
+        let config: Config = toml::from_str(&text).map_err(|error| {
+            let text = error.to_string().trim().replace('\n', " ");
+            wrong(format!("{}: {text}", path.display()))
+        })?;
+        if config.version.is_some_and(|version| version != 1) {
+            return Err(wrong(format!(
+                "{}: version must be 1: this build knows no other",
+                path.display()
+            )));
+        }
+        for (key, given) in [("root", &config.root), ("address", &config.address)] {
+            if let Some(given) = given {
+                check_path(key, given).map_err(|error| error.context(path.display()))?;
+            }
+        }
+        config
+            .size()
+            .map_err(|error| error.context(path.display()))?;
+        Ok(config)
+    }
+
+    /// The default size in bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for what is no size.
+    pub fn size(&self) -> Result<u64> {
+        self.default_size
+            .as_deref()
+            .map_or(Ok(DEFAULT_SIZE), |text| {
+                parse_size(text).map_err(|error| {
+                    Error::new(ErrorKind::InvalidInput, format!("default_size: {error}"))
+                })
+            })
+    }
+}
+
+/// Makes sure that a path is a whole one: containerd, the kubelet and this daemon have different
+/// working directories, and must mean the same.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for a relative path and for none at all.
+pub fn check_path(key: &str, path: &Path) -> Result<()> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    let said = match path.as_os_str().is_empty() {
+        true => "is empty".to_owned(),
+        false => format!("is {:?}, a relative path", path.display().to_string()),
+    };
+    Err(Error::new(
+        ErrorKind::InvalidInput,
+        format!("{key} {said}: give an absolute one, that begins with /"),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str) -> Result<Config> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Config::load(Some(file.path()))
+    }
+
+    #[test]
+    fn a_whole_file_is_understood() {
+        let config = load(
+            "version = 1\nroot = '/r'\naddress = '/s'\ndefault_size = '20G'\nmounts = 'device'\n\
+             [metrics]\naddress = '127.0.0.1:9142'\n[log]\nlevel = 'debug'\nformat = 'json'\n",
+        )
+        .unwrap();
+        assert_eq!(config.root.as_deref(), Some(Path::new("/r")));
+        assert_eq!(config.size().unwrap(), 20 << 30);
+        assert_eq!(config.mounts, MountMode::Device);
+        assert_eq!(config.metrics.address.unwrap().port(), 9142);
+        assert_eq!(config.log.format, LogFormat::Json);
+    }
+
+    #[test]
+    fn mistakes_are_named_with_the_file() {
+        for (text, word) in [
+            ("version = 2", "version"),
+            ("roots = '/r'", "roots"),
+            ("default_size = 'big'", "default_size"),
+            ("[log]\nformat = 'xml'", "xml"),
+            ("mounts = 'copy'", "copy"),
+            ("[metrics]\naddress = 'here'", "address"),
+            ("root = ''", "root is empty"),
+            ("root = 'store'", "root is \"store\", a relative path"),
+            ("address = './v.sock'", "address is"),
+            ("address = ''", "address is empty"),
+        ] {
+            let error = load(text).unwrap_err().to_string();
+            assert!(error.contains(word) && error.contains('/'), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_named_file_must_be_there() {
+        let error = Config::load(Some(Path::new("/nonexistent/config.toml"))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+    }
+}

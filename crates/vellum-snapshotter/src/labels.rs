@@ -1,0 +1,40 @@
+//! What labels ask of a snapshot.
+
+use std::collections::BTreeMap;
+
+use super::config::MountMode;
+use super::operations::{Result, invalid};
+
+/// The size of a container's device.
+const SIZE_LABELS: [&str; 2] = [
+    "containerd.io/snapshot/vellum.size",
+    "containerd.io/snapshot/max-size",
+];
+/// `bind` or `device`: how the snapshot is handed out.
+const MOUNTS_LABEL: &str = "containerd.io/snapshot/vellum.mounts";
+
+/// The size of the file system that the labels want, in bytes.
+pub(super) fn wanted_size(labels: &BTreeMap<String, String>) -> Result<Option<u64>> {
+    for label in SIZE_LABELS {
+        if let Some(text) = labels.get(label) {
+            let size = vellum_base::size::parse_size(text);
+            return match size {
+                Ok(size) => Ok(Some(size)),
+                Err(error) => Err(invalid(format!("label {label}: {error}"))),
+            };
+        }
+    }
+    Ok(None)
+}
+
+/// How the labels want the snapshot handed out.
+pub(super) fn wanted_mode(labels: &BTreeMap<String, String>) -> Result<Option<MountMode>> {
+    match labels.get(MOUNTS_LABEL).map(String::as_str) {
+        None => Ok(None),
+        Some("bind") => Ok(Some(MountMode::Bind)),
+        Some("device") => Ok(Some(MountMode::Device)),
+        Some(other) => Err(invalid(format!(
+            "label {MOUNTS_LABEL}={other:?}: it is \"bind\" or \"device\""
+        ))),
+    }
+}

@@ -1,0 +1,342 @@
+//! Containers in the store.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use uuid::Uuid;
+
+use super::names::check_name;
+use super::prune::PruneReport;
+use super::records::{ContainerRecord, LayerInfo};
+use super::{Store, StoreGuard};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::interrupt;
+use vellum_core::chain::ChainSpec;
+use vellum_core::layer::{Header, LayerOptions};
+use vellum_fs::ext4::Atime;
+
+/// What a new container is made of.
+#[derive(Debug, Clone, Default)]
+pub struct NewContainer<'a> {
+    /// The image's name.
+    pub image: &'a str,
+    /// The container's name; one is made up where it is `None`.
+    pub name: Option<&'a str>,
+    /// Virtual size in bytes; the image's where it is `None`. Never smaller than that.
+    pub virtual_size: Option<u64>,
+    /// What appears in it when it runs.
+    pub volumes: Vec<super::VolumeMount>,
+    /// Access times of its files; the default where it is `None`.
+    pub atime: Option<Atime>,
+    /// What it may do and use when it runs.
+    pub confinement: super::Confinement,
+}
+
+/// The layers of a container as they stand now, a commit that was cut off included.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolved {
+    /// Sealed layers, from the bottom up.
+    pub sealed: Vec<Uuid>,
+    /// The writable layer.
+    pub top: Uuid,
+}
+
+impl Store {
+    /// All containers, sorted by name.
+    ///
+    /// # Errors
+    /// Where the directory cannot be read; a damaged record is left out with a warning.
+    pub fn containers(&self) -> Result<Vec<ContainerRecord>> {
+        let mut containers: Vec<ContainerRecord> =
+            self.read_records("containers", Store::warn_damaged)?;
+        containers.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(containers)
+    }
+
+    /// The container of that name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], with what to do.
+    pub fn container(&self, name: &str) -> Result<ContainerRecord> {
+        check_name("container", name).map_err(|error| self.snapshot_hint(name).unwrap_or(error))?;
+        self.read_json(&self.record_path("containers", name))?
+            .ok_or_else(|| {
+                if let Some(error) = self.snapshot_hint(name) {
+                    return error;
+                }
+                let hint = self
+                    .quarantine_hint("containers", name)
+                    .unwrap_or_else(|| "`vellum ps` lists them, `vellum create` makes one".into());
+                Error::new(
+                    ErrorKind::NotFound,
+                    format!("there is no container {name}: {hint}"),
+                )
+            })
+    }
+
+    /// Makes a container: an empty writable layer on the image's. Copies nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for the image, [`ErrorKind::AlreadyExists`] for the name,
+    /// [`ErrorKind::InvalidInput`] for a size smaller than the image's.
+    pub fn create_container(&self, new: &NewContainer<'_>) -> Result<ContainerRecord> {
+        let pin = self.pin_layers()?;
+        let image = self.image(new.image)?;
+        if let Some(name) = new.name {
+            self.check_new_container(name)?;
+        }
+        let virtual_size = new.virtual_size.unwrap_or(image.virtual_size);
+        if virtual_size < image.virtual_size {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "{virtual_size} bytes is smaller than the image {} ({} bytes): a container can \
+                     only be larger",
+                    image.name, image.virtual_size
+                ),
+            ));
+        }
+        let fixed = image.fs.as_ref().and_then(|fs| fs.fixed.as_ref());
+        if let (Some(why), true) = (fixed, virtual_size > image.virtual_size) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "the image {} cannot be made larger than its {} bytes, since {why}: leave \
+                     --size out",
+                    image.name, image.virtual_size
+                ),
+            ));
+        }
+        let staged = self.stage_layer(image.layers.last().copied(), virtual_size)?;
+        let info = LayerInfo {
+            origin: "writable layer".into(),
+            ..LayerInfo::default()
+        };
+        // Later the layer would be left to prune.
+        interrupt::check()?;
+        let top = staged.publish(&info, &pin)?;
+
+        let _lock = self.lock()?;
+        // It may have been removed meanwhile.
+        let image = self.image(new.image)?;
+        let name = match new.name {
+            Some(name) => name.to_owned(),
+            None => self.free_name(&image.name)?,
+        };
+        self.check_new_container(&name)?;
+        let record = ContainerRecord {
+            name,
+            id: Uuid::new_v4(),
+            image: image.name,
+            image_id: image.id,
+            layers: image.layers,
+            top,
+            next: None,
+            virtual_size,
+            device_size: image
+                .device_size
+                .filter(|_| virtual_size == image.virtual_size),
+            fs: image.fs,
+            holds: image.holds,
+            config: image.config,
+            volumes: new.volumes.clone(),
+            scaffold: super::Scaffold::default(),
+            atime: new.atime,
+            confinement: new.confinement.clone(),
+            created: now(),
+        };
+        self.write_json(&self.record_path("containers", &record.name), &record)?;
+        Ok(record)
+    }
+
+    fn check_new_container(&self, name: &str) -> Result<()> {
+        check_name("container", name)?;
+        if self
+            .read_json::<ContainerRecord>(&self.record_path("containers", name))?
+            .is_some()
+        {
+            return Err(Error::new(
+                ErrorKind::AlreadyExists,
+                format!(
+                    "there is a container {name} already: remove it with `vellum rm {name}` or take another name"
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// A name for a container that got none: the image's last word and a number.
+    fn free_name(&self, image: &str) -> Result<String> {
+        let word: String = image
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .chars()
+            .take_while(|c| c.is_ascii_alphanumeric() || "_-".contains(*c))
+            .collect();
+        let word = if word.is_empty() {
+            "container".to_owned()
+        } else {
+            word
+        };
+        let taken = self.containers()?;
+        (1u32..)
+            .map(|number| format!("{word}-{number}"))
+            .find(|name| taken.iter().all(|container| container.name != *name))
+            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "no free container name"))
+    }
+
+    /// As [`Store::resolve`], for a container by its name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] without such a container.
+    pub fn resolve_name(&self, name: &str) -> Result<Resolved> {
+        self.resolve(&self.container(name)?)
+    }
+
+    /// The layers of a container as they stand on disk.
+    ///
+    /// # Errors
+    /// Where the top layer's header cannot be read.
+    pub fn resolve(&self, container: &ContainerRecord) -> Result<Resolved> {
+        let mut sealed = container.layers.clone();
+        if let Some(next) = container.next {
+            let header = Header::read(&*self.storage, &self.layer_dir(container.top))?;
+            if header.sealed {
+                sealed.push(container.top);
+                return Ok(Resolved { sealed, top: next });
+            }
+        }
+        Ok(Resolved {
+            sealed,
+            top: container.top,
+        })
+    }
+
+    /// The top layer of the image that a container was made from, while that image is there.
+    ///
+    /// # Errors
+    /// Where the images cannot be listed.
+    pub fn image_of(&self, container: &ContainerRecord) -> Result<Option<Uuid>> {
+        let images = self.images()?;
+        let image = images
+            .into_iter()
+            .find(|image| image.id == container.image_id);
+        Ok(image.and_then(|image| image.layers.last().copied()))
+    }
+
+    /// How to open a container's chain for writing. Hold the lease of [`Resolved::top`] before.
+    pub fn chain_spec(&self, resolved: &Resolved, options: LayerOptions) -> ChainSpec {
+        ChainSpec {
+            sealed: self.layer_dirs(&resolved.sealed),
+            top: Some(self.layer_dir(resolved.top)),
+            options,
+        }
+    }
+
+    /// Prepares a commit: makes the layer that the container goes on in, and notes it. Sealing the
+    /// top is then the step that decides; before it, nothing has changed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where the container is gone.
+    pub fn prepare_commit(
+        &self,
+        name: &str,
+        pin: &StoreGuard,
+    ) -> Result<(ContainerRecord, Resolved)> {
+        let mut record = self.settle(name)?;
+        let staged = self.stage_layer(Some(record.top), record.virtual_size)?;
+        let info = LayerInfo {
+            origin: "writable layer".into(),
+            ..LayerInfo::default()
+        };
+        let next = staged.publish(&info, pin)?;
+        let _lock = self.lock()?;
+        record.next = Some(next);
+        self.write_json(&self.record_path("containers", name), &record)?;
+        let resolved = self.resolve(&record)?;
+        Ok((record, resolved))
+    }
+
+    /// Brings a container's record up to date with a commit that came to its end or was cut off.
+    ///
+    /// # Errors
+    /// As [`Store::resolve`].
+    pub fn settle(&self, name: &str) -> Result<ContainerRecord> {
+        let _lock = self.lock()?;
+        let mut record = self.container(name)?;
+        if record.next.is_none() {
+            return Ok(record);
+        }
+        let resolved = self.resolve(&record)?;
+        record.layers = resolved.sealed;
+        record.top = resolved.top;
+        record.next = None;
+        self.write_json(&self.record_path("containers", name), &record)?;
+        Ok(record)
+    }
+
+    /// Replaces a container's record; its name stays.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn update_container(&self, record: &ContainerRecord) -> Result<()> {
+        let _lock = self.lock()?;
+        self.write_json(&self.record_path("containers", &record.name), record)
+    }
+
+    /// Removes a container with its writable layer. It is not mounted or served. The report says busy
+    /// where other commands were at work on layers, so that some of the container's were left to
+    /// [`Store::prune`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while some process writes its layer.
+    pub fn remove_container(&self, name: &str) -> Result<PruneReport> {
+        let (layers, own) = {
+            let _lock = self.lock()?;
+            let record = self.container(name)?;
+            let top = self.layer_dir(self.resolve(&record)?.top);
+            if self.is_leased(&top) {
+                return Err(Error::new(
+                    ErrorKind::InUse,
+                    format!(
+                        "the container {name} is in use by another process{}: stop its NBD server or unmount it first (`vellum umount {name}`)",
+                        self.lease_holder(&top)
+                    ),
+                ));
+            }
+            self.remove_json(&self.record_path("containers", name))?;
+            let run = self.run_dir(&record);
+            self.storage
+                .remove_tree(&run)
+                .context(|| format!("cannot remove {}", run.display()))?;
+            let own = self.trash_own_layers(&record)?;
+            (record.layers, own)
+        };
+        let mut report = self.collect_layers(own)?;
+        report.busy = report.busy && self.has_unnamed_layers(&layers)?;
+        Ok(report)
+    }
+
+    /// Moves the layers that were a container's alone to the trash, once its record is gone. Unlike
+    /// others that no record names, nobody can be about to name them: that would be a commit of this
+    /// container, and whoever removes it has locked it.
+    fn trash_own_layers(&self, record: &ContainerRecord) -> Result<Vec<PathBuf>> {
+        // Where a record cannot be read, it may name any of them.
+        let Some(used) = self.used_layers()? else {
+            return Ok(Vec::new());
+        };
+        let mut trashed = Vec::new();
+        for layer in std::iter::once(record.top).chain(record.next) {
+            if !used.contains(&layer) && !self.is_leased(&self.layer_dir(layer)) {
+                trashed.extend(self.trash_layer(layer)?);
+            }
+        }
+        Ok(trashed)
+    }
+}
+
+/// The time as RFC 3339 in UTC, to the second.
+pub fn now() -> String {
+    humantime::format_rfc3339_seconds(SystemTime::now()).to_string()
+}

@@ -1,0 +1,391 @@
+//! Layers in the store: staged, published, found again, leased to the one process that writes.
+
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+use super::records::{LayerInfo, TemplateRecord};
+use super::{Store, StoreGuard, record_bytes};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::{Held, Holder, LockMode, OpenMode, by};
+use vellum_core::layer::{Header, WritableLayer};
+
+const INFO_FILE: &str = "info.json";
+pub(super) const LEASE_FILE: &str = "lease";
+/// How often a lease is asked for, and how long apart.
+const LEASE_ATTEMPTS: u32 = 5;
+const LEASE_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
+/// Locked by whoever serves an image with this top layer.
+const READERS_FILE: &str = "readers";
+
+/// A layer that is being made: in `staging`, until it is published or the guard is dropped.
+#[derive(Debug)]
+pub struct StagedLayer {
+    store: Store,
+    /// Identity, parent and size.
+    pub header: Header,
+    /// `None` once published.
+    dir: Option<PathBuf>,
+    /// Tells [`Store::prune`] that somebody works on it.
+    _lease: LayerLease,
+}
+
+/// The right to write a layer: no other process has it until this is dropped.
+#[derive(Debug)]
+pub struct LayerLease {
+    _held: Box<dyn Held>,
+}
+
+impl StagedLayer {
+    /// The layer's directory.
+    pub fn dir(&self) -> PathBuf {
+        self.dir.clone().unwrap_or_default()
+    }
+
+    /// Makes the layer one of the store's, durably. No record names it yet: `pin` keeps it.
+    ///
+    /// # Errors
+    /// Where the host fails; nothing is visible then.
+    pub fn publish(self, info: &LayerInfo, pin: &StoreGuard) -> Result<Uuid> {
+        self.store.write_json(&self.dir().join(INFO_FILE), info)?;
+        let store = self.store.clone();
+        let uuid = self.place(pin)?;
+        store.sync_layers()?;
+        Ok(uuid)
+    }
+
+    /// Gives the layer its place in the store: it can be opened from now on, but its name is durable
+    /// only after [`Store::sync_layers`], before which no record may name it.
+    ///
+    /// # Errors
+    /// Where the host fails; nothing is visible then.
+    pub fn place(mut self, _pin: &StoreGuard) -> Result<Uuid> {
+        let uuid = self.header.uuid;
+        let target = self.store.layer_dir(uuid);
+        self.store
+            .storage
+            .rename(&self.dir(), &target)
+            .context(|| format!("cannot publish the layer {}", target.display()))?;
+        self.dir = None;
+        Ok(uuid)
+    }
+}
+
+impl Drop for StagedLayer {
+    fn drop(&mut self) {
+        if let Some(dir) = self.dir.take() {
+            // What cannot be removed now, prune removes.
+            let _ = self.store.storage.remove_tree(&dir);
+        }
+    }
+}
+
+impl Store {
+    /// The directory of a published layer.
+    pub fn layer_dir(&self, layer: Uuid) -> PathBuf {
+        self.root.join("layers").join(layer.to_string())
+    }
+
+    /// The directory of a layer that is being made.
+    pub fn staging_dir(&self, layer: Uuid) -> PathBuf {
+        self.root.join("staging").join(layer.to_string())
+    }
+
+    /// The directories of layers, in the same order.
+    pub fn layer_dirs(&self, layers: &[Uuid]) -> Vec<PathBuf> {
+        layers.iter().map(|layer| self.layer_dir(*layer)).collect()
+    }
+
+    /// Makes an empty writable layer in `staging`.
+    ///
+    /// # Errors
+    /// As [`Header::new`] and [`WritableLayer::create`].
+    pub fn stage_layer(&self, parent: Option<Uuid>, virtual_size: u64) -> Result<StagedLayer> {
+        let header = Header::new(parent, virtual_size)?;
+        let dir = self.staging_dir(header.uuid);
+        WritableLayer::create(&*self.storage, &dir, &header).inspect_err(|error| {
+            // Made in part; whoever is in the way by that name made it.
+            if error.kind() != ErrorKind::AlreadyExists {
+                let _ = self.storage.remove_tree(&dir);
+            }
+        })?;
+        self.staged(header)
+    }
+
+    /// As [`Store::stage_layer`], with its description, in fewer syncs than by
+    /// [`StagedLayer::publish`]: to be [placed](StagedLayer::place).
+    ///
+    /// # Errors
+    /// As [`Store::stage_layer`].
+    pub fn stage_described(
+        &self,
+        parent: Uuid,
+        virtual_size: u64,
+        info: &LayerInfo,
+    ) -> Result<StagedLayer> {
+        let header = Header::new(Some(parent), virtual_size)?;
+        let dir = self.staging_dir(header.uuid);
+        let bytes = record_bytes(info)?;
+        WritableLayer::create_beside(&*self.storage, &dir, &header, || {
+            let path = dir.join(INFO_FILE);
+            let write = || {
+                let file = self.storage.open(&path, OpenMode::CreateNew)?;
+                file.write_at(&bytes, 0)?;
+                file.sync()
+            };
+            write().context(|| format!("cannot write {}", path.display()))
+        })?;
+        self.staged(header)
+    }
+
+    /// Makes the names of placed layers durable.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn sync_layers(&self) -> Result<()> {
+        let dir = self.root.join("layers");
+        self.storage
+            .sync_dir(&dir)
+            .context(|| format!("cannot sync {}", dir.display()))
+    }
+
+    /// Takes hold of a layer that was made in `staging`.
+    fn staged(&self, header: Header) -> Result<StagedLayer> {
+        let dir = self.staging_dir(header.uuid);
+        let lease = match self.try_lease(&dir) {
+            Ok(Some(lease)) => lease,
+            other => {
+                let _ = self.storage.remove_tree(&dir);
+                other?;
+                return Err(Error::new(
+                    ErrorKind::InUse,
+                    "a new layer is locked already",
+                ));
+            }
+        };
+        Ok(StagedLayer {
+            store: self.clone(),
+            header,
+            dir: Some(dir),
+            _lease: lease,
+        })
+    }
+
+    pub(super) fn try_lease(&self, dir: &std::path::Path) -> Result<Option<LayerLease>> {
+        let path = dir.join(LEASE_FILE);
+        let held = self
+            .storage
+            .lock(&path, LockMode::Exclusive, false)
+            .context(|| format!("cannot lock {}", path.display()))?;
+        Ok(held.map(|held| LayerLease { _held: held }))
+    }
+
+    /// The right to write a published layer.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while another process has it.
+    pub fn lease_layer(&self, layer: Uuid) -> Result<LayerLease> {
+        let dir = self.layer_dir(layer);
+        for attempt in 0..LEASE_ATTEMPTS {
+            if attempt > 0 {
+                // Whoever asks whether a layer is leased takes the lease for a moment.
+                std::thread::sleep(LEASE_PAUSE);
+            }
+            if let Some(lease) = self.try_lease(&dir)? {
+                return Ok(lease);
+            }
+        }
+        Err(Error::new(
+            ErrorKind::InUse,
+            format!(
+                "the layer {layer} is in use by another process{}",
+                self.lease_holder(&dir)
+            ),
+        ))
+    }
+
+    /// Keeps others from writing a published layer that is not sealed, while it is read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while another process writes it.
+    pub fn lease_for_reading(&self, layer: Uuid) -> Result<LayerLease> {
+        let dir = self.layer_dir(layer);
+        let path = dir.join(LEASE_FILE);
+        for attempt in 0..LEASE_ATTEMPTS {
+            if attempt > 0 {
+                // As in `lease_layer`.
+                std::thread::sleep(LEASE_PAUSE);
+            }
+            let held = self
+                .storage
+                .lock(&path, LockMode::Shared, false)
+                .context(|| format!("cannot lock {}", path.display()))?;
+            if let Some(held) = held {
+                return Ok(LayerLease { _held: held });
+            }
+        }
+        Err(Error::new(
+            ErrorKind::InUse,
+            format!(
+                "the layer {layer} is in use by another process{}",
+                self.lease_holder(&dir)
+            ),
+        ))
+    }
+
+    /// Who has the right to write the layer in `dir`.
+    pub fn layer_holder(&self, dir: &std::path::Path) -> Option<Holder> {
+        self.storage.holder(&dir.join(LEASE_FILE))
+    }
+
+    /// The same for a message.
+    pub(super) fn lease_holder(&self, dir: &std::path::Path) -> String {
+        by(self.layer_holder(dir).as_ref())
+    }
+
+    /// Who reads a chain with this layer on top, for a message.
+    pub(super) fn reader(&self, layer: Uuid) -> String {
+        by(self
+            .storage
+            .holder(&self.layer_dir(layer).join(READERS_FILE))
+            .as_ref())
+    }
+
+    /// Keeps the image with this top layer from being removed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while it is being removed.
+    pub fn read_layer(&self, layer: Uuid) -> Result<LayerLease> {
+        let path = self.layer_dir(layer).join(READERS_FILE);
+        let held = self
+            .storage
+            .lock(&path, LockMode::Shared, false)
+            .context(|| format!("cannot lock {}", path.display()))?;
+        held.map(|held| LayerLease { _held: held }).ok_or_else(|| {
+            Error::new(
+                ErrorKind::InUse,
+                format!("the layer {layer} is being removed"),
+            )
+        })
+    }
+
+    /// True while some process reads a chain with this layer on top.
+    pub(super) fn has_readers(&self, layer: Uuid) -> bool {
+        let path = self.layer_dir(layer).join(READERS_FILE);
+        // No file, no reader.
+        self.storage.exists(&path).unwrap_or(false)
+            && !matches!(
+                self.storage.lock(&path, LockMode::Exclusive, false),
+                Ok(Some(_))
+            )
+    }
+
+    /// Layers from the bottom up to `layer`, found by the parents that their headers name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where one is missing, [`ErrorKind::Corrupt`] for a circle.
+    pub fn ancestry(&self, layer: Option<Uuid>) -> Result<Vec<Uuid>> {
+        let mut layers = Vec::new();
+        let mut seen = std::collections::HashSet::new();
+        let mut at = layer;
+        while let Some(layer) = at {
+            if !seen.insert(layer) {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!("the layer {layer} is its own ancestor"),
+                ));
+            }
+            layers.push(layer);
+            let header = Header::read(&**self.storage(), &self.layer_dir(layer))?;
+            at = header.parent;
+        }
+        layers.reverse();
+        Ok(layers)
+    }
+
+    /// True while some process has the right to write the layer in `dir`.
+    pub fn is_leased(&self, dir: &std::path::Path) -> bool {
+        !matches!(self.try_lease(dir), Ok(Some(_)))
+    }
+
+    /// What is known of a layer.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where the store has no such layer.
+    pub fn layer_info(&self, layer: Uuid) -> Result<LayerInfo> {
+        self.read_json(&self.layer_dir(layer).join(INFO_FILE))?
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::NotFound,
+                    format!("the store has no layer {layer}"),
+                )
+            })
+    }
+
+    /// Replaces what is known of a layer.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn set_layer_info(&self, layer: Uuid, info: &LayerInfo) -> Result<()> {
+        self.write_json(&self.layer_dir(layer).join(INFO_FILE), info)
+    }
+
+    /// All published layers.
+    ///
+    /// # Errors
+    /// Where the directory cannot be read.
+    pub fn layers(&self) -> Result<Vec<Uuid>> {
+        let entries = self.list(&self.root.join("layers"))?;
+        Ok(entries
+            .iter()
+            .filter_map(|entry| Uuid::parse_str(&entry.name).ok())
+            .collect())
+    }
+
+    /// A layer on `parent` with this chain key. The caller holds the pin.
+    ///
+    /// # Errors
+    /// Where the layers cannot be listed.
+    pub fn find_layer(
+        &self,
+        parent: Uuid,
+        chain_key: &str,
+        _pin: &StoreGuard,
+    ) -> Result<Option<Uuid>> {
+        for layer in self.layers()? {
+            // A layer that cannot be read is not one to build on.
+            let Ok(info) = self.layer_info(layer) else {
+                continue;
+            };
+            if info.chain_key.as_deref() != Some(chain_key) || info.damaged.is_some() {
+                continue;
+            }
+            let header = Header::read(&*self.storage, &self.layer_dir(layer));
+            if header.is_ok_and(|header| header.sealed && header.parent == Some(parent)) {
+                return Ok(Some(layer));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The template made with `key`, if there is one.
+    ///
+    /// # Errors
+    /// Where its record is damaged.
+    pub fn template(&self, key: &str) -> Result<Option<TemplateRecord>> {
+        let record: Option<TemplateRecord> = self.read_json(&self.record_path("templates", key))?;
+        // Where the layer is gone or damaged, a new one is made.
+        Ok(record.filter(|record| {
+            self.layer_info(record.layer)
+                .is_ok_and(|info| info.damaged.is_none())
+        }))
+    }
+
+    /// Remembers a template.
+    ///
+    /// # Errors
+    /// Where the host fails.
+    pub fn put_template(&self, record: &TemplateRecord) -> Result<()> {
+        self.write_json(&self.record_path("templates", &record.key), record)
+    }
+}

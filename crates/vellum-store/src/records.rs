@@ -1,0 +1,173 @@
+//! What the store remembers of each thing: JSON files that a person can read.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::confinement::Confinement;
+use vellum_fs::ext4::Atime;
+use vellum_image::ImageConfig;
+
+/// The file system that a chain holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsInfo {
+    /// `ext4`, or `ext2` or `ext3` of a disk image, which the kernel's ext4 mounts.
+    pub kind: String,
+    /// Why it cannot be made larger, if it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fixed: Option<String>,
+}
+
+/// What is known of a layer besides its own header: `info.json` in its directory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerInfo {
+    /// How it came to be, for people.
+    pub origin: String,
+    /// The digest of the uncompressed tar that it was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diff_id: Option<String>,
+    /// Stands for the content of it and all below: layers with equal ones can be shared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain_key: Option<String>,
+    /// Bytes of its data blocks.
+    #[serde(default)]
+    pub bytes: u64,
+    /// What `vellum check` found wrong with it: no new image is built on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
+}
+
+/// An empty file system that images of one size begin with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateRecord {
+    /// The options and size that it was made with.
+    pub key: String,
+    /// Its only layer.
+    pub layer: Uuid,
+    /// What the layer holds.
+    pub fs: FsInfo,
+}
+
+/// An image: sealed layers and how to run them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ImageRecord {
+    /// The name that users give.
+    pub name: String,
+    /// Stays when the name goes to another image.
+    pub id: Uuid,
+    /// From the bottom up; the first is a template or a raw image.
+    pub layers: Vec<Uuid>,
+    /// Virtual size in bytes of a container made from it: what its layers have, whole blocks.
+    pub virtual_size: u64,
+    /// Bytes that its device shows, where the disk image that it was made from ends within the last
+    /// block. Older versions pass over it, and show the whole block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_size: Option<u64>,
+    /// What the chain holds that can be mounted.
+    #[serde(default)]
+    pub fs: Option<FsInfo>,
+    /// What a disk image was found to hold, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holds: Option<String>,
+    /// How to run it, and its history.
+    pub config: ImageConfig,
+    /// RFC 3339.
+    pub created: String,
+}
+
+/// A volume or a directory that appears in a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeMount {
+    /// Name of a volume of the store, or an absolute path on the host.
+    pub source: String,
+    /// Absolute path in the container.
+    pub destination: PathBuf,
+    /// No writes through this mount.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// Where something is mounted in a container that its image has no place for: made when it starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountPoint {
+    /// Absolute path in the container.
+    pub path: PathBuf,
+    /// A directory, rather than a file.
+    pub directory: bool,
+}
+
+/// A directory in which mount points were made, with its modification time before and after: seconds
+/// and nanoseconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Touched {
+    /// Absolute path in the container.
+    pub path: PathBuf,
+    /// Before the first of them.
+    pub before: (i64, i64),
+    /// After the last of them.
+    pub after: (i64, i64),
+}
+
+/// What was made in a container to run it, and is no change of its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scaffold {
+    /// In the order in which they are made.
+    pub points: Vec<MountPoint>,
+    /// Where.
+    pub touched: Vec<Touched>,
+}
+
+impl Scaffold {
+    fn is_empty(&self) -> bool {
+        *self == Scaffold::default()
+    }
+}
+
+/// A container: the layers of its image and a writable one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ContainerRecord {
+    /// The name that users give.
+    pub name: String,
+    /// Never used again.
+    pub id: Uuid,
+    /// The image's name when the container was made.
+    pub image: String,
+    /// The image's id.
+    pub image_id: Uuid,
+    /// Sealed layers, from the bottom up.
+    pub layers: Vec<Uuid>,
+    /// The writable layer.
+    pub top: Uuid,
+    /// The layer that takes the top's place once the top is sealed: written before a commit, so
+    /// that sealing is the one step that decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<Uuid>,
+    /// Bytes.
+    pub virtual_size: u64,
+    /// As the image's, while the container has its size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_size: Option<u64>,
+    /// What the chain holds that can be mounted.
+    #[serde(default)]
+    pub fs: Option<FsInfo>,
+    /// As the image's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holds: Option<String>,
+    /// How to run it.
+    pub config: ImageConfig,
+    /// What appears in it when it runs.
+    #[serde(default)]
+    pub volumes: Vec<VolumeMount>,
+    /// What was made in its file system for that, while it is there.
+    #[serde(default, skip_serializing_if = "Scaffold::is_empty")]
+    pub scaffold: Scaffold,
+    /// Access times of its files, where it was made with other than the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub atime: Option<Atime>,
+    /// What it may do and use when it runs.
+    #[serde(default)]
+    pub confinement: Confinement,
+    /// RFC 3339.
+    pub created: String,
+}

@@ -1,0 +1,19 @@
+//! The command line: import, interrupted commands, lives of containers, `verify-durability`.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+#[path = "../support/common/mod.rs"]
+mod common;
+#[path = "../support/image_support/mod.rs"]
+mod image_support;
+
+mod import;
+mod interrupted;
+mod lifecycle;
+mod verify_durability;

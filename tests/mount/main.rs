@@ -1,0 +1,26 @@
+//! Devices and mounted containers: servers that die, hang or are replaced, real file systems.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+#[path = "../support/common/mod.rs"]
+mod common;
+#[path = "../support/nbd_client/mod.rs"]
+mod nbd_client;
+
+mod crash;
+mod device;
+mod durability;
+mod ext4;
+mod hang;
+mod kill_container;
+mod mount_support;
+mod remount;
+mod server_support;
+mod servers;
+mod stats;

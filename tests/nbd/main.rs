@@ -1,0 +1,19 @@
+//! The NBD server, with real clients.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+#[path = "../support/common/mod.rs"]
+mod common;
+#[path = "../support/nbd_client/mod.rs"]
+mod nbd_client;
+
+mod interop;
+mod listen;
+mod restart;
+mod server;

@@ -1,0 +1,907 @@
+//! The NBD server against raw clients: concurrency, limits, and clients that misbehave.
+
+// Helpers outside of #[test] functions fail tests too.
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vellum_base::block::{BlockDevice, Durability, Extent, MemoryDevice, ZeroMode};
+use vellum_base::{Error, ErrorKind, Result};
+use vellum_export::nbd::{Export, Server, ServerConfig, SocketFile, bind_tcp, bind_unix};
+
+const SIZE: u64 = 64 << 20;
+const READ: u16 = 0;
+const WRITE: u16 = 1;
+const DISC: u16 = 2;
+const FLUSH: u16 = 3;
+const TRIM: u16 = 4;
+/// Longer than anything here takes, so that a hang is a failure.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A server on a unix socket in a directory of its own; stops when dropped.
+struct Running {
+    server: Server,
+    path: PathBuf,
+    listener: Option<thread::JoinHandle<Result<()>>>,
+    _socket: SocketFile,
+    _dir: tempfile::TempDir,
+}
+
+impl Running {
+    fn new(config: ServerConfig, device: Arc<dyn BlockDevice>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd.sock");
+        let (listener, socket) = bind_unix(&path).unwrap();
+        let server = Server::new(config).unwrap();
+        server.add_export(Export::new("disk", device)).unwrap();
+        let serving = server.clone();
+        let listener = Some(thread::spawn(move || serving.serve_unix(listener)));
+        Running {
+            server,
+            path,
+            listener,
+            _socket: socket,
+            _dir: dir,
+        }
+    }
+
+    fn silent(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.path).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    fn client(&self) -> Client {
+        self.try_client().unwrap()
+    }
+
+    fn try_client(&self) -> io::Result<Client> {
+        Client::go(self.silent())
+    }
+
+    /// Waits until so many clients are served.
+    fn await_connections(&self, wanted: usize) {
+        let began = Instant::now();
+        while self.server.connections("disk") != Some(wanted) {
+            assert!(
+                began.elapsed() < PATIENCE,
+                "{:?} connections, not {wanted}",
+                self.server.connections("disk")
+            );
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let stopped = self.server.shutdown();
+        let listened = self.listener.take().map(thread::JoinHandle::join);
+        if !thread::panicking() {
+            stopped.unwrap();
+            listened.unwrap().unwrap().unwrap();
+        }
+    }
+}
+
+/// A client in its transmission phase, with simple replies.
+struct Client {
+    stream: UnixStream,
+}
+
+impl Client {
+    fn go(mut stream: UnixStream) -> io::Result<Client> {
+        let mut greeting = [0; 18];
+        stream.read_exact(&mut greeting)?;
+        stream.write_all(&go_script())?;
+        // The reply to GO: INFO with the size and flags, and ACK.
+        let mut reply = [0; 20];
+        stream.read_exact(&mut reply)?;
+        if reply[12..16] != 3u32.to_be_bytes() {
+            return Err(io::Error::other("GO was refused"));
+        }
+        stream.read_exact(&mut [0; 12 + 20])?;
+        Ok(Client { stream })
+    }
+
+    fn send(&mut self, command: u16, flags: u16, cookie: u64, offset: u64, len: u32) {
+        self.stream
+            .write_all(&header(command, flags, cookie, offset, len))
+            .unwrap();
+    }
+
+    fn send_write(&mut self, flags: u16, cookie: u64, offset: u64, data: &[u8]) {
+        self.send(WRITE, flags, cookie, offset, data.len() as u32);
+        self.stream.write_all(data).unwrap();
+    }
+
+    /// The next reply's error and cookie.
+    fn reply(&mut self) -> io::Result<(u32, u64)> {
+        let mut bytes = [0; 16];
+        self.stream.read_exact(&mut bytes)?;
+        assert_eq!(bytes[..4], 0x6744_6698u32.to_be_bytes());
+        Ok((
+            u32::from_be_bytes(bytes[4..8].try_into().unwrap()),
+            u64::from_be_bytes(bytes[8..].try_into().unwrap()),
+        ))
+    }
+
+    fn write(&mut self, flags: u16, offset: u64, data: &[u8]) {
+        self.send_write(flags, 1, offset, data);
+        assert_eq!(self.reply().unwrap(), (0, 1));
+    }
+
+    fn read(&mut self, offset: u64, len: u32) -> Vec<u8> {
+        self.send(READ, 0, 2, offset, len);
+        assert_eq!(self.reply().unwrap(), (0, 2));
+        let mut data = vec![0; len as usize];
+        self.stream.read_exact(&mut data).unwrap();
+        data
+    }
+
+    /// Asserts that the server has closed the connection, in whatever way.
+    fn closed(&mut self) {
+        closed(&mut self.stream);
+    }
+}
+
+fn closed(stream: &mut impl Read) {
+    let mut sink = [0; 4096];
+    loop {
+        match stream.read(&mut sink) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return,
+            Err(error) => panic!("not closed: {error}"),
+        }
+    }
+}
+
+fn go_script() -> Vec<u8> {
+    let mut script = vec![0, 0, 0, 3];
+    script.extend(b"IHAVEOPT");
+    script.extend(7u32.to_be_bytes());
+    script.extend(10u32.to_be_bytes());
+    script.extend(4u32.to_be_bytes());
+    script.extend(b"disk\0\0");
+    script
+}
+
+fn header(command: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+    bytes
+}
+
+/// A device in memory that can be made slow, stuck or worse, and counts what goes on in it.
+struct Lab {
+    memory: MemoryDevice,
+    delay: Duration,
+    /// Flushes wait until this is true.
+    open: Mutex<bool>,
+    opened: Condvar,
+    flushing: AtomicUsize,
+    flushed: AtomicUsize,
+    now: AtomicUsize,
+    most: AtomicUsize,
+    bytes: AtomicUsize,
+    most_bytes: AtomicUsize,
+    panics: AtomicBool,
+    /// Writes from this offset on fail.
+    fails_from: u64,
+}
+
+impl Lab {
+    fn new() -> Self {
+        Lab {
+            memory: MemoryDevice::new(SIZE),
+            delay: Duration::ZERO,
+            open: Mutex::new(true),
+            opened: Condvar::new(),
+            flushing: AtomicUsize::new(0),
+            flushed: AtomicUsize::new(0),
+            now: AtomicUsize::new(0),
+            most: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            most_bytes: AtomicUsize::new(0),
+            panics: AtomicBool::new(false),
+            fails_from: SIZE,
+        }
+    }
+
+    fn slow(delay: Duration) -> Self {
+        Lab {
+            delay,
+            ..Lab::new()
+        }
+    }
+
+    fn stuck() -> Arc<Self> {
+        let lab = Lab::new();
+        *lab.open.lock().unwrap() = false;
+        Arc::new(lab)
+    }
+
+    fn let_go(&self) {
+        *self.open.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
+
+    fn await_flushing(&self, wanted: usize) {
+        let began = Instant::now();
+        while self.flushing.load(SeqCst) != wanted {
+            assert!(began.elapsed() < PATIENCE, "the flush did not arrive");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn work(&self, len: usize) {
+        assert!(
+            !self.panics.load(SeqCst),
+            "the device panics, as it was told to"
+        );
+        let now = self.now.fetch_add(1, SeqCst) + 1;
+        self.most.fetch_max(now, SeqCst);
+        let bytes = self.bytes.fetch_add(len, SeqCst) + len;
+        self.most_bytes.fetch_max(bytes, SeqCst);
+        thread::sleep(self.delay);
+        self.bytes.fetch_sub(len, SeqCst);
+        self.now.fetch_sub(1, SeqCst);
+    }
+}
+
+impl BlockDevice for Lab {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.work(buf.len());
+        self.memory.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
+        self.work(buf.len());
+        if offset >= self.fails_from {
+            return Err(Error::new(
+                ErrorKind::Io,
+                "the device fails, as it was told to",
+            ));
+        }
+        self.memory.write_at(buf, offset, durability)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.flushing.fetch_add(1, SeqCst);
+        let mut open = self.open.lock().unwrap();
+        while !*open {
+            open = self.opened.wait(open).unwrap();
+        }
+        self.flushing.fetch_sub(1, SeqCst);
+        self.flushed.fetch_add(1, SeqCst);
+        Ok(())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.memory.discard(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, m: ZeroMode, d: Durability) -> Result<()> {
+        self.memory.write_zeroes(offset, len, m, d)
+    }
+
+    fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>> {
+        self.memory.extents(offset, len, max)
+    }
+}
+
+fn memory() -> Arc<MemoryDevice> {
+    Arc::new(MemoryDevice::new(SIZE))
+}
+
+#[test]
+fn a_flush_that_takes_long_does_not_hold_up_reads_and_writes() {
+    let lab = Lab::stuck();
+    let running = Running::new(ServerConfig::default(), lab.clone());
+    let mut client = running.client();
+    client.send(FLUSH, 0, 77, 0, 0);
+    lab.await_flushing(1);
+    client.write(0, 0, &[1; 4096]);
+    assert_eq!(client.read(0, 4096), [1; 4096]);
+    lab.let_go();
+    assert_eq!(client.reply().unwrap(), (0, 77));
+}
+
+/// A device on a disk that is full until there is room.
+struct OnFullDisk {
+    memory: MemoryDevice,
+    room: AtomicBool,
+    waiting: AtomicUsize,
+}
+
+impl BlockDevice for OnFullDisk {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.memory.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
+        if !self.room.load(SeqCst) {
+            return Err(Error::new(ErrorKind::NoSpace, "the disk is full"));
+        }
+        self.memory.write_at(buf, offset, durability)
+    }
+
+    fn wait_for_room(&self) -> bool {
+        self.waiting.fetch_add(1, SeqCst);
+        thread::sleep(Duration::from_millis(2));
+        true
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.memory.discard(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, m: ZeroMode, d: Durability) -> Result<()> {
+        self.memory.write_zeroes(offset, len, m, d)
+    }
+
+    fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>> {
+        self.memory.extents(offset, len, max)
+    }
+}
+
+#[test]
+fn writes_that_find_the_disk_full_wait_for_room_while_other_requests_are_served() {
+    let device = Arc::new(OnFullDisk {
+        memory: MemoryDevice::new(SIZE),
+        room: AtomicBool::new(false),
+        waiting: AtomicUsize::new(0),
+    });
+    let running = Running::new(ServerConfig::default(), device.clone());
+    let mut client = running.client();
+    // Short ones, which are served by the thread that reads, and long ones, which are not.
+    for cookie in 10..20 {
+        let len = if cookie % 2 == 0 { 4096 } else { 200_000 };
+        client.send_write(0, cookie, cookie << 20, &vec![cookie as u8; len]);
+    }
+    assert_eq!(client.read(0, 4096), [0; 4096]);
+    client.send(FLUSH, 0, 77, 0, 0);
+    assert_eq!(client.reply().unwrap(), (0, 77));
+    client.send(TRIM, 0, 78, 0, 4096);
+    assert_eq!(client.reply().unwrap(), (0, 78));
+    device.room.store(true, SeqCst);
+    let mut replies: Vec<_> = (10..20).map(|_| client.reply().unwrap()).collect();
+    replies.sort_unstable();
+    assert_eq!(
+        replies,
+        (10..20).map(|cookie| (0, cookie)).collect::<Vec<_>>()
+    );
+    assert_eq!(client.read(15 << 20, 4096), [15; 4096]);
+    // A server that is told to end does not wait.
+    device.room.store(false, SeqCst);
+    let before = device.waiting.load(SeqCst);
+    client.send_write(0, 99, 0, &[9; 4096]);
+    while device.waiting.load(SeqCst) == before {
+        thread::sleep(Duration::from_millis(1));
+    }
+    running.server.shutdown().unwrap();
+    assert_eq!(client.reply().unwrap(), (28, 99));
+}
+
+#[test]
+fn a_flush_on_one_connection_is_one_flush_of_the_device_for_all_of_them() {
+    let lab = Arc::new(Lab::new());
+    let running = Running::new(ServerConfig::default(), lab.clone());
+    let mut writers: Vec<Client> = (0..4).map(|_| running.client()).collect();
+    for (i, client) in writers.iter_mut().enumerate() {
+        client.write(0, i as u64 * 4096, &[i as u8 + 1; 4096]);
+    }
+    let mut flusher = running.client();
+    flusher.send(FLUSH, 0, 5, 0, 0);
+    assert_eq!(flusher.reply().unwrap(), (0, 5));
+    assert_eq!(lab.flushed.load(SeqCst), 1);
+    // What one connection wrote every other one reads.
+    for (i, client) in writers.iter_mut().rev().enumerate() {
+        assert_eq!(client.read(i as u64 * 4096, 4096), [i as u8 + 1; 4096]);
+    }
+}
+
+#[test]
+fn slow_reads_of_one_connection_run_at_the_same_time() {
+    let lab = Arc::new(Lab::slow(Duration::from_millis(3)));
+    let running = Running::new(ServerConfig::default(), lab.clone());
+    let mut client = running.client();
+    for cookie in 0..64 {
+        client.send(READ, 0, cookie, cookie * 4096, 4096);
+    }
+    let mut seen = [false; 64];
+    for _ in 0..64 {
+        let (error, cookie) = client.reply().unwrap();
+        assert_eq!(error, 0);
+        assert!(!std::mem::replace(&mut seen[cookie as usize], true));
+        client.stream.read_exact(&mut [0; 4096]).unwrap();
+    }
+    let most = lab.most.load(SeqCst);
+    let threads = ServerConfig::default().threads_per_connection;
+    assert!((4..=threads).contains(&most), "{most} at the same time");
+}
+
+#[test]
+fn long_writes_in_flight_stay_within_the_limit_in_bytes() {
+    let lab = Arc::new(Lab::slow(Duration::from_millis(4)));
+    let config = ServerConfig {
+        bytes_in_flight: 2 << 20,
+        ..ServerConfig::default()
+    };
+    let running = Running::new(config, lab.clone());
+    let mut client = running.client();
+    let data = vec![9; 1 << 20];
+    for cookie in 0..16 {
+        client.send_write(0, cookie, cookie << 20, &data);
+    }
+    for _ in 0..16 {
+        assert_eq!(client.reply().unwrap().0, 0);
+    }
+    assert_eq!(lab.most_bytes.load(SeqCst), 2 << 20);
+    // A request longer than the limit is served all the same, alone.
+    let data = vec![8; 5 << 20];
+    client.write(0, 0, &data);
+    assert!(client.read(0, 5 << 20) == data);
+}
+
+#[test]
+fn many_connections_write_and_read_back_their_own_blocks() {
+    let running = Running::new(ServerConfig::default(), memory());
+    thread::scope(|scope| {
+        for id in 0..16u64 {
+            let running = &running;
+            scope.spawn(move || {
+                let mut client = running.client();
+                for round in 0..30u64 {
+                    let offset = id * (4 << 20) + round * 70_000 + round;
+                    // Short and long, in order and with FUA.
+                    let len = [512, 4096, 70_000, 65_536][round as usize % 4];
+                    let fill = (id * 31 + round) as u8;
+                    client.write((round % 3 == 0).into(), offset, &vec![fill; len]);
+                    let data = client.read(offset, len as u32);
+                    assert!(data.iter().all(|byte| *byte == fill));
+                }
+                client.send(DISC, 0, 0, 0, 0);
+                client.closed();
+            });
+        }
+    });
+    running.await_connections(0);
+}
+
+#[test]
+fn shutdown_waits_for_requests_in_flight_and_sends_their_replies() {
+    let lab = Lab::stuck();
+    let running = Running::new(ServerConfig::default(), lab.clone());
+    let mut client = running.client();
+    let mut idle = running.client();
+    client.send(FLUSH, 0, 7, 0, 0);
+    lab.await_flushing(1);
+    thread::scope(|scope| {
+        let stopping = scope.spawn(|| running.server.shutdown());
+        idle.closed();
+        assert!(!stopping.is_finished());
+        lab.let_go();
+        assert_eq!(client.reply().unwrap(), (0, 7));
+        client.closed();
+        stopping.join().unwrap().unwrap();
+    });
+    assert_eq!(running.server.connections("disk"), Some(0));
+}
+
+#[test]
+fn shutdown_serves_what_had_arrived_before_it() {
+    let device = memory();
+    let running = Running::new(ServerConfig::default(), device.clone());
+    let mut client = running.client();
+    for cookie in 0..100 {
+        client.send_write(0, cookie, cookie * 4096, &[5; 4096]);
+    }
+    running.server.shutdown().unwrap();
+    // Replies come in any order: requests of one connection run side by side.
+    let mut served = [false; 100];
+    for _ in 0..100 {
+        let (error, cookie) = client.reply().unwrap();
+        assert_eq!(error, 0);
+        assert!(!std::mem::replace(&mut served[cookie as usize], true));
+    }
+    client.closed();
+    let mut data = vec![0; 100 * 4096];
+    device.read_at(&mut data, 0).unwrap();
+    assert!(data.iter().all(|byte| *byte == 5));
+}
+
+#[test]
+fn shutdown_gives_up_on_a_device_that_is_stuck() {
+    let lab = Lab::stuck();
+    let config = ServerConfig {
+        drain_timeout: Duration::from_millis(100),
+        ..ServerConfig::default()
+    };
+    let running = Running::new(config, lab.clone());
+    let mut client = running.client();
+    client.send(FLUSH, 0, 7, 0, 0);
+    lab.await_flushing(1);
+    let error = running.server.shutdown().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout);
+    client.closed();
+    lab.let_go();
+}
+
+#[test]
+fn a_withdrawn_export_drains_and_lets_go_of_its_device() {
+    let lab = Lab::stuck();
+    let running = Running::new(ServerConfig::default(), lab.clone());
+    let mut client = running.client();
+    client.send(FLUSH, 0, 7, 0, 0);
+    lab.await_flushing(1);
+    thread::scope(|scope| {
+        let removing = scope.spawn(|| running.server.remove_export("disk"));
+        thread::sleep(Duration::from_millis(20));
+        assert!(!removing.is_finished());
+        lab.let_go();
+        assert_eq!(client.reply().unwrap(), (0, 7));
+        removing.join().unwrap().unwrap();
+    });
+    assert_eq!(Arc::strong_count(&lab), 1);
+    client.closed();
+    assert!(running.try_client().is_err());
+    let again = running.server.remove_export("disk").unwrap_err();
+    assert_eq!(again.kind(), ErrorKind::NotFound);
+    // The server serves on: the same name may come back.
+    running
+        .server
+        .add_export(Export::new("disk", memory()))
+        .unwrap();
+    running.client().write(0, 0, &[1; 512]);
+}
+
+#[test]
+fn two_exports_of_one_name_or_with_a_name_the_protocol_cannot_carry_are_refused() {
+    let running = Running::new(ServerConfig::default(), memory());
+    for (name, kind) in [
+        ("disk".to_owned(), ErrorKind::AlreadyExists),
+        ("a\0b".to_owned(), ErrorKind::InvalidInput),
+        ("a".repeat(4097), ErrorKind::InvalidInput),
+    ] {
+        let error = running
+            .server
+            .add_export(Export::new(name, memory()))
+            .unwrap_err();
+        assert_eq!(error.kind(), kind);
+    }
+}
+
+#[test]
+fn limits_of_zero_are_refused() {
+    let configs = [
+        ServerConfig {
+            max_connections: 0,
+            ..ServerConfig::default()
+        },
+        ServerConfig {
+            threads_per_connection: 0,
+            ..ServerConfig::default()
+        },
+        ServerConfig {
+            stall_timeout: Duration::ZERO,
+            ..ServerConfig::default()
+        },
+    ];
+    for config in configs {
+        let error = Server::new(config).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
+}
+
+#[test]
+fn clients_that_are_silent_or_slow_in_the_handshake_are_dropped_in_time() {
+    let config = ServerConfig {
+        handshake_timeout: Duration::from_secs(1),
+        ..ServerConfig::default()
+    };
+    let running = Running::new(config, memory());
+    let mut served = running.client();
+    let began = Instant::now();
+    let mut silent = running.silent();
+    let mut dripping = running.silent();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            // A byte now and then does not buy time.
+            for byte in go_script() {
+                if dripping.write_all(&[byte]).is_err() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(40));
+            }
+            panic!("a handshake of {:?} was let through", began.elapsed());
+        });
+        closed(&mut silent);
+        assert!(began.elapsed() >= Duration::from_millis(990));
+    });
+    assert!(began.elapsed() < Duration::from_secs(60));
+    // Between requests a served client may be silent for longer than that.
+    served.write(0, 0, &[1; 512]);
+}
+
+#[test]
+fn a_flood_of_silent_clients_keeps_neither_served_nor_new_clients_out() {
+    let config = ServerConfig {
+        max_handshakes: 8,
+        ..ServerConfig::default()
+    };
+    let running = Running::new(config, memory());
+    let mut served = running.client();
+    let stop = AtomicBool::new(false);
+    let _newcomer = thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut held = std::collections::VecDeque::new();
+            while !stop.load(SeqCst) {
+                held.push_back(UnixStream::connect(&running.path));
+                if held.len() > 200 {
+                    held.pop_front();
+                }
+            }
+        });
+        thread::sleep(Duration::from_millis(50));
+        let began = Instant::now();
+        for i in 0..200 {
+            served.write(0, i * 4096, &[1; 4096]);
+        }
+        let calm = began.elapsed();
+        // A newcomer may be turned away at the door, and tries again.
+        let mut tries = 0;
+        let mut newcomer = loop {
+            match running.try_client() {
+                Ok(client) => break client,
+                Err(_) => tries += 1,
+            }
+            assert!(tries < 500, "nobody gets in");
+        };
+        newcomer.write(0, 0, &[2; 512]);
+        stop.store(true, SeqCst);
+        assert!(calm < Duration::from_secs(60), "200 writes took {calm:?}");
+        newcomer
+    });
+    running.await_connections(2);
+}
+
+#[test]
+fn clients_beyond_the_limit_are_turned_away_until_one_leaves() {
+    let config = ServerConfig {
+        max_connections: 2,
+        ..ServerConfig::default()
+    };
+    let running = Running::new(config, memory());
+    let mut first = running.client();
+    let _second = running.client();
+    assert!(running.try_client().is_err());
+    first.write(0, 0, &[1; 512]);
+    first.send(DISC, 0, 0, 0, 0);
+    first.closed();
+    running.await_connections(1);
+    running.client().write(0, 0, &[1; 512]);
+}
+
+#[test]
+fn a_newcomer_takes_the_place_of_a_client_that_has_asked_for_nothing_and_of_no_other() {
+    let config = ServerConfig {
+        max_connections: 2,
+        handshake_timeout: Duration::from_millis(300),
+        ..ServerConfig::default()
+    };
+    let running = Running::new(config, memory());
+    let mut first = running.client();
+    first.write(0, 0, &[1; 512]);
+    let mut idler = running.client();
+    let began = Instant::now();
+    let mut newcomer = loop {
+        // Its own handshake may have been too slow on a busy machine.
+        match running.try_client() {
+            Ok(client) => break client,
+            Err(error) => assert!(began.elapsed() < PATIENCE, "{error}"),
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    newcomer.write(0, 512, &[2; 512]);
+    idler.closed();
+    // Both have asked for something: however long they are silent now, they stay.
+    thread::sleep(Duration::from_millis(400));
+    assert!(running.try_client().is_err());
+    first.write(0, 0, &[3; 512]);
+    newcomer.write(0, 512, &[4; 512]);
+}
+
+/// Memory that this process holds, in bytes.
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let kib = line.unwrap().split_whitespace().nth(1).unwrap();
+    kib.parse::<usize>().unwrap() << 10
+}
+
+#[test]
+fn clients_that_never_end_their_long_writes_take_little_memory_and_keep_nobody_out() {
+    let running = Running::new(ServerConfig::default(), memory());
+    running.client().write(0, 0, &vec![7; 32 << 20]);
+    let before = resident();
+    let mut stuck: Vec<_> = (0..16).map(|_| running.client()).collect();
+    let most = vec![7; (32 << 20) - 1];
+    for client in &mut stuck {
+        let request = header(WRITE, 0, 1, 0, 32 << 20);
+        client.stream.write_all(&request).unwrap();
+        client.stream.write_all(&most).unwrap();
+    }
+    let took = resident().saturating_sub(before);
+    assert!(took < 160 << 20, "{} MiB", took >> 20);
+    let mut other = running.client();
+    let data = vec![9; 8 << 20];
+    other.write(1, 32 << 20, &data);
+    assert!(other.read(32 << 20, 8 << 20) == data);
+}
+
+#[test]
+fn a_long_write_that_fails_in_its_middle_is_answered_once_and_the_next_request_is_understood() {
+    let lab = Arc::new(Lab {
+        fails_from: 5 << 20,
+        ..Lab::new()
+    });
+    let running = Running::new(ServerConfig::default(), lab.clone());
+    let mut client = running.client();
+    client.send_write(1, 1, 0, &vec![1; 8 << 20]);
+    assert_eq!(client.reply().unwrap(), (5, 1));
+    // What was not written needs no flush to be durable.
+    assert_eq!(lab.flushed.load(SeqCst), 0);
+    client.send_write(1, 2, 0, &vec![1; 5 << 20]);
+    assert_eq!(client.reply().unwrap(), (0, 2));
+    assert_eq!(lab.flushed.load(SeqCst), 1);
+    client.write(0, 0, &[2; 512]);
+    assert_eq!(client.read(0, 512), [2; 512]);
+}
+
+#[test]
+fn clients_that_stall_within_a_request_are_dropped_and_others_not() {
+    let config = ServerConfig {
+        stall_timeout: Duration::from_millis(500),
+        ..ServerConfig::default()
+    };
+    let device = memory();
+    let running = Running::new(config, device.clone());
+    let mut served = running.client();
+    // Within a header, a short payload, and a long one.
+    for cut in [10, 28, 100, 50_000] {
+        let mut stalling = running.client();
+        let mut bytes = header(WRITE, 0, 1, 0, 100_000);
+        bytes.extend([1; 100_000]);
+        if cut == 100 {
+            bytes = header(WRITE, 0, 1, 0, 512);
+            bytes.extend([1; 512]);
+        }
+        stalling.stream.write_all(&bytes[..cut]).unwrap();
+        stalling.closed();
+    }
+    running.await_connections(1);
+    served.write(0, 8192, &[2; 512]);
+    assert_eq!(served.read(0, 4096), [0; 4096]);
+}
+
+#[test]
+fn a_client_that_does_not_take_its_replies_is_dropped_and_others_not() {
+    let config = ServerConfig {
+        stall_timeout: Duration::from_millis(500),
+        ..ServerConfig::default()
+    };
+    let running = Running::new(config, memory());
+    let mut served = running.client();
+    let mut greedy = running.client();
+    greedy
+        .stream
+        .set_write_timeout(Some(Duration::from_millis(100)))
+        .unwrap();
+    let request = header(READ, 0, 1, 0, 1 << 20);
+    for _ in 0..10_000 {
+        if greedy.stream.write_all(&request).is_err() {
+            break;
+        }
+    }
+    served.write(0, 0, &[2; 512]);
+    running.await_connections(1);
+    served.write(0, 0, &[2; 512]);
+}
+
+#[test]
+fn a_client_that_vanishes_within_a_payload_writes_nothing() {
+    let device = memory();
+    let running = Running::new(ServerConfig::default(), device.clone());
+    for (len, sent) in [(4096, 2000), (1 << 20, 700_000)] {
+        let mut client = running.client();
+        client.send(WRITE, 0, 1, 0, len);
+        client.stream.write_all(&vec![1; sent]).unwrap();
+        drop(client);
+        running.await_connections(0);
+    }
+    let mut data = vec![9; 1 << 20];
+    device.read_at(&mut data, 0).unwrap();
+    assert!(data.iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn bad_framing_ends_one_connection_alone() {
+    let running = Running::new(ServerConfig::default(), memory());
+    let mut good = running.client();
+    let mut bad = running.client();
+    bad.stream.write_all(&[0xff; 28]).unwrap();
+    bad.closed();
+    running.await_connections(1);
+    good.write(0, 0, &[1; 512]);
+}
+
+#[test]
+fn a_device_that_panics_costs_the_connection_and_not_the_server() {
+    let lab = Arc::new(Lab::new());
+    let running = Running::new(ServerConfig::default(), lab.clone());
+    for flags in [0, 1] {
+        let mut client = running.client();
+        lab.panics.store(true, SeqCst);
+        // In the reader, and, since FUA counts as slow, in another thread.
+        client.send_write(flags, 1, 0, &[1; 512]);
+        client.closed();
+        running.await_connections(0);
+        lab.panics.store(false, SeqCst);
+        running.client().write(0, 0, &[1; 512]);
+        running.await_connections(0);
+    }
+}
+
+#[test]
+fn tcp_serves_on_loopback() {
+    let running = Running::new(ServerConfig::default(), memory());
+    let listener = bind_tcp("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    assert!(address.ip().is_loopback());
+    let server = running.server.clone();
+    let serving = thread::spawn(move || server.serve_tcp(listener));
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.read_exact(&mut [0; 18]).unwrap();
+    stream.write_all(&go_script()).unwrap();
+    stream.read_exact(&mut [0; 52]).unwrap();
+    stream.write_all(&header(FLUSH, 0, 3, 0, 0)).unwrap();
+    let mut reply = [0; 16];
+    stream.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[4..8], [0; 4]);
+    running.server.shutdown().unwrap();
+    closed(&mut stream);
+    serving.join().unwrap().unwrap();
+}

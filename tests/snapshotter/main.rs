@@ -1,0 +1,20 @@
+//! The snapshotter, under containerd, Docker and its own client.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+#[path = "../support/snapshotter_support/mod.rs"]
+mod snapshotter_support;
+
+mod api;
+mod containerd;
+mod daemon;
+mod dist;
+mod docker;
+mod kill;
+mod suite;

@@ -1,0 +1,19 @@
+//! The store: concurrency, power cuts, full disks, other places, scale.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+#[path = "../support/common/mod.rs"]
+mod common;
+
+mod check;
+mod concurrent;
+mod crash;
+mod full;
+mod places;
+mod scale;

@@ -1,0 +1,15 @@
+//! Whole virtual machines: growth in use, power cuts.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+#[path = "../support/snapshotter_support/mod.rs"]
+mod snapshotter_support;
+
+mod grow;
+mod power;
