@@ -56,7 +56,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
         ((_, Some(name)), ..) => Target::Look(name.clone()),
         (_, Some(layer), ..) => Target::Staged(layer),
         (_, _, Some(layer), _) => Target::Layer(layer),
-        (.., layer) => Target::Sealed(layer.unwrap_or_default()),
+        (.., Some(layer)) => Target::Sealed(layer),
+        (.., None) => {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "it is not said what to serve",
+            ));
+        }
     };
     supervise(&args.supervisor, &|memory, run_dir| {
         let store = Store::open(root_of(run_dir)?)?;

@@ -109,6 +109,7 @@ pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
 }
 
 /// Bytes as docker prints them: decimal units, three digits.
+#[expect(clippy::indexing_slicing, reason = "the loop ends with the last unit")]
 pub(super) fn human_size(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["B", "kB", "MB", "GB", "TB", "PB"];
     let mut value = bytes as f64;
@@ -117,7 +118,7 @@ pub(super) fn human_size(bytes: u64) -> String {
         value /= 1000.0;
         unit += 1;
     }
-    let name = UNITS.get(unit).copied().unwrap_or_default();
+    let name = UNITS[unit];
     if unit == 0 || value >= 99.95 {
         format!("{value:.0}{name}")
     } else if value >= 9.995 {

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::device::{OpenChain, Target};
 use super::temporary::TemporaryMount;
 use super::{raw, template};
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, BlockState};
+use vellum_base::block::{BLOCK_SIZE, BlockDevice, BlockState, MAX_VIRTUAL_SIZE};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{LayerOptions, WritableLayer, seal_in_place};
 use vellum_fs::ext4;
@@ -134,6 +134,17 @@ struct Ground {
     has_image: bool,
 }
 
+impl Ground {
+    /// The layer that the next one lies on.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "a ground is a template or an image, which has layers"
+    )]
+    fn top(&self) -> Uuid {
+        self.layers[self.layers.len() - 1]
+    }
+}
+
 struct Importer<'a> {
     store: &'a Store,
     pin: &'a StoreGuard,
@@ -164,6 +175,7 @@ impl Importer<'_> {
                 ),
             ));
         }
+        image.top()?;
         let fs = image.fs.ok_or_else(|| {
             Error::new(
                 ErrorKind::Unsupported,
@@ -172,7 +184,7 @@ impl Importer<'_> {
         })?;
         let mut config = image.config;
         let own = template::count(self.store, &image.layers);
-        config.settle_history(image.layers.len().saturating_sub(own));
+        config.settle_history(image.layers.len() - own);
         Ok(Ground {
             layers: image.layers,
             virtual_size: image.virtual_size,
@@ -309,7 +321,7 @@ impl Importer<'_> {
                 .take(12)
                 .collect();
             let key = format!("{base_key}/{chain_id}");
-            let parent = ground.layers.last().copied().unwrap_or_default();
+            let parent = ground.top();
             let diff_id = Some(layer.diff_id.clone());
             let outcome = match self.store.find_layer(parent, &key, self.pin)? {
                 Some(found) => {
@@ -348,8 +360,9 @@ impl Importer<'_> {
         chain_key: Option<String>,
         fill: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<LayerOutcome> {
-        let parent = ground.layers.last().copied();
-        let staged = self.store.stage_layer(parent, ground.virtual_size)?;
+        let staged = self
+            .store
+            .stage_layer(Some(ground.top()), ground.virtual_size)?;
         let target = Target::Staged(staged.header.uuid);
         let mount = TemporaryMount::new(self.store, &target)?;
         fill(mount.dir()).map_err(|error| self.name_the_limit(error, mount.dir(), ground))?;
@@ -503,13 +516,14 @@ fn mountable(raw_image: &RawImage) -> Result<Option<FsInfo>> {
 /// The virtual size of an image whose size nobody says: the usual one, and for content that would
 /// fill most of it as much on top of the content.
 fn size_for(content: Measure) -> u64 {
-    let blocks = content.bytes + content.bytes / 8;
+    // An archive may say anything of its files; what no layer holds is refused as such later.
+    let blocks = content.bytes.saturating_add(content.bytes / 8);
     let inodes = content.files.saturating_mul(ext4::BYTES_PER_INODE);
     let need = blocks.max(inodes);
     if need <= DEFAULT_SIZE / 4 * 3 {
         return DEFAULT_SIZE;
     }
-    (need + DEFAULT_SIZE).next_multiple_of(1 << 30)
+    (need.min(MAX_VIRTUAL_SIZE) + DEFAULT_SIZE).next_multiple_of(1 << 30)
 }
 
 fn file_origin(path: &Path) -> String {

@@ -209,7 +209,7 @@ impl Found {
         for (start, end) in ends {
             match merged.last_mut() {
                 Some((first, len)) if start <= *first + *len => {
-                    *len = (*len).max(end.saturating_sub(*first));
+                    *len = (*len).max(end - *first);
                 }
                 _ => merged.push((start, end - start)),
             }

@@ -35,10 +35,10 @@ pub fn copy_in(
         while at < end {
             vellum_base::interrupt::check()?;
             let want = (end.next_multiple_of(BLOCK_SIZE) - at).min(CHUNK as u64) as usize;
-            let chunk = buf.get_mut(..want).unwrap_or_default();
+            let (chunk, _) = buf.split_at_mut(want);
             chunk.fill(0);
             let real = (len - at).min(want as u64) as usize;
-            file.read_exact_at(chunk.get_mut(..real).unwrap_or_default(), at)
+            file.read_exact_at(chunk.split_at_mut(real).0, at)
                 .context(what)?;
             write_nonzero(layer, chunk, at / BLOCK_SIZE)?;
             at += want as u64;
@@ -68,6 +68,7 @@ fn next_data(file: &File, at: u64, len: u64) -> std::io::Result<Option<(u64, u64
 }
 
 /// Writes the runs of blocks that are not zero.
+#[expect(clippy::indexing_slicing, reason = "`copy_in` reads whole blocks")]
 fn write_nonzero(layer: &WritableLayer, bytes: &[u8], first: u64) -> Result<()> {
     let is_zero = |block: &[u8]| block.iter().all(|&byte| byte == 0);
     let mut from = 0;
@@ -79,9 +80,7 @@ fn write_nonzero(layer: &WritableLayer, bytes: &[u8], first: u64) -> Result<()> 
         }
         // The run ends with the buffer or before a zero block.
         if blocks.peek().is_none_or(|(_, next)| is_zero(next)) {
-            let run = bytes
-                .get(from * BLOCK_LEN..(index + 1) * BLOCK_LEN)
-                .unwrap_or_default();
+            let run = &bytes[from * BLOCK_LEN..(index + 1) * BLOCK_LEN];
             let _lock = layer.lock_blocks(first + from as u64, (index + 1 - from) as u64);
             layer.write_blocks(first + from as u64, run)?;
         }

@@ -59,14 +59,11 @@ impl ControlHandler for Answers {
 pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Serving)> {
     let (target, id, shown) = match store.container(name) {
         Ok(container) => (Target::Container(name.to_owned()), Some(container.id), None),
-        Err(no_container) => match store
-            .image(name)
-            .ok()
-            .and_then(|image| Some((*image.layers.last()?, image.device_size)))
-        {
+        Err(no_container) => match store.image(name) {
             // Several servers may have an image, so none of them answers for it.
-            Some((top, shown)) => (Target::Sealed(top), None, shown),
-            None => return Err(no_container),
+            Ok(image) => (Target::Sealed(image.top()?), None, image.device_size),
+            Err(damaged) if damaged.kind() == ErrorKind::Corrupt => return Err(damaged),
+            Err(_) => return Err(no_container),
         },
     };
     let stats = Arc::new(ChainStats::default().counting(counts()));

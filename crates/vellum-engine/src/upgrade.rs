@@ -171,10 +171,17 @@ fn try_upgrade(store: &Store, served: &Served, program: &Path) -> Result<Upgrade
     let answer = device::upgrade(run_dir, program, TIMEOUT)?;
     let number = |key: &str| answer.get(key).and_then(serde_json::Value::as_u64);
     let version = answer.get("version").and_then(serde_json::Value::as_str);
+    let pid = number("pid").and_then(|pid| i32::try_from(pid).ok());
+    let pid = pid.ok_or_else(|| {
+        Error::new(
+            ErrorKind::Protocol,
+            "the program took over and does not say as which process: look at `vellum ps`",
+        )
+    })?;
     Ok(Upgraded {
         name: served.name.clone(),
         upgraded: true,
-        pid: number("pid").unwrap_or_default() as i32,
+        pid,
         version: version.unwrap_or("unknown").to_owned(),
         pause_us: number("last_pause_us"),
     })

@@ -178,14 +178,14 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     let mut rest = field;
     while let Some((first, tail)) = rest.split_first() {
         if *first == b'\\'
-            && let Some(digits) = tail.get(..3)
+            && let Some((digits, after)) = tail.split_at_checked(3)
             && digits.iter().all(|digit| (b'0'..=b'7').contains(digit))
         {
             let value = digits
                 .iter()
                 .fold(0u32, |value, digit| value * 8 + u32::from(digit - b'0'));
             out.push(value as u8);
-            rest = tail.get(3..).unwrap_or_default();
+            rest = after;
         } else {
             out.push(*first);
             rest = tail;

@@ -107,10 +107,13 @@ impl Superblock {
         };
         let inodes = fields.u32(0x00).ok_or_else(cut)?;
         let inodes_free = fields.u32(0x10).ok_or_else(cut)?;
+        let inodes_used = inodes
+            .checked_sub(inodes_free)
+            .ok_or_else(|| corrupt("it has more free inodes than inodes"))?;
         Ok(Superblock {
             block_size,
             size,
-            inodes_used: u64::from(inodes.saturating_sub(inodes_free)),
+            inodes_used: u64::from(inodes_used),
             bigalloc: ro_compat & RO_COMPAT_BIGALLOC != 0,
             clean: incompat & INCOMPAT_RECOVER == 0
                 && state & (STATE_VALID | STATE_ERRORS) == STATE_VALID,
@@ -146,7 +149,8 @@ fn journal_ranges(fields: &Fields<'_>, block_size: u64, size: u64) -> Result<Vec
         return Ok(Vec::new());
     }
     // A map of 60 bytes holds at most four extents beside its header.
-    let entries = usize::from(fields.u16(MAP + 2).unwrap_or(0)).min(4);
+    let cut = || corrupt("the journal's map is cut");
+    let entries = usize::from(fields.u16(MAP + 2).ok_or_else(cut)?).min(4);
     let mut ranges = Vec::new();
     for entry in 0..entries {
         let at = MAP + 12 + entry * 12;
@@ -156,7 +160,7 @@ fn journal_ranges(fields: &Fields<'_>, block_size: u64, size: u64) -> Result<Vec
             fields.u16(at + 6),
             fields.u32(at + 8),
         ) else {
-            return Err(corrupt("the journal's map is cut"));
+            return Err(cut());
         };
         let mut start = (u64::from(high) << 32 | u64::from(low)) * block_size;
         let end = start.saturating_add(u64::from(len) * block_size);
@@ -208,6 +212,19 @@ mod tests {
             Superblock::parse(&[0; 20]).unwrap_err().kind(),
             ErrorKind::Corrupt
         );
+    }
+
+    #[test]
+    fn more_free_inodes_than_inodes_are_damage_and_no_empty_file_system() {
+        let mut bytes = [0; 1024];
+        bytes[0x38..0x3A].copy_from_slice(&MAGIC.to_le_bytes());
+        bytes[0x00..0x04].copy_from_slice(&16u32.to_le_bytes());
+        bytes[0x10..0x14].copy_from_slice(&5u32.to_le_bytes());
+        assert_eq!(Superblock::parse(&bytes).unwrap().inodes_used, 11);
+        bytes[0x10..0x14].copy_from_slice(&17u32.to_le_bytes());
+        let error = Superblock::parse(&bytes).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains("inodes"), "{error}");
     }
 
     proptest! {

@@ -65,7 +65,7 @@ impl Archive {
                     size,
                     extents: None,
                 } => {
-                    if member.offset.saturating_add(size) > length {
+                    if size > length - member.offset {
                         return Err(Error::new(
                             ErrorKind::Corrupt,
                             format!("the archive is cut off inside {}", shown(&path)),
@@ -162,23 +162,24 @@ pub(super) struct Slice {
 impl Slice {
     /// The bytes `at..end` of `file`.
     pub fn new(file: Arc<File>, at: u64, end: u64) -> Slice {
+        assert!(at <= end, "a piece that ends before it begins");
         Slice { file, at, end }
     }
 
-    /// Passes over `count` bytes, at most to the end.
-    pub fn skip(&mut self, count: u64) {
-        self.at = self.at.saturating_add(count).min(self.end);
+    /// Passes over `count` bytes, at most to the end. Returns over how many.
+    pub fn skip(&mut self, count: u64) -> u64 {
+        let count = count.min(self.end - self.at);
+        self.at += count;
+        count
     }
 }
 
 impl Read for Slice {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.end.saturating_sub(self.at)).unwrap_or(usize::MAX);
-        let most = left.min(into.len());
-        let count = self
-            .file
-            .read_at(into.get_mut(..most).unwrap_or_default(), self.at)?;
-        self.at = self.at.saturating_add(count as u64);
+        let most = (self.end - self.at).min(into.len() as u64) as usize;
+        let (into, _) = into.split_at_mut(most);
+        let count = self.file.read_at(into, self.at)?;
+        self.at += count as u64;
         Ok(count)
     }
 }
@@ -255,7 +256,7 @@ impl Blobs {
                         format!("the archive has no file {name:?}"),
                     )
                 })?;
-                let slice = Slice::new(archive.file.clone(), offset, offset.saturating_add(size));
+                let slice = Slice::new(archive.file.clone(), offset, offset + size);
                 Ok((slice, size))
             }
         }

@@ -43,7 +43,7 @@ pub(super) fn head(file: &File) -> Result<Vec<u8>> {
     let mut head = vec![0; HEAD as usize];
     let mut filled = 0;
     loop {
-        let into = head.get_mut(filled..).unwrap_or_default();
+        let (_, into) = head.split_at_mut(filled);
         let count = file
             .read_at(into, filled as u64)
             .context(|| "reading its first bytes")?;

@@ -315,6 +315,10 @@ fn same_file(
 }
 
 /// Compares two files of one size; where both have a hole nothing is read.
+#[expect(
+    clippy::indexing_slicing,
+    reason = "`read_full` fills no more than the buffer"
+)]
 fn same_content(one: &File, two: &File) -> std::io::Result<bool> {
     const CHUNK: usize = 128 * 1024;
     let (mut left, mut right) = (vec![0; CHUNK], vec![0; CHUNK]);
@@ -327,7 +331,7 @@ fn same_content(one: &File, two: &File) -> std::io::Result<bool> {
             (Some(one), Some(two)) => one.min(two),
         };
         let count = read_full(one, &mut left, offset)?;
-        if count != read_full(two, &mut right, offset)? || left.get(..count) != right.get(..count) {
+        if count != read_full(two, &mut right, offset)? || left[..count] != right[..count] {
             return Ok(false);
         }
         if count < CHUNK {
@@ -349,10 +353,11 @@ fn next_data(file: &File, offset: u64) -> std::io::Result<Option<u64>> {
     }
 }
 
+#[expect(clippy::indexing_slicing, reason = "the loop ends with the buffer")]
 fn read_full(file: &File, into: &mut [u8], offset: u64) -> std::io::Result<usize> {
     let mut filled = 0;
-    while let Some(rest) = into.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        match file.read_at(rest, offset + filled as u64)? {
+    while filled < into.len() {
+        match file.read_at(&mut into[filled..], offset + filled as u64)? {
             0 => break,
             count => filled += count,
         }

@@ -290,6 +290,10 @@ impl Installer {
     }
 
     /// Writes `length` bytes of `content` at `offset`, except for long runs of zeros.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`filled` stays below `step` while the loop runs"
+    )]
     fn fill(
         &mut self,
         file: &File,
@@ -301,11 +305,11 @@ impl Installer {
         while left > 0 {
             // The first step ends on a boundary of HOLE, so that later ones are aligned.
             let room = CHUNK as u64 - at % HOLE as u64;
-            let step = usize::try_from(room.min(left)).unwrap_or(CHUNK);
-            let buffer = self.buffer.get_mut(..step).unwrap_or_default();
+            let step = room.min(left) as usize;
+            let (buffer, _) = self.buffer.split_at_mut(step);
             let mut filled = 0;
             while filled < step {
-                let count = content.read(buffer.get_mut(filled..).unwrap_or_default())?;
+                let count = content.read(&mut buffer[filled..])?;
                 if count == 0 {
                     return Err(Error::new(
                         ErrorKind::Corrupt,
@@ -316,7 +320,7 @@ impl Installer {
             }
             self.stats.written +=
                 write_with_holes(file, buffer, at).context(|| format!("writing at byte {at}"))?;
-            at = at.saturating_add(step as u64);
+            at += step as u64;
             left -= step as u64;
         }
         Ok(())
@@ -452,6 +456,10 @@ impl Installer {
 }
 
 /// Writes `data` at `offset`, leaving out aligned zero runs; returns the bytes written.
+#[expect(
+    clippy::indexing_slicing,
+    reason = "pieces are cut out of `data`, in order, up to its length"
+)]
 fn write_with_holes(file: &File, data: &[u8], offset: u64) -> io::Result<u64> {
     let mut written = 0;
     let mut at = offset;
@@ -459,17 +467,15 @@ fn write_with_holes(file: &File, data: &[u8], offset: u64) -> io::Result<u64> {
     let mut position = 0;
     // Neighbouring data pieces go out in one call.
     let flush = |(start, from, to): (u64, usize, usize)| -> io::Result<u64> {
-        match data.get(from..to) {
-            Some(piece) if !piece.is_empty() => {
-                file.write_all_at(piece, start)?;
-                Ok(piece.len() as u64)
-            }
-            _ => Ok(0),
+        let piece = &data[from..to];
+        if !piece.is_empty() {
+            file.write_all_at(piece, start)?;
         }
+        Ok(piece.len() as u64)
     };
     while position < data.len() {
         let step = (HOLE - (at % HOLE as u64) as usize).min(data.len() - position);
-        let piece = data.get(position..position + step).unwrap_or_default();
+        let piece = &data[position..position + step];
         if is_zero(piece) {
             written += flush(pending)?;
             pending = (at + step as u64, position + step, position + step);
@@ -488,12 +494,7 @@ fn is_zero(data: &[u8]) -> bool {
     // is one memcmp.
     match data.split_first() {
         None => true,
-        Some((first, rest)) => {
-            *first == 0
-                && data
-                    .get(..rest.len())
-                    .is_some_and(|shifted| shifted == rest)
-        }
+        Some((first, rest)) => *first == 0 && data.split_at(rest.len()).0 == rest,
     }
 }
 

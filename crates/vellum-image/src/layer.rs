@@ -105,8 +105,8 @@ impl<R: Read> Read for Hashing<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         vellum_base::interrupt::check_io()?;
         let count = self.input.read(into)?;
-        if let (Some(hasher), Some(data)) = (&mut self.hasher, into.get(..count)) {
-            hasher.update(data);
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(into.split_at(count).0);
         }
         if let Some(progress) = &mut self.progress {
             progress(count as u64);
@@ -190,8 +190,8 @@ impl Read for LayerReader {
         let count = self.decoder.read(into)?;
         if count == 0 && !into.is_empty() {
             self.check().map_err(as_io_error)?;
-        } else if let (Some(diff), Some(data)) = (&mut self.diff, into.get(..count)) {
-            diff.update(data);
+        } else if let Some(diff) = &mut self.diff {
+            diff.update(into.split_at(count).0);
         }
         Ok(count)
     }

@@ -27,7 +27,13 @@ pub struct Measure {
 impl Measure {
     fn add(&mut self, content: u64) {
         self.files += 1;
-        self.bytes = self.bytes.saturating_add(content.next_multiple_of(BLOCK));
+        self.add_bytes(content);
+    }
+
+    /// What an archive says of its files may be anything: the sum ends at what no disk has.
+    fn add_bytes(&mut self, content: u64) {
+        let content = content.checked_next_multiple_of(BLOCK).unwrap_or(u64::MAX);
+        self.bytes = self.bytes.saturating_add(content);
     }
 
     fn node(&mut self, node: &Node) {
@@ -35,7 +41,10 @@ impl Measure {
             Kind::File {
                 extents: Some(extents),
                 ..
-            } => extents.iter().map(|extent| extent.length).sum(),
+            } => {
+                let lengths = extents.iter().map(|extent| extent.length);
+                lengths.fold(0, u64::saturating_add)
+            }
             Kind::File {
                 size,
                 extents: None,
@@ -47,7 +56,7 @@ impl Measure {
         };
         self.add(content);
         let attributes: usize = node.xattrs.values().map(Vec::len).sum();
-        self.bytes += (attributes as u64).next_multiple_of(BLOCK);
+        self.add_bytes(attributes as u64);
     }
 }
 
@@ -119,6 +128,16 @@ pub(super) fn tree(root: &Path) -> Result<Measure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_that_no_disk_has_add_up_to_the_most_there_is() {
+        let mut sum = Measure::default();
+        sum.add(u64::MAX - 1);
+        sum.add(5000);
+        assert_eq!((sum.bytes, sum.files), (u64::MAX, 2));
+        sum += sum;
+        assert_eq!((sum.bytes, sum.files), (u64::MAX, 4));
+    }
 
     #[test]
     fn a_tree_is_measured_in_blocks_and_inodes() {

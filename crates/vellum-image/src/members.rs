@@ -34,6 +34,13 @@ struct Content {
     padding: u64,
 }
 
+impl Content {
+    /// Bytes up to the next header. `content` saw to it that they can be counted.
+    fn left(&self) -> u64 {
+        self.unread + self.padding
+    }
+}
+
 /// A tar stream taken apart.
 pub(super) struct Members<R> {
     input: R,
@@ -90,17 +97,20 @@ impl<R: Read> Members<R> {
     /// Steps to the next member, past whatever of the current one's content is unread.
     ///
     /// `None` at the end of the archive.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`start` and `end` lie within the buffer, in this order"
+    )]
     pub fn next(&mut self) -> Result<Option<Member>> {
         self.skip_content()?;
         if self.ended {
             return Ok(None);
         }
         loop {
-            let available = self.buffer.get(self.start..self.end).unwrap_or_default();
-            let wanted = match self.parser.parse(available) {
+            let wanted = match self.parser.parse(&self.buffer[self.start..self.end]) {
                 Ok(ParseEvent::NeedData { min_bytes }) => min_bytes,
                 Ok(ParseEvent::Entry { consumed, entry }) => {
-                    let offset = self.position.saturating_add(consumed as u64);
+                    let offset = self.position + consumed as u64;
                     let label = entry.entry_type == EntryType::Other(b'V');
                     let (member, content) = plain_member(&entry, offset)?;
                     self.consume(consumed);
@@ -117,7 +127,7 @@ impl<R: Read> Members<R> {
                     sparse_map,
                     real_size,
                 }) => {
-                    let offset = self.position.saturating_add(consumed as u64);
+                    let offset = self.position + consumed as u64;
                     let (member, content) = sparse_member(&entry, &sparse_map, real_size, offset)?;
                     self.consume(consumed);
                     self.content = content;
@@ -141,7 +151,7 @@ impl<R: Read> Members<R> {
             };
             if !self.fill(wanted)? {
                 self.ended = true;
-                let rest = self.buffer.get(self.start..self.end).unwrap_or_default();
+                let rest = self.buffered();
                 if rest.is_empty() {
                     return Ok(None);
                 }
@@ -166,16 +176,15 @@ impl<R: Read> Members<R> {
     ///
     /// `Corrupt` when the archive ends before the content does.
     pub fn read_content(&mut self, into: &mut [u8]) -> Result<usize> {
-        let most = into
-            .len()
-            .min(usize::try_from(self.content.unread).unwrap_or(usize::MAX));
-        let Some(into) = into.get_mut(..most).filter(|into| !into.is_empty()) else {
+        let most = self.content.unread.min(into.len() as u64) as usize;
+        let (into, _) = into.split_at_mut(most);
+        if into.is_empty() {
             return Ok(0);
-        };
-        let buffered = self.buffer.get(self.start..self.end).unwrap_or_default();
+        }
+        let buffered = self.buffered();
         let count = if buffered.is_empty() {
             let count = read_retrying(&mut self.input, into)?;
-            self.position = self.position.saturating_add(count as u64);
+            self.position += count as u64;
             count
         } else {
             let mut buffered = buffered;
@@ -186,7 +195,7 @@ impl<R: Read> Members<R> {
         if count == 0 {
             return Err(self.cut_off());
         }
-        self.content.unread = self.content.unread.saturating_sub(count as u64);
+        self.content.unread -= count as u64;
         Ok(count)
     }
 
@@ -198,7 +207,7 @@ impl<R: Read> Members<R> {
             if count == 0 {
                 return Ok(());
             }
-            self.position = self.position.saturating_add(count as u64);
+            self.position += count as u64;
         }
     }
 
@@ -246,19 +255,17 @@ impl<R: Read> Members<R> {
     }
 
     fn skip_content(&mut self) -> Result<()> {
-        let mut left = self.content.unread.saturating_add(self.content.padding);
+        let mut left = self.content.left();
         while left > 0 {
             if self.start == self.end && !self.fill(1)? {
                 // Padding after the last member is missing in some archives.
                 if left <= self.content.padding {
                     break;
                 }
-                self.content.unread = left.saturating_sub(self.content.padding);
+                self.content.unread = left - self.content.padding;
                 return Err(self.cut_off());
             }
-            let step = usize::try_from(left)
-                .unwrap_or(usize::MAX)
-                .min(self.end - self.start);
+            let step = left.min((self.end - self.start) as u64) as usize;
             self.consume(step);
             left -= step as u64;
         }
@@ -266,9 +273,19 @@ impl<R: Read> Members<R> {
         Ok(())
     }
 
+    /// What was read and not used yet.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`start` and `end` lie within the buffer, in this order"
+    )]
+    fn buffered(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
     fn consume(&mut self, count: usize) {
-        self.start = (self.start + count).min(self.end);
-        self.position = self.position.saturating_add(count as u64);
+        assert!(count <= self.end - self.start, "more is used than was read");
+        self.start += count;
+        self.position += count as u64;
     }
 
     /// Reads until `wanted` bytes are buffered, or at least one more than now; `false` at the end.
@@ -295,8 +312,12 @@ impl<R: Read> Members<R> {
             self.buffer.resize(size, 0);
         }
         while self.end < wanted {
-            let space = self.buffer.get_mut(self.end..).unwrap_or_default();
+            let (_, space) = self.buffer.split_at_mut(self.end);
             let count = read_retrying(&mut self.input, space)?;
+            assert!(
+                count <= space.len(),
+                "a source gives more than it is asked for"
+            );
             if count == 0 {
                 return Ok(false);
             }
@@ -367,10 +388,8 @@ fn plain_member(entry: &ParsedEntry<'_>, offset: u64) -> Result<(Member, Content
     let name: &[u8] = &name_of(entry)?;
     let records = Records::read(entry, name)?;
     let device = || -> (u32, u32) {
-        (
-            entry.dev_major.unwrap_or_default(),
-            entry.dev_minor.unwrap_or_default(),
-        )
+        // As GNU tar reads a header of the old format, which has no such fields.
+        (entry.dev_major.unwrap_or(0), entry.dev_minor.unwrap_or(0))
     };
     let target = match &entry.link_target {
         // An empty PAX record takes itself back.
@@ -459,7 +478,8 @@ fn sparse_member(
             ));
         };
         reached = end;
-        stored = stored.saturating_add(extent.length);
+        // In order and within the file, so their sum is too.
+        stored += extent.length;
         if extent.length > 0 {
             extents.push(extent);
         }
@@ -527,12 +547,11 @@ fn owner(id: i64) -> Option<u32> {
 impl Members<super::blobs::Slice> {
     /// Passes over the current member's content without reading it.
     pub fn seek_past_content(&mut self) {
-        let left = self.content.unread.saturating_add(self.content.padding);
-        let buffered = (self.end - self.start) as u64;
-        let step = left.min(buffered);
-        self.consume(usize::try_from(step).unwrap_or(usize::MAX));
-        self.input.skip(left - step);
-        self.position = self.position.saturating_add(left - step);
+        let left = self.content.left();
+        let buffered = self.end - self.start;
+        let step = left.min(buffered as u64);
+        self.consume(step as usize);
+        self.position += self.input.skip(left - step);
         self.content = Content::default();
     }
 }

@@ -162,12 +162,13 @@ pub(super) fn shown(path: &[u8]) -> String {
 }
 
 /// The directory and the name of a path; `None` for the root.
+#[expect(clippy::indexing_slicing, reason = "the slash was found in the path")]
 pub(super) fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
     if path.is_empty() {
         return None;
     }
     match path.iter().rposition(|byte| *byte == b'/') {
-        Some(slash) => Some((path.get(..slash)?, path.get(slash + 1..)?)),
+        Some(slash) => Some((&path[..slash], &path[slash + 1..])),
         None => Some((&[], path)),
     }
 }

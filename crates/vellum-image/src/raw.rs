@@ -224,10 +224,9 @@ fn is_blank(file: &File, size: u64) -> Result<bool> {
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => at,
             Err(errno) => return Err(Error::io(what(), errno.into())),
         };
-        let want = usize::try_from(size.saturating_sub(at))
-            .unwrap_or(CHUNK)
-            .min(CHUNK);
-        let chunk = buffer.get_mut(..want).unwrap_or_default();
+        // The kernel may know of data beyond the end that it was asked about.
+        let want = size.saturating_sub(at).min(CHUNK as u64) as usize;
+        let (chunk, _) = buffer.split_at_mut(want);
         file.read_exact_at(chunk, at).context(what)?;
         if chunk.iter().any(|byte| *byte != 0) {
             return Ok(false);

@@ -152,9 +152,10 @@ fn unescape_url(name: &[u8]) -> Vec<u8> {
     let mut rest = name;
     loop {
         match rest {
-            [b'%', high, low, tail @ ..] if hex(*high).is_some() && hex(*low).is_some() => {
-                let value = hex(*high).unwrap_or(0) * 16 + hex(*low).unwrap_or(0);
-                out.push(value as u8);
+            [b'%', high, low, tail @ ..]
+                if let (Some(high), Some(low)) = (hex(*high), hex(*low)) =>
+            {
+                out.push((high * 16 + low) as u8);
                 rest = tail;
             }
             [first, tail @ ..] => {

@@ -370,8 +370,8 @@ impl Content for FileContent<'_> {
                 self.done = 0;
                 continue;
             }
-            let most = usize::try_from(left).unwrap_or(usize::MAX).min(into.len());
-            let into = into.get_mut(..most).unwrap_or_default();
+            let most = left.min(into.len() as u64) as usize;
+            let (into, _) = into.split_at_mut(most);
             let count = self
                 .file
                 .read_at(into, extent.offset + self.done)

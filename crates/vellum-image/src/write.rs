@@ -42,16 +42,18 @@ impl<W: Write> TarWriter<W> {
             .context(|| format!("writing {} to the tar", node.shown()))
     }
 
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "a source gives no more than it is asked for; padding is shorter than 512 bytes"
+    )]
     fn put(&mut self, node: &Node, length: u64, content: &mut dyn Content) -> Result<()> {
         let header = header(node, length)?;
         let failed = || "writing the archive";
         self.output.write_all(&header).context(failed)?;
         let mut left = length;
         while left > 0 {
-            let most = usize::try_from(left)
-                .unwrap_or(usize::MAX)
-                .min(self.buffer.len());
-            let buffer = self.buffer.get_mut(..most).unwrap_or_default();
+            let most = left.min(self.buffer.len() as u64) as usize;
+            let (buffer, _) = self.buffer.split_at_mut(most);
             let count = content.read(buffer)?;
             if count == 0 {
                 return Err(Error::new(
@@ -59,14 +61,13 @@ impl<W: Write> TarWriter<W> {
                     format!("it became {left} bytes shorter while it was read"),
                 ));
             }
-            let data = buffer.get(..count).unwrap_or_default();
-            self.output.write_all(data).context(failed)?;
+            self.output.write_all(&buffer[..count]).context(failed)?;
             left -= count as u64;
         }
         let padding = length.next_multiple_of(512) - length;
-        let zeros = [0; 512];
-        let padding = zeros.get(..padding as usize).unwrap_or_default();
-        self.output.write_all(padding).context(failed)
+        self.output
+            .write_all(&[0; 512][..padding as usize])
+            .context(failed)
     }
 
     /// Writes the end marker and gives the output back.

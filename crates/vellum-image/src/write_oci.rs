@@ -89,24 +89,26 @@ impl OciWriter {
         Ok(diff_id)
     }
 
-    /// Adds a JSON document and returns its descriptor.
-    fn add_json(&mut self, media_type: &str, data: &[u8]) -> Result<Value> {
+    /// Adds a JSON document. Returns its digest, and what describes it.
+    fn add_json(&mut self, media_type: &str, data: &[u8]) -> Result<(String, Value)> {
         let digest = hex(&Sha256::digest(data));
         let path = self.spool.path().join(&digest);
         std::fs::write(&path, data).context(|| format!("writing {path:?}"))?;
         self.blobs.insert(digest.clone(), data.len() as u64);
-        Ok(descriptor(media_type, &digest, data.len() as u64))
+        let described = descriptor(media_type, &digest, data.len() as u64);
+        Ok((format!("sha256:{digest}"), described))
     }
 
     /// Makes the configuration and the manifest; returns `index.json` and the manifest's digest.
+    #[expect(clippy::indexing_slicing, reason = "a JSON object takes any key")]
     fn seal(&mut self, mut config: ImageConfig, name: Option<&str>) -> Result<(Vec<u8>, String)> {
         config.rootfs.kind = "layers".into();
         config.rootfs.diff_ids = self.diff_ids.clone();
         let mut platform = json!({ "architecture": config.architecture, "os": config.os });
-        if let (Some(variant), Some(platform)) = (&config.variant, platform.as_object_mut()) {
-            platform.insert("variant".into(), json!(variant));
+        if let Some(variant) = &config.variant {
+            platform["variant"] = json!(variant);
         }
-        let config = self.add_json(
+        let (_, config) = self.add_json(
             "application/vnd.oci.image.config.v1+json",
             &config.to_json()?,
         )?;
@@ -117,24 +119,15 @@ impl OciWriter {
             "config": config,
             "layers": self.layers,
         });
-        let mut manifest = self.add_json(manifest_type, manifest.to_string().as_bytes())?;
-        let digest = manifest
-            .get("digest")
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .to_owned();
-        if let Some(manifest) = manifest.as_object_mut() {
-            manifest.insert("platform".into(), platform);
-            if let Some(name) = name {
-                let name = canonical_name(name);
-                manifest.insert(
-                    "annotations".into(),
-                    json!({
-                        "io.containerd.image.name": name,
-                        "org.opencontainers.image.ref.name": tag_of(&name).unwrap_or("latest"),
-                    }),
-                );
-            }
+        let (digest, mut manifest) =
+            self.add_json(manifest_type, manifest.to_string().as_bytes())?;
+        manifest["platform"] = platform;
+        if let Some(name) = name {
+            let name = canonical_name(name);
+            manifest["annotations"] = json!({
+                "io.containerd.image.name": name,
+                "org.opencontainers.image.ref.name": tag_of(&name).unwrap_or("latest"),
+            });
         }
         let index = json!({
             "schemaVersion": 2,
@@ -278,7 +271,7 @@ impl<W: Write> Hashed<W> {
 impl<W: Write> Write for Hashed<W> {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let count = self.output.write(data)?;
-        self.hasher.update(data.get(..count).unwrap_or_default());
+        self.hasher.update(data.split_at(count).0);
         self.written += count as u64;
         Ok(count)
     }

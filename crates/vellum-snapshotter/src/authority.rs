@@ -63,6 +63,7 @@ impl Incoming {
         self.raw.extend_from_slice(bytes);
         let mut at = 0;
         if !self.after_preface {
+            // The rest of it is yet to come.
             let Some(preface) = self.raw.get(..PREFACE) else {
                 return;
             };
@@ -70,7 +71,7 @@ impl Incoming {
             self.after_preface = true;
             at = PREFACE;
         }
-        while let Some(frame) = self.raw.get(at..).and_then(whole_frame) {
+        while let Some(frame) = whole_frame(self.raw.split_at(at).1) {
             match rewritten(frame) {
                 Some(changed) => self.ready.extend_from_slice(&changed),
                 None => self.ready.extend_from_slice(frame),
@@ -85,15 +86,16 @@ impl Incoming {
         self.ready.append(&mut self.raw);
     }
 
+    #[expect(clippy::indexing_slicing, reason = "no more was taken than is there")]
     fn take(&mut self, buf: &mut ReadBuf<'_>) -> bool {
-        let rest = self.ready.get(self.taken..).unwrap_or_default();
+        let rest = &self.ready[self.taken..];
         if rest.is_empty() {
             self.ready.clear();
             self.taken = 0;
             return false;
         }
         let len = rest.len().min(buf.remaining());
-        buf.put_slice(rest.get(..len).unwrap_or_default());
+        buf.put_slice(&rest[..len]);
         self.taken += len;
         true
     }

@@ -96,7 +96,7 @@ impl<'a> Parser<'a> {
     }
 
     fn rest(&self) -> &'a str {
-        self.text.get(self.at..).unwrap_or_default()
+        self.text.split_at(self.at).1
     }
 
     fn peek(&self) -> Option<char> {
@@ -172,7 +172,7 @@ impl<'a> Parser<'a> {
         let rest = self.rest();
         let end = rest.find(|c| !wanted(c)).unwrap_or(rest.len());
         self.at += end;
-        rest.get(..end).unwrap_or_default()
+        rest.split_at(end).0
     }
 
     fn field(&mut self) -> Result<String> {
@@ -200,10 +200,10 @@ impl<'a> Parser<'a> {
 
     /// A string in Go's syntax. `/` and `|` quote as well where `other_quotes` says so.
     fn quoted(&mut self, other_quotes: bool) -> Result<String> {
-        let quote = self.next().unwrap_or_default();
-        if quote != '"' && !other_quotes {
-            return self.wrong("invalid quote encountered");
-        }
+        let quote = match self.next() {
+            Some(quote) if quote == '"' || other_quotes => quote,
+            _ => return self.wrong("invalid quote encountered"),
+        };
         let mut bytes = Vec::new();
         loop {
             match self.next() {
@@ -247,10 +247,10 @@ impl<'a> Parser<'a> {
     }
 
     fn number(&mut self, base: u32, digits: usize) -> Result<u32> {
-        let text = self.rest().get(..digits).unwrap_or_default();
-        if text.is_empty() || !text.chars().all(|c| c.is_digit(base)) {
+        let text = self.rest().get(..digits);
+        let Some(text) = text.filter(|text| text.chars().all(|c| c.is_digit(base))) else {
             return self.wrong("illegal numeric escape sequence");
-        }
+        };
         self.at += digits;
         u32::from_str_radix(text, base).or_else(|_| self.wrong("illegal numeric escape sequence"))
     }

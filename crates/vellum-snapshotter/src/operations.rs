@@ -246,9 +246,9 @@ impl Snapshotter {
             let thread = std::thread::Builder::new().spawn_scoped(scope, write);
             let mounted = self.mounts.mount(record);
             let written = match thread {
-                Ok(thread) => thread.join().unwrap_or_else(|_| {
-                    Err(Error::new(ErrorKind::Io, "the thread of a record panicked"))
-                }),
+                Ok(thread) => thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
                 Err(_) => write(),
             };
             (written, mounted)

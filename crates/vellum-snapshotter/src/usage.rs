@@ -82,13 +82,13 @@ impl Snapshotter {
     }
 
     /// Inodes in use in an empty file system.
+    #[expect(clippy::indexing_slicing, reason = "a block has 4096 bytes")]
     pub(super) fn template_inodes(&self, layer: Uuid) -> vellum_base::Result<u64> {
         let dir = self.store.layer_dir(layer);
         let sealed = SealedLayer::open(&**self.store.storage(), &dir)?;
         let mut block = vec![0; BLOCK_LEN];
         sealed.read_blocks(&mut block, 0)?;
-        let superblock = block.get(1024..2048).unwrap_or_default();
-        Superblock::parse(superblock)
+        Superblock::parse(&block[1024..2048])
             .map(|superblock| superblock.inodes_used)
             .map_err(|error| error.context(dir.display()))
     }

@@ -107,7 +107,7 @@ impl Store {
                 ),
             ));
         }
-        let staged = self.stage_layer(image.layers.last().copied(), virtual_size)?;
+        let staged = self.stage_layer(Some(image.top()?), virtual_size)?;
         let info = LayerInfo {
             origin: "writable layer".into(),
             ..LayerInfo::default()

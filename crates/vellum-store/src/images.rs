@@ -175,9 +175,9 @@ impl Users {
     /// The image is gone.
     fn forget(&mut self, image: &ImageRecord) {
         for layer in &image.layers {
-            if let Some(count) = self.images.get_mut(layer) {
-                *count = count.saturating_sub(1);
-            }
+            let count = self.images.entry(*layer).or_default();
+            assert!(*count > 0, "an image that was not counted is forgotten");
+            *count -= 1;
         }
     }
 }

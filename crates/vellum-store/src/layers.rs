@@ -24,8 +24,10 @@ pub struct StagedLayer {
     store: Store,
     /// Identity, parent and size.
     pub header: Header,
-    /// `None` once published.
-    dir: Option<PathBuf>,
+    /// Where it is made.
+    dir: PathBuf,
+    /// It has its place in the store: there is nothing left to remove.
+    placed: bool,
     /// Tells [`Store::prune`] that somebody works on it.
     _lease: LayerLease,
 }
@@ -39,7 +41,7 @@ pub struct LayerLease {
 impl StagedLayer {
     /// The layer's directory.
     pub fn dir(&self) -> PathBuf {
-        self.dir.clone().unwrap_or_default()
+        self.dir.clone()
     }
 
     /// Makes the layer one of the store's, durably. No record names it yet: `pin` keeps it.
@@ -66,16 +68,16 @@ impl StagedLayer {
             .storage
             .rename(&self.dir(), &target)
             .context(|| format!("cannot publish the layer {}", target.display()))?;
-        self.dir = None;
+        self.placed = true;
         Ok(uuid)
     }
 }
 
 impl Drop for StagedLayer {
     fn drop(&mut self) {
-        if let Some(dir) = self.dir.take() {
+        if !self.placed {
             // What cannot be removed now, prune removes.
-            let _ = self.store.storage.remove_tree(&dir);
+            let _ = self.store.storage.remove_tree(&self.dir);
         }
     }
 }
@@ -166,7 +168,8 @@ impl Store {
         Ok(StagedLayer {
             store: self.clone(),
             header,
-            dir: Some(dir),
+            dir,
+            placed: false,
             _lease: lease,
         })
     }
@@ -272,8 +275,8 @@ impl Store {
     /// True while some process reads a chain with this layer on top.
     pub(super) fn has_readers(&self, layer: Uuid) -> bool {
         let path = self.layer_dir(layer).join(READERS_FILE);
-        // No file, no reader.
-        self.storage.exists(&path).unwrap_or(false)
+        // No file, no reader; one that cannot be looked for may be there.
+        self.storage.exists(&path).unwrap_or(true)
             && !matches!(
                 self.storage.lock(&path, LockMode::Exclusive, false),
                 Ok(Some(_))

@@ -120,11 +120,8 @@ impl Store {
             return Ok(false);
         };
         let mut unnamed = layers.iter().filter(|layer| !used.contains(layer));
-        Ok(unnamed.any(|layer| {
-            self.storage
-                .exists(&self.layer_dir(*layer))
-                .unwrap_or(false)
-        }))
+        // One that cannot be looked at may be there: to look for it once more does no harm.
+        Ok(unnamed.any(|layer| self.storage.exists(&self.layer_dir(*layer)).unwrap_or(true)))
     }
 
     /// All layers that records name; `None` where a record cannot be read, since it may name any.
@@ -230,11 +227,12 @@ impl Store {
         let mut found = Vec::new();
         for directory in ["staging", "trash"] {
             let dir = self.root.join(directory);
-            let all = self.entries(&dir)?;
-            found.extend(
-                all.map(|entry| dir.join(entry.name))
-                    .filter(|path| directory == "trash" || !self.is_staged(path)),
-            );
+            for entry in self.entries(&dir)? {
+                let path = dir.join(entry.name);
+                if directory == "trash" || !self.is_staged(&path)? {
+                    found.push(path);
+                }
+            }
         }
         for directory in RECORDS {
             found.extend(self.unfinished_records(&self.root.join(directory))?);
@@ -304,9 +302,13 @@ impl Store {
 
     /// True for a staged layer that somebody holds. Other things in `staging` are nobody's once
     /// nobody pins layers.
-    fn is_staged(&self, path: &Path) -> bool {
+    fn is_staged(&self, path: &Path) -> Result<bool> {
         let lease = path.join(super::layers::LEASE_FILE);
-        self.storage.exists(&lease).unwrap_or(false) && self.is_leased(path)
+        let exists = self
+            .storage
+            .exists(&lease)
+            .context(|| format!("cannot look for {}", lease.display()))?;
+        Ok(exists && self.is_leased(path))
     }
 
     fn entries(&self, dir: &Path) -> Result<impl Iterator<Item = Entry> + use<>> {

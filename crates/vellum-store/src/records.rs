@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::confinement::Confinement;
+use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_fs::ext4::Atime;
 use vellum_image::ImageConfig;
 
@@ -74,6 +75,23 @@ pub struct ImageRecord {
     pub config: ImageConfig,
     /// RFC 3339.
     pub created: String,
+}
+
+impl ImageRecord {
+    /// The layer that a container of the image lies on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a record that names no layer.
+    pub fn top(&self) -> Result<Uuid> {
+        self.layers.last().copied().ok_or_else(|| {
+            let text = format!(
+                "the record of the image {} names no layer: see `vellum check`, or import the image \
+                 again",
+                self.name
+            );
+            Error::new(ErrorKind::Corrupt, text)
+        })
+    }
 }
 
 /// A volume or a directory that appears in a container.
@@ -170,4 +188,30 @@ pub struct ContainerRecord {
     pub confinement: Confinement,
     /// RFC 3339.
     pub created: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_whose_record_lost_its_layers_is_damaged_and_not_empty() {
+        let id = Uuid::from_u128(7);
+        let mut image = ImageRecord {
+            name: "web".into(),
+            id,
+            layers: vec![Uuid::from_u128(1), id],
+            virtual_size: 4096,
+            device_size: None,
+            fs: None,
+            holds: None,
+            config: ImageConfig::default(),
+            created: String::new(),
+        };
+        assert_eq!(image.top().unwrap(), id);
+        image.layers.clear();
+        let error = image.top().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains("web"), "{error}");
+    }
 }

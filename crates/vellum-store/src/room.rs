@@ -77,12 +77,14 @@ impl Store {
         for layer in self.layers()? {
             let dir = self.layer_dir(layer);
             let path = dir.join(RESERVE_FILE);
-            if !self.storage.exists(&path).unwrap_or(false) {
+            let exists = self.storage.exists(&path);
+            if !exists.context(|| format!("cannot look for {}", path.display()))? {
                 continue;
             }
             let Ok(Some(_lease)) = self.try_lease(&dir) else {
                 continue;
             };
+            // Only a count, of what may be gone a moment later.
             let held = || {
                 let file = self.storage.open(&path, OpenMode::Read);
                 file.and_then(|file| file.allocated()).unwrap_or(0)

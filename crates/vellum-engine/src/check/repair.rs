@@ -172,7 +172,7 @@ pub fn finish_commits(store: &Store) -> Result<()> {
             !sealed.is_checksummed()
                 || ["map", "journal.0", "journal.1"]
                     .iter()
-                    .any(|name| storage.exists(&dir.join(name)).unwrap_or(false))
+                    .any(|name| storage.exists(&dir.join(name)).unwrap_or(true))
                 || store
                     .layer_info(layer)
                     .is_ok_and(|info| info.bytes != sealed.data_blocks() * BLOCK_SIZE)

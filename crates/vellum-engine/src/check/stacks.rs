@@ -88,15 +88,14 @@ impl Check<'_> {
         }
         let top = image.layers.last().and_then(|layer| states.get(layer));
         let size = top.and_then(|state| Some(state.header.as_ref()?.virtual_size));
-        if size.is_some_and(|size| size != image.virtual_size) {
+        if let Some(size) = size.filter(|size| *size != image.virtual_size) {
             self.find(Finding::new(
                 Severity::Error,
                 &what,
                 &path,
                 format!(
-                    "says {} bytes; its top layer has {}",
-                    image.virtual_size,
-                    size.unwrap_or_default()
+                    "says {} bytes; its top layer has {size}",
+                    image.virtual_size
                 ),
                 "the record was changed by hand or is of another store: import the image again",
                 None,

@@ -39,12 +39,14 @@ impl Canvas {
         }
     }
 
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "there are three bytes for each pixel of the rectangle"
+    )]
     fn set(&mut self, x: usize, y: usize, Rgb(red, green, blue): Rgb) {
         if x < self.width && y < self.height {
             let at = (y * self.width + x) * 3;
-            if let Some(pixel) = self.pixels.get_mut(at..at + 3) {
-                pixel.copy_from_slice(&[red, green, blue]);
-            }
+            self.pixels[at..at + 3].copy_from_slice(&[red, green, blue]);
         }
     }
 

@@ -57,6 +57,10 @@ pub struct Grid {
 impl Grid {
     /// Lays a map out on a grid of `width` × `height` cells, at most 4096 each; for a Hilbert
     /// curve the smaller of both, as a power of two, counts in both directions.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "both orders have a place for each cell"
+    )]
     pub fn new(map: &BlockMap, layout: Layout, width: usize, height: usize) -> Self {
         let (mut width, mut height) = (width.clamp(1, 4096), height.clamp(1, 4096));
         let mut order = 0;
@@ -76,9 +80,7 @@ impl Grid {
                 let cell = scale(at, count, blocks);
                 // The first block of the next cell.
                 let next = div_ceil(cell + 1, blocks, count).min(end).max(at + 1);
-                if let Some(cell) = cells.get_mut(place(cell, layout, order, width)) {
-                    cell.add(source, next - at);
-                }
+                cells[place(cell, layout, order, width)].add(source, next - at);
                 at = next;
             }
         }
@@ -116,16 +118,17 @@ fn div_ceil(a: u64, b: u64, c: u64) -> u64 {
     (u128::from(a) * u128::from(b)).div_ceil(u128::from(c.max(1))) as u64
 }
 
+#[expect(
+    clippy::indexing_slicing,
+    reason = "both orders have a place for each cell; `first` is a cell that is not after `cell`"
+)]
 fn fill_between(cells: &mut [Cell], layout: Layout, order: u8, width: usize, blocks: u64) {
     let count = cells.len() as u64;
     let place = |cell| place(cell, layout, order, width);
     for cell in 0..count {
         let first = scale(scale(cell, blocks, count), count, blocks);
-        let source = cells.get(place(first)).cloned().unwrap_or_default();
-        if let Some(target) = cells.get_mut(place(cell))
-            && target.parts.is_empty()
-        {
-            *target = source;
+        if cells[place(cell)].parts.is_empty() {
+            cells[place(cell)] = cells[place(first)].clone();
         }
     }
 }

@@ -77,10 +77,7 @@ pub fn map(store: &Store, name: &str) -> Result<BlockMap> {
         Ok(container) => container,
         Err(no_container) => {
             let image = store.image(name).map_err(|_| no_container)?;
-            let top = image.layers.last().copied().ok_or_else(|| {
-                Error::new(ErrorKind::Corrupt, format!("the image {name} has no layer"))
-            })?;
-            let open = Target::Sealed(top).open(store)?;
+            let open = Target::Sealed(image.top()?).open(store)?;
             let (part, runs) = all_runs(|ask| from_chain(&open, ask))?;
             return Ok(assemble(store, name, &image.layers, None, &part, runs));
         }

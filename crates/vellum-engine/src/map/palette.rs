@@ -147,10 +147,14 @@ impl Palette {
 }
 
 /// The colour at `at` (0 to 1) of the way along `colours`.
+#[expect(
+    clippy::indexing_slicing,
+    reason = "`at` is cut to the way along the colours, of which there are some"
+)]
 fn along(colours: &[Rgb], at: f64) -> Rgb {
-    let place = at.clamp(0.0, 1.0) * colours.len().saturating_sub(1) as f64;
-    let first = colours.get(place as usize).copied();
-    let first = first.unwrap_or(HOLE_COLOUR);
+    let place = at.clamp(0.0, 1.0) * (colours.len() - 1) as f64;
+    let first = colours[place as usize];
+    // Behind the last one there is none.
     let second = colours.get(place as usize + 1).copied().unwrap_or(first);
     let between = |a: u8, b: u8| {
         let part = place.fract();

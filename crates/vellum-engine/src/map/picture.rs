@@ -66,6 +66,7 @@ fn texts(map: &BlockMap, palette: &Palette, grid: &Grid, layout: Layout) -> Text
 }
 
 /// Bytes for people, in powers of 1024: devices have such sizes.
+#[expect(clippy::indexing_slicing, reason = "the loop ends with the last unit")]
 fn binary(bytes: f64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = bytes;
@@ -74,7 +75,7 @@ fn binary(bytes: f64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    let name = UNITS.get(unit).copied().unwrap_or_default();
+    let name = UNITS[unit];
     if value.fract() < 0.005 || value >= 100.0 {
         format!("{value:.0} {name}")
     } else {

@@ -39,7 +39,7 @@ pub(super) fn make(
     let mut missing = Vec::new();
     for (index, (path, directory)) in wanted.iter().enumerate() {
         // What lies in another mount is that one's business.
-        let mut above = wanted.get(..index).unwrap_or_default().iter();
+        let mut above = wanted.iter().take(index);
         if above.any(|(above, _)| path.starts_with(above)) {
             continue;
         }

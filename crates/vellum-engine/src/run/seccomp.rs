@@ -116,7 +116,7 @@ fn kernel_version(text: &str) -> Option<(u32, u32)> {
         let digits = part
             .find(|c: char| !c.is_ascii_digit())
             .unwrap_or(part.len());
-        part.get(..digits).and_then(|part| part.parse().ok())
+        part.split_at(digits).0.parse().ok()
     });
     Some((numbers.next()??, numbers.next()??))
 }

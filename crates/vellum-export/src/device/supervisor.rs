@@ -324,28 +324,25 @@ impl Supervisor {
         let next = due.into_iter().flatten().fold(self.look_at, Instant::min);
         let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
         let timeout = PollTimeout::from(left.min(60_000) as u16);
-        let mut fds = vec![
-            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.events_in.as_fd(), PollFlags::POLLIN),
-        ];
         // A child that is not there polls as the signals once more, and its answer is not looked at.
-        for child in [
-            self.worker.as_ref(),
-            self.standby.as_ref().map(|standby| &standby.process),
-        ] {
-            let fd = child.map_or(self.signals.as_fd(), |child| child.as_fd());
-            fds.push(PollFd::new(fd, PollFlags::POLLIN));
-        }
+        let signals = self.signals.as_fd();
+        let worker = self.worker.as_ref().map(AsFd::as_fd);
+        let standby = self.standby.as_ref().map(|standby| standby.process.as_fd());
+        let mut fds = [
+            signals,
+            self.events_in.as_fd(),
+            worker.unwrap_or(signals),
+            standby.unwrap_or(signals),
+        ]
+        .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match poll(&mut fds, timeout) {
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(None),
             Err(errno) => return Err(Error::io("poll", errno.into())),
         }
-        let hit: Vec<bool> = fds.iter().map(|fd| fd.any() == Some(true)).collect();
-        let hit = |at: usize| hit.get(at).copied().unwrap_or(false);
-        let (signal, event) = (hit(0), hit(1));
-        let worker_died = self.worker.is_some() && hit(2);
-        let standby_died = self.standby.is_some() && hit(3);
+        let [signal, event, worker, standby] = fds.map(|fd| fd.any() == Some(true));
+        let worker_died = self.worker.is_some() && worker;
+        let standby_died = self.standby.is_some() && standby;
         if signal && let Ok(Some(info)) = self.signals.read_signal() {
             tracing::info!(signal = info.ssi_signo, "told to stop");
             if let Some(role) = self.begin_stop() {

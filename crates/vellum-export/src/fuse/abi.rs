@@ -204,8 +204,8 @@ impl<'a> Request<'a> {
     /// # Errors
     /// [`ParseError`], where the bytes contradict their lengths.
     pub fn parse(bytes: &'a [u8]) -> Result<Request<'a>, ParseError> {
-        let header = bytes
-            .get(..IN_HEADER_LEN)
+        let (header, arguments) = bytes
+            .split_at_checked(IN_HEADER_LEN)
             .ok_or(ParseError::ShortHeader(bytes.len()))?;
         let (Some(len), Some(opcode), Some(unique)) =
             (u32_at(header, 0), u32_at(header, 4), u64_at(header, 8))
@@ -215,7 +215,6 @@ impl<'a> Request<'a> {
         if len as usize != bytes.len() {
             return Err(ParseError::Length(len, bytes.len()));
         }
-        let arguments = bytes.get(IN_HEADER_LEN..).unwrap_or_default();
         let operation =
             operation(opcode, arguments).ok_or(ParseError::ShortArguments(opcode, unique))?;
         Ok(Request {
@@ -397,9 +396,7 @@ impl<const N: usize> Default for Bytes<N> {
 
 impl<const N: usize> Bytes<N> {
     fn put(&mut self, field: &[u8]) {
-        if let Some(target) = self.all.get_mut(self.at..self.at + field.len()) {
-            target.copy_from_slice(field);
-        }
+        self.all[self.at..self.at + field.len()].copy_from_slice(field);
         self.at += field.len();
     }
 

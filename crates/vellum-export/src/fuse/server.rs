@@ -59,14 +59,27 @@ struct Body {
     len: usize,
 }
 
+#[expect(
+    clippy::indexing_slicing,
+    reason = "replies are laid out in `abi`, none longer than 104 bytes"
+)]
 fn body(body: &[u8]) -> Answer {
     let mut bytes = [0; abi::OUT_HEADER_LEN + 104];
     let len = body.len();
-    match bytes.get_mut(abi::OUT_HEADER_LEN..abi::OUT_HEADER_LEN + len) {
-        Some(target) => target.copy_from_slice(body),
-        None => return Answer::Errno(libc::EIO),
-    }
+    bytes[abi::OUT_HEADER_LEN..abi::OUT_HEADER_LEN + len].copy_from_slice(body);
     Answer::Body(Body { bytes, len })
+}
+
+impl Body {
+    /// The whole reply, `header` in front.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`body` made `bytes` with room for `len`"
+    )]
+    fn reply(&mut self, header: &[u8; abi::OUT_HEADER_LEN]) -> &[u8] {
+        self.bytes[..abi::OUT_HEADER_LEN].copy_from_slice(header);
+        &self.bytes[..abi::OUT_HEADER_LEN + self.len]
+    }
 }
 
 impl Server<'_> {
@@ -125,7 +138,7 @@ impl Server<'_> {
 
     fn answer(&self, slot: &mut Slot, owed: Owed) -> Result<Option<Ended>> {
         let mut wrote = false;
-        let (unique, answer) = match Request::parse(slot.request(owed.len)) {
+        let (unique, answer) = match Request::parse(slot.request(owed.len)?) {
             Ok(request) => {
                 let unique = request.unique;
                 wrote = matches!(request.operation, Operation::Write { .. });
@@ -163,11 +176,7 @@ impl Server<'_> {
             Answer::Errno(errno) => session.write_all(&header(errno, 0)),
             Answer::Body(mut body) => {
                 let header = header(0, body.len);
-                if let Some(target) = body.bytes.get_mut(..abi::OUT_HEADER_LEN) {
-                    target.copy_from_slice(&header);
-                }
-                let reply = body.bytes.get(..abi::OUT_HEADER_LEN + body.len);
-                session.write_all(reply.unwrap_or_default())
+                session.write_all(body.reply(&header))
             }
             Answer::Data(len) => session.write_all(slot.read_reply(header(0, len), len)),
         };

@@ -92,7 +92,8 @@ fn handshake(device: &mut File) -> Result<Features> {
             Err(error) => return Err(Error::io("/dev/fuse: no handshake from the kernel", error)),
         }
     };
-    let request = Request::parse(buf.get(..read).unwrap_or_default()).map_err(|error| {
+    let (request, _) = buf.split_at(read);
+    let request = Request::parse(request).map_err(|error| {
         Error::with_source(ErrorKind::Protocol, "/dev/fuse: a broken handshake", error)
     })?;
     let Operation::Init(init) = request.operation else {

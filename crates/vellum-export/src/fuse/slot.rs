@@ -10,7 +10,6 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -194,12 +193,12 @@ impl Shared {
 
     /// The shared counters.
     pub fn table(&self) -> &Table {
-        let table =
-            NonNull::new(self.map.as_mut_ptr().cast::<Table>()).unwrap_or(NonNull::dangling());
-        // SAFETY: the mapping is TABLE_LEN bytes, page aligned and lives as long as `self`; a
-        // `Table` is smaller, consists of atomics alone and every bit pattern is one. The memfd
-        // is never shortened.
-        unsafe { table.as_ref() }
+        let table = self.map.as_mut_ptr().cast::<Table>();
+        assert!(!table.is_null(), "a mapping has an address");
+        // SAFETY: the mapping is TABLE_LEN bytes, page aligned, not null, and lives as long as
+        // `self`; a `Table` is smaller, consists of atomics alone and every bit pattern is one.
+        // The memfd is never shortened.
+        unsafe { &*table }
     }
 
     /// Requests answered since the device was attached, by all servers.
@@ -316,39 +315,41 @@ impl Slot {
         Ok(())
     }
 
-    fn record(&self) -> Option<&Record> {
-        self.shared.table().records.get(self.index)
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`Shared::slot` lets no other index through"
+    )]
+    fn record(&self) -> &Record {
+        &self.shared.table().records[self.index]
     }
 
     /// Where the kernel puts the next request. With `remember` the thread's record says that one
     /// is being taken, for a successor.
+    #[expect(clippy::indexing_slicing, reason = "a buffer is SLOT_LEN bytes")]
     pub fn take(&mut self, remember: bool) -> &mut [u8] {
         if remember {
             // A request that arrives is told from an old one by its length.
-            if let Some(len) = self.buf.get_mut(HEAD_AT..HEAD_AT + 4) {
-                len.fill(0);
-            }
-            if let Some(record) = self.record() {
-                record.state.store(TAKING, Ordering::Release);
-            }
+            self.buf[HEAD_AT..HEAD_AT + 4].fill(0);
+            self.record().state.store(TAKING, Ordering::Release);
         }
-        self.buf.get_mut(HEAD_AT..).unwrap_or_default()
+        &mut self.buf[HEAD_AT..]
     }
 
     /// Notes that a request came, for whoever watches.
     pub fn begun(&mut self) {
-        if let Some(record) = self.record() {
-            record.since_ns.store(monotonic_ns(), Ordering::Release);
-        }
+        self.record()
+            .since_ns
+            .store(monotonic_ns(), Ordering::Release);
     }
 
     /// Notes that a request of `len` bytes came, for a successor.
+    #[expect(clippy::indexing_slicing, reason = "a buffer is SLOT_LEN bytes")]
     pub fn taken(&mut self, len: usize) {
-        let Some(record) = self.record() else { return };
-        let head = self.buf.get(HEAD_AT..PAGE).unwrap_or_default();
-        for (word, bytes) in record.head.iter().zip(head.chunks_exact(8)) {
-            let bytes = bytes.try_into().unwrap_or_default();
-            word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
+        let record = self.record();
+        let (head, rest) = self.buf[HEAD_AT..PAGE].as_chunks();
+        assert!(head.len() == record.head.len() && rest.is_empty());
+        for (word, bytes) in record.head.iter().zip(head) {
+            word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
         }
         record.len.store(len as u64, Ordering::Relaxed);
         record.state.store(TAKEN, Ordering::Release);
@@ -356,27 +357,25 @@ impl Slot {
 
     /// Counts a request that was answered.
     pub fn answered(&mut self, was_resent: bool) {
-        if let Some(record) = self.record() {
-            record.state.store(IDLE, Ordering::Release);
-            record.since_ns.store(0, Ordering::Release);
-            record.served.fetch_add(1, Ordering::Relaxed);
-            if was_resent {
-                record.resent.fetch_add(1, Ordering::Relaxed);
-            }
+        let record = self.record();
+        record.state.store(IDLE, Ordering::Release);
+        record.since_ns.store(0, Ordering::Release);
+        record.served.fetch_add(1, Ordering::Relaxed);
+        if was_resent {
+            record.resent.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Notes, for a successor, that the request was carried out and is about to be answered.
     pub fn done(&mut self, errno: i32) {
-        if let Some(record) = self.record() {
-            let errno = u64::from(errno.unsigned_abs()) << STATE_BITS;
-            record.state.store(DONE | errno, Ordering::Release);
-        }
+        let errno = u64::from(errno.unsigned_abs()) << STATE_BITS;
+        self.record().state.store(DONE | errno, Ordering::Release);
     }
 
     /// Puts back the request that a dead server may owe an answer.
+    #[expect(clippy::indexing_slicing, reason = "a buffer is SLOT_LEN bytes")]
     pub fn owed(&mut self) -> Option<Owed> {
-        let record = self.record()?;
+        let record = self.record();
         let state = record.state.load(Ordering::Acquire);
         let mut head = [0; HEAD_LEN];
         for (word, bytes) in record.head.iter().zip(head.chunks_exact_mut(8)) {
@@ -388,38 +387,48 @@ impl Slot {
             TAKEN => None,
             DONE => Some((state >> STATE_BITS) as i32),
             TAKING => {
-                let len = self.buf.get(HEAD_AT..HEAD_AT + 4)?.try_into().ok()?;
-                let len = u32::from_ne_bytes(len) as usize;
+                let (len, _) = self.buf[HEAD_AT..].split_first_chunk()?;
+                let len = u32::from_ne_bytes(*len) as usize;
                 return (len >= abi::IN_HEADER_LEN).then_some(Owed { len, done: None });
             }
             _ => return None,
         };
-        self.buf.get_mut(HEAD_AT..PAGE)?.copy_from_slice(&head);
+        self.buf[HEAD_AT..PAGE].copy_from_slice(&head);
         Some(Owed {
             len: remembered,
             done,
         })
     }
 
-    /// The bytes of a request of `len` bytes.
-    pub fn request(&self, len: usize) -> &[u8] {
-        self.buf
-            .get(HEAD_AT..HEAD_AT.saturating_add(len))
-            .unwrap_or_default()
+    /// The bytes of a request of `len` bytes, a length that the kernel gave, to this process or to
+    /// the one before.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a request that is longer than any buffer.
+    #[expect(clippy::indexing_slicing, reason = "a buffer is SLOT_LEN bytes")]
+    pub fn request(&self, len: usize) -> Result<&[u8]> {
+        self.buf[HEAD_AT..].get(..len).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Corrupt,
+                format!("the shared memory of a device server names a request of {len} bytes"),
+            )
+        })
     }
 
-    /// Where `len` bytes of a READ's data go.
+    /// Where `len` bytes of a READ's data go; `None` where it asks for more than was agreed on.
     pub fn data(&mut self, len: usize) -> Option<&mut [u8]> {
         self.buf.get_mut(PAGE..PAGE.checked_add(len)?)
     }
 
-    /// The reply to a READ: `header` in front of the `len` bytes of data that are there.
+    /// The reply to a READ: `header` in front of the `len` bytes that [`Slot::data`] handed out.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "a buffer is SLOT_LEN bytes, of which `data` handed out `len`"
+    )]
     pub fn read_reply(&mut self, header: [u8; abi::OUT_HEADER_LEN], len: usize) -> &[u8] {
         let start = PAGE - abi::OUT_HEADER_LEN;
-        if let Some(target) = self.buf.get_mut(start..PAGE) {
-            target.copy_from_slice(&header);
-        }
-        self.buf.get(start..PAGE + len).unwrap_or_default()
+        self.buf[start..PAGE].copy_from_slice(&header);
+        &self.buf[start..PAGE + len]
     }
 }
 
@@ -449,7 +458,7 @@ mod tests {
                 done: None
             })
         );
-        assert_eq!(&slot.request(48)[40..], b"argument");
+        assert_eq!(&slot.request(48).unwrap()[40..], b"argument");
         assert_eq!(slot.owed(), None);
     }
 
@@ -467,6 +476,20 @@ mod tests {
                 done: None
             })
         );
+    }
+
+    #[test]
+    fn a_length_that_no_request_has_is_an_error_and_no_short_request() {
+        let shared = Shared::create().unwrap();
+        let slot = shared.slot(0).unwrap();
+        assert_eq!(
+            slot.request(HEAD_LEN + abi::MAX_IO).unwrap().len(),
+            SLOT_LEN - HEAD_AT
+        );
+        for len in [HEAD_LEN + abi::MAX_IO + 1, usize::MAX] {
+            let error = slot.request(len).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt);
+        }
     }
 
     #[test]

@@ -290,6 +290,7 @@ impl<S: Stream> Connection<S> {
 
     /// Serves a request that was received whole, straight from the input. A write that finds no room on
     /// the host is set apart, since whoever reads must not wait for that.
+    #[expect(clippy::indexing_slicing, reason = "`step` received the whole request")]
     fn serve_at_once(
         &self,
         reader: &mut Reader,
@@ -306,7 +307,7 @@ impl<S: Stream> Connection<S> {
         } = reader;
         let from = *start + Request::WIRE_LEN;
         *start = from + len;
-        let payload = input.get(from..*start).unwrap_or_default();
+        let payload = &input[from..*start];
         let serve = |patience, out: &mut Buffer| {
             let sink = &mut |out: &mut Buffer| self.send(out);
             self.session
@@ -489,6 +490,10 @@ impl<S: Stream> Connection<S> {
 
     /// Receives until `want` bytes, at most the size of the input buffer, are available. False
     /// when the client closed the stream between two requests.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`start` and `end` lie within the input, in this order"
+    )]
     fn fill(&self, reader: &mut Reader, want: usize) -> Result<bool> {
         // The client may wait for these before it sends more.
         self.send(&mut reader.out)?;
@@ -503,7 +508,7 @@ impl<S: Stream> Connection<S> {
         let mut clock = Clock::default();
         while reader.available().len() < want {
             let between = reader.start == reader.end;
-            let room = reader.input.get_mut(reader.end..).unwrap_or_default();
+            let room = &mut reader.input[reader.end..];
             match self.stream.recv(room) {
                 Ok(0) if between => return Ok(false),
                 Ok(0) => return Err(torn()),
@@ -521,10 +526,14 @@ impl<S: Stream> Connection<S> {
     }
 
     /// Fills `target` with the input's next bytes.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`ready` is at least as long as `head`, and a stream fills no more than it is given"
+    )]
     fn receive(&self, reader: &mut Reader, target: &mut [u8]) -> Result<()> {
         let ready = reader.available();
         let (head, mut rest) = target.split_at_mut(ready.len().min(target.len()));
-        head.copy_from_slice(ready.get(..head.len()).unwrap_or_default());
+        head.copy_from_slice(&ready[..head.len()]);
         reader.start += head.len();
         let len = rest.len();
         if len > 0 {
@@ -534,7 +543,7 @@ impl<S: Stream> Connection<S> {
         while !rest.is_empty() {
             match self.stream.recv_whole(rest) {
                 Ok(0) => return Err(torn()),
-                Ok(got) => rest = rest.get_mut(got..).unwrap_or_default(),
+                Ok(got) => rest = &mut rest[got..],
                 Err(error) => return Err(receiving(error)),
             }
             clock.check(self.limits.stall, len)?;
@@ -558,8 +567,12 @@ impl<S: Stream> Connection<S> {
 
 impl Reader {
     /// Bytes that were received and not yet used.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`start` and `end` lie within the input, in this order"
+    )]
     fn available(&self) -> &[u8] {
-        self.input.get(self.start..self.end).unwrap_or_default()
+        &self.input[self.start..self.end]
     }
 }
 

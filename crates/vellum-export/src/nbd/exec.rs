@@ -30,8 +30,12 @@ pub(super) struct Buffer {
 
 impl Buffer {
     /// The bytes in it.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "the memory is never shorter than `len`"
+    )]
     pub(super) fn filled(&self) -> &[u8] {
-        self.bytes.get(..self.len).unwrap_or_default()
+        &self.bytes[..self.len]
     }
 
     /// How many bytes are in it.
@@ -50,6 +54,10 @@ impl Buffer {
     }
 
     /// Makes it `more` bytes longer and hands them out, whatever they hold, to be overwritten.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "the memory was just made long enough"
+    )]
     pub(super) fn extend(&mut self, more: usize) -> &mut [u8] {
         let start = self.len;
         self.len += more;
@@ -61,7 +69,7 @@ impl Buffer {
                 self.bytes.resize(self.len, 0);
             }
         }
-        self.bytes.get_mut(start..self.len).unwrap_or_default()
+        &mut self.bytes[start..self.len]
     }
 
     /// Appends `bytes`.
@@ -531,10 +539,9 @@ fn done(last: bool) -> u16 {
 fn data_header(flags: u16, cookie: u64, offset: u64, len: usize) -> [u8; 28] {
     let header = wire::chunk_header(flags, chunk::OFFSET_DATA, cookie, (len + 8) as u32);
     let mut bytes = [0; 28];
-    if let Some((head, tail)) = bytes.split_first_chunk_mut() {
-        *head = header;
-        tail.copy_from_slice(&offset.to_be_bytes());
-    }
+    let (head, tail) = bytes.split_at_mut(header.len());
+    head.copy_from_slice(&header);
+    tail.copy_from_slice(&offset.to_be_bytes());
     bytes
 }
 
@@ -544,5 +551,5 @@ fn shorten(text: &str) -> &str {
     while !text.is_char_boundary(len) {
         len -= 1;
     }
-    text.get(..len).unwrap_or_default()
+    text.split_at(len).0
 }

@@ -431,9 +431,7 @@ fn skip(stream: &mut impl Read, len: u32) -> Result<()> {
     let mut sink = [0; 4096];
     while rest > 0 {
         let piece = rest.min(sink.len());
-        if let Some(target) = sink.get_mut(..piece) {
-            read(stream, target)?;
-        }
+        read(stream, sink.split_at_mut(piece).0)?;
         rest -= piece;
     }
     Ok(())

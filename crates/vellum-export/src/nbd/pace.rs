@@ -59,26 +59,25 @@ impl Default for Pace {
         let pace = Pace {
             scores: Default::default(),
         };
-        if let Some(score) = pace.scores.get(Class::Durable as usize) {
-            score.store(MAX, Relaxed);
-        }
+        pace.score(Class::Durable).store(MAX, Relaxed);
         pace
     }
 }
 
 impl Pace {
+    #[expect(clippy::indexing_slicing, reason = "there is a score for each class")]
+    fn score(&self, class: Class) -> &AtomicU32 {
+        &self.scores[class as usize]
+    }
+
     /// True when requests of that class should be handed over.
     pub(super) fn is_slow(&self, class: Class) -> bool {
-        self.scores
-            .get(class as usize)
-            .is_some_and(|score| score.load(Relaxed) > LIMIT)
+        self.score(class).load(Relaxed) > LIMIT
     }
 
     /// Counts a request. Racing updates may get lost, which only delays the verdict.
     pub(super) fn record(&self, class: Class, took: Duration) {
-        let Some(score) = self.scores.get(class as usize) else {
-            return;
-        };
+        let score = self.score(class);
         let old = score.load(Relaxed);
         let new = if took > SLOW {
             let lost = took.as_micros() / HANDOVER.as_micros();

@@ -390,6 +390,7 @@ impl<'a> InfoRequest<'a> {
         }
         let mut wanted = 0;
         while let Some(kind) = fields.u16() {
+            // Kinds that this server does not know are not answered.
             wanted |= 1u16.checked_shl(kind.into()).unwrap_or(0);
         }
         Ok(InfoRequest { name, wanted })
@@ -397,7 +398,11 @@ impl<'a> InfoRequest<'a> {
 
     /// True when the client asked for that kind of information.
     pub fn wants(&self, kind: u16) -> bool {
-        self.wanted & 1u16.checked_shl(kind.into()).unwrap_or(0) != 0
+        assert!(
+            kind < 16,
+            "the kinds of information are numbered from 0 to 4"
+        );
+        self.wanted & (1 << kind) != 0
     }
 }
 

@@ -120,7 +120,7 @@ impl Stream for Socket {
         let mut started = None;
         while !rest.is_empty() {
             match socket::send(self.fd.as_raw_fd(), rest, MsgFlags::MSG_NOSIGNAL) {
-                Ok(len) => rest = rest.get(len..).unwrap_or_default(),
+                Ok(len) => (_, rest) = rest.split_at(len),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Err(io::Error::from(io::ErrorKind::TimedOut)),
                 Err(errno) => return Err(errno.into()),

@@ -173,6 +173,10 @@ fn drain(session: &mut ServerConnection, socket: &Socket) -> io::Result<()> {
 }
 
 impl Stream for TlsStream {
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`start` and `end` lie within the bytes, in this order"
+    )]
     fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
         let mut incoming = self.incoming.lock();
         let Incoming { bytes, start, end } = &mut *incoming;
@@ -183,7 +187,7 @@ impl Stream for TlsStream {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     result => return result,
                 }
-                let mut rest = bytes.get(*start..*end).unwrap_or_default();
+                let mut rest = &bytes[*start..*end];
                 if !rest.is_empty() {
                     *start += session.read_tls(&mut rest)?;
                     let state = session.process_new_packets();
@@ -207,7 +211,7 @@ impl Stream for TlsStream {
         let mut rest = bytes;
         while !rest.is_empty() {
             let taken = session.writer().write(rest)?;
-            rest = rest.get(taken..).unwrap_or_default();
+            (_, rest) = rest.split_at(taken);
             drain(&mut session, &self.socket)?;
         }
         Ok(())

@@ -58,7 +58,7 @@ pub(super) fn encode(out: &mut Vec<u8>, stamp: Stamp, len: usize) {
             let room = start + CRC_AT - out.len();
             out.extend(rng.bits().to_le_bytes().into_iter().take(room));
         }
-        let crc = crc32fast::hash(out.get(start..).unwrap_or_default());
+        let crc = crc32fast::hash(out.split_at(start).1);
         out.extend_from_slice(&crc.to_le_bytes());
     }
 }

@@ -185,12 +185,14 @@ impl Client {
         let greeting: [u8; 18] = self.take()?;
         let mut fields = Fields(&greeting);
         let magic = (fields.u64(), fields.u64());
-        let flags = fields.u16().unwrap_or_default();
-        if magic != (Some(GREETING_MAGIC), Some(OPTION_MAGIC)) || flags & FLAG_FIXED_NEWSTYLE == 0 {
+        let flags = fields.u16().filter(|flags| {
+            magic == (Some(GREETING_MAGIC), Some(OPTION_MAGIC)) && flags & FLAG_FIXED_NEWSTYLE != 0
+        });
+        let Some(flags) = flags else {
             return Err(protocol(
                 "it does not speak the fixed newstyle NBD protocol",
             ));
-        }
+        };
         let answer = u32::from(FLAG_FIXED_NEWSTYLE | flags & FLAG_NO_ZEROES);
         self.stream.send(&answer.to_be_bytes())?;
 
@@ -207,11 +209,13 @@ impl Client {
             let head: [u8; 20] = self.take()?;
             let mut fields = Fields(&head);
             let known = (fields.u64(), fields.u32());
-            let kind = fields.u32().unwrap_or_default();
-            let len = fields.u32().unwrap_or_default();
-            if known != (Some(OPTION_REPLY_MAGIC), Some(option::GO)) || len > MAX_OPTION_REPLY {
+            let (Some(kind), Some(len @ ..=MAX_OPTION_REPLY), true) = (
+                fields.u32(),
+                fields.u32(),
+                known == (Some(OPTION_REPLY_MAGIC), Some(option::GO)),
+            ) else {
                 return Err(protocol("it answers something else than was asked"));
-            }
+            };
             let mut data = vec![0; len as usize];
             self.stream.receive(&mut data)?;
             match kind {
@@ -219,8 +223,10 @@ impl Client {
                 option_reply::INFO => {
                     let mut fields = Fields(&data);
                     if fields.u16() == Some(info::EXPORT) {
-                        self.size = fields.u64().unwrap_or_default();
-                        self.flags = fields.u16().unwrap_or_default();
+                        let (Some(size), Some(flags)) = (fields.u64(), fields.u16()) else {
+                            return Err(protocol("it does not say how large the export is"));
+                        };
+                        (self.size, self.flags) = (size, flags);
                     }
                 }
                 option_reply::ERR_UNKNOWN => {
@@ -259,15 +265,13 @@ impl Client {
     fn reply(&mut self, what: &str) -> Result<()> {
         let head: [u8; 16] = self.take()?;
         let mut fields = Fields(&head);
-        let magic = fields.u32();
-        let error = fields.u32().unwrap_or_default();
-        if magic != Some(SIMPLE_REPLY_MAGIC) || fields.u64() != Some(self.cookie) {
-            return Err(protocol("it answers something else than was asked"));
-        }
-        match error {
-            0 => Ok(()),
+        let known = fields.u32() == Some(SIMPLE_REPLY_MAGIC);
+        let (error, cookie) = (fields.u32(), fields.u64());
+        match error.filter(|_| known && cookie == Some(self.cookie)) {
+            None => Err(protocol("it answers something else than was asked")),
+            Some(0) => Ok(()),
             // The values of Linux.
-            errno => Err(Error::io(
+            Some(errno) => Err(Error::io(
                 format!("the NBD server fails a {what}"),
                 io::Error::from_raw_os_error(errno as i32),
             )),
@@ -354,5 +358,45 @@ mod tests {
         ] {
             assert_eq!(Address::parse(bad).unwrap_err().kind(), kind, "{bad}");
         }
+    }
+
+    /// A server that answers the handshake with an export of which it says too little.
+    fn half_a_server(socket: &std::path::Path) -> std::thread::JoinHandle<()> {
+        use std::io::{Read, Write};
+        let listener = std::os::unix::net::UnixListener::bind(socket).unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(&GREETING_MAGIC.to_be_bytes()).unwrap();
+            stream.write_all(&OPTION_MAGIC.to_be_bytes()).unwrap();
+            stream
+                .write_all(&FLAG_FIXED_NEWSTYLE.to_be_bytes())
+                .unwrap();
+            let mut asked = [0; 4 + 16 + 4 + 1 + 2];
+            stream.read_exact(&mut asked).unwrap();
+            let size = 1u32.to_be_bytes();
+            let data = [&info::EXPORT.to_be_bytes()[..], &size].concat();
+            for field in [
+                &OPTION_REPLY_MAGIC.to_be_bytes()[..],
+                &option::GO.to_be_bytes(),
+                &option_reply::INFO.to_be_bytes(),
+                &(data.len() as u32).to_be_bytes(),
+                &data,
+            ] {
+                stream.write_all(field).unwrap();
+            }
+        })
+    }
+
+    #[test]
+    fn an_export_without_a_size_is_an_error_and_not_an_empty_export() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let server = half_a_server(&socket);
+        let uri = format!("nbd+unix:///x?socket={}", socket.display());
+        let address = Address::parse(&uri).unwrap().unwrap();
+        let error = address.connect().map(drop).unwrap_err();
+        server.join().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Protocol);
+        assert!(error.to_string().contains("how large"), "{error}");
     }
 }

@@ -298,7 +298,7 @@ impl Channel for FileChannel {
                     written => Ok(written),
                 })
                 .context(|| "a synchronous write (RWF_DSYNC) fails")?;
-            bytes = bytes.get(written..).unwrap_or_default();
+            (_, bytes) = bytes.split_at(written);
             offset += written as u64;
         }
         Ok(())
@@ -333,7 +333,8 @@ impl Reader {
             }
             Reader::File { file, .. } => {
                 let mut done = 0;
-                while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+                while done < buf.len() {
+                    let (_, rest) = buf.split_at_mut(done);
                     match file.read_at(rest, offset + done as u64) {
                         Ok(0) => {
                             rest.fill(0);
@@ -372,10 +373,12 @@ impl AlignedBuf {
     }
 
     /// The first `len` of its bytes.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`new` made room for `len` bytes behind `start`"
+    )]
     pub(super) fn get(&mut self, len: usize) -> &mut [u8] {
-        let len = len.min(self.len);
-        self.bytes
-            .get_mut(self.start..self.start + len)
-            .unwrap_or_default()
+        assert!(len <= self.len, "more of a buffer than there is");
+        &mut self.bytes[self.start..self.start + len]
     }
 }

@@ -48,9 +48,7 @@ impl Supervisor {
     pub(super) fn read_events(&mut self) -> Result<Option<Role>> {
         let mut buf = [0; 4096];
         match self.events_in.read(&mut buf) {
-            Ok(read) => self
-                .event_bytes
-                .extend_from_slice(buf.get(..read).unwrap_or_default()),
+            Ok(read) => self.event_bytes.extend_from_slice(buf.split_at(read).0),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(Error::io("the pipe of events", error)),
         }
