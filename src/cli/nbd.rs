@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use nix::sys::signal::{SigSet, Signal};
 
 use super::Context;
-use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::error::{Error, Result, ResultExt};
 use vellum_engine::serve::export;
 use vellum_export::nbd::{
     ClientCertificates, Server, ServerConfig, SocketFile, TlsConfig, bind_tcp, bind_unix,
@@ -71,7 +71,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     for listener in listeners {
         listener
             .join()
-            .map_err(|_| Error::new(ErrorKind::Io, "a listener ended unexpectedly"))??;
+            .map_err(|_| Error::internal("a listener panicked"))??;
     }
     let mut closed = Ok(());
     for (name, chain) in chains {

@@ -3,14 +3,45 @@
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What sort of failure an [`Error`] is: what a caller may want to act on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ErrorKind {
+/// Declares the kinds once, so that each has a name by which it is found again.
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $kind:ident,)+) => {
+        /// What sort of failure an [`Error`] is: what a caller may want to act on.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum ErrorKind {
+            $($(#[$doc])* $kind,)+
+        }
+
+        impl ErrorKind {
+            /// Every kind.
+            pub const ALL: &[ErrorKind] = &[$(ErrorKind::$kind),+];
+
+            /// The name by which programs tell each other of the kind: the control protocol of
+            /// devices has it. It never changes.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(ErrorKind::$kind => stringify!($kind),)+
+                }
+            }
+
+            /// The kind of that [`ErrorKind::name`]; `None` for one that this build does not know.
+            pub fn parse(name: &str) -> Option<ErrorKind> {
+                match name {
+                    $(stringify!($kind) => Some(ErrorKind::$kind),)+
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+kinds! {
     /// An argument that can never work: a bad name, an unaligned size, a contradictory option.
     InvalidInput,
     /// An offset or length beyond the end of the device.
@@ -45,6 +76,8 @@ pub enum ErrorKind {
     Command,
     /// A signal asked this process to end, and what was half done was undone.
     Interrupted,
+    /// A fault of ours: something that cannot happen did. The message says so, and asks for a report.
+    Internal,
 }
 
 impl ErrorKind {
@@ -61,16 +94,23 @@ impl ErrorKind {
             ErrorKind::Timeout => libc::ETIMEDOUT,
             ErrorKind::Unsupported | ErrorKind::Missing => libc::EOPNOTSUPP,
             ErrorKind::Interrupted => libc::EINTR,
-            _ => libc::EIO,
+            ErrorKind::Io
+            | ErrorKind::Corrupt
+            | ErrorKind::Poisoned
+            | ErrorKind::Protocol
+            | ErrorKind::Command
+            | ErrorKind::Internal => libc::EIO,
         }
     }
 }
 
-/// A failure: its [`ErrorKind`], a sentence that says what failed and why, and its cause.
+/// A failure: its [`ErrorKind`], a sentence that says what failed and why, and its cause. Clones
+/// share the cause, so that one failure can be told to everyone who waited for the same thing.
+#[derive(Clone)]
 pub struct Error {
     kind: ErrorKind,
     context: String,
-    source: Option<Box<dyn StdError + Send + Sync>>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
 impl Error {
@@ -92,8 +132,17 @@ impl Error {
         Error {
             kind,
             context: context.into(),
-            source: Some(source.into()),
+            source: Some(Arc::from(source.into())),
         }
+    }
+
+    /// A fault of ours, of [`ErrorKind::Internal`]: `what` happened, which cannot. For what can be
+    /// told to somebody who waits; an invariant that is broken in the middle of work is asserted.
+    pub fn internal(what: impl fmt::Display) -> Self {
+        let context = format!(
+            "{what}: this is a fault of Vellum's own, please report it with this message and the log"
+        );
+        Error::new(ErrorKind::Internal, context)
     }
 
     /// An [`io::Error`] with what was being done; the kind comes from its errno.
@@ -125,7 +174,7 @@ impl Error {
         Error {
             kind,
             context,
-            source: Some(Box::new(source)),
+            source: Some(Arc::new(source)),
         }
     }
 
@@ -214,5 +263,50 @@ impl<T> ResultExt<T> for Result<T> {
 impl<T> ResultExt<T> for nix::Result<T> {
     fn context<C: Into<String>>(self, context: impl FnOnce() -> C) -> Result<T> {
         self.map_err(|errno| Error::io(context(), io::Error::from(errno)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_is_found_again_by_a_name_of_its_own() {
+        let mut names = std::collections::HashSet::new();
+        for kind in ErrorKind::ALL {
+            assert!(names.insert(kind.name()), "{kind:?} is there twice");
+            assert_eq!(ErrorKind::parse(kind.name()), Some(*kind));
+            // What programs of earlier versions write.
+            assert_eq!(kind.name(), format!("{kind:?}"));
+        }
+        assert_eq!(ErrorKind::parse("io"), None);
+        assert_eq!(ErrorKind::parse(""), None);
+    }
+
+    #[test]
+    fn a_clone_tells_the_same_story_down_to_its_cause() {
+        let full = io::Error::from_raw_os_error(libc::ENOSPC);
+        let error = Error::io("writing a block", full).context("flush");
+        let clone = error.clone();
+        assert_eq!(clone.kind(), ErrorKind::NoSpace);
+        assert_eq!(clone.to_string(), error.to_string());
+        assert!(clone.is_full_disk());
+        let cause = StdError::source(&clone).unwrap();
+        let cause = cause.downcast_ref::<io::Error>().unwrap();
+        assert_eq!(cause.raw_os_error(), Some(libc::ENOSPC));
+    }
+
+    #[test]
+    fn a_fault_of_ours_asks_for_a_report() {
+        let error = Error::internal("the listener panicked");
+        assert_eq!(
+            (error.kind(), error.errno()),
+            (ErrorKind::Internal, libc::EIO)
+        );
+        let text = error.to_string();
+        assert!(
+            text.starts_with("the listener panicked") && text.contains("report"),
+            "{text}"
+        );
     }
 }

@@ -477,7 +477,7 @@ fn parse<T: serde::de::DeserializeOwned>(args: Value, what: &str) -> Result<T> {
 
 fn encode<T: Serialize>(answer: &T) -> Result<Value> {
     serde_json::to_value(answer)
-        .map_err(|error| Error::with_source(ErrorKind::Io, "the answer cannot be encoded", error))
+        .map_err(|error| Error::internal(format!("the answer cannot be encoded: {error}")))
 }
 
 impl ControlHandler for OpenChain {

@@ -369,9 +369,10 @@ impl Importer<'_> {
         mount.end()?;
         let open = target.open(self.store)?;
         forget_ext4_journal(&open)?;
-        let layer = open.chain().top().ok_or_else(|| {
-            Error::new(ErrorKind::ReadOnly, "a layer that is being made has no top")
-        })?;
+        let layer = open
+            .chain()
+            .top()
+            .ok_or_else(|| Error::internal("a layer that is being made has no top"))?;
         let bytes = layer.data_blocks() * BLOCK_SIZE;
         drop(open);
         let info = LayerInfo {

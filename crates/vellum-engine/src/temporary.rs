@@ -174,9 +174,8 @@ fn own(store: &Store, run_dir: &Path) -> Result<Box<dyn Held>> {
     let (unlocked, owner) = (run_dir.join(UNLOCKED), run_dir.join(OWNER));
     let what = || format!("cannot write {}", owner.display());
     let holder = Holder::current();
-    let text = serde_json::to_vec(&holder).map_err(|error| {
-        Error::with_source(ErrorKind::Io, "who has a mount cannot be encoded", error)
-    })?;
+    let text = serde_json::to_vec(&holder)
+        .map_err(|error| Error::internal(format!("who has a mount cannot be encoded: {error}")))?;
     fs::write(&unlocked, text).context(what)?;
     // Locked under a name that nobody looks for, so that nobody finds it free.
     let held = store

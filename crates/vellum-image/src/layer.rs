@@ -154,9 +154,10 @@ impl LayerReader {
         let Some(diff) = self.diff.take() else {
             return Ok(());
         };
-        let blob = self.decoder.get_mut().ok_or_else(|| {
-            Error::new(ErrorKind::Io, "the layer was left in the middle of a read")
-        })?;
+        let blob = self
+            .decoder
+            .get_mut()
+            .ok_or_else(|| Error::internal("the layer was left in the middle of a read"))?;
         loop {
             let count = blob
                 .fill_buf()

@@ -81,7 +81,7 @@ impl Owner {
         let path = oci_dir(run_dir).join("owner.json");
         let fresh = path.with_extension("tmp");
         let bytes = serde_json::to_vec(self).map_err(|error| {
-            Error::with_source(ErrorKind::Io, "the run's record cannot be encoded", error)
+            Error::internal(format!("the run's record cannot be encoded: {error}"))
         })?;
         fs::write(&fresh, bytes)
             .and_then(|()| fs::rename(&fresh, &path))

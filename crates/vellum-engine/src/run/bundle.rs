@@ -115,9 +115,8 @@ fn check_paths(rootfs: &Path, binds: &[Bind]) -> Result<()> {
 }
 
 pub(super) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let bytes = serde_json::to_vec_pretty(value).map_err(|error| {
-        Error::with_source(ErrorKind::Io, "the bundle cannot be encoded", error)
-    })?;
+    let bytes = serde_json::to_vec_pretty(value)
+        .map_err(|error| Error::internal(format!("the bundle cannot be encoded: {error}")))?;
     fs::write(path, bytes).context(|| format!("cannot write {}", path.display()))
 }
 

@@ -129,7 +129,7 @@ impl Runtime {
             });
             thread
                 .join()
-                .map_err(|_| Error::new(ErrorKind::Io, doing()))?
+                .map_err(|_| Error::internal(format!("{}: its thread panicked", doing())))?
         })
     }
 

@@ -141,9 +141,8 @@ impl RunState {
     pub fn write(&self, run_dir: &Path) -> Result<()> {
         // Of this process alone: while a supervisor is replaced there may be two that write.
         let tmp = run_dir.join(format!("{STATE}.{}{UNFINISHED}", std::process::id()));
-        let bytes = serde_json::to_vec_pretty(self).map_err(|error| {
-            Error::with_source(ErrorKind::Io, "the state cannot be encoded", error)
-        })?;
+        let bytes = serde_json::to_vec_pretty(self)
+            .map_err(|error| Error::internal(format!("the state cannot be encoded: {error}")))?;
         fs::write(&tmp, bytes).context(|| tmp.display().to_string())?;
         fs::rename(&tmp, run_dir.join(STATE)).context(|| tmp.display().to_string())
     }

@@ -386,7 +386,7 @@ fn join(threads: Vec<JoinHandle<Result<Ended>>>) -> Result<Ended> {
             Ok(Ok(Ended::Stopped)) => {}
             Ok(Err(error)) => all = Err(error),
             Err(_) => {
-                all = Err(Error::new(ErrorKind::Io, "a serving thread panicked"));
+                all = Err(Error::internal("a serving thread panicked"));
             }
         }
     }
@@ -500,7 +500,7 @@ fn adopt(worker: &Worker) -> Result<Value> {
     .context(what)?;
     let mut fds: Vec<i32> = copies.iter().map(AsRawFd::as_raw_fd).collect();
     let &[session, listener, shared, events_read, events_write] = fds.as_slice() else {
-        return Err(Error::new(ErrorKind::Io, what()));
+        return Err(Error::internal(what()));
     };
     let witness = witness();
     let held = witness.as_ref().map(|(file, _)| file.as_raw_fd());
@@ -517,7 +517,7 @@ fn adopt(worker: &Worker) -> Result<Value> {
     };
     fds.extend(held);
     let resume = serde_json::to_string(&resume)
-        .map_err(|error| Error::with_source(ErrorKind::Io, what(), error))?;
+        .map_err(|error| Error::internal(format!("{}: {error}", what())))?;
     set_close_on_exec(&fds, false);
     let status = Command::new("/proc/self/exe")
         .arg0(ARG0)

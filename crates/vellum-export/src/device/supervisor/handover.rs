@@ -224,7 +224,7 @@ impl Supervisor {
         };
         let resume = match serde_json::to_string(&resume) {
             Ok(resume) => resume,
-            Err(error) => return Error::with_source(ErrorKind::Io, "the hand-over", error),
+            Err(error) => return Error::internal(format!("the hand-over: {error}")),
         };
         let fds: Vec<i32> = fds.into_iter().chain(held).collect();
         set_close_on_exec(&fds, false);
