@@ -6,9 +6,10 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::mount_support::{Device, run, try_run};
+use crate::mount_support::{Device, kill_together, run, try_run, wait_until};
 use vellum_base::ErrorKind;
 use vellum_export::device::{DetachOptions, detach};
+use vellum_export::loop_device::Lifetime;
 
 #[test]
 fn attached_device_holds_ext4_and_detaching_leaves_nothing() {
@@ -174,6 +175,61 @@ fn mounted_device_is_not_detached_and_the_error_says_where_it_is_mounted() {
 }
 
 #[test]
+fn a_loop_device_goes_with_its_last_mount_or_opener_without_any_command() {
+    let device = Device::attached(64 << 20);
+    let loop_device = device.loop_device.unwrap();
+    device.mkfs();
+    device.mount();
+    let copy = tempfile::tempdir().unwrap();
+    let copy = copy.path().to_str().unwrap();
+    run(
+        "mount",
+        &["--bind", device.mount_point.to_str().unwrap(), copy],
+    );
+    device.let_go();
+    device.umount();
+    assert!(loop_device.backing_file().is_some(), "it is still mounted");
+    // The note of it is lost, and its backing file has no name any more.
+    fs::remove_file(device.run_dir.join("loop")).unwrap();
+    run(
+        "umount",
+        &["-l", device.run_dir.join("dev").to_str().unwrap()],
+    );
+    run("umount", &[copy]);
+    wait_until("it is detached", || loop_device.backing_file().is_none());
+
+    // Nor does one stay that was never mounted, as when a command dies.
+    let mut device = Device::attached(64 << 20);
+    let loop_device = device.loop_device.unwrap();
+    device.let_go();
+    wait_until("it is detached", || loop_device.backing_file().is_none());
+    device.detach();
+    // Unless others are to mount it.
+    let mut spec = device.spec(&[]);
+    spec.lifetime = Lifetime::Detach;
+    device.attach_as(&spec);
+    device.let_go();
+    let loop_device = device.loop_device.unwrap();
+    drop(File::open(loop_device.path()).unwrap());
+    // What the kernel does then it does within a moment.
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(loop_device.backing_file().is_some());
+    // It is found by the note of it where its backing file has no name any more.
+    let state = device.wait_for_standby();
+    let all = [state.standby, Some(state.supervisor), state.worker];
+    let pids: Vec<i32> = all.into_iter().flatten().map(|one| one.pid).collect();
+    kill_together(&pids);
+    wait_until("all are dead", || !device.state().is_alive());
+    run(
+        "umount",
+        &["-l", device.run_dir.join("dev").to_str().unwrap()],
+    );
+    device.detach();
+    wait_until("it is detached", || loop_device.backing_file().is_none());
+    device.assert_nothing_left();
+}
+
+#[test]
 fn open_device_is_not_detached_and_keeps_working() {
     let device = Device::attached(64 << 20);
     let held = File::open(device.path()).unwrap();
@@ -195,6 +251,7 @@ fn a_device_that_another_mount_namespace_has_mounted_is_not_detached_and_the_err
     let device = Device::attached(64 << 20);
     device.mkfs();
     device.mount();
+    device.let_go();
     // Its copy of the mount stays when ours goes.
     let mut other = std::process::Command::new("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-c"])

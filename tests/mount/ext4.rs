@@ -226,7 +226,7 @@ fn freezes_and_waits() {
 
 #[test]
 fn device_and_file_system_grow() {
-    let mut device = mounted(64 << 20);
+    let device = mounted(64 << 20);
     fs::write(device.mount_point.join("file"), "kept").unwrap();
     let size = 20 << 30;
     File::options()
@@ -235,7 +235,7 @@ fn device_and_file_system_grow() {
         .unwrap()
         .set_len(size)
         .unwrap();
-    let attached = device.attached.as_ref().unwrap().device;
+    let attached = device.loop_device.unwrap();
     attached.resize().unwrap();
     assert_eq!(attached.size().unwrap(), size);
     match ext4::grow(&device.mount_point, size) {
@@ -257,7 +257,6 @@ fn device_and_file_system_grow() {
     );
     assert!(allocated(&device.backing) < 4 << 20);
     finish(&device);
-    device.attached = None;
 }
 
 #[test]
@@ -287,8 +286,7 @@ fn read_only_device_mounts_read_only_and_takes_no_write() {
     ext4::make(&device.backing, 64 << 20, &MakeOptions::new(UUID)).unwrap();
     let mut spec = device.spec(&[]);
     spec.read_only = true;
-    let attached = vellum_export::device::attach(&device.run_dir, &spec).unwrap();
-    device.attached = Some(attached);
+    device.attach_as(&spec);
     let of = format!("of={}", device.path());
     assert!(
         !try_run("dd", &["if=/dev/zero", &of, "count=1"])

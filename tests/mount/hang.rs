@@ -14,6 +14,7 @@ use crate::mount_support::Device;
 use crate::server_support::{Container, fsck, row, wait_long};
 use nix::sys::signal::Signal;
 use vellum_export::device::{Identity, RunState};
+use vellum_fs::ext4;
 
 fn signal(pid: i32, signal: Signal) {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
@@ -220,9 +221,16 @@ impl Drop for Halted {
 
 /// Runs a command of a store, which must not hang.
 fn bounded(store: &TestStore, arguments: &[&str]) -> Output {
+    bounded_as(store, &[], arguments)
+}
+
+/// As [`bounded`], started by another program.
+fn bounded_as(store: &TestStore, starter: &[&str], arguments: &[&str]) -> Output {
     let start = Instant::now();
     let output = Command::new("timeout")
-        .args(["-s", "KILL", "60", common::VELLUM, "--root"])
+        .args(["-s", "KILL", "60"])
+        .args(starter)
+        .args([common::VELLUM, "--root"])
         .arg(&store.root)
         .args(arguments)
         .stdin(Stdio::null())
@@ -243,6 +251,8 @@ fn a_device_whose_processes_are_all_stopped_hangs_no_command_neither_of_its_stor
     let busy = Container::mounted(&other, "busy");
     fs::write(busy.data().join("file"), "written").unwrap();
     other.ok(&["create", "data", "--name", "idle"]);
+    other.ok(&["create", "data", "--name", "larger", "--size", "320M"]);
+    let tree = other.arg("root");
 
     let state = container.settled();
     let pids = [Some(state.supervisor), state.worker, state.standby];
@@ -257,11 +267,26 @@ fn a_device_whose_processes_are_all_stopped_hangs_no_command_neither_of_its_stor
         &["rm", "busy", "idle"],
         &["prune"],
         &["doctor"],
+        // Makes a file system, for which mke2fs looks at what is mounted.
+        &["import", "new-size", &tree, "--size", "72M"],
     ] {
         let output = bounded(&other, arguments);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{arguments:?}: {text}");
     }
+    // Without that right resize2fs lets the file system grow, and looks likewise.
+    let poor = [
+        "setpriv",
+        "--inh-caps=-sys_resource",
+        "--bounding-set=-sys_resource",
+    ];
+    let output = bounded_as(&other, &poor, &["mount", "larger"]);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && text.is_empty(), "{text}");
+    let larger = String::from_utf8(output.stdout).unwrap();
+    let usage = ext4::usage(std::path::Path::new(larger.trim_end())).unwrap();
+    assert!(usage.size > 290 << 20, "{usage:?}");
+    other.ok(&["umount", "larger"]);
     // Its own store says what is the matter, and what to do.
     let listed = String::from_utf8(bounded(&store, &["ps"]).stdout).unwrap();
     let cure = format!("kill -CONT {}", pids[0]);

@@ -10,7 +10,7 @@ use std::process::Command;
 
 use crate::common::{TestStore, run, wait_until};
 use crate::nbd_client::{Client, FLUSH};
-use crate::server_support::Container;
+use crate::server_support::{Container, row};
 use vellum_export::loop_device::LoopDevice;
 
 const BLOCK: usize = 4096;
@@ -182,9 +182,16 @@ fn in_a_mount(kind: &'static str) {
     }
     // The container's own file system writes back, and flushes nothing.
     write_logs_back(&store);
+    let device = row(&store, "c")["device"]["loop_device"].clone();
+    let device = LoopDevice::from_path(Path::new(device.as_str().unwrap())).unwrap();
+    let diskseq = device.diskseq();
     disk.shut_down();
     assert!(store.kill_all());
     disk.unmount();
+    // The note of it may be lost with the page cache, and the name of its backing file is.
+    wait_until("the loop device went with its mount", || {
+        device.backing_file().is_none() || device.diskseq() != diskseq
+    });
     disk.mount();
     let mounted = store.mount("c");
     for number in 0..60 {

@@ -97,6 +97,7 @@ fn upgrade_servers_has_every_mounted_container_served_by_the_new_program_under_l
     let (busy, idle) = (mount("busy"), mount("idle"));
     let loads = [Load::synced(&busy.data()), Load::buffered(&busy.data())];
     let calls = Calls::start(&idle);
+    let mut killed = None;
     for round in 1..=3 {
         let inode = install(&program);
         for container in [&busy, &idle] {
@@ -129,8 +130,10 @@ fn upgrade_servers_has_every_mounted_container_served_by_the_new_program_under_l
         assert!(loads.iter().all(Load::is_running), "round {round}");
         // The new program's processes save each other as the old ones did. An upgrade that comes at
         // once waits for the standby that the death took.
-        kill(busy.served(None).worker.unwrap().pid);
+        killed = busy.served(None).worker.map(|worker| worker.pid);
+        kill(killed.unwrap());
     }
+    busy.served(killed);
     busy.settled();
     calls.finish();
     // A second time there is nothing to do.
@@ -452,18 +455,15 @@ fn a_loop_device_that_lost_its_name_with_a_namespace_or_by_an_unmount_is_detache
         &["check", "--repair"],
         &["mount", "c"],
     ] {
-        // All processes end with the pid namespace, and the FUSE file with the mount namespace.
-        let output = unshared(&store, &["--pid", "--mount-proc"], &["mount", "c"]);
-        assert!(output.status.success(), "{output:?}");
+        // All processes end with the pid namespace, and the FUSE file with the mount namespace: the
+        // kernel detaches what was mounted there.
+        let lost = attached_elsewhere(&store, "c");
         wait_long("the server is dead", || {
             row(&store, "c")["device"]["alive"] == false
         });
-        let lost = attachment(&store, "c");
-        store.ok(cleanup);
-        let mounted_again = attachment_if_any(&store, "c");
-        assert_ne!(mounted_again, Some(lost));
-        store.ok(&["umount", "c"]);
         assert_detached(lost);
+        store.ok(cleanup);
+        store.ok(&["umount", "c"]);
         store.assert_nothing_runs();
     }
     // An administrator unmounts the dead file.
@@ -494,8 +494,39 @@ fn a_loop_device_that_lost_its_name_with_a_namespace_or_by_an_unmount_is_detache
     store.assert_nothing_runs();
 }
 
-fn attachment_if_any(store: &TestStore, name: &str) -> Option<(LoopDevice, Option<u64>)> {
-    (!row(store, name)["device"]["loop_device"].is_null()).then(|| attachment(store, name))
+#[test]
+fn a_store_inside_a_container_that_is_unmounted_under_it_leaves_no_loop_device_and_no_server() {
+    let outer = TestStore::new();
+    let container = Container::mounted(&outer, "c");
+    let inner = TestStore {
+        root: container.data().join("store"),
+        dir: tempfile::tempdir().unwrap(),
+        env: Vec::new(),
+    };
+    let within = Container::mounted(&inner, "within");
+    fs::write(within.data().join("file"), "written").unwrap();
+    let lost = attachment(&inner, "within");
+    // With all that is mounted below.
+    common::run("umount", &["-l", container.mounted.to_str().unwrap()]);
+    assert_detached(lost);
+    wait_long("its servers have ended", || inner.processes().is_empty());
+    outer.ok(&["umount", "c"]);
+    outer.assert_nothing_runs();
+}
+
+/// Mounts a container in a pid namespace and a mount namespace, which end; returns what was attached
+/// there.
+fn attached_elsewhere(store: &TestStore, name: &str) -> (LoopDevice, Option<u64>) {
+    let root = store.root.display();
+    let script = format!("{VELLUM} --root {root} mount {name} >&2 && cat {root}/run/*/loop");
+    let output = Command::new("unshare")
+        .args(["--pid", "--mount-proc", "--fork", "sh", "-c", &script])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let note: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let device = LoopDevice::from_path(Path::new(note["device"].as_str().unwrap())).unwrap();
+    (device, note["diskseq"].as_u64())
 }
 
 #[test]
@@ -538,15 +569,12 @@ fn commands_in_other_pid_and_time_namespaces_take_no_living_server_for_dead() {
     store.assert_nothing_runs();
 }
 
-#[test]
-fn a_container_mounted_in_another_mount_namespace_is_named_with_its_process_and_the_way_there() {
-    let store = TestStore::new();
-    Container::mounted(&store, "c");
-    store.ok(&["umount", "c"]);
+/// Mounts a container in a private mount namespace; returns the shell that keeps that.
+fn mounted_elsewhere(store: &TestStore, name: &str) -> Running {
     let dir = store.arg("elsewhere");
-    fs::create_dir(&dir).unwrap();
+    fs::create_dir_all(&dir).unwrap();
     let script = format!(
-        "{VELLUM} --root {} mount c {dir} >&2; echo ready; read line",
+        "{VELLUM} --root {} mount {name} {dir} >&2; echo ready; read line",
         store.root.display()
     );
     let shell = Command::new("unshare")
@@ -558,6 +586,15 @@ fn a_container_mounted_in_another_mount_namespace_is_named_with_its_process_and_
     let mut shell = Running(shell);
     let mut ready = [0; 6];
     std::io::Read::read_exact(shell.0.stdout.as_mut().unwrap(), &mut ready).unwrap();
+    shell
+}
+
+#[test]
+fn a_container_mounted_in_another_mount_namespace_is_named_with_its_process_and_the_way_there() {
+    let store = TestStore::new();
+    Container::mounted(&store, "c");
+    store.ok(&["umount", "c"]);
+    let shell = mounted_elsewhere(&store, "c");
     let pid = shell.0.id();
     for arguments in [
         &["mount", "c"][..],
@@ -680,46 +717,35 @@ fn servers_keep_no_mount_namespace_and_end_at_once_when_theirs_was_the_last_user
     let store = TestStore::new();
     let other = Container::mounted(&store, "other");
     store.ok(&["create", "data", "--name", "c"]);
-    // As in a container that ends: with the command its namespace goes, and the mount in it.
-    let mounted = Command::new("unshare")
-        .args(["--mount", "--propagation", "private", VELLUM, "--root"])
-        .arg(&store.root)
-        .args(["mount", "c"])
-        .output()
-        .unwrap();
-    assert!(mounted.status.success(), "{mounted:?}");
-    let id = row(&store, "c")["id"].as_str().unwrap().to_owned();
-    let run_dir = store.root.join("run").join(id);
-    let state = vellum_export::device::status(&run_dir)
-        .unwrap()
-        .expect("a device")
-        .state;
-    let worker = state.worker.unwrap().pid;
-    for pid in [worker, state.supervisor.pid] {
-        let seen = mounts_of(pid);
-        let foreign = |(target, kind): &&(String, String)| {
-            kind == "fuse.vellum" || (kind == "ext4" && target.contains("rootfs"))
-        };
-        assert!(seen.iter().find(foreign).is_none(), "{seen:?}");
-        assert!(seen.len() < 12, "{seen:?}");
+    for killed in [false, true] {
+        // As in a container that ends: with the command its namespace goes, and the mount in it.
+        let shell = mounted_elsewhere(&store, "c");
+        let container = Container::at(&store, "c", PathBuf::new());
+        let state = container.settled();
+        let worker = state.worker.unwrap().pid;
+        for pid in [worker, state.supervisor.pid] {
+            let seen = mounts_of(pid);
+            let foreign = |(target, kind): &&(String, String)| {
+                kind == "fuse.vellum" || (kind == "ext4" && target.contains("rootfs"))
+            };
+            assert!(seen.iter().find(foreign).is_none(), "{seen:?}");
+            assert!(seen.len() < 12, "{seen:?}");
+        }
+        let processes = [worker, state.supervisor.pid, state.standby.unwrap().pid];
+        if killed {
+            common::kill_together(&processes);
+        }
+        drop(shell);
+        // The last of them once waited for itself, and every sync(2) of the host with it.
+        for pid in processes {
+            wait_long("a server without users has ended", || {
+                !Path::new(&format!("/proc/{pid}")).exists()
+            });
+        }
+        // It can be mounted again, and the other one never noticed.
+        store.ok(&["mount", "c"]);
+        store.ok(&["umount", "c"]);
     }
-    // The last of them once waited for itself, and every sync(2) of the host with it.
-    let processes: Vec<i32> = store
-        .processes()
-        .into_iter()
-        .filter(|(_, line)| line.contains(run_dir.to_str().unwrap()))
-        .map(|(pid, _)| pid)
-        .collect();
-    assert!(processes.len() >= 2, "{processes:?}");
-    common::kill_together(&processes);
-    for pid in processes {
-        wait_long("a killed server has ended", || {
-            !Path::new(&format!("/proc/{pid}")).exists()
-        });
-    }
-    // It can be mounted again, and the other one never noticed.
-    store.ok(&["mount", "c"]);
-    store.ok(&["umount", "c"]);
     fs::write(other.data().join("file"), "works").unwrap();
     store.ok(&["umount", "other"]);
 }

@@ -160,6 +160,9 @@ pub(super) fn mount_anew(
     let before = MountInfo::at(&there.dir)?.map(|mount| Rights::of(&mount));
     let rights = rights.or(before).unwrap_or_default();
     tracing::warn!("{name}: its file system gave up after an error: mounted anew");
+    let _held = LoopDevice::from_path(&there.device)
+        .map(LoopDevice::hold)
+        .transpose()?;
     unmount_device(&store.run_dir(container), false).map_err(|error| {
         error.context(format!(
             "the file system of {name} gave up after an error (a full disk of the host?) and has \

@@ -4,4 +4,5 @@ pub mod device;
 pub mod fuse;
 pub mod loop_device;
 pub mod nbd;
+pub mod opener;
 pub mod unix_socket;

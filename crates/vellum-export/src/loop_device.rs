@@ -1,10 +1,13 @@
 //! Loop devices: a block device of the kernel on top of a file, with direct I/O.
 //!
-//! The loop does not clear itself at its last close (AUTOCLEAR): between attaching and mounting
-//! other programs (mke2fs, e2fsck, a VM) open and close it. What a crash leaves behind is found by
-//! what the kernel shows in sysfs: the name of the backing file, and how often the device was
-//! attached. The ioctl that says more (LOOP_GET_STATUS64) asks the backing file's file system, which
-//! hangs where that is a FUSE server that does: it is used nowhere.
+//! The kernel detaches it at its last close (AUTOCLEAR): once nobody has it mounted or open, whatever
+//! became of the commands and servers, and of the files in which its number was noted. Between
+//! attaching and mounting other programs (resize2fs, e2fsck) open and close it, so it is
+//! [held](LoopHold) meanwhile. One that others mount and open when they like [stays](Lifetime).
+//!
+//! What a crash leaves behind is found by what the kernel shows in sysfs: the name of the backing file,
+//! and how often the device was attached. The ioctl that says more (LOOP_GET_STATUS64) asks the backing
+//! file's file system, which hangs where that is a FUSE server that does: it is used nowhere.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -28,6 +31,7 @@ const MAX_SECTORS_KB: u32 = 1024;
 
 const LO_NAME_SIZE: usize = 64;
 const LO_FLAGS_READ_ONLY: u32 = 1;
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 
 /// `struct loop_info64` of include/uapi/linux/loop.h.
@@ -84,12 +88,29 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(loop_configure, 0x4C0A, LoopConfig);
 }
 
+/// When a loop device is detached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Lifetime {
+    /// By the kernel, once nobody has it mounted, open or [held](LoopHold).
+    #[default]
+    LastClose,
+    /// By [`LoopDevice::detach`] alone.
+    Detach,
+}
+
 /// How to attach.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LoopOptions {
     /// Refuse writes.
     pub read_only: bool,
+    /// When it is detached.
+    pub lifetime: Lifetime,
 }
+
+/// Keeps a loop device attached that nobody has mounted or open at the moment. It is no exclusive
+/// opener: others can mount the device meanwhile, but [`LoopDevice::detach`] waits for its end.
+#[derive(Debug)]
+pub struct LoopHold(#[expect(dead_code, reason = "held open for its Drop")] File);
 
 /// One loop device, by its number. Dropping it does not detach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -124,13 +145,14 @@ impl LoopDevice {
     }
 
     /// Attaches a free loop device to `backing`: direct I/O, 512-byte sectors (so that any ext4
-    /// fits), discard passed on, requests of at most 1 MiB.
+    /// fits), discard passed on, requests of at most 1 MiB. It is held until the caller drops the
+    /// second half of the answer.
     ///
     /// # Errors
     /// [`ErrorKind::Missing`] without loop devices in the kernel, [`ErrorKind::InUse`] when other
     /// processes take every free one, [`ErrorKind::Unsupported`] where the backing file refuses
     /// direct I/O.
-    pub fn attach(backing: &Path, options: &LoopOptions) -> Result<LoopDevice> {
+    pub fn attach(backing: &Path, options: &LoopOptions) -> Result<(LoopDevice, LoopHold)> {
         let file = OpenOptions::new()
             .read(true)
             .write(!options.read_only)
@@ -145,6 +167,9 @@ impl LoopDevice {
         info.lo_flags = LO_FLAGS_DIRECT_IO;
         if options.read_only {
             info.lo_flags |= LO_FLAGS_READ_ONLY;
+        }
+        if options.lifetime == Lifetime::LastClose {
+            info.lo_flags |= LO_FLAGS_AUTOCLEAR;
         }
         let config = LoopConfig {
             fd: file.as_raw_fd() as u32,
@@ -166,7 +191,7 @@ impl LoopDevice {
             match unsafe { ioctl::loop_configure(node.as_raw_fd(), &config) } {
                 Ok(_) => {
                     device.tune(&node)?;
-                    return Ok(device);
+                    return Ok((device, LoopHold(node)));
                 }
                 // Another process was faster with this number.
                 Err(nix::errno::Errno::EBUSY) => {}
@@ -245,6 +270,14 @@ impl LoopDevice {
                 ),
                 _ => Error::io(format!("{}: cannot be opened", self.path().display()), error),
             })
+    }
+
+    /// Keeps the device attached until the answer is dropped, as between an unmount and a mount.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] where it cannot be opened.
+    pub fn hold(self) -> Result<LoopHold> {
+        self.open(false, 0).map(LoopHold)
     }
 
     /// True while a mount in whatever namespace, or another exclusive opener, has the device.
@@ -364,6 +397,7 @@ impl LoopDevice {
                 }
                 Err(error) if error.kind() == ErrorKind::InUse => {}
                 Err(_) if self.backing_file().is_none() => return Ok(()),
+                Err(error) if is_detaching(&error) => return self.wait_detached(deadline),
                 Err(error) => return Err(error),
             }
             if Instant::now() >= deadline {
@@ -431,6 +465,7 @@ impl LoopDevice {
         let node = match self.open(false, 0) {
             Ok(node) => node,
             Err(_) if self.backing_file().is_none() => return Ok(()),
+            Err(error) if is_detaching(&error) => return Ok(()),
             Err(error) => return Err(error),
         };
         // SAFETY: the ioctl takes no argument and the descriptor is open.
@@ -462,6 +497,13 @@ impl LoopDevice {
         }
         Ok(())
     }
+}
+
+/// True of what the kernel says to an opener while it detaches a device after its last close.
+fn is_detaching(error: &Error) -> bool {
+    let source = std::error::Error::source(error);
+    let source = source.and_then(|source| source.downcast_ref::<io::Error>());
+    source.and_then(io::Error::raw_os_error) == Some(libc::ENXIO)
 }
 
 fn open_control() -> Result<File> {

@@ -9,17 +9,17 @@
 //! and a feature cannot be turned on under a file system that is in use.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::e2fsprogs;
 use super::mountinfo::MountInfo;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
@@ -111,7 +111,7 @@ pub fn make(path: &Path, size: u64, options: &MakeOptions) -> Result<()> {
         options.uuid,
         i32::from(is_device)
     );
-    let mut command = Command::new("mke2fs");
+    let mut command = program("mke2fs", options);
     command
         .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256"])
         .args(["-i", &BYTES_PER_INODE.to_string(), "-G", "16", "-m", "0"])
@@ -122,50 +122,22 @@ pub fn make(path: &Path, size: u64, options: &MakeOptions) -> Result<()> {
         .args(["-E", &extended])
         .arg(path)
         .arg(format!("{}k", size / 1024));
-    run(&mut command, options)?;
+    e2fsprogs::run(&mut command)?;
     if !options.lost_and_found {
-        let mut command = Command::new("debugfs");
+        let mut command = program("debugfs", options);
         command.args(["-w", "-R", "rmdir lost+found"]).arg(path);
-        run(&mut command, options)?;
+        e2fsprogs::run(&mut command)?;
     }
     Ok(())
 }
 
-/// Runs a program of e2fsprogs.
-fn run(command: &mut Command, options: &MakeOptions) -> Result<()> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        // Where a plain user's PATH does not look.
-        .env("PATH", "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin")
+/// As [`e2fsprogs::program`], for whom it is always the same time.
+fn program(name: &str, options: &MakeOptions) -> Command {
+    let mut command = e2fsprogs::program(name);
+    command
         .env("E2FSPROGS_FAKE_TIME", options.time.to_string())
-        .env("LC_ALL", "C")
-        .env_remove("MKE2FS_CONFIG")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| missing(&name, error))?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr);
-        return Err(Error::new(
-            ErrorKind::Command,
-            format!(
-                "{name}: {}: {}",
-                output.status,
-                text.trim().replace('\n', "; ")
-            ),
-        ));
-    }
-    Ok(())
-}
-
-fn missing(name: &str, error: io::Error) -> Error {
-    match error.kind() {
-        io::ErrorKind::NotFound => Error::with_source(
-            ErrorKind::Missing,
-            format!("{name}: not installed (Debian: apt-get install e2fsprogs)"),
-            error,
-        ),
-        _ => Error::io(format!("{name}: cannot be run"), error),
-    }
+        .env_remove("MKE2FS_CONFIG");
+    command
 }
 
 /// When a read of a file changes its access time. With copy-on-write that is never free: the first
@@ -374,28 +346,9 @@ pub fn grow_unmounted(device: &Path) -> Result<()> {
             format!("{}: cannot be grown, since {why}", device.display()),
         ));
     }
-    let mut command = Command::new("resize2fs");
     // -f: a clean file system need not be checked first.
-    command.arg("-f").arg(device);
-    let output = command
-        .env("PATH", "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin")
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| missing("resize2fs", error))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let text = String::from_utf8_lossy(&output.stderr);
-    Err(Error::new(
-        ErrorKind::Command,
-        format!(
-            "{}: resize2fs: {}: {}",
-            device.display(),
-            output.status,
-            text.trim().replace('\n', "; ")
-        ),
-    ))
+    e2fsprogs::run(e2fsprogs::program("resize2fs").arg("-f").arg(device))
+        .map_err(|error| error.context(format!("{}: cannot be grown", device.display())))
 }
 
 /// Tells the device about every free block of the ext4 mounted at `target`; returns the bytes.

@@ -1,11 +1,13 @@
 //! File systems on a device: ext4, and the host's table of mounts.
 //!
 //! * [`ext4`]: the template that all containers start from, mount, growth, trim, usage.
+//! * `e2fsprogs`: its programs, started so that nobody else's file system keeps them waiting.
 //! * [`freeze`]: a file system held still for a moment, that is never left frozen.
 //! * [`held_dir`]: a directory that is held open, and so known wherever it is moved.
 //! * [`superblock`]: what the driver must know of an ext4 without mounting it.
 //! * [`mountinfo`]: what is mounted where.
 
+mod e2fsprogs;
 pub mod ext4;
 pub mod freeze;
 pub mod held_dir;

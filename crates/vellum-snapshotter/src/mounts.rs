@@ -2,7 +2,7 @@
 //! kernel's tables say what there is, also after the process before was killed.
 
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -20,7 +20,8 @@ use vellum_engine::mount::attach_spec;
 use vellum_engine::mount_point;
 use vellum_engine::stats::{decode, device_stats};
 use vellum_export::device::{self, DetachOptions, DeviceStatus, Status, control};
-use vellum_export::loop_device::LoopDevice;
+use vellum_export::loop_device::{Lifetime, LoopDevice};
+use vellum_export::opener::process_with_open;
 use vellum_fs::ext4;
 use vellum_fs::mountinfo::MountInfo;
 use vellum_store::{SnapshotKind, SnapshotRecord, Store};
@@ -138,12 +139,14 @@ impl Mounts {
     /// False where somebody still has it mounted or uses it: the same device gives the same file
     /// system again then.
     fn mount_anew(&self, record: &SnapshotRecord) -> Result<bool> {
+        let device = self.loop_device(record.id)?;
+        let _held = device.hold()?;
         if !self.unmount_unshared(record.id)? {
             return Ok(false);
         }
         tracing::warn!(key = %record.key, "its file system gave up after an error: mounted anew");
         let dir = self.dir(record.id);
-        self.mount_device(record, &self.loop_device(record.id)?.path(), &dir)?;
+        self.mount_device(record, &device.path(), &dir)?;
         Ok(true)
     }
 
@@ -200,7 +203,11 @@ impl Mounts {
             SnapshotKind::Active => Target::Layer(record.top()),
             SnapshotKind::View | SnapshotKind::Committed => Target::Sealed(record.top()),
         };
-        let spec = attach_spec(&self.store, &target);
+        let mut spec = attach_spec(&self.store, &target);
+        if record.device {
+            // containerd, or a machine, opens and closes it as it likes.
+            spec.lifetime = Lifetime::Detach;
+        }
         let attached = device::attach(&run_dir, &spec)
             .map_err(|error| error.context(format!("cannot attach snapshot {:?}", record.key)))?;
         crash_point::here("mount: device attached");
@@ -283,6 +290,7 @@ impl Mounts {
             }
             return Ok(());
         };
+        let _held = device.hold()?;
         let unmount = || {
             if !record.device && self.unmount_unshared(record.id)? {
                 return Ok(());
@@ -370,6 +378,7 @@ impl Mounts {
     pub fn unmount_unshared(&self, id: Uuid) -> Result<bool> {
         let dir = self.dir(id);
         let device = self.loop_device(id)?;
+        let _held = device.hold()?;
         let number = device.major_minor();
         let mounts = MountInfo::read()?;
         if mounts.iter().filter(|m| m.major_minor == number).count() != 1 {
@@ -480,27 +489,4 @@ fn is_mount_point(dir: &Path) -> bool {
         Ok(there) => there.dev() != parent.dev(),
         Err(error) => error.kind() != std::io::ErrorKind::NotFound,
     }
-}
-
-/// A process that has the block device `path` open; mounts do not count.
-fn process_with_open(path: &Path) -> Result<Option<u32>> {
-    let number = fs::metadata(path)
-        .context(|| format!("cannot stat {}", path.display()))?
-        .rdev();
-    let processes = fs::read_dir("/proc").context(|| "cannot list /proc")?;
-    for process in processes.flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse().ok()) else {
-            continue;
-        };
-        // One that ends meanwhile has nothing open.
-        let files = fs::read_dir(process.path().join("fd"));
-        for file in files.into_iter().flatten().flatten() {
-            let is_device = fs::metadata(file.path())
-                .is_ok_and(|file| file.file_type().is_block_device() && file.rdev() == number);
-            if is_device {
-                return Ok(Some(pid));
-            }
-        }
-    }
-    Ok(None)
 }

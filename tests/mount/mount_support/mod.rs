@@ -11,12 +11,14 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vellum_export::device::{
-    AttachSpec, Attached, DetachOptions, RunState, Status, attach, control, detach, status,
+    AttachSpec, DetachOptions, RunState, Status, attach, control, detach, status,
 };
+use vellum_export::loop_device::{LoopDevice, LoopHold};
 
 /// Runs a program to its end and fails the test, with its output, unless it succeeds.
 pub fn run(program: &str, arguments: &[&str]) -> Output {
@@ -64,7 +66,9 @@ pub struct Device {
     pub backing: PathBuf,
     pub run_dir: PathBuf,
     pub mount_point: PathBuf,
-    pub attached: Option<Attached>,
+    pub loop_device: Option<LoopDevice>,
+    /// What keeps the loop device attached while nothing is mounted.
+    hold: Mutex<Option<LoopHold>>,
 }
 
 impl Device {
@@ -84,7 +88,8 @@ impl Device {
             backing,
             run_dir: dir.path().join("run").join("one"),
             mount_point,
-            attached: None,
+            loop_device: None,
+            hold: Mutex::default(),
             dir,
         }
     }
@@ -114,14 +119,19 @@ impl Device {
     }
 
     pub fn attach(&mut self, more: &[&str]) {
-        let attached = attach(&self.run_dir, &self.spec(more)).unwrap();
-        self.attached = Some(attached);
+        self.attach_as(&self.spec(more));
+    }
+
+    pub fn attach_as(&mut self, spec: &AttachSpec) {
+        let attached = attach(&self.run_dir, spec).unwrap();
+        self.loop_device = Some(attached.device);
+        *self.hold.lock().unwrap() = Some(attached.hold);
     }
 
     /// The loop device's path.
     pub fn path(&self) -> String {
-        let attached = self.attached.as_ref().expect("attached");
-        attached.device.path().display().to_string()
+        let device = self.loop_device.expect("attached");
+        device.path().display().to_string()
     }
 
     pub fn mkfs(&self) {
@@ -143,7 +153,13 @@ impl Device {
         run("umount", &[&self.mount_point.display().to_string()]);
     }
 
+    /// Nothing but a mount keeps the loop device from now on.
+    pub fn let_go(&self) {
+        self.hold.lock().unwrap().take();
+    }
+
     pub fn detach(&self) {
+        self.let_go();
         detach(&self.run_dir, &DetachOptions::default()).unwrap();
     }
 
@@ -202,6 +218,7 @@ impl Drop for Device {
         if std::thread::panicking() {
             eprintln!("--- log of the device\n{}", self.log());
         }
+        self.let_go();
         let options = DetachOptions {
             force: true,
             ..DetachOptions::default()

@@ -18,7 +18,7 @@ use super::detach::{DetachOptions, clean, detach_locked};
 use super::state::{DEV, Hint, LOG, RunLock, RunState, Status, hinted_loop, status};
 use super::supervisor::{ARG0, Ready};
 use crate::fuse::session::Features;
-use crate::loop_device::{LoopDevice, LoopOptions};
+use crate::loop_device::{Lifetime, LoopDevice, LoopHold, LoopOptions};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// What to attach, and how.
@@ -31,6 +31,8 @@ pub struct AttachSpec {
     pub arguments: Vec<OsString>,
     /// Refuse writes.
     pub read_only: bool,
+    /// When the loop device is detached.
+    pub lifetime: Lifetime,
     /// Threads that serve.
     pub threads: usize,
     /// How long the device may take to open.
@@ -45,6 +47,7 @@ impl AttachSpec {
             program: PathBuf::from("/proc/self/exe"),
             arguments,
             read_only: false,
+            lifetime: Lifetime::default(),
             threads: 2,
             timeout: Duration::from_secs(30),
         }
@@ -52,12 +55,14 @@ impl AttachSpec {
 }
 
 /// A device that is attached.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Attached {
     /// Its run directory, as an absolute path without links.
     pub run_dir: PathBuf,
     /// The loop device.
     pub device: LoopDevice,
+    /// Keeps it attached until the caller has mounted it.
+    pub hold: LoopHold,
     /// What kernel and server agreed on.
     pub features: Features,
 }
@@ -109,13 +114,15 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
     };
     let options = LoopOptions {
         read_only: spec.read_only,
+        lifetime: spec.lifetime,
     };
     match LoopDevice::attach(&run_dir.join(DEV), &options) {
-        Ok(device) => {
+        Ok((device, hold)) => {
             Hint::write(&run_dir, device);
             Ok(Attached {
                 run_dir,
                 device,
+                hold,
                 features,
             })
         }
