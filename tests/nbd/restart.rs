@@ -2,11 +2,11 @@
 //! write that was acknowledged, flushed or not.
 
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
 
 use crate::common::{Running, TestStore, wait_until};
 use crate::nbd_client::{Client, FLUSH, FUA, READ, TRIM, WRITE, WRITE_ZEROES};
@@ -59,6 +59,13 @@ fn assert_same(found: &[u8], expected: &[u8], when: &str) {
         let wrong = found.iter().zip(expected).position(|(a, b)| a != b);
         panic!("{when}: {} bytes, first wrong one {wrong:?}", found.len());
     }
+}
+
+/// Bytes of data in the store's layers.
+fn on_disk(store: &TestStore) -> u64 {
+    let layers = std::fs::read_dir(store.root.join("layers")).unwrap();
+    let data = layers.filter_map(|layer| layer.unwrap().path().join("data").metadata().ok());
+    data.map(|data| data.blocks() * 512).sum()
 }
 
 fn store_with_container() -> TestStore {
@@ -220,8 +227,17 @@ fn fio_behind_a_client_that_retries_verifies_its_data_while_the_server_is_killed
         .expect("fio is missing: apt-get install fio");
     let mut fio = Running(fio);
     let mut kills = 0;
-    while fio.0.try_wait().unwrap().is_none() && kills < 4 {
-        std::thread::sleep(Duration::from_millis(700));
+    let mut ended = false;
+    while kills < 4 {
+        // It writes each block once, so these are spread over all that it does, however fast it is.
+        let before = on_disk(&store);
+        wait_until("fio writes another part, or ends", || {
+            ended = fio.0.try_wait().unwrap().is_some();
+            ended || on_disk(&store) >= before + (4 << 20)
+        });
+        if ended {
+            break;
+        }
         server = server.replaced(&store, &["c"]);
         kills += 1;
     }

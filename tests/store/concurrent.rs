@@ -433,7 +433,7 @@ fn nobody_waits_for_files_to_be_unlinked() {
         })));
         thread::scope(|scope| {
             let remover = scope.spawn(|| removal(&store));
-            let limit = Duration::from_secs(20);
+            let limit = Duration::from_secs(120);
             begun.recv_timeout(limit).expect(what);
             // Both locks are free: layers can be made, named and collected.
             assert!(store.try_collection_lock().unwrap().is_some(), "{what}");

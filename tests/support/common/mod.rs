@@ -229,7 +229,7 @@ impl TestStore {
     /// Kills all that runs for the store; false if that takes too long. A standby takes the place
     /// of one that dies, so more than once.
     pub fn kill_all(&self) -> bool {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         loop {
             let all = self.processes();
             if all.is_empty() || Instant::now() > deadline {

@@ -47,7 +47,7 @@ impl Client {
 
     fn connect(&self) -> io::Result<UnixStream> {
         let mut stream = UnixStream::connect(&self.socket)?;
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(120)))?;
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting)?;
         assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
@@ -110,7 +110,7 @@ impl Client {
         request.extend((len as u32).to_be_bytes());
         request.extend(data);
         let mut answer = vec![0; if command == READ { len } else { 0 }];
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(120);
         loop {
             match self.exchange(&request, &mut answer) {
                 Ok(error) => {

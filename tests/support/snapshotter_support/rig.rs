@@ -82,14 +82,18 @@ impl Rig {
         self.end(Signal::SIGTERM);
         self.start(Some(place));
         work(&self.client);
-        // What comes after the answer has its time too.
-        let _ = self.client.cleanup();
+        // What comes after the answer has its time too: the next one comes when it is done.
+        let lives = self.client.cleanup().is_ok();
         let mut daemon = self.daemon.take().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(3);
+        let limit = match lives {
+            // For what nobody waits for.
+            true => Duration::from_secs(3),
+            false => LIMIT,
+        };
+        let deadline = Instant::now() + limit;
         let died = loop {
             match daemon.0.try_wait().unwrap() {
                 Some(status) => break status.signal() == Some(Signal::SIGKILL as i32),
-                // It answered, so it lives; what it does in the background may be under way.
                 None if Instant::now() > deadline => break false,
                 None => std::thread::sleep(Duration::from_millis(10)),
             }

@@ -73,7 +73,7 @@ fn after_cuts(disk: &SimStorage, options: LayerOptions, check: impl Fn(&Chain)) 
 fn until(what: &str, mut ready: impl FnMut() -> bool) {
     let since = Instant::now();
     while !ready() {
-        assert!(since.elapsed() < Duration::from_secs(20), "never: {what}");
+        assert!(since.elapsed() < Duration::from_secs(120), "never: {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -184,7 +184,7 @@ fn a_flush_too_large_for_the_journal_waits_for_the_checkpoint_in_the_background(
             .write_at(&[value; 4096], 0, Durability::Durable)
             .unwrap();
         // The next flush would wait for a background that is held: has this one started it?
-        for _ in 0..50 {
+        for _ in 0..1000 {
             if !held.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -402,18 +402,25 @@ fn flushes_that_overlap_share_their_work() {
     let chain = Arc::new(chain);
     write(&chain, 0, 1);
     chain.flush().unwrap();
-    // Each synchronous write takes long enough for the others to queue up behind it.
-    storage.set_hook(Some(Arc::new(|kind, _: &Path| {
-        if kind == OpKind::WriteDurable {
-            std::thread::sleep(Duration::from_millis(100));
-        }
-    })));
+    // Each synchronous write takes long enough for the others to queue up behind it, the first until
+    // all of them are about to.
+    let begun = Arc::new(AtomicU64::new(0));
+    storage.set_hook(Some({
+        let begun = begun.clone();
+        Arc::new(move |kind, _: &Path| {
+            if kind == OpKind::WriteDurable {
+                until("all flush", || begun.load(Ordering::SeqCst) == 8);
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        })
+    }));
     let before = storage.counts().of(OpKind::WriteDurable);
     let threads: Vec<_> = (0..8)
         .map(|block| {
-            let chain = chain.clone();
+            let (chain, begun) = (chain.clone(), begun.clone());
             std::thread::spawn(move || {
                 write(&chain, block, 2);
+                begun.fetch_add(1, Ordering::SeqCst);
                 chain.flush().unwrap();
             })
         })
