@@ -7,12 +7,13 @@ use serde::Serialize;
 
 use super::STATE_DATA;
 use super::data::{DataFiles, layout, segment_name};
+use super::files::{remove_if_there, sync_names};
 use super::header::{HEADER_FILE, Header};
 use super::index::Index;
 use super::journal::AREA_FILES;
 use super::live::LIVE_FILE;
 use super::map_file::MAP_FILE;
-use super::recovery::{data_blocks, load_for_check, remove_if_there, sync_names};
+use super::recovery::{data_blocks, load_for_check};
 use super::sealed::{SEAL_FILE, SealedLayer, seal_in_place};
 use super::space::RESERVE_FILE;
 use vellum_base::block::BLOCK_SIZE;

@@ -4,9 +4,7 @@
 use std::sync::atomic::Ordering;
 
 use super::index::Index;
-use super::journal::Area;
 use super::map_file::{LogPlace, add_segment, net, replace_map};
-use super::map_state::Change;
 use super::shared::Shared;
 use super::space::Claim;
 use super::state_of_value;
@@ -22,15 +20,6 @@ const MUCH_MEMORY: u64 = 1 << 20;
 const CHECKPOINT_CHUNK: u64 = 1 << 19;
 
 impl Shared {
-    /// Makes an area; `None` where there is no space for it.
-    pub(super) fn make_area(&self, which: usize, len: u64) -> Result<Option<Area>> {
-        match Area::create(&*self.storage, &self.dir, which, len) {
-            Ok(area) => Ok(Some(area)),
-            Err(error) if error.kind() == ErrorKind::NoSpace => Ok(None),
-            Err(error) => Err(self.poison(&error)),
-        }
-    }
-
     /// A failure to make something durable: out of space can be tried again, all else poisons.
     pub(super) fn fatal(&self, error: Error) -> Error {
         if error.kind() == ErrorKind::NoSpace {
@@ -116,15 +105,7 @@ impl Shared {
 
     /// Replaces the file by the whole map.
     fn replace_map(&self, generation: u64, with_in_flight: bool) -> Result<(u64, LogPlace)> {
-        // What is not durable counts as changed later.
-        let changed = {
-            let map = self.map.read();
-            let mut later = map.changes.len();
-            if !with_in_flight {
-                later += map.ahead.len() + map.in_flight.len();
-            }
-            map.changed - later as u64
-        };
+        let changed = self.map.read().changed_durably(with_in_flight);
         let extents = self.durable_extents(with_in_flight);
         let count = extents.len() as u64;
         let bytes = checkpoint_len(count);
@@ -136,14 +117,15 @@ impl Shared {
         let next = replaced.map_err(|error| self.fatal(error))?;
         // Each change since makes two extents at most of one.
         self.map_extents.store(count, Ordering::Relaxed);
-        self.map_changed.store(changed, Ordering::Relaxed);
+        self.map_changed.store(changed, Ordering::Release);
         Ok((bytes, next))
     }
 
     /// Bytes that the next checkpoint takes at most, while the present one is still there.
     pub(super) fn checkpoint_room(&self) -> u64 {
-        let changed = self.map.read().changed;
-        let since = changed.saturating_sub(self.map_changed.load(Ordering::Relaxed));
+        // In this order: a checkpoint may be made meanwhile.
+        let contained = self.map_changed.load(Ordering::Acquire);
+        let since = self.map.read().changed() - contained;
         let extents = self.map_extents.load(Ordering::Relaxed) + 2 * since;
         checkpoint_len(extents.min(self.size() / BLOCK_SIZE))
     }
@@ -155,26 +137,9 @@ impl Shared {
         let mut start = 0;
         loop {
             let range = start..start + CHECKPOINT_CHUNK;
-            let (runs, undo) = {
-                let map = self.map.read();
-                if start >= map.index.end() {
-                    break;
-                }
-                let (ahead, in_flight): (&[Change], &[Change]) = if with_in_flight {
-                    (&[], &[])
-                } else {
-                    (&map.ahead, &map.in_flight)
-                };
-                let undo: Vec<Change> = ahead
-                    .iter()
-                    .chain(in_flight)
-                    .chain(&map.changes)
-                    .filter(|change| {
-                        change.start < range.end && range.start < change.start + change.len
-                    })
-                    .copied()
-                    .collect();
-                (map.index.runs(range.clone()).collect::<Vec<_>>(), undo)
+            let found = self.map.read().durable_runs(range.clone(), with_in_flight);
+            let Some((runs, undo)) = found else {
+                break;
             };
             if undo.is_empty() {
                 runs.iter()
@@ -256,10 +221,7 @@ mod tests {
         layer.write_blocks(9, &[2; 4096]).unwrap();
         layer.clear_blocks(3, 1, BlockState::Parent).unwrap();
         assert_eq!(layer.shared.durable_extents(false), flushed);
-        {
-            let map = &mut *layer.shared.map.write();
-            map.in_flight = std::mem::take(&mut map.changes);
-        }
+        let _frozen = layer.shared.map.write().freeze();
         layer.write_blocks(20, &[3; 4096]).unwrap();
         layer.write_blocks(1, &[3; 4096]).unwrap();
         // The background's checkpoint, while the record of some is being written.

@@ -1,4 +1,7 @@
-//! The map of a writable layer in memory, and how it differs from the durable one.
+//! The map of a writable layer in memory, and how it differs from the durable one: what a flush
+//! freezes, and what becomes of that.
+
+use std::ops::Range;
 
 use super::STATE_DATA;
 use super::index::{Index, ValueRun};
@@ -14,15 +17,27 @@ pub(super) struct Change {
     pub(super) new: u32,
 }
 
+/// How many blocks' bytes changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Written {
+    /// None.
+    Nothing,
+    /// So few that a record can carry them.
+    Few(usize),
+    /// More than a record would carry, or it is not known which: only a sync of the data files will
+    /// do.
+    Many,
+}
+
 /// Blocks whose bytes changed since the last flush.
 #[derive(Debug, Default)]
-pub(super) struct Dirty {
+struct Dirty {
     /// Runs in the order they were written; complete unless `many`.
-    pub(super) runs: Vec<(u64, u64)>,
-    pub(super) blocks: u64,
-    /// More than a journal record would carry: only a sync of the data file will do.
-    pub(super) many: bool,
-    /// Of those, what nobody has started on its way to the disk.
+    runs: Vec<(u64, u64)>,
+    blocks: u64,
+    /// As [`Written::Many`].
+    many: bool,
+    /// Of those, what has not been started on its way to the disk.
     waiting: u64,
 }
 
@@ -30,7 +45,7 @@ pub(super) struct Dirty {
 const WRITE_BACK_BLOCKS: u64 = 512;
 
 impl Dirty {
-    pub(super) fn add(&mut self, start: u64, len: u64, limit: u64) {
+    fn add(&mut self, start: u64, len: u64, limit: u64) {
         if self.many {
             self.waiting += len;
             return;
@@ -44,28 +59,27 @@ impl Dirty {
         }
     }
 
-    /// Something changed, and nobody knows what.
-    pub(super) fn add_unknown(&mut self) {
+    fn add_unknown(&mut self) {
         self.blocks += 1;
         self.many = true;
         self.runs = Vec::new();
     }
 
-    /// True once for every [`WRITE_BACK_BLOCKS`] of blocks that will need a sync of the data file.
-    pub(super) fn write_back_due(&mut self) -> bool {
-        let due = self.waiting >= WRITE_BACK_BLOCKS;
-        if due {
-            self.waiting = 0;
-        }
-        due
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
+    fn is_empty(&self) -> bool {
         self.blocks == 0
     }
 
+    /// How many blocks, where `few` of them are distinct.
+    fn written(&self, few: u64) -> Written {
+        match (self.is_empty(), self.many) {
+            (true, _) => Written::Nothing,
+            (false, true) => Written::Many,
+            (false, false) => Written::Few(few as usize),
+        }
+    }
+
     /// The blocks of the runs, each once, in order.
-    pub(super) fn distinct_blocks(&self) -> Vec<u64> {
+    fn distinct_blocks(&self) -> Vec<u64> {
         let mut blocks: Vec<u64> = self
             .runs
             .iter()
@@ -77,27 +91,236 @@ impl Dirty {
     }
 }
 
+/// What a flush, or a record ahead of one, is about: taken out of a [`MapState`], to which it goes
+/// back, by [`MapState::settle`] or by [`MapState::thaw`].
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Frozen {
+    dirty: Dirty,
+    /// Until they are taken, to become a record.
+    changes: Vec<Change>,
+    /// So many they are.
+    len: usize,
+    /// For a record ahead.
+    ahead: bool,
+}
+
+impl Frozen {
+    /// The changes of the map, in order.
+    pub(super) fn take_changes(&mut self) -> Vec<Change> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// The blocks whose bytes changed, in order, where they are few.
+    pub(super) fn blocks(&self) -> Vec<u64> {
+        match self.dirty.many {
+            true => Vec::new(),
+            false => self.dirty.distinct_blocks(),
+        }
+    }
+
+    /// How many blocks' bytes changed, of which `distinct` are what [`Frozen::blocks`] says.
+    pub(super) fn written(&self, distinct: usize) -> Written {
+        self.dirty.written(distinct as u64)
+    }
+}
+
 /// The map as clients see it, and how it differs from the durable one.
 #[derive(Debug, Default)]
 pub(super) struct MapState {
     /// [`STATE_DATA`] and [`super::STATE_ZERO`] by block.
-    pub(super) index: Index,
+    index: Index,
     /// Changes since the last flush began.
-    pub(super) changes: Vec<Change>,
+    changes: Vec<Change>,
     /// Changes in records that were written ahead of a flush, and are not durable yet. Older than
     /// all others here.
-    pub(super) ahead: Vec<Change>,
+    ahead: Vec<Change>,
     /// Changes that a flush is writing to the journal now.
-    pub(super) in_flight: Vec<Change>,
-    pub(super) dirty: Dirty,
-    pub(super) data_blocks: u64,
+    in_flight: Vec<Change>,
+    dirty: Dirty,
+    data_blocks: u64,
     /// Changes ever since the layer was opened.
-    pub(super) changed: u64,
-    /// Changes that are not durable, for our successor.
-    pub(super) live: Option<Live>,
+    changed: u64,
+    /// The log of changes, for our successor: of those that are not durable.
+    log: Option<Live>,
 }
 
 impl MapState {
+    /// The map of a layer that was recovered; `data_blocks` are the data blocks of `index`.
+    pub(super) fn new(index: Index, data_blocks: u64) -> Self {
+        MapState {
+            index,
+            data_blocks,
+            ..MapState::default()
+        }
+    }
+
+    /// [`STATE_DATA`] and [`super::STATE_ZERO`] by block.
+    pub(super) fn index(&self) -> &Index {
+        &self.index
+    }
+
+    pub(super) fn data_blocks(&self) -> u64 {
+        self.data_blocks
+    }
+
+    /// Changes ever since the layer was opened.
+    pub(super) fn changed(&self) -> u64 {
+        self.changed
+    }
+
+    /// The log of changes, if there is one.
+    pub(super) fn log(&self) -> Option<&Live> {
+        self.log.as_ref()
+    }
+
+    pub(super) fn log_mut(&mut self) -> Option<&mut Live> {
+        self.log.as_mut()
+    }
+
+    /// Has changes noted in `log` from now on, or nowhere.
+    pub(super) fn set_log(&mut self, log: Option<Live>) {
+        assert!(
+            log.is_some() || self.changes.is_empty(),
+            "changes that a successor would not know"
+        );
+        self.log = log;
+    }
+
+    /// Whether nothing changed since the last flush began.
+    pub(super) fn is_clean(&self) -> bool {
+        self.changes.is_empty() && self.dirty.is_empty()
+    }
+
+    /// The bytes of `len` blocks changed; a record carries `limit` of them at most.
+    pub(super) fn wrote(&mut self, start: u64, len: u64, limit: usize) {
+        self.dirty.add(start, len, limit as u64);
+        self.debug_assert_sound();
+    }
+
+    /// Bytes changed, and it is not known which.
+    pub(super) fn wrote_something(&mut self) {
+        self.dirty.add_unknown();
+    }
+
+    /// True once for every [`WRITE_BACK_BLOCKS`] of blocks that will need a sync of the data file.
+    pub(super) fn write_back_due(&mut self) -> bool {
+        let due = self.dirty.waiting >= WRITE_BACK_BLOCKS;
+        if due {
+            self.dirty.waiting = 0;
+        }
+        due
+    }
+
+    /// What [`MapState::freeze`] would freeze now, at most: map changes as a record would say them,
+    /// and blocks.
+    pub(super) fn pending(&self) -> (usize, Written) {
+        // One that lies within another parts it.
+        (
+            2 * self.changes.len(),
+            self.dirty.written(self.dirty.blocks),
+        )
+    }
+
+    /// Takes what changed so far for a flush.
+    pub(super) fn freeze(&mut self) -> Frozen {
+        assert!(self.in_flight.is_empty(), "two flushes at a time");
+        self.in_flight = std::mem::take(&mut self.changes);
+        if let Some(log) = &mut self.log {
+            log.freeze();
+        }
+        self.frozen(self.in_flight.clone(), false)
+    }
+
+    /// Takes what changed so far for a record ahead.
+    pub(super) fn freeze_ahead(&mut self) -> Frozen {
+        let changes = std::mem::take(&mut self.changes);
+        self.ahead.extend_from_slice(&changes);
+        self.frozen(changes, true)
+    }
+
+    fn frozen(&mut self, changes: Vec<Change>, ahead: bool) -> Frozen {
+        self.debug_assert_sound();
+        Frozen {
+            dirty: std::mem::take(&mut self.dirty),
+            len: changes.len(),
+            changes,
+            ahead,
+        }
+    }
+
+    /// What was frozen is neither written nor durable: the next flush has to do it.
+    pub(super) fn thaw(&mut self, frozen: Frozen) {
+        let changes = if frozen.ahead {
+            // A flush makes durable what is ahead, and none runs meanwhile.
+            assert!(self.ahead.len() >= frozen.len, "durable, and not written");
+            self.ahead.split_off(self.ahead.len() - frozen.len)
+        } else {
+            std::mem::take(&mut self.in_flight)
+        };
+        assert_eq!(changes.len(), frozen.len, "other changes than were frozen");
+        let newer = std::mem::replace(&mut self.changes, changes);
+        self.changes.extend(newer);
+        self.dirty.blocks += frozen.dirty.blocks;
+        if !frozen.dirty.is_empty() {
+            self.dirty.many = true;
+            self.dirty.runs = Vec::new();
+        }
+        self.debug_assert_sound();
+    }
+
+    /// What was frozen for a flush is durable; what was for a record ahead is written.
+    pub(super) fn settle(&mut self, frozen: Frozen) {
+        if frozen.ahead {
+            return;
+        }
+        assert_eq!(self.in_flight.len(), frozen.len, "another flush settled it");
+        self.in_flight.clear();
+        if let Some(log) = &mut self.log {
+            log.committed();
+        }
+        self.debug_assert_sound();
+    }
+
+    /// The records that were written ahead are durable.
+    pub(super) fn ahead_is_durable(&mut self) {
+        self.ahead.clear();
+    }
+
+    /// Changes that are not durable, from the oldest to the newest. `with_in_flight`: those that a
+    /// flush is about, and those ahead of it, count as durable.
+    fn not_durable(&self, with_in_flight: bool) -> impl Iterator<Item = &Change> {
+        let (ahead, in_flight): (&[Change], &[Change]) = match with_in_flight {
+            true => (&[], &[]),
+            false => (&self.ahead, &self.in_flight),
+        };
+        ahead.iter().chain(in_flight).chain(&self.changes)
+    }
+
+    /// So many of [`MapState::changed`] are durable; `with_in_flight` as there.
+    pub(super) fn changed_durably(&self, with_in_flight: bool) -> u64 {
+        let later = self.not_durable(with_in_flight).count() as u64;
+        assert!(later <= self.changed, "more changes than were made");
+        self.changed - later
+    }
+
+    /// The runs of a range, and what is to be undone in it, from the oldest to the newest, so that
+    /// it is the durable map's; `with_in_flight` as there. `None` behind the last block of the map.
+    pub(super) fn durable_runs(
+        &self,
+        range: Range<u64>,
+        with_in_flight: bool,
+    ) -> Option<(Vec<ValueRun>, Vec<Change>)> {
+        if range.start >= self.index.end() {
+            return None;
+        }
+        let touches =
+            |change: &&Change| change.start < range.end && range.start < change.start + change.len;
+        let undo = self.not_durable(with_in_flight).filter(touches);
+        let undo = undo.copied().collect();
+        Some((self.index.runs(range.clone()).collect(), undo))
+    }
+
     /// Goes on where a process of this boot died: what it told clients of holds.
     pub(super) fn take_over(&mut self, left: &[LiveChange], blocks: u64) {
         for change in left {
@@ -111,7 +334,7 @@ impl MapState {
                 self.change(there, change.len, new);
             }
         }
-        // What it wrote in place without a flush nobody knows.
+        // What it wrote in place without a flush is not known.
         self.dirty.add_unknown();
     }
 
@@ -126,6 +349,7 @@ impl MapState {
             changed += self.change_run(run, new);
             at += run.len;
         }
+        self.debug_assert_sound();
         changed
     }
 
@@ -160,5 +384,44 @@ impl MapState {
         }
         self.index.set(run.start, run.len, new);
         run.len
+    }
+
+    /// Checks what holds between any two operations, as far as that costs little.
+    ///
+    /// # Panics
+    /// Where it does not: a fault of ours.
+    fn debug_assert_sound(&self) {
+        if !cfg!(debug_assertions) {
+            return;
+        }
+        let dirty = &self.dirty;
+        assert!(!dirty.many || !dirty.is_empty(), "many blocks, and none");
+        assert!(!dirty.many || dirty.runs.is_empty(), "some of many blocks");
+        let waiting = self.ahead.len() + self.in_flight.len() + self.changes.len();
+        assert!(
+            waiting as u64 <= self.changed,
+            "more changes than were made"
+        );
+    }
+
+    /// As that, whatever it costs: it looks at the whole map.
+    ///
+    /// # Panics
+    /// Where it does not hold.
+    pub(super) fn assert_sound(&self) {
+        self.debug_assert_sound();
+        let dirty = &self.dirty;
+        let blocks: u64 = dirty.runs.iter().map(|&(_, len)| len).sum();
+        assert!(dirty.many || blocks == dirty.blocks, "blocks of no run");
+        let data = self.index.iter().filter(|run| run.value == STATE_DATA);
+        assert_eq!(data.map(|run| run.len).sum::<u64>(), self.data_blocks);
+        // What is undone is what was done: else a checkpoint would say what never was.
+        let mut index = self.index.clone();
+        let changes: Vec<_> = self.not_durable(false).collect();
+        for change in changes.into_iter().rev() {
+            let there = index.run_at(change.start, change.len);
+            assert_eq!((there.len, there.value), (change.len, change.new));
+            index.set(change.start, change.len, change.old);
+        }
     }
 }

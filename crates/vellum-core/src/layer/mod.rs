@@ -5,12 +5,11 @@
 //! * [`SealedLayer`]: everything below; never changes again, checksummed.
 //! * [`Index`]: block → value, in memory.
 
-mod ahead;
-mod areas;
 mod check;
 mod checkpoint;
 mod codec;
 mod data;
+mod files;
 mod flush;
 mod header;
 mod index;
@@ -18,6 +17,7 @@ mod journal;
 mod live;
 mod map_file;
 mod map_state;
+mod options;
 mod range_lock;
 mod recovery;
 mod sealed;
@@ -31,13 +31,14 @@ pub use check::{Finding, Repair, Severity, check_layer, fail_on_damage, repair_l
 pub use header::{FORMAT_VERSION, HEADER_FILE, Header, check_size};
 pub use index::{ABSENT, Index, Runs, ValueRun};
 pub use live::CHANGES_AT_ONCE;
+pub use options::LayerOptions;
 pub use range_lock::{RangeGuard, RangeLock};
 pub use recovery::data_blocks_on_disk;
 pub use sealed::{ScrubReport, SealedLayer, seal_in_place};
 pub use space::{RESERVE_FILE, SpaceStatus};
 pub use stats::{LayerCounters, LayerStats, LayerStatsSnapshot};
 pub use table::{DIGEST_LEN, MapExtent};
-pub use writable::{LayerOptions, WritableLayer};
+pub use writable::WritableLayer;
 
 /// The index value of a block that holds data.
 pub const STATE_DATA: u32 = 1;

@@ -4,16 +4,19 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::data::DataFiles;
+use super::files::sync_names;
 use super::header::Header;
 use super::index::Index;
 use super::journal::{
-    AREA_FILES, AreaRecords, Record, block_offset, check_record, live_payload, load_area, read_area,
+    AREA_FILES, AreaRecords, Record, check_record, has_journal, load_area, payload_to_replay,
+    read_area, remove_journal,
 };
 use super::live::{self, Left};
 use super::map_file::{LogPlace, MAP_FILE, MapFile, replace_map, sync_map};
 use super::space::{Claim, Space};
 use super::table::{MapExtent, Table, checkpoint_len, push_extent};
 use super::{STATE_DATA, state_of_value, value_of_state};
+use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
 
@@ -78,12 +81,12 @@ pub(super) fn recover(
         records = loaded.records.len(),
         "recovering a layer that was not closed"
     );
-    for (block, bytes) in live_payload(&loaded.records) {
+    for (block, bytes) in payload_to_replay(&loaded.records) {
         // What became zero or parent again later needs no space.
         // After a kill the page cache has it, or newer bytes.
         if !in_memory && loaded.index.get(block) == STATE_DATA {
             space.within(Claim::Own, bytes.len() as u64, || {
-                data.write(bytes, block_offset(block))
+                data.write(bytes, block * BLOCK_SIZE)
             })?;
         }
     }
@@ -155,7 +158,7 @@ pub(super) fn load_as_recovered(
             }
         }
     } else {
-        for (block, bytes) in live_payload(&loaded.records) {
+        for (block, bytes) in payload_to_replay(&loaded.records) {
             if loaded.index.get(block) == STATE_DATA {
                 blocks.insert(block, bytes.into());
             }
@@ -170,7 +173,7 @@ pub(super) fn load_as_recovered(
 /// The map of a sealed layer whose seal file is not there yet. Reads only.
 pub(super) fn load_map(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<Index> {
     let loaded = load(storage, dir, header)?;
-    if live_payload(&loaded.records).next().is_some() {
+    if payload_to_replay(&loaded.records).next().is_some() {
         return Err(Error::new(
             ErrorKind::Corrupt,
             format!(
@@ -257,8 +260,8 @@ fn load_areas(
     covered: u64,
 ) -> Result<Vec<AreaRecords>> {
     let mut areas = Vec::new();
-    for (which, name) in AREA_FILES.iter().enumerate() {
-        let Some(bytes) = load_area(storage, dir, which)? else {
+    for name in AREA_FILES {
+        let Some(bytes) = load_area(storage, dir, name)? else {
             continue;
         };
         let area = read_area(&bytes, header.uuid, covered)
@@ -306,21 +309,6 @@ pub(super) fn extents_of(index: &Index) -> Vec<MapExtent> {
     extents
 }
 
-/// Removes the areas; their generations are all in the checkpoint.
-pub(super) fn remove_journal(storage: &dyn Storage, dir: &Path) -> Result<()> {
-    AREA_FILES
-        .iter()
-        .try_for_each(|name| remove_if_there(storage, &dir.join(name)))
-}
-
-/// Removes a file; one that is gone is fine.
-pub(super) fn remove_if_there(storage: &dyn Storage, path: &Path) -> Result<()> {
-    match storage.remove_file(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other.context(|| format!("cannot remove {}", path.display())),
-    }
-}
-
 /// Data blocks in the map of a writable layer as it stands on disk. Reads only, so it may be called
 /// while the layer is in use, and then answers for some moment of the recent past.
 ///
@@ -337,28 +325,6 @@ pub fn data_blocks_on_disk(storage: &dyn Storage, dir: &Path) -> Result<u64> {
             loaded => return Ok(data_blocks(&loaded?.index)),
         }
     }
-}
-
-/// True when an area is there.
-pub(super) fn has_journal(storage: &dyn Storage, dir: &Path) -> Result<bool> {
-    for name in AREA_FILES {
-        let path = dir.join(name);
-        let found = storage
-            .exists(&path)
-            .context(|| format!("cannot look at {}", path.display()))?;
-        if found {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-/// Makes the names in a layer durable that another process may have left in memory only: wanted
-/// before anything else is made to depend on them.
-pub(super) fn sync_names(storage: &dyn Storage, dir: &Path) -> Result<()> {
-    storage
-        .sync_dir(dir)
-        .context(|| format!("cannot sync {}", dir.display()))
 }
 
 /// Data blocks of a layer's index.

@@ -7,14 +7,13 @@ use std::sync::mpsc;
 use sha2::{Digest, Sha256};
 
 use super::data::DataFiles;
+use super::files::{remove_if_there, sync_names};
 use super::header::Header;
 use super::index::Index;
+use super::journal::remove_journal;
 use super::live::{self, Left};
 use super::map_file::MAP_FILE;
-use super::recovery::{
-    AsRecovered, extents_of, load_as_recovered, load_map, remove_if_there, remove_journal,
-    sync_names,
-};
+use super::recovery::{AsRecovered, extents_of, load_as_recovered, load_map};
 use super::space::RESERVE_FILE;
 use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};

@@ -14,8 +14,10 @@ use super::header::{Header, check_size};
 use super::live::{self, Live, LiveChange, Noted, PoisonMark};
 use super::map_file::LogPlace;
 use super::map_state::MapState;
+use super::range_lock::RangeLock;
 use super::space::{Claim, Space};
 use super::stats::StatsHandle;
+use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::Storage;
 
@@ -50,13 +52,15 @@ pub(super) struct Shared {
     pub(super) map_extents: AtomicU64,
     pub(super) map_changed: AtomicU64,
     pub(super) stats: StatsHandle,
+    /// Held by writers of blocks, and by a flush that copies blocks.
+    pub(super) locks: RangeLock,
     /// Which sync failed.
     poison: OnceLock<String>,
     /// What a thread of ours left half done.
     fault: OnceLock<&'static str>,
     sealed: AtomicBool,
     /// There is a log of changes.
-    live: AtomicBool,
+    has_log: AtomicBool,
     /// Of that log. Apart from the map, which somebody may hold for long while a sync fails.
     poison_mark: Mutex<Option<PoisonMark>>,
     /// The log is filling: a flush makes room.
@@ -77,15 +81,16 @@ impl Shared {
             dir: dir.to_owned(),
             data,
             space,
-            live: AtomicBool::new(map.live.is_some()),
-            flush_due: AtomicBool::new(map.live.as_ref().is_some_and(Live::is_filling)),
-            poison_mark: Mutex::new(map.live.as_ref().map(Live::poison_mark)),
+            has_log: AtomicBool::new(map.log().is_some()),
+            flush_due: AtomicBool::new(map.log().is_some_and(Live::is_filling)),
+            poison_mark: Mutex::new(map.log().map(Live::poison_mark)),
             map: RwLock::new(map),
             map_place: Mutex::new(map_file.place),
             map_log: map_file.log,
             map_extents: AtomicU64::new(map_file.extents),
             map_changed: AtomicU64::new(0),
             stats,
+            locks: RangeLock::default(),
             poison: OnceLock::new(),
             fault: OnceLock::new(),
             sealed: AtomicBool::new(false),
@@ -133,7 +138,7 @@ impl Shared {
             virtual_size: size,
             ..self.header()
         };
-        self.bind_live(false)?;
+        self.bind_log(false)?;
         let written =
             header
                 .write(storage, dir)
@@ -143,7 +148,7 @@ impl Shared {
                     _ => self.poison(&error),
                 });
         // Where that fails the log goes with any header, as it has since before this one was written.
-        if let Err(error) = self.bind_live(true) {
+        if let Err(error) = self.bind_log(true) {
             tracing::warn!(%error, "the log of changes does not name the layer's header");
         }
         written?;
@@ -152,9 +157,9 @@ impl Shared {
     }
 
     /// Has the log of changes name the layer's files as they are now; see [`Live::bind`].
-    fn bind_live(&self, with_header: bool) -> Result<()> {
-        match &mut self.map.write().live {
-            Some(live) => live.bind(&*self.storage, &self.dir, &self.data, with_header),
+    fn bind_log(&self, with_header: bool) -> Result<()> {
+        match self.map.write().log_mut() {
+            Some(log) => log.bind(&*self.storage, &self.dir, &self.data, with_header),
             None => Ok(()),
         }
     }
@@ -217,29 +222,29 @@ impl Shared {
 
     /// Sees to it that there is a log of changes before anything is written: it also tells our
     /// successor that the page cache is to be trusted.
-    pub(super) fn ensure_live(&self) -> Result<()> {
-        if self.live.load(Ordering::Acquire) {
+    pub(super) fn ensure_log(&self) -> Result<()> {
+        if self.has_log.load(Ordering::Acquire) {
             return Ok(());
         }
-        self.begin_live(&mut self.map.write())
+        self.begin_log(&mut self.map.write())
     }
 
-    /// As [`Shared::ensure_live`], by whoever has the map.
-    fn begin_live(&self, map: &mut MapState) -> Result<()> {
-        if map.live.is_none() {
+    /// As [`Shared::ensure_log`], by whoever has the map.
+    fn begin_log(&self, map: &mut MapState) -> Result<()> {
+        if map.log().is_none() {
             // Everything is durable, or there would be a log.
-            let live = self.space.within(Claim::Own, 0, || {
+            let log = self.space.within(Claim::Own, 0, || {
                 Live::create(&*self.storage, &self.dir, self.uuid(), &self.data, &[])
             })?;
             self.space.top_up();
             let mut mark = self.poison_mark.lock();
-            let mark = mark.insert(live.poison_mark());
+            let mark = mark.insert(log.poison_mark());
             if self.poison.get().is_some() {
                 // A sync failed just now, and there was no log to note it in.
                 mark.set();
             }
-            map.live = Some(live);
-            self.live.store(true, Ordering::Release);
+            map.set_log(Some(log));
+            self.has_log.store(true, Ordering::Release);
         }
         Ok(())
     }
@@ -253,7 +258,7 @@ impl Shared {
         len: u64,
         what: Noted,
     ) -> Result<u64> {
-        let there = map.index.run_at(start, len);
+        let there = map.index().run_at(start, len);
         let new = what.value().unwrap_or(there.value);
         if there.value == new && there.len == len {
             return Ok(0);
@@ -264,21 +269,24 @@ impl Shared {
 
     fn note(&self, map: &mut MapState, change: LiveChange) -> Result<()> {
         // Whoever closed the layer since this request began took the log away.
-        self.begin_live(map)?;
-        if let Some(live) = &mut map.live {
-            let noted = live.append(change);
-            if live.is_filling() {
-                self.flush_due.store(true, Ordering::Relaxed);
-            }
-            noted?;
+        self.begin_log(map)?;
+        let Some(log) = map.log_mut() else {
+            return Err(Error::new(
+                ErrorKind::Io,
+                "a change without a log to note it in: a fault of Vellum's own",
+            ));
+        };
+        let noted = log.append(change);
+        if log.is_filling() {
+            self.flush_due.store(true, Ordering::Relaxed);
         }
-        Ok(())
+        noted
     }
 
     /// Notes that those blocks of a range that are data are about to be made zeros, before it is done.
     pub(super) fn note_emptied(&self, start: u64, len: u64) -> Result<()> {
         let map = &mut *self.map.write();
-        let mut runs = map.index.runs(start..start + len);
+        let mut runs = map.index().runs(start..start + len);
         if !runs.any(|run| run.value == STATE_DATA) {
             return Ok(());
         }
@@ -296,20 +304,20 @@ impl Shared {
         what: Noted,
     ) -> Result<u64> {
         self.change(map, start, len, what)
-            .inspect_err(|_| map.dirty.add_unknown())
+            .inspect_err(|_| map.wrote_something())
     }
 
     /// Ends the log where everything is durable.
-    pub(super) fn end_live(&self) {
+    pub(super) fn end_log(&self) {
         let mut map = self.map.write();
-        if map.live.is_none() || !map.changes.is_empty() || !map.dirty.is_empty() {
+        if map.log().is_none() || !map.is_clean() {
             return;
         }
         match live::remove(&*self.storage, &self.dir) {
             Ok(()) => {
-                map.live = None;
+                map.set_log(None);
                 *self.poison_mark.lock() = None;
-                self.live.store(false, Ordering::Release);
+                self.has_log.store(false, Ordering::Release);
             }
             // It says nothing that is not durable, so it does no harm where it stays.
             Err(error) => tracing::warn!(%error, "a log of changes is left"),
@@ -317,7 +325,7 @@ impl Shared {
     }
 
     pub(super) fn log_is_filling(&self) -> bool {
-        self.map.read().live.as_ref().is_some_and(Live::is_filling)
+        self.map.read().log().is_some_and(Live::is_filling)
     }
 
     pub(super) fn set_sealed(&self) {
@@ -340,28 +348,36 @@ impl Shared {
         Ok(())
     }
 
+    /// Reads whole blocks for a record, from `first` on. A writer of a block comes before or after,
+    /// never in the middle.
+    pub(super) fn copy_blocks(&self, first: u64, buf: &mut [u8]) -> Result<()> {
+        let len = buf.len() as u64 / BLOCK_SIZE;
+        let _held = self.locks.lock(first..first + len);
+        self.data.read(buf, first * BLOCK_SIZE)
+    }
+
     /// Writes a client's bytes; `grows`: they may want space. Where that fails, some of them may be
     /// there: the next flush makes whatever a client reads from then on durable.
     pub(super) fn write_data(&self, buf: &[u8], offset: u64, grows: bool) -> Result<()> {
-        self.ensure_live()?;
+        self.ensure_log()?;
         self.space
             .write(offset, buf.len() as u64, grows, || {
                 self.data.write(buf, offset)
             })
             .inspect_err(|_| {
-                self.map.write().dirty.add_unknown();
+                self.map.write().wrote_something();
             })
     }
 
     /// As [`Shared::write_data`], for a block that is zeroed in part: that gives space back, and must
     /// not fail for want of it.
     pub(super) fn write_zeroed(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.ensure_live()?;
+        self.ensure_log()?;
         let write = || self.data.write(buf, offset);
         self.space
             .within(Claim::Own, buf.len() as u64, write)
             .inspect_err(|_| {
-                self.map.write().dirty.add_unknown();
+                self.map.write().wrote_something();
             })
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use super::recovery::remove_if_there;
+use super::files::remove_if_there;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::{OpenMode, Storage, StorageFile};
 

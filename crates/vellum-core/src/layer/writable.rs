@@ -6,18 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use parking_lot::Mutex;
-
-use super::areas::Journal;
 use super::data::DataFiles;
-use super::flush::FlushQueue;
+use super::flush::Flusher;
 use super::header::Header;
 use super::index::ABSENT;
-use super::journal::MAX_AREA;
 use super::live::{self, Left, Live, Noted};
 use super::map_file::drop_map_cache;
 use super::map_state::MapState;
-use super::range_lock::{RangeGuard, RangeLock};
+use super::options::LayerOptions;
+use super::range_lock::RangeGuard;
 use super::sealed::SEAL_FILE;
 use super::shared::{MapAtOpen, Shared};
 use super::space::{Claim, Space, SpaceStatus};
@@ -30,64 +27,13 @@ use vellum_base::storage::{OpenMode, Storage};
 /// A client that flushed within this time is expected to do it again.
 const FLUSHES_WITHIN: Duration = Duration::from_secs(15);
 
-/// How a writable layer trades.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LayerOptions {
-    /// A flush with at most this many blocks of new data carries them in its journal record and
-    /// needs no sync of the data file; 0 turns that off.
-    pub journal_blocks: usize,
-    /// Bytes of a journal area when it is first made, a multiple of 4096, at most 16 MiB.
-    pub journal_start: u64,
-    /// Bytes up to which areas grow under load, a multiple of 4096, at most 16 MiB.
-    pub journal_max: u64,
-    /// Bytes by which the file `map` may grow by changes before it is written anew as a table; half
-    /// of the table where that is more.
-    pub map_log: u64,
-    /// Free a full journal area in a thread of its own, while flushes go on in the other area.
-    pub background: bool,
-}
-
-impl Default for LayerOptions {
-    fn default() -> Self {
-        LayerOptions {
-            journal_blocks: 32,
-            journal_start: 256 << 10,
-            journal_max: 8 << 20,
-            map_log: 256 << 10,
-            background: true,
-        }
-    }
-}
-
-impl LayerOptions {
-    /// The nearest that the format allows.
-    fn within_bounds(self) -> Self {
-        let bounded = |len: u64| (len / BLOCK_SIZE * BLOCK_SIZE).clamp(BLOCK_SIZE, MAX_AREA);
-        LayerOptions {
-            journal_start: bounded(self.journal_start),
-            journal_max: bounded(self.journal_max),
-            ..self
-        }
-    }
-}
-
 /// The top layer of a chain. Blocks it holds are read and written here; what it says nothing of is
 /// the chain's to resolve.
 #[derive(Debug)]
 pub struct WritableLayer {
     pub(super) shared: Arc<Shared>,
     pub(super) options: LayerOptions,
-    pub(super) journal: Mutex<Journal>,
-    pub(super) queue: FlushQueue,
-    locks: RangeLock,
-}
-
-impl Drop for WritableLayer {
-    /// Nobody may open the layer again while a thread of this one still writes to it.
-    fn drop(&mut self) {
-        // Its outcome matters to nobody any more: what it would have freed is still in the journal.
-        let _ = self.wait_for_retirement(&mut self.journal.lock());
-    }
+    pub(super) flusher: Flusher,
 }
 
 impl WritableLayer {
@@ -185,35 +131,31 @@ impl WritableLayer {
             extents,
             log: options.map_log,
         };
-        let mut map = MapState {
-            data_blocks,
-            index: recovered.index,
-            ..MapState::default()
-        };
+        let mut map = MapState::new(recovered.index, data_blocks);
         match left {
             Left::Trusted(changes) => {
                 map.take_over(&changes, header.blocks());
                 let create = || Live::create(&*storage, dir, header.uuid, &data, &changes);
-                map.live = Some(space.within(Claim::Own, 0, create)?);
+                map.set_log(Some(space.within(Claim::Own, 0, create)?));
             }
             // What clients are shown now holds: nobody may find it trustworthy after all.
             Left::Stale { .. } => live::remove(&*storage, dir)?,
             Left::Nothing => {}
         }
+        let shared = Arc::new(Shared::new(
+            storage,
+            dir,
+            header,
+            (data, space),
+            map,
+            map_file,
+            StatsHandle(counters),
+        ));
+        let options = options.within_bounds();
         Ok(Arc::new(WritableLayer {
-            shared: Arc::new(Shared::new(
-                storage,
-                dir,
-                header,
-                (data, space),
-                map,
-                map_file,
-                StatsHandle(counters),
-            )),
-            options: options.within_bounds(),
-            journal: Mutex::new(Journal::new(recovered.generation)),
-            queue: FlushQueue::default(),
-            locks: RangeLock::default(),
+            flusher: Flusher::new(shared.clone(), options, recovered.generation),
+            shared,
+            options,
         }))
     }
 
@@ -249,7 +191,7 @@ impl WritableLayer {
 
     /// Data blocks that the map holds.
     pub fn data_blocks(&self) -> u64 {
-        self.shared.map.read().data_blocks
+        self.shared.map.read().data_blocks()
     }
 
     /// Bytes that the next checkpoint of the map takes on the host at most, beside what the layer
@@ -268,7 +210,7 @@ impl WritableLayer {
 
     /// The index value at `block` and for how many blocks from there (at most `max`) it holds.
     pub fn run_at(&self, block: u64, max: u64) -> ValueRun {
-        self.shared.map.read().index.run_at(block, max)
+        self.shared.map.read().index().run_at(block, max)
     }
 
     /// Calls `each` with the runs of index values that cover a range, gaps ([`ABSENT`]) included,
@@ -277,7 +219,7 @@ impl WritableLayer {
         let map = self.shared.map.read();
         let mut at = start;
         while at < start + len {
-            let run = map.index.run_at(at, start + len - at);
+            let run = map.index().run_at(at, start + len - at);
             at += run.len;
             each(run);
         }
@@ -298,6 +240,85 @@ impl WritableLayer {
     /// [`ErrorKind::Poisoned`] after a failed sync.
     pub fn check_poison(&self) -> Result<()> {
         self.shared.check_poison()
+    }
+
+    /// Makes every write that completed before the call durable. Flushes that overlap coalesce.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] when neither the journal nor the map has room: nothing flushed
+    /// earlier is harmed, and the flush may be tried again. So it may where a block cannot be read
+    /// back. Any other failure poisons the layer.
+    pub fn flush(&self) -> Result<()> {
+        self.flusher.flush()
+    }
+
+    /// To be told of each write after it was answered: true where a flush is likely to come next,
+    /// and [`WritableLayer::flush_ahead`] worth its while.
+    pub fn expects_flush(&self) -> bool {
+        self.flusher.expects_flush()
+    }
+
+    /// Writes down in the journal what the next flush would, where that needs neither a sync of
+    /// data nor room to be made, and no flush runs just now. Makes nothing durable; what fails here
+    /// the next flush meets again.
+    pub fn flush_ahead(&self) {
+        self.flusher.flush_ahead();
+    }
+
+    /// Makes the first area of the journal before a flush wants it. Where there is no space it is
+    /// left to that flush.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn prepare_journal(&self) -> Result<()> {
+        self.flusher.prepare_journal()
+    }
+
+    /// Flushes, checkpoints and removes the journal, so that the next open has nothing to recover.
+    /// The layer can still be used.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn close(&self) -> Result<()> {
+        self.flusher.close()
+    }
+
+    /// Does ahead of [`WritableLayer::seal`] what it would have to do first: makes durable what was
+    /// written until now, so that no block lives in the journal alone, and waits for the journal's
+    /// thread. The layer can be used meanwhile and afterwards.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn prepare_seal(&self) -> Result<()> {
+        self.flusher.prepare_seal()
+    }
+
+    /// Makes the layer sealed: durable and never to change again. Takes about as long as a flush,
+    /// whatever the layer holds. The caller sees to it that no writes come any more.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn seal(&self) -> Result<()> {
+        self.flusher.seal()
+    }
+
+    /// Makes the layer `size` bytes large, durably; it may be in use. What it gains reads as
+    /// zeros. One that is as large already stays as it is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a size that cannot be; where the host refuses, the layer is
+    /// as before.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        self.flusher.grow(size)
+    }
+
+    /// Checks what holds of the layer in memory between any two requests, whatever that costs: for
+    /// tests and simulators.
+    ///
+    /// # Panics
+    /// Where it does not hold, which is a fault of Vellum's own.
+    pub fn assert_sound(&self) {
+        self.flusher.assert_sound();
     }
 
     /// Flushes where so much changed that the log of changes is filling. To be called before blocks
@@ -352,7 +373,7 @@ impl WritableLayer {
 
     /// Waits for writers of the same blocks; every call below that changes blocks wants it held.
     pub fn lock_blocks(&self, start: u64, len: u64) -> RangeGuard<'_> {
-        self.locks.lock(start..start + len)
+        self.shared.locks.lock(start..start + len)
     }
 
     /// Reads bytes of blocks that are [`STATE_DATA`].
@@ -393,12 +414,11 @@ impl WritableLayer {
         let mut map = self.shared.map.write();
         let written = Noted::Becomes(STATE_DATA);
         let allocated = self.shared.become_data(&mut map, start, len, written)?;
-        map.dirty
-            .add(start, len, self.options.journal_blocks as u64);
-        let due = map.dirty.write_back_due();
+        map.wrote(start, len, self.options.journal_blocks);
+        let due = map.write_back_due();
         drop(map);
         // A client that does not flush gains nothing by it.
-        if due && self.options.background && self.queue.flushed_within(FLUSHES_WITHIN) {
+        if due && self.options.background && self.flusher.flushed_within(FLUSHES_WITHIN) {
             self.shared.data.start_writing_back();
         }
         Ok(allocated)
@@ -411,12 +431,8 @@ impl WritableLayer {
     pub fn write_within(&self, offset: u64, buf: &[u8]) -> Result<()> {
         self.shared.check_writable()?;
         self.shared.write_data(buf, offset, false)?;
-        let limit = self.options.journal_blocks as u64;
-        self.shared
-            .map
-            .write()
-            .dirty
-            .add(offset / BLOCK_SIZE, 1, limit);
+        let limit = self.options.journal_blocks;
+        self.shared.map.write().wrote(offset / BLOCK_SIZE, 1, limit);
         Ok(())
     }
 
@@ -432,7 +448,7 @@ impl WritableLayer {
                 data.push(run);
             }
         });
-        self.shared.ensure_live()?;
+        self.shared.ensure_log()?;
         self.shared.change(
             &mut self.shared.map.write(),
             start,
@@ -464,7 +480,7 @@ impl WritableLayer {
     /// [`ErrorKind::NoSpace`] may leave some of the blocks zero; none keeps its old bytes.
     pub fn allocate_zeroed(&self, start: u64, len: u64) -> Result<()> {
         self.shared.check_writable()?;
-        self.shared.ensure_live()?;
+        self.shared.ensure_log()?;
         self.shared.note_emptied(start, len)?;
         let allocate = || {
             let (offset, len) = (start * BLOCK_SIZE, len * BLOCK_SIZE);
@@ -474,13 +490,12 @@ impl WritableLayer {
             .space
             .write(start * BLOCK_SIZE, len * BLOCK_SIZE, true, allocate)
             .inspect_err(|_| {
-                self.shared.map.write().dirty.add_unknown();
+                self.shared.map.write().wrote_something();
             })?;
         let mut map = self.shared.map.write();
         self.shared
             .become_data(&mut map, start, len, Noted::Reserved)?;
-        map.dirty
-            .add(start, len, self.options.journal_blocks as u64);
+        map.wrote(start, len, self.options.journal_blocks);
         Ok(())
     }
 
@@ -494,14 +509,14 @@ impl WritableLayer {
 
     /// The state of one block.
     pub fn state(&self, block: u64) -> BlockState {
-        state_of_value(self.shared.map.read().index.get(block))
+        state_of_value(self.shared.map.read().index().get(block))
     }
 
     /// True when the map says nothing at all: a fresh layer.
     pub fn is_untouched(&self) -> bool {
         let map = self.shared.map.read();
-        map.index
-            .runs(0..map.index.end())
+        map.index()
+            .runs(0..map.index().end())
             .all(|run| run.value == ABSENT)
     }
 }

@@ -15,7 +15,7 @@ const FEW_WRITES: u32 = 4;
 
 /// Where the flushes of a layer stand.
 #[derive(Debug, Default)]
-pub(in crate::layer) struct FlushQueue {
+pub(super) struct FlushQueue {
     state: Mutex<State>,
     /// A leader ended.
     ended: Condvar,
@@ -99,7 +99,7 @@ impl FlushQueue {
     }
 
     /// Leads something that is no flush and covers no client; `None` where there is a leader.
-    pub(in crate::layer) fn lead_if_idle<'a>(&'a self, shared: &'a Shared) -> Option<Leading<'a>> {
+    pub(super) fn lead_if_idle<'a>(&'a self, shared: &'a Shared) -> Option<Leading<'a>> {
         let mut state = self.state.lock();
         if std::mem::replace(&mut state.running, true) {
             return None;
@@ -126,12 +126,12 @@ impl FlushQueue {
     }
 
     /// A client wrote: true where it can be expected to flush soon.
-    pub(in crate::layer) fn wrote(&self) -> bool {
+    pub(super) fn wrote(&self) -> bool {
         self.state.lock().pace.wrote()
     }
 
     /// Whether a client asked for a flush within this time.
-    pub(in crate::layer) fn flushed_within(&self, time: Duration) -> bool {
+    pub(super) fn flushed_within(&self, time: Duration) -> bool {
         let last = self.state.lock().last;
         last.is_some_and(|last| last.elapsed() < time)
     }
@@ -143,7 +143,7 @@ impl FlushQueue {
 /// durable nor among what a later flush would freeze, so no later flush may succeed: the layer stops,
 /// and the clients that wait are told.
 #[must_use]
-pub(in crate::layer) struct Leading<'a> {
+pub(super) struct Leading<'a> {
     queue: &'a FlushQueue,
     shared: &'a Shared,
     /// Of the flush; `None` where it is none.
@@ -254,11 +254,8 @@ mod tests {
         std::thread::scope(|scope| {
             let dying = &*dying;
             let leader = scope.spawn(move || {
-                dying.lead(|layer, _| {
-                    {
-                        let map = &mut *layer.shared.map.write();
-                        map.in_flight = std::mem::take(&mut map.changes);
-                    }
+                dying.flusher.lead(|_| {
+                    let _frozen = dying.shared.map.write().freeze();
                     leads.send(()).unwrap();
                     waited.recv().unwrap();
                     std::panic::resume_unwind(Box::new("injected"));

@@ -1,15 +1,13 @@
-//! Records of the journal and the areas that hold them. format.md, section 3.2.
-
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+//! Records of the journal: their bytes, and the records of an area as recovery finds them. format.md,
+//! section 3.2.
 
 use uuid::Uuid;
 
-use super::codec::{Reader, Writer};
-use super::table::{MapExtent, push_extent, state_code, state_of_code};
-use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
-use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::storage::{OpenMode, Storage, StorageFile};
+use crate::layer::codec::{Reader, Writer};
+use crate::layer::options::MAX_AREA;
+use crate::layer::table::{MapExtent, state_code, state_of_code};
+use vellum_base::block::BLOCK_LEN;
+use vellum_base::error::{Error, ErrorKind, Result};
 
 const MAGIC: &[u8; 8] = b"VELLUMJR";
 const VERSION: u32 = 1;
@@ -19,23 +17,14 @@ const DURABLE_AT: usize = 72;
 const CHANGE_LEN: usize = 16;
 const FLAG_BARRIER: u32 = 1;
 /// Records begin and end at multiples of this, so that each is one direct write.
-const ALIGN: usize = 4096;
+pub(super) const ALIGN: usize = 4096;
 
 /// The largest record: a bound for what a reader allocates.
-const MAX_RECORD: usize = 16 << 20;
-
-/// The largest area that is made, so that no record in it is larger than a reader takes.
-pub(super) const MAX_AREA: u64 = MAX_RECORD as u64;
-
-/// The largest area that is read.
-const MAX_AREA_READ: u64 = 2 * MAX_AREA;
-
-/// The names of the two areas.
-pub(super) const AREA_FILES: [&str; 2] = ["journal.0", "journal.1"];
+const MAX_RECORD: usize = MAX_AREA as usize;
 
 /// A buffer that begins at a multiple of [`ALIGN`] in memory, for direct writes.
 #[derive(Debug, Default)]
-pub(super) struct AlignedBuf {
+pub(in crate::layer) struct AlignedBuf {
     bytes: Vec<u8>,
     start: usize,
     len: usize,
@@ -48,47 +37,44 @@ impl AlignedBuf {
         if self.bytes.len() < room {
             self.bytes = vec![0; room];
         }
-        self.start = self.bytes.as_ptr().align_offset(ALIGN).min(ALIGN);
+        self.start = self.bytes.as_ptr().align_offset(ALIGN);
         self.len = len;
+        assert!(self.start < ALIGN, "a buffer that cannot be aligned");
     }
 
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`reset` makes room for `len` bytes behind `start`"
+    )]
     pub(super) fn as_slice(&self) -> &[u8] {
-        self.bytes
-            .get(self.start..self.start + self.len)
-            .unwrap_or_default()
+        &self.bytes[self.start..self.start + self.len]
     }
 
+    #[expect(clippy::indexing_slicing, reason = "as for `as_slice`")]
     fn as_mut_slice(&mut self) -> &mut [u8] {
-        self.bytes
-            .get_mut(self.start..self.start + self.len)
-            .unwrap_or_default()
+        &mut self.bytes[self.start..self.start + self.len]
     }
 }
 
 /// A record without its place in the journal.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub(super) struct RecordBody {
+pub(in crate::layer) struct RecordBody {
     /// Older records' blocks are synced: replay must leave them out.
-    pub(super) barrier: bool,
+    pub(in crate::layer) barrier: bool,
     /// Map changes in order; [`BlockState::Parent`] too.
-    pub(super) changes: Vec<MapExtent>,
+    pub(in crate::layer) changes: Vec<MapExtent>,
     /// Numbers of the blocks whose bytes the record carries.
-    pub(super) blocks: Vec<u64>,
+    pub(in crate::layer) blocks: Vec<u64>,
 }
 
 impl RecordBody {
-    /// Adds a change of `len` blocks.
-    pub(super) fn push_change(&mut self, start: u64, len: u64, state: BlockState) {
-        push_extent(&mut self.changes, start, len, state);
-    }
-
     /// Where the bytes of the blocks begin in a record of so many changes and blocks.
     fn head_of(changes: usize, blocks: usize) -> usize {
         (HEADER_LEN + changes * CHANGE_LEN + blocks * 8).next_multiple_of(ALIGN)
     }
 
     /// Bytes that a record of so many changes and blocks takes in an area.
-    pub(super) fn len_of(changes: usize, blocks: usize) -> usize {
+    pub(in crate::layer) fn len_of(changes: usize, blocks: usize) -> usize {
         Self::head_of(changes, blocks) + blocks * BLOCK_LEN
     }
 
@@ -97,24 +83,24 @@ impl RecordBody {
     }
 
     /// Bytes that the record takes in an area.
-    pub(super) fn encoded_len(&self) -> usize {
+    pub(in crate::layer) fn encoded_len(&self) -> usize {
         Self::len_of(self.changes.len(), self.blocks.len())
     }
 }
 
 /// Where a record stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct RecordPlace {
-    pub(super) generation: u64,
-    pub(super) sequence: u64,
+pub(in crate::layer) struct RecordPlace {
+    pub(in crate::layer) generation: u64,
+    pub(in crate::layer) sequence: u64,
     /// Number of records of the generation before.
-    pub(super) records_before: u64,
+    pub(in crate::layer) records_before: u64,
     /// Number of records of this generation that were durable before this one was written.
-    pub(super) durable: u64,
+    pub(in crate::layer) durable: u64,
 }
 
 /// Writes a record into `buf`; `fill` reads its blocks, those that lie next to each other at once.
-pub(super) fn encode_record(
+pub(in crate::layer) fn encode_record(
     buf: &mut AlignedBuf,
     uuid: Uuid,
     place: RecordPlace,
@@ -149,32 +135,33 @@ pub(super) fn encode_record(
     front.copy_from_slice(&head);
     let mut rest = payload;
     for run in body.blocks.chunk_by(|block, next| block + 1 == *next) {
-        let len = run.len() * BLOCK_LEN;
-        let (Some(&first), Some((bytes, behind))) = (run.first(), rest.split_at_mut_checked(len))
-        else {
-            break;
-        };
-        fill(first, bytes)?;
+        let (bytes, behind) = rest.split_at_mut(run.len() * BLOCK_LEN);
+        if let [first, ..] = *run {
+            fill(first, bytes)?;
+        }
         rest = behind;
     }
+    assert!(rest.is_empty(), "a record with room for other blocks");
     let crc = crc32fast::hash(buf.as_slice());
-    if let Some(field) = buf.as_mut_slice().get_mut(CRC_AT..CRC_AT + 4) {
-        field.copy_from_slice(&crc.to_le_bytes());
-    }
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "a record is longer than its header"
+    )]
+    buf.as_mut_slice()[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
     Ok(())
 }
 
 /// A record as it was read.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Record {
-    pub(super) place: RecordPlace,
-    pub(super) body: RecordBody,
+pub(in crate::layer) struct Record {
+    pub(in crate::layer) place: RecordPlace,
+    pub(in crate::layer) body: RecordBody,
     /// The bytes of `body.blocks`, one after the other.
-    pub(super) payload: Vec<u8>,
+    pub(in crate::layer) payload: Vec<u8>,
 }
 
 /// Reads the record at the front of `bytes`: `None` where there is no valid one.
-pub(super) fn decode_record(bytes: &[u8], uuid: Uuid) -> Option<Record> {
+pub(in crate::layer) fn decode_record(bytes: &[u8], uuid: Uuid) -> Option<Record> {
     if bytes.get(..8)? != MAGIC {
         return None;
     }
@@ -207,9 +194,12 @@ pub(super) fn decode_record(bytes: &[u8], uuid: Uuid) -> Option<Record> {
             return Ok(None);
         }
         let mut hasher = crc32fast::Hasher::new();
-        hasher.update(record.get(..CRC_AT).unwrap_or_default());
+        let (Some(before), Some(behind)) = (record.get(..CRC_AT), record.get(CRC_AT + 4..)) else {
+            return Ok(None);
+        };
+        hasher.update(before);
         hasher.update(&[0; 4]);
-        hasher.update(record.get(CRC_AT + 4..).unwrap_or_default());
+        hasher.update(behind);
         if hasher.finalize() != crc {
             return Ok(None);
         }
@@ -230,11 +220,11 @@ pub(super) fn decode_record(bytes: &[u8], uuid: Uuid) -> Option<Record> {
         if body.encoded_len() != len {
             return Ok(None);
         }
-        let payload = record.get(body.blocks_at()..).unwrap_or_default().to_vec();
-        Ok(Some(Record {
+        let payload = record.get(body.blocks_at()..);
+        Ok(payload.map(|payload| Record {
             place,
             body,
-            payload,
+            payload: payload.to_vec(),
         }))
     };
     read().ok().flatten()
@@ -242,9 +232,9 @@ pub(super) fn decode_record(bytes: &[u8], uuid: Uuid) -> Option<Record> {
 
 /// The records of one area, as recovery finds them.
 #[derive(Debug)]
-pub(super) struct AreaRecords {
-    pub(super) generation: u64,
-    pub(super) records: Vec<Record>,
+pub(in crate::layer) struct AreaRecords {
+    pub(in crate::layer) generation: u64,
+    pub(in crate::layer) records: Vec<Record>,
 }
 
 /// Reads an area: `None` where it holds no generation after `covered`, the one that the checkpoint
@@ -253,10 +243,14 @@ pub(super) struct AreaRecords {
 /// # Errors
 /// [`ErrorKind::Corrupt`] where a record is damaged that was durable once, as a record behind it
 /// says: a crash can tear only those that no sync had covered.
-pub(super) fn read_area(bytes: &[u8], uuid: Uuid, covered: u64) -> Result<Option<AreaRecords>> {
+pub(in crate::layer) fn read_area(
+    bytes: &[u8],
+    uuid: Uuid,
+    covered: u64,
+) -> Result<Option<AreaRecords>> {
     let mut records: Vec<Record> = Vec::new();
     let mut at = 0;
-    while let Some(record) = decode_record(bytes.get(at..).unwrap_or_default(), uuid) {
+    while let Some(record) = bytes.get(at..).and_then(|rest| decode_record(rest, uuid)) {
         let generation = records
             .first()
             .map_or(record.place.generation, |r| r.place.generation);
@@ -295,7 +289,7 @@ pub(super) fn read_area(bytes: &[u8], uuid: Uuid, covered: u64) -> Result<Option
 }
 
 /// Checks that a record's blocks and changes lie within `blocks`.
-pub(super) fn check_record(record: &Record, blocks: u64) -> Result<()> {
+pub(in crate::layer) fn check_record(record: &Record, blocks: u64) -> Result<()> {
     let changes_fit = record.body.changes.iter().all(|change| {
         change.len > 0
             && change
@@ -312,91 +306,10 @@ pub(super) fn check_record(record: &Record, blocks: u64) -> Result<()> {
     ))
 }
 
-/// One of the two files that hold generations.
-#[derive(Debug)]
-pub(super) struct Area {
-    path: PathBuf,
-    file: Arc<dyn StorageFile>,
-    len: u64,
-}
-
-impl Area {
-    /// Makes an area of `len` bytes: filled with zeros, synced, durable under its name. An older
-    /// file of that name is replaced.
-    pub(super) fn create(
-        storage: &dyn Storage,
-        dir: &Path,
-        which: usize,
-        len: u64,
-    ) -> Result<Self> {
-        let path = dir.join(AREA_FILES.get(which).copied().unwrap_or_default());
-        let make = || -> std::io::Result<Arc<dyn StorageFile>> {
-            let file = storage.open(&path, OpenMode::Create)?;
-            // The old records go first: were they to stay, some could survive behind the zeros.
-            file.set_len(0)?;
-            let zeros = vec![0; 64 << 10];
-            let mut at = 0;
-            while at < len {
-                let piece = (len - at).min(zeros.len() as u64);
-                file.write_at(zeros.get(..piece as usize).unwrap_or_default(), at)?;
-                at += piece;
-            }
-            file.sync()?;
-            storage.sync_dir(dir)?;
-            Ok(file)
-        };
-        let file = make()
-            .inspect_err(|_| {
-                // What space it took others need now; that it fails changes nothing.
-                let _ = storage.remove_file(&path);
-            })
-            .context(|| format!("cannot make the journal {} of {len} bytes", path.display()))?;
-        Ok(Area { path, file, len })
-    }
-
-    /// Bytes that records can take.
-    pub(super) fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Writes a record at `offset`, durable on return.
-    pub(super) fn write(&self, record: &AlignedBuf, offset: u64) -> Result<()> {
-        self.file
-            .write_durable(record.as_slice(), offset)
-            .context(|| format!("writing the journal {}", self.path.display()))
-    }
-
-    /// Writes a record at `offset`, durable after [`Area::sync`].
-    pub(super) fn write_unsynced(&self, record: &AlignedBuf, offset: u64) -> Result<()> {
-        self.file
-            .write_direct(record.as_slice(), offset)
-            .context(|| format!("writing the journal {}", self.path.display()))
-    }
-
-    /// Makes all records durable.
-    pub(super) fn sync(&self) -> Result<()> {
-        self.file
-            .sync_data()
-            .context(|| format!("syncing the journal {}", self.path.display()))
-    }
-}
-
-/// The bytes of an area for recovery; `None` where there is no such file.
-pub(super) fn load_area(
-    storage: &dyn Storage,
-    dir: &Path,
-    which: usize,
-) -> Result<Option<Vec<u8>>> {
-    let path = dir.join(AREA_FILES.get(which).copied().unwrap_or_default());
-    match storage.read_all(&path, MAX_AREA_READ) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io(format!("cannot read {}", path.display()), error)),
-    }
-}
-
 /// Blocks that a generation's records carry and replay must write: those from the last barrier on.
-pub(super) fn live_payload(records: &[Record]) -> impl Iterator<Item = (u64, &[u8])> {
+pub(in crate::layer) fn payload_to_replay(
+    records: &[Record],
+) -> impl Iterator<Item = (u64, &[u8])> {
     let from = records
         .iter()
         .rposition(|record| record.body.barrier)
@@ -411,16 +324,20 @@ pub(super) fn live_payload(records: &[Record]) -> impl Iterator<Item = (u64, &[u
     })
 }
 
-/// The byte at which a block begins.
-pub(super) fn block_offset(block: u64) -> u64 {
-    block * BLOCK_SIZE
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vellum_base::block::BlockState;
 
     const UUID: Uuid = Uuid::from_u128(5);
+
+    fn data(start: u64, len: u32) -> MapExtent {
+        MapExtent {
+            start,
+            len,
+            state: BlockState::Data,
+        }
+    }
 
     fn record(generation: u64, sequence: u64, blocks: &[u64], barrier: bool) -> Vec<u8> {
         let mut body = RecordBody {
@@ -428,7 +345,7 @@ mod tests {
             blocks: blocks.to_vec(),
             ..Default::default()
         };
-        body.push_change(sequence * 10, 3, BlockState::Data);
+        body.changes.push(data(sequence * 10, 3));
         let mut buf = AlignedBuf::default();
         let place = RecordPlace {
             generation,
@@ -474,7 +391,7 @@ mod tests {
             blocks: vec![3, 4, 5, 9, 11, 12],
             ..Default::default()
         };
-        body.push_change(3, 3, BlockState::Data);
+        body.changes.push(data(3, 3));
         let place = RecordPlace {
             generation: 1,
             sequence: 0,
@@ -563,9 +480,9 @@ mod tests {
             record(1, 2, &[3], false),
         ]);
         let found = read_area(&bytes, UUID, 0).unwrap().unwrap();
-        let live: Vec<u64> = live_payload(&found.records)
+        let replayed: Vec<u64> = payload_to_replay(&found.records)
             .map(|(block, _)| block)
             .collect();
-        assert_eq!(live, [2, 3]);
+        assert_eq!(replayed, [2, 3]);
     }
 }

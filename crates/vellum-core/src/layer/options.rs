@@ -1,0 +1,48 @@
+//! How a writable layer trades space, syncs and memory.
+
+use vellum_base::block::BLOCK_SIZE;
+
+/// The largest area of the journal that is made, so that no record in it is larger than a reader
+/// takes.
+pub(super) const MAX_AREA: u64 = 16 << 20;
+
+/// How a writable layer trades.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerOptions {
+    /// A flush with at most this many blocks of new data carries them in its journal record and
+    /// needs no sync of the data file; 0 turns that off.
+    pub journal_blocks: usize,
+    /// Bytes of a journal area when it is first made, a multiple of 4096, at most 16 MiB.
+    pub journal_start: u64,
+    /// Bytes up to which areas grow under load, a multiple of 4096, at most 16 MiB.
+    pub journal_max: u64,
+    /// Bytes by which the file `map` may grow by changes before it is written anew as a table; half
+    /// of the table where that is more.
+    pub map_log: u64,
+    /// Free a full journal area in a thread of its own, while flushes go on in the other area.
+    pub background: bool,
+}
+
+impl Default for LayerOptions {
+    fn default() -> Self {
+        LayerOptions {
+            journal_blocks: 32,
+            journal_start: 256 << 10,
+            journal_max: 8 << 20,
+            map_log: 256 << 10,
+            background: true,
+        }
+    }
+}
+
+impl LayerOptions {
+    /// The nearest that the format allows.
+    pub(super) fn within_bounds(self) -> Self {
+        let bounded = |len: u64| (len / BLOCK_SIZE * BLOCK_SIZE).clamp(BLOCK_SIZE, MAX_AREA);
+        LayerOptions {
+            journal_start: bounded(self.journal_start),
+            journal_max: bounded(self.journal_max),
+            ..self
+        }
+    }
+}
