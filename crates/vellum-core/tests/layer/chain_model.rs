@@ -177,6 +177,7 @@ impl Fixture {
                 }
             }
         }
+        self.chain().top().unwrap().assert_sound();
     }
 
     fn check(&mut self) {

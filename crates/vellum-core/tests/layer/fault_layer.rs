@@ -132,7 +132,16 @@ impl Rig {
         Ok(())
     }
 
+    /// Does one operation. Whatever becomes of it, the layer in memory is sound.
     fn step(&mut self, op: Op) -> vellum_base::Result<()> {
+        let outcome = self.try_step(op);
+        if let Some(top) = self.chain.as_ref().and_then(Chain::top) {
+            top.assert_sound();
+        }
+        outcome
+    }
+
+    fn try_step(&mut self, op: Op) -> vellum_base::Result<()> {
         if let Some(change) = op.change(&mut self.tag) {
             self.change(&change)?;
         }

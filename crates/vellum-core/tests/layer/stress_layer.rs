@@ -334,6 +334,7 @@ fn threads_on_their_own_blocks_and_on_shared_ones_read_what_they_wrote_and_lose_
                     }
                     if rng.chance(1, 10) {
                         chain.flush().unwrap();
+                        chain.top().unwrap().assert_sound();
                     }
                     let at = rng.below(own as u64);
                     let mut bytes = vec![0; BLOCK_SIZE as usize];

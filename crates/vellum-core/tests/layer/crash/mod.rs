@@ -362,6 +362,9 @@ impl Run {
                 self.go_on_after(|disk| disk.remount(seed, kept));
             }
         }
+        if let Some(top) = self.chain.as_ref().and_then(Chain::top) {
+            top.assert_sound();
+        }
         self.world.lock().failure.is_none()
     }
 
