@@ -9,13 +9,22 @@ use nix::sys::signal::{SigSet, Signal};
 
 use super::Context;
 use vellum_base::error::{Error, Result, ResultExt};
+use vellum_base::{crash_point, fault};
 use vellum_engine::serve::export;
 use vellum_export::nbd::{
     ClientCertificates, Server, ServerConfig, SocketFile, TlsConfig, bind_tcp, bind_unix,
 };
 
+/// What is said after a panic, whose own message comes before it.
+const FAULT: &str = "vellum: this is a fault of Vellum's own, and the server ends: nothing that was \
+    acknowledged is lost. Start it again, and please report the lines above";
+
 /// Arguments of `nbd`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Exit status: 0 after SIGTERM, SIGINT or SIGHUP; 1 after a failure; killed by SIGABRT (134 in a shell) after a \
+fault of Vellum's own. Clients that reconnect lose nothing that was acknowledged once it is started again, \
+by hand or by systemd (Restart=on-failure).")]
 pub(super) struct Args {
     /// Containers (writable) and images (read-only); each is an export of its name
     #[arg(required = true)]
@@ -45,6 +54,8 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
+    crash_point::arm()?;
+    fault::abort_on_panic(FAULT);
     let store = context.store()?;
     let signals = block_signals()?;
     let server = Arc::new(Server::new(config(args)?)?);

@@ -4,6 +4,7 @@
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,15 +22,19 @@ struct Server {
 
 impl Server {
     fn start(store: &TestStore, names: &[&str]) -> Server {
+        Server::started(store, names, |_| {})
+    }
+
+    fn started(store: &TestStore, names: &[&str], with: impl FnOnce(&mut Command)) -> Server {
         let socket = store.path("nbd.sock");
-        let child = store
-            .command()
+        let mut command = store.command();
+        command
             .args(["-q", "nbd"])
             .args(names)
             .arg("--socket")
-            .arg(&socket)
-            .spawn()
-            .unwrap();
+            .arg(&socket);
+        with(&mut command);
+        let child = command.spawn().unwrap();
         let server = Server {
             process: Running(child),
             socket,
@@ -113,6 +118,53 @@ fn a_restarted_server_shows_every_write_zero_and_discard_that_the_killed_one_ack
     let server = Server::start(&store, &["c"]);
     assert_same(&client.content(SIZE), &expected, "after a check");
     drop(server);
+}
+
+/// Without that the client whose flush it was, and those that wait for the same flush, would wait for
+/// ever, and nothing would start the server again.
+#[test]
+fn a_panic_ends_the_server_with_advice_and_the_next_one_has_all_that_was_acknowledged() {
+    const SIZE: usize = 64 * KIB * KIB;
+    let store = store_with_container();
+    let log = store.path("nbd.log");
+    let mut server = Server::started(&store, &["c"], |command| {
+        command
+            .env(vellum_base::crash_point::PANIC_VARIABLE, "nbd: flush:2")
+            // For a core file, where the host writes those.
+            .current_dir(store.path("."))
+            .stderr(std::fs::File::create(&log).unwrap());
+    });
+    let mut client = Client::new(&server.socket, "c");
+    let mut other = Client::new(&server.socket, "c");
+    let mut expected = client.content(SIZE);
+    client.write(0, 64 * KIB, 1);
+    client.request(FLUSH, 0, 0, 0, &[]);
+    client.write(128 * KIB, 64 * KIB, 2);
+    other.write(512 * KIB, 4 * KIB, 3);
+    expected[..64 * KIB].fill(1);
+    expected[128 * KIB..192 * KIB].fill(2);
+    expected[512 * KIB..516 * KIB].fill(3);
+    let (client, other, expected) = std::thread::scope(|scope| {
+        // Answered by the next server.
+        let flush = scope.spawn(|| {
+            client.request(FLUSH, 0, 0, 0, &[]);
+            client
+        });
+        let status = server.process.0.wait().unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGABRT), "{status}");
+        let said = std::fs::read_to_string(&log).unwrap();
+        let place = said.find("VELLUM_PANIC_AT").expect(&said);
+        let advice = said.find("Start it again").expect(&said);
+        assert!(place < advice && said.contains("report"), "{said}");
+        server = Server::start(&store, &["c"]);
+        (flush.join().unwrap(), other, expected)
+    });
+    for (mut client, who) in [(client, "the one that flushed"), (other, "the other")] {
+        assert_same(&client.content(SIZE), &expected, who);
+        assert!(client.reconnects >= 1, "{who}");
+    }
+    server.kill();
+    store.ok(&["check", "--scrub"]);
 }
 
 /// Several clients write, flush and use FUA while the server is killed and started again; none of

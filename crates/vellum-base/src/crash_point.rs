@@ -1,11 +1,14 @@
-//! Places where a test has this process die, as if it had been killed there.
+//! Places where a test has this process die, as if it had been killed there, or panic.
 //!
-//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`]; the process that called [`arm`] sends
-//! itself SIGKILL when it comes by for the first, or the third, time. Builds without debug assertions contain nothing of it, and processes
-//! that never call [`arm`], such as device servers, come to no harm.
+//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`] or [`SERVING`]; the process that called
+//! [`arm`] sends itself SIGKILL when it comes by for the first, or the third, time. With
+//! `VELLUM_PANIC_AT` it panics there. Builds without debug assertions contain nothing of it, and
+//! processes that never call [`arm`], such as device servers, come to no harm.
 
-/// The variable that names the place.
+/// The variable that names the place of a death.
 pub const VARIABLE: &str = "VELLUM_CRASH_AT";
+/// The variable that names the place of a panic.
+pub const PANIC_VARIABLE: &str = "VELLUM_PANIC_AT";
 
 /// Every place, in the order in which a snapshot comes by them.
 pub const ALL: [&str; 36] = [
@@ -47,44 +50,72 @@ pub const ALL: [&str; 36] = [
     "storage: file written aside",
 ];
 
-#[cfg(debug_assertions)]
-static ARMED: std::sync::OnceLock<(String, std::sync::atomic::AtomicU64)> =
-    std::sync::OnceLock::new();
+/// Every place in a server of clients.
+pub const SERVING: [&str; 1] = ["nbd: flush"];
 
-/// Reads the variable.
+#[cfg(debug_assertions)]
+struct Armed {
+    name: String,
+    /// Visits that are left.
+    left: std::sync::atomic::AtomicU64,
+    panics: bool,
+}
+
+#[cfg(debug_assertions)]
+static ARMED: std::sync::OnceLock<Armed> = std::sync::OnceLock::new();
+
+/// Reads the variables; [`VARIABLE`] comes first.
 ///
 /// # Errors
-/// [`crate::ErrorKind::InvalidInput`] for a name that is not in [`ALL`].
+/// [`crate::ErrorKind::InvalidInput`] for a name that is neither in [`ALL`] nor in [`SERVING`].
 pub fn arm() -> crate::Result<()> {
     #[cfg(debug_assertions)]
-    if let Ok(text) = std::env::var(VARIABLE) {
+    for (variable, panics) in [(VARIABLE, false), (PANIC_VARIABLE, true)] {
+        let Ok(text) = std::env::var(variable) else {
+            continue;
+        };
         let (name, time) = match text.rsplit_once(':') {
             Some((name, time)) if time.parse::<u64>().is_ok() => (name, time.parse().ok()),
             _ => (text.as_str(), Some(1)),
         };
-        if !ALL.contains(&name) {
+        if !is_place(name) {
             return Err(crate::Error::new(
                 crate::ErrorKind::InvalidInput,
-                format!("{VARIABLE}={text:?}: there is no such place"),
+                format!("{variable}={text:?}: there is no such place"),
             ));
         }
-        let time = std::sync::atomic::AtomicU64::new(time.unwrap_or(1));
         // A second call changes nothing.
-        let _ = ARMED.set((name.to_owned(), time));
+        let _ = ARMED.set(Armed {
+            name: name.to_owned(),
+            left: std::sync::atomic::AtomicU64::new(time.unwrap_or(1)),
+            panics,
+        });
     }
     Ok(())
 }
 
-/// Dies here, if that is where this process shall.
+#[cfg(debug_assertions)]
+fn is_place(name: &str) -> bool {
+    ALL.contains(&name) || SERVING.contains(&name)
+}
+
+/// Dies or panics here, if that is where this process shall.
 #[inline]
+#[cfg_attr(
+    debug_assertions,
+    expect(clippy::panic, reason = "a test asked for it, by name")
+)]
 pub fn here(name: &'static str) {
     #[cfg(debug_assertions)]
     {
-        debug_assert!(ALL.contains(&name), "{name:?} is not listed");
-        if let Some((armed, time)) = ARMED.get()
-            && armed == name
-            && time.fetch_sub(1, std::sync::atomic::Ordering::SeqCst) == 1
+        debug_assert!(is_place(name), "{name:?} is not listed");
+        if let Some(armed) = ARMED.get()
+            && armed.name == name
+            && armed.left.fetch_sub(1, std::sync::atomic::Ordering::SeqCst) == 1
         {
+            if armed.panics {
+                panic!("{PANIC_VARIABLE}={name:?}");
+            }
             let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
         }
     }

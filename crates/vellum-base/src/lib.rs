@@ -10,10 +10,12 @@
 //! * [`size`]: sizes as people type them.
 //! * [`memory`]: what a process keeps of the memory it needed once.
 //! * [`crash_point`]: where tests have a process die.
+//! * [`fault`]: what a process that serves does after a fault of its own.
 
 pub mod block;
 pub mod crash_point;
 pub mod error;
+pub mod fault;
 pub mod inherit;
 pub mod interrupt;
 pub mod memory;

@@ -35,6 +35,7 @@ use crate::fuse::server::{Ended, Server};
 use crate::fuse::session::{self, Features};
 use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::fault;
 use vellum_base::storage::{listen_for_waits, note_waits_in};
 use vellum_fs::held_dir::HeldDir;
 
@@ -594,11 +595,10 @@ fn prepare_process() -> Result<()> {
     // blocked read returns.
     unsafe { sigaction(Signal::SIGUSR1, &action) }.context(|| "a signal handler")?;
     // A thread that panics must not leave a device that is half served.
-    let default = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        default(info);
-        std::process::abort();
-    }));
+    fault::abort_on_panic(
+        "this is a fault of Vellum's own: the worker ends, and its successor goes on without loss; \
+         please report the lines above",
+    );
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use super::handshake::Negotiated;
 use super::protocol::{self as wire, Command, Errno, Request, chunk, command_flag as flag};
 use vellum_base::block::{BlockDevice, Durability, Extent, ExtentKind, ZeroMode};
+use vellum_base::crash_point;
 use vellum_base::error::{Error, Result};
 
 /// The longest run of bytes that a structured read sends in one chunk, where the client lets it:
@@ -260,7 +261,10 @@ impl Session {
                     None => return Ok(Outcome::WantsRoom),
                 }
             }
-            Command::Flush => self.device.flush().map_err(Refusal::from),
+            Command::Flush => {
+                crash_point::here("nbd: flush");
+                self.device.flush().map_err(Refusal::from)
+            }
             Command::Trim => self
                 .device
                 .discard(offset, len.into())
