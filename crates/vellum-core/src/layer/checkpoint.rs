@@ -37,14 +37,14 @@ impl Shared {
     }
 
     /// Makes the records of generation `full` and before unnecessary. `changes` are what they said
-    /// since the last checkpoint, `None` where nobody knows.
+    /// since the last checkpoint, `None` where they are not known.
     pub(super) fn retire(&self, full: u64, changes: Option<Vec<MapExtent>>) -> Result<()> {
         self.sync_data()?;
         self.checkpoint(full, false, changes)
     }
 
     /// Writes a checkpoint that contains generation `generation`. `changes` are those since the last
-    /// one, durable all of them or with their data; `None` where nobody knows them.
+    /// one, durable all of them or with their data; `None` where they are not known.
     pub(super) fn checkpoint(
         &self,
         generation: u64,

@@ -279,10 +279,7 @@ fn load_areas(
     let mut before: Option<u64> = None;
     for area in &areas {
         next += 1;
-        let stated = area
-            .records
-            .first()
-            .map_or(0, |record| record.place.records_before);
+        let stated = area.records_before;
         if area.generation != next || before.is_some_and(|count| count != stated) {
             return Err(Error::new(
                 ErrorKind::Corrupt,

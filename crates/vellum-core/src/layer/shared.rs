@@ -42,8 +42,8 @@ pub(super) struct Shared {
     pub(super) data: DataFiles,
     pub(super) space: Space,
     pub(super) map: RwLock<MapState>,
-    /// Where the next checkpoint adds to the file `map`; `None`: it replaces the file. Held by
-    /// whoever writes one.
+    /// Where the next checkpoint adds to the file `map`; `None`: it replaces the file. Held while
+    /// one is written.
     pub(super) map_place: Mutex<Option<LogPlace>>,
     /// Bytes by which the file may always grow.
     pub(super) map_log: u64,
@@ -61,7 +61,7 @@ pub(super) struct Shared {
     sealed: AtomicBool,
     /// There is a log of changes.
     has_log: AtomicBool,
-    /// Of that log. Apart from the map, which somebody may hold for long while a sync fails.
+    /// Of that log. Apart from the map, which a writer may hold for long while a sync fails.
     poison_mark: Mutex<Option<PoisonMark>>,
     /// The log is filling: a flush makes room.
     pub(super) flush_due: AtomicBool,
@@ -229,7 +229,7 @@ impl Shared {
         self.begin_log(&mut self.map.write())
     }
 
-    /// As [`Shared::ensure_log`], by whoever has the map.
+    /// As [`Shared::ensure_log`], with the map locked.
     fn begin_log(&self, map: &mut MapState) -> Result<()> {
         if map.log().is_none() {
             // Everything is durable, or there would be a log.
@@ -268,12 +268,11 @@ impl Shared {
     }
 
     fn note(&self, map: &mut MapState, change: LiveChange) -> Result<()> {
-        // Whoever closed the layer since this request began took the log away.
+        // A thread that closed the layer since this request began took the log away.
         self.begin_log(map)?;
         let Some(log) = map.log_mut() else {
-            return Err(Error::new(
-                ErrorKind::Io,
-                "a change without a log to note it in: a fault of Vellum's own",
+            return Err(Error::internal(
+                "a log of changes that was just made is gone",
             ));
         };
         let noted = log.append(change);
@@ -336,7 +335,7 @@ impl Shared {
         self.sealed.load(Ordering::Acquire)
     }
 
-    /// For whoever still holds the layer after it was sealed.
+    /// For a request to a layer that may have been sealed since it was opened.
     pub(super) fn check_writable(&self) -> Result<()> {
         self.check_poison()?;
         if self.is_sealed() {

@@ -68,7 +68,7 @@ impl WritableLayer {
 
     /// Opens a writable layer and recovers it where it was not closed.
     ///
-    /// The caller makes sure that nobody else has it open.
+    /// The caller makes sure that no other process or thread has it open.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a sealed layer, [`ErrorKind::Corrupt`] or
@@ -138,7 +138,7 @@ impl WritableLayer {
                 let create = || Live::create(&*storage, dir, header.uuid, &data, &changes);
                 map.set_log(Some(space.within(Claim::Own, 0, create)?));
             }
-            // What clients are shown now holds: nobody may find it trustworthy after all.
+            // What clients are shown now holds: no successor may find it trustworthy after all.
             Left::Stale { .. } => live::remove(&*storage, dir)?,
             Left::Nothing => {}
         }
@@ -338,7 +338,7 @@ impl WritableLayer {
         if result.is_ok() && self.shared.log_is_filling() {
             result = self.flush();
         }
-        // It is still due, whoever comes next.
+        // It is still due, for the next request.
         result.inspect_err(|_| self.shared.flush_due.store(true, Ordering::Relaxed))
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::layer::shared::Shared;
-use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::error::{Error, Result};
 use vellum_base::storage::about_to_wait;
 
 /// A client that writes more often than this between two flushes gains nothing by a record ahead:
@@ -40,8 +40,7 @@ struct State {
 #[derive(Debug)]
 struct Failed {
     number: u64,
-    kind: ErrorKind,
-    why: String,
+    error: Error,
 }
 
 /// What becomes of a client that asks for a flush.
@@ -69,9 +68,7 @@ impl FlushQueue {
             return Turn::Lead(self.begin(state, shared));
         }
         Turn::Covered(match &state.failed {
-            Some(failed) if failed.number >= mine => {
-                Err(Error::new(failed.kind, failed.why.clone()))
-            }
+            Some(failed) if failed.number >= mine => Err(failed.error.clone()),
             _ => Ok(()),
         })
     }
@@ -112,14 +109,16 @@ impl FlushQueue {
         })
     }
 
-    fn end(&self, number: Option<u64>, failure: Option<(ErrorKind, String)>) {
+    fn end(&self, number: Option<u64>, failure: Option<Error>) {
         let mut state = self.state.lock();
+        assert!(state.running, "a leader that another took for none");
         state.running = false;
+        // What is no flush covers no client.
         if let Some(number) = number {
             state.done = number;
-            if let Some((kind, why)) = failure {
-                state.failed = Some(Failed { number, kind, why });
-            }
+            state.failed = failure
+                .map(|error| Failed { number, error })
+                .or(state.failed.take());
         }
         drop(state);
         self.ended.notify_all();
@@ -154,10 +153,8 @@ pub(super) struct Leading<'a> {
 impl Leading<'_> {
     /// Hands the right on and tells the clients that waited.
     pub(super) fn end(mut self, outcome: Result<()>) -> Result<()> {
-        let failure = outcome.as_ref().err();
-        let failure = failure.map(|error| (error.kind(), error.to_string()));
         self.ended = true;
-        self.queue.end(self.number, failure);
+        self.queue.end(self.number, outcome.as_ref().err().cloned());
         outcome
     }
 }
@@ -168,8 +165,7 @@ impl Drop for Leading<'_> {
             return;
         }
         let error = self.shared.stop("a flush panicked");
-        self.queue
-            .end(self.number, Some((error.kind(), error.to_string())));
+        self.queue.end(self.number, Some(error));
     }
 }
 
@@ -213,6 +209,7 @@ mod tests {
 
     use super::*;
     use crate::layer::{Header, LayerOptions, WritableLayer};
+    use vellum_base::error::ErrorKind;
     use vellum_base::storage::SimStorage;
 
     fn pace(writes: &[u32]) -> Pace {

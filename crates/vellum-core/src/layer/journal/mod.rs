@@ -5,6 +5,7 @@
 
 mod area;
 mod record;
+mod unsaved;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -15,6 +16,7 @@ use self::record::{ALIGN, AlignedBuf, RecordPlace, encode_record};
 pub(super) use self::record::{
     AreaRecords, Record, RecordBody, check_record, payload_to_replay, read_area,
 };
+use self::unsaved::Unsaved;
 use super::options::LayerOptions;
 use super::shared::Shared;
 use super::space::Claim;
@@ -24,40 +26,6 @@ use vellum_base::error::{Error, ErrorKind, Result};
 
 /// How much longer an area is than the one before it, while they fill.
 const GROWTH: u64 = 4;
-
-/// More changes than these (2 MiB) are not kept for the next checkpoint, which then replaces the map:
-/// 512 MiB were written with them at least.
-const MOST_UNSAVED: usize = 128 << 10;
-/// So many are made room for at once: doubling would take up to twice what is needed.
-const ROOM: usize = 16 << 10;
-
-/// Map changes in records that no checkpoint contains yet, in order.
-#[derive(Debug, Default)]
-struct Unsaved {
-    changes: Vec<MapExtent>,
-    too_many: bool,
-}
-
-impl Unsaved {
-    /// A record holds these.
-    fn add(&mut self, changes: &[MapExtent]) {
-        self.too_many |= self.changes.len() + changes.len() > MOST_UNSAVED;
-        if self.too_many {
-            self.changes = Vec::new();
-        } else {
-            if self.changes.capacity() - self.changes.len() < changes.len() {
-                self.changes.reserve_exact(changes.len().max(ROOM));
-            }
-            self.changes.extend_from_slice(changes);
-        }
-    }
-
-    /// Those so far, for a checkpoint; `None` where they were too many to be kept.
-    fn take(&mut self) -> Option<Vec<MapExtent>> {
-        let taken = std::mem::take(self);
-        (!taken.too_many).then_some(taken.changes)
-    }
-}
 
 /// Whether the disk is known to hold what the journal says it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,7 +132,7 @@ pub(super) struct Journal {
 }
 
 impl Drop for Journal {
-    /// Whoever opens the layer next must not meet a thread that still writes to it.
+    /// The next process to open the layer must not meet a thread that still writes to it.
     fn drop(&mut self) {
         // Its outcome does not matter any more: what it would have freed is still in the journal.
         let _ = self.finish_retiring();
@@ -271,7 +239,7 @@ impl Journal {
     /// [`ErrorKind::NoSpace`]: the record may be there all the same, whole or torn, so the standing is
     /// unknown. Any other failure to write poisons.
     pub(super) fn append(&mut self, body: &RecordBody, when: When) -> Result<()> {
-        assert_eq!(self.standing, Standing::Sound, "a record behind a doubt");
+        assert_eq!(self.standing, Standing::Sound, "a record behind a failure");
         assert!(
             when == When::Ahead || !self.has_unsynced(),
             "a durable record behind one that is not"
@@ -313,10 +281,7 @@ impl Journal {
         let written = match (&self.current.area, when) {
             (Some(area), When::Durable) => area.write(record, self.position),
             (Some(area), When::Ahead) => area.write_unsynced(record, self.position),
-            (None, _) => Err(Error::new(
-                ErrorKind::Io,
-                "a record was to be written before there was an area for it: a fault of Vellum's own",
-            )),
+            (None, _) => Err(Error::internal("a record was written before its area")),
         };
         written.map_err(|error| {
             // It may be there all the same, whole or torn.
@@ -473,12 +438,8 @@ impl Journal {
         if !retiring.is_finished() {
             self.shared.stats.journal_waits.add(1);
         }
-        let outcome = retiring.join().unwrap_or_else(|_| {
-            Err(Error::new(
-                ErrorKind::Io,
-                "the checkpoint thread ended unexpectedly",
-            ))
-        });
+        let panicked = |_| Err(Error::internal("the thread that frees areas panicked"));
+        let outcome = retiring.join().unwrap_or_else(panicked);
         match outcome {
             Ok(made) => {
                 self.other.carries = false;

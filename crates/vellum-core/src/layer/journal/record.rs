@@ -234,6 +234,9 @@ pub(in crate::layer) fn decode_record(bytes: &[u8], uuid: Uuid) -> Option<Record
 #[derive(Debug)]
 pub(in crate::layer) struct AreaRecords {
     pub(in crate::layer) generation: u64,
+    /// Number of records of the generation before, as the first record says.
+    pub(in crate::layer) records_before: u64,
+    /// At least one.
     pub(in crate::layer) records: Vec<Record>,
 }
 
@@ -260,10 +263,11 @@ pub(in crate::layer) fn read_area(
         at += record.body.encoded_len();
         records.push(record);
     }
-    let generation = match records.first() {
-        Some(first) if first.place.generation > covered => first.place.generation,
+    let first = match records.first() {
+        Some(first) if first.place.generation > covered => first.place,
         _ => return Ok(None),
     };
+    let generation = first.generation;
     let next = records.len() as u64;
     let mut behind = at;
     while let Some(rest) = bytes.get(behind..).filter(|rest| !rest.is_empty()) {
@@ -284,6 +288,7 @@ pub(in crate::layer) fn read_area(
     }
     Ok(Some(AreaRecords {
         generation,
+        records_before: first.records_before,
         records,
     }))
 }
