@@ -15,6 +15,8 @@ mod crash_grow;
 mod crash_layer;
 mod fault_cost;
 mod fault_layer;
+mod format_page;
+mod golden;
 mod hostile_layer;
 mod live_layer;
 mod stress_layer;

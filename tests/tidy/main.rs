@@ -1,0 +1,16 @@
+//! The project says the same thing everywhere: the arrows between crates, the tests and commands
+//! that docs name, the links, and the rule that no mistake of ours becomes silence. Functions of more
+//! than 70 lines are clippy's to find (`clippy.toml`).
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+mod arrows;
+mod pages;
+mod silence;
+mod tree;
