@@ -12,5 +12,4 @@
 
 mod arrows;
 mod pages;
-mod silence;
 mod tree;
