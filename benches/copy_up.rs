@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability};
 use vellum_base::storage::{FileStorage, Storage};
 use vellum_core::chain::{Chain, ChainSpec, open_chain};
 use vellum_core::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
@@ -82,7 +82,7 @@ fn parent(storage: &dyn Storage, root: &Path) -> (PathBuf, uuid::Uuid) {
         .expect("an open layer");
     for block in (0..DEVICE / BLOCK_SIZE).step_by(256) {
         layer
-            .write_blocks(block, &[0x5a; 1 << 20])
+            .write_blocks(Block::new(block), &[0x5a; 1 << 20])
             .expect("a write");
     }
     layer.seal().expect("a seal");

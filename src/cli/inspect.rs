@@ -103,7 +103,7 @@ fn describe(store: &Store, layer: Uuid) -> Result<Value> {
         "directory": dir.display().to_string(),
         "info": store.layer_info(layer)?,
         "digest": digest,
-        "data_blocks": sealed.as_ref().map(SealedLayer::data_blocks),
+        "data_blocks": sealed.as_ref().map(|sealed| sealed.data_blocks().get()),
         "allocated_bytes": allocated,
     }))
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use crate::common::TestStore;
-use vellum_base::block::{BLOCK_SIZE, BlockDevice};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Span};
 use vellum_base::storage::{FaultStorage, FileStorage, OpKind, SimStorage, Storage};
 use vellum_core::chain::{ChainSpec, open_chain};
 use vellum_core::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
@@ -98,9 +98,10 @@ fn a_chain_of_a_thousand_layers_opens_and_reads_each() {
         WritableLayer::create(&*storage, &path, &headers[number]).unwrap();
         let layer = WritableLayer::open(storage.clone(), &path, LayerOptions::default()).unwrap();
         {
-            let _lock = layer.lock_blocks(number as u64, 1);
+            let at = Block::new(number as u64);
+            let _lock = layer.lock_blocks(Span::of(at));
             let block = [number as u8; 4096];
-            layer.write_blocks(number as u64, &block).unwrap();
+            layer.write_blocks(at, &block).unwrap();
         }
         layer.seal().unwrap();
         drop(layer);

@@ -14,7 +14,6 @@ use super::mount::{mounted, refuse_halted, take_over};
 use super::stats::encode;
 use super::template;
 use super::temporary::{TemporaryMount, is_clean};
-use vellum_base::block::BLOCK_SIZE;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
@@ -104,7 +103,7 @@ pub fn commit(
     let storage = &**store.storage();
     let dir = store.layer_dir(layer);
     seal_in_place(storage, &dir, |_| {})?;
-    let bytes = SealedLayer::open(storage, &dir)?.data_blocks() * BLOCK_SIZE;
+    let bytes = SealedLayer::open(storage, &dir)?.data_blocks().bytes();
     let mut info = store.layer_info(layer)?;
     info.origin = format!("vellum commit {name}");
     info.bytes = bytes;

@@ -2,6 +2,7 @@
 //! layers alone.
 
 use std::ffi::OsString;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::import::forget_ext4_journal;
-use vellum_base::block::BlockDevice;
+use vellum_base::block::{Block, BlockDevice, Offset};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::chain::{
     Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, STATS_LEN, Source, look_at_chain,
@@ -275,15 +276,15 @@ impl MapPart {
     /// As [`Chain::sources`].
     pub(super) fn new(chain: &Chain, ask: &AskMap) -> Result<Self> {
         let depth = chain.base().depth() as u64;
-        let runs = chain.sources(ask.start, ask.max.min(MAX_RUNS));
+        let runs = chain.sources(Block::new(ask.start), ask.max.min(MAX_RUNS));
         let runs = runs.into_iter().map(|run| {
-            let code = match run.source {
+            let code = match run.value {
                 Source::Hole => HOLE,
                 Source::Zero => ZERO,
                 Source::Sealed(number) => i64::from(number),
                 Source::Top => depth as i64,
             };
-            (run.len, code)
+            (run.len().get(), code)
         });
         Ok(MapPart {
             depth,
@@ -350,7 +351,9 @@ impl OpenChain {
             }
             // Without an ext4 there is nothing to favour.
             if let Ok(superblock) = chain.uncounted(|chain| Superblock::read(chain)) {
-                top.favour(superblock.journal);
+                let journal = superblock.journal.into_iter();
+                let bytes = |range: Range<u64>| Offset::new(range.start)..Offset::new(range.end);
+                top.favour(journal.map(bytes).collect());
             }
         }
         OpenChain {
@@ -444,7 +447,7 @@ impl OpenChain {
         forget_ext4_journal(self)?;
         let sealed = self.chain.seal_last()?;
         Ok(Sealed {
-            blocks: sealed.data_blocks(),
+            blocks: sealed.data_blocks().get(),
         })
     }
 
@@ -460,7 +463,7 @@ impl OpenChain {
     pub fn stats(&self) -> DeviceStats {
         let top = self.chain.top();
         DeviceStats {
-            top_blocks: top.as_ref().map_or(0, |top| top.data_blocks()),
+            top_blocks: top.as_ref().map_or(0, |top| top.data_blocks().get()),
             depth: self.chain.base().depth() as u64,
             virtual_size: self.chain.size(),
             space: top.as_ref().map(|top| top.space()).unwrap_or_default(),

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::device::{OpenChain, Target};
 use super::temporary::TemporaryMount;
 use super::{raw, template};
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, BlockState, MAX_VIRTUAL_SIZE};
+use vellum_base::block::{BLOCK_SIZE, BlockDevice, BlockState, MAX_VIRTUAL_SIZE, Offset, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{LayerOptions, WritableLayer, seal_in_place};
 use vellum_fs::ext4;
@@ -373,7 +373,7 @@ impl Importer<'_> {
             .chain()
             .top()
             .ok_or_else(|| Error::internal("a layer that is being made has no top"))?;
-        let bytes = layer.data_blocks() * BLOCK_SIZE;
+        let bytes = layer.data_blocks().bytes();
         drop(open);
         let info = LayerInfo {
             origin,
@@ -469,7 +469,7 @@ impl Importer<'_> {
                 progress(bytes);
             }
         })?;
-        let bytes = layer.data_blocks() * BLOCK_SIZE;
+        let bytes = layer.data_blocks().bytes();
         let info = LayerInfo {
             origin: file_origin(&raw_image.path),
             ..LayerInfo::default()
@@ -559,11 +559,12 @@ pub(super) fn forget_ext4_journal(open: &OpenChain) -> Result<()> {
         return Ok(());
     };
     for range in superblock.journal {
-        let start = range.start.div_ceil(BLOCK_SIZE);
-        let end = (range.end / BLOCK_SIZE).min(chain.size() / BLOCK_SIZE);
+        let start = Offset::new(range.start).block_from();
+        let end = Offset::new(range.end.min(chain.size())).block();
         if start < end {
-            let _lock = top.lock_blocks(start, end - start);
-            top.clear_blocks(start, end - start, BlockState::Parent)?;
+            let whole = Span::between(start, end);
+            let _lock = top.lock_blocks(whole);
+            top.clear_blocks(whole, BlockState::Parent)?;
         }
     }
     Ok(())
@@ -576,7 +577,7 @@ pub(super) fn finish_layer(
     mut info: LayerInfo,
     pin: &StoreGuard,
 ) -> Result<Uuid> {
-    info.bytes = layer.data_blocks() * BLOCK_SIZE;
+    info.bytes = layer.data_blocks().bytes();
     let storage = layer.storage_handle();
     layer.seal()?;
     drop(layer);

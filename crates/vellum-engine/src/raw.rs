@@ -7,7 +7,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
-use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE};
+use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, Blocks, Offset, Span, part};
 use vellum_base::error::{Result, ResultExt};
 use vellum_core::layer::WritableLayer;
 
@@ -40,7 +40,7 @@ pub fn copy_in(
             let real = (len - at).min(want as u64) as usize;
             file.read_exact_at(chunk.split_at_mut(real).0, at)
                 .context(what)?;
-            write_nonzero(layer, chunk, at / BLOCK_SIZE)?;
+            write_nonzero(layer, chunk, Offset::new(at).block())?;
             at += want as u64;
         }
         let now = at.min(len);
@@ -68,8 +68,7 @@ fn next_data(file: &File, at: u64, len: u64) -> std::io::Result<Option<(u64, u64
 }
 
 /// Writes the runs of blocks that are not zero.
-#[expect(clippy::indexing_slicing, reason = "`copy_in` reads whole blocks")]
-fn write_nonzero(layer: &WritableLayer, bytes: &[u8], first: u64) -> Result<()> {
+fn write_nonzero(layer: &WritableLayer, bytes: &[u8], first: Block) -> Result<()> {
     let is_zero = |block: &[u8]| block.iter().all(|&byte| byte == 0);
     let mut from = 0;
     let mut blocks = bytes.chunks(BLOCK_LEN).enumerate().peekable();
@@ -80,9 +79,10 @@ fn write_nonzero(layer: &WritableLayer, bytes: &[u8], first: u64) -> Result<()> 
         }
         // The run ends with the buffer or before a zero block.
         if blocks.peek().is_none_or(|(_, next)| is_zero(next)) {
-            let run = &bytes[from * BLOCK_LEN..(index + 1) * BLOCK_LEN];
-            let _lock = layer.lock_blocks(first + from as u64, (index + 1 - from) as u64);
-            layer.write_blocks(first + from as u64, run)?;
+            let run = part(bytes, from * BLOCK_LEN, (index + 1 - from) * BLOCK_LEN);
+            let start = first + Blocks::new(from as u64);
+            let _lock = layer.lock_blocks(Span::of_buffer(start, run));
+            layer.write_blocks(start, run)?;
         }
     }
     Ok(())

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::device::{DeviceStats, STATS};
 use super::mount::mounted;
-use vellum_base::block::BLOCK_SIZE;
+use vellum_base::block::{BLOCK_SIZE, Blocks};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::chain::{LatencySnapshot, Sample};
 use vellum_core::layer::{SpaceStatus, data_blocks_on_disk};
@@ -479,7 +479,9 @@ fn assemble(
         .collect();
     let held = match &device {
         Some(device) => Some(device.top_blocks),
-        None => data_blocks_on_disk(&**store.storage(), &store.layer_dir(top)).ok(),
+        None => data_blocks_on_disk(&**store.storage(), &store.layer_dir(top))
+            .ok()
+            .map(Blocks::get),
     };
     layers.push(LayerUse {
         number: layers.len(),

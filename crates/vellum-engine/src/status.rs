@@ -8,7 +8,7 @@ use super::mount::{Mounted, mounted};
 use super::run::{Activity, activity};
 use super::serving::{Serving, serving};
 use super::stats::{Space, device_stats, space};
-use vellum_base::block::BLOCK_SIZE;
+use vellum_base::block::{BLOCK_SIZE, Blocks};
 use vellum_base::error::Result;
 use vellum_core::layer::data_blocks_on_disk;
 use vellum_export::device::{self, DeviceStatus, Identity, Status};
@@ -210,7 +210,7 @@ fn sizes(known: &Known<'_>, record: &ContainerRecord) -> (Option<u64>, Option<u6
             let dir = store.layer_dir(resolved.top);
             data_blocks_on_disk(&**store.storage(), &dir)
                 .ok()
-                .map(|blocks| blocks * BLOCK_SIZE)
+                .map(Blocks::bytes)
         }),
     };
     let below = known.bytes_of(&record.layers);
@@ -312,11 +312,11 @@ fn snapshot_size(store: &Store, record: &SnapshotRecord) -> Option<u64> {
     {
         return Some(stats.top_blocks * BLOCK_SIZE);
     }
-    let mut blocks = 0;
+    let mut blocks = Blocks::NONE;
     for layer in &record.layers {
         blocks += data_blocks_on_disk(&**store.storage(), &store.layer_dir(*layer)).ok()?;
     }
-    Some(blocks * BLOCK_SIZE)
+    Some(blocks.bytes())
 }
 
 /// The counters of a snapshot's device server.

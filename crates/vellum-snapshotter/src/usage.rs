@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::Snapshotter;
 use super::operations::{Result, request};
-use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE};
+use vellum_base::block::{BLOCK_LEN, Block, Blocks};
 use vellum_core::layer::{SealedLayer, data_blocks_on_disk};
 use vellum_fs::superblock::Superblock;
 use vellum_store::{SnapshotKind, SnapshotRecord};
@@ -64,10 +64,10 @@ impl Snapshotter {
             (SnapshotKind::Active, Some(layers)) => layers,
         };
         let top_blocks = match top_blocks {
-            Some(blocks) => blocks,
+            Some(blocks) => Blocks::new(blocks),
             None => data_blocks_on_disk(&**self.store.storage(), &self.store.layer_dir(*top))?,
         };
-        Ok(top_blocks * BLOCK_SIZE + self.sealed_bytes(below)?)
+        Ok(top_blocks.bytes() + self.sealed_bytes(below)?)
     }
 
     /// Bytes of data in sealed layers.
@@ -76,7 +76,7 @@ impl Snapshotter {
         for layer in layers {
             let dir = self.store.layer_dir(*layer);
             let sealed = SealedLayer::open(&**self.store.storage(), &dir)?;
-            bytes += sealed.data_blocks() * BLOCK_SIZE;
+            bytes += sealed.data_blocks().bytes();
         }
         Ok(bytes)
     }
@@ -87,7 +87,7 @@ impl Snapshotter {
         let dir = self.store.layer_dir(layer);
         let sealed = SealedLayer::open(&**self.store.storage(), &dir)?;
         let mut block = vec![0; BLOCK_LEN];
-        sealed.read_blocks(&mut block, 0)?;
+        sealed.read_blocks(&mut block, Block::FIRST)?;
         Superblock::parse(&block[1024..2048])
             .map(|superblock| superblock.inodes_used)
             .map_err(|error| error.context(dir.display()))

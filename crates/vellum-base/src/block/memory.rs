@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use parking_lot::RwLock;
 
 use super::{
-    BLOCK_LEN, BLOCK_SIZE, BlockDevice, Durability, Extent, ExtentKind, ZeroMode, check_range,
+    BLOCK_LEN, BLOCK_SIZE, Block, BlockDevice, Durability, Extent, ExtentKind, Offset, ZeroMode,
+    check_range, in_memory, part, part_mut,
 };
 use crate::error::{Error, ErrorKind, Result};
 
@@ -14,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct MemoryDevice {
     size: u64,
     read_only: bool,
-    blocks: RwLock<BTreeMap<u64, Box<[u8; BLOCK_LEN]>>>,
+    blocks: RwLock<BTreeMap<Block, Box<[u8; BLOCK_LEN]>>>,
 }
 
 impl MemoryDevice {
@@ -41,19 +42,28 @@ impl MemoryDevice {
     }
 }
 
-/// Splits a byte range into (block, first byte within it, length) pieces.
-fn pieces(offset: u64, len: u64) -> impl Iterator<Item = (u64, usize, usize)> {
-    let end = offset + len;
-    let mut at = offset;
+/// Bytes within one block.
+#[derive(Clone, Copy)]
+struct Piece {
+    block: Block,
+    /// The first of them in the block.
+    within: usize,
+    len: usize,
+}
+
+/// Splits a byte range at the borders of blocks.
+fn pieces(offset: u64, len: u64) -> impl Iterator<Item = Piece> {
+    let end = Offset::new(offset) + len;
+    let mut at = Offset::new(offset);
     std::iter::from_fn(move || {
         if at >= end {
             return None;
         }
-        let within = at % BLOCK_SIZE;
-        let piece = (BLOCK_SIZE - within).min(end - at);
-        let item = (at / BLOCK_SIZE, within as usize, piece as usize);
-        at += piece;
-        Some(item)
+        let within = at.within_block();
+        let len = (BLOCK_LEN - within).min(in_memory(end - at));
+        let block = at.block();
+        at = at + len as u64;
+        Some(Piece { block, within, len })
     })
 }
 
@@ -70,14 +80,11 @@ impl BlockDevice for MemoryDevice {
         check_range(offset, buf.len() as u64, self.size)?;
         let blocks = self.blocks.read();
         let mut rest = buf;
-        for (block, within, len) in pieces(offset, rest.len() as u64) {
-            let (piece, tail) = rest.split_at_mut(len);
+        for at in pieces(offset, rest.len() as u64) {
+            let (piece, tail) = rest.split_at_mut(at.len);
             rest = tail;
-            match blocks
-                .get(&block)
-                .and_then(|data| data.get(within..within + len))
-            {
-                Some(data) => piece.copy_from_slice(data),
+            match blocks.get(&at.block) {
+                Some(data) => piece.copy_from_slice(part(&**data, at.within, at.len)),
                 None => piece.fill(0),
             }
         }
@@ -88,15 +95,13 @@ impl BlockDevice for MemoryDevice {
         self.check_write(offset, buf.len() as u64)?;
         let mut blocks = self.blocks.write();
         let mut rest = buf;
-        for (block, within, len) in pieces(offset, buf.len() as u64) {
-            let (piece, tail) = rest.split_at(len);
+        for at in pieces(offset, buf.len() as u64) {
+            let (piece, tail) = rest.split_at(at.len);
             rest = tail;
             let data = blocks
-                .entry(block)
+                .entry(at.block)
                 .or_insert_with(|| Box::new([0; BLOCK_LEN]));
-            if let Some(target) = data.get_mut(within..within + len) {
-                target.copy_from_slice(piece);
-            }
+            part_mut(&mut **data, at.within, at.len).copy_from_slice(piece);
         }
         Ok(())
     }
@@ -112,14 +117,11 @@ impl BlockDevice for MemoryDevice {
     fn write_zeroes(&self, offset: u64, len: u64, _: ZeroMode, _: Durability) -> Result<()> {
         self.check_write(offset, len)?;
         let mut blocks = self.blocks.write();
-        for (block, within, len) in pieces(offset, len) {
-            if len == BLOCK_LEN {
-                blocks.remove(&block);
-            } else if let Some(target) = blocks
-                .get_mut(&block)
-                .and_then(|data| data.get_mut(within..within + len))
-            {
-                target.fill(0);
+        for at in pieces(offset, len) {
+            if at.len == BLOCK_LEN {
+                blocks.remove(&at.block);
+            } else if let Some(data) = blocks.get_mut(&at.block) {
+                part_mut(&mut **data, at.within, at.len).fill(0);
             }
         }
         Ok(())
@@ -129,18 +131,18 @@ impl BlockDevice for MemoryDevice {
         check_range(offset, len, self.size)?;
         let blocks = self.blocks.read();
         let mut extents: Vec<Extent> = Vec::new();
-        for (block, within, len) in pieces(offset, len) {
-            let kind = if blocks.contains_key(&block) {
+        for at in pieces(offset, len) {
+            let kind = if blocks.contains_key(&at.block) {
                 ExtentKind::Data
             } else {
                 ExtentKind::Hole
             };
-            let len = len as u64;
+            let len = at.len as u64;
             if let Some(last) = extents.last_mut().filter(|last| last.kind == kind) {
                 last.len += len;
             } else if extents.len() < max {
                 extents.push(Extent {
-                    offset: block * BLOCK_SIZE + within as u64,
+                    offset: at.block.offset().get() + at.within as u64,
                     len,
                     kind,
                 });

@@ -1,8 +1,12 @@
-//! The vocabulary of blocks: sizes, states, extents, and the device that exports serve.
+//! The vocabulary of blocks: sizes, units, states, extents, and the device that exports serve.
 
 mod memory;
+mod part;
+mod units;
 
 pub use memory::MemoryDevice;
+pub use part::{part, part_from, part_mut};
+pub use units::{Block, Blocks, Offset, Run, Span, in_memory, push_run};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -15,7 +19,8 @@ pub const BLOCK_LEN: usize = 4096;
 /// The largest virtual size of a device, in bytes: 64 TiB.
 pub const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 
-/// What a layer says of one of its blocks. All three states are durable.
+/// What a layer says of one of its blocks: in memory, in every file of a layer, and towards the
+/// chain. All three states are durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BlockState {
     /// The layer says nothing: the block reads as in the parent (zeros where there is none).
@@ -24,6 +29,34 @@ pub enum BlockState {
     Data,
     /// The block reads as zeros, whatever the parent holds.
     Zero,
+}
+
+impl BlockState {
+    /// The number that stands for it on disk, in a table of extents, a segment of changes, a journal
+    /// record and a digest.
+    pub const fn code(self) -> u32 {
+        match self {
+            BlockState::Parent => 0,
+            BlockState::Data => 1,
+            BlockState::Zero => 2,
+        }
+    }
+
+    /// The state that a number on disk stands for.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a number that stands for none.
+    pub fn of_code(code: u32) -> Result<Self> {
+        match code {
+            0 => Ok(BlockState::Parent),
+            1 => Ok(BlockState::Data),
+            2 => Ok(BlockState::Zero),
+            _ => Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("unknown block state {code}"),
+            )),
+        }
+    }
 }
 
 /// What a range of a device holds, as a client asks with NBD's BLOCK_STATUS or SEEK_DATA.

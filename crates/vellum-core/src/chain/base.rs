@@ -4,12 +4,47 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use crate::layer::{ABSENT, Index, SealedLayer, ValueRun};
-use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
+use crate::layer::{Index, IndexValue, SealedLayer};
+use vellum_base::block::{Block, BlockState, Blocks, Run, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 
-/// The index value of a block that some layer says is zero.
-const ZERO: u32 = u32::MAX - 1;
+/// What the merged index says of a block, in four bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Origin(u32);
+
+impl Origin {
+    /// Some layer says that it is zero.
+    const ZERO: Origin = Origin(u32::MAX - 1);
+
+    /// The layer with this number holds it; `None` for a number that no layer can have.
+    fn layer(number: usize) -> Option<Origin> {
+        let origin = Origin(u32::try_from(number).ok()?);
+        (origin.0 < Origin::ZERO.0).then_some(origin)
+    }
+}
+
+/// Few layers have a number that is no byte; the two largest stand for what is no layer.
+impl IndexValue for Origin {
+    const ABSENT: Origin = Origin(u32::MAX);
+    type Small = u8;
+
+    fn small(self) -> Option<u8> {
+        match self {
+            Origin::ABSENT => Some(u8::MAX),
+            Origin::ZERO => Some(u8::MAX - 1),
+            Origin(number) => u8::try_from(number).ok().filter(|&byte| byte < u8::MAX - 1),
+        }
+    }
+
+    fn of_small(small: u8) -> Origin {
+        const ZERO: u8 = u8::MAX - 1;
+        match small {
+            u8::MAX => Origin::ABSENT,
+            ZERO => Origin::ZERO,
+            number => Origin(number.into()),
+        }
+    }
+}
 
 /// Sealed layers from the bottom up, and for each block the topmost that says something of it.
 #[derive(Debug, Default)]
@@ -20,21 +55,10 @@ pub struct Base {
 #[derive(Debug, Default)]
 struct Merged {
     layers: Vec<Arc<SealedLayer>>,
-    index: Index,
+    index: Index<Origin>,
 }
 
-/// What the base says of a run of blocks.
-#[derive(Debug, Clone)]
-pub struct BaseRun {
-    /// First block.
-    pub start: u64,
-    /// Length in blocks.
-    pub len: u64,
-    /// Who answers.
-    pub source: BaseSource,
-}
-
-/// Where the bytes of a [`BaseRun`] come from.
+/// Where the bytes of a run of blocks come from.
 #[derive(Debug, Clone)]
 pub enum BaseSource {
     /// No layer says anything: zeros.
@@ -56,7 +80,8 @@ impl Base {
     /// Puts a layer on top.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] when its parent is not the layer that was on top.
+    /// [`ErrorKind::Corrupt`] when its parent is not the layer that was on top, and as
+    /// [`SealedLayer::for_each_run`]: then part of it is on top, and the base is to be thrown away.
     pub fn push(&self, layer: Arc<SealedLayer>) -> Result<()> {
         let mut merged = self.merged.write();
         let below = merged.layers.last().map(|below| below.header().uuid);
@@ -65,26 +90,19 @@ impl Base {
             below,
             &layer.dir().display().to_string(),
         )?;
-        let number = merged.layers.len() as u32;
-        if number >= ZERO {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                "too many layers in the chain",
-            ));
-        }
-        let index = &mut merged.index;
+        let own = Origin::layer(merged.layers.len())
+            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "too many layers in the chain"))?;
+        let Merged { layers, index } = &mut *merged;
+        layers.push(layer.clone());
         // What lies beyond the layer's end is zero through it, also for larger layers above.
-        index.truncate(layer.header().blocks());
-        layer.for_each_extent(|extent| {
-            let value = if extent.state == BlockState::Data {
-                number
-            } else {
-                ZERO
+        index.truncate(Block::FIRST + layer.header().blocks());
+        layer.for_each_run(|run| {
+            let origin = match run.value {
+                BlockState::Data => own,
+                BlockState::Zero | BlockState::Parent => Origin::ZERO,
             };
-            index.set(extent.start, u64::from(extent.len), value);
-        });
-        merged.layers.push(layer);
-        Ok(())
+            index.set(run.span, origin);
+        })
     }
 
     /// The layers, from the bottom up.
@@ -97,18 +115,15 @@ impl Base {
         self.merged.read().layers.len()
     }
 
-    /// Calls `each` with the runs that cover `len` blocks from `start`, in order.
-    pub fn resolve(&self, start: u64, len: u64, mut each: impl FnMut(BaseRun)) {
+    /// Calls `each` with the runs that cover `span`, in order.
+    pub fn resolve(&self, span: Span, mut each: impl FnMut(Run<BaseSource>)) {
         let merged = self.merged.read();
-        let mut at = start;
-        while at < start + len {
-            let run = merged.index.run_at(at, start + len - at);
-            at += run.len;
+        for run in merged.index.cover(span) {
             each(merged.describe(run));
         }
     }
 
-    /// Reads whole blocks from `block`; each is checked against its checksum. `count` is told how
+    /// Reads whole blocks from `start`; each is checked against its checksum. `count` is told how
     /// many came from which layer, `None` for zeros.
     ///
     /// # Errors
@@ -116,53 +131,46 @@ impl Base {
     pub fn read_blocks(
         &self,
         buf: &mut [u8],
-        block: u64,
-        mut count: impl FnMut(Option<u32>, u64),
+        start: Block,
+        mut count: impl FnMut(Option<u32>, Blocks),
     ) -> Result<()> {
         let mut rest = buf;
-        let mut at = block;
-        while !rest.is_empty() {
+        let mut span = Span::of_buffer(start, rest);
+        while !span.is_empty() {
             let run = {
                 let merged = self.merged.read();
-                let run = merged
-                    .index
-                    .run_at(at, (rest.len() / BLOCK_LEN).max(1) as u64);
-                merged.describe(run)
+                merged.describe(merged.index.first_run(span))
             };
-            let len = (run.len * BLOCK_SIZE) as usize;
-            let (piece, tail) = rest.split_at_mut(len.min(rest.len()));
-            match run.source {
+            let (piece, tail) = rest.split_at_mut(run.len().buffer_len());
+            match &run.value {
                 BaseSource::Layer(number, layer) => {
-                    layer.read_blocks(piece, at)?;
-                    count(Some(number), run.len);
+                    layer.read_blocks(piece, run.start())?;
+                    count(Some(*number), run.len());
                 }
-                _ => {
+                BaseSource::Hole | BaseSource::Zero => {
                     piece.fill(0);
-                    count(None, run.len);
+                    count(None, run.len());
                 }
             }
             rest = tail;
-            at += run.len;
+            span = span.from(run.end());
         }
         Ok(())
     }
 }
 
 impl Merged {
-    fn describe(&self, run: ValueRun) -> BaseRun {
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "the index names layers that are in the list"
+    )]
+    fn describe(&self, run: Run<Origin>) -> Run<BaseSource> {
         let source = match run.value {
-            ABSENT => BaseSource::Hole,
-            ZERO => BaseSource::Zero,
-            number => match self.layers.get(number as usize) {
-                Some(layer) => BaseSource::Layer(number, layer.clone()),
-                None => BaseSource::Hole,
-            },
+            Origin::ABSENT => BaseSource::Hole,
+            Origin::ZERO => BaseSource::Zero,
+            Origin(number) => BaseSource::Layer(number, self.layers[number as usize].clone()),
         };
-        BaseRun {
-            start: run.start,
-            len: run.len,
-            source,
-        }
+        Run::new(run.span, source)
     }
 }
 

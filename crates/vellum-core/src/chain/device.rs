@@ -5,19 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
-use super::base::{Base, BaseSource};
+use super::base::Base;
 use super::stats::ChainStats;
-use crate::layer::{ABSENT, CHANGES_AT_ONCE, STATE_DATA, SealedLayer, ValueRun, WritableLayer};
+use crate::layer::{SealedLayer, WritableLayer};
 use vellum_base::block::{
-    BLOCK_LEN, BLOCK_SIZE, BlockDevice, BlockState, Durability, Extent, ExtentKind, ZeroMode,
+    BLOCK_SIZE, BlockDevice, BlockState, Durability, Extent, Offset, Run, Span, ZeroMode,
     check_range,
 };
 use vellum_base::error::{Error, ErrorKind, Result};
-
-/// Flushes that one piece of a request may take for room in the log of changes.
-const FLUSHES_AT_MOST: usize = 64;
-/// A request for zeros is carried out in pieces of so many bytes.
-const ZERO_PIECE: u64 = CHANGES_AT_ONCE * BLOCK_SIZE;
 
 /// A stack of layers: sealed ones and, unless it is read-only, a writable one on top.
 #[derive(Debug)]
@@ -30,12 +25,6 @@ pub struct Chain {
     /// Swapped when the top is sealed under a live device. Held for reading over each request.
     pub(super) top: RwLock<Option<Arc<WritableLayer>>>,
     pub(super) stats: Arc<ChainStats>,
-}
-
-/// The blocks that a byte range touches.
-pub(super) fn blocks_of(offset: u64, len: u64) -> (u64, u64) {
-    let first = offset / BLOCK_SIZE;
-    (first, (offset + len).div_ceil(BLOCK_SIZE) - first)
 }
 
 impl Chain {
@@ -203,243 +192,19 @@ impl Chain {
             .map_err(|error| old.poison(&error))
     }
 
-    /// Reads whole blocks as they are now, `top` over base.
-    fn read_blocks(&self, top: Option<&WritableLayer>, buf: &mut [u8], block: u64) -> Result<()> {
-        let Some(top) = top else {
-            return self.read_base(buf, block);
-        };
-        let mut rest = buf;
-        let mut at = block;
-        while !rest.is_empty() {
-            let run = top.run_at(at, (rest.len() / BLOCK_LEN).max(1) as u64);
-            let len = (run.len * BLOCK_SIZE) as usize;
-            let (piece, tail) = rest.split_at_mut(len.min(rest.len()));
-            self.read_run(top, piece, run)?;
-            rest = tail;
-            at += run.len;
-        }
-        Ok(())
-    }
-
-    /// Reads bytes within one block.
-    fn read_partial(&self, top: Option<&WritableLayer>, buf: &mut [u8], offset: u64) -> Result<()> {
-        let mut block = [0; BLOCK_LEN];
-        self.read_blocks(top, &mut block, offset / BLOCK_SIZE)?;
-        let within = (offset % BLOCK_SIZE) as usize;
-        buf.copy_from_slice(block.get(within..within + buf.len()).unwrap_or_default());
-        Ok(())
-    }
-
-    fn read_run(&self, top: &WritableLayer, piece: &mut [u8], run: ValueRun) -> Result<()> {
-        match run.value {
-            STATE_DATA => {
-                self.stats.read_from_top(run.len);
-                top.read(piece, run.start * BLOCK_SIZE)
-            }
-            ABSENT => self.read_base(piece, run.start),
-            _ => {
-                self.stats.read_from(None, run.len);
-                piece.fill(0);
-                Ok(())
-            }
-        }
-    }
-
     fn flush_top(&self, top: &WritableLayer) -> Result<()> {
         let began = self.stats.begin_flush();
         let result = top.flush();
         self.stats.flushed(began);
         result
     }
-
-    fn read_base(&self, buf: &mut [u8], block: u64) -> Result<()> {
-        self.base.read_blocks(buf, block, |layer, blocks| {
-            self.stats.read_from(layer, blocks);
-        })
-    }
-
-    /// Writes bytes within one block: in place where the top has it, else with a copy-up. Returns
-    /// how many blocks that allocated.
-    fn write_partial(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<u64> {
-        self.write_partial_by(top, buf, offset, WritableLayer::write_blocks)
-    }
-
-    /// As [`Chain::write_partial`], where the whole block is written by `write`.
-    fn write_partial_by(
-        &self,
-        top: &WritableLayer,
-        buf: &[u8],
-        offset: u64,
-        write: impl Fn(&WritableLayer, u64, &[u8]) -> Result<u64>,
-    ) -> Result<u64> {
-        let block = offset / BLOCK_SIZE;
-        let state = top.run_at(block, 1);
-        if state.value == STATE_DATA {
-            self.stats.stored(buf.len() as u64);
-            return top.write_within(offset, buf).map(|()| 0);
-        }
-        let mut whole = [0; BLOCK_LEN];
-        let mut copied = false;
-        if state.value == ABSENT {
-            self.base.read_blocks(&mut whole, block, |layer, _| {
-                copied = layer.is_some();
-            })?;
-        }
-        let within = (offset % BLOCK_SIZE) as usize;
-        if let Some(target) = whole.get_mut(within..within + buf.len()) {
-            target.copy_from_slice(buf);
-        }
-        let allocated = write(top, block, &whole)?;
-        self.stats.stored(BLOCK_SIZE);
-        if copied {
-            self.stats.copied_up(BLOCK_SIZE - buf.len() as u64);
-        }
-        Ok(allocated)
-    }
-
-    /// Returns how many blocks the write allocated.
-    fn write_buffered(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<u64> {
-        with_room_in_log(top, || self.write_once(top, buf, offset))
-    }
-
-    fn write_once(&self, top: &WritableLayer, buf: &[u8], offset: u64) -> Result<u64> {
-        let (first, blocks) = blocks_of(offset, buf.len() as u64);
-        let _lock = top.lock_blocks(first, blocks);
-        let (head, whole, tail) = split_buf(buf, offset);
-        let mut allocated = 0;
-        if !head.is_empty() {
-            allocated += self.write_partial(top, head, offset)?;
-        }
-        if !whole.is_empty() {
-            allocated += top.write_blocks((offset + head.len() as u64) / BLOCK_SIZE, whole)?;
-            self.stats.stored(whole.len() as u64);
-        }
-        if !tail.is_empty() {
-            allocated +=
-                self.write_partial(top, tail, offset + (head.len() + whole.len()) as u64)?;
-        }
-        Ok(allocated)
-    }
-
-    /// Zeros for a byte range. In pieces, since each may want a flush first: where a range is made
-    /// of many runs, each run is a change of its own in the log of changes.
-    fn zero(&self, top: &WritableLayer, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
-        let end = offset + len;
-        let mut at = offset;
-        while at < end {
-            let next = (at / ZERO_PIECE * ZERO_PIECE + ZERO_PIECE).min(end);
-            with_room_in_log(top, || self.zero_piece(top, at, next - at, mode))?;
-            at = next;
-        }
-        Ok(())
-    }
-
-    /// As [`Chain::zero`]: whole blocks change state, the ends are written.
-    fn zero_piece(&self, top: &WritableLayer, offset: u64, len: u64, mode: ZeroMode) -> Result<()> {
-        let mut allocated = 0;
-        let (first, blocks) = blocks_of(offset, len);
-        let _lock = top.lock_blocks(first, blocks);
-        let head = (offset.next_multiple_of(BLOCK_SIZE) - offset).min(len);
-        let tail = (offset + len) % BLOCK_SIZE;
-        if head > 0 {
-            allocated += self.zero_partial(top, offset, head)?;
-        }
-        let whole = (len - head) / BLOCK_SIZE;
-        if whole > 0 {
-            let start = (offset + head) / BLOCK_SIZE;
-            match mode {
-                ZeroMode::MayUnmap => self.clear(top, start, whole)?,
-                ZeroMode::KeepAllocated => top.allocate_zeroed(start, whole)?,
-            }
-        }
-        if tail > 0 && len > head {
-            allocated += self.zero_partial(top, offset + len - tail, tail)?;
-        }
-        self.stats.zeroed(len, allocated);
-        Ok(())
-    }
-
-    /// Returns how many blocks that allocated.
-    fn zero_partial(&self, top: &WritableLayer, offset: u64, len: u64) -> Result<u64> {
-        let block = offset / BLOCK_SIZE;
-        if self.reads_as_zero(top, block) {
-            return Ok(0);
-        }
-        let zeros = [0; BLOCK_LEN];
-        let zeros = zeros.get(..len as usize).unwrap_or_default();
-        self.write_partial_by(top, zeros, offset, WritableLayer::write_zeroed_block)
-    }
-
-    /// True when the map alone says that the block is zero.
-    fn reads_as_zero(&self, top: &WritableLayer, block: u64) -> bool {
-        match top.state(block) {
-            BlockState::Data => false,
-            BlockState::Zero => true,
-            BlockState::Parent => {
-                let mut zero = true;
-                self.base
-                    .resolve(block, 1, |run| zero = run.source.is_zero());
-                zero
-            }
-        }
-    }
-
-    /// Makes whole blocks zero without taking space: over something below, a durable zero; over
-    /// nothing, back to saying nothing.
-    fn clear(&self, top: &WritableLayer, start: u64, len: u64) -> Result<()> {
-        let mut runs = Vec::new();
-        top.resolve(start, len, |run| runs.push(run));
-        for run in runs {
-            let mut below = Vec::new();
-            self.base.resolve(run.start, run.len, |run| {
-                below.push((run.start, run.len, run.source.is_zero()));
-            });
-            for (start, len, zero_below) in below {
-                match (run.value, zero_below) {
-                    (STATE_DATA, true) => top.clear_blocks(start, len, BlockState::Parent)?,
-                    (STATE_DATA | ABSENT, false) => {
-                        top.clear_blocks(start, len, BlockState::Zero)?;
-                    }
-                    // It reads as zero already.
-                    _ => {}
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
-/// Does what changes blocks, after a flush where the log of changes wants one: before, or because it
-/// found no room there on a full disk. The work must bear being repeated; each time gets further.
-fn with_room_in_log<T>(top: &WritableLayer, mut work: impl FnMut() -> Result<T>) -> Result<T> {
-    for _ in 0..FLUSHES_AT_MOST {
-        top.flush_if_due()?;
-        match work() {
-            Err(error) if error.kind() == ErrorKind::NoSpace && top.is_flush_due() => {}
-            other => return other,
-        }
-    }
-    top.flush_if_due()?;
-    work()
-}
-
-/// Splits a buffer at block borders: the part before the first, whole blocks, the part after.
-fn split_buf(buf: &[u8], offset: u64) -> (&[u8], &[u8], &[u8]) {
-    let head = (offset.next_multiple_of(BLOCK_SIZE) - offset).min(buf.len() as u64) as usize;
-    let (head, rest) = buf.split_at(head);
-    let (whole, tail) = rest.split_at(rest.len() / BLOCK_LEN * BLOCK_LEN);
-    (head, whole, tail)
-}
-
-/// What the top says from `start` on, for at most `len` blocks; without one, nothing.
-pub(super) fn top_run(top: Option<&WritableLayer>, start: u64, len: u64) -> ValueRun {
+/// What the top says at the front of `span`; without one, nothing.
+pub(super) fn top_run(top: Option<&WritableLayer>, span: Span) -> Run<BlockState> {
     match top {
-        Some(top) => top.run_at(start, len),
-        None => ValueRun {
-            start,
-            len,
-            value: ABSENT,
-        },
+        Some(top) => top.first_run(span),
+        None => Run::new(span, BlockState::Parent),
     }
 }
 
@@ -447,6 +212,7 @@ pub(super) fn read_only() -> Error {
     Error::new(ErrorKind::ReadOnly, "the chain has no writable layer")
 }
 
+/// Here bytes as clients count them become blocks and offsets.
 impl BlockDevice for Chain {
     fn size(&self) -> u64 {
         self.whole_size() - self.hidden.load(Ordering::Acquire)
@@ -459,24 +225,7 @@ impl BlockDevice for Chain {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         check_range(offset, buf.len() as u64, self.size())?;
         self.stats.read(buf.len() as u64);
-        let guard = self.top.read();
-        let top = guard.as_deref();
-        // Whole blocks straight into the buffer, the ends through one of ours.
-        let head = (offset.next_multiple_of(BLOCK_SIZE) - offset).min(buf.len() as u64) as usize;
-        let (head, rest) = buf.split_at_mut(head);
-        let whole_len = rest.len() / BLOCK_LEN * BLOCK_LEN;
-        let (whole, tail) = rest.split_at_mut(whole_len);
-        let next = offset + head.len() as u64;
-        if !head.is_empty() {
-            self.read_partial(top, head, offset)?;
-        }
-        if !whole.is_empty() {
-            self.read_blocks(top, whole, next / BLOCK_SIZE)?;
-        }
-        if !tail.is_empty() {
-            self.read_partial(top, tail, next + whole_len as u64)?;
-        }
-        Ok(())
+        self.read_bytes(buf, Offset::new(offset))
     }
 
     fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
@@ -487,7 +236,7 @@ impl BlockDevice for Chain {
         let began = self.stats.begin();
         let guard = self.top.read();
         let top = guard.as_deref().ok_or_else(read_only)?;
-        let allocated = self.write_buffered(top, buf, offset)?;
+        let allocated = self.write_bytes(top, buf, Offset::new(offset))?;
         self.stats.wrote(began, buf.len() as u64, allocated);
         match durability {
             Durability::Buffered => Ok(()),
@@ -530,7 +279,7 @@ impl BlockDevice for Chain {
         }
         let guard = self.top.read();
         let top = guard.as_deref().ok_or_else(read_only)?;
-        self.zero(top, offset, len, mode)?;
+        self.zero_bytes(top, Offset::new(offset), len, mode)?;
         match durability {
             Durability::Buffered => Ok(()),
             Durability::Durable => self.flush_top(top),
@@ -539,88 +288,11 @@ impl BlockDevice for Chain {
 
     fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>> {
         check_range(offset, len, self.size())?;
-        let mut out = ExtentList {
-            offset,
-            end: offset + len,
-            max,
-            list: Vec::new(),
-        };
-        if len == 0 || max == 0 {
-            return Ok(out.list);
-        }
-        let guard = self.top.read();
-        let (first, blocks) = blocks_of(offset, len);
-        let mut at = first;
-        while at < first + blocks && !out.full() {
-            let run = top_run(guard.as_deref(), at, first + blocks - at);
-            match run.value {
-                STATE_DATA => out.push(run.start, run.len, ExtentKind::Data),
-                ABSENT => self.base.resolve(run.start, run.len, |run| {
-                    let kind = match run.source {
-                        BaseSource::Hole => ExtentKind::Hole,
-                        BaseSource::Zero => ExtentKind::Zero,
-                        BaseSource::Layer(..) => ExtentKind::Data,
-                    };
-                    out.push(run.start, run.len, kind);
-                }),
-                _ => out.push(run.start, run.len, ExtentKind::Zero),
-            }
-            at += run.len;
-        }
-        Ok(out.list)
+        Ok(self.extents_in(Offset::new(offset), len, max))
     }
 
     fn prefetch(&self, offset: u64, len: u64) -> Result<()> {
         check_range(offset, len, self.size())?;
-        let guard = self.top.read();
-        let (first, blocks) = blocks_of(offset, len);
-        let mut at = first;
-        while at < first + blocks {
-            let run = top_run(guard.as_deref(), at, first + blocks - at);
-            if let (STATE_DATA, Some(top)) = (run.value, guard.as_deref()) {
-                top.prefetch(run.start * BLOCK_SIZE, run.len * BLOCK_SIZE)?;
-            } else if run.value == ABSENT {
-                let mut result = Ok(());
-                self.base.resolve(run.start, run.len, |run| {
-                    if let (BaseSource::Layer(_, layer), Ok(())) = (&run.source, &result) {
-                        result = layer.prefetch(run.start, run.len);
-                    }
-                });
-                result?;
-            }
-            at += run.len;
-        }
-        Ok(())
-    }
-}
-
-/// Collects extents in bytes, clipped to a range, joined where they touch, up to a number.
-struct ExtentList {
-    offset: u64,
-    end: u64,
-    max: usize,
-    list: Vec<Extent>,
-}
-
-impl ExtentList {
-    fn full(&self) -> bool {
-        self.list.len() >= self.max
-    }
-
-    fn push(&mut self, start: u64, len: u64, kind: ExtentKind) {
-        let from = (start * BLOCK_SIZE).max(self.offset);
-        let to = ((start + len) * BLOCK_SIZE).min(self.end);
-        if let Some(last) = self.list.last_mut()
-            && last.kind == kind
-            && last.offset + last.len == from
-        {
-            last.len += to - from;
-        } else if !self.full() {
-            self.list.push(Extent {
-                offset: from,
-                len: to - from,
-                kind,
-            });
-        }
+        self.prefetch_blocks(Span::touched_by(Offset::new(offset), len))
     }
 }

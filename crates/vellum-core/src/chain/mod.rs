@@ -6,14 +6,16 @@ mod base;
 mod device;
 mod open;
 mod prewarm;
+mod read;
 mod sources;
 mod stats;
+mod write;
 
 pub use base::Base;
 pub use device::Chain;
 pub use open::{ChainSpec, look_at_chain, open_chain, open_counted_chain, open_read_only_chain};
 pub use prewarm::CopiedUp;
-pub use sources::{Source, SourceRun};
+pub use sources::Source;
 pub use stats::{
     ChainStats, ChainStatsSnapshot, LatencySnapshot, MAX_COUNTED_LAYERS, SAMPLE_EVERY, STATS_LEN,
     Sample,

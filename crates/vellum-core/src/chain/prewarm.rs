@@ -4,13 +4,15 @@ use serde::{Deserialize, Serialize};
 
 use super::Chain;
 use super::base::BaseSource;
-use super::device::{blocks_of, read_only};
-use crate::layer::STATE_DATA;
-use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, BlockDevice, check_range};
+use super::device::read_only;
+use crate::layer::{SealedLayer, WritableLayer};
+use vellum_base::block::{
+    BlockDevice, BlockState, Blocks, Offset, Run, Span, check_range, part_mut,
+};
 use vellum_base::error::Result;
 
 /// Blocks that are locked and copied at a time: a write to one of them waits for so many.
-const CHUNK: u64 = 64;
+const CHUNK: Blocks = Blocks::new(64);
 
 /// What [`Chain::copy_up`] did, in blocks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,55 +45,43 @@ impl Chain {
     pub fn copy_up(&self, offset: u64, len: u64) -> Result<CopiedUp> {
         check_range(offset, len, self.size())?;
         let mut done = CopiedUp::default();
-        if len == 0 {
-            return Ok(done);
-        }
-        let (first, blocks) = blocks_of(offset, len);
-        let mut buf = vec![0; CHUNK as usize * BLOCK_LEN];
-        let end = first + blocks;
-        let mut at = first;
-        while at < end {
-            let piece = CHUNK.min(end - at);
-            done.add(self.copy_up_chunk(at, piece, &mut buf)?);
-            at += piece;
+        let mut buf = vec![0; CHUNK.buffer_len()];
+        for chunk in Span::touched_by(Offset::new(offset), len).pieces(CHUNK) {
+            done.add(self.copy_up_chunk(chunk, &mut buf)?);
         }
         Ok(done)
     }
 
-    fn copy_up_chunk(&self, start: u64, len: u64, buf: &mut [u8]) -> Result<CopiedUp> {
+    fn copy_up_chunk(&self, chunk: Span, buf: &mut [u8]) -> Result<CopiedUp> {
         let guard = self.top.read();
         let top = guard.as_deref().ok_or_else(read_only)?;
         top.flush_if_due()?;
         // Writers take the same lock: nobody changes a block between its reading and its writing.
-        let _lock = top.lock_blocks(start, len);
+        let _lock = top.lock_blocks(chunk);
         let mut missing = Vec::new();
         let mut done = CopiedUp::default();
-        top.resolve(start, len, |run| match run.value {
-            STATE_DATA => done.present += run.len,
-            value => missing.push((run.start, run.len, value == crate::layer::ABSENT)),
+        top.resolve(chunk, |run| match run.value {
+            BlockState::Data => done.present += run.len().get(),
+            BlockState::Zero => missing.push(Run::new(run.span, BaseSource::Zero)),
+            BlockState::Parent => self.base.resolve(run.span, |below| missing.push(below)),
         });
-        for (start, len, below) in missing {
-            if !below {
-                top.allocate_zeroed(start, len)?;
-                done.zeroed += len;
-                continue;
-            }
-            let mut runs = Vec::new();
-            self.base.resolve(start, len, |run| runs.push(run));
-            for run in runs {
-                if let BaseSource::Layer(_, layer) = &run.source {
-                    let bytes = buf.get_mut(..(run.len * BLOCK_SIZE) as usize);
-                    let bytes = bytes.unwrap_or_default();
-                    layer.read_blocks(bytes, run.start)?;
-                    top.write_blocks(run.start, bytes)?;
-                    done.copied += run.len;
-                } else {
-                    top.allocate_zeroed(run.start, run.len)?;
-                    done.zeroed += run.len;
-                }
+        for run in missing {
+            if let BaseSource::Layer(_, layer) = &run.value {
+                copy(layer, top, run.span, buf)?;
+                done.copied += run.len().get();
+            } else {
+                top.allocate_zeroed(run.span)?;
+                done.zeroed += run.len().get();
             }
         }
         self.stats.prewarmed(done.copied, done.zeroed);
         Ok(done)
     }
+}
+
+/// Copies blocks by way of `buf`, which has room for them.
+fn copy(layer: &SealedLayer, top: &WritableLayer, span: Span, buf: &mut [u8]) -> Result<()> {
+    let bytes = part_mut(buf, 0, span.len().buffer_len());
+    layer.read_blocks(bytes, span.start())?;
+    top.write_blocks(span.start(), bytes).map(drop)
 }

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::STATE_DATA;
 use super::data::{DataFiles, layout, segment_name};
 use super::files::{remove_if_there, sync_names};
 use super::header::{HEADER_FILE, Header};
@@ -16,12 +15,12 @@ use super::map_file::MAP_FILE;
 use super::recovery::{data_blocks, load_for_check};
 use super::sealed::{SEAL_FILE, SealedLayer, seal_in_place};
 use super::space::RESERVE_FILE;
-use vellum_base::block::BLOCK_SIZE;
+use vellum_base::block::{BlockState, Blocks, part_mut};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::{OpenMode, Storage};
 
-/// Bytes read at a time.
-const READ_LEN: u64 = 1 << 20;
+/// Blocks read at a time: 1 MiB.
+const READ: Blocks = Blocks::new(256);
 
 /// Space beyond the blocks of a layer that is not worth a word: the host's own blocks.
 const SLACK: u64 = 1 << 20;
@@ -350,8 +349,8 @@ impl Check<'_> {
     }
 
     /// Space that the data files take for blocks that the layer does not hold.
-    fn space(&mut self, held_blocks: u64, allocated: Result<u64>) {
-        let held = held_blocks * BLOCK_SIZE;
+    fn space(&mut self, held_blocks: Blocks, allocated: Result<u64>) {
+        let held = held_blocks.bytes();
         if let Ok(allocated) = allocated
             && allocated > held + held / 8 + SLACK
         {
@@ -370,15 +369,11 @@ impl Check<'_> {
     fn read_blocks(&mut self, header: &Header, index: &Index) {
         let result = || -> Result<()> {
             let data = DataFiles::open(self.storage, self.dir, header, OpenMode::Read)?;
-            let mut buf = vec![0; READ_LEN as usize];
-            for run in index.iter().filter(|run| run.value == STATE_DATA) {
-                let end = (run.start + run.len) * BLOCK_SIZE;
-                let mut at = run.start * BLOCK_SIZE;
-                while at < end {
-                    let len = READ_LEN.min(end - at);
-                    let piece = buf.get_mut(..len as usize).unwrap_or_default();
-                    data.read(piece, at)?;
-                    at += len;
+            let mut buf = vec![0; READ.buffer_len()];
+            for run in index.iter().filter(|run| run.value == BlockState::Data) {
+                for span in run.span.pieces(READ) {
+                    let bytes = part_mut(&mut buf, 0, span.len().buffer_len());
+                    data.read(bytes, span.offset())?;
                 }
             }
             Ok(())

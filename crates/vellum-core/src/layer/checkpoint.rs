@@ -7,9 +7,8 @@ use super::index::Index;
 use super::map_file::{LogPlace, add_segment, net, replace_map};
 use super::shared::Shared;
 use super::space::Claim;
-use super::state_of_value;
 use super::table::{MapExtent, checkpoint_len, push_extent};
-use vellum_base::block::BLOCK_SIZE;
+use vellum_base::block::{Block, BlockState, Blocks, Run, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::memory;
 
@@ -17,7 +16,7 @@ use vellum_base::memory;
 const MUCH_MEMORY: u64 = 1 << 20;
 
 /// Blocks whose part of the map is copied under one lock.
-const CHECKPOINT_CHUNK: u64 = 1 << 19;
+const CHECKPOINT_CHUNK: Blocks = Blocks::new(1 << 19);
 
 impl Shared {
     /// A failure to make something durable: out of space can be tried again, all else poisons.
@@ -127,34 +126,30 @@ impl Shared {
         let contained = self.map_changed.load(Ordering::Acquire);
         let since = self.map.read().changed() - contained;
         let extents = self.map_extents.load(Ordering::Relaxed) + 2 * since;
-        checkpoint_len(extents.min(self.size() / BLOCK_SIZE))
+        checkpoint_len(extents.min(Blocks::whole_in(self.size()).get()))
     }
 
     /// The map without the changes that are not durable. Each part is as it was at one moment;
     /// what changes between the parts is in newer records, and replaying those makes it whole.
     pub(super) fn durable_extents(&self, with_in_flight: bool) -> Vec<MapExtent> {
         let mut extents = Extents::default();
-        let mut start = 0;
+        let mut start = Block::FIRST;
         loop {
-            let range = start..start + CHECKPOINT_CHUNK;
-            let found = self.map.read().durable_runs(range.clone(), with_in_flight);
+            let span = Span::new(start, CHECKPOINT_CHUNK);
+            let found = self.map.read().durable_runs(span, with_in_flight);
             let Some((runs, undo)) = found else {
                 break;
             };
             if undo.is_empty() {
-                runs.iter()
-                    .for_each(|run| extents.push(run.start, run.len, run.value));
+                runs.into_iter().for_each(|run| extents.push(run));
             } else {
                 let mut index = Index::new();
-                runs.iter()
-                    .for_each(|run| index.set(run.start, run.len, run.value));
+                runs.iter().for_each(|run| index.set(run.span, run.value));
                 // From the newest to the oldest: what was there first is what is durable.
                 for change in undo.iter().rev() {
-                    index.set(change.start, change.len, change.old);
+                    index.set(change.span, change.value.old);
                 }
-                index
-                    .runs(range)
-                    .for_each(|run| extents.push(run.start, run.len, run.value));
+                index.runs(span).for_each(|run| extents.push(run));
             }
             start += CHECKPOINT_CHUNK;
         }
@@ -166,27 +161,25 @@ impl Shared {
 #[derive(Default)]
 struct Extents {
     done: Vec<MapExtent>,
-    last: Option<(u64, u64, u32)>,
+    last: Option<Run<BlockState>>,
 }
 
 impl Extents {
-    fn push(&mut self, start: u64, len: u64, value: u32) {
+    fn push(&mut self, run: Run<BlockState>) {
         match &mut self.last {
-            Some((last, last_len, last_value))
-                if *last + *last_len == start && *last_value == value =>
-            {
-                *last_len += len;
+            Some(last) if last.span.meets(run.span) && last.value == run.value => {
+                last.span = last.span.longer_by(run.len());
             }
             _ => {
                 self.close();
-                self.last = Some((start, len, value));
+                self.last = Some(run);
             }
         }
     }
 
     fn close(&mut self) {
-        if let Some((start, len, value)) = self.last.take() {
-            push_extent(&mut self.done, start, len, state_of_value(value));
+        if let Some(run) = self.last.take() {
+            push_extent(&mut self.done, run);
         }
     }
 
@@ -202,8 +195,12 @@ mod tests {
     use crate::layer::{LayerOptions, WritableLayer};
     use std::path::Path;
     use std::sync::Arc;
-    use vellum_base::block::BlockState;
+    use vellum_base::block::{Block, BlockState, Blocks, Span};
     use vellum_base::storage::SimStorage;
+
+    fn span(start: u64, len: u64) -> Span {
+        Span::new(Block::new(start), Blocks::new(len))
+    }
 
     /// A map that says *data* of a block whose bytes no sync and no record has would show whatever
     /// the data file happens to hold.
@@ -213,17 +210,17 @@ mod tests {
         let dir = Path::new("/layer");
         WritableLayer::create(&*storage, dir, &Header::new(None, 1 << 20).unwrap()).unwrap();
         let layer = WritableLayer::open(storage, dir, LayerOptions::default()).unwrap();
-        layer.write_blocks(0, &[1; 4 * 4096]).unwrap();
+        layer.write_blocks(Block::new(0), &[1; 4 * 4096]).unwrap();
         layer.flush().unwrap();
         let flushed = layer.shared.durable_extents(false);
-        layer.clear_blocks(1, 2, BlockState::Zero).unwrap();
-        layer.write_blocks(2, &[2; 4096]).unwrap();
-        layer.write_blocks(9, &[2; 4096]).unwrap();
-        layer.clear_blocks(3, 1, BlockState::Parent).unwrap();
+        layer.clear_blocks(span(1, 2), BlockState::Zero).unwrap();
+        layer.write_blocks(Block::new(2), &[2; 4096]).unwrap();
+        layer.write_blocks(Block::new(9), &[2; 4096]).unwrap();
+        layer.clear_blocks(span(3, 1), BlockState::Parent).unwrap();
         assert_eq!(layer.shared.durable_extents(false), flushed);
         let _frozen = layer.shared.map.write().freeze();
-        layer.write_blocks(20, &[3; 4096]).unwrap();
-        layer.write_blocks(1, &[3; 4096]).unwrap();
+        layer.write_blocks(Block::new(20), &[3; 4096]).unwrap();
+        layer.write_blocks(Block::new(1), &[3; 4096]).unwrap();
         // The background's checkpoint, while the record of some is being written.
         assert_eq!(layer.shared.durable_extents(false), flushed);
         // A checkpoint in that record's place contains them, and nothing newer.
@@ -231,7 +228,10 @@ mod tests {
             .shared
             .durable_extents(true)
             .iter()
-            .map(|extent| (extent.start, extent.len, extent.state))
+            .map(|extent| {
+                let span = extent.span();
+                (span.start().get(), span.len().get(), extent.state())
+            })
             .collect();
         let (data, zero) = (BlockState::Data, BlockState::Zero);
         assert_eq!(

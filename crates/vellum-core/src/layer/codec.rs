@@ -2,6 +2,7 @@
 
 use uuid::Uuid;
 
+use vellum_base::block::{part, part_from};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// Appends fields.
@@ -41,7 +42,7 @@ impl Writer {
 
     /// The CRC of what follows the first `start` bytes.
     pub(super) fn crc_from(&self, start: usize) -> u32 {
-        crc32fast::hash(self.bytes.get(start..).unwrap_or_default())
+        crc32fast::hash(part_from(&self.bytes, start))
     }
 
     pub(super) fn into_bytes(self) -> Vec<u8> {
@@ -89,6 +90,42 @@ impl<'a> Reader<'a> {
     pub(super) fn uuid(&mut self) -> Result<Uuid> {
         self.array().map(Uuid::from_bytes)
     }
+}
+
+/// A field of a structure whose length the caller has checked.
+fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut out = [0; N];
+    out.copy_from_slice(part(bytes, at, N));
+    out
+}
+
+/// As [`array_at`], a number.
+#[inline]
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(array_at(bytes, at))
+}
+
+/// As [`array_at`], a number.
+#[inline]
+pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(array_at(bytes, at))
+}
+
+/// The CRC of bytes in which it stands itself at `crc_at`: as if there were zeros.
+pub(super) fn crc_around(bytes: &[u8], crc_at: usize) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(part(bytes, 0, crc_at));
+    hasher.update(&[0; 4]);
+    hasher.update(part_from(bytes, crc_at + 4));
+    hasher.finalize()
+}
+
+/// A number of things in a file as its field holds it: asserts that the field does.
+pub(super) fn count(things: usize) -> u32 {
+    assert!(things <= u32::MAX as usize, "more than a field can count");
+    #[expect(clippy::cast_possible_truncation, reason = "asserted above")]
+    let count = things as u32;
+    count
 }
 
 /// Checks the CRC in the last four bytes.

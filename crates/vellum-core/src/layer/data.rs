@@ -7,16 +7,44 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 
 use super::header::{Header, SEGMENT_SHIFT};
-use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE};
+use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE, Offset, Span, in_memory, part, part_mut};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{FileId, OpenMode, Storage, StorageFile};
 
 /// Bytes of a segment.
 const SEGMENT_LEN: u64 = BLOCK_SIZE << SEGMENT_SHIFT;
 /// Segments of the largest layer.
-pub(super) const MAX_SEGMENTS: usize = (MAX_VIRTUAL_SIZE / SEGMENT_LEN) as usize;
+pub(super) const MAX_SEGMENTS: usize = in_memory(MAX_VIRTUAL_SIZE / SEGMENT_LEN);
 
-/// The data files of one layer, addressed by byte offset within the layer.
+/// Bytes of one segment.
+struct Piece<'a> {
+    segment: &'a Segment,
+    /// The first of them in the segment.
+    within: u64,
+    /// The first of them in what the caller asked for.
+    at: usize,
+    len: u64,
+}
+
+impl Piece<'_> {
+    /// Says what failed.
+    fn context<T>(&self, what: &str, result: std::io::Result<T>) -> Result<T> {
+        let Piece {
+            segment,
+            within,
+            len,
+            ..
+        } = self;
+        result.context(|| {
+            format!(
+                "{what} {len} bytes at {within} of {}",
+                segment.path.display()
+            )
+        })
+    }
+}
+
+/// The data files of one layer, addressed by bytes and blocks of the layer.
 #[derive(Debug)]
 pub(super) struct DataFiles {
     /// Filled from the front; a layer that grows gets more.
@@ -138,7 +166,8 @@ impl DataFiles {
                     .context(|| format!("cannot cut {} to {expected} bytes", path.display()))?;
             }
             // Another process may have written here and died before it synced.
-            let _ = slot.set(Segment::new(path, file, mode != OpenMode::Read));
+            let new = Segment::new(path, file, mode != OpenMode::Read);
+            assert!(slot.set(new).is_ok(), "a segment that was open before");
         }
         Ok(data)
     }
@@ -172,7 +201,8 @@ impl DataFiles {
                 Ok(file)
             };
             let file = make().context(what)?;
-            let _ = slot.set(Segment::new(path, file, true));
+            let new = Segment::new(path, file, true);
+            assert!(slot.set(new).is_ok(), "two growths at once");
             made = true;
         }
         if made {
@@ -211,91 +241,74 @@ impl DataFiles {
         Ok(())
     }
 
-    /// Calls `each` with the segment, the offset within it, and the start and length of the piece
-    /// relative to `offset`.
+    /// Calls `each` with the pieces of `len` bytes from `offset` on.
     #[inline]
     fn split(
         &self,
-        offset: u64,
+        offset: Offset,
         len: u64,
-        mut each: impl FnMut(&Segment, u64, usize, usize) -> Result<()>,
+        mut each: impl FnMut(Piece<'_>) -> Result<()>,
     ) -> Result<()> {
         let mut done = 0;
         while done < len {
-            let at = offset + done;
-            let within = at % SEGMENT_LEN;
+            let byte = (offset + done).get();
+            let within = byte % SEGMENT_LEN;
             let piece = (SEGMENT_LEN - within).min(len - done);
             let segment = self
                 .segments
-                .get((at / SEGMENT_LEN) as usize)
+                .get(in_memory(byte / SEGMENT_LEN))
                 .and_then(OnceLock::get)
                 .ok_or_else(|| {
                     Error::new(
                         ErrorKind::OutOfRange,
-                        format!("offset {at} is past the last segment"),
+                        format!("offset {byte} is past the last segment"),
                     )
                 })?;
-            each(segment, within, done as usize, piece as usize)?;
+            each(Piece {
+                segment,
+                within,
+                at: in_memory(done),
+                len: piece,
+            })?;
             done += piece;
         }
         Ok(())
     }
 
     /// Fills `buf` from `offset`.
-    pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let len = buf.len() as u64;
-        self.split(offset, len, |segment, within, start, len| {
-            let piece = buf.get_mut(start..start + len).unwrap_or_default();
-            segment.file.read_at(piece, within).context(|| {
-                format!(
-                    "reading {len} bytes at {within} of {}",
-                    segment.path.display()
-                )
-            })
+    pub(super) fn read(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
+        self.split(offset, buf.len() as u64, |piece| {
+            let bytes = part_mut(buf, piece.at, in_memory(piece.len));
+            let read = piece.segment.file.read_at(bytes, piece.within);
+            piece.context("reading", read)
         })
     }
 
     /// Writes `buf` at `offset`, buffered.
-    pub(super) fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.split(offset, buf.len() as u64, |segment, within, start, len| {
-            let piece = buf.get(start..start + len).unwrap_or_default();
-            segment
-                .change(|| segment.file.write_at(piece, within))
-                .context(|| {
-                    format!(
-                        "writing {len} bytes at {within} of {}",
-                        segment.path.display()
-                    )
-                })
+    pub(super) fn write(&self, buf: &[u8], offset: Offset) -> Result<()> {
+        self.split(offset, buf.len() as u64, |piece| {
+            let (segment, bytes) = (piece.segment, part(buf, piece.at, in_memory(piece.len)));
+            let written = segment.change(|| segment.file.write_at(bytes, piece.within));
+            piece.context("writing", written)
         })
     }
 
-    /// Gives the space of the range back; it reads as zeros in the file.
-    pub(super) fn punch(&self, offset: u64, len: u64) -> Result<()> {
-        self.split(offset, len, |segment, within, _, len| {
-            segment
-                .change(|| segment.file.punch_hole(within, len as u64))
-                .context(|| {
-                    format!(
-                        "punching {len} bytes at {within} of {}",
-                        segment.path.display()
-                    )
-                })
+    /// Gives the space of the blocks back; they read as zeros in the file.
+    pub(super) fn punch(&self, span: Span) -> Result<()> {
+        self.split(span.offset(), span.bytes(), |piece| {
+            let segment = piece.segment;
+            let punched = segment.change(|| segment.file.punch_hole(piece.within, piece.len));
+            piece.context("punching", punched)
         })
     }
 
-    /// Makes the range zeros that take space, so that later writes there need none.
-    pub(super) fn allocate_zeroed(&self, offset: u64, len: u64) -> Result<()> {
-        self.punch(offset, len)?;
-        self.split(offset, len, |segment, within, _, len| {
-            segment
-                .change(|| segment.file.allocate(within, len as u64))
-                .context(|| {
-                    format!(
-                        "reserving {len} bytes at {within} of {}",
-                        segment.path.display()
-                    )
-                })
+    /// Makes the blocks zeros that take space, so that later writes there need none.
+    pub(super) fn allocate_zeroed(&self, span: Span) -> Result<()> {
+        self.punch(span)?;
+        self.split(span.offset(), span.bytes(), |piece| {
+            let segment = piece.segment;
+            let reserved = segment.change(|| segment.file.allocate(piece.within, piece.len));
+            piece.context("reserving", reserved)
         })
     }
 
@@ -346,14 +359,13 @@ impl DataFiles {
             .collect()
     }
 
-    /// True where the host knows of a hole in the range: see [`StorageFile::has_hole`].
-    pub(super) fn has_hole(&self, offset: u64, len: u64) -> Result<bool> {
+    /// True where the host knows of a hole in the blocks: see [`StorageFile::has_hole`].
+    pub(super) fn has_hole(&self, span: Span) -> Result<bool> {
         let mut found = false;
-        self.split(offset, len, |segment, within, _, len| {
-            found |= segment
-                .file
-                .has_hole(within, len as u64)
-                .context(|| format!("cannot look for holes in {}", segment.path.display()))?;
+        self.split(span.offset(), span.bytes(), |piece| {
+            let file = &piece.segment.file;
+            let hole = file.has_hole(piece.within, piece.len);
+            found |= piece.context("looking for holes in", hole)?;
             Ok(())
         })?;
         Ok(found)
@@ -370,10 +382,10 @@ impl DataFiles {
         })
     }
 
-    /// A hint that the range will be read soon.
-    pub(super) fn prefetch(&self, offset: u64, len: u64) -> Result<()> {
-        self.split(offset, len, |segment, within, _, len| {
-            segment.file.prefetch(within, len as u64);
+    /// A hint that the blocks will be read soon.
+    pub(super) fn prefetch(&self, span: Span) -> Result<()> {
+        self.split(span.offset(), span.bytes(), |piece| {
+            piece.segment.file.prefetch(piece.within, piece.len);
             Ok(())
         })
     }
@@ -393,7 +405,7 @@ mod tests {
         DataFiles::create(&storage, dir, 1 << 20).unwrap();
         let header = Header::new(None, 1 << 20).unwrap();
         let data = DataFiles::open(&storage, dir, &header, OpenMode::Write).unwrap();
-        data.write(&[1; 4096], 0).unwrap();
+        data.write(&[1; 4096], Offset::default()).unwrap();
         storage.fail(FaultPlan {
             kinds: vec![OpKind::SyncData],
             nth: 1,

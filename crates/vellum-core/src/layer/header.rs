@@ -5,7 +5,7 @@ use std::path::Path;
 use uuid::Uuid;
 
 use super::codec::{Reader, Writer};
-use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE};
+use vellum_base::block::{BLOCK_SIZE, Blocks, MAX_VIRTUAL_SIZE};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
 
@@ -58,8 +58,8 @@ impl Header {
     }
 
     /// Virtual size in blocks.
-    pub fn blocks(&self) -> u64 {
-        self.virtual_size / BLOCK_SIZE
+    pub fn blocks(&self) -> Blocks {
+        Blocks::whole_in(self.virtual_size)
     }
 
     /// The header as it lies on disk.

@@ -1,4 +1,4 @@
-//! The index in memory: block number → a 32-bit value, in space that follows what it holds.
+//! The index in memory: block → a small value, in space that follows what it holds.
 //!
 //! A layer keeps one of states; a chain keeps one of layer numbers. A *node* stands for 2 GiB. While
 //! little is in it, it is a sorted list of runs: blocks that lie alone all over a large volume cost 12
@@ -6,126 +6,115 @@
 //! once that would cost more, an array, of bytes while its values fit. A block that a person writes
 //! at random costs about 8 to 24 bytes there.
 
-use std::ops::{Add, Range, Sub};
+mod leaf;
 
-/// The value of a block that the index holds nothing for.
-pub const ABSENT: u32 = u32::MAX;
+use std::fmt::Debug;
+use std::ops::Range;
+
+use self::leaf::{Leaf, Stretch, piece_of, set_stretches, sorted_and_merged};
+use vellum_base::block::{Block, BlockState, Blocks, Run, Span, in_memory};
 
 /// Blocks of a leaf.
 const LEAF: usize = 1024;
 /// Leaves of a node: a node covers 2 GiB.
 const NODE: usize = 512;
 /// Blocks of a node.
-const NODE_BLOCKS: u64 = (LEAF * NODE) as u64;
-/// A leaf of more runs than this becomes an array.
-const MAX_RUNS: usize = 64;
+const NODE_BLOCKS: u32 = (LEAF * NODE) as u32;
 /// A node of more runs than this gets leaves: these cost 12 KiB, and each that is used more.
 const MAX_NODE_RUNS: usize = 256;
 
-/// A number of blocks within a leaf, or within a node.
-trait Place: Copy + Ord + Add<Output = Self> + Sub<Output = Self> + Into<u64> {}
+/// What an [`Index`] says of a block.
+pub trait IndexValue: Copy + Eq + Debug {
+    /// What it says where nothing was set. Takes no space.
+    const ABSENT: Self;
 
-impl Place for u16 {}
-impl Place for u32 {}
+    /// What most values are in an array: a byte.
+    type Small: Copy + Eq + Debug;
 
-/// A run of equal values within a leaf or a node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Run<P> {
-    start: P,
-    len: P,
-    value: u32,
+    /// The value as a byte. [`IndexValue::ABSENT`] has one.
+    fn small(self) -> Option<Self::Small>;
+
+    /// The value that a byte stands for.
+    fn of_small(small: Self::Small) -> Self;
 }
 
-impl<P: Place> Run<P> {
-    fn end(self) -> P {
-        self.start + self.len
+/// The map of a layer.
+impl IndexValue for BlockState {
+    const ABSENT: Self = BlockState::Parent;
+    type Small = Self;
+
+    fn small(self) -> Option<Self> {
+        Some(self)
+    }
+
+    fn of_small(small: Self) -> Self {
+        small
     }
 }
 
-#[derive(Debug, Clone)]
-enum Leaf {
-    /// Sorted, not overlapping, neighbours of one value merged; gaps are [`ABSENT`].
-    Runs(Vec<Run<u16>>),
-    /// Values that [`narrow`] knows: every cache line that a lookup touches counts.
-    Bytes(Box<[u8; LEAF]>),
-    Array(Box<[u32; LEAF]>),
-}
+/// Changes of a map: *parent* is one like the others.
+impl IndexValue for Option<BlockState> {
+    const ABSENT: Self = None;
+    type Small = Self;
 
-/// A value as a byte: small ones, and the two largest.
-fn narrow(value: u32) -> Option<u8> {
-    match value {
-        0..254 => Some(value as u8),
-        0xffff_fffe.. => Some(value as u8),
-        _ => None,
+    fn small(self) -> Option<Self> {
+        Some(self)
     }
-}
 
-/// What [`narrow`] made a byte of.
-fn widen(byte: u8) -> u32 {
-    match byte {
-        0..254 => byte.into(),
-        // The bytes of u32::MAX and the one below are theirs.
-        _ => u32::from(byte) | !0xff,
+    fn of_small(small: Self) -> Self {
+        small
     }
-}
-
-/// The first value of a slice, and how many of it there are.
-fn same<T: Copy + PartialEq>(values: &[T]) -> Option<(T, usize)> {
-    let first = *values.first()?;
-    let len = values
-        .iter()
-        .position(|&other| other != first)
-        .unwrap_or(values.len());
-    Some((first, len))
-}
-
-impl Default for Leaf {
-    fn default() -> Self {
-        Leaf::Runs(Vec::new())
-    }
-}
-
-/// A run of blocks of one value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ValueRun {
-    /// First block.
-    pub start: u64,
-    /// Length in blocks, never 0.
-    pub len: u64,
-    /// The value of each of them.
-    pub value: u32,
 }
 
 /// 2 GiB of blocks. Where all of them have one value, that is all there is to it: one extent of a
 /// map may cover terabytes, and must not take memory in proportion.
 #[derive(Debug, Clone)]
-enum Node {
-    Same(u32),
+enum Node<V: IndexValue> {
+    Same(V),
     /// As [`Leaf::Runs`].
-    Runs(Vec<Run<u32>>),
-    Leaves(Box<[Leaf]>),
+    Runs(Vec<Stretch<u32, V>>),
+    Leaves(Box<[Leaf<V>; NODE]>),
 }
 
-impl Default for Node {
+/// A sparse array of values over block numbers.
+#[derive(Debug, Clone)]
+pub struct Index<V: IndexValue = BlockState> {
+    nodes: Vec<Node<V>>,
+}
+
+impl<V: IndexValue> Default for Index<V> {
     fn default() -> Self {
-        Node::Same(ABSENT)
+        Index { nodes: Vec::new() }
     }
 }
 
-/// A sparse array of `u32` over block numbers.
-#[derive(Debug, Clone, Default)]
-pub struct Index {
-    nodes: Vec<Node>,
+/// The number of the node that a block is in, and the block's place there.
+#[inline]
+fn locate(block: Block) -> (usize, u32) {
+    let node = in_memory(block.get() / u64::from(NODE_BLOCKS));
+    let within = block.get() % u64::from(NODE_BLOCKS);
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "less than the u32 NODE_BLOCKS"
+    )]
+    (node, within as u32)
 }
 
-/// Splits a block into (node, leaf within it, block within that).
-fn locate(block: u64) -> (usize, usize, usize) {
-    let node = (block / NODE_BLOCKS) as usize;
-    let leaf = (block / LEAF as u64) as usize % NODE;
-    (node, leaf, (block % LEAF as u64) as usize)
+/// The number of the leaf that a place in a node is in, and the place there.
+#[inline]
+fn locate_in_node(within: u32) -> (usize, usize) {
+    (within as usize / LEAF, within as usize % LEAF)
 }
 
-impl Index {
+/// A number of blocks, or `most` where there are more.
+#[inline]
+fn bounded(blocks: Blocks, most: u32) -> u32 {
+    #[expect(clippy::cast_possible_truncation, reason = "no more than a u32")]
+    let bounded = blocks.get().min(most.into()) as u32;
+    bounded
+}
+
+impl<V: IndexValue> Index<V> {
     /// An index that holds nothing.
     pub fn new() -> Self {
         Index::default()
@@ -137,162 +126,198 @@ impl Index {
     }
 
     /// The first block beyond everything that the index can hold an entry for.
-    pub fn end(&self) -> u64 {
-        self.nodes.len() as u64 * NODE_BLOCKS
+    pub fn end(&self) -> Block {
+        Block::new(self.nodes.len() as u64 * u64::from(NODE_BLOCKS))
     }
 
-    /// The value of `block`, or [`ABSENT`].
-    pub fn get(&self, block: u64) -> u32 {
-        self.run_at(block, 1).value
+    /// The value of `block`.
+    pub fn get(&self, block: Block) -> V {
+        self.piece_at(Span::of(block)).value
     }
 
-    /// The run of equal values that begins at `block`, of at most `max` (≥ 1) blocks.
-    ///
-    /// It ends early only at a change of value or after `max`.
-    pub fn run_at(&self, block: u64, max: u64) -> ValueRun {
-        let (value, mut len) = self.piece_at(block, max);
-        while len < max {
-            let (next, more) = self.piece_at(block + len, max - len);
-            if next != value {
+    /// The run of equal values at the front of `span`: it ends at a change of value, or where `span`
+    /// does. Empty only where `span` is.
+    pub fn first_run(&self, span: Span) -> Run<V> {
+        if span.is_empty() {
+            return Run::new(span, V::ABSENT);
+        }
+        let mut run = self.piece_at(span);
+        while run.end() < span.end() {
+            let next = self.piece_at(span.from(run.end()));
+            if next.value != run.value {
                 break;
             }
-            len += more;
+            run.span = run.span.longer_by(next.len());
         }
-        ValueRun {
-            start: block,
-            len,
-            value,
-        }
+        run
     }
 
-    /// As [`Index::run_at`], within one leaf or one node of a single value.
+    /// As [`Index::first_run`], within one leaf or one node of a single value.
     #[inline]
-    fn piece_at(&self, block: u64, max: u64) -> (u32, u64) {
-        let (node, leaf, within) = locate(block);
-        let leaf = match self.nodes.get(node) {
-            Some(Node::Leaves(leaves)) => leaves.get(leaf),
-            Some(Node::Same(value)) => {
-                return (*value, max.min(NODE_BLOCKS - block % NODE_BLOCKS));
-            }
-            Some(Node::Runs(runs)) => {
-                let within = block % NODE_BLOCKS;
-                return piece_of(runs, within, max.min(NODE_BLOCKS - within));
-            }
-            None => None,
+    fn piece_at(&self, span: Span) -> Run<V> {
+        let (node, within) = locate(span.start());
+        let (value, len) = match self.nodes.get(node) {
+            None => return Run::new(span, V::ABSENT),
+            Some(node) => node.piece_at(within, bounded(span.len(), NODE_BLOCKS - within)),
         };
-        let Some(leaf) = leaf else {
-            return (ABSENT, max);
-        };
-        let (value, len) = leaf.piece_at(within, max.min((LEAF - within) as u64) as usize);
-        (value, len as u64)
+        Run::new(Span::new(span.start(), len.into()), value)
     }
 
-    /// Gives `len` blocks from `start` the value; [`ABSENT`] forgets them.
-    pub fn set(&mut self, start: u64, len: u64, value: u32) {
-        let end = start + len;
-        let mut at = start;
-        while at < end {
-            let within = at % NODE_BLOCKS;
-            let piece = (NODE_BLOCKS - within).min(end - at);
-            if let Some(node) = self.node_mut((at / NODE_BLOCKS) as usize, value) {
-                node.set(within as usize, piece as usize, value);
+    /// Gives the blocks of `span` the value; [`IndexValue::ABSENT`] forgets them.
+    pub fn set(&mut self, span: Span, value: V) {
+        let mut rest = span;
+        while !rest.is_empty() {
+            let (node, within) = locate(rest.start());
+            let len = bounded(rest.len(), NODE_BLOCKS - within);
+            if node >= self.nodes.len() {
+                if value == V::ABSENT {
+                    // There is nothing to forget from here on.
+                    break;
+                }
+                self.nodes.resize_with(node + 1, || Node::Same(V::ABSENT));
             }
-            at += piece;
+            self.node_mut(node).set(within, len, value);
+            rest = rest.from(rest.start() + len.into());
+        }
+        if cfg!(debug_assertions) {
+            self.assert_sound_at(span);
         }
     }
 
-    /// The node to change, made where it is missing; `None` where there is nothing to forget.
-    fn node_mut(&mut self, node: usize, value: u32) -> Option<&mut Node> {
-        if node >= self.nodes.len() {
-            if value == ABSENT {
-                return None;
-            }
-            self.nodes.resize_with(node + 1, Node::default);
-        }
-        self.nodes.get_mut(node)
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "the only caller has made the node that it names"
+    )]
+    fn node_mut(&mut self, node: usize) -> &mut Node<V> {
+        &mut self.nodes[node]
     }
 
     /// Forgets every block from `end` on.
-    pub fn truncate(&mut self, end: u64) {
-        let last = self.end();
-        if end < last {
-            let whole = end.div_ceil(NODE_BLOCKS);
-            self.nodes.truncate(whole as usize);
-            let last = self.end();
-            if end < last {
-                self.set(end, last - end, ABSENT);
+    pub fn truncate(&mut self, end: Block) {
+        if end < self.end() {
+            let whole = end.get().div_ceil(NODE_BLOCKS.into());
+            self.nodes.truncate(in_memory(whole));
+            self.set(Span::between(end, self.end()), V::ABSENT);
+        }
+    }
+
+    /// The runs that cover `span`, in order, those of [`IndexValue::ABSENT`] included; each as long
+    /// as can be.
+    pub fn cover(&self, span: Span) -> impl Iterator<Item = Run<V>> {
+        let mut rest = span;
+        std::iter::from_fn(move || {
+            (!rest.is_empty()).then(|| {
+                let run = self.first_run(rest);
+                rest = rest.from(run.end());
+                run
+            })
+        })
+    }
+
+    /// The runs of present values within `span`, in order, each as long as can be.
+    pub fn runs(&self, span: Span) -> impl Iterator<Item = Run<V>> {
+        let held = Span::up_to(self.end() - Block::FIRST);
+        let held = held.intersection(span).unwrap_or_default();
+        self.cover(held).filter(|run| run.value != V::ABSENT)
+    }
+
+    /// All runs of present values.
+    pub fn iter(&self) -> impl Iterator<Item = Run<V>> {
+        self.runs(Span::up_to(self.end() - Block::FIRST))
+    }
+
+    /// Asserts that all nodes and leaves are as they are described above.
+    pub fn assert_sound(&self) {
+        self.nodes
+            .iter()
+            .for_each(|node| node.assert_sound(0..NODE));
+    }
+
+    /// As [`Index::assert_sound`], of those that a change of `span` has to do with: not all of the
+    /// leaves, which would take too long after each change.
+    fn assert_sound_at(&self, span: Span) {
+        let (first, within) = locate(span.start());
+        let (last, _) = locate(span.end());
+        let (leaf, _) = locate_in_node(within);
+        for node in self.nodes.iter().take(last + 1).skip(first) {
+            node.assert_sound(leaf..leaf + 1);
+        }
+    }
+}
+
+/// What runs that overlap come to, where later ones overwrite earlier ones: each block once, in
+/// order, in runs as long as can be.
+pub(super) fn net_runs(changes: impl Iterator<Item = Run<BlockState>>) -> Vec<Run<BlockState>> {
+    let mut index = Index::new();
+    for change in changes {
+        index.set(change.span, Some(change.value));
+    }
+    let run = |run: Run<Option<BlockState>>| Some(Run::new(run.span, run.value?));
+    index.iter().filter_map(run).collect()
+}
+
+impl<V: IndexValue> Node<V> {
+    /// The value at a place, and how far it goes, up to `max`, which lies within the node.
+    #[inline]
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "a place in a node lies in one of its leaves"
+    )]
+    fn piece_at(&self, within: u32, max: u32) -> (V, u32) {
+        match self {
+            Node::Leaves(leaves) => {
+                let (leaf, within) = locate_in_node(within);
+                leaves[leaf].piece_at(within, max)
             }
+            Node::Same(value) => (*value, max),
+            Node::Runs(runs) => piece_of(runs, within, max),
         }
     }
 
-    /// The runs of present values within a range of blocks, in order, each as long as can be.
-    pub fn runs(&self, range: Range<u64>) -> Runs<'_> {
-        Runs {
-            index: self,
-            at: range.start,
-            end: range.end.min(self.end()),
-        }
-    }
-
-    /// All runs.
-    pub fn iter(&self) -> Runs<'_> {
-        self.runs(0..self.end())
-    }
-}
-
-/// The iterator of [`Index::runs`].
-#[derive(Debug)]
-pub struct Runs<'a> {
-    index: &'a Index,
-    at: u64,
-    end: u64,
-}
-
-impl Iterator for Runs<'_> {
-    type Item = ValueRun;
-
-    fn next(&mut self) -> Option<ValueRun> {
-        while self.at < self.end {
-            let run = self.index.run_at(self.at, self.end - self.at);
-            self.at += run.len;
-            if run.value != ABSENT {
-                return Some(run);
-            }
-        }
-        None
-    }
-}
-
-impl Node {
     /// Gives `len` blocks from `within` on the value.
     #[inline]
-    fn set(&mut self, within: usize, len: usize, value: u32) {
+    fn set(&mut self, within: u32, len: u32, value: V) {
         match self {
-            Node::Leaves(leaves) if len < NODE * LEAF => set_leaves(leaves, within, len, value),
-            Node::Runs(runs) if len < NODE * LEAF => {
-                set_runs(runs, within as u32, len as u32, value);
+            Node::Leaves(leaves) if len < NODE_BLOCKS => set_leaves(leaves, within, len, value),
+            Node::Runs(runs) if len < NODE_BLOCKS => {
+                set_stretches(runs, Stretch::new(within, len, value));
                 if runs.len() > MAX_NODE_RUNS {
                     *self = Node::leaves_of(runs);
                 }
             }
             Node::Same(same) if *same == value => {}
-            Node::Same(same) if len < NODE * LEAF => {
+            Node::Same(same) if len < NODE_BLOCKS => {
                 let mut runs = Vec::new();
-                if *same != ABSENT {
-                    set_runs(&mut runs, 0, NODE_BLOCKS as u32, *same);
+                if *same != V::ABSENT {
+                    set_stretches(&mut runs, Stretch::new(0, NODE_BLOCKS, *same));
                 }
-                set_runs(&mut runs, within as u32, len as u32, value);
+                set_stretches(&mut runs, Stretch::new(within, len, value));
                 *self = Node::Runs(runs);
             }
             _ => *self = Node::Same(value),
         }
     }
 
+    /// Asserts that it is as it is described above, and so are some of its leaves.
+    fn assert_sound(&self, leaves: Range<usize>) {
+        match self {
+            Node::Same(_) => {}
+            Node::Runs(runs) => {
+                assert!(runs.len() <= MAX_NODE_RUNS, "a node of too many runs");
+                assert!(sorted_and_merged(runs, NODE_BLOCKS), "a node out of order");
+            }
+            Node::Leaves(all) => {
+                let some = all.iter().take(leaves.end).skip(leaves.start);
+                some.for_each(Leaf::assert_sound);
+            }
+        }
+    }
+
     /// The same with leaves.
-    fn leaves_of(runs: &[Run<u32>]) -> Self {
-        let mut leaves: Box<[Leaf]> = std::iter::repeat_with(Leaf::default).take(NODE).collect();
+    fn leaves_of(runs: &[Stretch<u32, V>]) -> Self {
+        let mut leaves = Box::new([const { Leaf::EMPTY }; NODE]);
         for run in runs {
-            set_leaves(&mut leaves, run.start as usize, run.len as usize, run.value);
+            set_leaves(&mut leaves, run.start(), run.len(), run.value());
         }
         Node::Leaves(leaves)
     }
@@ -300,162 +325,18 @@ impl Node {
 
 /// Sets blocks of a node in its leaves.
 #[inline]
-fn set_leaves(leaves: &mut [Leaf], within: usize, len: usize, value: u32) {
-    let end = within + len;
-    let mut at = within;
+#[expect(
+    clippy::indexing_slicing,
+    reason = "a place in a node lies in one of its leaves"
+)]
+fn set_leaves<V: IndexValue>(leaves: &mut [Leaf<V>; NODE], within: u32, len: u32, value: V) {
+    let end = within as usize + len as usize;
+    let mut at = within as usize;
     while at < end {
         let in_leaf = at % LEAF;
         let piece = (LEAF - in_leaf).min(end - at);
-        if let Some(leaf) = leaves.get_mut(at / LEAF) {
-            leaf.set(in_leaf, piece, value);
-        }
+        leaves[at / LEAF].set(in_leaf, piece, value);
         at += piece;
-    }
-}
-
-/// The value at a place in a sorted list of runs, and how far it goes, up to `max`.
-#[inline]
-fn piece_of<P: Place>(runs: &[Run<P>], within: u64, max: u64) -> (u32, u64) {
-    let next = runs.partition_point(|run| run.end().into() <= within);
-    match runs.get(next) {
-        None => (ABSENT, max),
-        Some(run) if run.start.into() > within => (ABSENT, max.min(run.start.into() - within)),
-        Some(run) => (run.value, max.min(run.end().into() - within)),
-    }
-}
-
-impl Leaf {
-    #[inline]
-    fn piece_at(&self, within: usize, max: usize) -> (u32, usize) {
-        match self {
-            Leaf::Runs(runs) => {
-                let (value, len) = piece_of(runs, within as u64, max as u64);
-                (value, len as usize)
-            }
-            Leaf::Bytes(values) => {
-                let piece = values.get(within..within + max).and_then(same);
-                piece.map_or((ABSENT, max), |(byte, len)| (widen(byte), len))
-            }
-            Leaf::Array(values) => {
-                let piece = values.get(within..within + max).and_then(same);
-                piece.unwrap_or((ABSENT, max))
-            }
-        }
-    }
-
-    fn set(&mut self, within: usize, len: usize, value: u32) {
-        if len == LEAF {
-            *self = Leaf::Runs(Vec::new());
-        }
-        match self {
-            Leaf::Runs(runs) => {
-                set_runs(runs, within as u16, len as u16, value);
-                if runs.len() > MAX_RUNS {
-                    *self = Leaf::array_of(runs);
-                }
-            }
-            Leaf::Bytes(values) => match narrow(value) {
-                Some(byte) => {
-                    if let Some(target) = values.get_mut(within..within + len) {
-                        target.fill(byte);
-                    }
-                }
-                None => {
-                    *self = Leaf::Array(Box::new(values.map(widen)));
-                    self.set(within, len, value);
-                }
-            },
-            Leaf::Array(values) => {
-                if let Some(target) = values.get_mut(within..within + len) {
-                    target.fill(value);
-                }
-            }
-        }
-    }
-
-    /// The same as an array.
-    fn array_of(runs: &[Run<u16>]) -> Self {
-        let mut bytes = Box::new([u8::MAX; LEAF]);
-        let mut fits = true;
-        for run in runs {
-            let range = usize::from(run.start)..usize::from(run.end());
-            match (narrow(run.value), bytes.get_mut(range)) {
-                (Some(byte), Some(target)) => target.fill(byte),
-                _ => fits = false,
-            }
-        }
-        if fits {
-            return Leaf::Bytes(bytes);
-        }
-        let mut values = Box::new([ABSENT; LEAF]);
-        for run in runs {
-            let range = usize::from(run.start)..usize::from(run.end());
-            if let Some(target) = values.get_mut(range) {
-                target.fill(run.value);
-            }
-        }
-        Leaf::Array(values)
-    }
-}
-
-/// Overwrites `len` places from `start` in a sorted list of runs.
-fn set_runs<P: Place>(runs: &mut Vec<Run<P>>, start: P, len: P, value: u32) {
-    let end = start + len;
-    // The runs that the new one overlaps or touches.
-    let mut first = runs.partition_point(|run| run.end() < start);
-    let mut last = first
-        + runs
-            .get(first..)
-            .unwrap_or_default()
-            .partition_point(|run| run.start <= end);
-    let mut new = Run { start, len, value };
-    let mut head = None;
-    let mut tail = None;
-    if let Some(run) = runs.get(first).filter(|run| run.start < start) {
-        if run.value == value {
-            new = Run {
-                start: run.start,
-                len: new.end() - run.start,
-                value,
-            };
-        } else if run.end() == start {
-            first += 1;
-        } else {
-            head = Some(Run {
-                start: run.start,
-                len: start - run.start,
-                value: run.value,
-            });
-        }
-    }
-    if last > first
-        && let Some(run) = runs.get(last - 1).filter(|run| run.end() > end)
-    {
-        if run.value == value {
-            new.len = run.end() - new.start;
-        } else if run.start == end {
-            last -= 1;
-        } else {
-            tail = Some(Run {
-                start: end,
-                len: run.end() - end,
-                value: run.value,
-            });
-        }
-    }
-    let new = (value != ABSENT).then_some(new);
-    if head.is_none() && tail.is_none() && last == first + 1 {
-        // The commonest case, in place: a run grows or changes its value.
-        match (new, runs.get_mut(first)) {
-            (Some(new), Some(slot)) => *slot = new,
-            _ => drop(runs.drain(first..last)),
-        }
-        return;
-    }
-    match new {
-        // The next commonest, without the cost of a splice.
-        Some(new) if first == last => runs.insert(first, new),
-        _ => drop(runs.splice(first..last, [head, new, tail].into_iter().flatten())),
     }
 }
 

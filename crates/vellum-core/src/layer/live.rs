@@ -14,13 +14,12 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use self::bond::Bond;
-use super::STATE_DATA;
 use super::codec::{Reader, Writer, check_crc};
 use super::data::DataFiles;
 use super::files::remove_if_there;
 use super::header::Header;
-use super::index::{ABSENT, Index};
-use vellum_base::block::BLOCK_SIZE;
+use super::index::Index;
+use vellum_base::block::{Block, BlockState, Blocks, Run, Span, in_memory, part, part_mut};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{OpenMode, SharedFile, Storage, StorageFile};
 
@@ -40,6 +39,8 @@ const BOOT_AT: usize = 32;
 const EPOCHS_AT: [u64; 2] = [64, 80];
 const POISON_AT: u64 = 96;
 const ENTRY_LEN: usize = 32;
+/// Of an entry's second number: below them is the length, above them what it says.
+const LEN_BITS: u32 = 48;
 /// Entries of a region.
 const CAPACITY: u64 = 256 << 10;
 /// More changes than these between two flushes are refused. Unit tests fill it all the time.
@@ -56,18 +57,13 @@ const AT_LEAST: u64 = 64 << 10;
 const FILE_LEN: u64 = HEADER_LEN + 2 * REGION_LEN;
 
 /// A change as it was logged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct LiveChange {
-    pub(super) start: u64,
-    pub(super) len: u64,
-    pub(super) what: Noted,
-}
+pub(super) type LiveChange = Run<Noted>;
 
 /// What an entry says of its blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Noted {
-    /// They get this index value. Data was written before that was said.
-    Becomes(u32),
+    /// They get this state. Data was written before that was said.
+    Becomes(BlockState),
     /// They become data that was reserved and not written: zeros, where the file may have a hole.
     Reserved,
     /// Those that are data are about to be made zeros: the file may have holes there.
@@ -75,21 +71,21 @@ pub(super) enum Noted {
 }
 
 impl Noted {
-    /// The index value that the blocks get.
-    pub(super) fn value(self) -> Option<u32> {
+    /// The state that the blocks get; `None`: they keep theirs.
+    pub(super) fn state(self) -> Option<BlockState> {
         match self {
-            Noted::Becomes(value) => Some(value),
-            Noted::Reserved => Some(STATE_DATA),
+            Noted::Becomes(state) => Some(state),
+            Noted::Reserved => Some(BlockState::Data),
             Noted::Emptied => None,
         }
     }
 
-    /// As it is written.
-    fn code(self) -> u16 {
+    /// As it is written: the log says more than states, so its numbers are its own.
+    fn code(self) -> u64 {
         match self {
-            Noted::Becomes(ABSENT) => 0,
-            Noted::Becomes(STATE_DATA) => 2,
-            Noted::Becomes(_) => 3,
+            Noted::Becomes(BlockState::Parent) => 0,
+            Noted::Becomes(BlockState::Data) => 2,
+            Noted::Becomes(BlockState::Zero) => 3,
             Noted::Reserved => 4,
             Noted::Emptied => 5,
         }
@@ -97,9 +93,9 @@ impl Noted {
 
     fn of(code: u64) -> Option<Noted> {
         Some(match code {
-            0 => Noted::Becomes(ABSENT),
-            2 => Noted::Becomes(STATE_DATA),
-            3 => Noted::Becomes(super::STATE_ZERO),
+            0 => Noted::Becomes(BlockState::Parent),
+            2 => Noted::Becomes(BlockState::Data),
+            3 => Noted::Becomes(BlockState::Zero),
             4 => Noted::Reserved,
             5 => Noted::Emptied,
             _ => return None,
@@ -114,12 +110,19 @@ type LogFile = Arc<Mutex<Box<dyn SharedFile>>>;
 #[derive(Debug)]
 pub(super) struct Live {
     file: LogFile,
+    regions: [Region; 2],
     /// Where changes go now.
-    region: usize,
-    used: [u64; 2],
-    epochs: [u64; 2],
+    current: usize,
     /// The host had no space for more entries: a flush makes room.
     refused: bool,
+}
+
+/// One of the two parts of a log.
+#[derive(Debug)]
+struct Region {
+    /// Entries in it.
+    used: u64,
+    epoch: u64,
 }
 
 /// Marks a log as one of a layer that is poisoned.
@@ -164,30 +167,35 @@ fn identity(uuid: Uuid, boot: [u8; 16]) -> Vec<u8> {
 /// On the stack: every first write to a block makes one.
 fn entry(change: LiveChange, epoch: u64) -> [u8; ENTRY_LEN] {
     let mut out = [0; ENTRY_LEN];
-    // Lengths stay far below 2^48.
-    let packed = change.len | u64::from(change.what.code()) << 48;
-    let fields = [change.start, packed, epoch];
+    let len = change.len().get();
+    assert!(len < 1 << LEN_BITS, "an entry has no room for {len} blocks");
+    let packed = len | change.value.code() << LEN_BITS;
+    let fields = [change.start().get(), packed, epoch];
     for (field, value) in out.chunks_exact_mut(8).zip(fields) {
         field.copy_from_slice(&value.to_le_bytes());
     }
-    if let Some((body, crc)) = out.split_last_chunk_mut::<4>() {
-        *crc = crc32fast::hash(body).to_le_bytes();
-    }
+    let crc = crc32fast::hash(part(&out, 0, ENTRY_LEN - 4));
+    part_mut(&mut out, ENTRY_LEN - 4, 4).copy_from_slice(&crc.to_le_bytes());
     out
 }
 
-fn decode_entry(bytes: &[u8], epoch: u64) -> Option<LiveChange> {
-    check_crc(bytes, "entry").ok()?;
-    let mut input = Reader::new(bytes);
-    let start = input.u64().ok()?;
-    let packed = input.u64().ok()?;
-    let what = Noted::of(packed >> 48)?;
-    let found = input.u64().ok()?;
-    (found == epoch).then_some(LiveChange {
-        start,
-        len: packed & ((1 << 48) - 1),
-        what,
-    })
+/// What a region has behind its last entry.
+struct NoEntry;
+
+/// Reads an entry: its blocks, `None` where they have no numbers, and what it says of them.
+fn decode_entry(bytes: &[u8], epoch: u64) -> std::result::Result<(Option<Span>, Noted), NoEntry> {
+    let read = || -> Result<(u64, u64, u64)> {
+        check_crc(bytes, "entry")?;
+        let mut input = Reader::new(bytes);
+        Ok((input.u64()?, input.u64()?, input.u64()?))
+    };
+    let (start, packed, found) = read().map_err(|_| NoEntry)?;
+    let what = Noted::of(packed >> LEN_BITS).ok_or(NoEntry)?;
+    if found != epoch {
+        return Err(NoEntry);
+    }
+    let len = Blocks::new(packed & ((1 << LEN_BITS) - 1));
+    Ok((Span::checked(Block::new(start), len), what))
 }
 
 fn epoch_field(epoch: u64) -> Vec<u8> {
@@ -196,6 +204,11 @@ fn epoch_field(epoch: u64) -> Vec<u8> {
     out.u32(0);
     out.crc();
     out.into_bytes()
+}
+
+#[expect(clippy::indexing_slicing, reason = "there are two regions")]
+fn epoch_at(region: usize) -> u64 {
+    EPOCHS_AT[region]
 }
 
 fn region_at(region: usize) -> u64 {
@@ -231,15 +244,15 @@ impl Live {
         let file = storage.open_shared(&tmp, FILE_LEN).context(what)?;
         let mut live = Live {
             file: Arc::new(Mutex::new(file)),
-            region: 0,
-            used: [0; 2],
-            epochs: [1, 2],
+            regions: [1, 2].map(|epoch| Region { used: 0, epoch }),
+            current: 0,
             refused: false,
         };
         live.write_at(0, &identity(uuid, storage.boot_id()))?;
         live.bind(storage, dir, data, true)?;
-        for (at, epoch) in EPOCHS_AT.into_iter().zip(live.epochs) {
-            live.write_at(at, &epoch_field(epoch))?;
+        for region in [0, 1] {
+            let epoch = live.region(region).epoch;
+            live.write_at(epoch_at(region), &epoch_field(epoch))?;
         }
         for region in [0, 1] {
             // So that on a full disk either of them takes some changes.
@@ -248,7 +261,7 @@ impl Live {
         }
         for (at, change) in changes.iter().enumerate() {
             if at as u64 == LIMIT {
-                live.region = 1;
+                live.current = 1;
             }
             live.append(*change)?;
         }
@@ -287,67 +300,65 @@ impl Live {
     /// [`ErrorKind::NoSpace`] when the host is full, or when far too much changed since the last
     /// flush.
     pub(super) fn append(&mut self, change: LiveChange) -> Result<()> {
-        let (region, epoch) = (self.region, self.epoch(self.region));
-        let used = self.used.get(region).copied().unwrap_or(LIMIT);
+        let &Region { used, epoch } = self.region(self.current);
         if used >= LIMIT {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 format!("{LIMIT} changes of the map wait for a flush: flush more often"),
             ));
         }
-        let at = region_at(region) + used * ENTRY_LEN as u64;
+        let at = region_at(self.current) + used * ENTRY_LEN as u64;
         self.write_at(at, &entry(change, epoch))
             .inspect_err(|error| self.refused = error.kind() == ErrorKind::NoSpace)?;
-        if let Some(used) = self.used.get_mut(region) {
-            *used += 1;
-        }
+        self.region_mut(self.current).used += 1;
         Ok(())
     }
 
-    fn epoch(&self, region: usize) -> u64 {
-        self.epochs.get(region).copied().unwrap_or_default()
+    #[expect(clippy::indexing_slicing, reason = "there are two regions")]
+    fn region(&self, which: usize) -> &Region {
+        &self.regions[which]
+    }
+
+    #[expect(clippy::indexing_slicing, reason = "there are two regions")]
+    fn region_mut(&mut self, which: usize) -> &mut Region {
+        &mut self.regions[which]
     }
 
     /// True when a flush is due to make room.
     pub(super) fn is_filling(&self) -> bool {
-        let used = self.used.get(self.region);
-        self.refused || used.is_some_and(|&used| used >= SOFT_LIMIT)
+        self.refused || self.region(self.current).used >= SOFT_LIMIT
     }
 
     /// A flush froze everything so far: what comes now goes to the other region, if that is empty.
     /// If not, because the flush before failed, everything stays where it is, and this flush
     /// empties the older region alone.
     pub(super) fn freeze(&mut self) {
-        let other = 1 - self.region;
-        if self.used.get(other) == Some(&0) && self.epoch(other) > self.epoch(self.region) {
-            self.region = other;
+        let which = 1 - self.current;
+        let (other, current) = (self.region(which), self.region(self.current));
+        if other.used == 0 && other.epoch > current.epoch {
+            self.current = which;
         }
     }
 
     /// What was frozen is durable: forgets it, or else keeps it, which does no harm: applied
     /// again in its order, followed by all that came later, it changes nothing.
     pub(super) fn committed(&mut self) {
-        if let Err(error) = self.clear(1 - self.region) {
+        if let Err(error) = self.clear(1 - self.current) {
             tracing::warn!(%error, "the log of changes cannot be emptied");
         }
     }
 
     /// Empties a region: its entries belong to an epoch that is over.
-    fn clear(&mut self, region: usize) -> Result<()> {
-        if self.used.get(region) == Some(&0) {
-            // Its epoch must still come after the other's, since order is by epoch.
-            if self.epoch(region) > self.epoch(1 - region) {
-                return Ok(());
-            }
+    fn clear(&mut self, which: usize) -> Result<()> {
+        let (region, other) = (self.region(which), self.region(1 - which));
+        // Its epoch must still come after the other's, since order is by epoch.
+        if region.used == 0 && region.epoch > other.epoch {
+            return Ok(());
         }
-        let epoch = self.epochs.iter().max().map_or(1, |last| last + 1);
-        let at = EPOCHS_AT.get(region).copied().unwrap_or_default();
-        self.write_at(at, &epoch_field(epoch))?;
-        if let (Some(slot), Some(used)) = (self.epochs.get_mut(region), self.used.get_mut(region)) {
-            *slot = epoch;
-            *used = 0;
-            self.refused = false;
-        }
+        let epoch = region.epoch.max(other.epoch) + 1;
+        self.write_at(epoch_at(which), &epoch_field(epoch))?;
+        *self.region_mut(which) = Region { used: 0, epoch };
+        self.refused = false;
         Ok(())
     }
 }
@@ -371,23 +382,25 @@ pub(super) fn read_left(
     };
     let mut header = vec![0; bond::BOND_AT as usize + bond::BOND_LEN];
     file.read_at(&mut header, 0).context(what)?;
-    let poisoned = header.get(POISON_AT as usize..POISON_AT as usize + 4) != Some(&[0; 4]);
+    let poisoned = part(&header, POISON_AT as usize, 4) != [0; 4];
     let why = if !of_this_boot(&header, layer.uuid, boot) {
         tracing::info!(layer = %dir.display(), "a log of changes of an earlier boot is not used");
         return Ok(Left::Stale { reread: false });
     } else if poisoned {
         "a sync had failed".into()
-    } else if header.get(..IDENTITY_LEN) != Some(&*identity(layer.uuid, boot)) {
+    } else if part(&header, 0, IDENTITY_LEN) != identity(layer.uuid, boot) {
         "another version of Vellum wrote it, or it is damaged".into()
     } else if let Some(why) = Bond::broken(&header, &*file, storage, dir, data)? {
         why
     } else {
-        let changes = read_changes(&*file, &header).context(what)?;
-        match hole_in_data(&changes, data, layer.blocks())? {
-            None => return Ok(Left::Trusted(changes)),
-            Some(block) => {
-                format!("it says that block {block} was written, where the data file has a hole")
-            }
+        match read_changes(&*file, &header, layer.blocks()).context(what)? {
+            Err(why) => why,
+            Ok(changes) => match hole_in_data(&changes, data)? {
+                None => return Ok(Left::Trusted(changes)),
+                Some(block) => format!(
+                    "it says that block {block} was written, where the data file has a hole"
+                ),
+            },
         }
     };
     tracing::info!(
@@ -399,18 +412,21 @@ pub(super) fn read_left(
 
 /// Whether a header is one of this layer and boot, of any version.
 fn of_this_boot(header: &[u8], uuid: Uuid, boot: [u8; 16]) -> bool {
-    header.get(..8) == Some(MAGIC)
-        && header.get(UUID_AT..UUID_AT + 16) == Some(uuid.as_bytes())
-        && header.get(BOOT_AT..BOOT_AT + 16) == Some(&boot)
+    part(header, 0, 8) == MAGIC
+        && part(header, UUID_AT, 16) == uuid.as_bytes()
+        && part(header, BOOT_AT, 16) == boot
 }
 
-/// The entries, in order.
-fn read_changes(file: &dyn StorageFile, header: &[u8]) -> Result<Vec<LiveChange>> {
+/// The entries, in order; or why they cannot be those of a layer of so many blocks.
+fn read_changes(
+    file: &dyn StorageFile,
+    header: &[u8],
+    blocks: Blocks,
+) -> Result<std::result::Result<Vec<LiveChange>, String>> {
+    let layer = Span::up_to(blocks);
     let mut regions: Vec<(u64, Vec<LiveChange>)> = Vec::new();
     for (region, at) in EPOCHS_AT.into_iter().enumerate() {
-        let field = header
-            .get(at as usize..at as usize + 16)
-            .unwrap_or_default();
+        let field = part(header, in_memory(at), 16);
         // A torn epoch: the region was being emptied.
         if check_crc(field, "epoch").is_err() {
             continue;
@@ -422,39 +438,36 @@ fn read_changes(file: &dyn StorageFile, header: &[u8]) -> Result<Vec<LiveChange>
             file.read_at(&mut chunk, region_at(region) + first)
                 .context(|| "the entries")?;
             for bytes in chunk.chunks_exact(ENTRY_LEN) {
-                match decode_entry(bytes, epoch) {
-                    Some(change) => changes.push(change),
-                    None => break 'region,
+                let Ok((span, what)) = decode_entry(bytes, epoch) else {
+                    break 'region;
+                };
+                match span.filter(|span| layer.contains(*span)) {
+                    Some(span) => changes.push(Run::new(span, what)),
+                    None => return Ok(Err("it names blocks that the layer does not have".into())),
                 }
             }
         }
         regions.push((epoch, changes));
     }
     regions.sort_by_key(|(epoch, _)| *epoch);
-    Ok(regions
-        .into_iter()
-        .flat_map(|(_, changes)| changes)
-        .collect())
+    let ordered = regions.into_iter().flat_map(|(_, changes)| changes);
+    Ok(Ok(ordered.collect()))
 }
 
 /// A block that was written, as `changes` have it, where the data file has a hole. Bytes are in the
 /// file before their entry is in the log, so what is in memory is not what the log was written with.
-fn hole_in_data(changes: &[LiveChange], data: &DataFiles, blocks: u64) -> Result<Option<u64>> {
+fn hole_in_data(changes: &[LiveChange], data: &DataFiles) -> Result<Option<Block>> {
     let mut written = Index::new();
     for change in changes {
-        let end = change.start.checked_add(change.len);
-        if end.is_none_or(|end| end > blocks) {
-            continue;
-        }
-        let value = match change.what {
-            Noted::Becomes(STATE_DATA) => STATE_DATA,
-            _ => ABSENT,
+        let state = match change.value {
+            Noted::Becomes(BlockState::Data) => BlockState::Data,
+            _ => BlockState::Parent,
         };
-        written.set(change.start, change.len, value);
+        written.set(change.span, state);
     }
-    for run in written.iter().filter(|run| run.value == STATE_DATA) {
-        if data.has_hole(run.start * BLOCK_SIZE, run.len * BLOCK_SIZE)? {
-            return Ok(Some(run.start));
+    for run in written.iter() {
+        if data.has_hole(run.span)? {
+            return Ok(Some(run.start()));
         }
     }
     Ok(None)

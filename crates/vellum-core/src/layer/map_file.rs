@@ -5,13 +5,11 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::codec::{Reader, Writer};
+use super::codec::{Reader, Writer, count, crc_around, u32_at};
 use super::header::Header;
-use super::index::Index;
-use super::table::{
-    Expected, MapExtent, Table, TableContent, TableKind, push_extent, state_code, state_of_code,
-    table_len,
-};
+use super::index::net_runs;
+use super::table::{Expected, MapExtent, Table, TableContent, TableKind, push_extent, table_len};
+use vellum_base::block::{Block, Blocks, in_memory, part_from, part_mut};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{OpenMode, Storage, StorageFile};
 
@@ -22,7 +20,6 @@ const MAGIC: &[u8; 8] = b"VELLUMMC";
 const VERSION: u32 = 1;
 const HEADER_LEN: usize = 64;
 const CRC_AT: usize = 60;
-const CHANGE_LEN: usize = 16;
 /// Segments begin and end at multiples of this.
 const ALIGN: usize = 4096;
 /// The longest segment: a bound for what a reader allocates.
@@ -69,28 +66,20 @@ impl LogPlace {
 }
 
 fn segment_len(changes: usize) -> usize {
-    (HEADER_LEN + changes * CHANGE_LEN).next_multiple_of(ALIGN)
+    (HEADER_LEN + changes * MapExtent::LEN).next_multiple_of(ALIGN)
 }
 
 /// What changes in the order of time come to: each block once, in order.
 pub(super) fn net(changes: Vec<MapExtent>) -> Vec<MapExtent> {
-    let end = |change: &MapExtent| change.start + u64::from(change.len);
     let mut ordered = changes.clone();
-    ordered.sort_unstable_by_key(|change| change.start);
+    ordered.sort_unstable_by_key(|change| change.start());
     // First writes to blocks, as most are, touch each block once.
-    if ordered.is_sorted_by(|change, next| end(change) <= next.start) {
+    if ordered.is_sorted_by(|change, next| change.span().end() <= next.start()) {
         return ordered;
     }
-    // Codes of states, since parent is a change like the others here.
-    let mut index = Index::new();
-    for change in changes {
-        index.set(change.start, change.len.into(), state_code(change.state));
-    }
     let mut out = Vec::new();
-    for run in index.iter() {
-        if let Ok(state) = state_of_code(run.value) {
-            push_extent(&mut out, run.start, run.len, state);
-        }
+    for run in net_runs(changes.into_iter().map(MapExtent::run)) {
+        push_extent(&mut out, run);
     }
     out
 }
@@ -106,20 +95,14 @@ fn encode_segment(place: &LogPlace, uuid: Uuid, generation: u64, changes: &[MapE
     out.u64(generation);
     out.u64(place.sequence);
     out.u32(place.table_crc);
-    out.u32(changes.len() as u32);
-    out.u32(len as u32);
+    out.u32(count(changes.len()));
+    out.u32(count(len));
     out.u32(0);
-    for change in changes {
-        out.u64(change.start);
-        out.u32(change.len);
-        out.u32(state_code(change.state));
-    }
+    changes.iter().for_each(|change| change.write(&mut out));
     out.pad_to(len);
     let mut bytes = out.into_bytes();
     let crc = crc32fast::hash(&bytes);
-    if let Some(field) = bytes.get_mut(CRC_AT..CRC_AT + 4) {
-        field.copy_from_slice(&crc.to_le_bytes());
-    }
+    part_mut(&mut bytes, CRC_AT, 4).copy_from_slice(&crc.to_le_bytes());
     bytes
 }
 
@@ -128,8 +111,8 @@ fn encode_segment(place: &LogPlace, uuid: Uuid, generation: u64, changes: &[MapE
 struct Segment {
     generation: u64,
     sequence: u64,
-    /// As they lie on disk.
-    changes: Vec<(u64, u32, u32)>,
+    /// As they lie on disk; or what is wrong with one.
+    changes: Result<Vec<MapExtent>>,
     len: u64,
 }
 
@@ -158,25 +141,17 @@ fn decode_segment(bytes: &[u8], uuid: Uuid, table_crc: u32) -> Option<Segment> {
         let count = input.u32()? as usize;
         input.skip(4)?;
         let crc = input.u32()?;
-        let fits = count <= bytes.len() / CHANGE_LEN && segment_len(count) == bytes.len();
+        let fits = count <= bytes.len() / MapExtent::LEN && segment_len(count) == bytes.len();
         if version != VERSION || owner != uuid || table != table_crc || !fits {
             return Ok(None);
         }
-        let mut hasher = crc32fast::Hasher::new();
-        hasher.update(bytes.get(..CRC_AT).unwrap_or_default());
-        hasher.update(&[0; 4]);
-        hasher.update(bytes.get(CRC_AT + 4..).unwrap_or_default());
-        if hasher.finalize() != crc {
+        if crc_around(bytes, CRC_AT) != crc {
             return Ok(None);
-        }
-        let mut changes = Vec::with_capacity(count);
-        for _ in 0..count {
-            changes.push((input.u64()?, input.u32()?, input.u32()?));
         }
         Ok(Some(Segment {
             generation,
             sequence,
-            changes,
+            changes: (0..count).map(|_| MapExtent::read(&mut input)).collect(),
             len: bytes.len() as u64,
         }))
     };
@@ -223,7 +198,7 @@ impl MapFile {
             virtual_size: header.virtual_size,
         };
         let table = file
-            .map(0, table_len as usize)
+            .map(0, in_memory(table_len))
             .context(|| "cannot read the map")?;
         let table = Table::decode(table, expected)?;
         let mut map = MapFile {
@@ -252,30 +227,29 @@ impl MapFile {
                 self.place = None;
                 return self.check_torn_end(file, &place, len, header.uuid);
             };
-            self.add(&segment, header.blocks())?;
             place = place.next(segment.len);
+            self.add(segment, header.blocks())?;
         }
         self.place = Some(place);
         Ok(())
     }
 
-    fn add(&mut self, segment: &Segment, blocks: u64) -> Result<()> {
-        let mut before = 0;
-        for &(start, len, state) in &segment.changes {
-            let end = start.checked_add(u64::from(len));
-            let fits = start >= before && len > 0 && end.is_some_and(|end| end <= blocks);
-            let (true, Some(end), Ok(state)) = (fits, end, state_of_code(state)) else {
+    fn add(&mut self, segment: Segment, blocks: Blocks) -> Result<()> {
+        let what = || format!("segment {}", segment.sequence);
+        let mut before = Block::FIRST;
+        for change in segment.changes.context(what)? {
+            if !change.fits(blocks) || change.start() < before {
                 return Err(Error::new(
                     ErrorKind::Corrupt,
                     format!(
-                        "segment {} says of {len} blocks from {start} that they are in state \
-                         {state}, after block {before} of {blocks}",
-                        segment.sequence
+                        "{} says of blocks that they changed where none can be: {change}, after \
+                         block {before} of {blocks}",
+                        what()
                     ),
                 ));
-            };
-            before = end;
-            self.changes.push(MapExtent { start, len, state });
+            }
+            before = change.span().end();
+            self.changes.push(change);
         }
         self.generation = segment.generation;
         Ok(())
@@ -302,13 +276,12 @@ impl MapFile {
         if rest > MAX_SEGMENT {
             return Err(damaged(&format!("{rest} bytes follow")));
         }
-        let mut bytes = vec![0; rest as usize];
+        let mut bytes = vec![0; in_memory(rest)];
         file.read_at(&mut bytes, place.end)
             .context(|| "cannot read the map")?;
-        let follows = (0..bytes.len()).step_by(ALIGN).any(|at| {
-            let rest = bytes.get(at..).unwrap_or_default();
-            decode_segment(rest, uuid, place.table_crc).is_some()
-        });
+        let follows = (0..bytes.len())
+            .step_by(ALIGN)
+            .any(|at| decode_segment(part_from(&bytes, at), uuid, place.table_crc).is_some());
         if follows {
             return Err(damaged("another one follows"));
         }
@@ -318,7 +291,7 @@ impl MapFile {
 
 /// The bytes that the segment at `at` claims, as far as the file has them.
 fn read_claimed(file: &dyn StorageFile, at: u64, len: u64) -> Result<Vec<u8>> {
-    let rest = (len - at).min(MAX_SEGMENT) as usize;
+    let rest = in_memory((len - at).min(MAX_SEGMENT));
     let mut bytes = vec![0; rest.min(ALIGN)];
     file.read_at(&mut bytes, at)
         .context(|| "cannot read the map")?;
@@ -354,8 +327,7 @@ pub(super) fn replace_map(
     storage
         .write_atomic(&path, &bytes)
         .context(|| format!("cannot write the map {}", path.display()))?;
-    let crc = bytes.get(ALIGN - 4..ALIGN).unwrap_or_default();
-    let crc = Reader::new(crc).u32()?;
+    let crc = u32_at(&bytes, ALIGN - 4);
     Ok(LogPlace::behind(crc, bytes.len() as u64))
 }
 

@@ -1,21 +1,19 @@
 //! The map of a writable layer in memory, and how it differs from the durable one: what a flush
 //! freezes, and what becomes of that.
 
-use std::ops::Range;
-
-use super::STATE_DATA;
-use super::index::{Index, ValueRun};
+use super::index::Index;
 use super::live::{Live, LiveChange};
+use vellum_base::block::{Block, BlockState, Blocks, Run, Span, push_run};
+
+/// How the state of blocks changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Became {
+    pub(super) old: BlockState,
+    pub(super) new: BlockState,
+}
 
 /// A change of state that is not yet in the journal.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Change {
-    pub(super) start: u64,
-    pub(super) len: u64,
-    /// Index values.
-    pub(super) old: u32,
-    pub(super) new: u32,
-}
+pub(super) type Change = Run<Became>;
 
 /// How many blocks' bytes changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +21,7 @@ pub(super) enum Written {
     /// None.
     Nothing,
     /// So few that a record can carry them.
-    Few(usize),
+    Few(Blocks),
     /// More than a record would carry, or it is not known which: only a sync of the data files will
     /// do.
     Many,
@@ -33,58 +31,54 @@ pub(super) enum Written {
 #[derive(Debug, Default)]
 struct Dirty {
     /// Runs in the order they were written; complete unless `many`.
-    runs: Vec<(u64, u64)>,
-    blocks: u64,
+    runs: Vec<Span>,
+    blocks: Blocks,
     /// As [`Written::Many`].
     many: bool,
     /// Of those, what has not been started on its way to the disk.
-    waiting: u64,
+    waiting: Blocks,
 }
 
 /// Blocks that are worth being sent to the disk ahead of the sync that they will need.
-const WRITE_BACK_BLOCKS: u64 = 512;
+const WRITE_BACK_BLOCKS: Blocks = Blocks::new(512);
 
 impl Dirty {
-    fn add(&mut self, start: u64, len: u64, limit: u64) {
+    fn add(&mut self, span: Span, limit: Blocks) {
         if self.many {
-            self.waiting += len;
+            self.waiting += span.len();
             return;
         }
-        self.blocks += len;
+        self.blocks += span.len();
         if self.blocks > limit {
             self.many = true;
             self.runs = Vec::new();
         } else {
-            self.runs.push((start, len));
+            self.runs.push(span);
         }
     }
 
     fn add_unknown(&mut self) {
-        self.blocks += 1;
+        self.blocks += Blocks::ONE;
         self.many = true;
         self.runs = Vec::new();
     }
 
     fn is_empty(&self) -> bool {
-        self.blocks == 0
+        self.blocks.is_none()
     }
 
     /// How many blocks, where `few` of them are distinct.
-    fn written(&self, few: u64) -> Written {
+    fn written(&self, few: Blocks) -> Written {
         match (self.is_empty(), self.many) {
             (true, _) => Written::Nothing,
             (false, true) => Written::Many,
-            (false, false) => Written::Few(few as usize),
+            (false, false) => Written::Few(few),
         }
     }
 
     /// The blocks of the runs, each once, in order.
-    fn distinct_blocks(&self) -> Vec<u64> {
-        let mut blocks: Vec<u64> = self
-            .runs
-            .iter()
-            .flat_map(|&(start, len)| start..start + len)
-            .collect();
+    fn distinct_blocks(&self) -> Vec<Block> {
+        let mut blocks: Vec<Block> = self.runs.iter().flat_map(|run| run.blocks()).collect();
         blocks.sort_unstable();
         blocks.dedup();
         blocks
@@ -112,7 +106,7 @@ impl Frozen {
     }
 
     /// The blocks whose bytes changed, in order, where they are few.
-    pub(super) fn blocks(&self) -> Vec<u64> {
+    pub(super) fn blocks(&self) -> Vec<Block> {
         match self.dirty.many {
             true => Vec::new(),
             false => self.dirty.distinct_blocks(),
@@ -120,15 +114,15 @@ impl Frozen {
     }
 
     /// How many blocks' bytes changed, of which `distinct` are what [`Frozen::blocks`] says.
-    pub(super) fn written(&self, distinct: usize) -> Written {
-        self.dirty.written(distinct as u64)
+    pub(super) fn written(&self, distinct: Blocks) -> Written {
+        self.dirty.written(distinct)
     }
 }
 
 /// The map as clients see it, and how it differs from the durable one.
 #[derive(Debug, Default)]
 pub(super) struct MapState {
-    /// [`STATE_DATA`] and [`super::STATE_ZERO`] by block.
+    /// The state of each block.
     index: Index,
     /// Changes since the last flush began.
     changes: Vec<Change>,
@@ -138,7 +132,7 @@ pub(super) struct MapState {
     /// Changes that a flush is writing to the journal now.
     in_flight: Vec<Change>,
     dirty: Dirty,
-    data_blocks: u64,
+    data_blocks: Blocks,
     /// Changes ever since the layer was opened.
     changed: u64,
     /// The log of changes, for our successor: of those that are not durable.
@@ -147,7 +141,7 @@ pub(super) struct MapState {
 
 impl MapState {
     /// The map of a layer that was recovered; `data_blocks` are the data blocks of `index`.
-    pub(super) fn new(index: Index, data_blocks: u64) -> Self {
+    pub(super) fn new(index: Index, data_blocks: Blocks) -> Self {
         MapState {
             index,
             data_blocks,
@@ -155,12 +149,12 @@ impl MapState {
         }
     }
 
-    /// [`STATE_DATA`] and [`super::STATE_ZERO`] by block.
+    /// The state of each block.
     pub(super) fn index(&self) -> &Index {
         &self.index
     }
 
-    pub(super) fn data_blocks(&self) -> u64 {
+    pub(super) fn data_blocks(&self) -> Blocks {
         self.data_blocks
     }
 
@@ -192,9 +186,9 @@ impl MapState {
         self.changes.is_empty() && self.dirty.is_empty()
     }
 
-    /// The bytes of `len` blocks changed; a record carries `limit` of them at most.
-    pub(super) fn wrote(&mut self, start: u64, len: u64, limit: usize) {
-        self.dirty.add(start, len, limit as u64);
+    /// The bytes of blocks changed; a record carries `limit` of them at most.
+    pub(super) fn wrote(&mut self, span: Span, limit: Blocks) {
+        self.dirty.add(span, limit);
         self.debug_assert_sound();
     }
 
@@ -207,7 +201,7 @@ impl MapState {
     pub(super) fn write_back_due(&mut self) -> bool {
         let due = self.dirty.waiting >= WRITE_BACK_BLOCKS;
         if due {
-            self.dirty.waiting = 0;
+            self.dirty.waiting = Blocks::NONE;
         }
         due
     }
@@ -304,86 +298,69 @@ impl MapState {
         self.changed - later
     }
 
-    /// The runs of a range, and what is to be undone in it, from the oldest to the newest, so that
+    /// The runs of a span, and what is to be undone in it, from the oldest to the newest, so that
     /// it is the durable map's; `with_in_flight` as there. `None` behind the last block of the map.
     pub(super) fn durable_runs(
         &self,
-        range: Range<u64>,
+        span: Span,
         with_in_flight: bool,
-    ) -> Option<(Vec<ValueRun>, Vec<Change>)> {
-        if range.start >= self.index.end() {
+    ) -> Option<(Vec<Run<BlockState>>, Vec<Change>)> {
+        if span.start() >= self.index.end() {
             return None;
         }
-        let touches =
-            |change: &&Change| change.start < range.end && range.start < change.start + change.len;
+        let touches = |change: &&Change| change.span.overlaps(span);
         let undo = self.not_durable(with_in_flight).filter(touches);
         let undo = undo.copied().collect();
-        Some((self.index.runs(range.clone()).collect(), undo))
+        Some((self.index.runs(span).collect(), undo))
     }
 
     /// Goes on where a process of this boot died: what it told clients of holds.
-    pub(super) fn take_over(&mut self, left: &[LiveChange], blocks: u64) {
+    pub(super) fn take_over(&mut self, left: &[LiveChange]) {
         for change in left {
-            if let Some(new) = change.what.value()
-                && change
-                    .start
-                    .checked_add(change.len)
-                    .is_some_and(|end| end <= blocks)
-            {
-                let there = self.index.run_at(change.start, change.len);
-                self.change(there, change.len, new);
+            // What is about to be emptied has kept its state.
+            if let Some(new) = change.value.state() {
+                let there = self.index.first_run(change.span);
+                self.change(there, change.span, new);
             }
         }
         // What it wrote in place without a flush is not known.
         self.dirty.add_unknown();
     }
 
-    /// Sets `len` blocks to one state and remembers what changed; `first` is the run that begins
-    /// there, at most that long. Returns the number of blocks that changed.
-    pub(super) fn change(&mut self, first: ValueRun, len: u64, new: u32) -> u64 {
-        let end = first.start + len;
+    /// Sets the blocks of `span` to one state and remembers what changed; `first` is the run at its
+    /// front. Returns the number of blocks that changed.
+    pub(super) fn change(&mut self, first: Run<BlockState>, span: Span, new: BlockState) -> Blocks {
         let mut changed = self.change_run(first, new);
-        let mut at = first.start + first.len;
-        while at < end {
-            let run = self.index.run_at(at, end - at);
+        let mut rest = span.from(first.end());
+        while !rest.is_empty() {
+            let run = self.index.first_run(rest);
             changed += self.change_run(run, new);
-            at += run.len;
+            rest = rest.from(run.end());
         }
         self.debug_assert_sound();
         changed
     }
 
     /// As [`MapState::change`], for one run.
-    fn change_run(&mut self, run: ValueRun, new: u32) -> u64 {
-        if run.value == new {
-            return 0;
+    fn change_run(&mut self, run: Run<BlockState>, new: BlockState) -> Blocks {
+        let old = run.value;
+        if old == new {
+            return Blocks::NONE;
         }
-        if run.value == STATE_DATA {
-            self.data_blocks -= run.len;
+        if old == BlockState::Data {
+            self.data_blocks -= run.len();
         }
-        if new == STATE_DATA {
-            self.data_blocks += run.len;
+        if new == BlockState::Data {
+            self.data_blocks += run.len();
         }
         // A sequential writer makes one change of many.
-        match self.changes.last_mut() {
-            Some(last)
-                if last.start + last.len == run.start
-                    && (last.old, last.new) == (run.value, new) =>
-            {
-                last.len += run.len;
-            }
-            _ => {
-                self.changed += 1;
-                self.changes.push(Change {
-                    start: run.start,
-                    len: run.len,
-                    old: run.value,
-                    new,
-                });
-            }
+        let before = self.changes.len();
+        push_run(&mut self.changes, Run::new(run.span, Became { old, new }));
+        if self.changes.len() > before {
+            self.changed += 1;
         }
-        self.index.set(run.start, run.len, new);
-        run.len
+        self.index.set(run.span, new);
+        run.len()
     }
 
     /// Checks what holds between any two operations, as far as that costs little.
@@ -411,17 +388,21 @@ impl MapState {
     pub(super) fn assert_sound(&self) {
         self.debug_assert_sound();
         let dirty = &self.dirty;
-        let blocks: u64 = dirty.runs.iter().map(|&(_, len)| len).sum();
+        let blocks: Blocks = dirty.runs.iter().map(|run| run.len()).sum();
         assert!(dirty.many || blocks == dirty.blocks, "blocks of no run");
-        let data = self.index.iter().filter(|run| run.value == STATE_DATA);
-        assert_eq!(data.map(|run| run.len).sum::<u64>(), self.data_blocks);
+        self.index.assert_sound();
+        let data = self
+            .index
+            .iter()
+            .filter(|run| run.value == BlockState::Data);
+        assert_eq!(data.map(|run| run.len()).sum::<Blocks>(), self.data_blocks);
         // What is undone is what was done: else a checkpoint would say what never was.
         let mut index = self.index.clone();
         let changes: Vec<_> = self.not_durable(false).collect();
         for change in changes.into_iter().rev() {
-            let there = index.run_at(change.start, change.len);
-            assert_eq!((there.len, there.value), (change.len, change.new));
-            index.set(change.start, change.len, change.old);
+            let Became { old, new } = change.value;
+            assert_eq!(index.first_run(change.span), Run::new(change.span, new));
+            index.set(change.span, old);
         }
     }
 }

@@ -29,7 +29,7 @@ mod writable;
 
 pub use check::{Finding, Repair, Severity, check_layer, fail_on_damage, repair_layer};
 pub use header::{FORMAT_VERSION, HEADER_FILE, Header, check_size};
-pub use index::{ABSENT, Index, Runs, ValueRun};
+pub use index::{Index, IndexValue};
 pub use live::CHANGES_AT_ONCE;
 pub use options::LayerOptions;
 pub use range_lock::{RangeGuard, RangeLock};
@@ -37,28 +37,5 @@ pub use recovery::data_blocks_on_disk;
 pub use sealed::{ScrubReport, SealedLayer, seal_in_place};
 pub use space::{RESERVE_FILE, SpaceStatus};
 pub use stats::{LayerCounters, LayerStats, LayerStatsSnapshot};
-pub use table::{DIGEST_LEN, MapExtent};
+pub use table::DIGEST_LEN;
 pub use writable::WritableLayer;
-
-/// The index value of a block that holds data.
-pub const STATE_DATA: u32 = 1;
-/// The index value of a block that is zero.
-pub const STATE_ZERO: u32 = 2;
-
-/// The state that an index value of a layer's own map stands for.
-pub(crate) fn state_of_value(value: u32) -> vellum_base::block::BlockState {
-    match value {
-        STATE_DATA => vellum_base::block::BlockState::Data,
-        STATE_ZERO => vellum_base::block::BlockState::Zero,
-        _ => vellum_base::block::BlockState::Parent,
-    }
-}
-
-/// The index value of a state.
-pub(crate) fn value_of_state(state: vellum_base::block::BlockState) -> u32 {
-    match state {
-        vellum_base::block::BlockState::Parent => ABSENT,
-        vellum_base::block::BlockState::Data => STATE_DATA,
-        vellum_base::block::BlockState::Zero => STATE_ZERO,
-    }
-}

@@ -15,8 +15,7 @@ use super::live::{self, Left};
 use super::map_file::{LogPlace, MAP_FILE, MapFile, replace_map, sync_map};
 use super::space::{Claim, Space};
 use super::table::{MapExtent, Table, checkpoint_len, push_extent};
-use super::{STATE_DATA, state_of_value, value_of_state};
-use vellum_base::block::BLOCK_SIZE;
+use vellum_base::block::{Block, BlockState, Blocks, Span};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
 
@@ -84,9 +83,9 @@ pub(super) fn recover(
     for (block, bytes) in payload_to_replay(&loaded.records) {
         // What became zero or parent again later needs no space.
         // After a kill the page cache has it, or newer bytes.
-        if !in_memory && loaded.index.get(block) == STATE_DATA {
+        if !in_memory && loaded.index.get(block) == BlockState::Data {
             space.within(Claim::Own, bytes.len() as u64, || {
-                data.write(bytes, block * BLOCK_SIZE)
+                data.write(bytes, block.offset())
             })?;
         }
     }
@@ -135,7 +134,7 @@ pub(super) fn load_for_check(
 pub(super) struct AsRecovered {
     pub(super) index: Index,
     /// Blocks whose bytes are in the journal and not in the data files yet.
-    pub(super) blocks: BTreeMap<u64, Box<[u8]>>,
+    pub(super) blocks: BTreeMap<Block, Box<[u8]>>,
 }
 
 /// What [`recover`] and the log of changes would make of a layer. Reads only. The blocks are no more
@@ -150,16 +149,14 @@ pub(super) fn load_as_recovered(
     let mut blocks = BTreeMap::new();
     if let Left::Trusted(changes) = left {
         for change in changes {
-            let end = change.start.checked_add(change.len);
-            if let Some(new) = change.what.value()
-                && end.is_some_and(|end| end <= header.blocks())
-            {
-                loaded.index.set(change.start, change.len, new);
+            // What is about to be emptied has kept its state.
+            if let Some(new) = change.value.state() {
+                loaded.index.set(change.span, new);
             }
         }
     } else {
         for (block, bytes) in payload_to_replay(&loaded.records) {
-            if loaded.index.get(block) == STATE_DATA {
+            if loaded.index.get(block) == BlockState::Data {
                 blocks.insert(block, bytes.into());
             }
         }
@@ -188,12 +185,9 @@ pub(super) fn load_map(storage: &dyn Storage, dir: &Path, header: &Header) -> Re
 fn load(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<Loaded> {
     let mut index = Index::new();
     let map = MapFile::read(storage, dir, header)?;
-    for extent in map.table.iter().flat_map(Table::extents) {
-        index.set(
-            extent.start,
-            u64::from(extent.len),
-            value_of_state(extent.state),
-        );
+    for run in map.table.iter().flat_map(Table::extents) {
+        let run = run.context(|| dir.join(MAP_FILE).display().to_string())?;
+        index.set(run.span, run.value);
     }
     let areas = load_areas(storage, dir, header, map.generation)?;
     if map.torn && areas.is_empty() {
@@ -227,10 +221,10 @@ fn load(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<Loaded> {
 /// terabytes a million times over.
 fn apply<'a>(index: &mut Index, changes: impl DoubleEndedIterator<Item = &'a MapExtent>) {
     // Start and end of what later changes have settled; none touches another.
-    let mut settled: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut settled: BTreeMap<Block, Block> = BTreeMap::new();
     for change in changes.rev() {
-        let value = value_of_state(change.state);
-        let (start, end) = (change.start, change.start + u64::from(change.len));
+        let state = change.state();
+        let (start, end) = (change.span().start(), change.span().end());
         let (mut from, mut to) = (start, end);
         // Where the part of the change begins that was dealt with, from its end on.
         let mut rest = end;
@@ -238,7 +232,7 @@ fn apply<'a>(index: &mut Index, changes: impl DoubleEndedIterator<Item = &'a Map
             && last >= start
         {
             if last < rest {
-                index.set(last, rest - last, value);
+                index.set(Span::between(last, rest), state);
             }
             rest = rest.min(first);
             from = from.min(first);
@@ -246,7 +240,7 @@ fn apply<'a>(index: &mut Index, changes: impl DoubleEndedIterator<Item = &'a Map
             settled.remove(&first);
         }
         if start < rest {
-            index.set(start, rest - start, value);
+            index.set(Span::between(start, rest), state);
         }
         settled.insert(from, to);
     }
@@ -301,7 +295,7 @@ fn load_areas(
 pub(super) fn extents_of(index: &Index) -> Vec<MapExtent> {
     let mut extents = Vec::new();
     for run in index.iter() {
-        push_extent(&mut extents, run.start, run.len, state_of_value(run.value));
+        push_extent(&mut extents, run);
     }
     extents
 }
@@ -311,7 +305,7 @@ pub(super) fn extents_of(index: &Index) -> Vec<MapExtent> {
 ///
 /// # Errors
 /// As [`super::WritableLayer::open`].
-pub fn data_blocks_on_disk(storage: &dyn Storage, dir: &Path) -> Result<u64> {
+pub fn data_blocks_on_disk(storage: &dyn Storage, dir: &Path) -> Result<Blocks> {
     let mut attempts = 0;
     loop {
         let header = Header::read(storage, dir)?;
@@ -325,14 +319,18 @@ pub fn data_blocks_on_disk(storage: &dyn Storage, dir: &Path) -> Result<u64> {
 }
 
 /// Data blocks of a layer's index.
-pub(super) fn data_blocks(index: &Index) -> u64 {
+pub(super) fn data_blocks(index: &Index) -> Blocks {
     tally(index).0
 }
 
 /// Data blocks of a layer's index, and its extents.
-pub(super) fn tally(index: &Index) -> (u64, u64) {
-    index.iter().fold((0, 0), |(blocks, extents), run| {
-        let data = if run.value == STATE_DATA { run.len } else { 0 };
+pub(super) fn tally(index: &Index) -> (Blocks, u64) {
+    let none = (Blocks::NONE, 0);
+    index.iter().fold(none, |(blocks, extents), run| {
+        let data = match run.value {
+            BlockState::Data => run.len(),
+            BlockState::Parent | BlockState::Zero => Blocks::NONE,
+        };
         (blocks + data, extents + 1)
     })
 }
@@ -341,29 +339,33 @@ pub(super) fn tally(index: &Index) -> (u64, u64) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use vellum_base::block::BlockState;
+    use vellum_base::block::Run;
 
     proptest! {
         #[test]
         fn changes_applied_from_the_last_on_come_to_the_same_as_in_order(
-            there in prop::collection::vec((0u64..300, 1u32..60, 0usize..3), 0..10),
-            changes in prop::collection::vec((0u64..300, 1u32..60, 0usize..3), 0..40),
+            there in prop::collection::vec((0u64..300, 1u64..60, 0usize..3), 0..10),
+            changes in prop::collection::vec((0u64..300, 1u64..60, 0usize..3), 0..40),
         ) {
-            let extent = |&(start, len, state): &(u64, u32, usize)| MapExtent {
-                start,
-                len,
-                state: [BlockState::Parent, BlockState::Data, BlockState::Zero][state],
+            let extents = |runs: &[(u64, u64, usize)]| {
+                let mut extents = Vec::new();
+                for &(start, len, state) in runs {
+                    let span = Span::new(Block::new(start), Blocks::new(len));
+                    let state = [BlockState::Parent, BlockState::Data, BlockState::Zero][state];
+                    push_extent(&mut extents, Run::new(span, state));
+                }
+                extents
             };
             let mut index = Index::new();
             let set = |index: &mut Index, change: &MapExtent| {
-                index.set(change.start, change.len.into(), value_of_state(change.state));
+                index.set(change.span(), change.state());
             };
-            there.iter().map(extent).for_each(|change| set(&mut index, &change));
+            extents(&there).iter().for_each(|change| set(&mut index, change));
             let mut in_order = index.clone();
-            let changes: Vec<MapExtent> = changes.iter().map(extent).collect();
+            let changes = extents(&changes);
             changes.iter().for_each(|change| set(&mut in_order, change));
             apply(&mut index, changes.iter());
-            for block in 0..400 {
+            for block in Span::up_to(Blocks::new(400)).blocks() {
                 prop_assert_eq!(index.get(block), in_order.get(block), "block {}", block);
             }
         }

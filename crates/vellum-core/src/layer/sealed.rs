@@ -15,8 +15,8 @@ use super::live::{self, Left};
 use super::map_file::MAP_FILE;
 use super::recovery::{AsRecovered, extents_of, load_as_recovered, load_map};
 use super::space::RESERVE_FILE;
-use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, state_code};
-use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, BlockState};
+use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, push_extent};
+use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, part, part_mut};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{OpenMode, Storage};
 
@@ -26,8 +26,8 @@ pub(super) const SEAL_FILE: &str = "seal";
 /// What is hashed in front of a layer's content.
 const DIGEST_PREFIX: &[u8; 16] = b"vellum layer v1\n";
 
-/// Bytes read at a time when a whole layer is read.
-const SCRUB_LEN: usize = 1 << 20;
+/// Blocks read at a time when a whole layer is read: 1 MiB.
+const SCRUB: Blocks = Blocks::new(256);
 
 /// Buffers of that length between the thread that reads and the one that computes the digest.
 const PIECES: usize = 4;
@@ -58,9 +58,9 @@ enum SealedMap {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ScrubReport {
     /// Data blocks read.
-    pub blocks: u64,
+    pub blocks: Blocks,
     /// Blocks whose bytes do not match their checksum, at most the first 1000.
-    pub corrupt: Vec<u64>,
+    pub corrupt: Vec<Block>,
     /// The layer's digest, where every block was fine and it matched.
     pub digest: Option<[u8; DIGEST_LEN]>,
 }
@@ -163,18 +163,28 @@ impl SealedLayer {
         }
     }
 
-    /// Calls `each` with every extent, in order.
-    pub fn for_each_extent(&self, mut each: impl FnMut(MapExtent)) {
+    /// Calls `each` with every run of blocks that the layer says something of, in order. Neighbours
+    /// may be of one state.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where something changed the seal since the layer was opened; the
+    /// message names the file.
+    pub fn for_each_run(&self, mut each: impl FnMut(Run<BlockState>)) -> Result<()> {
         match &self.map {
-            SealedMap::Table(table) => table.extents().for_each(each),
+            SealedMap::Table(table) => {
+                for run in table.extents() {
+                    each(run.context(|| self.dir.join(SEAL_FILE).display().to_string())?);
+                }
+            }
             SealedMap::Pending(index) | SealedMap::Unsealed(AsRecovered { index, .. }) => {
-                extents_of(index).into_iter().for_each(&mut each);
+                index.iter().for_each(each);
             }
         }
+        Ok(())
     }
 
     /// Data blocks that the layer holds.
-    pub fn data_blocks(&self) -> u64 {
+    pub fn data_blocks(&self) -> Blocks {
         match &self.map {
             SealedMap::Table(table) => table.sum_count(),
             SealedMap::Pending(index) | SealedMap::Unsealed(AsRecovered { index, .. }) => {
@@ -191,32 +201,32 @@ impl SealedLayer {
         self.data.allocated()
     }
 
-    /// Reads whole blocks from `block`, all of them data in one extent, and checks each.
+    /// Reads whole blocks from `start`, all of them data in one extent, and checks each.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] where a block does not match its checksum: it names layer and block.
-    pub fn read_blocks(&self, buf: &mut [u8], block: u64) -> Result<()> {
-        self.data.read(buf, block * BLOCK_SIZE)?;
+    pub fn read_blocks(&self, buf: &mut [u8], start: Block) -> Result<()> {
+        let span = Span::of_buffer(start, buf);
+        self.data.read(buf, start.offset())?;
         let table = match &self.map {
             SealedMap::Table(table) => table,
             SealedMap::Pending(_) => return Ok(()),
             SealedMap::Unsealed(found) => {
-                found.fill(buf, block);
+                found.fill(buf, span);
                 return Ok(());
             }
         };
         let sums = table
-            .sums(block, buf.len() / BLOCK_LEN)
+            .sums(span)
             .context(|| self.dir.join(SEAL_FILE).display().to_string())?;
-        for (at, (bytes, sum)) in buf.chunks_exact(BLOCK_LEN).zip(sums).enumerate() {
+        for (block, (bytes, sum)) in span.blocks().zip(buf.chunks_exact(BLOCK_LEN).zip(sums)) {
             if crc32fast::hash(bytes) != sum {
                 return Err(Error::new(
                     ErrorKind::Corrupt,
                     format!(
-                        "{}: block {} does not match its checksum: the disk lost or changed it; \
-                         restore the layer from its image",
+                        "{}: block {block} does not match its checksum: the disk lost or changed \
+                         it; restore the layer from its image",
                         self.dir.display(),
-                        block + at as u64
                     ),
                 ));
             }
@@ -228,8 +238,8 @@ impl SealedLayer {
     ///
     /// # Errors
     /// When the range lies outside the layer.
-    pub fn prefetch(&self, block: u64, len: u64) -> Result<()> {
-        self.data.prefetch(block * BLOCK_SIZE, len * BLOCK_SIZE)
+    pub fn prefetch(&self, span: Span) -> Result<()> {
+        self.data.prefetch(span)
     }
 
     /// Reads every block and checks the checksums, their own CRC and the digest. `progress` is
@@ -237,28 +247,28 @@ impl SealedLayer {
     ///
     /// # Errors
     /// Where a file cannot be read; corrupt blocks are in the report instead.
-    pub fn scrub(&self, mut progress: impl FnMut(u64)) -> Result<ScrubReport> {
+    pub fn scrub(&self, mut progress: impl FnMut(Blocks)) -> Result<ScrubReport> {
         let mut report = ScrubReport::default();
         if let SealedMap::Table(table) = &self.map {
             table
                 .check_sums_crc()
                 .context(|| self.dir.join(SEAL_FILE).display().to_string())?;
         }
-        let found = walk(&self.header, &self.data, &self.extents(), |block, bytes| {
+        let found = walk(&self.header, &self.data, &self.extents()?, |span, bytes| {
             let mut sums = match &self.map {
-                SealedMap::Table(table) => Some(table.sums(block, bytes.len() / BLOCK_LEN)?),
+                SealedMap::Table(table) => Some(table.sums(span)?),
                 SealedMap::Pending(_) | SealedMap::Unsealed(_) => None,
             };
-            for (at, bytes) in bytes.chunks_exact(BLOCK_LEN).enumerate() {
+            for (block, bytes) in span.blocks().zip(bytes.chunks_exact(BLOCK_LEN)) {
                 let sum = sums.as_mut().and_then(Iterator::next);
                 if sum.is_some_and(|sum| crc32fast::hash(bytes) != sum)
                     && report.corrupt.len() < 1000
                 {
-                    report.corrupt.push(block + at as u64);
+                    report.corrupt.push(block);
                 }
             }
-            report.blocks += (bytes.len() / BLOCK_LEN) as u64;
-            progress((bytes.len() / BLOCK_LEN) as u64);
+            report.blocks += span.len();
+            progress(span.len());
             Ok(())
         })?;
         if report.corrupt.is_empty() {
@@ -278,22 +288,19 @@ impl SealedLayer {
         Ok(report)
     }
 
-    fn extents(&self) -> Vec<MapExtent> {
+    fn extents(&self) -> Result<Vec<MapExtent>> {
         let mut extents = Vec::new();
-        self.for_each_extent(|extent| extents.push(extent));
-        extents
+        self.for_each_run(|run| push_extent(&mut extents, run))?;
+        Ok(extents)
     }
 }
 
 impl AsRecovered {
     /// Puts the bytes of blocks that are in the journal in the place of what the data files hold.
-    fn fill(&self, buf: &mut [u8], first: u64) {
-        let end = first + (buf.len() / BLOCK_LEN) as u64;
-        for (block, bytes) in self.blocks.range(first..end) {
-            let at = (block - first) as usize * BLOCK_LEN;
-            if let Some(target) = buf.get_mut(at..at + BLOCK_LEN) {
-                target.copy_from_slice(bytes);
-            }
+    fn fill(&self, buf: &mut [u8], span: Span) {
+        for (block, bytes) in self.blocks.range(span.start()..span.end()) {
+            let at = (*block - span.start()).buffer_len();
+            part_mut(buf, at, BLOCK_LEN).copy_from_slice(bytes);
         }
     }
 }
@@ -301,7 +308,7 @@ impl AsRecovered {
 /// What goes into a digest.
 enum Piece {
     /// Start, length and state of an extent.
-    Head([u8; 16]),
+    Head([u8; MapExtent::LEN]),
     /// So many bytes of this buffer.
     Data(Vec<u8>, usize),
 }
@@ -325,7 +332,7 @@ impl Digesting {
                 None
             }
             Piece::Data(buf, len) => {
-                self.0.update(buf.get(..len).unwrap_or_default());
+                self.0.update(part(&buf, 0, len));
                 Some(buf)
             }
         }
@@ -342,11 +349,11 @@ fn walk(
     header: &Header,
     data: &DataFiles,
     extents: &[MapExtent],
-    mut each: impl FnMut(u64, &[u8]) -> Result<()>,
+    mut each: impl FnMut(Span, &[u8]) -> Result<()>,
 ) -> Result<[u8; DIGEST_LEN]> {
-    let held = extents.iter().filter(|e| e.state == BlockState::Data);
-    let blocks: u64 = held.map(|extent| u64::from(extent.len)).sum();
-    if blocks * BLOCK_SIZE <= ALONE {
+    let held = extents.iter().filter(|e| e.state() == BlockState::Data);
+    let blocks: Blocks = held.map(|extent| extent.span().len()).sum();
+    if blocks.bytes() <= ALONE {
         let mut digest = Digesting::new(header);
         let spare = Cell::new(Vec::new());
         let mut take = |piece| {
@@ -371,7 +378,8 @@ fn walk(
             }
             digest.finish()
         });
-        let buffer = || free.recv().unwrap_or_default();
+        // The thread that computes the digest ended unexpectedly: that is told when it is joined.
+        let buffer = || free.recv().unwrap_or_else(|_| Vec::new());
         let mut take = |piece| drop(pieces.send(piece));
         let read = read_pieces(data, extents, &buffer, &mut take, &mut each);
         drop(pieces);
@@ -392,34 +400,24 @@ fn read_pieces(
     extents: &[MapExtent],
     buffer: &dyn Fn() -> Vec<u8>,
     take: &mut dyn FnMut(Piece),
-    each: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
+    each: &mut dyn FnMut(Span, &[u8]) -> Result<()>,
 ) -> Result<()> {
     for extent in extents {
-        let mut head = [0; 16];
-        let (start, rest) = head.split_at_mut(8);
-        let (len, state) = rest.split_at_mut(4);
-        start.copy_from_slice(&extent.start.to_le_bytes());
-        len.copy_from_slice(&extent.len.to_le_bytes());
-        state.copy_from_slice(&state_code(extent.state).to_le_bytes());
-        take(Piece::Head(head));
-        if extent.state != BlockState::Data {
+        take(Piece::Head(extent.bytes()));
+        if extent.state() != BlockState::Data {
             continue;
         }
-        let end = extent.start + u64::from(extent.len);
-        let mut block = extent.start;
-        while block < end {
+        for span in extent.span().pieces(SCRUB) {
             vellum_base::interrupt::check()?;
-            let blocks = (end - block).min((SCRUB_LEN / BLOCK_LEN) as u64);
-            let len = blocks as usize * BLOCK_LEN;
+            let len = span.len().buffer_len();
             let mut buf = buffer();
             if buf.len() < len {
-                buf.resize(SCRUB_LEN, 0);
+                buf.resize(SCRUB.buffer_len(), 0);
             }
-            let bytes = buf.get_mut(..len).unwrap_or_default();
-            data.read(bytes, block * BLOCK_SIZE)?;
-            each(block, bytes)?;
+            let bytes = part_mut(&mut buf, 0, len);
+            data.read(bytes, span.offset())?;
+            each(span, bytes)?;
             take(Piece::Data(buf, len));
-            block += blocks;
         }
     }
     Ok(())
@@ -434,7 +432,7 @@ fn read_pieces(
 pub fn seal_in_place(
     storage: &dyn Storage,
     dir: &Path,
-    mut progress: impl FnMut(u64),
+    mut progress: impl FnMut(Blocks),
 ) -> Result<[u8; DIGEST_LEN]> {
     let layer = SealedLayer::open(storage, dir)?;
     let digest = match &layer.map {
@@ -446,9 +444,9 @@ pub fn seal_in_place(
         SealedMap::Pending(index) => {
             let extents = extents_of(index);
             let mut sums = Vec::new();
-            let digest = walk(&layer.header, &layer.data, &extents, |_, bytes| {
+            let digest = walk(&layer.header, &layer.data, &extents, |span, bytes| {
                 sums.extend(bytes.chunks_exact(BLOCK_LEN).map(crc32fast::hash));
-                progress((bytes.len() / BLOCK_LEN) as u64);
+                progress(span.len());
                 Ok(())
             })?;
             let content = TableContent {

@@ -8,7 +8,6 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
-use super::STATE_DATA;
 use super::data::DataFiles;
 use super::header::{Header, check_size};
 use super::live::{self, Live, LiveChange, Noted, PoisonMark};
@@ -17,7 +16,7 @@ use super::map_state::MapState;
 use super::range_lock::RangeLock;
 use super::space::{Claim, Space};
 use super::stats::StatsHandle;
-use vellum_base::block::BLOCK_SIZE;
+use vellum_base::block::{Block, BlockState, Blocks, Offset, Run, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::Storage;
 
@@ -249,22 +248,16 @@ impl Shared {
         Ok(())
     }
 
-    /// Changes the map to the index value that `what` gives, and notes it for our successor first.
+    /// Changes the map to the state that `what` gives, and notes it for our successor first.
     /// Returns the number of blocks that changed.
-    pub(super) fn change(
-        &self,
-        map: &mut MapState,
-        start: u64,
-        len: u64,
-        what: Noted,
-    ) -> Result<u64> {
-        let there = map.index().run_at(start, len);
-        let new = what.value().unwrap_or(there.value);
-        if there.value == new && there.len == len {
-            return Ok(0);
+    pub(super) fn change(&self, map: &mut MapState, span: Span, what: Noted) -> Result<Blocks> {
+        let there = map.index().first_run(span);
+        let new = what.state().unwrap_or(there.value);
+        if there == Run::new(span, new) {
+            return Ok(Blocks::NONE);
         }
-        self.note(map, LiveChange { start, len, what })?;
-        Ok(map.change(there, len, new))
+        self.note(map, Run::new(span, what))?;
+        Ok(map.change(there, span, new))
     }
 
     fn note(&self, map: &mut MapState, change: LiveChange) -> Result<()> {
@@ -283,14 +276,13 @@ impl Shared {
     }
 
     /// Notes that those blocks of a range that are data are about to be made zeros, before it is done.
-    pub(super) fn note_emptied(&self, start: u64, len: u64) -> Result<()> {
+    pub(super) fn note_emptied(&self, span: Span) -> Result<()> {
         let map = &mut *self.map.write();
-        let mut runs = map.index().runs(start..start + len);
-        if !runs.any(|run| run.value == STATE_DATA) {
+        let is_data = |run: Run<BlockState>| run.value == BlockState::Data;
+        if !map.index().runs(span).any(is_data) {
             return Ok(());
         }
-        let what = Noted::Emptied;
-        self.note(map, LiveChange { start, len, what })
+        self.note(map, Run::new(span, Noted::Emptied))
     }
 
     /// Blocks that were written, or reserved, become data. Where that cannot be noted, some may have
@@ -298,11 +290,10 @@ impl Shared {
     pub(super) fn become_data(
         &self,
         map: &mut MapState,
-        start: u64,
-        len: u64,
+        span: Span,
         what: Noted,
-    ) -> Result<u64> {
-        self.change(map, start, len, what)
+    ) -> Result<Blocks> {
+        self.change(map, span, what)
             .inspect_err(|_| map.wrote_something())
     }
 
@@ -349,15 +340,14 @@ impl Shared {
 
     /// Reads whole blocks for a record, from `first` on. A writer of a block comes before or after,
     /// never in the middle.
-    pub(super) fn copy_blocks(&self, first: u64, buf: &mut [u8]) -> Result<()> {
-        let len = buf.len() as u64 / BLOCK_SIZE;
-        let _held = self.locks.lock(first..first + len);
-        self.data.read(buf, first * BLOCK_SIZE)
+    pub(super) fn copy_blocks(&self, first: Block, buf: &mut [u8]) -> Result<()> {
+        let _held = self.locks.lock(Span::of_buffer(first, buf));
+        self.data.read(buf, first.offset())
     }
 
     /// Writes a client's bytes; `grows`: they may want space. Where that fails, some of them may be
     /// there: the next flush makes whatever a client reads from then on durable.
-    pub(super) fn write_data(&self, buf: &[u8], offset: u64, grows: bool) -> Result<()> {
+    pub(super) fn write_data(&self, buf: &[u8], offset: Offset, grows: bool) -> Result<()> {
         self.ensure_log()?;
         self.space
             .write(offset, buf.len() as u64, grows, || {
@@ -370,7 +360,7 @@ impl Shared {
 
     /// As [`Shared::write_data`], for a block that is zeroed in part: that gives space back, and must
     /// not fail for want of it.
-    pub(super) fn write_zeroed(&self, buf: &[u8], offset: u64) -> Result<()> {
+    pub(super) fn write_zeroed(&self, buf: &[u8], offset: Offset) -> Result<()> {
         self.ensure_log()?;
         let write = || self.data.write(buf, offset);
         self.space

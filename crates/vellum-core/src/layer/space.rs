@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::files::remove_if_there;
+use vellum_base::block::Offset;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::{OpenMode, Storage, StorageFile};
 
@@ -95,6 +96,15 @@ impl State {
     }
 }
 
+/// Milliseconds of a time.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "2^64 of them are 500 million years"
+)]
+fn millis(time: Duration) -> u64 {
+    time.as_millis() as u64
+}
+
 /// The space of one layer.
 #[derive(Debug)]
 pub(super) struct Space {
@@ -106,7 +116,7 @@ pub(super) struct Space {
     full: AtomicBool,
     hold_ms: AtomicU64,
     /// Bytes of the device that count as small whatever is written there.
-    favoured: OnceLock<Vec<Range<u64>>>,
+    favoured: OnceLock<Vec<Range<Offset>>>,
     opened: Instant,
     /// When the reserve was last looked after, in milliseconds since then.
     looked_after: AtomicU64,
@@ -131,7 +141,7 @@ impl Space {
             path: dir.join(RESERVE_FILE),
             state: Mutex::default(),
             full: AtomicBool::new(false),
-            hold_ms: AtomicU64::new(HOLD.as_millis() as u64),
+            hold_ms: AtomicU64::new(millis(HOLD)),
             favoured: OnceLock::new(),
             opened: Instant::now(),
             looked_after: AtomicU64::new(0),
@@ -140,7 +150,10 @@ impl Space {
             let mut state = space.state.lock();
             // What is a hole in it holds nothing.
             let holds = file.len().and_then(|len| Ok(len.min(file.allocated()?)));
-            state.len = holds.unwrap_or(0);
+            state.len = holds.unwrap_or_else(|error| {
+                tracing::warn!(path = %space.path.display(), %error, "the reserve counts as empty");
+                0
+            });
             state.file = Some(file);
         }
         space.top_up();
@@ -149,19 +162,19 @@ impl Space {
 
     /// How long writers are held before they are told that the disk is full.
     pub(super) fn hold_writes_for(&self, limit: Duration) {
-        let millis = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-        self.hold_ms.store(millis, Ordering::Relaxed);
+        let limit = limit.min(Duration::from_millis(u64::MAX));
+        self.hold_ms.store(millis(limit), Ordering::Relaxed);
     }
 
     /// Writes to these bytes of the device count as small: a journal, without which the file system
     /// above gives up.
-    pub(super) fn favour(&self, ranges: Vec<Range<u64>>) {
+    pub(super) fn favour(&self, ranges: Vec<Range<Offset>>) {
         // Once is enough: it stays where it is.
         let _ = self.favoured.set(ranges);
     }
 
-    fn is_small(&self, offset: u64, len: u64) -> bool {
-        let within = |range: &Range<u64>| range.start <= offset && offset + len <= range.end;
+    fn is_small(&self, offset: Offset, len: u64) -> bool {
+        let within = |range: &Range<Offset>| range.start <= offset && offset + len <= range.end;
         len <= SMALL
             || self
                 .favoured
@@ -191,9 +204,9 @@ impl Space {
 
     /// As [`Space::top_up`], for one who calls it often.
     pub(super) fn look_after(&self) {
-        let now = self.opened.elapsed().as_millis() as u64;
+        let now = millis(self.opened.elapsed());
         let last = self.looked_after.load(Ordering::Relaxed);
-        if now.saturating_sub(last) >= TOP_UP.as_millis() as u64 {
+        if now >= last + millis(TOP_UP) {
             self.looked_after.store(now, Ordering::Relaxed);
             self.top_up();
         }
@@ -201,11 +214,9 @@ impl Space {
 
     /// Reserves what is missing, where there is room, and not all the time.
     pub(super) fn top_up(&self) {
-        let free = self.free().unwrap_or(u64::MAX);
-        let clients = if free < LOW {
-            (free / PART).clamp(CLIENTS, CLIENTS_LOW)
-        } else {
-            CLIENTS
+        let clients = match self.free() {
+            Some(free) if free < LOW => (free / PART).clamp(CLIENTS, CLIENTS_LOW),
+            _ => CLIENTS,
         };
         let mut state = self.state.lock();
         let wanted = (state.own() + clients).next_multiple_of(STEP);
@@ -262,10 +273,8 @@ impl Space {
         if state.len <= keep {
             return false;
         }
-        let left = state
-            .len
-            .saturating_sub(need.next_multiple_of(STEP))
-            .max(keep);
+        let step = need.next_multiple_of(STEP).min(state.len - keep);
+        let left = state.len - step;
         let Some(file) = &state.file else {
             return false;
         };
@@ -304,7 +313,7 @@ impl Space {
     /// Does a client's write of `len` bytes at `offset`; `grows`: it may want space for all of them.
     pub(super) fn write(
         &self,
-        offset: u64,
+        offset: Offset,
         len: u64,
         grows: bool,
         work: impl Fn() -> Result<()>,
@@ -503,7 +512,7 @@ mod tests {
         let (disk, space) = space(2 << 30);
         let tries = std::cell::Cell::new(0);
         let large = |room: bool| {
-            space.write(0, 1 << 20, true, || {
+            space.write(Offset::default(), 1 << 20, true, || {
                 tries.set(tries.get() + 1);
                 if room { Ok(()) } else { Err(refused()) }
             })
@@ -514,7 +523,9 @@ mod tests {
         large(true).unwrap_err();
         assert_eq!(tries.get(), 1, "not before there is room");
         // Small ones go on.
-        space.write(0, 4096, true, || Ok(())).unwrap();
+        space
+            .write(Offset::default(), 4096, true, || Ok(()))
+            .unwrap();
         assert!(space.status().full_since.is_some());
         disk.limit(3 << 30);
         assert!(space.status().full_since.is_none());
@@ -528,7 +539,7 @@ mod tests {
         assert!(!space.wait_for_room(), "the disk is not full");
         space.hold_writes_for(Duration::from_millis(80));
         space
-            .write(0, 1 << 20, true, || Err(refused()))
+            .write(Offset::default(), 1 << 20, true, || Err(refused()))
             .unwrap_err();
         let began = Instant::now();
         while space.wait_for_room() {}

@@ -100,6 +100,7 @@ pub struct LayerStatsSnapshot {
 impl LayerStatsSnapshot {
     /// Operations that waited until the disk had everything: syncs, and synchronous writes.
     pub fn synchronous_operations(&self) -> u64 {
+        // The counters are read one after the other while they grow: the second may be ahead.
         let written = self.journal_writes.saturating_sub(self.records_ahead);
         self.data_syncs + self.journal_syncs + written
     }

@@ -1,11 +1,12 @@
 //! The map on disk as a table of extents: the files `map` and `seal`. format.md, section 3.1.
 
+use std::fmt;
 use std::path::Path;
 
 use uuid::Uuid;
 
-use super::codec::{Reader, Writer, check_crc};
-use vellum_base::block::{BLOCK_SIZE, BlockState};
+use super::codec::{Reader, Writer, check_crc, u32_at, u64_at};
+use vellum_base::block::{Block, BlockState, Blocks, Run, Span, in_memory, part, part_mut};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{Mapping, OpenMode, Storage};
 
@@ -15,6 +16,8 @@ const VERSION: u32 = 1;
 /// Of a checkpoint that segments of changes may follow.
 const GROWING_VERSION: u32 = 2;
 const HEADER_LEN: usize = 4096;
+/// Where its own CRC is in the header.
+const CRC_AT: usize = HEADER_LEN - 4;
 const EXTENT_LEN: usize = 24;
 
 /// Length of a digest in bytes (SHA-256).
@@ -29,6 +32,13 @@ pub(super) enum TableKind {
     Seal = 2,
 }
 
+impl TableKind {
+    /// The number that stands for it in a file.
+    fn code(self) -> u32 {
+        self as u32
+    }
+}
+
 /// Bytes of a checkpoint of so many extents.
 pub(super) fn checkpoint_len(extents: u64) -> u64 {
     (HEADER_LEN as u64 + extents * EXTENT_LEN as u64).next_multiple_of(HEADER_LEN as u64)
@@ -37,14 +47,8 @@ pub(super) fn checkpoint_len(extents: u64) -> u64 {
 /// Bytes of the table whose first bytes these are in a file of `len`: what follows a checkpoint is
 /// not part of it.
 pub(super) fn table_len(front: &[u8; HEADER_LEN], len: u64) -> u64 {
-    let [version, kind] = [8, 12].map(|at| {
-        let mut field = Reader::new(front.get(at..).unwrap_or_default());
-        field.u32().unwrap_or_default()
-    });
-    let extents = Reader::new(front.get(48..).unwrap_or_default())
-        .u64()
-        .unwrap_or_default();
-    if (version, kind) == (GROWING_VERSION, TableKind::Checkpoint as u32)
+    let (version, kind, extents) = (u32_at(front, 8), u32_at(front, 12), u64_at(front, 48));
+    if (version, kind) == (GROWING_VERSION, TableKind::Checkpoint.code())
         && extents <= len / EXTENT_LEN as u64
     {
         checkpoint_len(extents).min(len)
@@ -53,30 +57,93 @@ pub(super) fn table_len(front: &[u8; HEADER_LEN], len: u64) -> u64 {
     }
 }
 
-/// A run of blocks of one state in a layer's map.
+/// A run of blocks of one state as the files of a layer have it: 16 bytes, in memory too, where there
+/// may be millions of them. Read from a file it may be any, until [`MapExtent::fits`] says that it is
+/// one of the layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MapExtent {
-    /// First block.
-    pub start: u64,
-    /// Length in blocks, never 0.
-    pub len: u32,
-    /// [`BlockState::Data`] or [`BlockState::Zero`].
-    pub state: BlockState,
+pub(super) struct MapExtent {
+    start: Block,
+    /// Blocks, not 0.
+    len: u32,
+    state: BlockState,
 }
 
-/// Cuts a run into extents that a table can hold.
-pub(super) fn push_extent(extents: &mut Vec<MapExtent>, start: u64, len: u64, state: BlockState) {
-    let (mut start, mut len) = (start, len);
-    while len > 0 {
-        let piece = len.min(u64::from(u32::MAX));
-        extents.push(MapExtent {
-            start,
-            len: piece as u32,
-            state,
-        });
-        start += piece;
-        len -= piece;
+impl MapExtent {
+    /// Its bytes in a file.
+    pub(super) const LEN: usize = 16;
+
+    /// Takes one from a file.
+    pub(super) fn read(input: &mut Reader<'_>) -> Result<Self> {
+        Ok(MapExtent {
+            start: Block::new(input.u64()?),
+            len: input.u32()?,
+            state: BlockState::of_code(input.u32()?)?,
+        })
     }
+
+    /// As it lies in a file.
+    pub(super) fn bytes(self) -> [u8; MapExtent::LEN] {
+        let mut out = [0; MapExtent::LEN];
+        let (start, rest) = out.split_at_mut(8);
+        let (len, state) = rest.split_at_mut(4);
+        start.copy_from_slice(&self.start.get().to_le_bytes());
+        len.copy_from_slice(&self.len.to_le_bytes());
+        state.copy_from_slice(&self.state.code().to_le_bytes());
+        out
+    }
+
+    /// Adds it to a file.
+    pub(super) fn write(self, out: &mut Writer) {
+        out.bytes(&self.bytes());
+    }
+
+    /// Whether it has blocks, and all of them within the first `blocks`.
+    pub(super) fn fits(self, blocks: Blocks) -> bool {
+        let span = Span::checked(self.start, self.len.into());
+        self.len > 0 && span.is_some_and(|span| Span::up_to(blocks).contains(span))
+    }
+
+    pub(super) fn start(self) -> Block {
+        self.start
+    }
+
+    /// The blocks, of one that fits.
+    pub(super) fn span(self) -> Span {
+        Span::new(self.start, self.len.into())
+    }
+
+    pub(super) fn state(self) -> BlockState {
+        self.state
+    }
+
+    /// The same in memory.
+    pub(super) fn run(self) -> Run<BlockState> {
+        Run::new(self.span(), self.state)
+    }
+}
+
+/// As messages have one that may not fit.
+impl fmt::Display for MapExtent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} blocks from {} in state {:?}",
+            self.len, self.start, self.state
+        )
+    }
+}
+
+/// Cuts a run into extents that a file can hold.
+pub(super) fn push_extent(extents: &mut Vec<MapExtent>, run: Run<BlockState>) {
+    extents.extend(run.span.pieces(u32::MAX.into()).map(|piece| {
+        #[expect(clippy::cast_possible_truncation, reason = "pieces are no longer")]
+        let len = piece.len().get() as u32;
+        MapExtent {
+            start: piece.start(),
+            len,
+            state: run.value,
+        }
+    }));
 }
 
 /// What goes into a table besides its extents.
@@ -98,11 +165,9 @@ impl TableContent<'_> {
         // In place, since a table may be large: room for the header, which has the CRCs, comes first.
         let mut out = Writer::with_capacity(sums_offset(self.extents.len()) + self.sums.len() * 4);
         out.pad_to(HEADER_LEN);
-        let mut next_sum = 0;
+        let mut next_sum = 0u64;
         for extent in self.extents {
-            out.u64(extent.start);
-            out.u32(extent.len);
-            out.u32(state_code(extent.state));
+            extent.write(&mut out);
             if self.kind == TableKind::Seal && extent.state == BlockState::Data {
                 out.u64(next_sum);
                 next_sum += u64::from(extent.len);
@@ -127,7 +192,7 @@ impl TableContent<'_> {
             TableKind::Checkpoint => GROWING_VERSION,
             TableKind::Seal => VERSION,
         });
-        header.u32(self.kind as u32);
+        header.u32(self.kind.code());
         header.bytes(self.uuid.as_bytes());
         header.u64(self.generation);
         header.u64(self.virtual_size);
@@ -136,53 +201,30 @@ impl TableContent<'_> {
         header.bytes(&self.digest);
         header.u32(extents_crc);
         header.u32(sums_crc);
-        header.pad_to(HEADER_LEN - 4);
+        header.pad_to(CRC_AT);
         header.crc();
         let mut bytes = out.into_bytes();
-        if let Some(place) = bytes.get_mut(..HEADER_LEN) {
-            place.copy_from_slice(&header.into_bytes());
-        }
+        part_mut(&mut bytes, 0, HEADER_LEN).copy_from_slice(&header.into_bytes());
         bytes
     }
 }
 
-/// The block behind an extent as it lies on disk.
-fn extent_end(extent: &[u8; EXTENT_LEN]) -> u64 {
-    let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = *extent;
-    let start = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
-    start.saturating_add(u64::from(u32::from_le_bytes([i, j, k, l])))
+/// The block behind an extent as it lies on disk. More than 64 bits, where something changed the file
+/// since it was checked.
+fn extent_end(extent: &[u8; EXTENT_LEN]) -> u128 {
+    u128::from(u64_at(extent, 0)) + u128::from(u32_at(extent, 8))
 }
 
 fn sums_offset(extents: usize) -> usize {
     (HEADER_LEN + extents * EXTENT_LEN).next_multiple_of(HEADER_LEN)
 }
 
-/// The number that stands for a state on disk.
-pub(super) fn state_code(state: BlockState) -> u32 {
-    match state {
-        BlockState::Parent => 0,
-        BlockState::Data => 1,
-        BlockState::Zero => 2,
-    }
-}
-
-/// The state that a number on disk stands for.
-pub(super) fn state_of_code(code: u32) -> Result<BlockState> {
-    match code {
-        0 => Ok(BlockState::Parent),
-        1 => Ok(BlockState::Data),
-        2 => Ok(BlockState::Zero),
-        _ => Err(Error::new(
-            ErrorKind::Corrupt,
-            format!("unknown block state {code}"),
-        )),
-    }
-}
-
 /// A table that was read and checked. The extents and checksums stay in the page cache.
 #[derive(Debug)]
 pub(super) struct Table {
     bytes: Mapping,
+    /// Of the device that it is for.
+    blocks: Blocks,
     extents: usize,
     sums: usize,
     sums_crc: u32,
@@ -245,7 +287,7 @@ impl Front {
             digest: [0; DIGEST_LEN],
             extents_crc: 0,
             sums_crc: 0,
-            crc: Reader::new(header.get(HEADER_LEN - 4..).unwrap_or_default()).u32()?,
+            crc: u32_at(header, CRC_AT),
         };
         front.digest.copy_from_slice(input.take(DIGEST_LEN)?);
         front.extents_crc = input.u32()?;
@@ -256,7 +298,7 @@ impl Front {
     /// Whether it is of the table that is wanted.
     fn check(&self, expected: Expected) -> Result<()> {
         let corrupt = |what: String| Err(Error::new(ErrorKind::Corrupt, what));
-        let newest = if self.kind == TableKind::Checkpoint as u32 {
+        let newest = if self.kind == TableKind::Checkpoint.code() {
             GROWING_VERSION
         } else {
             VERSION
@@ -271,7 +313,7 @@ impl Front {
                 ),
             ));
         }
-        if self.kind != expected.kind as u32 {
+        if self.kind != expected.kind.code() {
             return corrupt(format!(
                 "a table of kind {} where {:?} belongs",
                 self.kind, expected.kind
@@ -312,7 +354,7 @@ impl Table {
         };
         let bytes = file
             .len()
-            .and_then(|len| file.map(0, len as usize))
+            .and_then(|len| file.map(0, in_memory(len)))
             .context(|| format!("cannot read {}", path.display()))?;
         Table::decode(bytes, expected)
             .map(Some)
@@ -329,14 +371,14 @@ impl Table {
         let front = Front::read(bytes.as_ref())?;
         front.check(expected)?;
         // Both counts fit the file before anything is computed from them.
-        let blocks = front.virtual_size / BLOCK_SIZE;
+        let blocks = Blocks::whole_in(front.virtual_size).get();
         let (extents, sums) = (front.extents, front.sums);
         if extents > (len / EXTENT_LEN as u64).min(blocks) || sums > (len / 4).min(blocks) {
             return Err(corrupt(format!(
                 "{extents} extents and {sums} checksums in {len} bytes"
             )));
         }
-        let (extents, sums) = (extents as usize, sums as usize);
+        let (extents, sums) = (in_memory(extents), in_memory(sums));
         let end = match expected.kind {
             TableKind::Checkpoint if front.version == VERSION => HEADER_LEN + extents * EXTENT_LEN,
             TableKind::Checkpoint | TableKind::Seal => sums_offset(extents) + sums * 4,
@@ -348,6 +390,7 @@ impl Table {
         }
         let table = Table {
             bytes,
+            blocks: Blocks::whole_in(front.virtual_size),
             extents,
             sums,
             sums_crc: front.sums_crc,
@@ -358,10 +401,7 @@ impl Table {
         };
         // This first: it stops at the first extent that is none. A file may claim gigabytes of
         // them, with a hole in their place.
-        table.check_extents(Expected {
-            virtual_size: front.virtual_size,
-            ..expected
-        })?;
+        table.check_extents(expected.kind)?;
         if crc32fast::hash(table.extent_bytes()) != front.extents_crc {
             return Err(corrupt("the CRC of the extents does not match".into()));
         }
@@ -379,55 +419,54 @@ impl Table {
     }
 
     fn extent_bytes(&self) -> &[u8] {
-        let end = HEADER_LEN + self.extents * EXTENT_LEN;
-        self.bytes.as_ref().get(HEADER_LEN..end).unwrap_or_default()
+        part(self.bytes.as_ref(), HEADER_LEN, self.extents * EXTENT_LEN)
     }
 
     fn sum_bytes(&self) -> &[u8] {
         let start = sums_offset(self.extents);
-        self.bytes
-            .as_ref()
-            .get(start..start + self.sums * 4)
-            .unwrap_or_default()
+        part(self.bytes.as_ref(), start, self.sums * 4)
     }
 
-    /// The extent at `at`, with the index of its first checksum.
+    /// The extent at `at`, of those that there are, with the index of its first checksum.
     fn extent(&self, at: usize) -> Result<(MapExtent, u64)> {
-        let mut input = Reader::new(
-            self.extent_bytes()
-                .get(at * EXTENT_LEN..)
-                .unwrap_or_default(),
-        );
-        let extent = MapExtent {
-            start: input.u64()?,
-            len: input.u32()?,
-            state: state_of_code(input.u32()?)?,
-        };
+        let mut input = Reader::new(part(self.extent_bytes(), at * EXTENT_LEN, EXTENT_LEN));
+        let extent = MapExtent::read(&mut input)?;
         Ok((extent, input.u64()?))
     }
 
     /// All extents, in order.
-    pub(super) fn extents(&self) -> impl Iterator<Item = MapExtent> + '_ {
-        // They were checked when the table was opened.
-        (0..self.extents).map_while(|at| self.extent(at).ok().map(|(extent, _)| extent))
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where something changed the file since it was checked.
+    pub(super) fn extents(&self) -> impl Iterator<Item = Result<Run<BlockState>>> + '_ {
+        (0..self.extents).map(|at| {
+            let (extent, _) = self.extent(at)?;
+            if extent.fits(self.blocks) {
+                Ok(extent.run())
+            } else {
+                Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!("extent {at} changed since the layer was opened: {extent}"),
+                ))
+            }
+        })
     }
 
-    fn check_extents(&self, expected: Expected) -> Result<()> {
-        let blocks = expected.virtual_size / BLOCK_SIZE;
-        let mut end = 0;
+    fn check_extents(&self, kind: TableKind) -> Result<()> {
+        let blocks = self.blocks;
+        let mut end = Block::FIRST;
         let mut next_sum = 0;
         for at in 0..self.extents {
             let (extent, first_sum) = self.extent(at)?;
-            let extent_end = extent.start.checked_add(u64::from(extent.len));
-            let fits = extent.start >= end && extent_end.is_some_and(|end| end <= blocks);
-            if !fits || extent.len == 0 || extent.state == BlockState::Parent {
+            let fits = extent.fits(blocks) && extent.start >= end;
+            if !fits || extent.state == BlockState::Parent {
                 return Err(Error::new(
                     ErrorKind::Corrupt,
-                    format!("extent {at} is impossible: {extent:?} after block {end} of {blocks}"),
+                    format!("extent {at} is impossible: {extent} after block {end} of {blocks}"),
                 ));
             }
-            end = extent.start + u64::from(extent.len);
-            if expected.kind == TableKind::Seal && extent.state == BlockState::Data {
+            end = extent.span().end();
+            if kind == TableKind::Seal && extent.state == BlockState::Data {
                 if first_sum != next_sum {
                     return Err(Error::new(
                         ErrorKind::Corrupt,
@@ -457,38 +496,42 @@ impl Table {
         ))
     }
 
-    /// The checksums of `len` data blocks from `block`, which lie in one extent.
+    /// The checksums of data blocks, at least one, which lie in one extent.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] where the table does not have them all.
-    pub(super) fn sums(&self, block: u64, len: usize) -> Result<impl Iterator<Item = u32> + '_> {
+    pub(super) fn sums(&self, span: Span) -> Result<impl Iterator<Item = u32> + '_> {
         // Every read comes through here: the search looks at what it needs and at nothing else.
         let (extents, _) = self.extent_bytes().as_chunks::<EXTENT_LEN>();
-        let low = extents.partition_point(|extent| extent_end(extent) <= block);
-        let missing = || Error::new(ErrorKind::Corrupt, format!("no checksum for block {block}"));
+        let before = u128::from(span.start().get());
+        let low = extents.partition_point(|extent| extent_end(extent) <= before);
+        let missing = || {
+            let block = span.start();
+            Error::new(ErrorKind::Corrupt, format!("no checksum for block {block}"))
+        };
         if low >= self.extents {
             return Err(missing());
         }
         let (extent, first_sum) = self.extent(low)?;
-        let within = block.checked_sub(extent.start).ok_or_else(missing)?;
-        if within + len as u64 > u64::from(extent.len) || extent.state != BlockState::Data {
+        let held = extent.fits(self.blocks) && extent.span().contains(span);
+        if !held || extent.state != BlockState::Data {
             return Err(missing());
         }
-        let start = (first_sum + within) as usize * 4;
-        let bytes = self
-            .sum_bytes()
-            .get(start..start + len * 4)
-            .ok_or_else(missing)?;
-        Ok(bytes
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|sum| u32::from_le_bytes(*sum)))
+        // Beyond all sums where something changed the file: then there is none.
+        let within = (span.start() - extent.start).get();
+        let first = first_sum.checked_add(within).ok_or_else(missing)?;
+        let (sums, _) = self.sum_bytes().as_chunks::<4>();
+        let len = in_memory(span.len().get());
+        let sums = sums
+            .get(in_memory(first)..)
+            .and_then(|sums| sums.get(..len));
+        let sums = sums.ok_or_else(missing)?;
+        Ok(sums.iter().map(|sum| u32::from_le_bytes(*sum)))
     }
 
     /// Number of data blocks that have a checksum.
-    pub(super) fn sum_count(&self) -> u64 {
-        self.sums as u64
+    pub(super) fn sum_count(&self) -> Blocks {
+        Blocks::new(self.sums as u64)
     }
 }
 

@@ -9,18 +9,17 @@ use std::time::Duration;
 use super::data::DataFiles;
 use super::flush::Flusher;
 use super::header::Header;
-use super::index::ABSENT;
 use super::live::{self, Left, Live, Noted};
 use super::map_file::drop_map_cache;
 use super::map_state::MapState;
 use super::options::LayerOptions;
 use super::range_lock::RangeGuard;
+use super::recovery;
 use super::sealed::SEAL_FILE;
 use super::shared::{MapAtOpen, Shared};
 use super::space::{Claim, Space, SpaceStatus};
 use super::stats::{LayerCounters, LayerStats, StatsHandle};
-use super::{STATE_DATA, ValueRun, recovery, state_of_value, value_of_state};
-use vellum_base::block::{BLOCK_SIZE, BlockState};
+use vellum_base::block::{Block, BlockState, Blocks, Offset, Run, Span};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{OpenMode, Storage};
 
@@ -134,7 +133,7 @@ impl WritableLayer {
         let mut map = MapState::new(recovered.index, data_blocks);
         match left {
             Left::Trusted(changes) => {
-                map.take_over(&changes, header.blocks());
+                map.take_over(&changes);
                 let create = || Live::create(&*storage, dir, header.uuid, &data, &changes);
                 map.set_log(Some(space.within(Claim::Own, 0, create)?));
             }
@@ -190,7 +189,7 @@ impl WritableLayer {
     }
 
     /// Data blocks that the map holds.
-    pub fn data_blocks(&self) -> u64 {
+    pub fn data_blocks(&self) -> Blocks {
         self.shared.map.read().data_blocks()
     }
 
@@ -208,21 +207,15 @@ impl WritableLayer {
         self.shared.data.allocated()
     }
 
-    /// The index value at `block` and for how many blocks from there (at most `max`) it holds.
-    pub fn run_at(&self, block: u64, max: u64) -> ValueRun {
-        self.shared.map.read().index().run_at(block, max)
+    /// The run of blocks of one state at the front of `span`, as long as can be.
+    pub fn first_run(&self, span: Span) -> Run<BlockState> {
+        self.shared.map.read().index().first_run(span)
     }
 
-    /// Calls `each` with the runs of index values that cover a range, gaps ([`ABSENT`]) included,
-    /// as they are at one moment.
-    pub fn resolve(&self, start: u64, len: u64, mut each: impl FnMut(ValueRun)) {
-        let map = self.shared.map.read();
-        let mut at = start;
-        while at < start + len {
-            let run = map.index().run_at(at, start + len - at);
-            at += run.len;
-            each(run);
-        }
+    /// Calls `each` with the runs that cover `span`, those of [`BlockState::Parent`] included, as
+    /// they are at one moment.
+    pub fn resolve(&self, span: Span, each: impl FnMut(Run<BlockState>)) {
+        self.shared.map.read().index().cover(span).for_each(each);
     }
 
     /// Why the layer is poisoned, if it is.
@@ -350,7 +343,7 @@ impl WritableLayer {
 
     /// Writes to these bytes of the device may take of the reserve for small ones, whatever their
     /// size: a file system's journal, without which it gives up.
-    pub fn favour(&self, ranges: Vec<std::ops::Range<u64>>) {
+    pub fn favour(&self, ranges: Vec<std::ops::Range<Offset>>) {
         self.shared.space.favour(ranges);
     }
 
@@ -372,17 +365,17 @@ impl WritableLayer {
     }
 
     /// Waits for writers of the same blocks; every call below that changes blocks wants it held.
-    pub fn lock_blocks(&self, start: u64, len: u64) -> RangeGuard<'_> {
-        self.shared.locks.lock(start..start + len)
+    pub fn lock_blocks(&self, span: Span) -> RangeGuard<'_> {
+        self.shared.locks.lock(span)
     }
 
-    /// Reads bytes of blocks that are [`STATE_DATA`].
+    /// Reads whole blocks from `start`, all of them [`BlockState::Data`].
     ///
     /// # Errors
     /// [`ErrorKind::Poisoned`] after a failed sync: the page cache may have dropped what was written.
-    pub fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+    pub fn read_blocks(&self, buf: &mut [u8], start: Block) -> Result<()> {
         self.check_poison()?;
-        self.shared.data.read(buf, offset)
+        self.shared.data.read(buf, start.offset())
     }
 
     /// Writes whole blocks from `start`; they become data. The parent is not read. Returns how many
@@ -390,13 +383,12 @@ impl WritableLayer {
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] leaves the blocks' states as they were.
-    pub fn write_blocks(&self, start: u64, buf: &[u8]) -> Result<u64> {
+    pub fn write_blocks(&self, start: Block, buf: &[u8]) -> Result<Blocks> {
         self.shared.check_writable()?;
-        let len = buf.len() as u64 / BLOCK_SIZE;
-        let there = self.run_at(start, len);
-        let grows = there.value != STATE_DATA || there.len < len;
-        self.shared.write_data(buf, start * BLOCK_SIZE, grows)?;
-        self.blocks_were_written(start, len)
+        let span = Span::of_buffer(start, buf);
+        let grows = self.first_run(span) != Run::new(span, BlockState::Data);
+        self.shared.write_data(buf, start.offset(), grows)?;
+        self.blocks_were_written(span)
     }
 
     /// As [`WritableLayer::write_blocks`], of one block that is zeroed in part and was not data: as
@@ -404,17 +396,22 @@ impl WritableLayer {
     ///
     /// # Errors
     /// As [`WritableLayer::write_blocks`].
-    pub fn write_zeroed_block(&self, block: u64, buf: &[u8]) -> Result<u64> {
+    pub fn write_zeroed_block(&self, block: Block, buf: &[u8]) -> Result<Blocks> {
         self.shared.check_writable()?;
-        self.shared.write_zeroed(buf, block * BLOCK_SIZE)?;
-        self.blocks_were_written(block, 1)
+        self.shared.write_zeroed(buf, block.offset())?;
+        self.blocks_were_written(Span::of_buffer(block, buf))
     }
 
-    fn blocks_were_written(&self, start: u64, len: u64) -> Result<u64> {
+    /// More new blocks than these are not carried in a journal record.
+    fn carried_at_most(&self) -> Blocks {
+        Blocks::new(self.options.journal_blocks as u64)
+    }
+
+    fn blocks_were_written(&self, span: Span) -> Result<Blocks> {
         let mut map = self.shared.map.write();
-        let written = Noted::Becomes(STATE_DATA);
-        let allocated = self.shared.become_data(&mut map, start, len, written)?;
-        map.wrote(start, len, self.options.journal_blocks);
+        let written = Noted::Becomes(BlockState::Data);
+        let allocated = self.shared.become_data(&mut map, span, written)?;
+        map.wrote(span, self.carried_at_most());
         let due = map.write_back_due();
         drop(map);
         // A client that does not flush gains nothing by it.
@@ -428,11 +425,16 @@ impl WritableLayer {
     ///
     /// # Errors
     /// As [`WritableLayer::write_blocks`].
-    pub fn write_within(&self, offset: u64, buf: &[u8]) -> Result<()> {
+    pub fn write_within(&self, offset: Offset, buf: &[u8]) -> Result<()> {
+        let touched = Span::touched_by(offset, buf.len() as u64);
+        assert!(
+            touched.len() <= Blocks::ONE,
+            "a write over a border of blocks"
+        );
         self.shared.check_writable()?;
         self.shared.write_data(buf, offset, false)?;
-        let limit = self.options.journal_blocks;
-        self.shared.map.write().wrote(offset / BLOCK_SIZE, 1, limit);
+        let limit = self.carried_at_most();
+        self.shared.map.write().wrote(touched, limit);
         Ok(())
     }
 
@@ -440,27 +442,20 @@ impl WritableLayer {
     ///
     /// # Errors
     /// Where the host refuses to punch the hole.
-    pub fn clear_blocks(&self, start: u64, len: u64, state: BlockState) -> Result<()> {
+    pub fn clear_blocks(&self, span: Span, state: BlockState) -> Result<()> {
         self.shared.check_writable()?;
         let mut data = Vec::new();
-        self.resolve(start, len, |run| {
-            if run.value == STATE_DATA {
-                data.push(run);
+        self.resolve(span, |run| {
+            if run.value == BlockState::Data {
+                data.push(run.span);
             }
         });
         self.shared.ensure_log()?;
-        self.shared.change(
-            &mut self.shared.map.write(),
-            start,
-            len,
-            Noted::Becomes(value_of_state(state)),
-        )?;
+        self.shared
+            .change(&mut self.shared.map.write(), span, Noted::Becomes(state))?;
         // After the change of state, so that a reader never takes a hole for data.
-        for run in data {
-            let punch = || {
-                let (offset, len) = (run.start * BLOCK_SIZE, run.len * BLOCK_SIZE);
-                self.shared.data.punch(offset, len)
-            };
+        for held in data {
+            let punch = || self.shared.data.punch(held);
             match self.shared.space.within(Claim::Own, 0, punch) {
                 // A hole may want a block of the host's own. Without it the bytes stay where they
                 // are: the map says what the blocks are, and no more space is taken than before.
@@ -478,45 +473,38 @@ impl WritableLayer {
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] may leave some of the blocks zero; none keeps its old bytes.
-    pub fn allocate_zeroed(&self, start: u64, len: u64) -> Result<()> {
+    pub fn allocate_zeroed(&self, span: Span) -> Result<()> {
         self.shared.check_writable()?;
         self.shared.ensure_log()?;
-        self.shared.note_emptied(start, len)?;
-        let allocate = || {
-            let (offset, len) = (start * BLOCK_SIZE, len * BLOCK_SIZE);
-            self.shared.data.allocate_zeroed(offset, len)
-        };
+        self.shared.note_emptied(span)?;
+        let allocate = || self.shared.data.allocate_zeroed(span);
         self.shared
             .space
-            .write(start * BLOCK_SIZE, len * BLOCK_SIZE, true, allocate)
+            .write(span.offset(), span.bytes(), true, allocate)
             .inspect_err(|_| {
                 self.shared.map.write().wrote_something();
             })?;
         let mut map = self.shared.map.write();
-        self.shared
-            .become_data(&mut map, start, len, Noted::Reserved)?;
-        map.wrote(start, len, self.options.journal_blocks);
+        self.shared.become_data(&mut map, span, Noted::Reserved)?;
+        map.wrote(span, self.carried_at_most());
         Ok(())
     }
 
-    /// A hint that bytes of data blocks will be read soon.
+    /// A hint that data blocks will be read soon.
     ///
     /// # Errors
-    /// When the range lies outside the layer.
-    pub fn prefetch(&self, offset: u64, len: u64) -> Result<()> {
-        self.shared.data.prefetch(offset, len)
+    /// When they lie outside the layer.
+    pub fn prefetch(&self, span: Span) -> Result<()> {
+        self.shared.data.prefetch(span)
     }
 
     /// The state of one block.
-    pub fn state(&self, block: u64) -> BlockState {
-        state_of_value(self.shared.map.read().index().get(block))
+    pub fn state(&self, block: Block) -> BlockState {
+        self.shared.map.read().index().get(block)
     }
 
     /// True when the map says nothing at all: a fresh layer.
     pub fn is_untouched(&self) -> bool {
-        let map = self.shared.map.read();
-        map.index()
-            .runs(0..map.index().end())
-            .all(|run| run.value == ABSENT)
+        self.shared.map.read().index().iter().next().is_none()
     }
 }

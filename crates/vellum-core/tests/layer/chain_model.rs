@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability, ExtentKind, ZeroMode};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability, ExtentKind, ZeroMode};
 use vellum_base::storage::{FileStorage, Storage};
 use vellum_core::chain::{Chain, ChainSpec, open_chain};
 use vellum_core::layer::{Header, LayerOptions, SealedLayer, WritableLayer, seal_in_place};
@@ -324,7 +324,7 @@ fn a_changed_byte_in_a_sealed_block_is_an_error_and_never_data() {
     assert_eq!(error.kind(), vellum_base::ErrorKind::Corrupt);
     assert!(error.to_string().contains("block 3"), "{error}");
     let layer = SealedLayer::open(&FileStorage, &dir).unwrap();
-    assert_eq!(layer.scrub(|_| {}).unwrap().corrupt, [3]);
+    assert_eq!(layer.scrub(|_| {}).unwrap().corrupt, [Block::new(3)]);
 }
 
 #[test]

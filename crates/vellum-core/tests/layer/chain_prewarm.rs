@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vellum_base::ErrorKind;
-use vellum_base::block::{BlockDevice, Durability, ZeroMode};
+use vellum_base::block::{Block, BlockDevice, Blocks, Durability, Span, ZeroMode};
 use vellum_base::storage::{FileStorage, Storage};
 use vellum_core::chain::{Chain, ChainSpec, CopiedUp, Source, open_chain};
 use vellum_core::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
@@ -34,13 +34,16 @@ impl Rig {
         let quarter = BLOCKS / 4;
         rig.seal("lower", |layer| {
             for block in (0..quarter * 2).chain(quarter * 3..BLOCKS) {
-                layer.write_blocks(block, &lower(block)).unwrap();
+                layer
+                    .write_blocks(Block::new(block), &lower(block))
+                    .unwrap();
             }
         });
         rig.seal("upper", |layer| {
-            layer.write_blocks(1, &[0x77; 4096]).unwrap();
+            layer.write_blocks(Block::new(1), &[0x77; 4096]).unwrap();
             let zero = vellum_base::block::BlockState::Zero;
-            layer.clear_blocks(quarter * 3, quarter, zero).unwrap();
+            let last = Span::new(Block::new(quarter * 3), Blocks::new(quarter));
+            layer.clear_blocks(last, zero).unwrap();
         });
         rig
     }
@@ -169,7 +172,7 @@ fn copy_up_beside_writers_loses_nothing_of_theirs() {
             writer.join().unwrap();
         }
         let top = chain.top().unwrap();
-        assert_eq!(top.data_blocks(), BLOCKS, "every block was copied up");
+        assert_eq!(top.data_blocks().get(), BLOCKS, "every block was copied up");
         let below = rig.open(None);
         for sector in 0..BLOCKS * 8 {
             let mut found = [0; 512];
@@ -250,7 +253,7 @@ fn sources_cover_the_device_whatever_the_number_asked_for() {
     let mut by_block = Vec::new();
     for max in [1usize, 7, 100_000] {
         let mut seen = Vec::new();
-        let mut at = 0;
+        let mut at = Block::FIRST;
         loop {
             let runs = chain.sources(at, max);
             assert!(runs.len() <= max);
@@ -258,9 +261,9 @@ fn sources_cover_the_device_whatever_the_number_asked_for() {
                 break;
             }
             for run in runs {
-                assert_eq!(run.start, at);
-                at += run.len;
-                seen.extend((0..run.len).map(|_| run.source));
+                assert_eq!(run.start(), at);
+                at += run.len();
+                seen.extend(run.span.blocks().map(|_| run.value));
             }
         }
         assert_eq!(seen.len() as u64, BLOCKS);

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use vellum_base::ErrorKind;
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, BlockState, Durability, ZeroMode};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, BlockState, Durability, Span, ZeroMode};
 use vellum_base::storage::{
     Fault, FaultPlan, FaultStorage, FileStorage, OpCounts, OpKind, SimStorage, Storage,
 };
@@ -261,7 +261,7 @@ fn discards_of_more_runs_than_the_log_has_room_for_succeed_on_a_full_disk() {
     chain.discard(0, blocks * BLOCK_SIZE).unwrap();
     chain.flush().unwrap();
     assert_eq!(block(&chain, 0), [0; 4096]);
-    assert_eq!(chain.top().unwrap().data_blocks(), 0);
+    assert_eq!(chain.top().unwrap().data_blocks().get(), 0);
 }
 
 /// One that writes little beside one that wants all of the disk.
@@ -375,8 +375,9 @@ fn large_map(storage: &Arc<dyn Storage>, dir: &Path, extents: u64) -> Arc<Writab
     let layer = WritableLayer::open(storage.clone(), dir, options).unwrap();
     for extent in 0..extents {
         layer.flush_if_due().unwrap();
-        let _lock = layer.lock_blocks(2 * extent, 1);
-        layer.clear_blocks(2 * extent, 1, BlockState::Zero).unwrap();
+        let zero = Span::of(Block::new(2 * extent));
+        let _lock = layer.lock_blocks(zero);
+        layer.clear_blocks(zero, BlockState::Zero).unwrap();
     }
     layer.close().unwrap();
     layer
@@ -398,9 +399,9 @@ fn checkpoints_of_a_large_map_write_a_hundredth_of_what_clients_do() {
     for (kind, apart) in [("first", 7), ("again", 7), ("others", 5)] {
         let before = layer.stats().snapshot();
         for at in 0..WRITES {
-            let start = 2 * EXTENTS + at * apart;
+            let start = Block::new(2 * EXTENTS + at * apart);
             {
-                let _lock = layer.lock_blocks(start, 1);
+                let _lock = layer.lock_blocks(Span::of(start));
                 layer.write_blocks(start, &[at as u8; 4096]).unwrap();
             }
             layer.flush().unwrap();
@@ -421,10 +422,10 @@ fn checkpoints_of_a_large_map_write_a_hundredth_of_what_clients_do() {
     assert_eq!(layer.data_blocks(), blocks);
     let mut block = vec![0; 4096];
     layer
-        .read(&mut block, (2 * EXTENTS + 7 * 2047) * BLOCK_SIZE)
+        .read_blocks(&mut block, Block::new(2 * EXTENTS + 7 * 2047))
         .unwrap();
     assert_eq!(block, [255; 4096]);
-    assert_eq!(layer.state(2 * (EXTENTS - 1)), BlockState::Zero);
+    assert_eq!(layer.state(Block::new(2 * (EXTENTS - 1))), BlockState::Zero);
 }
 
 /// A checkpoint that adds to the map is one sync; one that replaces it three: of the data, of the
@@ -440,7 +441,7 @@ fn a_checkpoint_that_adds_to_the_map_costs_one_sync_beside_that_of_the_data() {
         let counts = faults.counts().since(&before);
         [OpKind::SyncData, OpKind::Sync, OpKind::SyncDir].map(|kind| counts.of(kind))
     };
-    layer.write_blocks(0, &[1; 4096]).unwrap();
+    layer.write_blocks(Block::FIRST, &[1; 4096]).unwrap();
     layer.flush().unwrap();
     assert_eq!(syncs(&|| layer.close().unwrap()), [2, 0, 0]);
     // Nothing came since, so there is nothing to say.

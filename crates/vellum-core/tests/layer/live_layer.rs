@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use crate::crash::model::{Model, pattern};
 use vellum_base::ErrorKind;
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, BlockState, Durability, ZeroMode};
+use vellum_base::block::{
+    BLOCK_SIZE, Block, BlockDevice, BlockState, Blocks, Durability, Span, ZeroMode,
+};
 use vellum_base::storage::{
     Fault, FaultPlan, FaultStorage, OpKind, SeededRng, SimStorage, Storage,
 };
 use vellum_core::chain::{Chain, ChainSpec, open_chain};
-use vellum_core::layer::{Header, LayerOptions, STATE_ZERO, WritableLayer};
+use vellum_core::layer::{Header, LayerOptions, WritableLayer};
 
 const BLOCKS: u64 = 40;
 const SIZE: u64 = BLOCKS * BLOCK_SIZE;
@@ -337,7 +339,9 @@ fn a_log_of_its_real_size_that_is_full_survives_the_process_and_takes_changes_af
     let open = || WritableLayer::open(storage.clone(), &path, options).unwrap();
     let layer = open();
     // Every other block, so that no two changes are one.
-    let zero = |layer: &WritableLayer, nth: u64| layer.clear_blocks(2 * nth, 1, BlockState::Zero);
+    let zero = |layer: &WritableLayer, nth: u64| {
+        layer.clear_blocks(Span::of(Block::new(2 * nth)), BlockState::Zero)
+    };
     for nth in 0..ENTRIES {
         zero(&layer, nth).unwrap();
     }
@@ -348,8 +352,8 @@ fn a_log_of_its_real_size_that_is_full_survives_the_process_and_takes_changes_af
     let layer = open();
     let zeros = |layer: &WritableLayer| {
         let mut zeros = 0;
-        layer.resolve(0, 4 * ENTRIES, |run| {
-            zeros += u64::from(run.value == STATE_ZERO) * run.len;
+        layer.resolve(Span::up_to(Blocks::new(4 * ENTRIES)), |run| {
+            zeros += u64::from(run.value == BlockState::Zero) * run.len().get();
         });
         zeros
     };

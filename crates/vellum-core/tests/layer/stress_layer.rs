@@ -7,7 +7,7 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use vellum_base::ErrorKind;
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability};
 use vellum_base::storage::{
     Fault, FaultPlan, FaultStorage, FileStorage, OpKind, SeededRng, SimStorage, Storage,
 };
@@ -249,9 +249,9 @@ fn a_sealed_layer_opens_while_its_seal_is_made() {
             })
         }));
         let layer = SealedLayer::open(&reader, Path::new(LAYER)).unwrap();
-        assert_eq!(layer.data_blocks(), 1);
+        assert_eq!(layer.data_blocks().get(), 1);
         let mut bytes = [0; 4096];
-        layer.read_blocks(&mut bytes, 0).unwrap();
+        layer.read_blocks(&mut bytes, Block::FIRST).unwrap();
         assert_eq!(bytes, [39; 4096]);
     }
     assert!(opened.load(Ordering::SeqCst) > 10);
@@ -264,7 +264,7 @@ fn a_sealed_layer_takes_no_writes_from_whoever_still_holds_it() {
     let top = chain.top().unwrap();
     top.seal().unwrap();
     top.close().unwrap();
-    let error = top.write_blocks(0, &[2; 4096]).unwrap_err();
+    let error = top.write_blocks(Block::FIRST, &[2; 4096]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnly);
     assert_eq!(first_byte(&chain, 0), 1);
 }

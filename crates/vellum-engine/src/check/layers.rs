@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use uuid::Uuid;
 
 use super::{Check, CheckWatch, Finding, Remedy, Severity};
-use vellum_base::block::BLOCK_SIZE;
+use vellum_base::block::Blocks;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{self, Header, ScrubReport, SealedLayer, check_layer, fail_on_damage};
 use vellum_store::Store;
@@ -143,7 +143,7 @@ impl Check<'_> {
                 return;
             }
         };
-        let bytes = sealed.data_blocks() * BLOCK_SIZE;
+        let bytes = sealed.data_blocks().bytes();
         if info.bytes != bytes {
             let severity = if info.bytes == 0 || !idle {
                 Severity::Note
@@ -204,7 +204,8 @@ impl Check<'_> {
 
     /// Reads every block of sealed layers.
     fn scrub(&mut self, sealed: &[SealedLayer], states: &mut LayerStates, watch: &dyn CheckWatch) {
-        watch.begin(sealed.iter().map(SealedLayer::data_blocks).sum());
+        let blocks: Blocks = sealed.iter().map(SealedLayer::data_blocks).sum();
+        watch.begin(blocks.get());
         let found = read_all(sealed, watch);
         watch.end();
         // In the order of the layers, however long each took.
@@ -212,7 +213,7 @@ impl Check<'_> {
             let layer = opened.header().uuid;
             let problem = match found {
                 Ok(report) => {
-                    self.report.blocks += report.blocks;
+                    self.report.blocks += report.blocks.get();
                     match report.corrupt.first() {
                         Some(first) => Some(format!(
                             "{} of {} blocks do not match their checksums, the first is {first}",
@@ -270,7 +271,7 @@ fn read_all(sealed: &[SealedLayer], watch: &dyn CheckWatch) -> Vec<Result<ScrubR
             let Some(layer) = sealed.get(at) else {
                 return mine;
             };
-            mine.push((at, layer.scrub(|blocks| watch.read(blocks))));
+            mine.push((at, layer.scrub(|blocks| watch.read(blocks.get()))));
         }
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);

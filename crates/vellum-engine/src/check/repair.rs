@@ -7,7 +7,6 @@ use uuid::Uuid;
 use super::{CheckReport, Remedy};
 use crate::container_lock;
 use crate::mount::{clean_orphaned_run_dirs, umount};
-use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
 use vellum_core::layer::{SealedLayer, repair_layer, seal_in_place};
@@ -128,7 +127,7 @@ pub fn count_layer(store: &Store, layer: Uuid) -> Result<()> {
         origin: "unknown: its info.json was lost".into(),
         ..LayerInfo::default()
     });
-    info.bytes = sealed.data_blocks() * BLOCK_SIZE;
+    info.bytes = sealed.data_blocks().bytes();
     store.set_layer_info(layer, &info)
 }
 
@@ -175,7 +174,7 @@ pub fn finish_commits(store: &Store) -> Result<()> {
                     .any(|name| storage.exists(&dir.join(name)).unwrap_or(true))
                 || store
                     .layer_info(layer)
-                    .is_ok_and(|info| info.bytes != sealed.data_blocks() * BLOCK_SIZE)
+                    .is_ok_and(|info| info.bytes != sealed.data_blocks().bytes())
         });
         if pending {
             seal_in_place(storage, &dir, |_| {})?;

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::{Bench, Cases, FLUSHES, Scratch, compare, per_operation};
 use crate::bench::CaseResult;
-use vellum_base::block::{BLOCK_SIZE, BlockState};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockState, Span};
 use vellum_base::error::Result;
 use vellum_core::layer::{LayerOptions, WritableLayer};
 
@@ -34,13 +34,13 @@ pub(super) fn run<D: FnMut(&CaseResult)>(bench: &Bench, cases: &mut Cases<'_, D>
             next.set(at + 1);
             // A stride without a common divisor visits every place once before the first again.
             let at = if overwrite { at % FLUSHES } else { at };
-            2 * EXTENTS + at * 40_503 % PLACES * APART
+            Block::new(2 * EXTENTS + at * 40_503 % PLACES * APART)
         };
         let bytes = [0xa5; LEN];
         let once = || {
             let start = place();
             {
-                let _lock = layer.lock_blocks(start, LEN as u64 / BLOCK_SIZE);
+                let _lock = layer.lock_blocks(Span::of_buffer(start, &bytes));
                 layer.write_blocks(start, &bytes)?;
             }
             layer.flush()
@@ -72,8 +72,9 @@ fn large_map(bench: &Bench) -> Result<(Scratch, Arc<WritableLayer>)> {
     let layer = WritableLayer::open(bench.storage.clone(), &dir, LayerOptions::default())?;
     for extent in 0..EXTENTS {
         layer.flush_if_due()?;
-        let _lock = layer.lock_blocks(2 * extent, 1);
-        layer.clear_blocks(2 * extent, 1, BlockState::Zero)?;
+        let zero = Span::of(Block::new(2 * extent));
+        let _lock = layer.lock_blocks(zero);
+        layer.clear_blocks(zero, BlockState::Zero)?;
     }
     // All of it is in the map, and the next checkpoint adds to it.
     layer.close()?;

@@ -14,7 +14,7 @@ use std::time::Instant;
 use serde::Serialize;
 use uuid::Uuid;
 
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Blocks, Durability, Offset, Span};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{FileStorage, Storage};
 use vellum_core::chain::{Chain, ChainSpec, ChainStats, open_chain, open_counted_chain};
@@ -267,7 +267,7 @@ impl Bench {
             let chunk = vec![0x5a; 1 << 20];
             (0..DEVICE / (1 << 20)).try_for_each(|at| {
                 layer
-                    .write_blocks(at * ((1 << 20) / BLOCK_SIZE), &chunk)
+                    .write_blocks(Offset::new(at << 20).block(), &chunk)
                     .map(drop)
             })
         })?;
@@ -406,7 +406,8 @@ impl Bench {
             let (dir, uuid) = self.sealed_layer(parent, SIZE, |layer| {
                 (0..runs).try_for_each(|at| {
                     let slot = (number * runs + at) * 40_507 % slots;
-                    layer.allocate_zeroed(slot * RUN, RUN)
+                    let start = Block::new(slot * RUN);
+                    layer.allocate_zeroed(Span::new(start, Blocks::new(RUN)))
                 })
             })?;
             sealed.push(dir);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use uuid::Uuid;
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability, MAX_VIRTUAL_SIZE};
+use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability, MAX_VIRTUAL_SIZE, Span};
 use vellum_base::storage::{OpenMode, SimStorage, Storage};
 use vellum_base::{Error, ErrorKind};
 use vellum_core::chain::{Chain, ChainSpec, open_chain};
@@ -211,11 +211,11 @@ fn exercise(disk: &SimStorage, is_sealed: bool, deep: bool) {
         .expect_err("a read past the end");
     if is_sealed {
         let layer = SealedLayer::open(disk, Path::new(DIR)).unwrap();
-        layer.for_each_extent(|extent| {
-            assert!(extent.len > 0);
-            assert!(extent.start + u64::from(extent.len) <= layer.header().blocks());
-        });
-        if layer.data_blocks() <= READABLE {
+        let all = Span::up_to(layer.header().blocks());
+        layer
+            .for_each_run(|run| assert!(!run.is_empty() && all.contains(run.span)))
+            .unwrap();
+        if layer.data_blocks().get() <= READABLE {
             let _ = layer.scrub(|_| {}).inspect_err(judge);
         }
         return;
@@ -237,14 +237,14 @@ fn exercise(disk: &SimStorage, is_sealed: bool, deep: bool) {
     drop(chain);
     let chain = open_on(disk, false).expect("it was closed in order");
     assert!(content(&chain) == expected, "something flushed is gone");
-    let data_blocks = chain.top().unwrap().data_blocks();
+    let data_blocks = chain.top().unwrap().data_blocks().get();
     assert!(data_blocks <= chain.size() / BLOCK_SIZE);
     chain.top().unwrap().seal().unwrap();
     drop(chain);
     if data_blocks <= READABLE {
         seal_in_place(disk, Path::new(DIR), |_| {}).unwrap();
         let layer = SealedLayer::open(disk, Path::new(DIR)).unwrap();
-        assert_eq!(layer.data_blocks(), data_blocks);
+        assert_eq!(layer.data_blocks().get(), data_blocks);
         let report = layer.scrub(|_| {}).unwrap();
         assert!(report.corrupt.is_empty() && report.digest.is_some());
     }
@@ -278,7 +278,7 @@ pub fn header(input: &[u8]) {
     }
     match Header::decode(&bytes) {
         Ok(header) => {
-            assert!(header.virtual_size <= MAX_VIRTUAL_SIZE && header.blocks() > 0);
+            assert!(header.virtual_size <= MAX_VIRTUAL_SIZE && !header.blocks().is_none());
             assert_eq!(Header::decode(&header.encode()).unwrap(), header);
         }
         Err(error) => assert!(

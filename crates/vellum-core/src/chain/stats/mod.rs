@@ -13,7 +13,6 @@ pub use slots::SAMPLE_EVERY;
 pub use timeline::Sample;
 
 use std::fs::File;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering, Ordering::Relaxed};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -24,7 +23,7 @@ use self::histogram::LatencyCounts;
 use self::slots::{Count, Slot, Slots};
 use self::timeline::Timeline;
 use crate::layer::{LayerCounters, LayerStats};
-use vellum_base::block::BLOCK_SIZE;
+use vellum_base::block::{BLOCK_SIZE, Blocks};
 use vellum_base::error::{Result, ResultExt};
 
 /// Layers whose reads are told apart, counted from the bottom; those above count together.
@@ -199,12 +198,12 @@ impl ChainStats {
         match &self.memory {
             Memory::Own(table) => table,
             Memory::Mapped(map) => {
-                let table =
-                    NonNull::new(map.as_mut_ptr().cast::<Table>()).unwrap_or(NonNull::dangling());
-                // SAFETY: the mapping is STATS_LEN bytes, page aligned and lives as long as
-                // `self`; a `Table` is smaller, consists of atomics alone and every bit pattern is
-                // one. The file is never shortened.
-                unsafe { table.as_ref() }
+                let table = map.as_mut_ptr().cast::<Table>();
+                assert!(!table.is_null(), "a mapping without an address");
+                // SAFETY: the mapping is not null, as asserted; it is STATS_LEN bytes, page aligned
+                // and lives as long as `self`; a `Table` is smaller, consists of atomics alone and
+                // every bit pattern is one. The file is never shortened.
+                unsafe { &*table }
             }
         }
     }
@@ -217,10 +216,10 @@ impl ChainStats {
             return;
         }
         if let Memory::Mapped(map) = &self.memory {
-            let words =
-                NonNull::new(map.as_mut_ptr().cast::<AtomicU64>()).unwrap_or(NonNull::dangling());
+            let words = map.as_mut_ptr().cast::<AtomicU64>();
+            assert!(!words.is_null(), "a mapping without an address");
             // SAFETY: as in `table`; STATS_LEN is a multiple of 8.
-            let words = unsafe { NonNull::slice_from_raw_parts(words, STATS_LEN / 8).as_ref() };
+            let words = unsafe { std::slice::from_raw_parts(words, STATS_LEN / 8) };
             words.iter().for_each(|word| word.store(0, Relaxed));
         }
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -279,18 +278,18 @@ impl ChainStats {
     }
 
     /// Counts blocks that the top answered for.
-    pub(super) fn read_from_top(&self, blocks: u64) {
+    pub(super) fn read_from_top(&self, blocks: Blocks) {
         if self.counts {
-            self.count([(|slot| &slot.top_blocks, blocks)]);
+            self.count([(|slot| &slot.top_blocks, blocks.get())]);
         }
     }
 
     /// Counts blocks that a sealed layer answered for; `None` for zeros, which no layer holds.
-    pub(super) fn read_from(&self, layer: Option<u32>, blocks: u64) {
+    pub(super) fn read_from(&self, layer: Option<u32>, blocks: Blocks) {
         if self.counts {
             match layer {
-                Some(number) => self.layer_read(number as usize, blocks),
-                None => self.count([(|slot| &slot.zero_blocks, blocks)]),
+                Some(number) => self.layer_read(number as usize, blocks.get()),
+                None => self.count([(|slot| &slot.zero_blocks, blocks.get())]),
             }
         }
     }
@@ -301,12 +300,12 @@ impl ChainStats {
     }
 
     /// Counts a write request that allocated so many blocks and is done.
-    pub(super) fn wrote(&self, began: Began, bytes: u64, allocated: u64) {
+    pub(super) fn wrote(&self, began: Began, bytes: u64, allocated: Blocks) {
         if !self.counts {
             return;
         }
         let table = self.table();
-        if allocated == 0 {
+        if allocated.is_none() {
             self.count([
                 (|slot| &slot.steady_writes, 1),
                 (|slot| &slot.written_bytes, bytes),
@@ -316,12 +315,12 @@ impl ChainStats {
                 (|slot| &slot.first_touch_writes, 1),
                 (|slot| &slot.written_bytes, bytes),
             ]);
-            add(&table.rare.allocated_blocks, allocated);
+            add(&table.rare.allocated_blocks, allocated.get());
         }
         if let Some(began) = began {
             let now = now();
             let nanos = now.saturating_sub(began);
-            if allocated == 0 {
+            if allocated.is_none() {
                 table.steady.record(nanos);
             } else {
                 table.first_touch.record(nanos);
@@ -368,12 +367,12 @@ impl ChainStats {
     }
 
     /// Counts blocks that zeroing allocated: its ends, which are written.
-    pub(super) fn zeroed(&self, bytes: u64, allocated: u64) {
+    pub(super) fn zeroed(&self, bytes: u64, allocated: Blocks) {
         if self.counts {
             let rare = &self.table().rare;
             add(&rare.discarded_bytes, bytes);
-            if allocated > 0 {
-                add(&rare.allocated_blocks, allocated);
+            if !allocated.is_none() {
+                add(&rare.allocated_blocks, allocated.get());
                 self.note_allocated(now());
             }
         }
@@ -500,14 +499,14 @@ mod tests {
         let first = ChainStats::in_file(&file, 0).unwrap();
         first.set_depth(2);
         first.read(4096);
-        first.read_from(Some(1), 1);
-        first.wrote(first.begin(), 100, 1);
+        first.read_from(Some(1), Blocks::new(1));
+        first.wrote(first.begin(), 100, Blocks::new(1));
         let before = first.snapshot();
         drop(first);
         let second = ChainStats::in_file(&file, 0).unwrap();
         second.set_depth(2);
         assert_eq!(second.snapshot(), before);
-        second.wrote(second.begin(), 100, 0);
+        second.wrote(second.begin(), 100, Blocks::new(0));
         assert_eq!(second.snapshot().writes, 2);
         assert_eq!(second.snapshot().layer_read_blocks, [0, 1]);
     }
@@ -527,10 +526,10 @@ mod tests {
     fn reads_of_a_top_that_was_sealed_count_for_its_place_below() {
         let stats = ChainStats::default();
         stats.set_depth(1);
-        stats.read_from(Some(0), 3);
-        stats.read_from_top(5);
+        stats.read_from(Some(0), Blocks::new(3));
+        stats.read_from_top(Blocks::new(5));
         stats.set_depth(2);
-        stats.read_from_top(1);
+        stats.read_from_top(Blocks::new(1));
         let snapshot = stats.snapshot();
         assert_eq!(snapshot.layer_read_blocks, [3, 5]);
         assert_eq!(snapshot.top_read_blocks, 1);
@@ -542,8 +541,8 @@ mod tests {
         for _ in 0..16_000 {
             let began = stats.begin();
             stats.stored(4096);
-            stats.wrote(began, 100, 1);
-            stats.wrote(stats.begin(), 50, 0);
+            stats.wrote(began, 100, Blocks::new(1));
+            stats.wrote(stats.begin(), 50, Blocks::new(0));
         }
         stats.flushed(stats.begin_flush());
         let snapshot = stats.snapshot();
@@ -565,8 +564,8 @@ mod tests {
     fn layers_beyond_the_counted_ones_count_together() {
         let stats = ChainStats::default();
         stats.set_depth(MAX_COUNTED_LAYERS + 10);
-        stats.read_from(Some(MAX_COUNTED_LAYERS as u32 + 3), 2);
-        stats.read_from(Some(MAX_COUNTED_LAYERS as u32 + 4), 2);
+        stats.read_from(Some(MAX_COUNTED_LAYERS as u32 + 3), Blocks::new(2));
+        stats.read_from(Some(MAX_COUNTED_LAYERS as u32 + 4), Blocks::new(2));
         let snapshot = stats.snapshot();
         assert_eq!(snapshot.layer_read_blocks.len(), MAX_COUNTED_LAYERS);
         assert_eq!(snapshot.deeper_read_blocks, 4);
@@ -576,8 +575,8 @@ mod tests {
     fn counters_that_are_off_count_nothing() {
         let stats = ChainStats::off();
         stats.read(1);
-        stats.read_from_top(1);
-        stats.wrote(stats.begin(), 1, 1);
+        stats.read_from_top(Blocks::new(1));
+        stats.wrote(stats.begin(), 1, Blocks::new(1));
         stats.flushed(stats.begin_flush());
         let snapshot = stats.snapshot();
         assert_eq!((snapshot.reads, snapshot.writes), (0, 0));

@@ -190,7 +190,7 @@ impl Flusher {
         drop(changes);
         let work = Work {
             changes: body.changes.len(),
-            written: frozen.written(body.blocks.len()),
+            written: frozen.written(body.carried()),
         };
         let plan = self.plan(ask, work, journal);
         let outcome = self.carry_out(plan, journal, body, ask);

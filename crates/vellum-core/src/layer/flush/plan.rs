@@ -3,7 +3,7 @@
 
 use crate::layer::journal::{JournalStatus, RecordBody, Standing, When};
 use crate::layer::map_state::Written;
-use vellum_base::block::BLOCK_SIZE;
+use vellum_base::block::Blocks;
 
 /// What is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +28,7 @@ impl Work {
     /// Bytes of the blocks that a record would carry.
     pub(super) fn carried_bytes(self) -> u64 {
         match self.written {
-            Written::Few(blocks) => blocks as u64 * BLOCK_SIZE,
+            Written::Few(blocks) => blocks.bytes(),
             Written::Nothing | Written::Many => 0,
         }
     }
@@ -113,8 +113,8 @@ pub(super) fn plan(ask: Ask, work: Work, journal: &JournalStatus, covered: bool)
     }
     let (content, blocks) = match work.written {
         Written::Few(blocks) if may_carry(ask, work) && covered => (Content::Blocks, blocks),
-        Written::Nothing if may_carry(ask, work) && covered => (Content::Blocks, 0),
-        _ => (Content::Barrier, 0),
+        Written::Nothing if may_carry(ask, work) && covered => (Content::Blocks, Blocks::NONE),
+        _ => (Content::Barrier, Blocks::NONE),
     };
     let sync_data = content == Content::Barrier;
     let says_nothing = work.changes == 0 && !journal.carries && journal.standing == Standing::Sound;
@@ -273,7 +273,11 @@ mod tests {
         fn all() -> Vec<Case> {
             let mut all = Vec::new();
             for ask in [Ask::Flush, Ask::Barrier, Ask::Ahead] {
-                for written in [Written::Nothing, Written::Few(3), Written::Many] {
+                for written in [
+                    Written::Nothing,
+                    Written::Few(Blocks::new(3)),
+                    Written::Many,
+                ] {
                     for changes in [0, 2] {
                         for room in ["longer than any", "fits", "no area", "too short", "full"] {
                             all.extend(

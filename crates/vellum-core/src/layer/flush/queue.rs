@@ -209,6 +209,7 @@ mod tests {
 
     use super::*;
     use crate::layer::{Header, LayerOptions, WritableLayer};
+    use vellum_base::block::{Block, Offset};
     use vellum_base::error::ErrorKind;
     use vellum_base::storage::SimStorage;
 
@@ -245,7 +246,7 @@ mod tests {
         let header = Header::new(None, 1 << 20).unwrap();
         WritableLayer::create(&storage, Path::new("/layer"), &header).unwrap();
         let dying = layer(&storage);
-        dying.write_blocks(3, &[7; 4096]).unwrap();
+        dying.write_blocks(Block::new(3), &[7; 4096]).unwrap();
         let (leads, led) = mpsc::channel();
         let (waits, waited) = mpsc::channel();
         std::thread::scope(|scope| {
@@ -269,15 +270,19 @@ mod tests {
             assert!(error.to_string().contains("a flush panicked"), "{error}");
         });
         // What it froze is lost to a later flush, so none may succeed.
-        for outcome in [dying.flush(), dying.close(), dying.write_within(0, &[1])] {
+        for outcome in [
+            dying.flush(),
+            dying.close(),
+            dying.write_within(Offset::default(), &[1]),
+        ] {
             assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Poisoned);
         }
         dying.flush_ahead();
         drop(dying);
         let successor = layer(&storage);
         let mut bytes = [0; 4096];
-        successor.read(&mut bytes, 3 * 4096).unwrap();
-        assert_eq!((bytes, successor.data_blocks()), ([7; 4096], 1));
+        successor.read_blocks(&mut bytes, Block::new(3)).unwrap();
+        assert_eq!((bytes, successor.data_blocks().get()), ([7; 4096], 1));
         successor.flush().unwrap();
     }
 }

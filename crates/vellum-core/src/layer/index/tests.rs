@@ -2,17 +2,49 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
+/// Numbers of 32 bits, as a chain has them, of which few are bytes.
+impl IndexValue for u32 {
+    const ABSENT: u32 = u32::MAX;
+    type Small = u8;
+
+    fn small(self) -> Option<u8> {
+        match self {
+            0..254 => Some(self as u8),
+            0xffff_fffe.. => Some(self as u8),
+            _ => None,
+        }
+    }
+
+    fn of_small(byte: u8) -> u32 {
+        match byte {
+            0..254 => byte.into(),
+            _ => u32::from(byte) | !0xff,
+        }
+    }
+}
+
+const ABSENT: u32 = u32::MAX;
+const NODE_BLOCKS: u64 = super::NODE_BLOCKS as u64;
+
+fn span(start: u64, len: u64) -> Span {
+    Span::new(Block::new(start), Blocks::new(len))
+}
+
+fn run(start: u64, len: u64, value: u32) -> Run<u32> {
+    Run::new(span(start, len), value)
+}
+
+fn get(index: &Index<u32>, block: u64) -> u32 {
+    index.get(Block::new(block))
+}
+
 #[test]
 fn a_new_index_holds_nothing_anywhere() {
     let index = Index::new();
-    assert_eq!(index.get(0), ABSENT);
+    assert_eq!(get(&index, 0), ABSENT);
     assert_eq!(
-        index.run_at(1 << 33, 1000),
-        ValueRun {
-            start: 1 << 33,
-            len: 1000,
-            value: ABSENT
-        }
+        index.first_run(span(1 << 33, 1000)),
+        run(1 << 33, 1000, ABSENT)
     );
     assert_eq!(index.iter().count(), 0);
 }
@@ -20,49 +52,37 @@ fn a_new_index_holds_nothing_anywhere() {
 #[test]
 fn a_run_over_leaves_and_nodes_comes_back_whole() {
     let mut index = Index::new();
-    index.set(1000, 2_000_000, 7);
+    index.set(span(1000, 2_000_000), 7u32);
     let runs: Vec<_> = index.iter().collect();
-    assert_eq!(
-        runs,
-        [ValueRun {
-            start: 1000,
-            len: 2_000_000,
-            value: 7
-        }]
-    );
+    assert_eq!(runs, [run(1000, 2_000_000, 7)]);
 }
 
 #[test]
 fn truncate_forgets_what_lies_beyond_and_only_that() {
     let mut index = Index::new();
-    index.set(0, 3 * NODE_BLOCKS, 1);
-    index.truncate(NODE_BLOCKS + 5);
+    index.set(span(0, 3 * NODE_BLOCKS), 1u32);
+    index.truncate(Block::new(NODE_BLOCKS + 5));
     assert_eq!(
         index.iter().collect::<Vec<_>>(),
-        [ValueRun {
-            start: 0,
-            len: NODE_BLOCKS + 5,
-            value: 1
-        }]
+        [run(0, NODE_BLOCKS + 5, 1)]
     );
 }
 
 #[test]
 fn terabytes_of_one_value_take_no_leaves_but_where_they_begin_and_end() {
     let mut index = Index::new();
-    index.set(5, 1 << 34, 2);
-    let mixed = |index: &Index| {
+    index.set(span(5, 1 << 34), 2);
+    let mixed = |index: &Index<u32>| {
         let nodes = index.nodes.iter();
         nodes.filter(|node| !matches!(node, Node::Same(_))).count()
     };
     assert_eq!(mixed(&index), 2);
-    let run = |start, len, value| ValueRun { start, len, value };
     assert_eq!(index.iter().collect::<Vec<_>>(), [run(5, 1 << 34, 2)]);
     // Within a node of one value, over two of them, and a whole one away.
-    index.set(7 * NODE_BLOCKS + 9, 1, 1);
-    index.set(9 * NODE_BLOCKS - 1, 2, 2);
-    index.set(10 * NODE_BLOCKS, NODE_BLOCKS, ABSENT);
-    index.set(20 * NODE_BLOCKS, 2 * NODE_BLOCKS, 1);
+    index.set(span(7 * NODE_BLOCKS + 9, 1), 1);
+    index.set(span(9 * NODE_BLOCKS - 1, 2), 2);
+    index.set(span(10 * NODE_BLOCKS, NODE_BLOCKS), ABSENT);
+    index.set(span(20 * NODE_BLOCKS, 2 * NODE_BLOCKS), 1);
     assert_eq!(mixed(&index), 3);
     assert_eq!(
         index.iter().collect::<Vec<_>>(),
@@ -75,36 +95,39 @@ fn terabytes_of_one_value_take_no_leaves_but_where_they_begin_and_end() {
             run(22 * NODE_BLOCKS, (1 << 34) + 5 - 22 * NODE_BLOCKS, 2),
         ]
     );
-    assert_eq!(index.get(10 * NODE_BLOCKS + 1), ABSENT);
+    assert_eq!(get(&index, 10 * NODE_BLOCKS + 1), ABSENT);
 }
 
 /// Bytes on the heap, each allocation with what malloc(3) needs beside it.
-fn memory(index: &Index) -> usize {
+fn memory(index: &Index<u32>) -> usize {
     fn list<T>(list: &Vec<T>) -> usize {
         (list.capacity() * size_of::<T>() + 8).next_multiple_of(16)
     }
-    let leaf = |leaf: &Leaf| match leaf {
+    let leaf = |leaf: &Leaf<u32>| match leaf {
         Leaf::Runs(runs) if runs.capacity() == 0 => 0,
         Leaf::Runs(runs) => list(runs),
         Leaf::Bytes(_) => LEAF,
         Leaf::Array(_) => LEAF * 4,
     };
-    let node = |node: &Node| match node {
+    let node = |node: &Node<u32>| match node {
         Node::Same(_) => 0,
         Node::Runs(runs) => list(runs),
-        Node::Leaves(leaves) => NODE * size_of::<Leaf>() + leaves.iter().map(leaf).sum::<usize>(),
+        Node::Leaves(leaves) => {
+            NODE * size_of::<Leaf<u32>>() + leaves.iter().map(leaf).sum::<usize>()
+        }
     };
     list(&index.nodes) + index.nodes.iter().map(node).sum::<usize>()
 }
 
 /// `count` blocks that lie alone, all over `blocks`.
-fn scattered(count: u64, blocks: u64) -> Index {
+fn scattered(count: u64, blocks: u64) -> Index<u32> {
     let mut index = Index::new();
     for at in 0..count {
         // An odd multiplier visits every block of a power of two once.
-        index.set(at.wrapping_mul(0x9e37_79b9_7f4a_7c15) % blocks, 1, 1);
+        let block = at.wrapping_mul(0x9e37_79b9_7f4a_7c15) % blocks;
+        index.set(span(block, 1), 1);
     }
-    assert_eq!(index.iter().map(|run| run.len).sum::<u64>(), count);
+    assert_eq!(index.iter().map(|run| run.len().get()).sum::<u64>(), count);
     index
 }
 
@@ -124,9 +147,9 @@ fn blocks_that_lie_alone_cost_no_more_on_a_huge_volume_than_on_a_large_one() {
 fn a_leaf_that_was_an_array_shrinks_when_it_is_overwritten_whole() {
     let mut index = Index::new();
     for block in 0..LEAF as u64 {
-        index.set(block, 1, (block % 2) as u32);
+        index.set(span(block, 1), (block % 2) as u32);
     }
-    index.set(0, LEAF as u64, 3);
+    index.set(span(0, LEAF as u64), 3);
     let Node::Leaves(leaves) = &index.nodes[0] else {
         panic!("{:?}", index.nodes[0]);
     };
@@ -146,30 +169,31 @@ proptest! {
         let mut index = Index::new();
         let mut model = BTreeMap::new();
         for block in (0..1200).step_by(2).filter(|_| dense) {
-            index.set(base + block, 1, 9);
+            index.set(span(base + block, 1), 9);
             model.insert(block, 9);
         }
         for (start, len, value) in ops {
             // Short runs too, so that leaves become arrays.
             let len = if value == 2 { 1 } else { len };
             let value = names.get(value as usize).copied().unwrap_or(ABSENT);
-            index.set(base + start, len, value);
+            index.set(span(base + start, len), value);
             for block in start..start + len {
                 if value == ABSENT { model.remove(&block); } else { model.insert(block, value); }
             }
         }
         for block in 0..4600 {
-            prop_assert_eq!(index.get(base + block), model.get(&block).copied().unwrap_or(ABSENT));
+            prop_assert_eq!(get(&index, base + block), model.get(&block).copied().unwrap_or(ABSENT));
         }
+        index.assert_sound();
         let mut seen = BTreeMap::new();
-        let mut last: Option<ValueRun> = None;
+        let mut last: Option<Run<u32>> = None;
         for run in index.iter() {
             if let Some(last) = last {
-                prop_assert!(last.start + last.len < run.start || last.value != run.value);
+                prop_assert!(last.end() < run.start() || last.value != run.value);
             }
             last = Some(run);
-            for block in run.start..run.start + run.len {
-                seen.insert(block - base, run.value);
+            for block in run.span.blocks() {
+                seen.insert(block.get() - base, run.value);
             }
         }
         prop_assert_eq!(seen, model);

@@ -21,7 +21,6 @@ use super::options::LayerOptions;
 use super::shared::Shared;
 use super::space::Claim;
 use super::table::MapExtent;
-use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// How much longer an area is than the one before it, while they fill.
@@ -271,7 +270,7 @@ impl Journal {
         if body.barrier {
             self.retire_blocks();
         }
-        self.carried += body.blocks.len() as u64 * BLOCK_SIZE;
+        self.carried += body.carried().bytes();
         self.current.carries |= !body.blocks.is_empty();
         self.debug_assert_sound();
         Ok(())

@@ -3,10 +3,12 @@
 
 use uuid::Uuid;
 
-use crate::layer::codec::{Reader, Writer};
+use crate::layer::codec::{Reader, Writer, count, crc_around};
 use crate::layer::options::MAX_AREA;
-use crate::layer::table::{MapExtent, state_code, state_of_code};
-use vellum_base::block::BLOCK_LEN;
+use crate::layer::table::MapExtent;
+use vellum_base::block::{
+    BLOCK_LEN, Block, Blocks, Run, Span, in_memory, part, part_from, part_mut, push_run,
+};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 const MAGIC: &[u8; 8] = b"VELLUMJR";
@@ -14,13 +16,12 @@ const VERSION: u32 = 1;
 const HEADER_LEN: usize = 128;
 const CRC_AT: usize = 68;
 const DURABLE_AT: usize = 72;
-const CHANGE_LEN: usize = 16;
 const FLAG_BARRIER: u32 = 1;
 /// Records begin and end at multiples of this, so that each is one direct write.
 pub(super) const ALIGN: usize = 4096;
 
 /// The largest record: a bound for what a reader allocates.
-const MAX_RECORD: usize = MAX_AREA as usize;
+const MAX_RECORD: usize = in_memory(MAX_AREA);
 
 /// A buffer that begins at a multiple of [`ALIGN`] in memory, for direct writes.
 #[derive(Debug, Default)]
@@ -42,17 +43,12 @@ impl AlignedBuf {
         assert!(self.start < ALIGN, "a buffer that cannot be aligned");
     }
 
-    #[expect(
-        clippy::indexing_slicing,
-        reason = "`reset` makes room for `len` bytes behind `start`"
-    )]
     pub(super) fn as_slice(&self) -> &[u8] {
-        &self.bytes[self.start..self.start + self.len]
+        part(&self.bytes, self.start, self.len)
     }
 
-    #[expect(clippy::indexing_slicing, reason = "as for `as_slice`")]
     fn as_mut_slice(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..self.start + self.len]
+        part_mut(&mut self.bytes, self.start, self.len)
     }
 }
 
@@ -64,27 +60,33 @@ pub(in crate::layer) struct RecordBody {
     /// Map changes in order; [`BlockState::Parent`] too.
     pub(in crate::layer) changes: Vec<MapExtent>,
     /// Numbers of the blocks whose bytes the record carries.
-    pub(in crate::layer) blocks: Vec<u64>,
+    pub(in crate::layer) blocks: Vec<Block>,
 }
 
 impl RecordBody {
     /// Where the bytes of the blocks begin in a record of so many changes and blocks.
-    fn head_of(changes: usize, blocks: usize) -> usize {
-        (HEADER_LEN + changes * CHANGE_LEN + blocks * 8).next_multiple_of(ALIGN)
+    fn head_of(changes: usize, blocks: Blocks) -> usize {
+        let numbers = in_memory(blocks.get()) * 8;
+        (HEADER_LEN + changes * MapExtent::LEN + numbers).next_multiple_of(ALIGN)
     }
 
     /// Bytes that a record of so many changes and blocks takes in an area.
-    pub(in crate::layer) fn len_of(changes: usize, blocks: usize) -> usize {
-        Self::head_of(changes, blocks) + blocks * BLOCK_LEN
+    pub(in crate::layer) fn len_of(changes: usize, blocks: Blocks) -> usize {
+        Self::head_of(changes, blocks) + blocks.buffer_len()
     }
 
     fn blocks_at(&self) -> usize {
-        Self::head_of(self.changes.len(), self.blocks.len())
+        Self::head_of(self.changes.len(), self.carried())
     }
 
     /// Bytes that the record takes in an area.
     pub(in crate::layer) fn encoded_len(&self) -> usize {
-        Self::len_of(self.changes.len(), self.blocks.len())
+        Self::len_of(self.changes.len(), self.carried())
+    }
+
+    /// How many blocks it carries.
+    pub(in crate::layer) fn carried(&self) -> Blocks {
+        Blocks::new(self.blocks.len() as u64)
     }
 }
 
@@ -105,7 +107,7 @@ pub(in crate::layer) fn encode_record(
     uuid: Uuid,
     place: RecordPlace,
     body: &RecordBody,
-    mut fill: impl FnMut(u64, &mut [u8]) -> Result<()>,
+    mut fill: impl FnMut(Block, &mut [u8]) -> Result<()>,
 ) -> Result<()> {
     let mut head = Writer::with_capacity(body.blocks_at());
     head.bytes(MAGIC);
@@ -115,18 +117,16 @@ pub(in crate::layer) fn encode_record(
     head.u64(place.generation);
     head.u64(place.sequence);
     head.u64(place.records_before);
-    head.u32(body.changes.len() as u32);
-    head.u32(body.blocks.len() as u32);
-    head.u32(body.encoded_len() as u32);
+    head.u32(count(body.changes.len()));
+    head.u32(count(body.blocks.len()));
+    head.u32(count(body.encoded_len()));
     head.u32(0);
     head.u64(place.durable);
     head.pad_to(HEADER_LEN);
-    for change in &body.changes {
-        head.u64(change.start);
-        head.u32(change.len);
-        head.u32(state_code(change.state));
-    }
-    body.blocks.iter().for_each(|&block| head.u64(block));
+    body.changes
+        .iter()
+        .for_each(|change| change.write(&mut head));
+    body.blocks.iter().for_each(|block| head.u64(block.get()));
     head.pad_to(body.blocks_at());
     let head = head.into_bytes();
 
@@ -134,20 +134,18 @@ pub(in crate::layer) fn encode_record(
     let (front, payload) = buf.as_mut_slice().split_at_mut(head.len());
     front.copy_from_slice(&head);
     let mut rest = payload;
-    for run in body.blocks.chunk_by(|block, next| block + 1 == *next) {
-        let (bytes, behind) = rest.split_at_mut(run.len() * BLOCK_LEN);
-        if let [first, ..] = *run {
-            fill(first, bytes)?;
-        }
+    let mut runs = Vec::new();
+    for &block in &body.blocks {
+        push_run(&mut runs, Run::new(Span::of(block), ()));
+    }
+    for run in runs {
+        let (bytes, behind) = rest.split_at_mut(run.len().buffer_len());
+        fill(run.start(), bytes)?;
         rest = behind;
     }
     assert!(rest.is_empty(), "a record with room for other blocks");
     let crc = crc32fast::hash(buf.as_slice());
-    #[expect(
-        clippy::indexing_slicing,
-        reason = "a record is longer than its header"
-    )]
-    buf.as_mut_slice()[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+    part_mut(buf.as_mut_slice(), CRC_AT, 4).copy_from_slice(&crc.to_le_bytes());
     Ok(())
 }
 
@@ -190,17 +188,10 @@ pub(in crate::layer) fn decode_record(bytes: &[u8], uuid: Uuid) -> Option<Record
             return Ok(None);
         };
         // Bounded by the record's length before anything is allocated for them.
-        if changes > len / CHANGE_LEN || blocks > len / BLOCK_LEN {
+        if changes > len / MapExtent::LEN || blocks > len / BLOCK_LEN {
             return Ok(None);
         }
-        let mut hasher = crc32fast::Hasher::new();
-        let (Some(before), Some(behind)) = (record.get(..CRC_AT), record.get(CRC_AT + 4..)) else {
-            return Ok(None);
-        };
-        hasher.update(before);
-        hasher.update(&[0; 4]);
-        hasher.update(behind);
-        if hasher.finalize() != crc {
+        if record.len() < HEADER_LEN || crc_around(record, CRC_AT) != crc {
             return Ok(None);
         }
         let mut body = RecordBody {
@@ -208,20 +199,16 @@ pub(in crate::layer) fn decode_record(bytes: &[u8], uuid: Uuid) -> Option<Record
             ..RecordBody::default()
         };
         for _ in 0..changes {
-            body.changes.push(MapExtent {
-                start: input.u64()?,
-                len: input.u32()?,
-                state: state_of_code(input.u32()?)?,
-            });
+            body.changes.push(MapExtent::read(&mut input)?);
         }
         for _ in 0..blocks {
-            body.blocks.push(input.u64()?);
+            body.blocks.push(Block::new(input.u64()?));
         }
         if body.encoded_len() != len {
             return Ok(None);
         }
-        let payload = record.get(body.blocks_at()..);
-        Ok(payload.map(|payload| Record {
+        let payload = part_from(record, body.blocks_at());
+        Ok(Some(Record {
             place,
             body,
             payload: payload.to_vec(),
@@ -253,7 +240,7 @@ pub(in crate::layer) fn read_area(
 ) -> Result<Option<AreaRecords>> {
     let mut records: Vec<Record> = Vec::new();
     let mut at = 0;
-    while let Some(record) = bytes.get(at..).and_then(|rest| decode_record(rest, uuid)) {
+    while let Some(record) = decode_record(part_from(bytes, at), uuid) {
         let generation = records
             .first()
             .map_or(record.place.generation, |r| r.place.generation);
@@ -294,15 +281,11 @@ pub(in crate::layer) fn read_area(
 }
 
 /// Checks that a record's blocks and changes lie within `blocks`.
-pub(in crate::layer) fn check_record(record: &Record, blocks: u64) -> Result<()> {
-    let changes_fit = record.body.changes.iter().all(|change| {
-        change.len > 0
-            && change
-                .start
-                .checked_add(u64::from(change.len))
-                .is_some_and(|end| end <= blocks)
-    });
-    if changes_fit && record.body.blocks.iter().all(|&block| block < blocks) {
+pub(in crate::layer) fn check_record(record: &Record, blocks: Blocks) -> Result<()> {
+    let body = &record.body;
+    let changes_fit = body.changes.iter().all(|change| change.fits(blocks));
+    let end = Block::FIRST + blocks;
+    if changes_fit && body.blocks.iter().all(|&block| block < end) {
         return Ok(());
     }
     Err(Error::new(
@@ -314,40 +297,45 @@ pub(in crate::layer) fn check_record(record: &Record, blocks: u64) -> Result<()>
 /// Blocks that a generation's records carry and replay must write: those from the last barrier on.
 pub(in crate::layer) fn payload_to_replay(
     records: &[Record],
-) -> impl Iterator<Item = (u64, &[u8])> {
-    let from = records
+) -> impl Iterator<Item = (Block, &[u8])> {
+    let barrier = records.iter().rposition(|record| record.body.barrier);
+    // Without a barrier, from the first.
+    records
         .iter()
-        .rposition(|record| record.body.barrier)
-        .unwrap_or(0);
-    records.iter().skip(from).flat_map(|record| {
-        record
-            .body
-            .blocks
-            .iter()
-            .copied()
-            .zip(record.payload.chunks_exact(BLOCK_LEN))
-    })
+        .skip(barrier.map_or(0, |at| at))
+        .flat_map(|record| {
+            record
+                .body
+                .blocks
+                .iter()
+                .copied()
+                .zip(record.payload.chunks_exact(BLOCK_LEN))
+        })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layer::table::push_extent;
     use vellum_base::block::BlockState;
 
     const UUID: Uuid = Uuid::from_u128(5);
 
-    fn data(start: u64, len: u32) -> MapExtent {
-        MapExtent {
-            start,
-            len,
-            state: BlockState::Data,
-        }
+    fn data(start: u64, len: u64) -> MapExtent {
+        let span = Span::new(Block::new(start), Blocks::new(len));
+        let mut extents = Vec::new();
+        push_extent(&mut extents, Run::new(span, BlockState::Data));
+        extents[0]
+    }
+
+    fn numbered(blocks: &[u64]) -> Vec<Block> {
+        blocks.iter().copied().map(Block::new).collect()
     }
 
     fn record(generation: u64, sequence: u64, blocks: &[u64], barrier: bool) -> Vec<u8> {
         let mut body = RecordBody {
             barrier,
-            blocks: blocks.to_vec(),
+            blocks: numbered(blocks),
             ..Default::default()
         };
         body.changes.push(data(sequence * 10, 3));
@@ -359,7 +347,7 @@ mod tests {
             durable: sequence,
         };
         encode_record(&mut buf, UUID, place, &body, |first, bytes| {
-            for (block, bytes) in (first..).zip(bytes.chunks_exact_mut(BLOCK_LEN)) {
+            for (block, bytes) in (first.get()..).zip(bytes.chunks_exact_mut(BLOCK_LEN)) {
                 bytes.fill(block as u8);
             }
             Ok(())
@@ -381,7 +369,7 @@ mod tests {
         let found = read_area(&bytes, UUID, 0).unwrap().unwrap();
         assert_eq!(found.generation, 4);
         assert_eq!(found.records.len(), 2);
-        assert_eq!(found.records[0].body.blocks, [7, 9]);
+        assert_eq!(found.records[0].body.blocks, numbered(&[7, 9]));
         assert!(
             found.records[0].payload[..4096]
                 .iter()
@@ -393,7 +381,7 @@ mod tests {
     #[test]
     fn blocks_that_lie_next_to_each_other_are_read_at_once() {
         let mut body = RecordBody {
-            blocks: vec![3, 4, 5, 9, 11, 12],
+            blocks: numbered(&[3, 4, 5, 9, 11, 12]),
             ..Default::default()
         };
         body.changes.push(data(3, 3));
@@ -410,7 +398,7 @@ mod tests {
             place,
             &body,
             |first, bytes| {
-                reads.push((first, bytes.len() / BLOCK_LEN));
+                reads.push((first.get(), bytes.len() / BLOCK_LEN));
                 Ok(())
             },
         )
@@ -486,7 +474,7 @@ mod tests {
         ]);
         let found = read_area(&bytes, UUID, 0).unwrap().unwrap();
         let replayed: Vec<u64> = payload_to_replay(&found.records)
-            .map(|(block, _)| block)
+            .map(|(block, _)| block.get())
             .collect();
         assert_eq!(replayed, [2, 3]);
     }

@@ -3,10 +3,11 @@
 
 use std::path::Path;
 
-use super::super::codec::{Reader, Writer, check_crc};
+use super::super::codec::{Reader, Writer, check_crc, count};
 use super::super::data::{DataFiles, MAX_SEGMENTS};
 use super::super::header::HEADER_FILE;
-use vellum_base::error::{Result, ResultExt};
+use vellum_base::block::{in_memory, part};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{Evidence, FileId, OpenMode, SharedFile, Storage, StorageFile};
 
 /// Where it is in the log's header.
@@ -76,7 +77,7 @@ impl Bond {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = Writer::with_capacity(BOND_LEN);
         put_id(&mut out, self.log);
-        let (inode, changed) = self.header.unwrap_or_default();
+        let (inode, changed) = self.header.unwrap_or((0, 0));
         out.u64(inode);
         out.u64(changed);
         out.bytes(&self.evidence.witness);
@@ -84,7 +85,7 @@ impl Bond {
         let marked = if self.evidence.marked { MARKED } else { 0 };
         let any = if self.header.is_none() { ANY_HEADER } else { 0 };
         out.u32(marked | any);
-        out.u32(self.data.len() as u32);
+        out.u32(count(self.data.len()));
         self.data.iter().for_each(|id| put_id(&mut out, *id));
         out.pad_to(BOND_LEN - 4);
         out.crc();
@@ -99,7 +100,13 @@ impl Bond {
         let witness = input.array()?;
         let mounts = [input.u64()?, input.u64()?];
         let flags = input.u32()?;
-        let count = (input.u32()? as usize).min(MAX_SEGMENTS);
+        let count = input.u32()? as usize;
+        if count > MAX_SEGMENTS {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{count} data files where a layer has {MAX_SEGMENTS} at most"),
+            ));
+        }
         let data = (0..count)
             .map(|_| take_id(&mut input))
             .collect::<Result<_>>()?;
@@ -124,9 +131,7 @@ impl Bond {
         dir: &Path,
         data: &DataFiles,
     ) -> Result<Option<String>> {
-        let at = BOND_AT as usize;
-        let bytes = header.get(at..at + BOND_LEN).unwrap_or_default();
-        let Ok(bond) = Bond::decode(bytes) else {
+        let Ok(bond) = Bond::decode(part(header, in_memory(BOND_AT), BOND_LEN)) else {
             return Ok(Some("its header is damaged".into()));
         };
         let what = || format!("cannot look at the log of {}", dir.display());

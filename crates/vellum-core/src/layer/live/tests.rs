@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::*;
 use crate::chain::{ChainSpec, open_chain};
 use crate::layer::{Header, LayerOptions, WritableLayer};
-use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, BlockDevice, BlockState, Durability};
+use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, BlockDevice, BlockState, Durability, Offset};
 use vellum_base::storage::{
     Fault, FaultPlan, FaultStorage, FileStorage, OpKind, SeededRng, SimStorage,
 };
@@ -62,12 +62,13 @@ impl Model {
 
 /// The byte of each sector of a block.
 fn sectors(layer: &WritableLayer, block: u64) -> [u8; 8] {
+    let block = Block::new(block);
     match layer.state(block) {
         // There is nothing below.
         BlockState::Parent | BlockState::Zero => [0; 8],
         BlockState::Data => {
             let mut bytes = [0; BLOCK_LEN];
-            layer.read(&mut bytes, block * BLOCK_SIZE).unwrap();
+            layer.read_blocks(&mut bytes, block).unwrap();
             for sector in bytes.chunks(512) {
                 assert!(sector.iter().all(|byte| *byte == sector[0]), "torn sector");
             }
@@ -106,9 +107,10 @@ fn change(
     cleared: BlockState,
 ) -> vellum_base::Result<()> {
     layer.flush_if_due()?;
-    let _lock = layer.lock_blocks(block, 1);
+    let block = Block::new(block);
+    let _lock = layer.lock_blocks(Span::of(block));
     match byte {
-        0 => layer.clear_blocks(block, 1, cleared),
+        0 => layer.clear_blocks(Span::of(block), cleared),
         _ => layer.write_blocks(block, &[byte; BLOCK_LEN]).map(drop),
     }
 }
@@ -202,19 +204,21 @@ fn a_log_that_is_full_while_flushes_fail_loses_nothing_and_takes_changes_once_th
 fn a_full_log_refuses_changes_until_a_flush_has_made_room() {
     let disk = new_disk();
     let layer = open(disk.clone(), options(0));
-    let zero = |block| layer.clear_blocks(block, 1, BlockState::Zero);
+    let zero = |block| layer.clear_blocks(Span::of(Block::new(block)), BlockState::Zero);
     (0..LIMIT).try_for_each(zero).unwrap();
     let error = zero(LIMIT).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
-    assert_eq!(layer.state(LIMIT), BlockState::Parent);
+    assert_eq!(layer.state(Block::new(LIMIT)), BlockState::Parent);
     layer.flush().unwrap();
     zero(LIMIT).unwrap();
     let states = |layer: &WritableLayer| -> Vec<BlockState> {
-        (0..BLOCKS).map(|block| layer.state(block)).collect()
+        (0..BLOCKS)
+            .map(|block| layer.state(Block::new(block)))
+            .collect()
     };
     assert_eq!(states(&open(disk.fork(), options(0))), states(&layer));
     assert_eq!(
-        open(disk.cut(1), options(0)).state(LIMIT - 1),
+        open(disk.cut(1), options(0)).state(Block::new(LIMIT - 1)),
         BlockState::Zero
     );
 }
@@ -224,7 +228,7 @@ fn a_full_log_refuses_changes_until_a_flush_has_made_room() {
 fn a_layer_that_is_poisoned_while_somebody_has_the_map_is_not_trusted_by_a_successor() {
     let disk = new_disk();
     let layer = open(disk.clone(), options(0));
-    layer.write_blocks(0, &[1; BLOCK_LEN]).unwrap();
+    layer.write_blocks(Block::new(0), &[1; BLOCK_LEN]).unwrap();
     {
         let _map = layer.shared.map.write();
         layer
@@ -256,7 +260,7 @@ impl Killed {
         let killed = Killed { dir, header };
         WritableLayer::create(&FileStorage, &killed.layer(), &killed.header).unwrap();
         let layer = killed.open();
-        layer.write_blocks(3, &[1; BLOCK_LEN]).unwrap();
+        layer.write_blocks(Block::new(3), &[1; BLOCK_LEN]).unwrap();
         drop(layer);
         assert!(matches!(killed.left(), Left::Trusted(_)));
         killed
@@ -300,13 +304,13 @@ fn a_log_is_not_trusted_once_a_backup_was_put_back_over_the_layer() {
         killed.put_back(name, into);
         assert_eq!(killed.left(), STALE, "{name}, into: {into}");
         let layer = killed.open();
-        assert_eq!(layer.state(3), BlockState::Parent, "{name}");
+        assert_eq!(layer.state(Block::new(3)), BlockState::Parent, "{name}");
         // It works, and what it is told from now on holds after a kill.
-        layer.write_blocks(5, &[2; BLOCK_LEN]).unwrap();
+        layer.write_blocks(Block::new(5), &[2; BLOCK_LEN]).unwrap();
         drop(layer);
         let layer = killed.open();
-        assert_eq!(layer.state(5), BlockState::Data, "{name}");
-        assert_eq!(layer.state(3), BlockState::Parent, "{name}");
+        assert_eq!(layer.state(Block::new(5)), BlockState::Data, "{name}");
+        assert_eq!(layer.state(Block::new(3)), BlockState::Parent, "{name}");
     }
 }
 
@@ -335,7 +339,7 @@ fn a_log_that_says_written_of_what_is_a_hole_is_not_trusted() {
     // Some file systems cannot tell.
     if data.has_hole(0, BLOCK_SIZE).unwrap() {
         assert_eq!(killed.left(), STALE);
-        assert_eq!(killed.open().state(3), BlockState::Parent);
+        assert_eq!(killed.open().state(Block::new(3)), BlockState::Parent);
     }
 }
 
@@ -347,15 +351,20 @@ fn blocks_that_were_made_zeros_in_place_are_taken_over_as_such() {
     for layer in layers {
         for (start, len) in [(3, 1), (10, 4), (20, 2)] {
             layer
-                .write_blocks(start, &vec![7; BLOCK_LEN * len as usize])
+                .write_blocks(Block::new(start), &vec![7; BLOCK_LEN * len as usize])
                 .unwrap();
         }
         // Data alone, data and what is none, none.
         for (start, len) in [(3, 1), (12, 6), (30, 2)] {
-            layer.allocate_zeroed(start, len).unwrap();
+            let span = Span::new(Block::new(start), Blocks::new(len));
+            layer.allocate_zeroed(span).unwrap();
         }
-        layer.write_within(13 * BLOCK_SIZE, &[9; 512]).unwrap();
-        layer.clear_blocks(20, 1, BlockState::Zero).unwrap();
+        layer
+            .write_within(Offset::new(13 * BLOCK_SIZE), &[9; 512])
+            .unwrap();
+        layer
+            .clear_blocks(Span::of(Block::new(20)), BlockState::Zero)
+            .unwrap();
         let (storage, dir) = (layer.storage_handle(), layer.dir().to_owned());
         let before: Vec<_> = (0..BLOCKS).map(|block| sectors(&layer, block)).collect();
         drop(layer);
@@ -364,7 +373,7 @@ fn blocks_that_were_made_zeros_in_place_are_taken_over_as_such() {
         for (block, before) in (0..BLOCKS).zip(before) {
             assert_eq!(sectors(&layer, block), before, "block {block}");
         }
-        assert_eq!(layer.state(30), BlockState::Data);
+        assert_eq!(layer.state(Block::new(30)), BlockState::Data);
         assert_eq!(sectors(&layer, 13)[..2], [9, 0]);
     }
 }
@@ -384,7 +393,7 @@ fn a_log_of_another_version_is_not_trusted_and_that_a_sync_failed_is_heeded() {
         live.write_at(&header, 0).unwrap();
         assert_eq!(killed.left(), STALE, "{version}");
     }
-    assert_eq!(killed.open().state(3), BlockState::Parent);
+    assert_eq!(killed.open().state(Block::new(3)), BlockState::Parent);
 }
 
 #[test]
@@ -392,11 +401,13 @@ fn a_log_whose_layer_has_grown_is_trusted() {
     let killed = Killed::new();
     let layer = killed.open();
     layer.grow(2 * BLOCKS * BLOCK_SIZE).unwrap();
-    layer.write_blocks(BLOCKS + 1, &[4; BLOCK_LEN]).unwrap();
+    layer
+        .write_blocks(Block::new(BLOCKS + 1), &[4; BLOCK_LEN])
+        .unwrap();
     drop(layer);
     let layer = killed.open();
-    assert_eq!(layer.state(3), BlockState::Data);
-    assert_eq!(layer.state(BLOCKS + 1), BlockState::Data);
+    assert_eq!(layer.state(Block::new(3)), BlockState::Data);
+    assert_eq!(layer.state(Block::new(BLOCKS + 1)), BlockState::Data);
 }
 
 /// The kernel reports a failed write-back once, to whoever syncs next.
@@ -404,7 +415,7 @@ fn a_log_whose_layer_has_grown_is_trusted() {
 fn what_a_successors_sync_lost_is_replayed_from_the_journal_at_the_next_opening() {
     let disk = new_disk();
     let layer = open(disk.clone(), options(4));
-    layer.write_blocks(3, &[1; BLOCK_LEN]).unwrap();
+    layer.write_blocks(Block::new(3), &[1; BLOCK_LEN]).unwrap();
     layer.flush().unwrap();
     drop(layer);
     let faults = FaultStorage::new(Arc::new(disk.clone()));
@@ -435,7 +446,7 @@ fn a_log_of_another_file_is_not_applied() {
     WritableLayer::create(&storage, &layer, &header).unwrap();
     let open = |dir: &Path| WritableLayer::open(Arc::new(storage), dir, options(0)).unwrap();
     let writer = open(&layer);
-    writer.write_blocks(3, &[1; BLOCK_LEN]).unwrap();
+    writer.write_blocks(Block::new(3), &[1; BLOCK_LEN]).unwrap();
     // A snapshot of the file system, taken while the layer is written.
     let copy = dir.path().join("copy");
     std::fs::create_dir(&copy).unwrap();
@@ -444,8 +455,8 @@ fn a_log_of_another_file_is_not_applied() {
         std::fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
     }
     drop(writer);
-    assert_eq!(open(&copy).state(3), BlockState::Parent);
-    assert_eq!(open(&layer).state(3), BlockState::Data);
+    assert_eq!(open(&copy).state(Block::new(3)), BlockState::Parent);
+    assert_eq!(open(&layer).state(Block::new(3)), BlockState::Data);
 }
 
 #[test]
@@ -465,5 +476,5 @@ fn a_discard_of_more_runs_than_the_log_has_entries_succeeds() {
     }
     const { assert!(BLOCKS / 2 > LIMIT) };
     chain.discard(0, BLOCKS * BLOCK_SIZE).unwrap();
-    assert_eq!(chain.top().unwrap().data_blocks(), 0);
+    assert_eq!(chain.top().unwrap().data_blocks(), Blocks::NONE);
 }

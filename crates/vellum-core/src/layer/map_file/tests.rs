@@ -15,8 +15,13 @@ fn path() -> PathBuf {
     Path::new(DIR).join(MAP_FILE)
 }
 
+/// Any, also one that cannot be.
 fn extent(start: u64, len: u32, state: BlockState) -> MapExtent {
-    MapExtent { start, len, state }
+    let mut out = Writer::with_capacity(MapExtent::LEN);
+    out.u64(start);
+    out.u32(len);
+    out.u32(state.code());
+    MapExtent::read(&mut Reader::new(&out.into_bytes())).unwrap()
 }
 
 struct Rig {
@@ -246,18 +251,19 @@ proptest! {
     ) {
         let changes: Vec<_> = changes
             .into_iter()
-            .map(|(start, len, code)| extent(start, len, state_of_code(code).unwrap()))
+            .map(|(start, len, code)| extent(start, len, BlockState::of_code(code).unwrap()))
             .collect();
         let apply = |changes: &[MapExtent]| {
             let mut blocks = vec![None; 400];
             for change in changes {
-                let range = change.start as usize..change.start as usize + change.len as usize;
-                blocks[range].fill(Some(change.state));
+                for block in change.span().blocks() {
+                    blocks[block.get() as usize] = Some(change.state());
+                }
             }
             blocks
         };
         let net = net(changes.clone());
-        prop_assert!(net.is_sorted_by(|a, b| a.start + u64::from(a.len) <= b.start));
+        prop_assert!(net.is_sorted_by(|a, b| a.span().end() <= b.start()));
         prop_assert_eq!(apply(&net), apply(&changes));
     }
 }

@@ -10,6 +10,18 @@ fn expected(kind: TableKind) -> Expected {
     }
 }
 
+fn extent(start: u64, len: u32, state: BlockState) -> MapExtent {
+    MapExtent {
+        start: Block::new(start),
+        len,
+        state,
+    }
+}
+
+fn span(start: u64, len: u64) -> Span {
+    Span::new(Block::new(start), Blocks::new(len))
+}
+
 fn seal() -> Vec<u8> {
     TableContent {
         kind: TableKind::Seal,
@@ -17,21 +29,9 @@ fn seal() -> Vec<u8> {
         generation: 0,
         virtual_size: 1 << 30,
         extents: &[
-            MapExtent {
-                start: 3,
-                len: 2,
-                state: BlockState::Data,
-            },
-            MapExtent {
-                start: 5,
-                len: 9,
-                state: BlockState::Zero,
-            },
-            MapExtent {
-                start: 100,
-                len: 1,
-                state: BlockState::Data,
-            },
+            extent(3, 2, BlockState::Data),
+            extent(5, 9, BlockState::Zero),
+            extent(100, 1, BlockState::Data),
         ],
         sums: &[11, 22, 33],
         digest: [9; 32],
@@ -47,9 +47,12 @@ fn decode(bytes: Vec<u8>, kind: TableKind) -> Result<Table> {
 fn a_seal_reads_back_with_each_block_s_checksum() {
     let table = decode(seal(), TableKind::Seal).unwrap();
     assert_eq!(table.extents().count(), 3);
-    assert_eq!(table.sums(3, 2).unwrap().collect::<Vec<_>>(), [11, 22]);
-    assert_eq!(table.sums(4, 1).unwrap().collect::<Vec<_>>(), [22]);
-    assert_eq!(table.sums(100, 1).unwrap().collect::<Vec<_>>(), [33]);
+    assert_eq!(
+        table.sums(span(3, 2)).unwrap().collect::<Vec<_>>(),
+        [11, 22]
+    );
+    assert_eq!(table.sums(span(4, 1)).unwrap().collect::<Vec<_>>(), [22]);
+    assert_eq!(table.sums(span(100, 1)).unwrap().collect::<Vec<_>>(), [33]);
     table.check_sums_crc().unwrap();
 }
 
@@ -58,7 +61,7 @@ fn a_checksum_that_the_table_lacks_is_corrupt_and_not_zero() {
     let table = decode(seal(), TableKind::Seal).unwrap();
     for (block, len) in [(0, 1), (3, 3), (5, 1), (99, 1), (100, 2), (1000, 1)] {
         assert_eq!(
-            table.sums(block, len).err().unwrap().kind(),
+            table.sums(span(block, len)).err().unwrap().kind(),
             ErrorKind::Corrupt
         );
     }
@@ -116,11 +119,7 @@ fn overlapping_unsorted_empty_and_outlying_extents_are_refused() {
     ] {
         let extents: Vec<_> = extents
             .iter()
-            .map(|&(start, len)| MapExtent {
-                start,
-                len,
-                state: data,
-            })
+            .map(|&(start, len)| extent(start, len, data))
             .collect();
         let bytes = TableContent {
             kind: TableKind::Checkpoint,
