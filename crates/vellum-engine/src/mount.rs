@@ -160,16 +160,21 @@ pub(super) fn mount_anew(
     let before = MountInfo::at(&there.dir)?.map(|mount| Rights::of(&mount));
     let rights = rights.or(before).unwrap_or_default();
     tracing::warn!("{name}: its file system gave up after an error: mounted anew");
-    let _held = LoopDevice::from_path(&there.device)
-        .map(LoopDevice::hold)
-        .transpose()?;
-    unmount_device(&store.run_dir(container), false).map_err(|error| {
+    let in_use = |error: Error| {
         error.context(format!(
             "the file system of {name} gave up after an error (a full disk of the host?) and has \
              to be mounted anew, but a program still uses it: end that, or `vellum umount --force \
              {name}`"
         ))
-    })?;
+    };
+    let device = LoopDevice::from_path(&there.device);
+    let _held = device.map(LoopDevice::hold).transpose()?;
+    unmount_device(&store.run_dir(container), false).map_err(in_use)?;
+    if let Some(device) = device
+        && !device.wait_unclaimed(UNMOUNT_TIMEOUT)?
+    {
+        return Err(in_use(Error::new(ErrorKind::InUse, device.user())));
+    }
     mount_grown(container, &there.device, &dir, rights)
         .map_err(|error| error.context(format!("cannot mount {name} at {}", dir.display())))?;
     Ok(Mounted {

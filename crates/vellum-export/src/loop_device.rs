@@ -292,6 +292,25 @@ impl LoopDevice {
         }
     }
 
+    /// Waits until no mount and no other exclusive opener has the device; false when `timeout` passed
+    /// first. A copy of a mount may be in a mount namespace that was made at that moment, as by a
+    /// server that starts, and goes soon: while it is there, another mount gives the same file system.
+    ///
+    /// # Errors
+    /// As [`LoopDevice::is_claimed`].
+    pub fn wait_unclaimed(self, timeout: Duration) -> Result<bool> {
+        let deadline = Instant::now() + timeout;
+        let mut pause = Duration::from_micros(200);
+        while self.is_claimed()? {
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(20));
+        }
+        Ok(true)
+    }
+
     /// The path of the backing file as the kernel shows it, or `None` when it is not attached.
     pub fn backing_file(self) -> Option<PathBuf> {
         let mut bytes = fs::read(self.sysfs().join("loop/backing_file")).ok()?;
@@ -412,7 +431,7 @@ impl LoopDevice {
     }
 
     /// Who keeps the device from being detached, as far as can be found out, and what to do.
-    pub(super) fn user(&self) -> String {
+    pub fn user(&self) -> String {
         let (path, number) = (self.path(), self.major_minor());
         let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
         let own = fs::read_link("/proc/self/ns/mnt").ok();

@@ -2,7 +2,7 @@
 //! a commit that was cut off left is put right.
 
 use std::collections::BTreeMap;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
@@ -126,7 +126,7 @@ impl Snapshotter {
         committed.inodes = self.mounts.inodes(id).ok();
         committed.layers.clone_from(&record.layers);
         let pin = self.store.pin_layers()?;
-        if self.mounts.unmount_unshared(id)? {
+        if self.mounts.unmount_unshared(id, Duration::ZERO)? {
             crash_point::here("commit: unmounted");
             self.mounts.seal(id)?;
             crash_point::here("commit: sealed");

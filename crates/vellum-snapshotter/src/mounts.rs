@@ -27,6 +27,8 @@ use vellum_fs::mountinfo::MountInfo;
 use vellum_store::{SnapshotKind, SnapshotRecord, Store};
 
 const MOUNTS: &str = "mnt";
+/// How long a file system that gave up may still be seen in namespaces that are being made or taken down.
+const REVIVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a server may take to flush and seal.
 const SEAL_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -126,7 +128,9 @@ impl Mounts {
         };
         let why = match outcome {
             Ok(true) => return,
-            Ok(false) => "something else has it mounted: stop all that uses it".to_owned(),
+            Ok(false) => "something else has it mounted: stop all that uses it, then start it (docker restart keeps it \
+             mounted: docker stop, then docker start)"
+                .to_owned(),
             Err(error) => error.to_string(),
         };
         tracing::warn!(
@@ -141,7 +145,7 @@ impl Mounts {
     fn mount_anew(&self, record: &SnapshotRecord) -> Result<bool> {
         let device = self.loop_device(record.id)?;
         let _held = device.hold()?;
-        if !self.unmount_unshared(record.id)? {
+        if !self.unmount_unshared(record.id, REVIVE_TIMEOUT)? {
             return Ok(false);
         }
         tracing::warn!(key = %record.key, "its file system gave up after an error: mounted anew");
@@ -292,7 +296,7 @@ impl Mounts {
         };
         let _held = device.hold()?;
         let unmount = || {
-            if !record.device && self.unmount_unshared(record.id)? {
+            if !record.device && self.unmount_unshared(record.id, Duration::ZERO)? {
                 return Ok(());
             }
             Err(Error::new(
@@ -370,12 +374,12 @@ impl Mounts {
             .ok_or_else(|| Error::new(ErrorKind::Io, format!("the loop device of {id} is gone")))
     }
 
-    /// Unmounts a snapshot if nobody else has it mounted, in whatever mount namespace; says
-    /// whether that was so. Otherwise it is still mounted at its place.
+    /// Unmounts a snapshot if nobody else has it mounted, in whatever mount namespace, for longer than
+    /// `patience`; says whether that was so. Otherwise it is still mounted at its place.
     ///
     /// # Errors
     /// Where the host fails.
-    pub fn unmount_unshared(&self, id: Uuid) -> Result<bool> {
+    pub fn unmount_unshared(&self, id: Uuid, patience: Duration) -> Result<bool> {
         let dir = self.dir(id);
         let device = self.loop_device(id)?;
         let _held = device.hold()?;
@@ -388,7 +392,7 @@ impl Mounts {
             Err(error) if error.kind() == ErrorKind::InUse => return Ok(false),
             other => other?,
         }
-        if device.is_claimed()? {
+        if !device.wait_unclaimed(patience)? {
             // A namespace that we do not see. The same device gives the same file system again.
             ext4::mount(&device.path(), &dir, ext4::MountOptions::default())?;
             return Ok(false);
