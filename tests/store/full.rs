@@ -234,6 +234,57 @@ fn on_a_full_xfs_a_light_neighbour_goes_on_and_the_hog_can_be_mounted_to_delete(
     a_full_store(&["mkfs.xfs", "-q"], "300M");
 }
 
+/// btrfs writes everything to a new place, so that space kept back is worth little there: containers may
+/// stop to write, or their servers to serve, until there is room.
+#[test]
+fn on_a_full_btrfs_nothing_synced_is_lost_and_containers_go_on_once_there_is_room() {
+    // Data and metadata in one: small file systems are made so.
+    let disk = SmallDisk::of(&["mkfs.btrfs", "-q", "--mixed"], "300M");
+    let mut store = TestStore::under(&disk.mount_point);
+    store.env.push(("VELLUM_FULL_WAIT", "0.5"));
+    let root = store.path("root");
+    fs::create_dir(&root).unwrap();
+    store.ok(&["import", "base", root.to_str().unwrap(), "--size", "1G"]);
+    for name in ["hog", "light"] {
+        store.ok(&["create", "base", "--name", name]);
+    }
+    let (hog, light) = (store.mount("hog"), store.mount("light"));
+    let ballast = disk.mount_point.join("ballast");
+    run("fallocate", &["-l", "100M", ballast.to_str().unwrap()]);
+    let mut written = 0;
+    while write_synced(&hog.join(format!("fill-{written}")), &vec![7; 4 << 20]).is_ok() {
+        written += 1;
+    }
+    assert!(written > 2, "{written}");
+    let file = |number: u8| format!("file-{number}");
+    let write = |number: &u8| write_synced(&light.join(file(*number)), &[*number; 4096]).is_ok();
+    let kept: Vec<u8> = (0..40).filter(write).collect();
+    println!(
+        "{written} files of 4 MiB, and {} small ones beside",
+        kept.len()
+    );
+
+    fs::remove_file(ballast).unwrap();
+    run("sync", &["-f", disk.mount_point.to_str().unwrap()]);
+    for name in ["hog", "light"] {
+        store.ok(&["umount", name]);
+    }
+    let (hog, light) = (store.mount("hog"), store.mount("light"));
+    for number in 0..written {
+        let found = fs::read(hog.join(format!("fill-{number}"))).unwrap();
+        assert!(found == vec![7; 4 << 20], "file {number}");
+    }
+    for number in kept {
+        assert_eq!(fs::read(light.join(file(number))).unwrap(), [number; 4096]);
+    }
+    for (name, dir) in [("hog", hog), ("light", light)] {
+        write_synced(&dir.join("again"), &vec![8; 1 << 20]).unwrap();
+        store.ok(&["umount", name]);
+    }
+    store.ok(&["check", "--scrub"]);
+    store.assert_nothing_runs();
+}
+
 #[test]
 fn a_container_whose_file_system_gave_up_is_shown_and_comes_back_with_one_command() {
     let store = TestStore::new();
