@@ -16,8 +16,10 @@ use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
+use nix::time::ClockId;
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::storage::clock_ns;
 
 /// What asks a command to end.
 const SIGNALS: [Signal; 3] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
@@ -77,11 +79,8 @@ extern "C" fn note(number: i32) {
 }
 
 fn now_ns() -> u64 {
-    match nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC) {
-        // Never 0, which means that there is none yet.
-        Ok(now) => (now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64).max(1),
-        Err(_) => 0,
-    }
+    // Never 0, which means that there is none yet.
+    clock_ns(ClockId::CLOCK_MONOTONIC).max(1)
 }
 
 /// The signal that asked this process to end, if one did.
@@ -91,6 +90,11 @@ pub fn signal() -> Option<Signal> {
 
 /// The exit status that says so, as shells have it; `None` where no signal came.
 pub fn exit_status() -> Option<u8> {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "signals have numbers from 1 to 64"
+    )]
     signal().map(|signal| (128 + signal as i32) as u8)
 }
 

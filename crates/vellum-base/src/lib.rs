@@ -12,6 +12,21 @@
 //! * [`crash_point`]: where tests have a process die.
 //! * [`fault`]: what a process that serves does after a fault of its own.
 
+#![deny(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_possible_wrap,
+        clippy::cast_sign_loss,
+        reason = "tests make bytes of numbers that fit"
+    )
+)]
+
 pub mod block;
 pub mod crash_point;
 pub mod error;

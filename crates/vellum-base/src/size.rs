@@ -19,7 +19,13 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     if !(1.0..=(64u64 << 40) as f64).contains(&bytes) {
         return Err(format!("{text:?} is out of range: from 4096 bytes to 64T"));
     }
-    Ok((bytes as u64).next_multiple_of(4096))
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "bounded just now, and parts of a byte do not count"
+    )]
+    let bytes = bytes as u64;
+    Ok(bytes.next_multiple_of(4096))
 }
 
 #[cfg(test)]

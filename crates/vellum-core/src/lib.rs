@@ -47,5 +47,20 @@
 //! The bytes are specified in `docs/format.md`, and what survives which crash is argued in
 //! `docs/durability.md`.
 
+#![deny(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_possible_wrap,
+        clippy::cast_sign_loss,
+        reason = "tests make bytes of numbers that fit"
+    )
+)]
+
 pub mod chain;
 pub mod layer;

@@ -12,6 +12,8 @@ use std::sync::OnceLock;
 
 use uuid::Uuid;
 
+use super::{FileId, end_of, host_offset};
+
 /// What a process notes down about a file in memory, by which a later one of the same boot may prove
 /// that the file system has stayed mounted since. All zero proves nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -137,10 +139,8 @@ pub(super) fn prove(file: &File, evidence: &Evidence) -> io::Result<Option<Proof
 fn mounts(file: &File) -> [u64; 2] {
     let own = statx(file.as_raw_fd(), c"", libc::AT_EMPTY_PATH);
     let own = own.and_then(|stat| unique_mount(&stat));
-    [
-        own.unwrap_or_default(),
-        first_mount(file).unwrap_or_default(),
-    ]
+    // 0 stands for none.
+    [own.unwrap_or(0), first_mount(file).unwrap_or(0)]
 }
 
 fn first_mount(file: &File) -> Option<u64> {
@@ -169,19 +169,30 @@ fn unique_mount(stat: &libc::statx) -> Option<u64> {
 }
 
 /// When the file was made, in nanoseconds since 1970; 0 where the file system does not note it.
-pub(super) fn born(file: &File) -> u64 {
+fn born(file: &File) -> u64 {
     statx(file.as_raw_fd(), c"", libc::AT_EMPTY_PATH)
         .filter(|stat| stat.stx_mask & libc::STATX_BTIME != 0)
         .map_or(0, |stat| {
-            nanoseconds(stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec)
+            nanoseconds(stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec.into())
         })
 }
 
+/// Which file it is.
+pub(super) fn file_id(file: &File) -> io::Result<FileId> {
+    let metadata = file.metadata()?;
+    Ok(FileId {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        born: born(file),
+    })
+}
+
 /// A time as one number that differs where the times do.
-pub(super) fn nanoseconds(seconds: i64, nanoseconds: u32) -> u64 {
-    (seconds as u64)
+pub(super) fn nanoseconds(seconds: i64, nanoseconds: u64) -> u64 {
+    seconds
+        .cast_unsigned()
         .wrapping_mul(1_000_000_000)
-        .wrapping_add(u64::from(nanoseconds))
+        .wrapping_add(nanoseconds)
 }
 
 fn statx(dir: i32, path: &std::ffi::CStr, flags: i32) -> Option<libc::statx> {
@@ -233,14 +244,15 @@ const KEEPING: [i64; 4] = [
 /// True where part of the range was never written, or is a hole again. Says nothing of file systems
 /// that make holes by themselves.
 pub(super) fn has_hole(file: &File, offset: u64, len: u64) -> io::Result<bool> {
+    let (end, at) = (end_of(offset, len)?, host_offset(offset)?);
     let kind = nix::sys::statfs::fstatfs(file)?.filesystem_type().0;
     if !KEEPING.contains(&(kind as i64)) {
         return Ok(false);
     }
     // SAFETY: the call takes numbers. It moves the descriptor's position, which nobody uses.
-    let hole = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, libc::SEEK_HOLE) };
+    let hole = unsafe { libc::lseek(file.as_raw_fd(), at, libc::SEEK_HOLE) };
     match u64::try_from(hole) {
-        Ok(hole) => Ok(hole < offset.saturating_add(len)),
+        Ok(hole) => Ok(hole < end),
         Err(_) => match io::Error::last_os_error() {
             // Beyond the end there is nothing.
             error if error.raw_os_error() == Some(libc::ENXIO) => Ok(true),

@@ -127,7 +127,8 @@ fn has_open(pid: i32, file: &fs::Metadata) -> bool {
 fn shown(line: &[u8]) -> String {
     let line = String::from_utf8_lossy(line);
     let mut words = line.split_terminator('\0');
-    let program = words.next().unwrap_or_default();
+    // A kernel thread, and a process that is gone, have no command line.
+    let program = words.next().unwrap_or("");
     let program = program.rsplit('/').next().unwrap_or(program);
     let mut shown = program.to_owned();
     while let Some(word) = words.next() {

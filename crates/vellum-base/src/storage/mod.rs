@@ -6,10 +6,12 @@ mod evidence;
 mod fault;
 mod file;
 mod holder;
+mod host_file;
 mod needs;
 #[cfg(feature = "sim")]
 mod op;
 mod rng;
+mod shared_mapping;
 #[cfg(feature = "sim")]
 mod sim;
 mod waiting;
@@ -18,21 +20,39 @@ pub use evidence::{Evidence, Proof, Witness};
 #[cfg(feature = "sim")]
 pub use fault::{Fault, FaultPlan, FaultStorage, Hook};
 pub use file::FileStorage;
-pub use file::write_dsync;
 pub use holder::{Holder, by};
+pub use host_file::write_dsync;
 #[cfg(feature = "sim")]
 pub use op::{OpCounts, OpKind};
 pub use rng::SeededRng;
 #[cfg(feature = "sim")]
 pub use sim::{Moment, Observer, PowerCut, SimStorage, is_power_cut};
-pub use waiting::{about_to_wait, monotonic_ns, waits};
+pub use waiting::{about_to_wait, clock_ns, monotonic_ns, waits};
 pub use waiting::{listen as listen_for_waits, note_waits_in};
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::block::in_memory;
 use crate::crash_point;
+
+/// A place or a length in a file as the kernel takes it.
+///
+/// # Errors
+/// EOVERFLOW for one that no file can have.
+fn host_offset(bytes: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))
+}
+
+/// The byte behind a range.
+///
+/// # Errors
+/// EOVERFLOW where that has no number.
+fn end_of(offset: u64, len: u64) -> io::Result<u64> {
+    let end = offset.checked_add(len);
+    end.ok_or_else(|| io::Error::from_raw_os_error(libc::EOVERFLOW))
+}
 
 /// How to open a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,7 +176,7 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
                 format!("{len} bytes where at most {limit} are expected"),
             ));
         }
-        let mut bytes = vec![0; len as usize];
+        let mut bytes = vec![0; in_memory(len)];
         file.read_at(&mut bytes, 0)?;
         Ok(bytes)
     }

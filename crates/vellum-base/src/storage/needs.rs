@@ -9,6 +9,8 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::host_offset;
+
 /// Length of the file to try with, and how much of it is written.
 const LEN: u64 = 1 << 20;
 const WRITTEN: usize = 128 << 10;
@@ -36,7 +38,7 @@ fn is_full(error: &io::Error) -> bool {
 fn try_all(file: &File) -> io::Result<Vec<&'static str>> {
     let mut missing = Vec::new();
     file.set_len(LEN)?;
-    let len = WRITTEN as libc::off_t;
+    let len = host_offset(WRITTEN as u64)?;
     if !is_there(fallocate(file, FallocateFlags::empty(), 0, len))? {
         missing.push("reserve space for a file (fallocate)");
     }

@@ -22,7 +22,10 @@ impl SeededRng {
 
     /// A number below `end`; 0 where that is 0.
     pub fn below(&mut self, end: u64) -> u64 {
-        self.bits().checked_rem(end).unwrap_or_default()
+        match end {
+            0 => 0,
+            end => self.bits() % end,
+        }
     }
 
     /// True `times` out of `of` times.

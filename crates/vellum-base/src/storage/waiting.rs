@@ -5,6 +5,9 @@
 use std::cell::{Cell, RefCell};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
 
 thread_local! {
     static LISTENER: RefCell<Option<Box<dyn Fn()>>> = const { RefCell::new(None) };
@@ -70,10 +73,25 @@ impl Drop for Waits {
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes of a host share, to some milliseconds: for
 /// what happens often and is looked at in seconds.
 pub fn monotonic_ns() -> u64 {
-    match nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC_COARSE) {
-        Ok(now) => now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64,
-        Err(_) => 0,
-    }
+    clock_ns(ClockId::CLOCK_MONOTONIC_COARSE)
+}
+
+/// Nanoseconds of one of the clocks that every kernel has, from where it began.
+///
+/// # Panics
+/// For any other clock.
+pub fn clock_ns(clock: ClockId) -> u64 {
+    #[expect(
+        clippy::expect_used,
+        reason = "callers name clocks that every kernel has"
+    )]
+    let now = clock_gettime(clock).expect("a clock of every kernel");
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "2^64 nanoseconds are 584 years"
+    )]
+    let nanoseconds = Duration::from(now).as_nanos() as u64;
+    nanoseconds
 }
 
 #[cfg(test)]

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::codec::{Reader, Writer};
-use vellum_base::block::{BLOCK_SIZE, Blocks, MAX_VIRTUAL_SIZE};
+use super::codec::{Reader, Writer, count};
+use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Blocks, MAX_VIRTUAL_SIZE};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
 
@@ -73,7 +73,7 @@ impl Header {
         out.bytes(self.uuid.as_bytes());
         out.bytes(self.parent.unwrap_or(Uuid::nil()).as_bytes());
         out.u64(self.virtual_size);
-        out.u32(BLOCK_SIZE as u32);
+        out.u32(count(BLOCK_LEN));
         out.u32(SEGMENT_SHIFT);
         out.u64(self.created);
         out.pad_to(HEADER_LEN - 4);

@@ -19,6 +19,7 @@ const LEAF: usize = 1024;
 /// Leaves of a node: a node covers 2 GiB.
 const NODE: usize = 512;
 /// Blocks of a node.
+#[expect(clippy::cast_possible_truncation, reason = "half a million")]
 const NODE_BLOCKS: u32 = (LEAF * NODE) as u32;
 /// A node of more runs than this gets leaves: these cost 12 KiB, and each that is used more.
 const MAX_NODE_RUNS: usize = 256;
@@ -217,7 +218,10 @@ impl<V: IndexValue> Index<V> {
     /// The runs of present values within `span`, in order, each as long as can be.
     pub fn runs(&self, span: Span) -> impl Iterator<Item = Run<V>> {
         let held = Span::up_to(self.end() - Block::FIRST);
-        let held = held.intersection(span).unwrap_or_default();
+        // An empty span where it has none of them.
+        let held = held
+            .intersection(span)
+            .unwrap_or(span.at_most(Blocks::NONE));
         self.cover(held).filter(|run| run.value != V::ABSENT)
     }
 

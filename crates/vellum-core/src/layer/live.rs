@@ -380,9 +380,9 @@ pub(super) fn read_left(
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Left::Nothing),
         other => other.context(what)?,
     };
-    let mut header = vec![0; bond::BOND_AT as usize + bond::BOND_LEN];
+    let mut header = vec![0; in_memory(bond::BOND_AT) + bond::BOND_LEN];
     file.read_at(&mut header, 0).context(what)?;
-    let poisoned = part(&header, POISON_AT as usize, 4) != [0; 4];
+    let poisoned = part(&header, in_memory(POISON_AT), 4) != [0; 4];
     let why = if !of_this_boot(&header, layer.uuid, boot) {
         tracing::info!(layer = %dir.display(), "a log of changes of an earlier boot is not used");
         return Ok(Left::Stale { reread: false });

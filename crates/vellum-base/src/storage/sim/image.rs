@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bitvec::vec::BitVec;
 
 use super::Survival;
+use crate::block::{in_memory, part, part_mut};
 use crate::storage::rng::SeededRng;
 
 /// What a disk writes whole or not at all.
@@ -23,8 +24,18 @@ pub(super) struct Image {
     pub(super) len: u64,
 }
 
-/// Splits a range at page borders: (page, first byte within it, start in the range, length).
-fn pieces(offset: u64, len: u64) -> impl Iterator<Item = (u64, usize, usize, usize)> {
+/// Bytes within one page.
+struct Piece {
+    page: u64,
+    /// The first of them in the page.
+    within: usize,
+    /// The first of them in the range that was split.
+    start: usize,
+    len: usize,
+}
+
+/// Splits a range at page borders.
+fn pieces(offset: u64, len: u64) -> impl Iterator<Item = Piece> {
     let mut done = 0;
     std::iter::from_fn(move || {
         if done >= len {
@@ -33,7 +44,12 @@ fn pieces(offset: u64, len: u64) -> impl Iterator<Item = (u64, usize, usize, usi
         let at = offset + done;
         let within = at % PAGE;
         let piece = (PAGE - within).min(len - done);
-        let item = (at / PAGE, within as usize, done as usize, piece as usize);
+        let item = Piece {
+            page: at / PAGE,
+            within: in_memory(within),
+            start: in_memory(done),
+            len: in_memory(piece),
+        };
         done += piece;
         Some(item)
     })
@@ -42,16 +58,10 @@ fn pieces(offset: u64, len: u64) -> impl Iterator<Item = (u64, usize, usize, usi
 impl Image {
     /// Fills `buf`; beyond the length it is zeros.
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) {
-        for (page, within, start, len) in pieces(offset, buf.len() as u64) {
-            let Some(target) = buf.get_mut(start..start + len) else {
-                continue;
-            };
-            match self
-                .pages
-                .get(&page)
-                .and_then(|p| p.get(within..within + len))
-            {
-                Some(bytes) => target.copy_from_slice(bytes),
+        for at in pieces(offset, buf.len() as u64) {
+            let target = part_mut(buf, at.start, at.len);
+            match self.pages.get(&at.page) {
+                Some(page) => target.copy_from_slice(part(page.as_slice(), at.within, at.len)),
                 None => target.fill(0),
             }
         }
@@ -60,32 +70,27 @@ impl Image {
     /// Writes, extending the length where it must.
     fn write(&mut self, offset: u64, bytes: &[u8]) {
         self.len = self.len.max(offset + bytes.len() as u64);
-        for (page, within, start, len) in pieces(offset, bytes.len() as u64) {
+        for at in pieces(offset, bytes.len() as u64) {
             let page = self
                 .pages
-                .entry(page)
+                .entry(at.page)
                 .or_insert_with(|| Arc::new([0; PAGE_LEN]));
-            if let (Some(target), Some(bytes)) = (
-                Arc::make_mut(page).get_mut(within..within + len),
-                bytes.get(start..start + len),
-            ) {
-                target.copy_from_slice(bytes);
-            }
+            part_mut(Arc::make_mut(page).as_mut_slice(), at.within, at.len)
+                .copy_from_slice(part(bytes, at.start, at.len));
         }
     }
 
     /// Zeros within the length.
     fn zero(&mut self, offset: u64, len: u64) {
-        let len = len.min(self.len.saturating_sub(offset));
-        for (page, within, _, len) in pieces(offset, len) {
-            if len == PAGE_LEN {
-                self.pages.remove(&page);
-            } else if let Some(target) = self
-                .pages
-                .get_mut(&page)
-                .and_then(|page| Arc::make_mut(page).get_mut(within..within + len))
-            {
-                target.fill(0);
+        // A length may have been lost that what came before it was within.
+        if offset >= self.len {
+            return;
+        }
+        for at in pieces(offset, len.min(self.len - offset)) {
+            if at.len == PAGE_LEN {
+                self.pages.remove(&at.page);
+            } else if let Some(page) = self.pages.get_mut(&at.page) {
+                part_mut(Arc::make_mut(page).as_mut_slice(), at.within, at.len).fill(0);
             }
         }
     }
@@ -106,7 +111,7 @@ impl Image {
 
     /// True where a page of the range is in no page of ours.
     pub(super) fn has_hole(&self, offset: u64, len: u64) -> bool {
-        pieces(offset, len).any(|(page, ..)| !self.pages.contains_key(&page))
+        pieces(offset, len).any(|at| !self.pages.contains_key(&at.page))
     }
 
     /// Takes the space of a range, and extends the length where it must.
@@ -141,7 +146,7 @@ impl Image {
 
     /// Bytes that writing a range would take.
     pub(super) fn wants(&self, offset: u64, len: u64) -> u64 {
-        let pages = pieces(offset, len).map(|(page, ..)| page);
+        let pages = pieces(offset, len).map(|at| at.page);
         let new = pages.filter(|page| !self.pages.contains_key(page) && !self.is_reserved(*page));
         new.count() as u64 * PAGE
     }
@@ -194,12 +199,12 @@ impl SimContent {
         let sector = offset / SECTOR;
         let sectors = (offset + bytes.len() as u64).div_ceil(SECTOR) - sector;
         // What reaches the disk is the page as it is in memory, never part of a sector.
-        let mut whole = vec![0; (sectors * SECTOR) as usize];
+        let mut whole = vec![0; in_memory(sectors * SECTOR)];
         self.live.read(&mut whole, sector * SECTOR);
         self.pending.push(Change::Write {
             sector,
             bytes: whole.into(),
-            open: BitVec::repeat(true, sectors as usize),
+            open: BitVec::repeat(true, in_memory(sectors)),
             end: offset + bytes.len() as u64,
         });
     }
@@ -212,16 +217,16 @@ impl SimContent {
         }
         let (first, last) = (offset.next_multiple_of(SECTOR), end / SECTOR * SECTOR);
         if first >= last {
-            self.write(offset, &vec![0; (end - offset) as usize]);
+            self.write(offset, &vec![0; in_memory(end - offset)]);
             return;
         }
-        self.write(offset, &vec![0; (first - offset) as usize]);
+        self.write(offset, &vec![0; in_memory(first - offset)]);
         self.live.zero(first, last - first);
         self.pending.push(Change::Zero {
             sector: first / SECTOR,
-            open: BitVec::repeat(true, ((last - first) / SECTOR) as usize),
+            open: BitVec::repeat(true, in_memory((last - first) / SECTOR)),
         });
-        self.write(last, &vec![0; (end - last) as usize]);
+        self.write(last, &vec![0; in_memory(end - last)]);
     }
 
     pub(super) fn set_len(&mut self, len: u64) {
@@ -255,16 +260,18 @@ impl SimContent {
             self.sync();
             return;
         }
-        let mut bytes = vec![0; len as usize];
+        let mut bytes = vec![0; in_memory(len)];
         self.live.read(&mut bytes, offset);
         self.durable.write(offset, &bytes);
         let (from, to) = (offset / SECTOR, (offset + len).div_ceil(SECTOR));
         for change in &mut self.pending {
             if let Change::Write { sector, open, .. } | Change::Zero { sector, open } = change {
-                let start = from.saturating_sub(*sector).min(open.len() as u64) as usize;
-                let end = to.saturating_sub(*sector).min(open.len() as u64) as usize;
-                if let Some(certain) = open.get_mut(start..end) {
-                    certain.fill(false);
+                // Those of its sectors that are in the range, if any.
+                let first = from.max(*sector);
+                let last = to.min(*sector + open.len() as u64);
+                if first < last {
+                    let range = in_memory(first - *sector)..in_memory(last - *sector);
+                    open[range].fill(false);
                 }
             }
         }
@@ -305,10 +312,9 @@ impl SimContent {
                     }
                     for at in survivors(open, survival, rng).iter_ones() {
                         let offset = (sector + at as u64) * SECTOR;
-                        let room = image.len.saturating_sub(offset).min(SECTOR) as usize;
-                        let start = at * SECTOR_LEN;
                         // Beyond the length that survived there is nothing to see.
-                        image.write(offset, bytes.get(start..start + room).unwrap_or_default());
+                        let room = SECTOR.min(image.len.max(offset) - offset);
+                        image.write(offset, part(bytes, at * SECTOR_LEN, in_memory(room)));
                     }
                 }
             }

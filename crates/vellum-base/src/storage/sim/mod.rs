@@ -5,21 +5,23 @@
 //! (512 bytes), so that they are torn and reordered; of lengths, and of names. What the host must
 //! guarantee, and the simulation therefore grants, is in docs/durability.md.
 
+mod file;
 mod image;
 mod tree;
 
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
+use self::file::SimFile;
 use self::tree::{NodeId, Tree};
 use super::op::{OpCounts, OpKind};
 use super::rng::SeededRng;
-use super::{Entry, Evidence, FileId, Mapping, OpenMode, Proof, Storage, StorageFile};
+use super::{Entry, OpenMode, Storage, StorageFile};
 
 /// How much of what is not certain survives a cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,7 +129,8 @@ impl Disk {
     /// Bytes that can still be taken.
     fn free(&self) -> Option<u64> {
         let capacity = self.capacity?;
-        Some(capacity.saturating_sub(self.tree.allocated()))
+        let allocated = self.tree.allocated();
+        Some(capacity.max(allocated) - allocated)
     }
 }
 
@@ -405,223 +408,5 @@ impl Storage for SimStorage {
     }
 }
 
-#[derive(Debug)]
-struct SimFile {
-    storage: SimStorage,
-    path: PathBuf,
-    node: NodeId,
-    writable: bool,
-}
-
-impl SimFile {
-    /// ENOSPC where there is no room for a write.
-    fn want(&self, offset: u64, len: u64) -> io::Result<()> {
-        if self.storage.refuses(self.node, offset, len) {
-            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
-        }
-        Ok(())
-    }
-
-    fn change(
-        &self,
-        kind: OpKind,
-        work: impl FnOnce(&mut image::SimContent),
-        settle: impl FnOnce(&mut image::SimContent),
-    ) -> io::Result<()> {
-        if !self.writable {
-            return Err(io::Error::from_raw_os_error(libc::EBADF));
-        }
-        self.storage.change(
-            kind,
-            &self.path,
-            |tree| tree.file_mut(self.node).map(work),
-            |tree| tree.file_mut(self.node).map(settle),
-        )
-    }
-}
-
-impl StorageFile for SimFile {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.storage.look(OpKind::Read, |tree| {
-            tree.file(self.node)?.live.read(buf, offset);
-            Ok(())
-        })
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.want(offset, buf.len() as u64)?;
-        self.change(OpKind::Write, |file| file.write(offset, buf), |_| {})
-    }
-
-    fn write_durable(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.want(offset, buf.len() as u64)?;
-        self.change(
-            OpKind::WriteDurable,
-            |file| file.write(offset, buf),
-            |file| file.sync_range(offset, buf.len() as u64),
-        )
-    }
-
-    fn write_direct(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.want(offset, buf.len() as u64)?;
-        self.change(OpKind::WriteDirect, |file| file.write(offset, buf), |_| {})
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        self.change(OpKind::SyncData, |_| {}, image::SimContent::sync)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.change(OpKind::Sync, |_| {}, image::SimContent::sync)
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        self.storage
-            .look(OpKind::Look, |tree| Ok(tree.file(self.node)?.live.len))
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.change(OpKind::SetLen, |file| file.set_len(len), |_| {})
-    }
-
-    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.change(OpKind::Punch, |file| file.punch(offset, len), |_| {})
-    }
-
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.want(offset, len)?;
-        self.change(OpKind::Allocate, |file| file.reserve(offset, len), |_| {})
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        self.storage.look(OpKind::Look, |tree| {
-            Ok(tree.file(self.node)?.live.allocated())
-        })
-    }
-
-    fn id(&self) -> io::Result<FileId> {
-        Ok(FileId {
-            inode: self.node,
-            ..FileId::default()
-        })
-    }
-
-    fn has_hole(&self, offset: u64, len: u64) -> io::Result<bool> {
-        self.storage.look(OpKind::Look, |tree| {
-            Ok(tree.file(self.node)?.live.has_hole(offset, len))
-        })
-    }
-
-    fn evidence(&self) -> io::Result<Evidence> {
-        Ok(Evidence {
-            mounts: [self.storage.shared.disk.lock().mount, 0],
-            ..Evidence::default()
-        })
-    }
-
-    fn prove(&self, evidence: &Evidence) -> io::Result<Option<Proof>> {
-        let mount = self.storage.shared.disk.lock().mount;
-        Ok(evidence.mounts.contains(&mount).then_some(Proof::Mount))
-    }
-
-    fn map(&self, offset: u64, len: usize) -> io::Result<Mapping> {
-        self.storage.look(OpKind::Read, |tree| {
-            let file = tree.file(self.node)?;
-            if offset.saturating_add(len as u64) > file.live.len {
-                return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
-            }
-            let mut bytes = vec![0; len];
-            file.live.read(&mut bytes, offset);
-            Ok(Mapping::Owned(bytes))
-        })
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::BTreeSet;
-
-    const DIR: &str = "/layer";
-
-    fn path(name: &str) -> PathBuf {
-        Path::new(DIR).join(name)
-    }
-
-    fn disk() -> SimStorage {
-        let disk = SimStorage::new();
-        disk.create_dir(Path::new(DIR)).unwrap();
-        disk.sync_dir(Path::new("/")).unwrap();
-        disk
-    }
-
-    fn names(disk: &SimStorage) -> Vec<String> {
-        let entries = disk.list(Path::new(DIR)).unwrap();
-        entries.into_iter().map(|entry| entry.name).collect()
-    }
-
-    fn outcomes<T: Ord>(disk: &SimStorage, each: impl Fn(&SimStorage) -> T) -> BTreeSet<T> {
-        (0..300).map(|seed| each(&disk.cut(seed))).collect()
-    }
-
-    #[test]
-    fn names_of_an_unsynced_directory_survive_in_any_subset() {
-        let disk = disk();
-        disk.open(&path("a"), OpenMode::CreateNew).unwrap();
-        disk.open(&path("b"), OpenMode::CreateNew).unwrap();
-        assert_eq!(outcomes(&disk, names).len(), 4);
-        disk.sync_dir(Path::new(DIR)).unwrap();
-        assert_eq!(
-            outcomes(&disk, names),
-            [vec!["a".into(), "b".into()]].into()
-        );
-    }
-
-    #[test]
-    fn an_atomic_replacement_leaves_the_old_or_the_new_content_whole_after_any_cut() {
-        let disk = disk();
-        disk.write_atomic(&path("f"), &[1; 3000]).unwrap();
-        let cuts = disk.changes();
-        for n in 1.. {
-            let again = disk.fork();
-            again.arm(n);
-            let result = again.write_atomic(&path("f"), &[2; 5000]);
-            for seed in 0..50 {
-                let bytes = again.cut(seed).read_all(&path("f"), 9000).unwrap();
-                let new = bytes == [2; 5000];
-                assert!(
-                    new || (bytes == [1; 3000] && result.is_err()),
-                    "cut {n}, seed {seed}"
-                );
-            }
-            if result.is_ok() {
-                assert!(n > 5 && cuts > 5);
-                break;
-            }
-            assert!(again.is_off());
-        }
-    }
-
-    #[test]
-    fn after_the_cut_everything_fails_and_says_why() {
-        let disk = disk();
-        let file = disk.open(&path("f"), OpenMode::Create).unwrap();
-        disk.arm(2);
-        file.write_at(&[1; 512], 0).unwrap();
-        assert!(is_power_cut(&file.sync_data().unwrap_err()));
-        assert!(is_power_cut(&file.read_at(&mut [0], 0).unwrap_err()));
-        assert!(is_power_cut(&disk.list(Path::new(DIR)).unwrap_err()));
-    }
-
-    #[test]
-    fn a_seed_gives_the_same_disk_every_time() {
-        let disk = disk();
-        let file = disk.open(&path("f"), OpenMode::Create).unwrap();
-        disk.sync_dir(Path::new(DIR)).unwrap();
-        file.write_at(&[7; 40960], 0).unwrap();
-        let read = |seed| disk.cut(seed).read_all(&path("f"), 50000).unwrap();
-        for seed in 0..20 {
-            assert_eq!(read(seed), read(seed));
-        }
-    }
-}
+mod tests;

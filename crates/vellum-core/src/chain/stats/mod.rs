@@ -17,14 +17,16 @@ use std::sync::atomic::{AtomicU64, Ordering, Ordering::Relaxed};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use memmap2::{MmapOptions, MmapRaw};
+use nix::time::ClockId;
 use serde::{Deserialize, Serialize};
 
 use self::histogram::LatencyCounts;
 use self::slots::{Count, Slot, Slots};
 use self::timeline::Timeline;
 use crate::layer::{LayerCounters, LayerStats};
-use vellum_base::block::{BLOCK_SIZE, Blocks};
+use vellum_base::block::{BLOCK_SIZE, Blocks, in_memory};
 use vellum_base::error::{Result, ResultExt};
+use vellum_base::storage::clock_ns;
 
 /// Layers whose reads are told apart, counted from the bottom; those above count together.
 pub const MAX_COUNTED_LAYERS: usize = 1024;
@@ -148,10 +150,13 @@ pub(super) type Began = Option<u64>;
 
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes of a host share.
 fn now() -> u64 {
-    match nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC) {
-        Ok(now) => now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64,
-        Err(_) => 0,
-    }
+    clock_ns(ClockId::CLOCK_MONOTONIC)
+}
+
+/// By how much a counter, or a moment, is beyond another that was read before or after it, or that
+/// another process left in memory: nothing where it is not, as threads go on counting meanwhile.
+fn beyond(number: u64, other: u64) -> u64 {
+    number.saturating_sub(other)
 }
 
 fn add(counter: &AtomicU64, amount: u64) -> u64 {
@@ -239,9 +244,9 @@ impl ChainStats {
         }
         // Not taken off the slots, which other threads may write.
         let all = table.slots.sum(|slot| &slot.top_blocks);
-        let blocks = all.saturating_sub(table.rare.sealed_top_blocks.swap(all, Relaxed));
+        let blocks = beyond(all, table.rare.sealed_top_blocks.swap(all, Relaxed));
         if before <= depth as u64 {
-            self.layer_read(before as usize - 1, blocks);
+            self.layer_read(in_memory(before - 1), blocks);
         } else {
             // Another chain took the place of the first: its layers are not those.
             let layers = table.layer_reads.iter();
@@ -319,7 +324,7 @@ impl ChainStats {
         }
         if let Some(began) = began {
             let now = now();
-            let nanos = now.saturating_sub(began);
+            let nanos = beyond(now, began);
             if allocated.is_none() {
                 table.steady.record(nanos);
             } else {
@@ -388,7 +393,7 @@ impl ChainStats {
     pub(super) fn flushed(&self, began: Began) {
         if let Some(began) = began {
             let now = now();
-            self.table().flush.record(now.saturating_sub(began));
+            self.table().flush.record(beyond(now, began));
             self.note_allocated(now);
         }
     }
@@ -399,7 +404,7 @@ impl ChainStats {
         let now = now();
         self.note_allocated(now);
         let get = |counter: &AtomicU64| counter.load(Relaxed);
-        let depth = get(&table.depth).saturating_sub(1) as usize;
+        let depth = in_memory(beyond(get(&table.depth), 1));
         let layers = table.layer_reads.iter().take(depth);
         let (slots, rare) = (&table.slots, &table.rare);
         let first_touch_writes = slots.sum(|slot| &slot.first_touch_writes);
@@ -410,7 +415,7 @@ impl ChainStats {
             since: get(&table.since),
             reads: slots.sum(|slot| &slot.reads),
             read_bytes: slots.sum(|slot| &slot.read_bytes),
-            top_read_blocks: top_blocks.saturating_sub(get(&rare.sealed_top_blocks)),
+            top_read_blocks: beyond(top_blocks, get(&rare.sealed_top_blocks)),
             zero_read_blocks: slots.sum(|slot| &slot.zero_blocks),
             layer_read_blocks: layers.map(get).collect(),
             deeper_read_blocks: get(&rare.deeper_blocks),
@@ -419,7 +424,7 @@ impl ChainStats {
             steady_writes,
             written_bytes: slots.sum(|slot| &slot.written_bytes),
             stored_bytes: slots.sum(|slot| &slot.stored_bytes) + get(&rare.prewarmed_bytes),
-            first_touch_blocks: get(&rare.allocated_blocks).saturating_sub(prewarmed_blocks),
+            first_touch_blocks: beyond(get(&rare.allocated_blocks), prewarmed_blocks),
             partial_copy_ups: get(&rare.partial_copy_ups),
             copied_bytes: get(&rare.copied_bytes),
             prewarmed_blocks,

@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use serde::{Deserialize, Serialize};
+use vellum_base::block::in_memory;
 
 const SECONDS: usize = 128;
 const MINUTES: usize = 1440;
@@ -62,15 +63,12 @@ impl Timeline {
     }
 
     /// Notes the total at `now`, nanoseconds of a clock that only goes forward.
+    #[expect(clippy::indexing_slicing, reason = "below the length by the modulus")]
     pub(super) fn note(&self, now: u64, total: u64) {
         let second = now / NANOS;
-        if let Some(slot) = self.seconds.get(second as usize % SECONDS) {
-            slot.note(second + 1, total);
-        }
+        self.seconds[in_memory(second) % SECONDS].note(second + 1, total);
         let minute = second / 60;
-        if let Some(slot) = self.minutes.get(minute as usize % MINUTES) {
-            slot.note(minute + 1, total);
-        }
+        self.minutes[in_memory(minute) % MINUTES].note(minute + 1, total);
     }
 
     /// The noted totals, oldest first: by minutes for the last day, by seconds for the last two
@@ -78,6 +76,7 @@ impl Timeline {
     pub(super) fn samples(&self, now: u64) -> Vec<Sample> {
         let second = now / NANOS;
         let mut samples = Vec::new();
+        // From 0 on, soon after the host came up.
         let oldest_second = second.saturating_sub(SECONDS as u64 - 1);
         for slot in &self.minutes {
             let Some(minute) = slot.stamp.load(Relaxed).checked_sub(1) else {
@@ -100,6 +99,7 @@ impl Timeline {
         samples
             .into_iter()
             .map(|(at, total)| Sample {
+                // A minute that has not ended is noted as its last second.
                 seconds_ago: second.saturating_sub(at),
                 total,
             })

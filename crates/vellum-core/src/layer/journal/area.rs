@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::record::AlignedBuf;
 use crate::layer::files::remove_if_there;
 use crate::layer::options::MAX_AREA;
+use vellum_base::block::in_memory;
 use vellum_base::error::{Error, Result, ResultExt};
 use vellum_base::storage::{OpenMode, Storage, StorageFile};
 
@@ -41,7 +42,7 @@ impl Area {
             let mut at = 0;
             while at < len {
                 let piece = (len - at).min(zeros.len() as u64);
-                let (piece_of_zeros, _) = zeros.split_at(piece as usize);
+                let (piece_of_zeros, _) = zeros.split_at(in_memory(piece));
                 file.write_at(piece_of_zeros, at)?;
                 at += piece;
             }
