@@ -7,13 +7,12 @@ use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::device::{PREPARE_SEAL, SEAL_TOP, SealTop, Target};
-use super::import::forget_ext4_journal;
+use super::device::{PREPARE_SEAL, SEAL_TOP, SealTop, Target, forget_ext4_journal};
 use super::lock_container;
 use super::mount::{mounted, refuse_halted, take_over};
-use super::stats::encode;
 use super::template;
 use super::temporary::{TemporaryMount, is_clean};
+use super::wire::encode;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;

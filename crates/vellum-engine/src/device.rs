@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::import::forget_ext4_journal;
-use vellum_base::block::{Block, BlockDevice, Offset};
+use super::wire::encode;
+use vellum_base::block::{Block, BlockDevice, BlockState, Offset, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::chain::{
     Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, STATS_LEN, Source, look_at_chain,
@@ -473,14 +473,33 @@ impl OpenChain {
     }
 }
 
+/// Lets a layer say nothing of the ext4 journal's blocks: after an orderly unmount they mean
+/// nothing, and every layer would carry them.
+pub(super) fn forget_ext4_journal(open: &OpenChain) -> Result<()> {
+    let chain = open.chain();
+    let superblock = match Superblock::read(&**chain) {
+        Ok(superblock) if superblock.clean => superblock,
+        // What needs recovery, and what is no ext4, stays as it is.
+        _ => return Ok(()),
+    };
+    let Some(top) = chain.top() else {
+        return Ok(());
+    };
+    for range in superblock.journal {
+        let start = Offset::new(range.start).block_from();
+        let end = Offset::new(range.end.min(chain.size())).block();
+        if start < end {
+            let whole = Span::between(start, end);
+            let _lock = top.lock_blocks(whole);
+            top.clear_blocks(whole, BlockState::Parent)?;
+        }
+    }
+    Ok(())
+}
+
 fn parse<T: serde::de::DeserializeOwned>(args: Value, what: &str) -> Result<T> {
     serde_json::from_value(args)
         .map_err(|error| Error::with_source(ErrorKind::InvalidInput, what, error))
-}
-
-fn encode<T: Serialize>(answer: &T) -> Result<Value> {
-    serde_json::to_value(answer)
-        .map_err(|error| Error::internal(format!("the answer cannot be encoded: {error}")))
 }
 
 impl ControlHandler for OpenChain {

@@ -1,24 +1,24 @@
 //! Images into the store: each layer of a source becomes one block layer.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::device::{OpenChain, Target};
+use super::device::{Target, forget_ext4_journal};
+use super::raw;
+use super::template::{self, finish_layer};
 use super::temporary::TemporaryMount;
-use super::{raw, template};
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, BlockState, MAX_VIRTUAL_SIZE, Offset, Span};
+use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE};
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_core::layer::{LayerOptions, WritableLayer, seal_in_place};
+use vellum_core::layer::{LayerOptions, WritableLayer};
 use vellum_fs::ext4;
 use vellum_fs::superblock::Superblock;
 use vellum_image::{
     ApplyOptions, Format, HistoryEntry, Holds, Image, ImageConfig, Measure, Platform, Progress,
     RawImage, Source, SourceOptions, apply_layer, chain_ids, copy_tree,
 };
-use vellum_store::{FsInfo, ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
+use vellum_store::{FsInfo, ImageRecord, LayerInfo, Store, StoreGuard, now};
 
 /// The virtual size of an image where nobody says otherwise: 10 GiB.
 pub const DEFAULT_SIZE: u64 = 10 << 30;
@@ -544,43 +544,4 @@ fn imported(path: &Path) -> HistoryEntry {
         created_by: Some(file_origin(path)),
         ..HistoryEntry::default()
     }
-}
-
-/// Lets a layer say nothing of the ext4 journal's blocks: after an orderly unmount they mean
-/// nothing, and every layer would carry them.
-pub(super) fn forget_ext4_journal(open: &OpenChain) -> Result<()> {
-    let chain = open.chain();
-    let superblock = match Superblock::read(&**chain) {
-        Ok(superblock) if superblock.clean => superblock,
-        // What needs recovery, and what is no ext4, stays as it is.
-        _ => return Ok(()),
-    };
-    let Some(top) = chain.top() else {
-        return Ok(());
-    };
-    for range in superblock.journal {
-        let start = Offset::new(range.start).block_from();
-        let end = Offset::new(range.end.min(chain.size())).block();
-        if start < end {
-            let whole = Span::between(start, end);
-            let _lock = top.lock_blocks(whole);
-            top.clear_blocks(whole, BlockState::Parent)?;
-        }
-    }
-    Ok(())
-}
-
-/// Seals a layer that is complete, gives it checksums and publishes it.
-pub(super) fn finish_layer(
-    staged: StagedLayer,
-    layer: Arc<WritableLayer>,
-    mut info: LayerInfo,
-    pin: &StoreGuard,
-) -> Result<Uuid> {
-    info.bytes = layer.data_blocks().bytes();
-    let storage = layer.storage_handle();
-    layer.seal()?;
-    drop(layer);
-    seal_in_place(&*storage, &staged.dir(), |_| {})?;
-    staged.publish(&info, pin)
 }

@@ -23,6 +23,7 @@ pub mod status;
 pub mod template;
 pub mod temporary;
 pub mod upgrade;
+pub mod wire;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::device::{COPY_UP, MAP, OpenChain, STATS, Target, counts};
 use super::serving::WHO;
-use super::stats::encode;
+use super::wire::encode;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::Holder;
 use vellum_core::chain::ChainStats;

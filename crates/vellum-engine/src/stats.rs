@@ -13,8 +13,9 @@ use uuid::Uuid;
 
 use super::device::{DeviceStats, STATS};
 use super::mount::mounted;
+use super::wire::decode;
 use vellum_base::block::{BLOCK_SIZE, Blocks};
-use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::error::{ErrorKind, Result};
 use vellum_core::chain::{LatencySnapshot, Sample};
 use vellum_core::layer::{SpaceStatus, data_blocks_on_disk};
 use vellum_export::device::control;
@@ -380,28 +381,6 @@ impl Sockets {
             answer => answer.map(|answer| (Server::Device, answer)),
         }
     }
-}
-
-/// The arguments of a request to a server.
-pub(super) fn encode<T: Serialize>(args: &T) -> Result<Value> {
-    serde_json::to_value(args).map_err(|error| {
-        Error::with_source(
-            ErrorKind::InvalidInput,
-            "the request cannot be encoded",
-            error,
-        )
-    })
-}
-
-/// The answer of a server, decoded.
-pub fn decode<T: serde::de::DeserializeOwned>(answer: Value) -> Result<T> {
-    serde_json::from_value(answer).map_err(|error| {
-        Error::with_source(
-            ErrorKind::Protocol,
-            "the server's answer makes no sense (is it of another version of Vellum?)",
-            error,
-        )
-    })
 }
 
 /// The raw counters of the device that is served from `run_dir`.

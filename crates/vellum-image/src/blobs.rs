@@ -2,8 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -11,6 +10,7 @@ use super::layer::{Hasher, parse_digest};
 use super::members::Members;
 use super::node::{Kind, join, normalise, shown, split, to_path};
 use super::read_failure;
+use super::slice::Slice;
 use vellum_base::error::ResultExt;
 use vellum_base::{Error, ErrorKind, Result};
 
@@ -149,39 +149,6 @@ fn resolve_link(path: &[u8], target: &[u8]) -> Option<Vec<u8>> {
         }
     }
     Some(here)
-}
-
-/// A piece of a file as a stream.
-#[derive(Debug, Clone)]
-pub(super) struct Slice {
-    file: Arc<File>,
-    at: u64,
-    end: u64,
-}
-
-impl Slice {
-    /// The bytes `at..end` of `file`.
-    pub fn new(file: Arc<File>, at: u64, end: u64) -> Slice {
-        assert!(at <= end, "a piece that ends before it begins");
-        Slice { file, at, end }
-    }
-
-    /// Passes over `count` bytes, at most to the end. Returns over how many.
-    pub fn skip(&mut self, count: u64) -> u64 {
-        let count = count.min(self.end - self.at);
-        self.at += count;
-        count
-    }
-}
-
-impl Read for Slice {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let most = (self.end - self.at).min(into.len() as u64) as usize;
-        let (into, _) = into.split_at_mut(most);
-        let count = self.file.read_at(into, self.at)?;
-        self.at += count as u64;
-        Ok(count)
-    }
 }
 
 /// The files of an image.

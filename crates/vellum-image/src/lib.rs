@@ -28,6 +28,7 @@ mod platform;
 mod raw;
 mod records;
 mod rooted;
+mod slice;
 mod source;
 mod walk;
 mod write;

@@ -5,10 +5,10 @@ use std::ops::AddAssign;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::blobs::Slice;
 use super::compress::{Compression, Decoder, buffered};
 use super::members::Members;
 use super::node::{Kind, Node};
+use super::slice::Slice;
 use vellum_base::error::ResultExt;
 use vellum_base::{Error, Result};
 

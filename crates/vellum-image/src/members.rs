@@ -544,7 +544,7 @@ fn owner(id: i64) -> Option<u32> {
     }
 }
 
-impl Members<super::blobs::Slice> {
+impl Members<super::slice::Slice> {
     /// Passes over the current member's content without reading it.
     pub fn seek_past_content(&mut self) {
         let left = self.content.left();

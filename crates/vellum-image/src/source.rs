@@ -10,7 +10,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::blobs::{Archive, Blobs, Slice};
+use super::blobs::{Archive, Blobs};
 use super::compress::{Compression, Decoder, buffered};
 use super::config::ImageConfig;
 use super::detect::{self, Archived};
@@ -18,6 +18,7 @@ use super::layer::{LayerReader, LayerRef};
 use super::measure::{self, Measure};
 use super::platform::Platform;
 use super::raw::{self, Holds};
+use super::slice::Slice;
 use super::{Progress, docker, docker_legacy, oci, read_failure};
 use vellum_base::error::ResultExt;
 use vellum_base::interrupt::{self, Interruptible};

@@ -11,7 +11,6 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use super::blobs::Slice;
 use super::compress::{Compression, Encoder};
 use super::config::ImageConfig;
 use super::install::Content;
@@ -19,6 +18,7 @@ use super::layer::hex;
 use super::node::{Kind, Node};
 use super::oci::{canonical_name, tag_of};
 use super::read_failure;
+use super::slice::Slice;
 use super::write::{TarWriter, plain_file};
 use vellum_base::error::ResultExt;
 use vellum_base::{Error, ErrorKind, Result};

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use uuid::Uuid;
 
 use super::Snapshotter;
-use super::operations::{Failure, Result, invalid, request};
+use super::failure::{Failure, Result, invalid, request};
 use super::retire::Job;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::config::MountMode;
-use super::operations::{Result, invalid};
+use super::failure::{Result, invalid};
 
 /// The size of a container's device.
 const SIZE_LABELS: [&str; 2] = [

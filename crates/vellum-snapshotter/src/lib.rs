@@ -19,6 +19,7 @@ pub mod authority;
 mod commit;
 pub mod config;
 mod container_metrics;
+mod failure;
 pub mod filter;
 mod labels;
 pub mod metadata;
@@ -29,13 +30,15 @@ pub mod retire;
 pub mod service;
 mod usage;
 
-pub use operations::{Defaults, Failure, MountSpec, Snapshotter};
+pub use failure::Failure;
+pub use operations::{Defaults, MountSpec, Snapshotter};
 pub use usage::SnapshotUsage;
 
 /// The messages and the server's trait, made from `proto/` by the build script.
 #[allow(
     missing_docs,
     clippy::all,
+    clippy::too_many_lines,
     rust_2018_idioms,
     reason = "generated; the names are containerd's"
 )]

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use uuid::Uuid;
 
 use super::config::MountMode;
+use super::failure::{Failure, Result, invalid, request};
 use super::labels::{wanted_mode, wanted_size};
 use super::metadata::Index;
 use super::metrics::Metrics;
@@ -20,27 +21,6 @@ use vellum_store::{LayerInfo, SnapshotKind, SnapshotRecord, Store};
 
 /// The name that a remote snapshot would have: one that we have already need not be unpacked.
 const REF_LABEL: &str = "containerd.io/snapshot.ref";
-
-/// Why an operation failed.
-#[derive(Debug)]
-pub enum Failure {
-    /// What was asked cannot be done; the kind says why, as containerd understands it.
-    Request(Error),
-    /// The host failed: whatever the kind, this is no answer about the snapshot.
-    Host(Error),
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Failure::Host(error)
-    }
-}
-
-pub(super) type Result<T> = std::result::Result<T, Failure>;
-
-pub(super) fn request<T>(result: vellum_base::Result<T>) -> Result<T> {
-    result.map_err(Failure::Request)
-}
 
 /// A mount as containerd carries it out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -563,10 +543,6 @@ fn mount_spec(record: &SnapshotRecord, source: PathBuf) -> MountSpec {
         device: record.device,
         read_only: record.kind != SnapshotKind::Active,
     }
-}
-
-pub(super) fn invalid(text: impl Into<String>) -> Failure {
-    Failure::Request(Error::new(ErrorKind::InvalidInput, text))
 }
 
 fn has_checksums(store: &Store, layer: Uuid) -> bool {

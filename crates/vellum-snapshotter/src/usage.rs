@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use super::Snapshotter;
-use super::operations::{Result, request};
+use super::failure::{Result, request};
 use vellum_base::block::{BLOCK_LEN, Block, Blocks};
 use vellum_core::layer::{SealedLayer, data_blocks_on_disk};
 use vellum_fs::superblock::Superblock;

@@ -16,7 +16,8 @@ use uuid::Uuid;
 
 use super::device::{AskMap, HOLE, MAP, MapPart, OpenChain, Target, ZERO};
 use super::lock_container;
-use super::stats::{Sockets, decode, encode};
+use super::stats::Sockets;
+use super::wire::{decode, encode};
 use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_store::Store;

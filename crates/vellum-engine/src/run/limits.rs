@@ -7,7 +7,7 @@ use oci_spec::runtime::{
     LinuxCpu, LinuxCpuBuilder, LinuxMemory, LinuxMemoryBuilder, LinuxPids, LinuxPidsBuilder,
 };
 
-use super::spec::failure;
+use super::refused::failure;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_store::{Confinement, PidsLimit};
 

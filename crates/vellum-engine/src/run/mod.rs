@@ -11,6 +11,7 @@ mod capabilities;
 mod executable;
 mod foreground;
 mod limits;
+mod refused;
 mod runtime;
 pub(super) mod scaffold;
 mod seccomp;

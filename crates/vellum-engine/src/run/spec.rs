@@ -4,7 +4,6 @@
 use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit};
-use oci_spec::OciSpecError;
 use oci_spec::runtime::{
     Capabilities, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDeviceCgroup,
     LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxNamespaceBuilder, LinuxNamespaceType,
@@ -14,8 +13,9 @@ use oci_spec::runtime::{
 };
 
 use super::limits::Limits;
+use super::refused::failure;
 use super::user::Who;
-use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::error::Result;
 use vellum_store::Network;
 
 /// Where programs are looked for unless the image says otherwise.
@@ -60,14 +60,6 @@ pub(super) struct ContainerPlan {
     pub(super) seccomp: Option<LinuxSeccomp>,
     /// One path component, so that no directory above it is left in the cgroup tree.
     pub(super) cgroup: String,
-}
-
-pub(super) fn failure(error: OciSpecError) -> Error {
-    Error::with_source(
-        ErrorKind::InvalidInput,
-        "cannot describe the container to the OCI runtime",
-        error,
-    )
 }
 
 /// `base` with `more` on top: a variable that is there already gets the new value in its place.

@@ -15,8 +15,9 @@ use serde_json::{Value, json};
 
 use super::control;
 use super::detach::{DetachOptions, clean, detach_locked};
-use super::state::{DEV, Hint, LOG, RunLock, RunState, Status, hinted_loop, status};
-use super::supervisor::{ARG0, Ready};
+use super::event::Ready;
+use super::layout::{ARG0, DEV, LOG, is_listened};
+use super::state::{Hint, RunLock, RunState, Status, hinted_loop, status};
 use crate::fuse::session::Features;
 use crate::loop_device::{Lifetime, LoopDevice, LoopHold, LoopOptions};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -88,7 +89,7 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
     };
     if let Some(state) = RunState::read(&run_dir)?
         && state.status != Status::Ended
-        && control::is_listened(&run_dir)
+        && is_listened(&run_dir)
     {
         return Err(Error::new(
             ErrorKind::AlreadyExists,
@@ -292,7 +293,7 @@ pub fn upgrade(run_dir: &Path, program: &Path, timeout: Duration) -> Result<Valu
         if state.generation > before.generation && state.status == Status::Serving {
             return control::call_again(run_dir, "status", Value::Null, timeout);
         }
-        if !control::is_listened(run_dir) {
+        if !is_listened(run_dir) {
             return Err(no_device());
         }
         if state.failed_upgrades > before.failed_upgrades

@@ -4,12 +4,10 @@
 //! `{"ok": false, "kind": "NoSpace", "error": "…"}`. The supervisor binds the socket and every
 //! worker inherits it, so a call that comes while a worker is replaced waits for the next one.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind as ErrorIo, Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -17,9 +15,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::state::CONTROL;
+use super::failure::Failure;
+use super::layout::{CONTROL, short_path};
 use crate::unix_socket;
-use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::error::{Error, ErrorKind, Result};
 
 /// After this long without an answer it is looked whether anybody can answer.
 const HALTED_CHECK: Duration = Duration::from_secs(2);
@@ -73,39 +72,6 @@ pub struct Reply {
     pub failure: Option<Failure>,
 }
 
-/// An [`Error`] that travels between processes: kind and the whole text.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Failure {
-    /// The [`ErrorKind::name`].
-    pub kind: String,
-    /// The whole story on one line.
-    pub error: String,
-}
-
-impl From<&Error> for Failure {
-    fn from(error: &Error) -> Self {
-        // One line, and short enough that a pipe takes it in one piece.
-        let text: String = error
-            .to_string()
-            .replace('\n', " ")
-            .chars()
-            .take(900)
-            .collect();
-        Failure {
-            kind: error.kind().name().to_owned(),
-            error: text,
-        }
-    }
-}
-
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Self {
-        // A newer program may have kinds that this one does not know.
-        let kind = ErrorKind::parse(&failure.kind).unwrap_or(ErrorKind::Io);
-        Error::new(kind, failure.error)
-    }
-}
-
 impl From<Result<Value>> for Reply {
     fn from(result: Result<Value>) -> Self {
         match result {
@@ -121,18 +87,6 @@ impl From<Result<Value>> for Reply {
             },
         }
     }
-}
-
-/// A path to a file of `dir` that is short however long the path of `dir` is: a socket's path has
-/// room for 107 bytes. Valid while the returned file is open.
-fn short_path(dir: &Path, name: &str) -> Result<(File, PathBuf)> {
-    let handle = std::fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)
-        .open(dir)
-        .context(|| dir.display().to_string())?;
-    let path = PathBuf::from(format!("/proc/self/fd/{}/{name}", handle.as_raw_fd()));
-    Ok((handle, path))
 }
 
 /// Makes the socket in `run_dir`, mode 0600, replacing one that nobody answers on.
@@ -154,12 +108,6 @@ pub fn bind_at(dir: &Path, name: &str) -> Result<UnixListener> {
     // Whoever made the directory removes it, and others than this process listen on the socket.
     file.keep();
     Ok(listener)
-}
-
-/// True while a process of the device of `run_dir` lives, whether or not it answers, and in whatever
-/// namespaces: all of them hold the socket.
-pub(super) fn is_listened(run_dir: &Path) -> bool {
-    short_path(run_dir, CONTROL).is_ok_and(|(_handle, path)| unix_socket::is_listened(&path))
 }
 
 /// Calls the device of `run_dir` and waits at most `timeout` for its answer.
@@ -309,16 +257,6 @@ pub(super) fn send(mut stream: &UnixStream, message: &impl Serialize) -> std::io
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_kind_of_error_survives_the_way_between_processes() {
-        for &kind in ErrorKind::ALL {
-            let failure = Failure::from(&Error::new(kind, "what\nhappened"));
-            let error = Error::from(failure);
-            assert_eq!(error.kind(), kind);
-            assert_eq!(error.to_string(), "what happened");
-        }
-    }
 
     #[test]
     fn a_reply_is_one_line_of_json() {

@@ -1,6 +1,5 @@
 //! From an attached device, or what a crash left of one, to nothing.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,11 +8,10 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 
-use super::control;
-use super::lost::arguments;
+use super::command_line::run_dir_of;
+use super::layout::{CONTROL, DEV, LOG, LOOP, STATE, is_listened};
 use super::process::Identity;
-use super::state::{self, CONTROL, DEV, LOG, LOOP, RunLock, RunState, STATE, Status, loops};
-use super::supervisor::ARG0;
+use super::state::{self, RunLock, RunState, Status, loops};
 use crate::fuse::session::FS_TYPE;
 use crate::loop_device::LoopDevice;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -80,7 +78,7 @@ pub(super) fn remove_files(run_dir: &Path) -> Result<()> {
 
 /// All of [`detach`] but the files.
 pub(super) fn clean(run_dir: &Path, options: &DetachOptions) -> Result<()> {
-    if options.force || !control::is_listened(run_dir) {
+    if options.force || !is_listened(run_dir) {
         // Nobody answers any more, or nobody shall: with the last process the session is aborted,
         // so that nothing below can wait for an answer.
         kill_all(run_dir, options.timeout)?;
@@ -249,7 +247,7 @@ fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
             }
         }
         // One that is just being executed has no command line yet.
-        calm = match open.is_empty() && !control::is_listened(run_dir) {
+        calm = match open.is_empty() && !is_listened(run_dir) {
             true => calm + 1,
             false => 0,
         };
@@ -311,17 +309,6 @@ fn dying(run_dir: &Path) -> Vec<Identity> {
     state.named().filter(dying).collect()
 }
 
-/// The user of a process where it has one alone: real, effective, saved and file system's.
-fn user_of(pid: i32) -> Option<u32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Uid:"))?;
-    let mut users = line.split_ascii_whitespace().map(str::parse::<u32>);
-    let first = users.next()?.ok()?;
-    users
-        .all(|user| user.as_ref() == Ok(&first))
-        .then_some(first)
-}
-
 /// True for a process of the device of `run_dir`, which is at `place`.
 fn is_of(pid: i32, run_dir: &Path, place: Option<Place>) -> bool {
     let Some(told) = run_dir_of(pid) else {
@@ -361,28 +348,6 @@ fn held_dirs(pid: i32) -> Vec<Place> {
             metadata.is_dir().then(|| Place::from(&metadata))
         })
         .collect()
-}
-
-/// The run directory that a device process was told, `None` for any other process.
-fn run_dir_of(pid: i32) -> Option<PathBuf> {
-    command_line(pid).map(|(run_dir, _)| run_dir)
-}
-
-/// The run directory that a device process was told, and all its arguments; `None` for any other
-/// process. Whoever wants to can have such a command line, so it must be our user's, or root's; what
-/// others hold is not even looked at, since that may hang.
-pub(super) fn command_line(pid: i32) -> Option<(PathBuf, Vec<OsString>)> {
-    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    if line.split(|byte| *byte == 0).next()? != ARG0.as_bytes() {
-        return None;
-    }
-    let ours = nix::unistd::geteuid().as_raw();
-    user_of(pid).filter(|user| *user == ours || *user == 0)?;
-    let all = arguments(&line);
-    let mut rest = all.iter();
-    rest.find(|argument| *argument == "--run-dir")?;
-    let run_dir = PathBuf::from(rest.next()?);
-    Some((run_dir, all))
 }
 
 /// Something of a device that is left without a living server.
@@ -426,7 +391,7 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
         let run_dir = entry.path();
         let state = RunState::read(&run_dir)?;
         // Before a look at the device's file, for whose answer a server that hangs lets us wait.
-        if control::is_listened(&run_dir) {
+        if is_listened(&run_dir) {
             continue;
         }
         if !is_there(&run_dir.join(DEV)) && !is_there(&run_dir.join(STATE)) {

@@ -2,11 +2,11 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use super::detach::{DetachOptions, clean, command_line};
-use super::state::DEV;
+use super::command_line::command_line;
+use super::detach::{DetachOptions, clean};
+use super::layout::DEV;
 use crate::fuse::session::FS_TYPE;
 use crate::loop_device::LoopDevice;
 use vellum_base::error::{Result, ResultExt};
@@ -116,12 +116,4 @@ pub fn end_lost(run_dir: &Path, options: &DetachOptions) -> Result<()> {
     // If its disk works after all, nothing is left; if not, a later `umount` or `check` finds files.
     let _ = super::detach::remove_files(run_dir);
     Ok(())
-}
-
-/// The arguments of a command line as the kernel gives it.
-pub(super) fn arguments(line: &[u8]) -> Vec<OsString> {
-    let parts = line.split(|byte| *byte == 0);
-    parts
-        .map(|part| OsString::from_vec(part.to_vec()))
-        .collect()
 }

@@ -229,6 +229,13 @@ impl AsFd for Process {
     }
 }
 
+/// Kills a process, unless its pid is another's by now.
+pub(super) fn kill(process: Identity) {
+    if let Some(process) = process.open() {
+        Process::signal(&process, Signal::SIGKILL);
+    }
+}
+
 /// The boot's id: state written before a reboot is about other processes.
 pub fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id")

@@ -1,4 +1,4 @@
-//! The run directory of a device: file names, and the state that the supervisor writes.
+//! The state of a device that its supervisor writes into its run directory, and the lock on that.
 
 use std::fs;
 use std::io;
@@ -10,25 +10,16 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use super::control::{self, Failure};
+use super::failure::Failure;
+use super::layout::{DEV, LOOP, STATE, is_listened};
 use super::process::{Identity, boot_id, namespaces};
 use crate::fuse::session::Features;
 use crate::loop_device::LoopDevice;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::held_dir::{HeldDir, Place};
 
-/// The file that the FUSE session is mounted on.
-pub const DEV: &str = "dev";
-/// The state, as JSON.
-pub const STATE: &str = "state.json";
 /// How the name ends of a [`STATE`] that is being written.
 const UNFINISHED: &str = ".tmp";
-/// The control socket.
-pub const CONTROL: &str = "control.sock";
-/// What the processes had to say.
-pub const LOG: &str = "log";
-/// The loop device that `attach` made: [`Hint`].
-pub const LOOP: &str = "loop";
 
 const VERSION: u32 = 1;
 /// How long a command may wait for another that attaches or detaches the same device: longer than
@@ -229,7 +220,7 @@ pub fn status(run_dir: &Path) -> Result<Option<DeviceStatus>> {
     let stopped = alive.iter().filter(|one| one.is_stopped());
     let stopped: Vec<i32> = stopped.map(|one| one.pid).collect();
     Ok(Some(DeviceStatus {
-        alive: control::is_listened(run_dir),
+        alive: is_listened(run_dir),
         supervised: state.is_supervised(),
         halted: !stopped.is_empty() && stopped.len() == alive.len(),
         stopped,

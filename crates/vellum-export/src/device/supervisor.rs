@@ -9,11 +9,7 @@ mod watching;
 
 use children::Standby;
 use events::send_ready;
-pub(super) use events::{Event, Ready};
-pub(super) use handover::{Resume, own_arguments, set_close_on_exec, witness};
-pub(super) use system::event_pipe;
 use system::{block_signals, fork, prepare_process, reap, take_stdout};
-pub(super) use watching::kill;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -31,9 +27,12 @@ use nix::unistd::ForkResult;
 use parking_lot::Mutex;
 
 use super::backoff::Backoff;
-use super::control::{self, Failure};
+use super::control;
+use super::event::{Ready, event_pipe};
+use super::failure::Failure;
+use super::layout::DEV;
 use super::process::Process;
-use super::state::{DEV, RunState, Status};
+use super::state::{RunState, Status};
 use super::watch::{Companion, Hang, Limits, PERIOD, Watch};
 use super::worker::{self, Worker};
 use crate::fuse::session::{self, Features};
@@ -41,10 +40,6 @@ use crate::fuse::slot::{MAX_THREADS, Shared};
 use vellum_base::error::{Error, Result, ResultExt};
 use vellum_base::storage::Witness;
 use vellum_fs::held_dir::HeldDir;
-
-/// What the processes of a device are called in `ps`. The first character tells systemd's
-/// shutdown to leave them alone until the file systems on them are unmounted.
-pub const ARG0: &str = "@vellum-device";
 
 /// A standby is made this long after a worker began to serve, so that a device that is attached
 /// and detached at once does not pay for it.
@@ -126,6 +121,20 @@ struct Supervisor {
     /// The worker was killed because it hung.
     hang: Option<Hang>,
     hangs_in_a_row: u32,
+}
+
+/// What a supervisor begins with, whether it mounted the session or took it over.
+struct Held {
+    args: SupervisorArgs,
+    run_dir: HeldDir,
+    session: Arc<File>,
+    features: Features,
+    listener: UnixListener,
+    shared: Arc<Shared>,
+    events_in: File,
+    events_out: File,
+    signals: SignalFd,
+    state: RunState,
 }
 
 /// Runs a device: the body of the hidden subcommand. `open` is called in each worker, with the memory
@@ -217,6 +226,42 @@ impl Supervisor {
         }
     }
 
+    /// Without a worker, and without a standby: the first worker is due.
+    fn new(held: Held) -> Supervisor {
+        let limits = held.args.limits();
+        let now = Instant::now();
+        Supervisor {
+            args: held.args,
+            run_dir: held.run_dir,
+            session: held.session,
+            features: held.features,
+            listener: held.listener,
+            shared: held.shared,
+            events_in: held.events_in,
+            events_out: held.events_out,
+            event_bytes: Vec::new(),
+            signals: held.signals,
+            state: held.state,
+            ready: None,
+            worker: None,
+            worker_since: now,
+            worker_served: false,
+            standby: None,
+            old_standby: None,
+            backoff: Backoff::default(),
+            restart_at: Some(now),
+            standby_at: None,
+            stopping: None,
+            ever_served: false,
+            upgrade: None,
+            look_at: now + PERIOD,
+            watch: Watch::new(limits, now),
+            companion: Companion::new(limits),
+            hang: None,
+            hangs_in_a_row: 0,
+        }
+    }
+
     fn mount(args: &SupervisorArgs) -> Result<Supervisor> {
         let run_dir = &args.run_dir;
         let held = hold(run_dir)?;
@@ -243,8 +288,7 @@ impl Supervisor {
                  unanswered requests are taken from shared memory"
             );
         }
-        let limits = args.limits();
-        let supervisor = Supervisor {
+        let supervisor = Supervisor::new(Held {
             args: args.clone(),
             run_dir: held,
             session: Arc::new(session.device),
@@ -253,27 +297,9 @@ impl Supervisor {
             shared,
             events_in,
             events_out,
-            event_bytes: Vec::new(),
             signals,
             state,
-            ready: None,
-            worker: None,
-            worker_since: Instant::now(),
-            worker_served: false,
-            standby: None,
-            old_standby: None,
-            backoff: Backoff::default(),
-            restart_at: Some(Instant::now()),
-            standby_at: None,
-            stopping: None,
-            ever_served: false,
-            upgrade: None,
-            look_at: Instant::now() + PERIOD,
-            watch: Watch::new(limits, Instant::now()),
-            companion: Companion::new(limits),
-            hang: None,
-            hangs_in_a_row: 0,
-        };
+        });
         supervisor.show_myself();
         Ok(supervisor)
     }

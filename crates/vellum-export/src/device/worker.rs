@@ -1,13 +1,13 @@
 //! The process that serves a device: opens it, answers the kernel, listens to commands.
 
+mod commands;
+mod elders;
+
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
 use std::os::unix::thread::JoinHandleExt;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -19,36 +19,28 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use parking_lot::Mutex;
-use serde_json::{Value, json};
 
-use super::control::Failure;
-use super::control_server::converse;
+use commands::{accept, finish_commands};
+use elders::{Elders, adopt_alone};
+
+use super::event::Event;
+use super::failure::Failure;
 use super::process::{Identity, monotonic_ns};
-use super::state::RunState;
-use super::supervisor::{
-    ARG0, Event, Resume, event_pipe, kill, own_arguments, set_close_on_exec, witness,
-};
-use super::watch::{Companion, Limits, PERIOD};
-use super::{Memory, Opened, state};
+use super::watch::{Limits, PERIOD};
+use super::{Memory, Opened};
 use crate::fuse::readers::Readers;
 use crate::fuse::server::{Ended, Server};
 use crate::fuse::session::{self, Features};
 use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared};
-use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::error::{Error, Result, ResultExt};
 use vellum_base::fault;
 use vellum_base::storage::{listen_for_waits, note_waits_in};
 use vellum_fs::held_dir::HeldDir;
 
-/// Control connections served at once; the next ones wait.
-const MAX_CONNECTIONS: usize = 8;
 /// From include/uapi/linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: i32 = 57;
 /// So many threads never wait for room on the host's disk.
 const SERVING_ALWAYS: usize = 4;
-/// How long commands that are being carried out may go on when the worker is told to stop.
-const FINISH: Duration = Duration::from_secs(5);
-/// How long a connection that was just taken may be without a command then.
-const FINISH_FRESH: Duration = Duration::from_millis(100);
 
 /// What a worker gets from the process that it was forked from.
 pub(super) struct Worker {
@@ -202,18 +194,6 @@ impl Context {
     }
 }
 
-/// Waits for commands that are being carried out, so that no caller is left without an answer
-/// when the next worker takes over.
-fn finish_commands(context: &Context) {
-    let stopped = Instant::now();
-    let waiting = |count: &AtomicUsize, limit: Duration| {
-        count.load(Ordering::Acquire) > 0 && stopped.elapsed() < limit
-    };
-    while waiting(&context.fresh, FINISH_FRESH) || waiting(&context.busy, FINISH) {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
 /// Sees to the requests that the worker before took and did not answer.
 fn recover(context: &Context) -> Result<()> {
     if !context.worker.resume {
@@ -291,83 +271,7 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
         if alone {
             adopt_at = adopt_alone(&context.worker);
         }
-        if context.connections.load(Ordering::Acquire) >= MAX_CONNECTIONS {
-            // Rare, and not worth a queue: the kernel's backlog holds the next ones.
-            std::thread::sleep(Duration::from_millis(5));
-            continue;
-        }
-        match listener.accept() {
-            Ok((stream, _)) => {
-                context.connections.fetch_add(1, Ordering::AcqRel);
-                context.fresh.fetch_add(1, Ordering::AcqRel);
-                let held = Arc::clone(context);
-                let spawned = std::thread::Builder::new()
-                    .name("control".to_string())
-                    .spawn(move || {
-                        // It was counted as fresh when it was taken.
-                        let mut fresh = Some(Counted(&held.fresh));
-                        let begin = || (Counted::new(&held.busy), fresh.take());
-                        let answer = |verb: &str, args| command(&held, verb, args);
-                        if let Err(error) = converse(&stream, begin, answer) {
-                            tracing::debug!("control connection: {error}");
-                        }
-                        held.connections.fetch_sub(1, Ordering::AcqRel);
-                    });
-                if spawned.is_err() {
-                    context.fresh.fetch_sub(1, Ordering::AcqRel);
-                    context.connections.fetch_sub(1, Ordering::AcqRel);
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(error) => tracing::warn!("the control socket: {error}"),
-        }
-    }
-}
-
-/// Supervisor and standby, which a worker looks at: where both are stopped nobody else would.
-struct Elders {
-    next: Instant,
-    supervisor: Companion,
-    standby: Companion,
-}
-
-impl Elders {
-    fn new(limits: Limits) -> Elders {
-        Elders {
-            next: Instant::now(),
-            supervisor: Companion::new(limits),
-            standby: Companion::new(limits),
-        }
-    }
-
-    /// Says that this worker runs, and kills the two where both hang: then [`adopt_alone`] starts
-    /// others.
-    fn look(&mut self, shared: &Shared) {
-        let now = Instant::now();
-        if now < self.next {
-            return;
-        }
-        self.next = now + PERIOD;
-        let table = shared.table();
-        table.worker.beat(monotonic_ns());
-        let supervisor = self.supervisor.look(&table.supervisor);
-        let standby = self.standby.look(&table.standby);
-        let Some((supervisor, hang)) = supervisor else {
-            return;
-        };
-        // A standby that runs sees to it.
-        let pid = table.standby.pid.load(Ordering::Acquire) as i32;
-        let start = table.standby.start.load(Ordering::Acquire);
-        if standby.is_none() && pid != 0 && (Identity { pid, start }).is_alive() {
-            return;
-        }
-        let reason = hang.reason();
-        tracing::error!("the supervisor (process {}) {reason}", supervisor.pid);
-        // First, or it would take the place of the other.
-        if let Some((standby, _)) = standby {
-            kill(standby);
-        }
-        kill(supervisor);
+        accept(context);
     }
 }
 
@@ -402,169 +306,6 @@ fn report(worker: &Worker, event: &Event) -> bool {
     line.push(b'\n');
     let events = Arc::clone(&worker.events.lock());
     (&*events).write_all(&line).is_ok()
-}
-
-/// Is counted until it is dropped.
-struct Counted<'a>(&'a AtomicUsize);
-
-impl<'a> Counted<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::AcqRel);
-        Counted(count)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-fn command(context: &Context, verb: &str, args: Value) -> Result<Value> {
-    match verb {
-        "status" => Ok(report_status(context)),
-        "flush" => {
-            context.opened.device.flush()?;
-            Ok(Value::Null)
-        }
-        "stop" => {
-            if !report(&context.worker, &Event::Stop) {
-                context.stop.store(true, Ordering::Release);
-                let _ = context.wake.write(1);
-            }
-            Ok(Value::Null)
-        }
-        "upgrade" => {
-            let program = args.get("program").and_then(Value::as_str).ok_or_else(|| {
-                Error::new(ErrorKind::InvalidInput, "upgrade: no program is named")
-            })?;
-            let after = args.get("after").and_then(Value::as_u64);
-            if after.is_some_and(|after| after < context.worker.generation.into()) {
-                // The order came twice, and was carried out.
-                return Ok(Value::Null);
-            }
-            if report(&context.worker, &Event::Upgrade(PathBuf::from(program))) {
-                Ok(Value::Null)
-            } else {
-                Err(Error::new(
-                    ErrorKind::NotFound,
-                    "upgrade: the device has no supervisor",
-                ))
-            }
-        }
-        "adopt" => adopt(&context.worker),
-        _ => context.opened.control.handle(verb, args),
-    }
-}
-
-/// Starts a supervisor, since this worker has none. Returns when to try again.
-fn adopt_alone(worker: &Worker) -> Option<Instant> {
-    match adopt(worker) {
-        Ok(_) => {
-            tracing::warn!("supervisor and standby died: another supervisor was started");
-            None
-        }
-        // Not quite dead.
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            Some(Instant::now() + Duration::from_millis(20))
-        }
-        Err(error) => {
-            tracing::error!("{error}");
-            Some(Instant::now() + Duration::from_secs(1))
-        }
-    }
-}
-
-/// Starts a supervisor for a worker that has none any more.
-fn adopt(worker: &Worker) -> Result<Value> {
-    let what = || "a supervisor cannot be started";
-    // Held to the end, so that two calls do not start two.
-    let mut events = worker.events.lock();
-    if RunState::read(&worker.run_dir.path())?.is_some_and(|state| state.supervisor.is_alive()) {
-        return Err(Error::new(
-            ErrorKind::AlreadyExists,
-            "the device has a supervisor",
-        ));
-    }
-    let (events_in, events_out) = event_pipe()?;
-    // Copies that the new program inherits; ours stay closed to it.
-    let copies = [
-        worker.session.as_fd(),
-        worker.listener.as_fd(),
-        worker.shared.fd().as_fd(),
-        events_in.as_fd(),
-        events_out.as_fd(),
-    ]
-    .into_iter()
-    .map(|fd| fd.try_clone_to_owned())
-    .collect::<std::io::Result<Vec<OwnedFd>>>()
-    .context(what)?;
-    let mut fds: Vec<i32> = copies.iter().map(AsRawFd::as_raw_fd).collect();
-    let &[session, listener, shared, events_read, events_write] = fds.as_slice() else {
-        return Err(Error::internal(what()));
-    };
-    let witness = witness();
-    let held = witness.as_ref().map(|(file, _)| file.as_raw_fd());
-    let resume = Resume {
-        session,
-        listener,
-        shared,
-        events_in: events_read,
-        events_out: events_write,
-        standby: None,
-        features: worker.features,
-        generation: worker.generation,
-        witness: held.zip(witness.as_ref().map(|(_, token)| *token)),
-    };
-    fds.extend(held);
-    let resume = serde_json::to_string(&resume)
-        .map_err(|error| Error::internal(format!("{}: {error}", what())))?;
-    set_close_on_exec(&fds, false);
-    let status = Command::new("/proc/self/exe")
-        .arg0(ARG0)
-        .args(own_arguments(&worker.run_dir.path()))
-        .arg("--resume")
-        .arg(resume)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .status()
-        .context(what)?;
-    if !status.success() {
-        return Err(Error::new(
-            ErrorKind::Command,
-            format!("{}: {status}", what()),
-        ));
-    }
-    *events = Arc::new(events_out);
-    Ok(Value::Null)
-}
-
-fn report_status(context: &Context) -> Value {
-    let worker = &context.worker;
-    let table = worker.shared.table();
-    let micros = |ns: &AtomicU64| ns.load(Ordering::Relaxed) / 1000;
-    json!({
-        "pid": nix::unistd::getpid().as_raw(),
-        "supervisor": worker.supervisor.pid,
-        "uptime_ms": context.started.elapsed().as_millis() as u64,
-        "served": worker.shared.served(),
-        "resent": worker.shared.resent(),
-        "failures": context.failures.load(Ordering::Relaxed),
-        "restarts": table.restarts.load(Ordering::Relaxed),
-        "hangs": table.hangs.load(Ordering::Relaxed),
-        "longest_wait_ms": worker.shared.longest_wait().unwrap_or_default() / 1_000_000,
-        "last_pause_us": micros(&table.last_pause_ns),
-        "longest_pause_us": micros(&table.longest_pause_ns),
-        "size": context.opened.device.size(),
-        "read_only": context.opened.device.is_read_only(),
-        "threads": worker.threads,
-        "fuse_minor": worker.features.minor,
-        "resend": worker.use_resend,
-        "generation": worker.generation,
-        "version": env!("CARGO_PKG_VERSION"),
-        // Not every path is text that JSON can carry.
-        "log": worker.run_dir.path().join(state::LOG).display().to_string(),
-    })
 }
 
 /// Gives this thread the priority that the kernel gives its own block workers: those who wait for it

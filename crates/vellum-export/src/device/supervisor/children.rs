@@ -9,11 +9,13 @@ use nix::sys::signal::Signal;
 use nix::unistd::ForkResult;
 
 use super::system::{fork, open_child, reap};
-use super::{Ready, Role, STANDBY_DELAY, STOP_TIMEOUT, Supervisor, send_ready};
+use super::{Role, STANDBY_DELAY, STOP_TIMEOUT, Supervisor, send_ready};
 use crate::device::backoff::{Backoff, Death, Verdict};
-use crate::device::control::Failure;
+use crate::device::event::Ready;
+use crate::device::failure::Failure;
+use crate::device::layout;
 use crate::device::process::{Identity, Process, monotonic_ns};
-use crate::device::state::{self, Status};
+use crate::device::state::Status;
 use crate::device::watch::{Companion, Hang};
 use crate::fuse::slot::{self, Shared};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -177,7 +179,7 @@ impl Supervisor {
                 ErrorKind::Io,
                 format!(
                     "the device server died before it served (see {})",
-                    self.run_dir.path().join(state::LOG).display()
+                    self.run_dir.path().join(layout::LOG).display()
                 ),
             );
             return Ok(Some(self.end(Status::Failed, Some(error))));
@@ -219,7 +221,7 @@ impl Supervisor {
                          I/O errors, nothing that was flushed is lost (see {})",
                         self.backoff.deaths(),
                         reason.map_or(String::new(), |reason| format!(" ({reason})")),
-                        self.run_dir.path().join(state::LOG).display()
+                        self.run_dir.path().join(layout::LOG).display()
                     ),
                 );
                 Ok(Some(self.end(Status::Failed, Some(error))))

@@ -2,47 +2,20 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use serde::{Deserialize, Serialize};
 
 use super::system::reap;
 use super::{Role, STANDBY_DELAY, STOP_TIMEOUT, Supervisor};
-use crate::device::control::Failure;
+use crate::device::event::{Event, Ready};
 use crate::device::process::{Identity, Process};
 use crate::device::state::Status;
-use crate::fuse::session::Features;
 use vellum_base::error::{Error, Result};
 
 /// How long an upgrade may wait until a worker serves and a standby waits, as soon after a death.
 const UPGRADE_WAIT: Duration = Duration::from_secs(20);
-
-/// What a child tells the supervisor: one line of JSON in a pipe, shorter than PIPE_BUF.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(in crate::device) enum Event {
-    /// The worker with this pid serves.
-    Serving(i32),
-    /// The worker could not open the device.
-    OpenFailed(Failure),
-    /// End the device.
-    Stop,
-    /// Let this program take over.
-    Upgrade(PathBuf),
-}
-
-/// The first line that `attach` reads.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(in crate::device) enum Ready {
-    /// The device is served.
-    Serving(Features),
-    /// It could not be opened or mounted.
-    Failed(Failure),
-}
 
 impl Supervisor {
     pub(super) fn read_events(&mut self) -> Result<Option<Role>> {

@@ -1,6 +1,5 @@
 //! From one program to the next: upgrades, and supervisors for workers that lost theirs.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -11,53 +10,23 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
 use nix::unistd::ForkResult;
-use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
 use super::children::{Standby, serving_process};
 use super::system::{block_signals, fork, prepare_process, reap};
-use super::{ARG0, STOP_TIMEOUT, Supervisor, SupervisorArgs, hold};
-use crate::device::backoff::Backoff;
-use crate::device::control::Failure;
+use super::{Held, STOP_TIMEOUT, Supervisor, SupervisorArgs, hold};
+use crate::device::failure::Failure;
+use crate::device::handover::{Resume, own_arguments, set_close_on_exec, witness};
+use crate::device::layout::ARG0;
 use crate::device::process::{Identity, Process};
 use crate::device::state::{RunState, Status};
-use crate::device::watch::{Companion, PERIOD, Watch};
-use crate::fuse::session::Features;
 use crate::fuse::slot::{self, Shared};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Witness;
 
 /// What a program answers to `--probe` when it can take a session of this version over.
 pub(super) const PROBE_ANSWER: &str = "vellum-device 1";
-
-/// What one program hands to the next in an upgrade, or a worker without a supervisor to the one
-/// that it starts: descriptors that stay open across exec, and what was agreed on.
-#[derive(Debug, Serialize, Deserialize)]
-pub(in crate::device) struct Resume {
-    pub session: i32,
-    pub listener: i32,
-    pub shared: i32,
-    pub events_in: i32,
-    pub events_out: i32,
-    /// The old program's standby and the pipe that it waits on.
-    pub standby: Option<(i32, i32)>,
-    pub features: Features,
-    pub generation: u32,
-    /// What the processes of the device hold of the store's file system, if they do: see [`Witness`].
-    #[serde(default)]
-    pub witness: Option<(i32, Uuid)>,
-}
-
-/// What this process holds, with a descriptor for the program that comes next.
-pub(in crate::device) fn witness() -> Option<(OwnedFd, Uuid)> {
-    let held = Witness::held()?;
-    // Without it a log of changes needs another proof, which most kernels have.
-    let copy = held.file().try_clone_to_owned().ok()?;
-    Some((copy, held.token()))
-}
 
 impl Supervisor {
     /// Takes the session over from the program that executed this one, or from a worker that lost
@@ -99,8 +68,7 @@ impl Supervisor {
                 go: adopt_fd(go)?,
             }),
         };
-        let limits = args.limits();
-        let mut supervisor = Supervisor {
+        let mut supervisor = Supervisor::new(Held {
             args: SupervisorArgs {
                 resume: None,
                 ..args.clone()
@@ -112,27 +80,16 @@ impl Supervisor {
             shared,
             events_in: File::from(adopt_fd(resume.events_in)?),
             events_out: File::from(adopt_fd(resume.events_out)?),
-            event_bytes: Vec::new(),
             signals: block_signals()?,
             state,
-            ready: None,
-            restart_at: worker.is_none().then(Instant::now),
-            standby_at: worker.is_some().then(Instant::now),
-            worker,
-            worker_since: Instant::now(),
-            worker_served: true,
-            standby: None,
-            old_standby,
-            backoff: Backoff::default(),
-            stopping: None,
-            ever_served: true,
-            upgrade: None,
-            look_at: Instant::now() + PERIOD,
-            watch: Watch::new(limits, Instant::now()),
-            companion: Companion::new(limits),
-            hang: None,
-            hangs_in_a_row: 0,
-        };
+        });
+        let now = Instant::now();
+        supervisor.restart_at = worker.is_none().then_some(now);
+        supervisor.standby_at = worker.is_some().then_some(now);
+        supervisor.worker = worker;
+        supervisor.worker_served = true;
+        supervisor.old_standby = old_standby;
+        supervisor.ever_served = true;
         supervisor.show_myself();
         supervisor.note_counts();
         supervisor.write_state();
@@ -239,25 +196,6 @@ impl Supervisor {
     }
 }
 
-/// The arguments that this program was started with, without those of an earlier hand-over, and
-/// with the path that its run directory has now.
-pub(in crate::device) fn own_arguments(run_dir: &Path) -> Vec<OsString> {
-    let mut arguments = Vec::new();
-    let mut all = std::env::args_os().skip(1);
-    while let Some(argument) = all.next() {
-        if argument == "--resume" {
-            all.next();
-            continue;
-        }
-        let is_run_dir = argument == "--run-dir";
-        arguments.push(argument);
-        if is_run_dir && all.next().is_some() {
-            arguments.push(run_dir.into());
-        }
-    }
-    arguments
-}
-
 /// Asks `program` whether it can take over.
 fn probe(program: &Path, run_dir: &Path) -> Result<()> {
     let what = || format!("{}: --probe", program.display());
@@ -306,17 +244,4 @@ fn adopt_fd(fd: i32) -> Result<OwnedFd> {
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     set_close_on_exec(&[fd.as_raw_fd()], true);
     Ok(fd)
-}
-
-pub(in crate::device) fn set_close_on_exec(fds: &[i32], on: bool) {
-    let flags = if on {
-        FdFlag::FD_CLOEXEC
-    } else {
-        FdFlag::empty()
-    };
-    for fd in fds {
-        // SAFETY: the descriptors are open: their owners are borrowed by the callers.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*fd) };
-        let _ = fcntl(fd, FcntlArg::F_SETFD(flags));
-    }
 }

@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -33,14 +32,6 @@ pub(super) fn reap(pid: i32) -> bool {
         Ok(_) => false,
         Err(_) => true,
     }
-}
-
-pub(in crate::device) fn event_pipe() -> Result<(File, File)> {
-    let (events_in, events_out) =
-        nix::unistd::pipe2(OFlag::O_CLOEXEC).context(|| "the pipe of events cannot be made")?;
-    fcntl(&events_in, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
-        .context(|| "the pipe of events cannot be made")?;
-    Ok((File::from(events_in), File::from(events_out)))
 }
 
 /// SIGTERM comes as a descriptor that is polled.

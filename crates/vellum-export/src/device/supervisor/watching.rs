@@ -11,8 +11,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use super::{Role, Supervisor};
-use crate::device::process::{Identity, Process, monotonic_ns};
-use crate::device::state::{self, Status};
+use crate::device::layout;
+use crate::device::process::{Identity, kill, monotonic_ns};
+use crate::device::state::Status;
 use crate::device::watch::{Companion, Hang, PERIOD, Watch};
 use vellum_base::error::{Error, ErrorKind, Result};
 
@@ -91,7 +92,7 @@ impl Supervisor {
                 "the device server hung {} times in a row and is given up: its \
                  users get I/O errors, nothing that was flushed is lost (see {})",
                 self.hangs_in_a_row,
-                self.run_dir.path().join(state::LOG).display()
+                self.run_dir.path().join(layout::LOG).display()
             ),
         );
         Some(self.end(Status::Failed, Some(error)))
@@ -135,13 +136,6 @@ impl Supervisor {
         };
         table.standby.belongs_to(0, 0);
         told
-    }
-}
-
-/// Kills a process, unless its pid is another's by now.
-pub(in crate::device) fn kill(process: Identity) {
-    if let Some(process) = process.open() {
-        Process::signal(&process, Signal::SIGKILL);
     }
 }
 
