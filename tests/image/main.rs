@@ -1,6 +1,10 @@
 //! Container images, read, applied, compared and written.
 
 #![allow(
+    clippy::too_many_lines,
+    reason = "a test is one story, told in one piece"
+)]
+#![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,

@@ -1,6 +1,10 @@
 //! Devices and mounted containers: servers that die, hang or are replaced, real file systems.
 
 #![allow(
+    clippy::too_many_lines,
+    reason = "a test is one story, told in one piece"
+)]
+#![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,

@@ -281,13 +281,20 @@ impl Look {
         let Some(dir) = existing(root) else {
             return;
         };
-        let kind = nix::sys::statfs::statfs(&dir).map(|fs| fs.filesystem_type());
         let place = if dir == root {
             format!("{}", dir.display())
         } else {
             format!("{} (the store is not there yet)", dir.display())
         };
-        match FileStorage.lacks(&dir) {
+        if self.store_can_be_there(&dir, &place) {
+            self.store_stays_there(&dir, &place);
+            self.free_space(&dir);
+        }
+    }
+
+    /// Looks whether a store works on that file system at all.
+    fn store_can_be_there(&mut self, dir: &Path, place: &str) -> bool {
+        match FileStorage.lacks(dir) {
             Ok(missing) if !missing.is_empty() => {
                 let kind = dir
                     .canonicalize()
@@ -300,12 +307,12 @@ impl Look {
                     format!("{place}: {kind} cannot {}", missing.join(", nor ")),
                     Some("put the store on ext4, XFS or btrfs: --root, or root in config.toml"),
                 );
-                return;
+                return false;
             }
             // What keeps it from being tried is told below.
             _ => {}
         }
-        match punch(&dir) {
+        match punch(dir) {
             Ok(true) => self.ok("store", format!("{place}: sparse files, holes can be punched")),
             Ok(false) => self.add(
                 "store",
@@ -320,7 +327,13 @@ impl Look {
                 Some("make it writable, or put the store on ext4, XFS or btrfs: --root, or root in config.toml"),
             ),
         }
+        true
+    }
+
+    /// Warns of a file system that forgets, or that others may see differently.
+    fn store_stays_there(&mut self, dir: &Path, place: &str) {
         use nix::sys::statfs;
+        let kind = statfs::statfs(dir).map(|fs| fs.filesystem_type());
         if kind == Ok(statfs::TMPFS_MAGIC) {
             self.add(
                 "store",
@@ -336,7 +349,10 @@ impl Look {
                 Some("put the store on a local disk"),
             );
         }
-        match nix::sys::statvfs::statvfs(&dir) {
+    }
+
+    fn free_space(&mut self, dir: &Path) {
+        match nix::sys::statvfs::statvfs(dir) {
             Ok(stat) => {
                 let unit = stat.fragment_size();
                 let (free, size) = (stat.blocks_available() * unit, stat.blocks() * unit);
@@ -386,6 +402,30 @@ impl Look {
     }
 
     fn containerd(&mut self, options: &Options) {
+        let Some(config) = self.containerd_config(options) else {
+            return;
+        };
+        let address = options.address.display().to_string();
+        let Some((name, entry)) = plugin(&config, &address) else {
+            self.no_plugin(options, &config, &address);
+            return;
+        };
+        let path = options.containerd_config.display();
+        self.ok("containerd", format!("{path} has proxy_plugins.{name}"));
+        self.exported_root(options, name, entry);
+        match UnixStream::connect(&options.address) {
+            Ok(_) => self.ok("snapshotter", format!("answers on {address}")),
+            Err(error) => self.add(
+                "snapshotter",
+                State::Warning,
+                format!("{address}: {error}"),
+                Some("start it before containerd: systemctl enable --now vellum-snapshotter"),
+            ),
+        }
+    }
+
+    /// containerd's configuration, where it is there and can be read.
+    fn containerd_config(&mut self, options: &Options) -> Option<toml::Table> {
         let path = options.containerd_config.display();
         let text = match fs::read_to_string(&options.containerd_config) {
             Ok(text) => text,
@@ -396,47 +436,49 @@ impl Look {
                     format!("{path} is not there: it is needed under containerd alone"),
                     Some("docs/containerd.md says what belongs into it"),
                 );
-                return;
+                return None;
             }
             Err(error) => {
                 let found = format!("{path}: {error}");
                 self.add("containerd", State::Warning, found, None);
-                return;
+                return None;
             }
         };
-        let config: toml::Table = match text.parse() {
-            Ok(config) => config,
+        match text.parse() {
+            Ok(config) => Some(config),
             Err(error) => {
                 let found = format!("{path}: {}", error.to_string().replace('\n', " "));
                 let advice = Some("containerd would not start: correct it");
                 self.add("containerd", State::Warning, found, advice);
-                return;
+                None
             }
-        };
-        let address = options.address.display().to_string();
-        let entry = plugin(&config, &address);
+        }
+    }
+
+    /// Says what containerd's configuration lacks.
+    fn no_plugin(&mut self, options: &Options, config: &toml::Table, address: &str) {
+        let path = options.containerd_config.display();
         let wanted = format!(
             "add to {path} and restart containerd:\n\
              [proxy_plugins.vellum]\n  type = \"snapshot\"\n  address = \"{address}\"\n\
              [proxy_plugins.vellum.exports]\n  root = \"{}\"",
             options.root.display()
         );
-        let Some((name, entry)) = entry else {
-            let imports = config.contains_key("imports");
-            let more = if imports {
-                "; its imports were not looked at"
-            } else {
-                ""
-            };
-            self.add(
-                "containerd",
-                State::Warning,
-                format!("{path} has no snapshot plugin with the address {address}{more}"),
-                Some(&wanted),
-            );
-            return;
+        let more = if config.contains_key("imports") {
+            "; its imports were not looked at"
+        } else {
+            ""
         };
-        self.ok("containerd", format!("{path} has proxy_plugins.{name}"));
+        self.add(
+            "containerd",
+            State::Warning,
+            format!("{path} has no snapshot plugin with the address {address}{more}"),
+            Some(&wanted),
+        );
+    }
+
+    /// Looks whether the kubelet is told where to count free space.
+    fn exported_root(&mut self, options: &Options, name: &str, entry: &toml::Table) {
         let exported = entry
             .get("exports")
             .and_then(|exports| exports.get("root"))
@@ -452,16 +494,7 @@ impl Look {
             );
             self.add("exports.root", State::Warning, found, Some(&advice));
         } else {
-            self.ok("exports.root", exported.unwrap_or_default());
-        }
-        match UnixStream::connect(&options.address) {
-            Ok(_) => self.ok("snapshotter", format!("answers on {address}")),
-            Err(error) => self.add(
-                "snapshotter",
-                State::Warning,
-                format!("{address}: {error}"),
-                Some("start it before containerd: systemctl enable --now vellum-snapshotter"),
-            ),
+            self.ok("exports.root", options.root.display().to_string());
         }
     }
 }

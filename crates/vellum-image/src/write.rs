@@ -12,7 +12,7 @@ use super::Progress;
 use super::apply::WHITEOUT;
 use super::diff::{Change, ChangeKind};
 use super::install::Content;
-use super::node::{Kind, Node, Time, Xattrs, join, normalise, shown, split};
+use super::node::{Extent, Kind, Node, Time, Xattrs, join, normalise, shown, split};
 use super::rooted::{Rooted, is_directory};
 use super::walk::{FileContent, Level, NoContent, walk};
 use vellum_base::error::ResultExt;
@@ -113,29 +113,21 @@ fn header(node: &Node, length: u64) -> Result<Vec<u8>> {
         let name = name.replace('%', "%25").replace('=', "%3D");
         entry.add_pax(&format!("SCHILY.xattr.{name}"), value);
     }
+    put_kind(&mut entry, &node.kind)?;
+    Ok(entry.finish_bytes())
+}
+
+/// Says in the header what the node is, with what only its kind has.
+fn put_kind(entry: &mut EntryBuilder, kind: &Kind) -> Result<()> {
     let mut device = |kind: EntryType, major: u32, minor: u32| -> Result<()> {
         entry.entry_type(kind);
         entry.device(major, minor).map(drop).map_err(unsupported)
     };
-    match &node.kind {
+    match kind {
         Kind::File { size, extents } => {
             entry.entry_type(EntryType::Regular);
             if let Some(extents) = extents {
-                let mut map: Vec<SparseEntry> = extents
-                    .iter()
-                    .map(|extent| SparseEntry {
-                        offset: extent.offset,
-                        length: extent.length,
-                    })
-                    .collect();
-                // An empty run tells readers where the file ends, as GNU tar has it.
-                if extents.last().and_then(|last| last.end()) != Some(*size) {
-                    map.push(SparseEntry {
-                        offset: *size,
-                        length: 0,
-                    });
-                }
-                entry.sparse(&map, *size);
+                entry.sparse(&sparse_map(extents, *size), *size);
             }
         }
         Kind::Directory => {
@@ -159,7 +151,24 @@ fn header(node: &Node, length: u64) -> Result<Vec<u8>> {
             ));
         }
     }
-    Ok(entry.finish_bytes())
+    Ok(())
+}
+
+/// The map of a file of `size` bytes that has data in `extents` alone.
+fn sparse_map(extents: &[Extent], size: u64) -> Vec<SparseEntry> {
+    let data = extents.iter().map(|extent| SparseEntry {
+        offset: extent.offset,
+        length: extent.length,
+    });
+    let mut map: Vec<SparseEntry> = data.collect();
+    // An empty run tells readers where the file ends, as GNU tar has it.
+    if extents.last().and_then(|last| last.end()) != Some(size) {
+        map.push(SparseEntry {
+            offset: size,
+            length: 0,
+        });
+    }
+    map
 }
 
 /// Appends a node of a tree with the data of its file.

@@ -75,87 +75,95 @@ fn durations() -> Histogram {
 
 impl Default for Metrics {
     fn default() -> Self {
-        let mut registry = Registry::with_prefix("vellum");
-        let seconds: Family<OfMethod, Histogram, fn() -> Histogram> =
-            Family::new_with_constructor(durations);
-        let frozen = Histogram::new(exponential_buckets(0.001, 2.0, 12));
-        let requests = Family::default();
-        let (snapshots, bytes, devices) = (Family::default(), Family::default(), Family::default());
-        let (store_size, store_free) = (Gauge::default(), Gauge::default());
-        let (backlog, read_only) = (Gauge::default(), Gauge::default());
-        let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
-        registry.register("build", "The program that answers", build);
-        registry.register(
-            "requests",
-            "Calls of the snapshots API by method and gRPC code",
-            Family::clone(&requests),
-        );
-        registry.register_with_unit(
-            "request_duration",
-            "Time from a call to its answer",
-            Unit::Seconds,
-            Family::clone(&seconds),
-        );
-        registry.register_with_unit(
-            "commit_frozen",
-            "Time for which writers waited while a mounted snapshot was committed",
-            Unit::Seconds,
-            frozen.clone(),
-        );
-        registry.register("snapshots", "Snapshots by kind", Family::clone(&snapshots));
-        registry.register_with_unit(
-            "snapshot_data",
-            "Data in the layers of snapshots by kind; shared layers count each time",
-            Unit::Bytes,
-            Family::clone(&bytes),
-        );
-        registry.register(
-            "devices",
-            "Devices of active snapshots and views by state",
-            Family::clone(&devices),
-        );
-        registry.register(
-            "snapshots_read_only",
-            "Active snapshots whose file system met an error and takes no writes any more",
-            read_only.clone(),
-        );
-        registry.register_with_unit(
-            "store_size",
-            "Size of the file system of the store",
-            Unit::Bytes,
-            store_size.clone(),
-        );
-        registry.register_with_unit(
-            "store_free",
-            "Free space in the file system of the store",
-            Unit::Bytes,
-            store_free.clone(),
-        );
-        registry.register(
-            "backlog",
-            "Removed or committed snapshots whose devices and layers are not cleared away yet",
-            backlog.clone(),
-        );
-        let containers = Arc::<Containers>::default();
-        registry.register_collector(Box::new(Arc::clone(&containers)));
-        Metrics {
-            registry,
-            requests,
-            seconds,
-            frozen,
-            snapshots,
-            bytes,
-            devices,
-            read_only,
-            store_size,
-            store_free,
-            backlog,
-            containers,
-        }
+        let mut metrics = Metrics {
+            registry: Registry::with_prefix("vellum"),
+            requests: Family::default(),
+            seconds: Family::new_with_constructor(durations),
+            frozen: Histogram::new(exponential_buckets(0.001, 2.0, 12)),
+            snapshots: Family::default(),
+            bytes: Family::default(),
+            devices: Family::default(),
+            read_only: Gauge::default(),
+            store_size: Gauge::default(),
+            store_free: Gauge::default(),
+            backlog: Gauge::default(),
+            containers: Arc::default(),
+        };
+        metrics.register_calls();
+        metrics.register_store();
+        let containers = Arc::clone(&metrics.containers);
+        metrics.registry.register_collector(Box::new(containers));
+        metrics
     }
 }
 
 impl Metrics {
+    /// Names what calls are counted in.
+    fn register_calls(&mut self) {
+        let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
+        self.registry
+            .register("build", "The program that answers", build);
+        self.registry.register(
+            "requests",
+            "Calls of the snapshots API by method and gRPC code",
+            Family::clone(&self.requests),
+        );
+        self.registry.register_with_unit(
+            "request_duration",
+            "Time from a call to its answer",
+            Unit::Seconds,
+            Family::clone(&self.seconds),
+        );
+        self.registry.register_with_unit(
+            "commit_frozen",
+            "Time for which writers waited while a mounted snapshot was committed",
+            Unit::Seconds,
+            self.frozen.clone(),
+        );
+    }
+
+    /// Names what is there and how it is.
+    fn register_store(&mut self) {
+        self.registry.register(
+            "snapshots",
+            "Snapshots by kind",
+            Family::clone(&self.snapshots),
+        );
+        self.registry.register_with_unit(
+            "snapshot_data",
+            "Data in the layers of snapshots by kind; shared layers count each time",
+            Unit::Bytes,
+            Family::clone(&self.bytes),
+        );
+        self.registry.register(
+            "devices",
+            "Devices of active snapshots and views by state",
+            Family::clone(&self.devices),
+        );
+        self.registry.register(
+            "snapshots_read_only",
+            "Active snapshots whose file system met an error and takes no writes any more",
+            self.read_only.clone(),
+        );
+        self.registry.register_with_unit(
+            "store_size",
+            "Size of the file system of the store",
+            Unit::Bytes,
+            self.store_size.clone(),
+        );
+        self.registry.register_with_unit(
+            "store_free",
+            "Free space in the file system of the store",
+            Unit::Bytes,
+            self.store_free.clone(),
+        );
+        self.registry.register(
+            "backlog",
+            "Removed or committed snapshots whose devices and layers are not cleared away yet",
+            self.backlog.clone(),
+        );
+    }
+
     /// Counts a call that was answered.
     pub fn request(&self, method: &'static str, code: Code, took: Duration) {
         let code = format!("{code:?}");

@@ -139,6 +139,10 @@ fn smoke_sizes(tree: PathBuf) -> Sizes {
     }
 }
 
+#[expect(
+    clippy::too_many_lines,
+    reason = "the steps of a comparison, in their order"
+)]
 fn compare(cli: &Cli) -> Result<()> {
     let began = Instant::now();
     let drivers = driver::all(Path::new("vellum"));

@@ -392,6 +392,10 @@ fn prepare<'a>(
 }
 
 /// One workload, round by round through every driver; each round begins with another.
+#[expect(
+    clippy::too_many_lines,
+    reason = "the steps of a comparison, in their order"
+)]
 fn rounds(
     plan: &Plan,
     report: &mut Report,

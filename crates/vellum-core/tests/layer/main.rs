@@ -1,6 +1,10 @@
 //! Layers and chains: models, power cuts, faults, hostile bytes, races.
 
 #![allow(
+    clippy::too_many_lines,
+    reason = "a test is one story, told in one piece"
+)]
+#![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,

@@ -81,24 +81,7 @@ pub fn write(
     options: &WriteOptions,
     begun: &(dyn Fn() + Sync),
 ) -> Result<WriteReport> {
-    if !is_block_size(options.block) {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!(
-                "a block of {} bytes: take a power of two from 512 to 1M",
-                options.block
-            ),
-        ));
-    }
-    if let Log::File(path) = log
-        && target.shares_disk_with(path)
-    {
-        tracing::warn!(
-            log = %path.display(),
-            "the log is on the file system that is put to the test: when that loses data the log \
-             loses its lines too, and nobody notices; put it on another disk"
-        );
-    }
+    check_options(target, log, options)?;
     let threads = options.threads.max(1);
     let opened = target.open(threads, options.size, options.overwrite)?;
     let blocks = opened.size / REGION_UNIT * REGION_UNIT / options.block;
@@ -128,20 +111,7 @@ pub fn write(
         failure: Mutex::default(),
         begun,
     };
-    std::thread::scope(|scope| {
-        for (number, channel) in opened.channels.into_iter().enumerate() {
-            let run = &run;
-            let first = region.blocks * number as u64 / threads as u64;
-            let end = region.blocks * (number as u64 + 1) / threads as u64;
-            scope.spawn(move || {
-                if let Err(error) = run.thread(channel, first, end) {
-                    // What fails after the first is a consequence.
-                    run.failure.lock().get_or_insert(error);
-                    run.stop.store(true, Ordering::Relaxed);
-                }
-            });
-        }
-    });
+    run.all_threads(opened.channels);
     let acknowledged = run.acknowledged.load(Ordering::Relaxed);
     if let Some(error) = run.failure.lock().take() {
         return Err(error.context(format!(
@@ -158,7 +128,48 @@ pub fn write(
     })
 }
 
+/// Refuses what cannot work, and warns of what would spoil the verdict.
+fn check_options(target: &Target, log: &Log, options: &WriteOptions) -> Result<()> {
+    if !is_block_size(options.block) {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "a block of {} bytes: take a power of two from 512 to 1M",
+                options.block
+            ),
+        ));
+    }
+    if let Log::File(path) = log
+        && target.shares_disk_with(path)
+    {
+        tracing::warn!(
+            log = %path.display(),
+            "the log is on the file system that is put to the test: when that loses data the log \
+             loses its lines too, and nobody notices; put it on another disk"
+        );
+    }
+    Ok(())
+}
+
 impl Run<'_> {
+    /// Writes through each channel on a thread of its own, until the time is up or one fails.
+    fn all_threads(&self, channels: Vec<Box<dyn Channel>>) {
+        let threads = channels.len() as u64;
+        std::thread::scope(|scope| {
+            for (number, channel) in (0..).zip(channels) {
+                let first = self.region.blocks * number / threads;
+                let end = self.region.blocks * (number + 1) / threads;
+                scope.spawn(move || {
+                    if let Err(error) = self.thread(channel, first, end) {
+                        // What fails after the first is a consequence.
+                        self.failure.lock().get_or_insert(error);
+                        self.stop.store(true, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+    }
+
     fn is_over(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
             || self

@@ -285,6 +285,7 @@ fn section(report: &Report, workload: &WorkloadReport) -> Result<Markup> {
     })
 }
 
+#[expect(clippy::too_many_lines, reason = "a template of a page, in its order")]
 fn workload_at(
     report: &Report,
     workload: &WorkloadReport,

@@ -302,6 +302,7 @@ pub(crate) mod tests {
 
     /// A report of three rounds in which overlayfs is twice as fast as raw, though the machine
     /// gets slower from round to round, and btrfs fails its flush check.
+    #[expect(clippy::too_many_lines, reason = "a value in one piece")]
     pub(crate) fn example() -> Report {
         let sizes = crate::sizes(false, 1, 1, "/".into());
         let all = workload::all();
