@@ -527,7 +527,7 @@ impl ControlHandler for OpenChain {
                 let args: CopyUp = parse(args, "copy-up wants ranges")?;
                 let mut done = CopiedUp::default();
                 for (offset, len) in args.ranges {
-                    done.add(self.chain.copy_up(offset, len)?);
+                    done.add(self.chain.copy_up(Offset::new(offset), len)?);
                 }
                 // Not for the copies, but for the clients' next flush, which would have to sync them.
                 self.chain.top().map_or(Ok(()), |top| top.flush())?;

@@ -35,18 +35,18 @@ impl CopiedUp {
 }
 
 impl Chain {
-    /// Allocates all blocks of a byte range in the top layer, as they read now. No client sees a
+    /// Allocates all blocks that `len` bytes from `offset` touch in the top layer, as they read now. No client sees a
     /// change: writers of a block wait for its copy, or the copy finds what they wrote. What a
     /// crash takes back reads the same as before.
     ///
     /// # Errors
     /// [`vellum_base::ErrorKind::ReadOnly`] without a top, [`vellum_base::ErrorKind::OutOfRange`] past the end,
     /// [`vellum_base::ErrorKind::NoSpace`] when the host is full: what was copied so far stays.
-    pub fn copy_up(&self, offset: u64, len: u64) -> Result<CopiedUp> {
-        check_range(offset, len, self.size())?;
+    pub fn copy_up(&self, offset: Offset, len: u64) -> Result<CopiedUp> {
+        check_range(offset.get(), len, self.size())?;
         let mut done = CopiedUp::default();
         let mut buf = vec![0; CHUNK.buffer_len()];
-        for chunk in Span::touched_by(Offset::new(offset), len).pieces(CHUNK) {
+        for chunk in Span::touched_by(offset, len).pieces(CHUNK) {
             done.add(self.copy_up_chunk(chunk, &mut buf)?);
         }
         Ok(done)

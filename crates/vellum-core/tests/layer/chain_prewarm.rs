@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vellum_base::ErrorKind;
-use vellum_base::block::{Block, BlockDevice, Blocks, Durability, Span, ZeroMode};
+use vellum_base::block::{Block, BlockDevice, Blocks, Durability, Offset, Span, ZeroMode};
 use vellum_base::storage::{FileStorage, Storage};
 use vellum_core::chain::{Chain, ChainSpec, CopiedUp, Source, open_chain};
 use vellum_core::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
@@ -98,7 +98,7 @@ fn copy_up_changes_no_byte_and_leaves_nothing_to_touch_first() {
     chain.write_at(&[9; 4096], 0, Durability::Buffered).unwrap();
     chain.discard(4096 * 5, 4096).unwrap();
     let before: Vec<_> = (0..BLOCKS).map(|block| read(&chain, block)).collect();
-    let done = chain.copy_up(0, SIZE).unwrap();
+    let done = chain.copy_up(Offset::new(0), SIZE).unwrap();
     assert_eq!(
         done,
         CopiedUp {
@@ -109,7 +109,7 @@ fn copy_up_changes_no_byte_and_leaves_nothing_to_touch_first() {
     );
     let after: Vec<_> = (0..BLOCKS).map(|block| read(&chain, block)).collect();
     assert!(before == after);
-    let again = chain.copy_up(100, 5000).unwrap();
+    let again = chain.copy_up(Offset::new(100), 5000).unwrap();
     assert_eq!((again.copied, again.zeroed, again.present), (0, 0, 2));
     for block in 0..BLOCKS {
         chain
@@ -165,7 +165,9 @@ fn copy_up_beside_writers_loses_nothing_of_theirs() {
             })
             .collect();
         for part in 0..16 {
-            chain.copy_up(part * SIZE / 16, SIZE / 16).unwrap();
+            chain
+                .copy_up(Offset::new(part * SIZE / 16), SIZE / 16)
+                .unwrap();
         }
         stop.store(true, Ordering::Relaxed);
         for writer in writers {
@@ -191,9 +193,12 @@ fn copy_up_beside_writers_loses_nothing_of_theirs() {
 fn copy_up_is_refused_without_a_writable_layer_and_past_the_end() {
     let rig = Rig::new();
     let sealed = rig.open(None);
-    let error = sealed.copy_up(0, 4096).unwrap_err();
+    let error = sealed.copy_up(Offset::new(0), 4096).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnly);
-    let error = rig.fresh("top").copy_up(SIZE - 4096, 8192).unwrap_err();
+    let error = rig
+        .fresh("top")
+        .copy_up(Offset::new(SIZE - 4096), 8192)
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutOfRange);
 }
 

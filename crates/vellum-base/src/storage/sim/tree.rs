@@ -17,13 +17,13 @@ const ROOT: NodeId = 0;
 /// A name in a directory.
 type Key = (NodeId, String);
 
+/// The names in a directory.
+type Names = BTreeMap<String, NodeId>;
+
 #[derive(Debug, Clone)]
 enum Node {
     File(SimContent),
-    Dir {
-        live: BTreeMap<String, NodeId>,
-        durable: BTreeMap<String, NodeId>,
-    },
+    Dir { live: Names, durable: Names },
 }
 
 impl Node {
@@ -60,7 +60,7 @@ impl Tree {
         }
     }
 
-    fn entries(&self, dir: NodeId) -> io::Result<&BTreeMap<String, NodeId>> {
+    fn entries(&self, dir: NodeId) -> io::Result<&Names> {
         match self.nodes.get(&dir) {
             Some(Node::Dir { live, .. }) => Ok(live),
             _ => Err(errno(libc::ENOTDIR)),
@@ -122,11 +122,21 @@ impl Tree {
         }
     }
 
+    /// The names of a directory: as they are now, and as they are certain to be.
+    #[expect(
+        clippy::panic,
+        reason = "a name is changed where a directory was found"
+    )]
+    fn dir_mut(&mut self, dir: NodeId) -> (&mut Names, &mut Names) {
+        match self.nodes.get_mut(&dir) {
+            Some(Node::Dir { live, durable }) => (live, durable),
+            _ => panic!("node {dir} is no directory"),
+        }
+    }
+
     fn rename_names(&mut self, change: NameChange) {
         for ((dir, name), node) in &change.0 {
-            if let Some(Node::Dir { live, .. }) = self.nodes.get_mut(dir) {
-                set(live, name, *node);
-            }
+            set(self.dir_mut(*dir).0, name, *node);
         }
         self.pending.push(change);
     }
@@ -231,9 +241,7 @@ impl Tree {
 
     fn make_certain(&mut self, change: &NameChange) {
         for ((dir, name), node) in &change.0 {
-            if let Some(Node::Dir { durable, .. }) = self.nodes.get_mut(dir) {
-                set(durable, name, *node);
-            }
+            set(self.dir_mut(*dir).1, name, *node);
         }
     }
 
@@ -285,7 +293,7 @@ impl Tree {
     }
 }
 
-fn set(entries: &mut BTreeMap<String, NodeId>, name: &str, node: Option<NodeId>) {
+fn set(entries: &mut Names, name: &str, node: Option<NodeId>) {
     match node {
         Some(node) => {
             entries.insert(name.to_owned(), node);

@@ -378,6 +378,35 @@ fn blocks_that_were_made_zeros_in_place_are_taken_over_as_such() {
     }
 }
 
+/// Taken over, an entry that names no block of the layer would have been passed over, and with it
+/// what a client was told of.
+#[test]
+fn a_log_that_names_blocks_beyond_the_layer_is_not_trusted() {
+    let last = BLOCKS - 1;
+    for (start, len, outcome) in [
+        (last, 1, true),
+        (last, 2, false),
+        (BLOCKS, 1, false),
+        (1 << 60, 1 << 47, false),
+    ] {
+        let killed = Killed::new();
+        let span = Span::new(Block::new(start), Blocks::new(len));
+        let zero = Run::new(span, Noted::Becomes(BlockState::Zero));
+        let live = FileStorage
+            .open(&killed.file("live"), OpenMode::Write)
+            .unwrap();
+        // The first region has one entry, and is of the first epoch.
+        live.write_at(&entry(zero, 1), region_at(0) + ENTRY_LEN as u64)
+            .unwrap();
+        let trusted = matches!(killed.left(), Left::Trusted(changes) if changes.len() == 2);
+        assert_eq!(trusted, outcome, "{span}");
+        if !trusted {
+            assert_eq!(killed.left(), STALE, "{span}");
+            assert_eq!(killed.open().state(Block::new(3)), BlockState::Parent);
+        }
+    }
+}
+
 #[test]
 fn a_log_of_another_version_is_not_trusted_and_that_a_sync_failed_is_heeded() {
     let killed = Killed::new();
