@@ -19,7 +19,7 @@ use vellum_core::chain::{
     open_counted_chain, open_read_only_chain,
 };
 use vellum_core::layer::{LayerOptions, LayerStatsSnapshot, SpaceStatus, WritableLayer};
-use vellum_export::device::{ControlHandler, Memory, Opened};
+use vellum_export::device::{AttachSpec, ControlHandler, Memory, Opened};
 use vellum_fs::superblock::Superblock;
 use vellum_store::{LayerLease, Resolved, Store};
 
@@ -495,6 +495,20 @@ pub(super) fn forget_ext4_journal(open: &OpenChain) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The hidden subcommand that serves a device.
+pub const SERVER_COMMAND: &str = "device-server";
+
+/// How to start the server of a target.
+pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
+    let mut arguments: Vec<OsString> =
+        vec!["--root".into(), store.root().into(), SERVER_COMMAND.into()];
+    arguments.extend(target.arguments());
+    AttachSpec {
+        read_only: target.is_read_only(),
+        ..AttachSpec::new(arguments)
+    }
 }
 
 fn parse<T: serde::de::DeserializeOwned>(args: Value, what: &str) -> Result<T> {

@@ -1,26 +1,25 @@
 //! Chains as mounted file systems.
+//!
+//! This and [`run`] need each other: to run something a container is mounted, and to unmount it what
+//! runs there is ended first, which in turn unmounts what a killed command left.
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use super::device::Target;
+use super::device::{Target, attach_spec};
 use super::grow::grow_file_system;
-use super::mount_point::{self, UNMOUNT_TIMEOUT};
+use super::mount_point::{self, UNMOUNT_TIMEOUT, unmount_device};
 use super::serving::serving;
 use super::temporary::end_dead;
 use super::{container_lock, lock_container, run};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
-use vellum_export::device::{self, AttachSpec, DetachOptions};
+use vellum_export::device::{self, DetachOptions};
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::ext4::{self, Atime};
 use vellum_fs::mountinfo::MountInfo;
 use vellum_store::{ContainerRecord, PruneReport, Store};
 
 pub use super::mount_point::Rights;
-
-/// The hidden subcommand that serves a device.
-pub const SERVER_COMMAND: &str = "device-server";
 
 /// A container that is mounted.
 #[derive(Debug, Clone, serde::Serialize)]
@@ -32,17 +31,6 @@ pub struct Mounted {
     pub device: PathBuf,
     /// The file system met an error and takes no writes any more, until it is mounted anew.
     pub given_up: bool,
-}
-
-/// How to start the server of a target.
-pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
-    let mut arguments: Vec<OsString> =
-        vec!["--root".into(), store.root().into(), SERVER_COMMAND.into()];
-    arguments.extend(target.arguments());
-    AttachSpec {
-        read_only: target.is_read_only(),
-        ..AttachSpec::new(arguments)
-    }
 }
 
 /// Attaches a container and mounts its file system at `dir`, by default a directory under the
@@ -349,20 +337,6 @@ pub(super) fn refuse_halted(run_dir: &Path, name: &str) -> Result<()> {
             ),
         )),
         _ => Ok(()),
-    }
-}
-
-/// Unmounts everything that is mounted from the loop device of a run directory.
-///
-/// # Errors
-/// As [`mount_point::unmount_all`].
-pub fn unmount_device(run_dir: &Path, force: bool) -> Result<()> {
-    let Some(device) = device::status(run_dir)?.and_then(|status| status.loop_device) else {
-        return Ok(());
-    };
-    match LoopDevice::from_path(&device) {
-        Some(device) => mount_point::unmount_all(device, force),
-        None => Ok(()),
     }
 }
 

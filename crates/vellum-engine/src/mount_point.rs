@@ -9,6 +9,7 @@ use std::time::Duration;
 use nix::mount::MsFlags;
 
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_export::device;
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::ext4::{self, Atime};
 use vellum_fs::mountinfo::MountInfo;
@@ -209,4 +210,18 @@ pub fn remove(dir: &Path) -> Result<()> {
         dir.display()
     );
     fs::remove_dir_all(dir).context(what)
+}
+
+/// Unmounts everything that is mounted from the loop device of a run directory.
+///
+/// # Errors
+/// As [`unmount_all`].
+pub fn unmount_device(run_dir: &Path, force: bool) -> Result<()> {
+    let Some(device) = device::status(run_dir)?.and_then(|status| status.loop_device) else {
+        return Ok(());
+    };
+    match LoopDevice::from_path(&device) {
+        Some(device) => unmount_all(device, force),
+        None => Ok(()),
+    }
 }

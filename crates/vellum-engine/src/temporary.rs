@@ -11,9 +11,8 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::device::{OpenChain, Target};
-use super::mount::{attach_spec, unmount_device};
-use super::mount_point;
+use super::device::{OpenChain, Target, attach_spec};
+use super::mount_point::{self, unmount_device};
 use vellum_base::block::BlockDevice;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;

@@ -1,6 +1,8 @@
 //! Sources of images: what they are read as, by their content and not by their name.
 //!
 //! docs/images.md has the order in which a source is looked at; [`super::detect`] does the looking.
+//! Each format has a module that is called from here and gives back an [`Image`] or a [`RawImage`]: a
+//! dispatcher and its cases, which know each other.
 
 use std::fmt;
 use std::fs::{File, Metadata};

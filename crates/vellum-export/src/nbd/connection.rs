@@ -18,7 +18,8 @@ use super::exec::{Buffer, Outcome, Patience, Refusal, Session};
 use super::memory::{Budget, Memory, OWN, Share};
 use super::pace::{Class, Pace};
 use super::protocol::{self as wire, Command, Request};
-use super::stream::{Stream, allowance};
+use super::stall::{Clock, receiving, torn};
+use super::stream::Stream;
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// Size of the buffer that requests are received into, in bytes.
@@ -576,21 +577,6 @@ impl Reader {
     }
 }
 
-/// Watches over a client in the middle of a request; costs nothing when it comes in one piece.
-#[derive(Default)]
-struct Clock(Option<Instant>);
-
-impl Clock {
-    fn check(&mut self, stall: Duration, len: usize) -> Result<()> {
-        match self.0 {
-            None => self.0 = Some(Instant::now()),
-            Some(began) if began.elapsed() > allowance(stall, len) => return Err(stalled()),
-            Some(_) => {}
-        }
-        Ok(())
-    }
-}
-
 /// Ends the stream when its thread panics, so that the client is not left waiting.
 struct AbortOnPanic<'a, S: Stream>(&'a S);
 
@@ -599,26 +585,5 @@ impl<S: Stream> Drop for AbortOnPanic<'_, S> {
         if thread::panicking() {
             self.0.abort();
         }
-    }
-}
-
-fn torn() -> Error {
-    Error::new(
-        ErrorKind::Protocol,
-        "the client went away in the middle of a request",
-    )
-}
-
-fn stalled() -> Error {
-    Error::new(
-        ErrorKind::Timeout,
-        "the client stalled in the middle of a request",
-    )
-}
-
-fn receiving(error: io::Error) -> Error {
-    match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => stalled(),
-        _ => Error::io("receiving requests from the client", error),
     }
 }

@@ -12,6 +12,7 @@
 //! system call. Once requests of a kind turn out to be slow, the reader hands the socket over to
 //! another thread before it serves one, so that a slow request holds up no other.
 
+mod config;
 mod connection;
 mod exec;
 pub mod handshake;
@@ -21,6 +22,7 @@ mod pace;
 pub mod protocol;
 mod server;
 mod session;
+mod stall;
 mod stream;
 mod tls;
 
@@ -28,8 +30,9 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use super::unix_socket::{SocketFile, bind_unix};
+pub use config::ServerConfig;
 pub use listen::bind_tcp;
-pub use server::{ExportStatus, Server, ServerConfig};
+pub use server::{ExportStatus, Server};
 pub use session::session_over;
 pub use tls::{ClientCertificates, TlsConfig};
 

@@ -11,6 +11,8 @@ use vellum_base::storage::SeededRng;
 
 /// What a disk writes whole or not at all, in bytes.
 pub(super) const SECTOR: usize = 512;
+/// The largest block, in bytes.
+const MAX_BLOCK: u64 = 1 << 20;
 
 const MAGIC: &[u8; 8] = b"VELLUMDV";
 const CRC_AT: usize = SECTOR - 4;
@@ -40,6 +42,11 @@ pub(super) enum Sector {
         /// All bytes are zero.
         zero: bool,
     },
+}
+
+/// True for a block size that works.
+pub(super) fn is_block_size(block: u64) -> bool {
+    block.is_power_of_two() && (SECTOR as u64..=MAX_BLOCK).contains(&block)
 }
 
 /// Appends the bytes of a block of `len` bytes, a multiple of [`SECTOR`].

@@ -234,7 +234,7 @@ fn accept(found: &mut Option<Acknowledged>, text: &str) -> Option<()> {
             blocks: words.next()?.parse().ok()?,
             block: words.next()?.parse().ok()?,
         };
-        let sane = region.blocks <= MAX_BLOCKS && super::write::is_block_size(region.block);
+        let sane = region.blocks <= MAX_BLOCKS && super::block::is_block_size(region.block);
         *found = sane.then(|| Acknowledged {
             run,
             region,

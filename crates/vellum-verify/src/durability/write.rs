@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::block::{self, SECTOR, Stamp};
+use super::block::{self, Stamp, is_block_size};
 use super::log::{Log, LogWriter, Region};
 use super::target::{Channel, Target};
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -19,8 +19,6 @@ const BATCH: u64 = 12;
 const RUN: u64 = 4;
 /// Regions are whole multiples of this, so that they can be read past the page cache.
 const REGION_UNIT: u64 = 4096;
-/// The largest block, in bytes.
-const MAX_BLOCK: u64 = 1 << 20;
 
 /// How to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,11 +46,6 @@ pub struct WriteReport {
     pub flushes: u64,
     /// How long it took.
     pub seconds: f64,
-}
-
-/// True for a block size that works.
-pub(super) fn is_block_size(block: u64) -> bool {
-    block.is_power_of_two() && (SECTOR as u64..=MAX_BLOCK).contains(&block)
 }
 
 struct Run<'a> {
