@@ -4,8 +4,9 @@ use crate::common;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
-use crate::common::{TestStore, run};
+use crate::common::{Running, TestStore, run};
 
 /// A small file system of its own for a store, on a loop device.
 struct SmallDisk {
@@ -324,4 +325,55 @@ fn a_container_whose_file_system_gave_up_is_shown_and_comes_back_with_one_comman
     );
     store.ok(&["umount", "c"]);
     store.ok(&["check"]);
+}
+
+/// A process in a mount namespace of its own, which has a copy of every mount as long as it lives.
+fn in_a_namespace(script: &str) -> Running {
+    let mut process = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut ready = [0; 6];
+    std::io::Read::read_exact(process.stdout.as_mut().unwrap(), &mut ready).unwrap();
+    Running(process)
+}
+
+#[test]
+fn what_gave_up_is_mounted_anew_when_the_last_copy_of_its_mount_is_gone_and_not_before() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let dir = store.mount("c");
+    let give_up = || {
+        let device = row(&store, "c")["mounted"]["device"].clone();
+        let name = device
+            .as_str()
+            .unwrap()
+            .rsplit('/')
+            .next()
+            .unwrap()
+            .to_owned();
+        fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "a test").unwrap();
+        assert!(fs::write(dir.join("refused"), "x").is_err());
+    };
+    // As the servers of another container are started.
+    let brief = in_a_namespace("echo ready; sleep 1");
+    give_up();
+    assert_eq!(store.mount("c"), dir);
+    write_synced(&dir.join("after"), b"after").unwrap();
+    drop(brief);
+
+    let lasting = in_a_namespace("echo ready; read line");
+    give_up();
+    let error = store.fails(&["mount", "c"]);
+    let whose = format!("mount namespace of process {}", lasting.0.id());
+    assert!(error.contains(&whose), "{error}");
+    drop(lasting);
+    assert_eq!(store.mount("c"), dir);
+    assert_eq!(fs::read(dir.join("after")).unwrap(), b"after");
+    write_synced(&dir.join("again"), b"again").unwrap();
+    store.ok(&["umount", "c"]);
+    store.assert_nothing_runs();
 }
