@@ -29,7 +29,15 @@ fn attach_mount_umount_detach_takes_a_small_part_of_the_container_budget() {
     device.mkfs();
     device.detach();
     let mut rounds = Vec::new();
+    let mut plain = Vec::new();
     for _ in 0..9 {
+        // The same without us, on a plain file: what the host takes for it beside whatever else it does.
+        let start = Instant::now();
+        let image = device.backing.to_str().unwrap();
+        let target = device.mount_point.to_str().unwrap();
+        run("mount", &["-t", "ext4", "-o", "loop", image, target]);
+        device.umount();
+        plain.push(start.elapsed());
         let start = Instant::now();
         device.attach(&[]);
         let attached = start.elapsed();
@@ -45,8 +53,11 @@ fn attach_mount_umount_detach_takes_a_small_part_of_the_container_budget() {
         rounds.push(all);
     }
     rounds.sort_unstable();
-    // About 11 ms here. The fastest, since whatever else runs beside it slows down the others.
-    assert!(rounds[0] < Duration::from_millis(200), "{rounds:?}");
+    plain.sort_unstable();
+    // About 11 ms here. The fastest, since whatever else runs beside it slows down the others. A host
+    // that is busy all the time is one where a plain mount takes long.
+    let limit = Duration::from_millis(200).max(plain[0] * 15);
+    assert!(rounds[0] < limit, "{rounds:?}; plain mounts {plain:?}");
 }
 
 #[test]
