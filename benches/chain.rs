@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability, Span};
 use vellum_base::storage::{FileStorage, Storage};
 use vellum_core::chain::{ChainSpec, open_chain};
 use vellum_core::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
@@ -22,8 +22,10 @@ fn layers(storage: &dyn Storage, root: &Path, depth: u64) -> ChainSpec {
         let layer = WritableLayer::open(Arc::new(FileStorage), &dir, LayerOptions::default())
             .expect("an open layer");
         for block in (number..BLOCKS).step_by(depth as usize) {
+            let block = Block::new(block);
+            let held = layer.lock_blocks(Span::of(block)).expect("a lock");
             layer
-                .write_blocks(Block::new(block), &[number as u8; 4096])
+                .write_blocks(&held, block, &[number as u8; 4096])
                 .expect("a write");
         }
         layer.seal().expect("a seal");

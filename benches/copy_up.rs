@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability, Span};
 use vellum_base::storage::{FileStorage, Storage};
 use vellum_core::chain::{Chain, ChainSpec, open_chain};
 use vellum_core::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
@@ -81,9 +81,11 @@ fn parent(storage: &dyn Storage, root: &Path) -> (PathBuf, uuid::Uuid) {
     let layer = WritableLayer::open(Arc::new(FileStorage), &dir, LayerOptions::default())
         .expect("an open layer");
     for block in (0..DEVICE / BLOCK_SIZE).step_by(256) {
-        layer
-            .write_blocks(Block::new(block), &[0x5a; 1 << 20])
-            .expect("a write");
+        let (start, bytes) = (Block::new(block), [0x5a; 1 << 20]);
+        let held = layer
+            .lock_blocks(Span::of_buffer(start, &bytes))
+            .expect("a lock");
+        layer.write_blocks(&held, start, &bytes).expect("a write");
     }
     layer.seal().expect("a seal");
     drop(layer);

@@ -99,9 +99,9 @@ fn a_chain_of_a_thousand_layers_opens_and_reads_each() {
         let layer = WritableLayer::open(storage.clone(), &path, LayerOptions::default()).unwrap();
         {
             let at = Block::new(number as u64);
-            let _lock = layer.lock_blocks(Span::of(at));
+            let held = layer.lock_blocks(Span::of(at)).unwrap();
             let block = [number as u8; 4096];
-            layer.write_blocks(at, &block).unwrap();
+            layer.write_blocks(&held, at, &block).unwrap();
         }
         layer.seal().unwrap();
         drop(layer);

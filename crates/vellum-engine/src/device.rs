@@ -490,8 +490,8 @@ pub(super) fn forget_ext4_journal(open: &OpenChain) -> Result<()> {
         let end = Offset::new(range.end.min(chain.size())).block();
         if start < end {
             let whole = Span::between(start, end);
-            let _lock = top.lock_blocks(whole);
-            top.clear_blocks(whole, BlockState::Parent)?;
+            let held = top.lock_blocks(whole)?;
+            top.clear_blocks(&held, whole, BlockState::Parent)?;
         }
     }
     Ok(())

@@ -81,8 +81,8 @@ fn write_nonzero(layer: &WritableLayer, bytes: &[u8], first: Block) -> Result<()
         if blocks.peek().is_none_or(|(_, next)| is_zero(next)) {
             let run = part(bytes, from * BLOCK_LEN, (index + 1 - from) * BLOCK_LEN);
             let start = first + Blocks::new(from as u64);
-            let _lock = layer.lock_blocks(Span::of_buffer(start, run));
-            layer.write_blocks(start, run)?;
+            let held = layer.lock_blocks(Span::of_buffer(start, run))?;
+            layer.write_blocks(&held, start, run)?;
         }
     }
     Ok(())

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::Chain;
 use super::base::BaseSource;
 use super::device::read_only;
-use crate::layer::{SealedLayer, WritableLayer};
+use crate::layer::{RangeGuard, SealedLayer, WritableLayer};
 use vellum_base::block::{
     BlockDevice, BlockState, Blocks, Offset, Run, Span, check_range, part_mut,
 };
@@ -55,9 +55,8 @@ impl Chain {
     fn copy_up_chunk(&self, chunk: Span, buf: &mut [u8]) -> Result<CopiedUp> {
         let guard = self.top.read();
         let top = guard.as_deref().ok_or_else(read_only)?;
-        top.flush_if_due()?;
         // Writers take the same lock: nobody changes a block between its reading and its writing.
-        let _lock = top.lock_blocks(chunk);
+        let held = top.lock_blocks(chunk)?;
         let mut missing = Vec::new();
         let mut done = CopiedUp::default();
         top.resolve(chunk, |run| match run.value {
@@ -67,10 +66,10 @@ impl Chain {
         });
         for run in missing {
             if let BaseSource::Layer(_, layer) = &run.value {
-                copy(layer, top, run.span, buf)?;
+                copy(layer, top, &held, run.span, buf)?;
                 done.copied += run.len().get();
             } else {
-                top.allocate_zeroed(run.span)?;
+                top.allocate_zeroed(&held, run.span)?;
                 done.zeroed += run.len().get();
             }
         }
@@ -80,8 +79,14 @@ impl Chain {
 }
 
 /// Copies blocks by way of `buf`, which has room for them.
-fn copy(layer: &SealedLayer, top: &WritableLayer, span: Span, buf: &mut [u8]) -> Result<()> {
+fn copy(
+    layer: &SealedLayer,
+    top: &WritableLayer,
+    held: &RangeGuard<'_>,
+    span: Span,
+    buf: &mut [u8],
+) -> Result<()> {
     let bytes = part_mut(buf, 0, span.len().buffer_len());
     layer.read_blocks(bytes, span.start())?;
-    top.write_blocks(span.start(), bytes).map(drop)
+    top.write_blocks(held, span.start(), bytes).map(drop)
 }

@@ -2,7 +2,7 @@
 //! does not have it, and zeros are a state where they can be.
 
 use super::Chain;
-use crate::layer::{CHANGES_AT_ONCE, WritableLayer};
+use crate::layer::{CHANGES_AT_ONCE, RangeGuard, WritableLayer};
 use vellum_base::block::{
     BLOCK_LEN, BLOCK_SIZE, Block, BlockState, Blocks, Offset, Run, Span, ZeroMode, in_memory, part,
     part_mut,
@@ -44,47 +44,60 @@ impl Chain {
         buf: &[u8],
         offset: Offset,
     ) -> Result<Blocks> {
-        with_room_in_log(top, || self.write_once(top, buf, offset))
+        let touched = Span::touched_by(offset, buf.len() as u64);
+        with_blocks(top, touched, |held| self.write_once(top, held, buf, offset))
     }
 
-    fn write_once(&self, top: &WritableLayer, buf: &[u8], offset: Offset) -> Result<Blocks> {
-        let _lock = top.lock_blocks(Span::touched_by(offset, buf.len() as u64));
+    fn write_once(
+        &self,
+        top: &WritableLayer,
+        held: &RangeGuard<'_>,
+        buf: &[u8],
+        offset: Offset,
+    ) -> Result<Blocks> {
         let cut = Cut::of(offset, buf.len() as u64);
         let (head, rest) = buf.split_at(in_memory(cut.head));
         let (whole, tail) = rest.split_at(cut.whole.len().buffer_len());
         let mut allocated = Blocks::NONE;
         if !head.is_empty() {
-            allocated += self.write_partial(top, head, offset)?;
+            allocated += self.write_partial(top, held, head, offset)?;
         }
         if !whole.is_empty() {
-            allocated += top.write_blocks(cut.whole.start(), whole)?;
+            allocated += top.write_blocks(held, cut.whole.start(), whole)?;
             self.stats.stored(whole.len() as u64);
         }
         if !tail.is_empty() {
-            allocated += self.write_partial(top, tail, cut.whole.end().offset())?;
+            allocated += self.write_partial(top, held, tail, cut.whole.end().offset())?;
         }
         Ok(allocated)
     }
 
     /// Writes bytes within one block: in place where the top has it, else with a copy-up. Returns
     /// how many blocks that allocated.
-    fn write_partial(&self, top: &WritableLayer, buf: &[u8], offset: Offset) -> Result<Blocks> {
-        self.write_partial_by(top, buf, offset, WritableLayer::write_blocks)
+    fn write_partial(
+        &self,
+        top: &WritableLayer,
+        held: &RangeGuard<'_>,
+        buf: &[u8],
+        offset: Offset,
+    ) -> Result<Blocks> {
+        self.write_partial_by(top, held, buf, offset, WritableLayer::write_blocks)
     }
 
     /// As [`Chain::write_partial`], where the whole block is written by `write`.
     fn write_partial_by(
         &self,
         top: &WritableLayer,
+        held: &RangeGuard<'_>,
         buf: &[u8],
         offset: Offset,
-        write: impl Fn(&WritableLayer, Block, &[u8]) -> Result<Blocks>,
+        write: impl Fn(&WritableLayer, &RangeGuard<'_>, Block, &[u8]) -> Result<Blocks>,
     ) -> Result<Blocks> {
         let block = offset.block();
         let state = top.state(block);
         if state == BlockState::Data {
             self.stats.stored(buf.len() as u64);
-            return top.write_within(offset, buf).map(|()| Blocks::NONE);
+            return top.write_within(held, offset, buf).map(|()| Blocks::NONE);
         }
         let mut whole = [0; BLOCK_LEN];
         let mut copied = false;
@@ -94,7 +107,7 @@ impl Chain {
             })?;
         }
         part_mut(&mut whole, offset.within_block(), buf.len()).copy_from_slice(buf);
-        let allocated = write(top, block, &whole)?;
+        let allocated = write(top, held, block, &whole)?;
         self.stats.stored(BLOCK_SIZE);
         if copied {
             self.stats.copied_up(BLOCK_SIZE - buf.len() as u64);
@@ -116,7 +129,10 @@ impl Chain {
         while at < end {
             let to_border = ZERO_PIECE - at.get() % ZERO_PIECE;
             let piece = to_border.min(end - at);
-            with_room_in_log(top, || self.zero_piece(top, at, piece, mode))?;
+            let touched = Span::touched_by(at, piece);
+            with_blocks(top, touched, |held| {
+                self.zero_piece(top, held, at, piece, mode)
+            })?;
             at = at + piece;
         }
         Ok(())
@@ -126,37 +142,43 @@ impl Chain {
     fn zero_piece(
         &self,
         top: &WritableLayer,
+        held: &RangeGuard<'_>,
         offset: Offset,
         len: u64,
         mode: ZeroMode,
     ) -> Result<()> {
         let mut allocated = Blocks::NONE;
-        let _lock = top.lock_blocks(Span::touched_by(offset, len));
         let cut = Cut::of(offset, len);
         if cut.head > 0 {
-            allocated += self.zero_partial(top, offset, cut.head)?;
+            allocated += self.zero_partial(top, held, offset, cut.head)?;
         }
         if !cut.whole.is_empty() {
             match mode {
-                ZeroMode::MayUnmap => self.clear(top, cut.whole)?,
-                ZeroMode::KeepAllocated => top.allocate_zeroed(cut.whole)?,
+                ZeroMode::MayUnmap => self.clear(top, held, cut.whole)?,
+                ZeroMode::KeepAllocated => top.allocate_zeroed(held, cut.whole)?,
             }
         }
         if cut.tail > 0 {
-            allocated += self.zero_partial(top, cut.whole.end().offset(), cut.tail)?;
+            allocated += self.zero_partial(top, held, cut.whole.end().offset(), cut.tail)?;
         }
         self.stats.zeroed(len, allocated);
         Ok(())
     }
 
     /// Returns how many blocks that allocated.
-    fn zero_partial(&self, top: &WritableLayer, offset: Offset, len: u64) -> Result<Blocks> {
+    fn zero_partial(
+        &self,
+        top: &WritableLayer,
+        held: &RangeGuard<'_>,
+        offset: Offset,
+        len: u64,
+    ) -> Result<Blocks> {
         if self.reads_as_zero(top, offset.block()) {
             return Ok(Blocks::NONE);
         }
         let zeros = [0; BLOCK_LEN];
         let zeros = part(&zeros, 0, in_memory(len));
-        self.write_partial_by(top, zeros, offset, WritableLayer::write_zeroed_block)
+        self.write_partial_by(top, held, zeros, offset, WritableLayer::write_zeroed_block)
     }
 
     /// True when the map alone says that the block is zero.
@@ -175,7 +197,7 @@ impl Chain {
 
     /// Makes whole blocks zero without taking space: over something below, a durable zero; over
     /// nothing, back to saying nothing.
-    fn clear(&self, top: &WritableLayer, span: Span) -> Result<()> {
+    fn clear(&self, top: &WritableLayer, held: &RangeGuard<'_>, span: Span) -> Result<()> {
         let mut runs = Vec::new();
         top.resolve(span, |run| runs.push(run));
         for run in runs {
@@ -189,9 +211,9 @@ impl Chain {
             } in below
             {
                 match (run.value, zero_below) {
-                    (BlockState::Data, true) => top.clear_blocks(span, BlockState::Parent)?,
+                    (BlockState::Data, true) => top.clear_blocks(held, span, BlockState::Parent)?,
                     (BlockState::Data | BlockState::Parent, false) => {
-                        top.clear_blocks(span, BlockState::Zero)?;
+                        top.clear_blocks(held, span, BlockState::Zero)?;
                     }
                     // It reads as zero already.
                     (BlockState::Parent, true) | (BlockState::Zero, _) => {}
@@ -202,16 +224,19 @@ impl Chain {
     }
 }
 
-/// Does what changes blocks, after a flush where the log of changes wants one: before, or because it
-/// found no room there on a full disk. The work must bear being repeated; each time gets further.
-fn with_room_in_log<T>(top: &WritableLayer, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+/// Does what changes blocks, with these held. Again, after a flush, where it found no room in the log
+/// of changes on a full disk: the work must bear being repeated, and each time gets further.
+fn with_blocks<T>(
+    top: &WritableLayer,
+    span: Span,
+    mut work: impl FnMut(&RangeGuard<'_>) -> Result<T>,
+) -> Result<T> {
     for _ in 0..FLUSHES_AT_MOST {
-        top.flush_if_due()?;
-        match work() {
+        let held = top.lock_blocks(span)?;
+        match work(&held) {
             Err(error) if error.kind() == ErrorKind::NoSpace && top.is_flush_due() => {}
             other => return other,
         }
     }
-    top.flush_if_due()?;
-    work()
+    work(&top.lock_blocks(span)?)
 }

@@ -210,17 +210,17 @@ mod tests {
         let dir = Path::new("/layer");
         WritableLayer::create(&*storage, dir, &Header::new(None, 1 << 20).unwrap()).unwrap();
         let layer = WritableLayer::open(storage, dir, LayerOptions::default()).unwrap();
-        layer.write_blocks(Block::new(0), &[1; 4 * 4096]).unwrap();
+        layer.put(0, &[1; 4 * 4096]).unwrap();
         layer.flush().unwrap();
         let flushed = layer.shared.durable_extents(false);
-        layer.clear_blocks(span(1, 2), BlockState::Zero).unwrap();
-        layer.write_blocks(Block::new(2), &[2; 4096]).unwrap();
-        layer.write_blocks(Block::new(9), &[2; 4096]).unwrap();
-        layer.clear_blocks(span(3, 1), BlockState::Parent).unwrap();
+        layer.clear(span(1, 2), BlockState::Zero).unwrap();
+        layer.put(2, &[2; 4096]).unwrap();
+        layer.put(9, &[2; 4096]).unwrap();
+        layer.clear(span(3, 1), BlockState::Parent).unwrap();
         assert_eq!(layer.shared.durable_extents(false), flushed);
         let _frozen = layer.shared.map.write().freeze();
-        layer.write_blocks(Block::new(20), &[3; 4096]).unwrap();
-        layer.write_blocks(Block::new(1), &[3; 4096]).unwrap();
+        layer.put(20, &[3; 4096]).unwrap();
+        layer.put(1, &[3; 4096]).unwrap();
         // The background's checkpoint, while the record of some is being written.
         assert_eq!(layer.shared.durable_extents(false), flushed);
         // A checkpoint in that record's place contains them, and nothing newer.

@@ -48,7 +48,7 @@ const LIMIT: u64 = if cfg!(test) { 24 } else { CAPACITY };
 /// From here on a flush is due.
 const SOFT_LIMIT: u64 = LIMIT / 4;
 /// Changes of the map that one request makes at most between two calls of
-/// [`super::WritableLayer::flush_if_due`], so that several at once find room in the log.
+/// [`super::WritableLayer::lock_blocks`], so that several at once find room in the log.
 pub const CHANGES_AT_ONCE: u64 = LIMIT / 8;
 const REGION_LEN: u64 = CAPACITY * ENTRY_LEN as u64;
 /// Bytes of each region that have their space from the start.

@@ -3,7 +3,9 @@
 
 use super::index::Index;
 use super::live::{Live, LiveChange};
-use vellum_base::block::{Block, BlockState, Blocks, Run, Span, push_run};
+use vellum_base::block::{
+    BLOCK_SIZE, Block, BlockState, Blocks, MAX_VIRTUAL_SIZE, Run, Span, push_run,
+};
 
 /// How the state of blocks changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +40,9 @@ struct Dirty {
     /// Of those, what has not been started on its way to the disk.
     waiting: Blocks,
 }
+
+/// So many entries more than changes the largest layer takes, since an entry says 2^32 blocks at most.
+const MORE_ENTRIES: usize = (MAX_VIRTUAL_SIZE / BLOCK_SIZE / u32::MAX as u64) as usize;
 
 /// Blocks that are worth being sent to the disk ahead of the sync that they will need.
 const WRITE_BACK_BLOCKS: Blocks = Blocks::new(512);
@@ -209,11 +214,10 @@ impl MapState {
     /// What [`MapState::freeze`] would freeze now, at most: map changes as a record would say them,
     /// and blocks.
     pub(super) fn pending(&self) -> (usize, Written) {
-        // One that lies within another parts it.
-        (
-            2 * self.changes.len(),
-            self.dirty.written(self.dirty.blocks),
-        )
+        // One that lies within another parts it, and one of more blocks than an entry can say takes
+        // several.
+        let entries = 2 * self.changes.len() + MORE_ENTRIES;
+        (entries, self.dirty.written(self.dirty.blocks))
     }
 
     /// Takes what changed so far for a flush.

@@ -24,11 +24,26 @@ impl RangeLock {
     }
 }
 
-/// Holds a span of blocks until it is dropped.
+/// Holds a span of blocks until it is dropped: the proof that whoever is given it may change them.
 #[derive(Debug)]
+#[must_use]
 pub struct RangeGuard<'a> {
     lock: &'a RangeLock,
     span: Span,
+}
+
+impl RangeGuard<'_> {
+    /// Checks that blocks may be changed whose lock is `lock`.
+    ///
+    /// # Panics
+    /// Where this guard does not hold all of them: a fault of ours.
+    pub(super) fn assert_holds(&self, lock: &RangeLock, span: Span) {
+        assert!(
+            std::ptr::eq(self.lock, lock) && self.span.contains(span),
+            "{span} are changed, and {} are held",
+            self.span
+        );
+    }
 }
 
 impl Drop for RangeGuard<'_> {

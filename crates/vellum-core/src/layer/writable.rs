@@ -277,7 +277,7 @@ impl WritableLayer {
     }
 
     /// Does ahead of [`WritableLayer::seal`] what it would have to do first: makes durable what was
-    /// written until now, so that no block lives in the journal alone, and waits for the journal's
+    /// written until now, so that no block is in the journal alone, and waits for the journal's
     /// thread. The layer can be used meanwhile and afterwards.
     ///
     /// # Errors
@@ -314,12 +314,8 @@ impl WritableLayer {
         self.flusher.assert_sound();
     }
 
-    /// Flushes where so much changed that the log of changes is filling. To be called before blocks
-    /// are locked.
-    ///
-    /// # Errors
-    /// As [`WritableLayer::flush`].
-    pub fn flush_if_due(&self) -> Result<()> {
+    /// Flushes where so much changed that the log of changes is filling.
+    fn flush_if_due(&self) -> Result<()> {
         if !self.shared.flush_due.load(Ordering::Relaxed)
             || !self.shared.flush_due.swap(false, Ordering::Relaxed)
         {
@@ -335,8 +331,8 @@ impl WritableLayer {
         result.inspect_err(|_| self.shared.flush_due.store(true, Ordering::Relaxed))
     }
 
-    /// Whether a request failed because the log of changes has no room, and may be made again after
-    /// [`WritableLayer::flush_if_due`].
+    /// Whether a request failed because the log of changes has no room, and may be made again once
+    /// its blocks were given back: [`WritableLayer::lock_blocks`] flushes then.
     pub fn is_flush_due(&self) -> bool {
         self.shared.flush_due.load(Ordering::Relaxed)
     }
@@ -364,9 +360,15 @@ impl WritableLayer {
         self.shared.space.wait_for_room()
     }
 
-    /// Waits for writers of the same blocks; every call below that changes blocks wants it held.
-    pub fn lock_blocks(&self, span: Span) -> RangeGuard<'_> {
-        self.shared.locks.lock(span)
+    /// Waits for writers of the same blocks, and holds these; every call below that changes blocks
+    /// wants the proof. First flushes where so much changed that the log of changes is filling: a
+    /// flush takes blocks itself, so it must not be waited for with blocks held.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::flush`].
+    pub fn lock_blocks(&self, span: Span) -> Result<RangeGuard<'_>> {
+        self.flush_if_due()?;
+        Ok(self.shared.locks.lock(span))
     }
 
     /// Reads whole blocks from `start`, all of them [`BlockState::Data`].
@@ -383,9 +385,10 @@ impl WritableLayer {
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] leaves the blocks' states as they were.
-    pub fn write_blocks(&self, start: Block, buf: &[u8]) -> Result<Blocks> {
-        self.shared.check_writable()?;
+    pub fn write_blocks(&self, held: &RangeGuard<'_>, start: Block, buf: &[u8]) -> Result<Blocks> {
         let span = Span::of_buffer(start, buf);
+        held.assert_holds(&self.shared.locks, span);
+        self.shared.check_writable()?;
         let grows = self.first_run(span) != Run::new(span, BlockState::Data);
         self.shared.write_data(buf, start.offset(), grows)?;
         self.blocks_were_written(span)
@@ -396,10 +399,17 @@ impl WritableLayer {
     ///
     /// # Errors
     /// As [`WritableLayer::write_blocks`].
-    pub fn write_zeroed_block(&self, block: Block, buf: &[u8]) -> Result<Blocks> {
+    pub fn write_zeroed_block(
+        &self,
+        held: &RangeGuard<'_>,
+        block: Block,
+        buf: &[u8],
+    ) -> Result<Blocks> {
+        let span = Span::of_buffer(block, buf);
+        held.assert_holds(&self.shared.locks, span);
         self.shared.check_writable()?;
         self.shared.write_zeroed(buf, block.offset())?;
-        self.blocks_were_written(Span::of_buffer(block, buf))
+        self.blocks_were_written(span)
     }
 
     /// More new blocks than these are not carried in a journal record.
@@ -425,8 +435,9 @@ impl WritableLayer {
     ///
     /// # Errors
     /// As [`WritableLayer::write_blocks`].
-    pub fn write_within(&self, offset: Offset, buf: &[u8]) -> Result<()> {
+    pub fn write_within(&self, held: &RangeGuard<'_>, offset: Offset, buf: &[u8]) -> Result<()> {
         let touched = Span::touched_by(offset, buf.len() as u64);
+        held.assert_holds(&self.shared.locks, touched);
         assert!(
             touched.len() <= Blocks::ONE,
             "a write over a border of blocks"
@@ -442,7 +453,8 @@ impl WritableLayer {
     ///
     /// # Errors
     /// Where the host refuses to punch the hole.
-    pub fn clear_blocks(&self, span: Span, state: BlockState) -> Result<()> {
+    pub fn clear_blocks(&self, held: &RangeGuard<'_>, span: Span, state: BlockState) -> Result<()> {
+        held.assert_holds(&self.shared.locks, span);
         self.shared.check_writable()?;
         let mut data = Vec::new();
         self.resolve(span, |run| {
@@ -454,8 +466,8 @@ impl WritableLayer {
         self.shared
             .change(&mut self.shared.map.write(), span, Noted::Becomes(state))?;
         // After the change of state, so that a reader never takes a hole for data.
-        for held in data {
-            let punch = || self.shared.data.punch(held);
+        for run in data {
+            let punch = || self.shared.data.punch(run);
             match self.shared.space.within(Claim::Own, 0, punch) {
                 // A hole may want a block of the host's own. Without it the bytes stay where they
                 // are: the map says what the blocks are, and no more space is taken than before.
@@ -473,7 +485,8 @@ impl WritableLayer {
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] may leave some of the blocks zero; none keeps its old bytes.
-    pub fn allocate_zeroed(&self, span: Span) -> Result<()> {
+    pub fn allocate_zeroed(&self, held: &RangeGuard<'_>, span: Span) -> Result<()> {
+        held.assert_holds(&self.shared.locks, span);
         self.shared.check_writable()?;
         self.shared.ensure_log()?;
         self.shared.note_emptied(span)?;
@@ -506,5 +519,21 @@ impl WritableLayer {
     /// True when the map says nothing at all: a fresh layer.
     pub fn is_untouched(&self) -> bool {
         self.shared.map.read().index().iter().next().is_none()
+    }
+}
+
+#[cfg(test)]
+impl WritableLayer {
+    /// [`WritableLayer::write_blocks`] by a writer of these blocks alone.
+    pub(super) fn put(&self, start: u64, buf: &[u8]) -> Result<Blocks> {
+        let start = Block::new(start);
+        let held = self.lock_blocks(Span::of_buffer(start, buf))?;
+        self.write_blocks(&held, start, buf)
+    }
+
+    /// [`WritableLayer::clear_blocks`] by a writer of these blocks alone.
+    pub(super) fn clear(&self, span: Span, state: BlockState) -> Result<()> {
+        let held = self.lock_blocks(span)?;
+        self.clear_blocks(&held, span, state)
     }
 }

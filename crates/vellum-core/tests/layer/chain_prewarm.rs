@@ -33,17 +33,21 @@ impl Rig {
         };
         let quarter = BLOCKS / 4;
         rig.seal("lower", |layer| {
+            let held = layer.lock_blocks(Span::up_to(Blocks::new(BLOCKS))).unwrap();
             for block in (0..quarter * 2).chain(quarter * 3..BLOCKS) {
                 layer
-                    .write_blocks(Block::new(block), &lower(block))
+                    .write_blocks(&held, Block::new(block), &lower(block))
                     .unwrap();
             }
         });
         rig.seal("upper", |layer| {
-            layer.write_blocks(Block::new(1), &[0x77; 4096]).unwrap();
+            let held = layer.lock_blocks(Span::up_to(Blocks::new(BLOCKS))).unwrap();
+            layer
+                .write_blocks(&held, Block::new(1), &[0x77; 4096])
+                .unwrap();
             let zero = vellum_base::block::BlockState::Zero;
             let last = Span::new(Block::new(quarter * 3), Blocks::new(quarter));
-            layer.clear_blocks(last, zero).unwrap();
+            layer.clear_blocks(&held, last, zero).unwrap();
         });
         rig
     }

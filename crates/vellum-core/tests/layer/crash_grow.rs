@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vellum_base::ErrorKind;
-use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability, Span};
 use vellum_base::storage::{Fault, FaultPlan, FaultStorage, SimStorage, Storage};
 use vellum_core::chain::{Chain, ChainSpec, open_chain};
 use vellum_core::layer::{
@@ -46,9 +46,12 @@ fn disk() -> SimStorage {
     let base = Header::new(None, BEFORE).unwrap();
     WritableLayer::create(&disk, Path::new(BASE), &base).unwrap();
     let layer = WritableLayer::open(storage, Path::new(BASE), options()).unwrap();
-    layer
-        .write_blocks(Block::FIRST, &[b'b'; 16 * 4096])
+    let bytes = [b'b'; 16 * 4096];
+    let held = layer
+        .lock_blocks(Span::of_buffer(Block::FIRST, &bytes))
         .unwrap();
+    layer.write_blocks(&held, Block::FIRST, &bytes).unwrap();
+    drop(held);
     layer.seal().unwrap();
     drop(layer);
     seal_in_place(&disk, Path::new(BASE), |_| {}).unwrap();

@@ -4,9 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use vellum_base::ErrorKind;
-use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, BlockState, Durability, Span, ZeroMode};
+use vellum_base::block::{
+    BLOCK_SIZE, Block, BlockDevice, BlockState, Blocks, Durability, Span, ZeroMode,
+};
 use vellum_base::storage::{
-    Fault, FaultPlan, FaultStorage, FileStorage, OpCounts, OpKind, SimStorage, Storage,
+    Fault, FaultPlan, FaultStorage, FileStorage, OpCounts, OpKind, OpenMode, SimStorage, Storage,
 };
 use vellum_core::chain::{Chain, ChainSpec, open_chain};
 use vellum_core::layer::{Header, LayerOptions, WritableLayer};
@@ -374,10 +376,9 @@ fn large_map(storage: &Arc<dyn Storage>, dir: &Path, extents: u64) -> Arc<Writab
     };
     let layer = WritableLayer::open(storage.clone(), dir, options).unwrap();
     for extent in 0..extents {
-        layer.flush_if_due().unwrap();
         let zero = Span::of(Block::new(2 * extent));
-        let _lock = layer.lock_blocks(zero);
-        layer.clear_blocks(zero, BlockState::Zero).unwrap();
+        let held = layer.lock_blocks(zero).unwrap();
+        layer.clear_blocks(&held, zero, BlockState::Zero).unwrap();
     }
     layer.close().unwrap();
     layer
@@ -401,8 +402,8 @@ fn checkpoints_of_a_large_map_write_a_hundredth_of_what_clients_do() {
         for at in 0..WRITES {
             let start = Block::new(2 * EXTENTS + at * apart);
             {
-                let _lock = layer.lock_blocks(Span::of(start));
-                layer.write_blocks(start, &[at as u8; 4096]).unwrap();
+                let held = layer.lock_blocks(Span::of(start)).unwrap();
+                layer.write_blocks(&held, start, &[at as u8; 4096]).unwrap();
             }
             layer.flush().unwrap();
         }
@@ -441,10 +442,55 @@ fn a_checkpoint_that_adds_to_the_map_costs_one_sync_beside_that_of_the_data() {
         let counts = faults.counts().since(&before);
         [OpKind::SyncData, OpKind::Sync, OpKind::SyncDir].map(|kind| counts.of(kind))
     };
-    layer.write_blocks(Block::FIRST, &[1; 4096]).unwrap();
+    let held = layer.lock_blocks(Span::of(Block::FIRST)).unwrap();
+    layer.write_blocks(&held, Block::FIRST, &[1; 4096]).unwrap();
+    drop(held);
     layer.flush().unwrap();
     assert_eq!(syncs(&|| layer.close().unwrap()), [2, 0, 0]);
     // Nothing came since, so there is nothing to say.
     layer.prepare_journal().unwrap();
     assert_eq!(syncs(&|| layer.close().unwrap()), [0, 0, 0]);
+}
+
+/// Changes within another part it in two, so a record may have more of them than were made.
+#[test]
+fn a_record_ahead_of_changes_that_part_each_other_stays_within_its_area() {
+    const AREA: u64 = 2 * BLOCK_SIZE;
+    const HOLES: u64 = 200;
+    let storage = SimStorage::new();
+    let dir = Path::new(LAYER);
+    let header = Header::new(None, 1024 * BLOCK_SIZE).unwrap();
+    WritableLayer::create(&storage, dir, &header).unwrap();
+    let options = LayerOptions {
+        journal_start: AREA,
+        journal_max: AREA,
+        background: false,
+        ..LayerOptions::default()
+    };
+    let layer = WritableLayer::open(Arc::new(storage.clone()), dir, options).unwrap();
+    layer.prepare_journal().unwrap();
+    let all = Span::up_to(Blocks::new(1024));
+    let held = layer.lock_blocks(all).unwrap();
+    let zero = Span::up_to(Blocks::new(2 * HOLES + 1));
+    layer.clear_blocks(&held, zero, BlockState::Zero).unwrap();
+    for hole in 0..HOLES {
+        let hole = Span::of(Block::new(2 * hole + 1));
+        layer.clear_blocks(&held, hole, BlockState::Parent).unwrap();
+    }
+    // Its bytes are a page, so the changes have another for themselves.
+    layer
+        .write_blocks(&held, Block::new(1000), &[7; 4096])
+        .unwrap();
+    drop(held);
+    layer.flush_ahead();
+    let area = storage
+        .open(&dir.join("journal.0"), OpenMode::Read)
+        .unwrap();
+    assert_eq!(area.len().unwrap(), AREA);
+    layer.flush().unwrap();
+    drop(layer);
+    let layer = WritableLayer::open(Arc::new(storage.cut(1)), dir, options).unwrap();
+    assert_eq!(layer.state(Block::new(1)), BlockState::Parent);
+    assert_eq!(layer.state(Block::new(2 * HOLES)), BlockState::Zero);
+    assert_eq!(layer.state(Block::new(1000)), BlockState::Data);
 }

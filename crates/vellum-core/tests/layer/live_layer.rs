@@ -13,7 +13,7 @@ use vellum_base::storage::{
     Fault, FaultPlan, FaultStorage, OpKind, SeededRng, SimStorage, Storage,
 };
 use vellum_core::chain::{Chain, ChainSpec, open_chain};
-use vellum_core::layer::{Header, LayerOptions, WritableLayer};
+use vellum_core::layer::{Header, LayerOptions, RangeGuard, WritableLayer};
 
 const BLOCKS: u64 = 40;
 const SIZE: u64 = BLOCKS * BLOCK_SIZE;
@@ -339,27 +339,32 @@ fn a_log_of_its_real_size_that_is_full_survives_the_process_and_takes_changes_af
     let open = || WritableLayer::open(storage.clone(), &path, options).unwrap();
     let layer = open();
     // Every other block, so that no two changes are one.
-    let zero = |layer: &WritableLayer, nth: u64| {
-        layer.clear_blocks(Span::of(Block::new(2 * nth)), BlockState::Zero)
+    let zero = |layer: &WritableLayer, held: &RangeGuard<'_>, nth: u64| {
+        layer.clear_blocks(held, Span::of(Block::new(2 * nth)), BlockState::Zero)
     };
+    let all = Span::up_to(Blocks::new(4 * ENTRIES));
+    // Held all the time, since each new lock would flush once the log fills.
+    let held = layer.lock_blocks(all).unwrap();
     for nth in 0..ENTRIES {
-        zero(&layer, nth).unwrap();
+        zero(&layer, &held, nth).unwrap();
     }
-    let refused = zero(&layer, ENTRIES).unwrap_err();
+    let refused = zero(&layer, &held, ENTRIES).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::NoSpace);
     // Nothing is flushed by going away.
+    drop(held);
     drop(layer);
     let layer = open();
     let zeros = |layer: &WritableLayer| {
         let mut zeros = 0;
-        layer.resolve(Span::up_to(Blocks::new(4 * ENTRIES)), |run| {
+        layer.resolve(all, |run| {
             zeros += u64::from(run.value == BlockState::Zero) * run.len().get();
         });
         zeros
     };
     assert_eq!(zeros(&layer), ENTRIES);
-    layer.flush_if_due().unwrap();
-    zero(&layer, ENTRIES).unwrap();
+    let held = layer.lock_blocks(all).unwrap();
+    zero(&layer, &held, ENTRIES).unwrap();
+    drop(held);
     layer.flush().unwrap();
     drop(layer);
     // Without the log, as after a power cut.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use vellum_base::ErrorKind;
-use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Durability, Span};
 use vellum_base::storage::{
     Fault, FaultPlan, FaultStorage, FileStorage, OpKind, SeededRng, SimStorage, Storage,
 };
@@ -264,7 +264,10 @@ fn a_sealed_layer_takes_no_writes_from_whoever_still_holds_it() {
     let top = chain.top().unwrap();
     top.seal().unwrap();
     top.close().unwrap();
-    let error = top.write_blocks(Block::FIRST, &[2; 4096]).unwrap_err();
+    let held = top.lock_blocks(Span::of(Block::FIRST)).unwrap();
+    let error = top
+        .write_blocks(&held, Block::FIRST, &[2; 4096])
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnly);
     assert_eq!(first_byte(&chain, 0), 1);
 }

@@ -40,8 +40,8 @@ pub(super) fn run<D: FnMut(&CaseResult)>(bench: &Bench, cases: &mut Cases<'_, D>
         let once = || {
             let start = place();
             {
-                let _lock = layer.lock_blocks(Span::of_buffer(start, &bytes));
-                layer.write_blocks(start, &bytes)?;
+                let held = layer.lock_blocks(Span::of_buffer(start, &bytes))?;
+                layer.write_blocks(&held, start, &bytes)?;
             }
             layer.flush()
         };
@@ -71,10 +71,9 @@ fn large_map(bench: &Bench) -> Result<(Scratch, Arc<WritableLayer>)> {
     let scratch = Scratch(dir.clone());
     let layer = WritableLayer::open(bench.storage.clone(), &dir, LayerOptions::default())?;
     for extent in 0..EXTENTS {
-        layer.flush_if_due()?;
         let zero = Span::of(Block::new(2 * extent));
-        let _lock = layer.lock_blocks(zero);
-        layer.clear_blocks(zero, BlockState::Zero)?;
+        let held = layer.lock_blocks(zero)?;
+        layer.clear_blocks(&held, zero, BlockState::Zero)?;
     }
     // All of it is in the map, and the next checkpoint adds to it.
     layer.close()?;

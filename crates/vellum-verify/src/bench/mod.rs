@@ -266,9 +266,9 @@ impl Bench {
         let (parent, uuid) = bench.sealed_layer(None, DEVICE, |layer| {
             let chunk = vec![0x5a; 1 << 20];
             (0..DEVICE / (1 << 20)).try_for_each(|at| {
-                layer
-                    .write_blocks(Offset::new(at << 20).block(), &chunk)
-                    .map(drop)
+                let start = Offset::new(at << 20).block();
+                let held = layer.lock_blocks(Span::of_buffer(start, &chunk))?;
+                layer.write_blocks(&held, start, &chunk).map(drop)
             })
         })?;
         bench.parent = parent;
@@ -407,7 +407,8 @@ impl Bench {
                 (0..runs).try_for_each(|at| {
                     let slot = (number * runs + at) * 40_507 % slots;
                     let start = Block::new(slot * RUN);
-                    layer.allocate_zeroed(Span::new(start, Blocks::new(RUN)))
+                    let span = Span::new(start, Blocks::new(RUN));
+                    layer.allocate_zeroed(&layer.lock_blocks(span)?, span)
                 })
             })?;
             sealed.push(dir);

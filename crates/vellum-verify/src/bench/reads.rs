@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use super::{Bench, CaseResult, Cases, Scratch, per_operation};
-use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice};
+use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, Span};
 use vellum_base::error::{Result, ResultExt};
 use vellum_core::chain::{Chain, ChainSpec, open_chain};
 
@@ -136,7 +136,9 @@ impl Bench {
             let (dir, uuid) = self.sealed_layer(parent, case.bytes, |layer| {
                 case.blocks_of(number, depth).try_for_each(|block| {
                     let data = [0x77; BLOCK_SIZE as usize];
-                    layer.write_blocks(Block::new(block), &data).map(drop)
+                    let block = Block::new(block);
+                    let held = layer.lock_blocks(Span::of(block))?;
+                    layer.write_blocks(&held, block, &data).map(drop)
                 })
             })?;
             sealed.push(dir);

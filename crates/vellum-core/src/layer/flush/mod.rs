@@ -133,7 +133,7 @@ impl Flusher {
         self.lead(|journal| self.leave_nothing_in_journal(journal))
     }
 
-    /// Flushes so that no block lives in the journal alone, and waits for its thread.
+    /// Flushes so that no block is in the journal alone, and waits for its thread.
     fn leave_nothing_in_journal(&self, journal: &mut Journal) -> Result<()> {
         self.commit(journal, Ask::Barrier)?;
         let freed = journal.finish_retiring();

@@ -209,7 +209,7 @@ mod tests {
 
     use super::*;
     use crate::layer::{Header, LayerOptions, WritableLayer};
-    use vellum_base::block::{Block, Offset};
+    use vellum_base::block::Block;
     use vellum_base::error::ErrorKind;
     use vellum_base::storage::SimStorage;
 
@@ -246,7 +246,7 @@ mod tests {
         let header = Header::new(None, 1 << 20).unwrap();
         WritableLayer::create(&storage, Path::new("/layer"), &header).unwrap();
         let dying = layer(&storage);
-        dying.write_blocks(Block::new(3), &[7; 4096]).unwrap();
+        dying.put(3, &[7; 4096]).unwrap();
         let (leads, led) = mpsc::channel();
         let (waits, waited) = mpsc::channel();
         std::thread::scope(|scope| {
@@ -273,7 +273,7 @@ mod tests {
         for outcome in [
             dying.flush(),
             dying.close(),
-            dying.write_within(Offset::default(), &[1]),
+            dying.put(0, &[1; 4096]).map(drop),
         ] {
             assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Poisoned);
         }

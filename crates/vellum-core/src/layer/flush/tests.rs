@@ -2,7 +2,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::layer::{Header, LayerOptions, WritableLayer};
-use vellum_base::block::Block;
 use vellum_base::storage::{Fault, FaultPlan, FaultStorage, OpCounts, OpKind, SimStorage};
 
 struct Rig {
@@ -42,7 +41,7 @@ impl Rig {
 #[test]
 fn a_flush_after_one_ahead_syncs_the_journal_and_writes_nothing() {
     let rig = Rig::new();
-    rig.layer.write_blocks(Block::new(3), &[1; 8192]).unwrap();
+    rig.layer.put(3, &[1; 8192]).unwrap();
     let ahead = rig.counted(WritableLayer::flush_ahead);
     let flush = rig.counted(|layer| layer.flush().unwrap());
     let again = rig.counted(|layer| layer.flush().unwrap());
@@ -52,13 +51,13 @@ fn a_flush_after_one_ahead_syncs_the_journal_and_writes_nothing() {
 #[test]
 fn a_flush_with_more_to_carry_than_was_written_ahead_writes_and_syncs() {
     let rig = Rig::new();
-    rig.layer.write_blocks(Block::new(3), &[1; 8192]).unwrap();
+    rig.layer.put(3, &[1; 8192]).unwrap();
     rig.layer.flush_ahead();
-    rig.layer.write_blocks(Block::new(9), &[1; 4096]).unwrap();
+    rig.layer.put(9, &[1; 4096]).unwrap();
     let flush = rig.counted(|layer| layer.flush().unwrap());
     assert_eq!(flush, [1, 0, 1, 0]);
     // And the next one is one synchronous write again.
-    rig.layer.write_blocks(Block::new(9), &[1; 4096]).unwrap();
+    rig.layer.put(9, &[1; 4096]).unwrap();
     let next = rig.counted(|layer| layer.flush().unwrap());
     assert_eq!(next, [0, 1, 0, 0]);
 }
@@ -66,12 +65,10 @@ fn a_flush_with_more_to_carry_than_was_written_ahead_writes_and_syncs() {
 #[test]
 fn nothing_goes_ahead_that_needs_a_sync_of_data_or_an_area() {
     let rig = Rig::new();
-    rig.layer
-        .write_blocks(Block::new(0), &[1; 33 * 4096])
-        .unwrap();
+    rig.layer.put(0, &[1; 33 * 4096]).unwrap();
     assert_eq!(rig.counted(WritableLayer::flush_ahead), [0; 4]);
     rig.layer.close().unwrap();
-    rig.layer.write_blocks(Block::new(0), &[1; 4096]).unwrap();
+    rig.layer.put(0, &[1; 4096]).unwrap();
     assert_eq!(rig.counted(WritableLayer::flush_ahead), [0; 4], "no area");
 }
 
@@ -79,12 +76,12 @@ fn nothing_goes_ahead_that_needs_a_sync_of_data_or_an_area() {
 #[test]
 fn a_checkpoint_leaves_out_what_was_only_written_ahead() {
     let rig = Rig::new();
-    rig.layer.write_blocks(Block::new(0), &[1; 4096]).unwrap();
+    rig.layer.put(0, &[1; 4096]).unwrap();
     rig.layer.flush().unwrap();
     let flushed = rig.layer.shared.durable_extents(false);
-    rig.layer.write_blocks(Block::new(8), &[1; 4096]).unwrap();
+    rig.layer.put(8, &[1; 4096]).unwrap();
     rig.layer.flush_ahead();
-    rig.layer.write_blocks(Block::new(16), &[1; 4096]).unwrap();
+    rig.layer.put(16, &[1; 4096]).unwrap();
     assert_eq!(rig.layer.shared.durable_extents(false), flushed);
     rig.layer.flush().unwrap();
     assert_eq!(rig.layer.shared.durable_extents(false).len(), 3);
@@ -93,7 +90,7 @@ fn a_checkpoint_leaves_out_what_was_only_written_ahead() {
 #[test]
 fn a_failed_sync_of_records_written_ahead_poisons() {
     let rig = Rig::new();
-    rig.layer.write_blocks(Block::new(3), &[1; 4096]).unwrap();
+    rig.layer.put(3, &[1; 4096]).unwrap();
     rig.layer.flush_ahead();
     rig.storage.fail(FaultPlan {
         kinds: vec![OpKind::SyncData],
@@ -110,7 +107,7 @@ fn a_failed_sync_of_records_written_ahead_poisons() {
 #[test]
 fn without_space_for_a_record_ahead_the_flush_makes_all_durable_another_way() {
     let rig = Rig::new();
-    rig.layer.write_blocks(Block::new(3), &[1; 4096]).unwrap();
+    rig.layer.put(3, &[1; 4096]).unwrap();
     rig.storage.fail(FaultPlan {
         kinds: vec![OpKind::WriteDirect],
         nth: 1,

@@ -106,12 +106,13 @@ fn change(
     byte: u8,
     cleared: BlockState,
 ) -> vellum_base::Result<()> {
-    layer.flush_if_due()?;
     let block = Block::new(block);
-    let _lock = layer.lock_blocks(Span::of(block));
+    let held = layer.lock_blocks(Span::of(block))?;
     match byte {
-        0 => layer.clear_blocks(Span::of(block), cleared),
-        _ => layer.write_blocks(block, &[byte; BLOCK_LEN]).map(drop),
+        0 => layer.clear_blocks(&held, Span::of(block), cleared),
+        _ => layer
+            .write_blocks(&held, block, &[byte; BLOCK_LEN])
+            .map(drop),
     }
 }
 
@@ -204,7 +205,9 @@ fn a_log_that_is_full_while_flushes_fail_loses_nothing_and_takes_changes_once_th
 fn a_full_log_refuses_changes_until_a_flush_has_made_room() {
     let disk = new_disk();
     let layer = open(disk.clone(), options(0));
-    let zero = |block| layer.clear_blocks(Span::of(Block::new(block)), BlockState::Zero);
+    // Held all the time, since each new lock would flush once the log fills.
+    let held = layer.lock_blocks(Span::up_to(Blocks::new(BLOCKS))).unwrap();
+    let zero = |block| layer.clear_blocks(&held, Span::of(Block::new(block)), BlockState::Zero);
     (0..LIMIT).try_for_each(zero).unwrap();
     let error = zero(LIMIT).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
@@ -228,7 +231,7 @@ fn a_full_log_refuses_changes_until_a_flush_has_made_room() {
 fn a_layer_that_is_poisoned_while_somebody_has_the_map_is_not_trusted_by_a_successor() {
     let disk = new_disk();
     let layer = open(disk.clone(), options(0));
-    layer.write_blocks(Block::new(0), &[1; BLOCK_LEN]).unwrap();
+    layer.put(0, &[1; BLOCK_LEN]).unwrap();
     {
         let _map = layer.shared.map.write();
         layer
@@ -260,7 +263,7 @@ impl Killed {
         let killed = Killed { dir, header };
         WritableLayer::create(&FileStorage, &killed.layer(), &killed.header).unwrap();
         let layer = killed.open();
-        layer.write_blocks(Block::new(3), &[1; BLOCK_LEN]).unwrap();
+        layer.put(3, &[1; BLOCK_LEN]).unwrap();
         drop(layer);
         assert!(matches!(killed.left(), Left::Trusted(_)));
         killed
@@ -306,7 +309,7 @@ fn a_log_is_not_trusted_once_a_backup_was_put_back_over_the_layer() {
         let layer = killed.open();
         assert_eq!(layer.state(Block::new(3)), BlockState::Parent, "{name}");
         // It works, and what it is told from now on holds after a kill.
-        layer.write_blocks(Block::new(5), &[2; BLOCK_LEN]).unwrap();
+        layer.put(5, &[2; BLOCK_LEN]).unwrap();
         drop(layer);
         let layer = killed.open();
         assert_eq!(layer.state(Block::new(5)), BlockState::Data, "{name}");
@@ -351,19 +354,22 @@ fn blocks_that_were_made_zeros_in_place_are_taken_over_as_such() {
     for layer in layers {
         for (start, len) in [(3, 1), (10, 4), (20, 2)] {
             layer
-                .write_blocks(Block::new(start), &vec![7; BLOCK_LEN * len as usize])
+                .put(start, &vec![7; BLOCK_LEN * len as usize])
                 .unwrap();
         }
         // Data alone, data and what is none, none.
         for (start, len) in [(3, 1), (12, 6), (30, 2)] {
             let span = Span::new(Block::new(start), Blocks::new(len));
-            layer.allocate_zeroed(span).unwrap();
+            let held = layer.lock_blocks(span).unwrap();
+            layer.allocate_zeroed(&held, span).unwrap();
         }
+        let held = layer.lock_blocks(Span::of(Block::new(13))).unwrap();
         layer
-            .write_within(Offset::new(13 * BLOCK_SIZE), &[9; 512])
+            .write_within(&held, Offset::new(13 * BLOCK_SIZE), &[9; 512])
             .unwrap();
+        drop(held);
         layer
-            .clear_blocks(Span::of(Block::new(20)), BlockState::Zero)
+            .clear(Span::of(Block::new(20)), BlockState::Zero)
             .unwrap();
         let (storage, dir) = (layer.storage_handle(), layer.dir().to_owned());
         let before: Vec<_> = (0..BLOCKS).map(|block| sectors(&layer, block)).collect();
@@ -430,9 +436,7 @@ fn a_log_whose_layer_has_grown_is_trusted() {
     let killed = Killed::new();
     let layer = killed.open();
     layer.grow(2 * BLOCKS * BLOCK_SIZE).unwrap();
-    layer
-        .write_blocks(Block::new(BLOCKS + 1), &[4; BLOCK_LEN])
-        .unwrap();
+    layer.put(BLOCKS + 1, &[4; BLOCK_LEN]).unwrap();
     drop(layer);
     let layer = killed.open();
     assert_eq!(layer.state(Block::new(3)), BlockState::Data);
@@ -444,7 +448,7 @@ fn a_log_whose_layer_has_grown_is_trusted() {
 fn what_a_successors_sync_lost_is_replayed_from_the_journal_at_the_next_opening() {
     let disk = new_disk();
     let layer = open(disk.clone(), options(4));
-    layer.write_blocks(Block::new(3), &[1; BLOCK_LEN]).unwrap();
+    layer.put(3, &[1; BLOCK_LEN]).unwrap();
     layer.flush().unwrap();
     drop(layer);
     let faults = FaultStorage::new(Arc::new(disk.clone()));
@@ -475,7 +479,7 @@ fn a_log_of_another_file_is_not_applied() {
     WritableLayer::create(&storage, &layer, &header).unwrap();
     let open = |dir: &Path| WritableLayer::open(Arc::new(storage), dir, options(0)).unwrap();
     let writer = open(&layer);
-    writer.write_blocks(Block::new(3), &[1; BLOCK_LEN]).unwrap();
+    writer.put(3, &[1; BLOCK_LEN]).unwrap();
     // A snapshot of the file system, taken while the layer is written.
     let copy = dir.path().join("copy");
     std::fs::create_dir(&copy).unwrap();
