@@ -268,10 +268,9 @@ impl ChainStats {
 
     /// Adds to counters of this thread.
     fn count<const N: usize>(&self, amounts: [(Pick, u64); N]) {
-        if let Some((slot, adder)) = self.table().slots.own() {
-            for (counter, amount) in amounts {
-                adder.add(counter(slot), amount);
-            }
+        let (slot, adder) = self.table().slots.own();
+        for (counter, amount) in amounts {
+            adder.add(counter(slot), amount);
         }
     }
 
