@@ -12,4 +12,5 @@
 
 mod arrows;
 mod pages;
+mod silence;
 mod tree;
