@@ -7,7 +7,8 @@ use super::output::write_out;
 use super::{Context, shown};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_engine::lost;
-use vellum_engine::mount::{Rights, mount as mount_container, umount as umount_container};
+use vellum_engine::mount::{Rights, mount as mount_container};
+use vellum_engine::teardown::umount as umount_container;
 use vellum_fs::ext4::Atime;
 use vellum_store::Store;
 

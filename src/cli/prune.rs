@@ -4,7 +4,7 @@ use super::Context;
 use super::output::human_size;
 use vellum_base::error::Result;
 use vellum_engine::check::finish_commits;
-use vellum_engine::mount::clean_orphaned_run_dirs;
+use vellum_engine::teardown::clean_orphaned_run_dirs;
 
 /// Arguments of `prune`.
 #[derive(Debug, clap::Args)]

@@ -4,7 +4,7 @@ use super::Context;
 use super::output::complain;
 use vellum_base::error::{Error, Result};
 use vellum_base::interrupt;
-use vellum_engine::mount;
+use vellum_engine::teardown;
 use vellum_store::PruneReport;
 
 /// Arguments of `rm`.
@@ -29,7 +29,7 @@ pub(super) struct RmiArgs {
 pub(super) fn rm(args: &RmArgs, context: &Context) -> Result<()> {
     let store = context.store_to_change()?;
     each(&args.containers, context, |name| {
-        let report = mount::remove(&store, name, args.force)?;
+        let report = teardown::remove(&store, name, args.force)?;
         say_what_is_left(&report, context);
         Ok(())
     })

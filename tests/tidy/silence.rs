@@ -16,7 +16,7 @@ const MEANT: &[Meant] = &[
         &[
             ("crates/vellum-engine/src/check/mod.rs", 1),
             ("crates/vellum-engine/src/import.rs", 1),
-            ("crates/vellum-engine/src/mount.rs", 3),
+            ("crates/vellum-engine/src/mount.rs", 2),
             ("crates/vellum-engine/src/run/executable.rs", 2),
             ("crates/vellum-engine/src/run/mod.rs", 1),
             ("crates/vellum-engine/src/run/runtime.rs", 1),
@@ -24,6 +24,7 @@ const MEANT: &[Meant] = &[
             ("crates/vellum-engine/src/run/spec.rs", 1),
             ("crates/vellum-engine/src/run/user.rs", 2),
             ("crates/vellum-engine/src/run/volume.rs", 1),
+            ("crates/vellum-engine/src/teardown.rs", 1),
             ("crates/vellum-export/src/nbd/exec.rs", 1),
             ("crates/vellum-export/src/nbd/protocol.rs", 1),
             ("crates/vellum-image/src/acl.rs", 1),

@@ -9,7 +9,8 @@ use uuid::Uuid;
 
 use super::device::{PREPARE_SEAL, SEAL_TOP, SealTop, Target, forget_ext4_journal};
 use super::lock_container;
-use super::mount::{mounted, refuse_halted, take_over};
+use super::mount_point::mounted;
+use super::teardown::{refuse_halted, take_over};
 use super::template;
 use super::temporary::{TemporaryMount, is_clean};
 use super::wire::encode;

@@ -1,7 +1,8 @@
 //! What a container changed, by paths.
 
 use super::lock_container;
-use super::mount::{mounted, take_over};
+use super::mount_point::mounted;
+use super::teardown::take_over;
 use super::temporary::TemporaryMount;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_image::{Change, Foreign, diff_trees_but};

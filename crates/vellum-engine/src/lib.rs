@@ -20,6 +20,7 @@ pub mod serve;
 pub mod serving;
 pub mod stats;
 pub mod status;
+pub mod teardown;
 pub mod template;
 pub mod temporary;
 pub mod upgrade;

@@ -1,37 +1,21 @@
 //! Chains as mounted file systems.
-//!
-//! This and [`run`] need each other: to run something a container is mounted, and to unmount it what
-//! runs there is ended first, which in turn unmounts what a killed command left.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::device::{Target, attach_spec};
 use super::grow::grow_file_system;
-use super::mount_point::{self, UNMOUNT_TIMEOUT, unmount_device};
-use super::serving::serving;
-use super::temporary::end_dead;
-use super::{container_lock, lock_container, run};
+use super::lock_container;
+use super::mount_point::{self, Mounted, UNMOUNT_TIMEOUT, mounted, unmount_device};
+use super::teardown::take_over;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 use vellum_export::device::{self, DetachOptions};
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::ext4::{self, Atime};
 use vellum_fs::mountinfo::MountInfo;
-use vellum_store::{ContainerRecord, PruneReport, Store};
+use vellum_store::{ContainerRecord, Store};
 
 pub use super::mount_point::Rights;
-
-/// A container that is mounted.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct Mounted {
-    /// Where.
-    #[serde(serialize_with = "super::path_as_text")]
-    pub dir: PathBuf,
-    /// The block device.
-    pub device: PathBuf,
-    /// The file system met an error and takes no writes any more, until it is mounted anew.
-    pub given_up: bool,
-}
 
 /// Attaches a container and mounts its file system at `dir`, by default a directory under the
 /// store, with these rights. It stays after this process ends.
@@ -195,224 +179,4 @@ fn mount_grown(
         }
         other => other,
     }
-}
-
-/// Where a container is mounted, if it is.
-///
-/// # Errors
-/// Where the host's mounts cannot be read.
-pub fn mounted(store: &Store, container: &ContainerRecord) -> Result<Option<Mounted>> {
-    let Some(status) = device::status(&store.run_dir(container))? else {
-        return Ok(None);
-    };
-    let Some(device) = status.loop_device else {
-        return Ok(None);
-    };
-    let Some(number) = LoopDevice::from_path(&device).map(LoopDevice::major_minor) else {
-        return Ok(None);
-    };
-    let mounts = MountInfo::read()?;
-    let first = mounts.into_iter().find(|mount| mount.major_minor == number);
-    Ok(first.map(|mount| Mounted {
-        given_up: ext4::has_given_up(&mount),
-        dir: mount.target,
-        device,
-    }))
-}
-
-/// Takes away what commands and servers that are dead left of a container: a mount whose servers
-/// are all dead (whoever looks there gets I/O errors, and what was flushed is in the layer), a device
-/// that was attached and not mounted yet, or not detached any more, and temporary mounts.
-///
-/// # Errors
-/// [`ErrorKind::InUse`] while something runs in the container, or a program still has its working
-/// directory or files there, or the device is mounted in another mount namespace.
-pub(super) fn take_over(store: &Store, container: &ContainerRecord) -> Result<()> {
-    end_dead(store);
-    let Some(status) = device::status(&store.run_dir(container))? else {
-        return Ok(());
-    };
-    match (status.alive, mounted(store, container)?) {
-        (true, Some(_)) => Ok(()),
-        (true, None) => {
-            tracing::info!("{}: attached and not mounted: detached", container.name);
-            umount_locked(store, container, false)
-        }
-        (false, Some(mounted)) => {
-            tracing::warn!("{}: its server is dead: unmounted", mounted.dir.display());
-            umount_locked(store, container, false)
-        }
-        // Attaching clears the rest.
-        (false, None) => Ok(()),
-    }
-}
-
-/// Unmounts a container wherever it is mounted and ends its server. Returns false for one that was
-/// not mounted, of which nothing else was left either: that is fine.
-///
-/// # Errors
-/// [`ErrorKind::InUse`] while something runs in it or a program uses the file system, unless `force`
-/// is given: then it is taken away from under it; and while it is served over NBD.
-pub fn umount(store: &Store, name: &str, force: bool) -> Result<bool> {
-    let container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
-    end_dead(store);
-    let run_dir = store.run_dir(&container);
-    let was_there = device::status(&run_dir)?.is_some()
-        || run::activity(store, &container)? != run::Activity::Idle;
-    if !was_there && let Some(serving) = serving(store, &container)? {
-        return Err(serving.refusal(name));
-    }
-    umount_locked(store, &container, force)?;
-    Ok(was_there)
-}
-
-pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
-    let run_dir = store.run_dir(container);
-    see_to_halted(&run_dir, &container.name, force)?;
-    run::end_running(&run_dir, &container.name, force)?;
-    unmount_ended(store, container, force)
-}
-
-/// As [`umount_locked`], after what ran has ended. What says that something ran goes last, so that
-/// whoever comes after a crash in between knows that this was not finished.
-pub(super) fn unmount_ended(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
-    let run_dir = store.run_dir(container);
-    see_to_halted(&run_dir, &container.name, force)?;
-    take_scaffold_away(store, container);
-    unmount_device(&run_dir, force)
-        .map_err(|error| error.context(format!("cannot unmount {}", container.name)))?;
-    mount_point::remove_all(&run_dir)?;
-    let options = DetachOptions {
-        force,
-        ..DetachOptions::default()
-    };
-    device::detach(&run_dir, &options)
-        .map_err(|error| error.context(format!("cannot detach {}", container.name)))?;
-    run::forget(&run_dir)?;
-    // Not where there are files that are nobody's.
-    let _ = std::fs::remove_dir(&run_dir);
-    Ok(())
-}
-
-/// Takes away what running the container left in its file system. What stays does no harm: it is noted
-/// in the record.
-fn take_scaffold_away(store: &Store, container: &ContainerRecord) {
-    let take = || {
-        let alive = device::status(&store.run_dir(container))?.is_some_and(|status| status.alive);
-        match mounted(store, container)? {
-            Some(mounted) if alive => run::scaffold::take_away(store, container, &mounted.dir),
-            _ => Ok(()),
-        }
-    };
-    if let Err(error) = take() {
-        tracing::warn!(%error, "{}: mount points stay in it", container.name);
-    }
-}
-
-/// Before a device is unmounted: as [`refuse_halted`], and by force as [`device::wake`].
-fn see_to_halted(run_dir: &Path, name: &str, force: bool) -> Result<()> {
-    match force {
-        true => device::wake(run_dir),
-        false => refuse_halted(run_dir, name),
-    }
-}
-
-/// Refuses to go on where all processes of a device are stopped: whoever touches it waits in the kernel
-/// then, and cannot even be killed.
-pub(super) fn refuse_halted(run_dir: &Path, name: &str) -> Result<()> {
-    match device::status(run_dir)? {
-        Some(status) if status.halted => Err(Error::new(
-            ErrorKind::Timeout,
-            format!(
-                "all processes of the server of {name} are stopped (by a signal or a debugger): \
-                 `kill -CONT {}`, or `vellum umount --force {name}`, which gives those who use it \
-                 I/O errors and keeps what was flushed",
-                status
-                    .stopped
-                    .iter()
-                    .map(i32::to_string)
-                    .collect::<Vec<_>>()
-                    .join(" ")
-            ),
-        )),
-        _ => Ok(()),
-    }
-}
-
-/// Unmounts and detaches a container, then removes it. The report is as that of
-/// [`Store::remove_container`].
-///
-/// # Errors
-/// [`ErrorKind::InUse`] while something runs in it or it is mounted and `force` is not given, or
-/// while a program uses it.
-pub fn remove(store: &Store, name: &str, force: bool) -> Result<PruneReport> {
-    let container = store.container(name)?;
-    let report = {
-        let _busy = lock_container(store, &container)?;
-        end_dead(store);
-        if force {
-            device::wake(&store.run_dir(&container))?;
-        }
-        run::end_for_good(store, &container, force)?;
-        if let (Some(mounted), false) = (mounted(store, &container)?, force) {
-            return Err(Error::new(
-                ErrorKind::InUse,
-                format!(
-                    "the container {name} is mounted at {}: unmount it first (`vellum umount {name}`) or remove it with --force",
-                    mounted.dir.display()
-                ),
-            ));
-        }
-        umount_locked(store, &container, force)?;
-        store.remove_container(name)?
-    };
-    let lock = container_lock(store, container.id);
-    // The last user of the name; a leftover is harmless and pruned.
-    let _ = std::fs::remove_file(lock);
-    let (dir, socket) = store.socket_beside(container.id);
-    let _ = std::fs::remove_file(dir.join(socket));
-    Ok(report)
-}
-
-/// Cleans up run directories that belong to no container: what a crash left of imports and
-/// removed containers. Those of a command that still runs are left alone. Returns what was
-/// removed, for people.
-///
-/// # Errors
-/// Where the directories cannot be listed.
-pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
-    let shown =
-        |run_dir: &Path| format!("run/{}", run_dir.file_name().unwrap_or_default().display());
-    let ended = end_dead(store);
-    let mut done: Vec<String> = ended.iter().map(|run_dir| shown(run_dir)).collect();
-    // Whoever uses a temporary mount holds the other side of this lock.
-    let Some(_lock) = store.try_collection_lock()? else {
-        return Ok(done);
-    };
-    for run_dir in store.orphaned_run_dirs()? {
-        device::wake(&run_dir)?;
-        // Its record was taken away by hand: removing a container ends what runs in it first.
-        if let Err(error) = run::end_running(&run_dir, "of a removed record", false) {
-            tracing::warn!(%error, "{}: left as it is", run_dir.display());
-            continue;
-        }
-        unmount_device(&run_dir, true)?;
-        mount_point::end_etc(&run_dir)?;
-        let options = DetachOptions {
-            force: true,
-            ..DetachOptions::default()
-        };
-        device::detach(&run_dir, &options)?;
-        match std::fs::remove_dir_all(&run_dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io(
-                    format!("cannot remove {}", run_dir.display()),
-                    error,
-                ));
-            }
-            _ => done.push(shown(&run_dir)),
-        }
-    }
-    Ok(done)
 }

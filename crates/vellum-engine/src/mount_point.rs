@@ -13,7 +13,7 @@ use vellum_export::device;
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::ext4::{self, Atime};
 use vellum_fs::mountinfo::MountInfo;
-use vellum_store::Store;
+use vellum_store::{ContainerRecord, Store};
 
 /// How long an unmount waits for those who use the file system.
 pub(super) const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -224,4 +224,39 @@ pub fn unmount_device(run_dir: &Path, force: bool) -> Result<()> {
         Some(device) => unmount_all(device, force),
         None => Ok(()),
     }
+}
+
+/// A container that is mounted.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Mounted {
+    /// Where.
+    #[serde(serialize_with = "super::path_as_text")]
+    pub dir: PathBuf,
+    /// The block device.
+    pub device: PathBuf,
+    /// The file system met an error and takes no writes any more, until it is mounted anew.
+    pub given_up: bool,
+}
+
+/// Where a container is mounted, if it is.
+///
+/// # Errors
+/// Where the host's mounts cannot be read.
+pub fn mounted(store: &Store, container: &ContainerRecord) -> Result<Option<Mounted>> {
+    let Some(status) = device::status(&store.run_dir(container))? else {
+        return Ok(None);
+    };
+    let Some(device) = status.loop_device else {
+        return Ok(None);
+    };
+    let Some(number) = LoopDevice::from_path(&device).map(LoopDevice::major_minor) else {
+        return Ok(None);
+    };
+    let mounts = MountInfo::read()?;
+    let first = mounts.into_iter().find(|mount| mount.major_minor == number);
+    Ok(first.map(|mount| Mounted {
+        given_up: ext4::has_given_up(&mount),
+        dir: mount.target,
+        device,
+    }))
 }

@@ -21,8 +21,9 @@ use serde::Serialize;
 
 use super::device::{COPY_UP, CopyUp, Target};
 use super::lock_container;
-use super::mount::{mounted, take_over};
+use super::mount_point::mounted;
 use super::stats::Sockets;
+use super::teardown::take_over;
 use super::temporary::TemporaryMount;
 use super::wire::{decode, encode};
 use vellum_base::block::BLOCK_SIZE;

@@ -12,7 +12,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::device::{DeviceStats, STATS};
-use super::mount::mounted;
+use super::mount_point::mounted;
 use super::wire::decode;
 use vellum_base::block::{BLOCK_SIZE, Blocks};
 use vellum_base::error::{ErrorKind, Result};

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::device::DeviceStats;
 use super::known::Known;
-use super::mount::{Mounted, mounted};
+use super::mount_point::{Mounted, mounted};
 use super::run::{Activity, activity};
 use super::serving::{Serving, serving};
 use super::stats::{Space, device_stats, space};

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::mount::mounted;
+use super::mount_point::mounted;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_store::{ContainerRecord, Records, Store};
 

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::{CheckReport, Remedy};
 use crate::container_lock;
-use crate::mount::{clean_orphaned_run_dirs, umount};
+use crate::teardown::{clean_orphaned_run_dirs, umount};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
 use vellum_core::layer::{SealedLayer, repair_layer, seal_in_place};

@@ -28,7 +28,7 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Who started a container's processes, and with what.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Owner {
+pub(crate) struct Owner {
     /// The container's id with the runtime, and its cgroup.
     pub(super) id: String,
     /// The runtime's program.
@@ -40,7 +40,7 @@ pub(super) struct Owner {
     /// A path in the container's cgroup's name.
     pub(super) cgroup: String,
     /// It was mounted before, and stays so.
-    pub(super) keep_mounted: bool,
+    pub(crate) keep_mounted: bool,
     /// The boot that all this is of, and the run directory: in a copy of that it says nothing.
     #[serde(default)]
     pub(super) boot_id: String,
@@ -56,7 +56,7 @@ pub(super) fn oci_dir(run_dir: &Path) -> PathBuf {
 impl Owner {
     /// The record in a run directory; `None` where nothing was started or all was cleaned up, and
     /// where it is another's: of an earlier boot, or copied with its store while something ran.
-    pub(super) fn read(run_dir: &Path) -> Result<Option<Owner>> {
+    pub(crate) fn read(run_dir: &Path) -> Result<Option<Owner>> {
         let path = oci_dir(run_dir).join("owner.json");
         match fs::read(&path) {
             // Half written: a crash that came before anything was started.
@@ -219,23 +219,6 @@ pub(crate) fn end_running(run_dir: &Path, container: &str, force: bool) -> Resul
         _ => {}
     }
     kill_left(run_dir).map_err(|error| error.context(format!("cannot clean up after {container}")))
-}
-
-/// As [`end_running`], for a container that is to be removed: what a killed command left mounted
-/// is unmounted too.
-///
-/// # Errors
-/// As [`end_running`].
-pub(crate) fn end_for_good(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
-    let run_dir = store.run_dir(container);
-    let owner = Owner::read(&run_dir)?;
-    end_running(&run_dir, &container.name, force)?;
-    match owner {
-        Some(owner) if !owner.keep_mounted => {
-            super::super::mount::unmount_ended(store, container, force)
-        }
-        _ => forget(&run_dir),
-    }
 }
 
 /// Kills what is left of a run and removes its cgroup.

@@ -5,7 +5,7 @@
 //!   there, beside what runs in it or alone.
 //! * [`activity()`] says what runs; unmounting and removing end it.
 
-mod activity;
+pub(super) mod activity;
 mod bundle;
 mod capabilities;
 mod executable;
@@ -26,11 +26,10 @@ use std::process::Command;
 use uuid::Uuid;
 
 use super::lock_container;
-use super::mount::{
-    self, Rights, mount_anew, mount_locked, mounted, refuse_halted, take_over, unmount_ended,
-};
-use super::mount_point;
-use activity::{Owner, kill_left, oci_dir, settled_activity};
+use super::mount::{Rights, mount_anew, mount_locked};
+use super::mount_point::{self, mounted};
+use super::teardown::{self, end_for_good, refuse_halted, take_over, unmount_ended};
+use activity::{Owner, forget, kill_left, oci_dir, settled_activity};
 use bundle::{absolute, host_name, prepare, write_json};
 use executable::{Files, NoProgram};
 use foreground::Foreground;
@@ -43,7 +42,6 @@ use vellum_fs::held_dir::Place;
 use vellum_store::{Confinement, ContainerRecord, NewContainer, Store};
 
 pub use activity::{Activity, activity};
-pub(super) use activity::{end_for_good, end_running, forget};
 pub use capabilities::parse_capability;
 pub(super) use runtime::find as find_runtime;
 pub use seccomp::parse_seccomp;
@@ -123,7 +121,7 @@ pub fn check_confinement(confinement: &Confinement) -> Result<()> {
 ///
 /// # Errors
 /// [`ErrorKind::Missing`] without an OCI runtime; as [`Store::create_container`] and
-/// [`mount::mount`]; [`ErrorKind::NotFound`] for a user that the image does not have.
+/// [`super::mount::mount`]; [`ErrorKind::NotFound`] for a user that the image does not have.
 pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Result<Ended> {
     let program = runtime::find()?;
     check_volumes(&new.volumes)?;
@@ -146,7 +144,7 @@ fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
     // Somebody may have removed it meanwhile, and even made another of that name.
     match store.container(&container.name) {
         Ok(there) if there.id == container.id => {
-            mount::remove(store, &container.name, false).map(drop)
+            teardown::remove(store, &container.name, false).map(drop)
         }
         Ok(_) => Ok(()),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),

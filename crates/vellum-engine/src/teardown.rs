@@ -1,0 +1,226 @@
+//! The way down: what runs in a container is ended, its file system unmounted, its device detached. To
+//! stop and to unmount are one act, so that a crash in between leaves what the next command finishes.
+
+use std::path::Path;
+
+use super::mount_point::{self, mounted, unmount_device};
+use super::run::activity::{Activity, Owner, activity, end_running, forget};
+use super::run::scaffold;
+use super::serving::serving;
+use super::temporary::end_dead;
+use super::{container_lock, lock_container};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_export::device::{self, DetachOptions};
+use vellum_store::{ContainerRecord, PruneReport, Store};
+
+/// Takes away what commands and servers that are dead left of a container: a mount whose servers
+/// are all dead (whoever looks there gets I/O errors, and what was flushed is in the layer), a device
+/// that was attached and not mounted yet, or not detached any more, and temporary mounts.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while something runs in the container, or a program still has its working
+/// directory or files there, or the device is mounted in another mount namespace.
+pub(super) fn take_over(store: &Store, container: &ContainerRecord) -> Result<()> {
+    end_dead(store);
+    let Some(status) = device::status(&store.run_dir(container))? else {
+        return Ok(());
+    };
+    match (status.alive, mounted(store, container)?) {
+        (true, Some(_)) => Ok(()),
+        (true, None) => {
+            tracing::info!("{}: attached and not mounted: detached", container.name);
+            umount_locked(store, container, false)
+        }
+        (false, Some(mounted)) => {
+            tracing::warn!("{}: its server is dead: unmounted", mounted.dir.display());
+            umount_locked(store, container, false)
+        }
+        // Attaching clears the rest.
+        (false, None) => Ok(()),
+    }
+}
+
+/// Unmounts a container wherever it is mounted and ends its server. Returns false for one that was
+/// not mounted, of which nothing else was left either: that is fine.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while something runs in it or a program uses the file system, unless `force`
+/// is given: then it is taken away from under it; and while it is served over NBD.
+pub fn umount(store: &Store, name: &str, force: bool) -> Result<bool> {
+    let container = store.container(name)?;
+    let _busy = lock_container(store, &container)?;
+    end_dead(store);
+    let run_dir = store.run_dir(&container);
+    let was_there =
+        device::status(&run_dir)?.is_some() || activity(store, &container)? != Activity::Idle;
+    if !was_there && let Some(serving) = serving(store, &container)? {
+        return Err(serving.refusal(name));
+    }
+    umount_locked(store, &container, force)?;
+    Ok(was_there)
+}
+
+pub(super) fn umount_locked(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
+    let run_dir = store.run_dir(container);
+    see_to_halted(&run_dir, &container.name, force)?;
+    end_running(&run_dir, &container.name, force)?;
+    unmount_ended(store, container, force)
+}
+
+/// As [`umount_locked`], after what ran has ended. What says that something ran goes last, so that
+/// whoever comes after a crash in between knows that this was not finished.
+pub(super) fn unmount_ended(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
+    let run_dir = store.run_dir(container);
+    see_to_halted(&run_dir, &container.name, force)?;
+    take_scaffold_away(store, container);
+    unmount_device(&run_dir, force)
+        .map_err(|error| error.context(format!("cannot unmount {}", container.name)))?;
+    mount_point::remove_all(&run_dir)?;
+    let options = DetachOptions {
+        force,
+        ..DetachOptions::default()
+    };
+    device::detach(&run_dir, &options)
+        .map_err(|error| error.context(format!("cannot detach {}", container.name)))?;
+    forget(&run_dir)?;
+    // Not where there are files that are nobody's.
+    let _ = std::fs::remove_dir(&run_dir);
+    Ok(())
+}
+
+/// Takes away what running the container left in its file system. What stays does no harm: it is noted
+/// in the record.
+fn take_scaffold_away(store: &Store, container: &ContainerRecord) {
+    let take = || {
+        let alive = device::status(&store.run_dir(container))?.is_some_and(|status| status.alive);
+        match mounted(store, container)? {
+            Some(mounted) if alive => scaffold::take_away(store, container, &mounted.dir),
+            _ => Ok(()),
+        }
+    };
+    if let Err(error) = take() {
+        tracing::warn!(%error, "{}: mount points stay in it", container.name);
+    }
+}
+
+/// Before a device is unmounted: as [`refuse_halted`], and by force as [`device::wake`].
+fn see_to_halted(run_dir: &Path, name: &str, force: bool) -> Result<()> {
+    match force {
+        true => device::wake(run_dir),
+        false => refuse_halted(run_dir, name),
+    }
+}
+
+/// Refuses to go on where all processes of a device are stopped: whoever touches it waits in the kernel
+/// then, and cannot even be killed.
+pub(super) fn refuse_halted(run_dir: &Path, name: &str) -> Result<()> {
+    match device::status(run_dir)? {
+        Some(status) if status.halted => Err(Error::new(
+            ErrorKind::Timeout,
+            format!(
+                "all processes of the server of {name} are stopped (by a signal or a debugger): \
+                 `kill -CONT {}`, or `vellum umount --force {name}`, which gives those who use it \
+                 I/O errors and keeps what was flushed",
+                status
+                    .stopped
+                    .iter()
+                    .map(i32::to_string)
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Unmounts and detaches a container, then removes it. The report is as that of
+/// [`Store::remove_container`].
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while something runs in it or it is mounted and `force` is not given, or
+/// while a program uses it.
+pub fn remove(store: &Store, name: &str, force: bool) -> Result<PruneReport> {
+    let container = store.container(name)?;
+    let report = {
+        let _busy = lock_container(store, &container)?;
+        end_dead(store);
+        if force {
+            device::wake(&store.run_dir(&container))?;
+        }
+        end_for_good(store, &container, force)?;
+        if let (Some(mounted), false) = (mounted(store, &container)?, force) {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "the container {name} is mounted at {}: unmount it first (`vellum umount {name}`) or remove it with --force",
+                    mounted.dir.display()
+                ),
+            ));
+        }
+        umount_locked(store, &container, force)?;
+        store.remove_container(name)?
+    };
+    let lock = container_lock(store, container.id);
+    // The last user of the name; a leftover is harmless and pruned.
+    let _ = std::fs::remove_file(lock);
+    let (dir, socket) = store.socket_beside(container.id);
+    let _ = std::fs::remove_file(dir.join(socket));
+    Ok(report)
+}
+
+/// Cleans up run directories that belong to no container: what a crash left of imports and
+/// removed containers. Those of a command that still runs are left alone. Returns what was
+/// removed, for people.
+///
+/// # Errors
+/// Where the directories cannot be listed.
+pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
+    let shown =
+        |run_dir: &Path| format!("run/{}", run_dir.file_name().unwrap_or_default().display());
+    let ended = end_dead(store);
+    let mut done: Vec<String> = ended.iter().map(|run_dir| shown(run_dir)).collect();
+    // Whoever uses a temporary mount holds the other side of this lock.
+    let Some(_lock) = store.try_collection_lock()? else {
+        return Ok(done);
+    };
+    for run_dir in store.orphaned_run_dirs()? {
+        device::wake(&run_dir)?;
+        // Its record was taken away by hand: removing a container ends what runs in it first.
+        if let Err(error) = end_running(&run_dir, "of a removed record", false) {
+            tracing::warn!(%error, "{}: left as it is", run_dir.display());
+            continue;
+        }
+        unmount_device(&run_dir, true)?;
+        mount_point::end_etc(&run_dir)?;
+        let options = DetachOptions {
+            force: true,
+            ..DetachOptions::default()
+        };
+        device::detach(&run_dir, &options)?;
+        match std::fs::remove_dir_all(&run_dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(
+                    format!("cannot remove {}", run_dir.display()),
+                    error,
+                ));
+            }
+            _ => done.push(shown(&run_dir)),
+        }
+    }
+    Ok(done)
+}
+
+/// As [`end_running`], for a container that is to be removed: what a killed command left mounted
+/// is unmounted too.
+///
+/// # Errors
+/// As [`end_running`].
+pub(super) fn end_for_good(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
+    let run_dir = store.run_dir(container);
+    let owner = Owner::read(&run_dir)?;
+    end_running(&run_dir, &container.name, force)?;
+    match owner {
+        Some(owner) if !owner.keep_mounted => unmount_ended(store, container, force),
+        _ => forget(&run_dir),
+    }
+}
