@@ -1,6 +1,6 @@
 //! Making a layer durable: flushes, records ahead of them, closing and sealing.
 //!
-//! A flush freezes what changed, makes a [`plan`] and carries it out: few blocks go into the journal
+//! A flush freezes what changed, makes a [`mod@plan`] and carries it out: few blocks go into the journal
 //! with the record that commits them, in one synchronous write and without a sync of the data files;
 //! for many the data files are synced first, and the record is a *barrier* that retires the blocks of
 //! older records. Where clients flush after every few writes, records are written ahead of the flush.

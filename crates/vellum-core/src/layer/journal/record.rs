@@ -57,7 +57,7 @@ impl AlignedBuf {
 pub(in crate::layer) struct RecordBody {
     /// Older records' blocks are synced: replay must leave them out.
     pub(in crate::layer) barrier: bool,
-    /// Map changes in order; [`BlockState::Parent`] too.
+    /// Map changes in order; [`vellum_base::block::BlockState::Parent`] too.
     pub(in crate::layer) changes: Vec<MapExtent>,
     /// Numbers of the blocks whose bytes the record carries.
     pub(in crate::layer) blocks: Vec<Block>,
