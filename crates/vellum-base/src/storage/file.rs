@@ -9,7 +9,9 @@ use std::sync::Arc;
 use super::host_file::HostFile;
 use super::shared_mapping::SharedMapping;
 use super::waiting::waits;
-use super::{Entry, Held, Holder, LockMode, OpenMode, SharedFile, Storage, StorageFile};
+use super::{
+    Entry, Held, Holder, LockMode, OpenMode, SharedFile, Storage, StorageFile, names_nothing,
+};
 use crate::interrupt;
 
 /// The host's own files. Directories are made with mode 0700, files with 0600.
@@ -90,7 +92,7 @@ impl Storage for FileStorage {
         let _waits = waits();
         match fs::symlink_metadata(path) {
             Ok(_) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) if names_nothing(&error) => Ok(false),
             Err(error) => Err(error),
         }
     }

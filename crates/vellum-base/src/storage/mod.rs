@@ -76,6 +76,14 @@ pub struct Entry {
     pub is_dir: bool,
 }
 
+/// What a system says of a path at which there is nothing, also where its parent is a file.
+fn names_nothing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
+}
+
 /// A tree of files. Names become durable with [`Storage::sync_dir`], contents with
 /// [`StorageFile::sync`].
 pub trait Storage: Send + Sync + std::fmt::Debug {
@@ -91,7 +99,7 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     fn remove_tree(&self, path: &Path) -> io::Result<()>;
     /// The entries of a directory, sorted by name.
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>>;
-    /// True when a file or directory of that name is there.
+    /// True when a file or directory of that name is there; below a file nothing is.
     fn exists(&self, path: &Path) -> io::Result<bool>;
     /// True where nothing can be written below this directory.
     fn is_read_only(&self, _path: &Path) -> bool {

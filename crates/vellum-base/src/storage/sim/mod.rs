@@ -21,7 +21,7 @@ use self::file::SimFile;
 use self::tree::{NodeId, Tree};
 use super::op::{OpCounts, OpKind};
 use super::rng::SeededRng;
-use super::{Entry, OpenMode, Storage, StorageFile};
+use super::{Entry, OpenMode, Storage, StorageFile, names_nothing};
 
 /// How much of what is not certain survives a cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -393,7 +393,7 @@ impl Storage for SimStorage {
     fn exists(&self, path: &Path) -> io::Result<bool> {
         self.look(OpKind::Look, |tree| match tree.find(path) {
             Ok(_) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) if names_nothing(&error) => Ok(false),
             Err(error) => Err(error),
         })
     }

@@ -1,3 +1,4 @@
+use super::super::FileStorage;
 use super::*;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -82,5 +83,21 @@ fn a_seed_gives_the_same_disk_every_time() {
     let read = |seed| disk.cut(seed).read_all(&path("f"), 50000).unwrap();
     for seed in 0..20 {
         assert_eq!(read(seed), read(seed));
+    }
+}
+
+/// A store's `staging` may hold a file where a layer's directory is expected.
+#[test]
+fn below_a_file_nothing_is_there_on_either_storage() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = SimStorage::new();
+    let storages: [(&dyn Storage, &Path); 2] =
+        [(&FileStorage, dir.path()), (&disk, Path::new("/"))];
+    for (storage, top) in storages {
+        let file = top.join("file");
+        storage.open(&file, OpenMode::CreateNew).unwrap();
+        assert!(storage.exists(&file).unwrap());
+        assert!(!storage.exists(&file.join("lease")).unwrap());
+        assert!(!storage.exists(&top.join("other/lease")).unwrap());
     }
 }
