@@ -2,6 +2,7 @@
 
 use super::Context;
 use super::output::human_size;
+use super::snapshot::waited;
 use vellum_base::error::Result;
 use vellum_engine::commit::{CommitReport, commit};
 
@@ -28,12 +29,10 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
 }
 
 fn summary(report: &CommitReport) -> String {
-    let frozen = report.frozen_seconds.map_or(String::new(), |seconds| {
-        format!(", writers waited {:.1} ms", seconds * 1000.0)
-    });
     format!(
-        "committed {}: a layer of {}{frozen}\n",
+        "committed {}: a layer of {}{}\n",
         report.image.name,
-        human_size(report.bytes)
+        human_size(report.bytes),
+        waited(report.frozen_seconds)
     )
 }

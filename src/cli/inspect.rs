@@ -8,6 +8,7 @@ use super::output::Output;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{Header, SealedLayer};
 use vellum_engine::known::Known;
+use vellum_engine::snapshot::find;
 use vellum_engine::status;
 use vellum_store::Store;
 
@@ -40,6 +41,10 @@ fn inspect(store: &Store, name: &str) -> Result<Value> {
         let layers = layers(store, resolved.sealed.iter().chain([&resolved.top]));
         let status = status::status(&Known::new(store, &[]), container, true)?;
         return Ok(json!({ "type": "container", "container": status, "layers": layers }));
+    }
+    if let Some((snapshot, top)) = find(store, name)? {
+        let layers = layers(store, store.ancestry(Some(top))?.iter());
+        return Ok(json!({ "type": "container snapshot", "snapshot": snapshot, "layers": layers }));
     }
     if let Ok(image) = store.image(name) {
         let layers = layers(store, image.layers.iter());

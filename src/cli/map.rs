@@ -15,7 +15,7 @@ use vellum_engine::map::{BlockMap, Grid, Layout, Palette, Rgb, map, png, svg};
 /// Arguments of `map`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// A container or image
+    /// A container, image or snapshot (C@NAME)
     name: String,
     /// Write a picture to this PNG file
     #[arg(long, value_name = "FILE")]

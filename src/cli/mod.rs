@@ -13,6 +13,7 @@ mod device_server;
 mod diff;
 mod doctor;
 mod exec;
+mod fork;
 mod history;
 mod images;
 mod import;
@@ -26,7 +27,9 @@ mod prewarm;
 mod prune;
 mod ps;
 mod remove;
+mod rollback;
 mod run;
+mod snapshot;
 mod snapshotter;
 mod stats;
 mod upgrade_servers;
@@ -85,7 +88,7 @@ enum Command {
     Create(create::Args),
     /// List containers
     Ps(ps::Args),
-    /// Remove containers with their writable layers
+    /// Remove containers with their writable layers, and snapshots (C@NAME)
     Rm(remove::RmArgs),
     /// Remove images
     Rmi(remove::RmiArgs),
@@ -103,6 +106,14 @@ enum Command {
     Exec(exec::Args),
     /// Make an image from what a container changed; the container goes on
     Commit(commit::Args),
+    /// Keep a moment of a container, running or not
+    Snapshot(snapshot::SnapshotArgs),
+    /// List a container's snapshots
+    Snapshots(snapshot::SnapshotsArgs),
+    /// Make containers of a moment of another, running or not
+    Fork(fork::Args),
+    /// Make a stopped container what it was at a snapshot
+    Rollback(rollback::Args),
     /// List the paths that a container changed
     Diff(diff::Args),
     /// Show what copy-on-write costs containers: first touches, copy-ups, flushes, reads by layer
@@ -244,6 +255,9 @@ impl Command {
                 | Command::Run(_)
                 | Command::Exec(_)
                 | Command::Commit(_)
+                | Command::Snapshot(_)
+                | Command::Fork(_)
+                | Command::Rollback(_)
                 | Command::Diff(_)
                 | Command::Prewarm(_)
                 | Command::Prune(_)
@@ -266,6 +280,10 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Run(args) => return Ok(run::run(&args, context)),
         Command::Exec(args) => return Ok(exec::run(&args, context)),
         Command::Commit(args) => commit::run(&args, context)?,
+        Command::Snapshot(args) => snapshot::run(&args, context)?,
+        Command::Snapshots(args) => snapshot::list(&args, context)?,
+        Command::Fork(args) => fork::run(&args, context)?,
+        Command::Rollback(args) => rollback::run(&args, context)?,
         Command::Diff(args) => diff::run(&args, context)?,
         Command::Stats(args) => stats::run(&args, context)?,
         Command::Map(args) => map::run(&args, context)?,

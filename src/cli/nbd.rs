@@ -26,7 +26,7 @@ Exit status: 0 after SIGTERM, SIGINT or SIGHUP; 1 after a failure; killed by SIG
 fault of Vellum's own. Clients that reconnect lose nothing that was acknowledged once it is started again, \
 by hand or by systemd (Restart=on-failure).")]
 pub(super) struct Args {
-    /// Containers (writable) and images (read-only); each is an export of its name
+    /// Containers (writable), images and snapshots (C@NAME; read-only); each is an export of its name
     #[arg(required = true)]
     names: Vec<String>,
     /// Listen on this unix socket, of mode 0600 [default without --listen: run/nbd.sock in the store]

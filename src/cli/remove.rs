@@ -4,18 +4,22 @@ use super::Context;
 use super::output::complain;
 use vellum_base::error::{Error, Result};
 use vellum_base::interrupt;
-use vellum_engine::teardown;
+use vellum_engine::snapshot;
+use vellum_engine::teardown::{self, RemoveOptions};
 use vellum_store::PruneReport;
 
 /// Arguments of `rm`.
 #[derive(Debug, clap::Args)]
 pub(super) struct RmArgs {
-    /// The containers
+    /// The containers; C@NAME is a snapshot of one
     #[arg(required = true)]
     containers: Vec<String>,
     /// Also when they are mounted, or something runs in them, which is killed
     #[arg(short, long)]
     force: bool,
+    /// Also those that have snapshots, which go with them
+    #[arg(long)]
+    snapshots: bool,
 }
 
 /// Arguments of `rmi`.
@@ -29,7 +33,16 @@ pub(super) struct RmiArgs {
 pub(super) fn rm(args: &RmArgs, context: &Context) -> Result<()> {
     let store = context.store_to_change()?;
     each(&args.containers, context, |name| {
-        let report = teardown::remove(&store, name, args.force)?;
+        let report = match name.split_once('@') {
+            Some((container, name)) => snapshot::remove_snapshot(&store, container, name)?,
+            None => {
+                let options = RemoveOptions {
+                    force: args.force,
+                    snapshots: args.snapshots,
+                };
+                teardown::remove(&store, name, options)?
+            }
+        };
         say_what_is_left(&report, context);
         Ok(())
     })
@@ -44,7 +57,7 @@ pub(super) fn rmi(args: &RmiArgs, context: &Context) -> Result<()> {
 }
 
 /// Layers that could not be removed beside others' work take space until somebody removes them.
-fn say_what_is_left(report: &PruneReport, context: &Context) {
+pub(super) fn say_what_is_left(report: &PruneReport, context: &Context) {
     if report.busy {
         context.out.note(
             "other commands are at work on layers, so its layers are still there: `vellum prune` \

@@ -18,6 +18,7 @@ mod common;
 mod nbd_client;
 
 mod crash;
+mod databases;
 mod device;
 mod durability;
 mod ext4;
@@ -27,4 +28,5 @@ mod mount_support;
 mod remount;
 mod server_support;
 mod servers;
+mod snapshot;
 mod stats;

@@ -158,6 +158,54 @@ fn systemd_takes_the_unit() {
 }
 
 #[test]
+fn the_timer_that_takes_snapshots_is_one_for_systemd_and_says_the_commands_that_there_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut service = String::new();
+    for kind in ["service", "timer"] {
+        let text = fs::read_to_string(dist(&format!("vellum-snapshot@.{kind}"))).unwrap();
+        let installed = text.replace("/usr/local/bin/vellum", "/bin/true");
+        fs::write(
+            dir.path().join(format!("vellum-snapshot@db.{kind}")),
+            installed,
+        )
+        .unwrap();
+        if kind == "service" {
+            service = text;
+        }
+    }
+    let mut verify = Command::new("systemd-analyze");
+    verify
+        .args(["verify", "--man=no"])
+        .arg(dir.path().join("vellum-snapshot@db.timer"));
+    let output = run(&mut verify, "systemd");
+    let said = String::from_utf8_lossy(&output.stderr);
+    let about_it = said
+        .lines()
+        .filter(|line| line.contains("vellum-snapshot@"));
+    assert_eq!(about_it.collect::<Vec<_>>(), Vec::<&str>::new());
+    for line in service
+        .lines()
+        .filter_map(|line| line.strip_prefix("ExecStart="))
+    {
+        let mut words = line.split(' ').skip(1).collect::<Vec<_>>();
+        // The command line is understood: it fails over the container, not over its words.
+        let root = dir.path().join("store");
+        words.splice(0..0, ["--root", root.to_str().unwrap()]);
+        let output = Command::new(env!("CARGO_BIN_EXE_vellum"))
+            .args(&words)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{line}: {said}");
+        let words = ["container", "%i"];
+        assert!(
+            words.iter().all(|word| said.contains(word)),
+            "{line}: {said}"
+        );
+    }
+}
+
+#[test]
 fn the_configuration_that_is_shipped_says_the_defaults() {
     let config = Config::load(Some(&dist("config.toml"))).unwrap();
     assert_eq!(config.root.as_deref(), Some(Path::new("/var/lib/vellum")));

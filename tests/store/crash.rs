@@ -23,6 +23,10 @@ use vellum_engine::check::finish_commits;
 use vellum_engine::commit::commit;
 use vellum_engine::device::Target;
 use vellum_engine::import::{ImportOptions, Quiet, import};
+use vellum_engine::seal::How;
+use vellum_engine::snapshot::{
+    ForkVolumes, Present, fork, remove_snapshot, rollback, snapshot as keep,
+};
 use vellum_store::{
     FsInfo, LayerInfo, NewContainer, SnapshotKind, SnapshotRecord, Store, TemplateRecord,
 };
@@ -42,6 +46,9 @@ type Content = Vec<u8>;
 struct State {
     images: BTreeMap<String, Content>,
     containers: BTreeMap<String, Content>,
+    /// Snapshots of containers, as `C@NAME`.
+    kept: BTreeMap<String, Content>,
+    /// containerd's snapshots.
     snapshots: BTreeMap<String, (bool, Content)>,
     volumes: BTreeMap<String, ()>,
     quarantined: BTreeMap<String, ()>,
@@ -55,6 +62,10 @@ enum Op {
     Create(String, String),
     Write(String, u64, u8),
     Commit(String, String),
+    Keep(String, String),
+    ForgetKept(String, String),
+    Fork(String, Option<String>, String),
+    Rollback(String, String),
     Remove(String),
     RemoveImage(String),
     Prune,
@@ -103,6 +114,13 @@ fn view(store: &Store) -> Result<State> {
         state.images.insert(image.name, content);
     }
     for container in records.containers {
+        let settled = store.as_settled(container.clone())?;
+        for kept in &settled.snapshots {
+            let name = format!("{}@{}", settled.name, kept.name);
+            let top = *settled.snapshot_layers(kept.id)?.last().unwrap();
+            let content = read_target(store, &Target::Sealed(top)).map_err(|e| e.context(&name))?;
+            state.kept.insert(name, content);
+        }
         let target = Target::Container(container.name.clone());
         let content = read_target(store, &target)?;
         state.containers.insert(container.name, content);
@@ -166,6 +184,7 @@ fn check_state(found: &State, before: &State, after: &State) -> std::result::Res
     check_kind("image", &found.images, &before.images, &after.images, no)?;
     let between =
         |found: &Content, before: &Content, after: &Content| is_between(found, before, after);
+    check_kind("kept snapshot", &found.kept, &before.kept, &after.kept, no)?;
     check_kind(
         "container",
         &found.containers,
@@ -404,8 +423,27 @@ impl Run {
                 let content = state.containers[name].clone();
                 state.images.insert(image.clone(), content);
             }
+            Op::Keep(name, kept) => {
+                let content = state.containers[name].clone();
+                state.kept.insert(format!("{name}@{kept}"), content);
+            }
+            Op::ForgetKept(name, kept) => {
+                state.kept.remove(&format!("{name}@{kept}"));
+            }
+            Op::Fork(name, kept, new) => {
+                let content = match kept {
+                    Some(kept) => state.kept[&format!("{name}@{kept}")].clone(),
+                    None => state.containers[name].clone(),
+                };
+                state.containers.insert(new.clone(), content);
+            }
+            Op::Rollback(name, kept) => {
+                let content = state.kept[&format!("{name}@{kept}")].clone();
+                state.containers.insert(name.clone(), content);
+            }
             Op::Remove(name) => {
                 state.containers.remove(name);
+                forget_all_kept(state, name);
             }
             Op::RemoveImage(name) => {
                 state.images.remove(name);
@@ -433,6 +471,7 @@ impl Run {
             }
             Op::Quarantine(name) => {
                 state.containers.remove(name);
+                forget_all_kept(state, name);
                 state.quarantined.insert(name.clone(), ());
             }
         }
@@ -468,6 +507,15 @@ impl Run {
             }
             Op::Commit(name, image) => {
                 commit(store, name, image, None)?;
+            }
+            Op::Keep(name, kept) => drop(keep(store, name, Some(kept), How::Crash, None)?),
+            Op::ForgetKept(name, kept) => drop(remove_snapshot(store, name, kept)?),
+            Op::Fork(name, kept, new) => {
+                let names = [new.clone()];
+                fork(store, name, &names, kept.as_deref(), ForkVolumes::Ask)?;
+            }
+            Op::Rollback(name, kept) => {
+                rollback(store, name, kept, Present::Discard, false)?;
             }
             Op::Remove(name) => drop(store.remove_container(name)?),
             Op::RemoveImage(name) => drop(store.remove_image(name)?),
@@ -592,6 +640,11 @@ fn commit_snapshot(store: &Store, key: &str, tag: u8) -> Result<()> {
     vellum_core::layer::seal_in_place(&**store.storage(), &dir, |_| {}).map(drop)
 }
 
+fn forget_all_kept(state: &mut State, container: &str) {
+    let prefix = format!("{container}@");
+    state.kept.retain(|name, _| !name.starts_with(&prefix));
+}
+
 /// One of these, if there is any.
 fn pick<'a, T>(rng: &mut SeededRng, from: impl Iterator<Item = &'a T>) -> Option<&'a T> {
     let all: Vec<&T> = from.collect();
@@ -603,7 +656,7 @@ fn next_op(rng: &mut SeededRng, run: &Run, number: usize) -> Option<Op> {
     let state = run.world.lock().before.clone();
     let new = format!("n{number}");
     let tag = 1 + rng.below(250) as u8;
-    Some(match rng.below(30) {
+    Some(match rng.below(38) {
         0..=3 if state.images.len() < 4 => Op::Import(new, tag),
         4..=7 if state.containers.len() < 4 => {
             Op::Create(new, pick(rng, state.images.keys())?.clone())
@@ -656,6 +709,27 @@ fn next_op(rng: &mut SeededRng, run: &Run, number: usize) -> Option<Op> {
         27 => Op::RemoveVolume(pick(rng, state.volumes.keys())?.clone()),
         28 if state.quarantined.is_empty() => {
             Op::Quarantine(pick(rng, state.containers.keys())?.clone())
+        }
+        30..=32 if state.kept.len() < 6 => {
+            Op::Keep(pick(rng, state.containers.keys())?.clone(), new)
+        }
+        33 => {
+            let (name, kept) = pick(rng, state.kept.keys())?.split_once('@')?;
+            Op::ForgetKept(name.into(), kept.into())
+        }
+        34 | 35 if state.containers.len() < 5 => {
+            let name = pick(rng, state.containers.keys())?.clone();
+            let prefix = format!("{name}@");
+            let own = state.kept.keys().filter(|key| key.starts_with(&prefix));
+            let kept = pick(rng, own).filter(|_| rng.chance(1, 2));
+            let kept = kept
+                .and_then(|key| key.split_once('@'))
+                .map(|(_, kept)| kept.into());
+            Op::Fork(name, kept, new)
+        }
+        36 => {
+            let (name, kept) = pick(rng, state.kept.keys())?.split_once('@')?;
+            Op::Rollback(name.into(), kept.into())
         }
         _ => Op::Open,
     })
@@ -812,6 +886,12 @@ fn prove_faults(kinds: &[OpKind], fault: Fault) {
         Op::Create(name("c"), name("a")),
         Op::Write(name("c"), 7, 2),
         Op::Commit(name("c"), name("b")),
+        Op::Keep(name("c"), name("k")),
+        Op::Fork(name("c"), Some(name("k")), name("f")),
+        Op::Write(name("c"), 7, 4),
+        Op::Fork(name("c"), None, name("g")),
+        Op::Rollback(name("c"), name("k")),
+        Op::ForgetKept(name("c"), name("k")),
         Op::Prepare(name("s"), None),
         Op::CommitSnapshot(name("s"), 3),
         Op::Prepare(name("t"), Some(name("s"))),
@@ -821,6 +901,8 @@ fn prove_faults(kinds: &[OpKind], fault: Fault) {
         Op::Create(name("d"), name("b")),
         Op::Quarantine(name("d")),
         Op::Remove(name("c")),
+        Op::Remove(name("f")),
+        Op::Remove(name("g")),
         Op::RemoveImage(name("a")),
         Op::Prune,
     ];

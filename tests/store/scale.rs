@@ -221,7 +221,7 @@ fn commits_on_a_server_leave_open_the_layers_data_and_nothing_else() {
     let pin = store.pin_layers().unwrap();
     let locks = open_now().len() - before;
     for _ in 0..200 {
-        let (record, prepared) = store.prepare_commit("c", &pin).unwrap();
+        let (record, prepared) = store.prepare_commit("c", None, &pin).unwrap();
         let next = record.next.unwrap();
         open.prepare_seal(next).unwrap();
         open.seal_top(next).unwrap();

@@ -11,7 +11,7 @@ pub const VARIABLE: &str = "VELLUM_CRASH_AT";
 pub const PANIC_VARIABLE: &str = "VELLUM_PANIC_AT";
 
 /// Every place, in the order in which a snapshot comes by them.
-pub const ALL: [&str; 36] = [
+pub const ALL: [&str; 40] = [
     "prepare: key taken",
     "prepare: layer made",
     "prepare: layer published",
@@ -48,6 +48,10 @@ pub const ALL: [&str; 36] = [
     "retire: layer discarded",
     "retire: checksums made",
     "storage: file written aside",
+    "fork: sealed",
+    "rollback: present kept",
+    "rollback: layer published",
+    "rollback: put back",
 ];
 
 /// Every place in a server of clients.

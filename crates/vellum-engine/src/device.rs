@@ -4,13 +4,14 @@
 use std::ffi::OsString;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::seal::checksum_layer;
 use super::wire::encode;
 use vellum_base::block::{Block, BlockDevice, BlockState, Offset, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -222,6 +223,13 @@ pub struct SealTop {
     pub next: Uuid,
 }
 
+/// Answer of [`SEAL_TOP`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedTop {
+    /// For how many microseconds requests waited, at most.
+    pub waited_us: u64,
+}
+
 /// Answer of [`SEAL`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sealed {
@@ -340,6 +348,8 @@ pub struct OpenChain {
     /// The layer that [`PREPARE_SEAL`] opened. Without a lease: if whoever wants it dies before it
     /// comes to that, the layer is nobody's.
     next: Mutex<Option<Arc<WritableLayer>>>,
+    /// A device server has it, and lives for long: sealed layers get their checksums there.
+    served: bool,
 }
 
 impl OpenChain {
@@ -361,6 +371,7 @@ impl OpenChain {
             chain: Arc::new(chain),
             lease: Mutex::new(lease),
             next: Mutex::new(None),
+            served: false,
         }
     }
 
@@ -370,7 +381,9 @@ impl OpenChain {
     }
 
     /// For a device server.
-    pub fn into_served(self) -> Opened {
+    pub fn into_served(mut self) -> Opened {
+        self.served = true;
+        self.complete_sealed();
         Opened {
             device: self.chain.clone(),
             control: Arc::new(self),
@@ -392,6 +405,41 @@ impl OpenChain {
         let _ = std::thread::Builder::new()
             .name("vellum-journal".into())
             .spawn(prepare);
+    }
+
+    /// Gives sealed layers of the chain that have no checksums yet theirs, in a thread of its own, which
+    /// leaves most of the disk's time to others. What it does not come to is left to the next server, or to
+    /// [`super::check::finish_commits`].
+    fn complete_sealed(&self) {
+        if !self.served || self.store.is_read_only() {
+            return;
+        }
+        let layers = self.chain.base().layers();
+        let pending = layers.iter().filter(|layer| !layer.is_checksummed());
+        let pending: Vec<Uuid> = pending.map(|layer| layer.header().uuid).collect();
+        if pending.is_empty() {
+            return;
+        }
+        let store = self.store.clone();
+        let complete = move || {
+            for layer in pending {
+                let mut began = Instant::now();
+                let completed = checksum_layer(&store, layer, |_| {
+                    std::thread::sleep(began.elapsed() * 2);
+                    began = Instant::now();
+                });
+                match completed {
+                    Err(error) if error.kind() != ErrorKind::NotFound => {
+                        tracing::warn!(%layer, %error, "a layer got no checksums yet");
+                    }
+                    _ => {}
+                }
+            }
+        };
+        // Without a thread the next server does it.
+        let _ = std::thread::Builder::new()
+            .name("vellum-digest".into())
+            .spawn(complete);
     }
 
     /// Opens the layer `next` for [`OpenChain::seal_top`] and flushes the top.
@@ -424,7 +472,7 @@ impl OpenChain {
     ///
     /// # Errors
     /// As [`Chain::seal_top`].
-    pub fn seal_top(&self, next: Uuid) -> Result<()> {
+    pub fn seal_top(&self, next: Uuid) -> Result<SealedTop> {
         let lease = self.store.lease_layer(next)?;
         let prepared = self.next.lock().take();
         let layer = match prepared {
@@ -432,10 +480,15 @@ impl OpenChain {
             // Also where the server that prepared it died since.
             _ => self.open_next(next)?,
         };
+        let began = Instant::now();
         self.chain.seal_top(layer)?;
+        let waited = began.elapsed();
         // The layer before never changes again, so its lease is of no use.
         *self.lease.lock() = Some(lease);
-        Ok(())
+        self.complete_sealed();
+        Ok(SealedTop {
+            waited_us: waited.as_micros() as u64,
+        })
     }
 
     /// Seals the top for good: the device can only be read from now on. Nobody has the file system
@@ -521,7 +574,7 @@ impl ControlHandler for OpenChain {
         match verb {
             SEAL_TOP => {
                 let args: SealTop = parse(args, "seal-top wants a layer")?;
-                self.seal_top(args.next).map(|()| Value::Null)
+                encode(&self.seal_top(args.next)?)
             }
             PREPARE_SEAL => {
                 let args: SealTop = parse(args, "prepare-seal wants a layer")?;

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use serde_json::Value;
+use uuid::Uuid;
 
 use super::device::{COPY_UP, MAP, OpenChain, STATS, Target, counts};
 use super::serving::WHO;
+use super::snapshot;
 use super::wire::encode;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::Holder;
@@ -50,22 +52,32 @@ impl ControlHandler for Answers {
     }
 }
 
-/// The export of a container (writable, unless the store is not) or an image (read-only) under its
-/// name.
+/// What a name stands for: the chain, the container that it is, and the bytes that its device shows where
+/// they are fewer than the layers have. Several servers may have an image or a snapshot, so none of them
+/// answers for it.
+fn exported(store: &Store, name: &str) -> Result<(Target, Option<Uuid>, Option<u64>)> {
+    let no_container = match store.container(name) {
+        Ok(container) => return Ok((Target::Container(name.to_owned()), Some(container.id), None)),
+        Err(error) => error,
+    };
+    if let Some((snapshot, top)) = snapshot::find(store, name)? {
+        return Ok((Target::Sealed(top), None, snapshot.device_size));
+    }
+    match store.image(name) {
+        Ok(image) => Ok((Target::Sealed(image.top()?), None, image.device_size)),
+        Err(damaged) if damaged.kind() == ErrorKind::Corrupt => Err(damaged),
+        Err(_) => Err(no_container),
+    }
+}
+
+/// The export of a container (writable, unless the store is not), a snapshot or an image (read-only) under
+/// its name.
 ///
 /// # Errors
 /// [`vellum_base::ErrorKind::NotFound`] for a name that is neither; [`vellum_base::ErrorKind::InUse`] while the
 /// container is mounted or served.
 pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Serving)> {
-    let (target, id, shown) = match store.container(name) {
-        Ok(container) => (Target::Container(name.to_owned()), Some(container.id), None),
-        Err(no_container) => match store.image(name) {
-            // Several servers may have an image, so none of them answers for it.
-            Ok(image) => (Target::Sealed(image.top()?), None, image.device_size),
-            Err(damaged) if damaged.kind() == ErrorKind::Corrupt => return Err(damaged),
-            Err(_) => return Err(no_container),
-        },
-    };
+    let (target, id, shown) = exported(store, name)?;
     let stats = Arc::new(ChainStats::default().counting(counts()));
     let target = match target {
         // Who only reads changes no file of it.

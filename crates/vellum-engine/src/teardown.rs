@@ -133,16 +133,30 @@ pub(super) fn refuse_halted(run_dir: &Path, name: &str) -> Result<()> {
     }
 }
 
+/// What may be removed with a container.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RemoveOptions {
+    /// What runs in it is ended, and it is unmounted.
+    pub force: bool,
+    /// Its snapshots go with it.
+    pub snapshots: bool,
+}
+
 /// Unmounts and detaches a container, then removes it. The report is as that of
 /// [`Store::remove_container`].
 ///
 /// # Errors
-/// [`ErrorKind::InUse`] while something runs in it or it is mounted and `force` is not given, or
-/// while a program uses it.
-pub fn remove(store: &Store, name: &str, force: bool) -> Result<PruneReport> {
+/// [`ErrorKind::InUse`] while something runs in it or it is mounted and that is not to be ended, or
+/// while a program uses it; and where it has snapshots that are not to go with it.
+pub fn remove(store: &Store, name: &str, options: RemoveOptions) -> Result<PruneReport> {
+    let RemoveOptions { force, snapshots } = options;
     let container = store.container(name)?;
     let report = {
         let _busy = lock_container(store, &container)?;
+        let container = store.settle(name)?;
+        if !snapshots && !container.snapshots.is_empty() {
+            return Err(has_snapshots(&container));
+        }
         end_dead(store);
         if force {
             device::wake(&store.run_dir(&container))?;
@@ -166,6 +180,19 @@ pub fn remove(store: &Store, name: &str, force: bool) -> Result<PruneReport> {
     let (dir, socket) = store.socket_beside(container.id);
     let _ = std::fs::remove_file(dir.join(socket));
     Ok(report)
+}
+
+fn has_snapshots(container: &ContainerRecord) -> Error {
+    let (name, count) = (&container.name, container.snapshots.len());
+    let plural = if count == 1 { "" } else { "s" };
+    Error::new(
+        ErrorKind::InUse,
+        format!(
+            "the container {name} has {count} snapshot{plural} (`vellum snapshots {name}`), which would go \
+             with it: say so (`vellum rm --snapshots {name}`), or make a container of what you need first \
+             (`vellum fork {name} NEW --from SNAPSHOT`)"
+        ),
+    )
 }
 
 /// Cleans up run directories that belong to no container: what a crash left of imports and

@@ -13,10 +13,10 @@ use vellum_base::block::BLOCK_SIZE;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_core::layer::Header;
-use vellum_engine::commit::seal_frozen;
 use vellum_engine::device::{DeviceStats, SEAL, Sealed, Target, attach_spec};
 use vellum_engine::grow::{grow_device, grow_file_system, is_filled};
 use vellum_engine::mount_point;
+use vellum_engine::seal::seal_frozen;
 use vellum_engine::stats::device_stats;
 use vellum_engine::wire::decode;
 use vellum_export::device::{self, DetachOptions, DeviceStatus, Status, control};
@@ -417,9 +417,9 @@ impl Mounts {
     /// # Errors
     /// Where the host fails.
     pub fn seal_under_users(&self, id: Uuid, next: Uuid) -> Result<Duration> {
-        let seconds = seal_frozen(&self.run_dir(id), &self.dir(id), next)?;
-        tracing::info!(%id, seconds, "sealed while it was mounted");
-        Ok(Duration::from_secs_f64(seconds))
+        let waited = seal_frozen(&self.run_dir(id), &self.dir(id), next)?;
+        tracing::info!(%id, seconds = waited.as_secs_f64(), "sealed while it was mounted");
+        Ok(waited)
     }
 
     /// The counters of a snapshot that is attached.

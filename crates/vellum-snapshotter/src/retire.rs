@@ -12,8 +12,7 @@ use uuid::Uuid;
 use super::mounts::Mounts;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_core::layer::seal_in_place;
-use vellum_engine::check::count_layer;
+use vellum_engine::seal::complete_layer;
 use vellum_store::{PruneReport, Store};
 
 /// A device that is still in use is looked at again after this long.
@@ -252,9 +251,7 @@ impl Shared {
     /// Gives a sealed layer what it got no time for at the commit: its size in its description,
     /// then checksums, by which a later start tells that it is done.
     fn complete(&self, layer: Uuid) -> Result<()> {
-        count_layer(&self.store, layer)?;
-        let dir = self.store.layer_dir(layer);
-        seal_in_place(&**self.store.storage(), &dir, |_| {}).map(drop)
+        complete_layer(&self.store, layer)
     }
 
     fn later(&self, mut job: Job) {

@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use uuid::Uuid;
 
+use super::container_snapshots::ContainerSnapshot;
 use super::names::check_name;
 use super::prune::PruneReport;
 use super::records::{ContainerRecord, LayerInfo};
@@ -132,6 +133,9 @@ impl Store {
             layers: image.layers,
             top,
             next: None,
+            next_snapshot: None,
+            snapshots: Vec::new(),
+            at: None,
             virtual_size,
             device_size: image
                 .device_size
@@ -149,7 +153,7 @@ impl Store {
         Ok(record)
     }
 
-    fn check_new_container(&self, name: &str) -> Result<()> {
+    pub(super) fn check_new_container(&self, name: &str) -> Result<()> {
         check_name("container", name)?;
         if self
             .read_json::<ContainerRecord>(&self.record_path("containers", name))?
@@ -234,14 +238,15 @@ impl Store {
         }
     }
 
-    /// Prepares a commit: makes the layer that the container goes on in, and notes it. Sealing the
-    /// top is then the step that decides; before it, nothing has changed.
+    /// Prepares a commit or a snapshot: makes the layer that the container goes on in, and notes it, and
+    /// what is to be kept. Sealing the top is then the step that decides; before it, nothing has changed.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where the container is gone.
     pub fn prepare_commit(
         &self,
         name: &str,
+        snapshot: Option<ContainerSnapshot>,
         pin: &StoreGuard,
     ) -> Result<(ContainerRecord, Resolved)> {
         let mut record = self.settle(name)?;
@@ -252,7 +257,11 @@ impl Store {
         };
         let next = staged.publish(&info, pin)?;
         let _lock = self.lock()?;
+        if snapshot.is_some() {
+            self.allow_snapshots()?;
+        }
         record.next = Some(next);
+        record.next_snapshot = snapshot;
         self.write_json(&self.record_path("containers", name), &record)?;
         let resolved = self.resolve(&record)?;
         Ok((record, resolved))
@@ -264,15 +273,30 @@ impl Store {
     /// As [`Store::resolve`].
     pub fn settle(&self, name: &str) -> Result<ContainerRecord> {
         let _lock = self.lock()?;
-        let mut record = self.container(name)?;
+        let record = self.container(name)?;
         if record.next.is_none() {
             return Ok(record);
         }
+        let settled = self.as_settled(record)?;
+        self.write_json(&self.record_path("containers", name), &settled)?;
+        Ok(settled)
+    }
+
+    /// A container's record as [`Store::settle`] would write it.
+    ///
+    /// # Errors
+    /// As [`Store::resolve`].
+    pub fn as_settled(&self, mut record: ContainerRecord) -> Result<ContainerRecord> {
         let resolved = self.resolve(&record)?;
+        let sealed = resolved.top != record.top;
         record.layers = resolved.sealed;
         record.top = resolved.top;
         record.next = None;
-        self.write_json(&self.record_path("containers", name), &record)?;
+        if let Some(snapshot) = record.next_snapshot.take()
+            && sealed
+        {
+            record.keep_snapshot(snapshot)?;
+        }
         Ok(record)
     }
 

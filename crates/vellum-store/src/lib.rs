@@ -24,7 +24,9 @@
 //! shared by whoever has layers that no record names yet, and exclusive for removing such layers.
 
 mod confinement;
+mod container_snapshots;
 mod containers;
+mod forks;
 mod images;
 mod layers;
 mod names;
@@ -37,7 +39,9 @@ mod trash;
 mod volumes;
 
 pub use confinement::{Confinement, Network, PidsLimit, Seccomp};
+pub use container_snapshots::{Consistency, ContainerSnapshot};
 pub use containers::{NewContainer, Resolved, now};
+pub use forks::Fork;
 pub use layers::{LayerLease, StagedLayer};
 pub use names::{check_name, check_reference};
 pub use prune::{Orphans, PruneReport};
@@ -59,8 +63,10 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{Entry, FileStorage, Held, LockMode, Storage};
 use vellum_fs::mountinfo::MountInfo;
 
-/// The version of the store's own files that this build writes and reads.
+/// The version of the store's own files that this build writes: of a store without snapshots of
+/// containers, and of one that may have some. It reads both.
 const STORE_FORMAT: u32 = 1;
+const STORE_FORMAT_SNAPSHOTS: u32 = 2;
 const MARKER: &str = "vellum.json";
 const DIRECTORIES: [&str; 7] = [
     "layers",
@@ -86,6 +92,15 @@ pub struct Store {
 struct Marker {
     vellum: String,
     format: u32,
+}
+
+impl Marker {
+    fn new(format: u32) -> Self {
+        Marker {
+            vellum: env!("CARGO_PKG_VERSION").into(),
+            format,
+        }
+    }
 }
 
 /// A lock on the store, until it is dropped.
@@ -162,13 +177,13 @@ impl Store {
             storage,
         };
         match store.read_json::<Marker>(&root.join(MARKER))? {
-            Some(marker) if marker.format == STORE_FORMAT => {}
+            Some(marker) if [STORE_FORMAT, STORE_FORMAT_SNAPSHOTS].contains(&marker.format) => {}
             Some(marker) => {
                 return Err(Error::new(
                     ErrorKind::Unsupported,
                     format!(
-                        "{} is a store of format {}; this build reads format {STORE_FORMAT}: use \
-                         the vellum that made it (vellum {})",
+                        "{} is a store of format {}; this build reads formats {STORE_FORMAT} to \
+                         {STORE_FORMAT_SNAPSHOTS}: use the vellum that made it (vellum {})",
                         root.display(),
                         marker.format,
                         marker.vellum
@@ -242,11 +257,17 @@ impl Store {
             .sync_dir(&self.root)
             .context(|| format!("cannot sync {root}"))?;
         // Last: a root with a marker is whole.
-        let marker = Marker {
-            vellum: env!("CARGO_PKG_VERSION").into(),
-            format: STORE_FORMAT,
-        };
-        self.write_json(marker_path, &marker)
+        self.write_json(marker_path, &Marker::new(STORE_FORMAT))
+    }
+
+    /// Makes the store one whose containers have snapshots, before the first is named: a program that
+    /// does not know them would collect their layers, and refuses the store from now on.
+    fn allow_snapshots(&self) -> Result<()> {
+        let path = self.root.join(MARKER);
+        match self.read_json::<Marker>(&path)? {
+            Some(marker) if marker.format == STORE_FORMAT_SNAPSHOTS => Ok(()),
+            _ => self.write_json(&path, &Marker::new(STORE_FORMAT_SNAPSHOTS)),
+        }
     }
 
     /// Makes sure that the file system under the store can do what layers need.

@@ -52,10 +52,8 @@ impl Records {
     /// Every layer that a record names, quarantine included.
     pub fn used_layers(&self) -> HashSet<Uuid> {
         let images = self.images.iter().flat_map(|image| image.layers.iter());
-        let containers = self.containers.iter().flat_map(|container| {
-            let own = std::iter::once(&container.top).chain(&container.next);
-            container.layers.iter().chain(own)
-        });
+        let containers = self.containers.iter();
+        let containers = containers.flat_map(|container| container.named_layers());
         let templates = self.templates.iter().map(|template| &template.layer);
         let quarantined = self.quarantined_layers.iter();
         let snapshots = self.snapshots.iter().flat_map(|snapshot| {

@@ -72,8 +72,7 @@ impl Store {
         for (path, container) in
             self.quarantined_records::<ContainerRecord>("containers", &mut damaged)?
         {
-            layers.extend(container.layers.iter().chain(&container.next));
-            layers.push(container.top);
+            layers.extend(container.named_layers());
             let entry = self.quarantined("container", container.name, container.id, path);
             records.quarantined.push(entry);
         }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::confinement::Confinement;
+use super::container_snapshots::ContainerSnapshot;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_fs::ext4::Atime;
 use vellum_image::ImageConfig;
@@ -137,7 +138,7 @@ pub struct Scaffold {
 }
 
 impl Scaffold {
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         *self == Scaffold::default()
     }
 }
@@ -161,6 +162,15 @@ pub struct ContainerRecord {
     /// that sealing is the one step that decides.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<Uuid>,
+    /// The snapshot that the top becomes once it is sealed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_snapshot: Option<ContainerSnapshot>,
+    /// Moments that are kept, in the order in which they were taken.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<ContainerSnapshot>,
+    /// The snapshot that the container goes on from: its layers are those that `layers` begins with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<Uuid>,
     /// Bytes.
     pub virtual_size: u64,
     /// As the image's, while the container has its size.

@@ -313,7 +313,7 @@ impl Drop for TestStore {
         {
             let name = container.unwrap().file_name().into_string().unwrap();
             let name = name.trim_end_matches(".json").to_owned();
-            let _ = self.output(&["rm", "--force", &name]);
+            let _ = self.output(&["rm", "--force", "--snapshots", &name]);
         }
         let _ = self.output(&["prune"]);
         self.kill_all();

@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use crate::layer::{Index, IndexValue, SealedLayer};
 use vellum_base::block::{Block, BlockState, Blocks, Run, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
+
+/// So many runs of a recent layer are brought into the index while reads wait.
+const MERGED_AT_ONCE: usize = 1024;
 
 /// What the merged index says of a block, in four bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,12 +53,40 @@ impl IndexValue for Origin {
 #[derive(Debug, Default)]
 pub struct Base {
     merged: RwLock<Merged>,
+    /// Held by whoever brings layers into the index.
+    merging: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
 struct Merged {
     layers: Vec<Arc<SealedLayer>>,
+    /// What the layers but the recent ones say.
     index: Index<Origin>,
+    /// The topmost layers that the index does not have yet, or not all of, from the bottom up: they are asked
+    /// first.
+    recent: Vec<Recent>,
+}
+
+/// A layer that is not merged yet.
+#[derive(Debug, Clone)]
+struct Recent {
+    own: Origin,
+    layer: Arc<SealedLayer>,
+}
+
+impl Recent {
+    /// The first block that the layer does not have: what lies there is zero through it, also for larger
+    /// layers above.
+    fn end(&self) -> Block {
+        Block::FIRST + self.layer.header().blocks()
+    }
+
+    /// The run at the front of `span`, which the layer has.
+    fn first_run(&self, span: Span) -> Run<BlockState> {
+        let run = self.layer.first_run(span);
+        assert!(run.is_some(), "a recent layer without its map in memory");
+        run.unwrap_or(Run::new(span, BlockState::Parent))
+    }
 }
 
 /// Where the bytes of a run of blocks come from.
@@ -84,25 +115,52 @@ impl Base {
     /// [`SealedLayer::for_each_run`]: then part of it is on top, and the base is to be thrown away.
     pub fn push(&self, layer: Arc<SealedLayer>) -> Result<()> {
         let mut merged = self.merged.write();
-        let below = merged.layers.last().map(|below| below.header().uuid);
-        check_parent(
-            layer.header().parent,
-            below,
-            &layer.dir().display().to_string(),
-        )?;
-        let own = Origin::layer(merged.layers.len())
-            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "too many layers in the chain"))?;
-        let Merged { layers, index } = &mut *merged;
-        layers.push(layer.clone());
-        // What lies beyond the layer's end is zero through it, also for larger layers above.
+        assert!(
+            merged.recent.is_empty(),
+            "a layer above one that is not merged"
+        );
+        let own = merged.put(&layer)?;
+        let index = &mut merged.index;
         index.truncate(Block::FIRST + layer.header().blocks());
-        layer.for_each_run(|run| {
-            let origin = match run.value {
-                BlockState::Data => own,
-                BlockState::Zero | BlockState::Parent => Origin::ZERO,
+        layer.for_each_run(|run| index.set(run.span, origin_of(run.value, own)))
+    }
+
+    /// As [`Base::push`], of a layer that was just sealed: it takes the same short time whatever the layer
+    /// holds. [`Base::merge`] does the rest.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] when its parent is not the layer that was on top; the base is as before.
+    pub fn push_recent(&self, layer: Arc<SealedLayer>) -> Result<()> {
+        let mut merged = self.merged.write();
+        let own = merged.put(&layer)?;
+        merged.recent.push(Recent { own, layer });
+        Ok(())
+    }
+
+    /// Brings recent layers into the index, bit by bit, so that reads never wait for long.
+    pub fn merge(&self) {
+        let _merging = self.merging.lock();
+        loop {
+            let Some(recent) = self.merged.read().recent.first().cloned() else {
+                return;
             };
-            index.set(run.span, origin);
-        })
+            self.merged.write().index.truncate(recent.end());
+            let mut rest = Span::between(Block::FIRST, recent.end());
+            while !rest.is_empty() {
+                let mut batch = Vec::new();
+                while !rest.is_empty() && batch.len() < MERGED_AT_ONCE {
+                    let run = recent.first_run(rest);
+                    rest = rest.from(run.end());
+                    // What the layer says nothing of stays as it is.
+                    batch.extend((run.value != BlockState::Parent).then_some(run));
+                }
+                let index = &mut self.merged.write().index;
+                for run in batch {
+                    index.set(run.span, origin_of(run.value, recent.own));
+                }
+            }
+            self.merged.write().recent.remove(0);
+        }
     }
 
     /// The layers, from the bottom up.
@@ -118,7 +176,10 @@ impl Base {
     /// Calls `each` with the runs that cover `span`, in order.
     pub fn resolve(&self, span: Span, mut each: impl FnMut(Run<BaseSource>)) {
         let merged = self.merged.read();
-        for run in merged.index.cover(span) {
+        let mut rest = span;
+        while !rest.is_empty() {
+            let run = merged.first_run(rest);
+            rest = rest.from(run.end());
             each(merged.describe(run));
         }
     }
@@ -139,7 +200,7 @@ impl Base {
         while !span.is_empty() {
             let run = {
                 let merged = self.merged.read();
-                merged.describe(merged.index.first_run(span))
+                merged.describe(merged.first_run(span))
             };
             let (piece, tail) = rest.split_at_mut(run.len().buffer_len());
             match &run.value {
@@ -159,7 +220,43 @@ impl Base {
     }
 }
 
+/// What the merged index says of blocks that a layer says this of.
+fn origin_of(state: BlockState, own: Origin) -> Origin {
+    match state {
+        BlockState::Data => own,
+        BlockState::Zero | BlockState::Parent => Origin::ZERO,
+    }
+}
+
 impl Merged {
+    /// Puts a layer on top, and says how the index calls it.
+    fn put(&mut self, layer: &Arc<SealedLayer>) -> Result<Origin> {
+        let below = self.layers.last().map(|below| below.header().uuid);
+        let who = layer.dir().display().to_string();
+        check_parent(layer.header().parent, below, &who)?;
+        let own = Origin::layer(self.layers.len())
+            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "too many layers in the chain"))?;
+        self.layers.push(layer.clone());
+        Ok(own)
+    }
+
+    /// The run of one origin at the front of `span`.
+    fn first_run(&self, span: Span) -> Run<Origin> {
+        let mut span = span;
+        for recent in self.recent.iter().rev() {
+            if span.start() >= recent.end() {
+                return Run::new(span, Origin::ABSENT);
+            }
+            span = Span::between(span.start(), span.end().min(recent.end()));
+            let run = recent.first_run(span);
+            if run.value != BlockState::Parent {
+                return Run::new(run.span, origin_of(run.value, recent.own));
+            }
+            span = run.span;
+        }
+        self.index.first_run(span)
+    }
+
     #[expect(
         clippy::indexing_slicing,
         reason = "the index names layers that are in the list"

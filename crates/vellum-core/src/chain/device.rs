@@ -165,6 +165,8 @@ impl Chain {
         }
         let sealed = self.seal_into_base(old)?;
         *top = Some(next);
+        drop(top);
+        self.base.merge();
         Ok(sealed)
     }
 
@@ -178,18 +180,21 @@ impl Chain {
         let old = top.as_ref().ok_or_else(read_only)?;
         let sealed = self.seal_into_base(old)?;
         *top = None;
+        drop(top);
+        self.base.merge();
         Ok(sealed)
     }
 
-    /// Seals a top layer and makes it the topmost of the base.
+    /// Seals a top layer and makes it the topmost of the base, in which [`Base::merge`] is to be called.
     fn seal_into_base(&self, old: &WritableLayer) -> Result<Arc<SealedLayer>> {
         old.seal()?;
-        SealedLayer::open(old.storage(), old.dir())
-            .map(Arc::new)
-            .and_then(|sealed| self.base.push(sealed.clone()).map(|()| sealed))
-            .inspect(|_| self.stats.set_depth(self.base.depth()))
+        let sealed = Arc::new(old.as_sealed());
+        self.base
+            .push_recent(sealed.clone())
             // It is sealed and may not be written, but we cannot go on above it.
-            .map_err(|error| old.poison(&error))
+            .map_err(|error| old.poison(&error))?;
+        self.stats.set_depth(self.base.depth());
+        Ok(sealed)
     }
 
     fn flush_top(&self, top: &WritableLayer) -> Result<()> {

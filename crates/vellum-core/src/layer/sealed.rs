@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
 use sha2::{Digest, Sha256};
 
@@ -14,6 +14,7 @@ use super::journal::remove_journal;
 use super::live::{self, Left};
 use super::map_file::MAP_FILE;
 use super::recovery::{AsRecovered, extents_of, load_as_recovered, load_map};
+use super::shared::Shared;
 use super::space::RESERVE_FILE;
 use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, push_extent};
 use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, part, part_mut};
@@ -40,7 +41,7 @@ const ALONE: u64 = 8 << 20;
 pub struct SealedLayer {
     dir: PathBuf,
     header: Header,
-    data: DataFiles,
+    data: Arc<DataFiles>,
     map: SealedMap,
 }
 
@@ -50,6 +51,8 @@ enum SealedMap {
     Table(Table),
     /// Sealed, but the seal file has not been made yet.
     Pending(Index),
+    /// Sealed a moment ago by this process, which has the map in memory.
+    Written(Arc<Shared>),
     /// Not sealed, but nobody can write it: recovered in memory.
     Unsealed(AsRecovered),
 }
@@ -99,9 +102,23 @@ impl SealedLayer {
         Ok(SealedLayer {
             dir: dir.to_owned(),
             header,
-            data,
+            data: Arc::new(data),
             map: SealedMap::Unsealed(found),
         })
+    }
+
+    /// A layer that this process has just sealed, with the map that it has in memory: nothing is read.
+    pub(super) fn written(layer: &Arc<Shared>) -> Self {
+        assert!(layer.is_sealed(), "a layer that may still be written");
+        SealedLayer {
+            dir: layer.dir.clone(),
+            header: Header {
+                sealed: true,
+                ..layer.header()
+            },
+            data: layer.data.clone(),
+            map: SealedMap::Written(layer.clone()),
+        }
     }
 
     /// As [`SealedLayer::open`], for one who builds nothing on it.
@@ -135,7 +152,7 @@ impl SealedLayer {
         Ok(SealedLayer {
             dir: dir.to_owned(),
             header,
-            data,
+            data: Arc::new(data),
             map,
         })
     }
@@ -159,7 +176,19 @@ impl SealedLayer {
     pub fn digest(&self) -> Option<[u8; DIGEST_LEN]> {
         match &self.map {
             SealedMap::Table(table) => Some(table.digest),
-            SealedMap::Pending(_) | SealedMap::Unsealed(_) => None,
+            SealedMap::Pending(_) | SealedMap::Written(_) | SealedMap::Unsealed(_) => None,
+        }
+    }
+
+    /// The run at the front of `span`, of a layer that has its map in memory, as one that was just sealed
+    /// has; otherwise `None`.
+    pub(crate) fn first_run(&self, span: Span) -> Option<Run<BlockState>> {
+        match &self.map {
+            SealedMap::Table(_) => None,
+            SealedMap::Written(layer) => Some(layer.map.read().index().first_run(span)),
+            SealedMap::Pending(index) | SealedMap::Unsealed(AsRecovered { index, .. }) => {
+                Some(index.first_run(span))
+            }
         }
     }
 
@@ -176,6 +205,7 @@ impl SealedLayer {
                     each(run.context(|| self.dir.join(SEAL_FILE).display().to_string())?);
                 }
             }
+            SealedMap::Written(layer) => layer.map.read().index().iter().for_each(each),
             SealedMap::Pending(index) | SealedMap::Unsealed(AsRecovered { index, .. }) => {
                 index.iter().for_each(each);
             }
@@ -187,6 +217,7 @@ impl SealedLayer {
     pub fn data_blocks(&self) -> Blocks {
         match &self.map {
             SealedMap::Table(table) => table.sum_count(),
+            SealedMap::Written(layer) => layer.map.read().data_blocks(),
             SealedMap::Pending(index) | SealedMap::Unsealed(AsRecovered { index, .. }) => {
                 super::recovery::data_blocks(index)
             }
@@ -210,7 +241,7 @@ impl SealedLayer {
         self.data.read(buf, start.offset())?;
         let table = match &self.map {
             SealedMap::Table(table) => table,
-            SealedMap::Pending(_) => return Ok(()),
+            SealedMap::Pending(_) | SealedMap::Written(_) => return Ok(()),
             SealedMap::Unsealed(found) => {
                 found.fill(buf, span);
                 return Ok(());
@@ -257,7 +288,7 @@ impl SealedLayer {
         let found = walk(&self.header, &self.data, &self.extents()?, |span, bytes| {
             let mut sums = match &self.map {
                 SealedMap::Table(table) => Some(table.sums(span)?),
-                SealedMap::Pending(_) | SealedMap::Unsealed(_) => None,
+                SealedMap::Pending(_) | SealedMap::Written(_) | SealedMap::Unsealed(_) => None,
             };
             for (block, bytes) in span.blocks().zip(bytes.chunks_exact(BLOCK_LEN)) {
                 let sum = sums.as_mut().and_then(Iterator::next);
@@ -465,7 +496,7 @@ pub fn seal_in_place(
             digest
         }
         // `open` makes none.
-        SealedMap::Unsealed(_) => {
+        SealedMap::Written(_) | SealedMap::Unsealed(_) => {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 "the layer is not sealed",

@@ -38,7 +38,7 @@ pub(super) struct Shared {
     opened: Header,
     /// Virtual size in bytes, never more than the header on disk says.
     size: AtomicU64,
-    pub(super) data: DataFiles,
+    pub(super) data: Arc<DataFiles>,
     pub(super) space: Space,
     pub(super) map: RwLock<MapState>,
     /// Where the next checkpoint adds to the file `map`; `None`: it replaces the file. Held while
@@ -78,7 +78,7 @@ impl Shared {
     ) -> Self {
         Shared {
             dir: dir.to_owned(),
-            data,
+            data: Arc::new(data),
             space,
             has_log: AtomicBool::new(map.log().is_some()),
             flush_due: AtomicBool::new(map.log().is_some_and(Live::is_filling)),

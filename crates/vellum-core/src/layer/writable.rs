@@ -15,7 +15,7 @@ use super::map_state::MapState;
 use super::options::LayerOptions;
 use super::range_lock::RangeGuard;
 use super::recovery;
-use super::sealed::SEAL_FILE;
+use super::sealed::{SEAL_FILE, SealedLayer};
 use super::shared::{MapAtOpen, Shared};
 use super::space::{Claim, Space, SpaceStatus};
 use super::stats::{LayerCounters, LayerStats, StatsHandle};
@@ -293,6 +293,15 @@ impl WritableLayer {
     /// As [`WritableLayer::flush`].
     pub fn seal(&self) -> Result<()> {
         self.flusher.seal()
+    }
+
+    /// The layer as a sealed one, once [`WritableLayer::seal`] has made it that. Nothing is read, so it takes
+    /// the same time whatever the layer holds.
+    ///
+    /// # Panics
+    /// Where it was not sealed.
+    pub fn as_sealed(&self) -> SealedLayer {
+        SealedLayer::written(&self.shared)
     }
 
     /// Makes the layer `size` bytes large, durably; it may be in use. What it gains reads as

@@ -172,7 +172,7 @@ impl Check<'_> {
                 .flat_map(|s| s.layers.iter().chain([&s.base]))
                 .any(|l| *l == layer)
             || containers
-                .flat_map(|c| c.layers.iter().chain([&c.top]).chain(&c.next))
+                .flat_map(|c| c.named_layers())
                 .any(|l| *l == layer)
     }
 

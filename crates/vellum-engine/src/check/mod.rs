@@ -17,7 +17,7 @@ use super::mount_point::mounted;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_store::{ContainerRecord, Records, Store};
 
-pub use repair::{count_layer, finish_commits};
+pub use repair::finish_commits;
 
 /// What to check, and what to do about it.
 #[derive(Debug, Clone, Default)]

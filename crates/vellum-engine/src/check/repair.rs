@@ -2,16 +2,15 @@
 
 use std::time::Duration;
 
-use uuid::Uuid;
-
 use super::{CheckReport, Remedy};
 use crate::container_lock;
+use crate::seal::{complete_layer, count_layer};
 use crate::teardown::{clean_orphaned_run_dirs, umount};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
-use vellum_core::layer::{SealedLayer, repair_layer, seal_in_place};
+use vellum_core::layer::{SealedLayer, repair_layer};
 use vellum_export::device::ensure_supervised;
-use vellum_store::{ContainerRecord, LayerInfo, Store};
+use vellum_store::{ContainerRecord, Store};
 
 /// How long a device server may take to start a supervisor.
 const SUPERVISE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -117,20 +116,6 @@ fn exclusive(store: &Store) -> Result<vellum_store::StoreGuard> {
     store.try_collection_lock()?.ok_or_else(busy)
 }
 
-/// Writes down how much a sealed layer holds.
-///
-/// # Errors
-/// [`ErrorKind::NotFound`] where it is gone; where it cannot be opened, or the host fails.
-pub fn count_layer(store: &Store, layer: Uuid) -> Result<()> {
-    let sealed = SealedLayer::open(&**store.storage(), &store.layer_dir(layer))?;
-    let mut info = store.layer_info(layer).unwrap_or_else(|_| LayerInfo {
-        origin: "unknown: its info.json was lost".into(),
-        ..LayerInfo::default()
-    });
-    info.bytes = sealed.data_blocks().bytes();
-    store.set_layer_info(layer, &info)
-}
-
 /// Settles a container unless a command is at work on it: then false.
 fn settle(store: &Store, container: &ContainerRecord) -> Result<bool> {
     let lock = container_lock(store, container.id);
@@ -177,8 +162,7 @@ pub fn finish_commits(store: &Store) -> Result<()> {
                     .is_ok_and(|info| info.bytes != sealed.data_blocks().bytes())
         });
         if pending {
-            seal_in_place(storage, &dir, |_| {})?;
-            count_layer(store, layer)?;
+            complete_layer(store, layer)?;
         }
     }
     Ok(())

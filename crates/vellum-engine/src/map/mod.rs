@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::device::{AskMap, HOLE, MAP, MapPart, OpenChain, Target, ZERO};
 use super::lock_container;
+use super::snapshot;
 use super::stats::Sockets;
 use super::wire::{decode, encode};
 use vellum_base::block::BLOCK_SIZE;
@@ -69,7 +70,7 @@ pub struct MappedLayer {
 }
 
 /// The map of a container, as its server has it now or, where nobody serves it, as it lies on
-/// disk; or of an image.
+/// disk; or of a snapshot or an image.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] for the name; [`ErrorKind::InUse`] while somebody else has the container.
@@ -77,10 +78,16 @@ pub fn map(store: &Store, name: &str) -> Result<BlockMap> {
     let container = match store.container(name) {
         Ok(container) => container,
         Err(no_container) => {
-            let image = store.image(name).map_err(|_| no_container)?;
-            let open = Target::Sealed(image.top()?).open(store)?;
+            let (top, layers) = match snapshot::find(store, name)? {
+                Some((_, top)) => (top, store.ancestry(Some(top))?),
+                None => {
+                    let image = store.image(name).map_err(|_| no_container)?;
+                    (image.top()?, image.layers)
+                }
+            };
+            let open = Target::Sealed(top).open(store)?;
             let (part, runs) = all_runs(|ask| from_chain(&open, ask))?;
-            return Ok(assemble(store, name, &image.layers, None, &part, runs));
+            return Ok(assemble(store, name, &layers, None, &part, runs));
         }
     };
     let sockets = Sockets::new(store, container.id);

@@ -28,7 +28,7 @@ use uuid::Uuid;
 use super::lock_container;
 use super::mount::{Rights, mount_anew, mount_locked};
 use super::mount_point::{self, mounted};
-use super::teardown::{self, end_for_good, refuse_halted, take_over, unmount_ended};
+use super::teardown::{self, RemoveOptions, end_for_good, refuse_halted, take_over, unmount_ended};
 use activity::{Owner, forget, kill_left, oci_dir, settled_activity};
 use bundle::{absolute, host_name, prepare, write_json};
 use executable::{Files, NoProgram};
@@ -144,7 +144,7 @@ fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
     // Somebody may have removed it meanwhile, and even made another of that name.
     match store.container(&container.name) {
         Ok(there) if there.id == container.id => {
-            teardown::remove(store, &container.name, false).map(drop)
+            teardown::remove(store, &container.name, RemoveOptions::default()).map(drop)
         }
         Ok(_) => Ok(()),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),

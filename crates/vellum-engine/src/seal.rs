@@ -1,0 +1,244 @@
+//! A container's writable layer is sealed, and the container goes on in a new one above it: what commits,
+//! snapshots, forks and rollbacks have in common. docs/snapshots.md.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::device::{PREPARE_SEAL, SEAL_TOP, SealTop, SealedTop, Target, forget_ext4_journal};
+use super::mount_point::mounted;
+use super::teardown::{refuse_halted, take_over};
+use super::temporary::{TemporaryMount, is_clean};
+use super::wire::encode;
+use vellum_base::block::Blocks;
+use vellum_base::crash_point;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::interrupt;
+use vellum_core::layer::{SealedLayer, seal_in_place};
+use vellum_export::device::control;
+use vellum_fs::freeze;
+use vellum_store::{
+    Consistency, ContainerRecord, ContainerSnapshot, LayerInfo, LayerLease, Store, StoreGuard,
+};
+
+/// A frozen file system thaws by itself after this long, whatever happens to us.
+const FREEZE_LIMIT: Duration = Duration::from_secs(10);
+/// How long the server may take to flush, and to seal.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(120);
+const SEAL_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// How often it is looked whether another process has given a layer its checksums.
+const LEASE_PAUSE: Duration = Duration::from_millis(20);
+
+/// What becomes of the file system of a container while its layer is sealed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// A mounted one is frozen, one that a crash left is recovered first: it can be mounted read-only.
+    Frozen,
+    /// It is synced, and stays as a power cut would leave it.
+    Crash,
+}
+
+/// What the sealing of a container's layer made.
+#[derive(Debug)]
+pub(super) struct Sealing {
+    /// As it goes on.
+    pub container: ContainerRecord,
+    /// The layer that was its top.
+    pub layer: Uuid,
+    /// For how long writers waited; `None` where nobody could write, or where the server is of a version that
+    /// does not tell.
+    pub waited: Option<Duration>,
+    /// A server has the container, and gives the layer its checksums.
+    pub served: bool,
+}
+
+/// Seals the top of a container, mounted or not, whose lock the caller has. `snapshot` is kept, if there
+/// is one, with what its file system turned out to be.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while an NBD server has the container. The container is as before, or goes on
+/// with one layer more below it.
+pub(super) fn seal_container(
+    store: &Store,
+    container: &ContainerRecord,
+    how: How,
+    snapshot: Option<ContainerSnapshot>,
+    pin: &StoreGuard,
+) -> Result<Sealing> {
+    let name = &container.name;
+    refuse_halted(&store.run_dir(container), name)?;
+    take_over(store, container)?;
+    let mount = mounted(store, container)?;
+    let clean = match &mount {
+        // Most of the writing happens before anybody has to wait.
+        Some(mount) => {
+            sync_file_system(&mount.dir)?;
+            control::call(
+                &store.run_dir(container),
+                "flush",
+                Value::Null,
+                FLUSH_TIMEOUT,
+            )?;
+            how == How::Frozen
+        }
+        None => see_to_unmounted(store, container, how)?,
+    };
+    interrupt::check()?;
+    // From here on it comes to its end, whatever signal comes: undoing it would take as long.
+    let _held = interrupt::hold();
+    let snapshot = snapshot.map(|snapshot| ContainerSnapshot {
+        consistency: if clean {
+            Consistency::Clean
+        } else {
+            Consistency::Crash
+        },
+        ..snapshot
+    });
+    let (record, prepared) = store.prepare_commit(name, snapshot, pin)?;
+    let next = record
+        .next
+        .ok_or_else(|| Error::new(ErrorKind::Corrupt, "a commit without a next layer"))?;
+    let waited = match &mount {
+        Some(mount) => {
+            let run_dir = store.run_dir(&record);
+            match how {
+                How::Frozen => Some(seal_frozen(&run_dir, &mount.dir, next)?),
+                How::Crash => seal_synced(&run_dir, &mount.dir, next)?,
+            }
+        }
+        None => {
+            let open = Target::Container(name.clone()).open(store)?;
+            forget_ext4_journal(&open)?;
+            open.seal_top(next)?;
+            None
+        }
+    };
+    Ok(Sealing {
+        container: store.settle(name)?,
+        layer: prepared.top,
+        waited,
+        served: mount.is_some(),
+    })
+}
+
+/// Before the layer of a container that is not mounted is sealed: says whether its file system was unmounted
+/// in order, or sees to it, where that is wanted. (Otherwise it is not mounted, which would only write to it.)
+fn see_to_unmounted(store: &Store, container: &ContainerRecord, how: How) -> Result<bool> {
+    if container.fs.is_none() {
+        return Ok(true);
+    }
+    let name = &container.name;
+    let clean = is_clean(&Target::Look(name.clone()).open(store)?);
+    if clean || how == How::Crash {
+        return Ok(clean);
+    }
+    TemporaryMount::new(store, &Target::Container(name.clone()))?.end()?;
+    Ok(true)
+}
+
+/// Freezes, seals, thaws. Returns the time in between.
+///
+/// What can be done before the freeze is: `next` is opened, and what was written is made durable,
+/// so that the freeze itself finds little to write. In between are the last flush and the seal.
+pub fn seal_frozen(run_dir: &Path, dir: &Path, next: Uuid) -> Result<Duration> {
+    let args = encode(&SealTop { next })?;
+    prepare(run_dir, dir, &args)?;
+    let frozen = freeze::freeze(dir, FREEZE_LIMIT)?;
+    let since = frozen.since();
+    let flushed = since.elapsed();
+    crash_point::here("commit: frozen");
+    let sealed = control::call(run_dir, SEAL_TOP, args, SEAL_TIMEOUT);
+    let after_seal = since.elapsed();
+    crash_point::here("commit: sealed under users");
+    let thawed = frozen.thaw();
+    crash_point::here("commit: thawed");
+    tracing::debug!(
+        freeze_ms = flushed.as_secs_f64() * 1e3,
+        seal_ms = (after_seal - flushed).as_secs_f64() * 1e3,
+        "frozen"
+    );
+    sealed?;
+    thawed
+}
+
+/// Syncs, then seals between two requests. Returns for how long they waited, where the server tells.
+fn seal_synced(run_dir: &Path, dir: &Path, next: Uuid) -> Result<Option<Duration>> {
+    let args = encode(&SealTop { next })?;
+    prepare(run_dir, dir, &args)?;
+    let sealed = control::call(run_dir, SEAL_TOP, args, SEAL_TIMEOUT)?;
+    crash_point::here("commit: sealed under users");
+    // A server of an older version says nothing.
+    let told: Option<SealedTop> = serde_json::from_value(sealed)
+        .map_err(|error| Error::with_source(ErrorKind::Corrupt, "the answer to seal-top", error))?;
+    Ok(told.map(|told| Duration::from_micros(told.waited_us)))
+}
+
+/// Does what can be done before writers wait: what they wrote is made durable, and the layer `next` opened.
+fn prepare(run_dir: &Path, dir: &Path, args: &Value) -> Result<()> {
+    sync_file_system(dir)?;
+    match control::call(run_dir, PREPARE_SEAL, args.clone(), FLUSH_TIMEOUT) {
+        // A server of an older version does it all at the seal.
+        Err(error) if error.kind() == ErrorKind::Unsupported => {}
+        other => drop(other?),
+    }
+    crash_point::here("commit: synced");
+    Ok(())
+}
+
+/// syncfs(2) of the file system at `dir`.
+pub fn sync_file_system(dir: &Path) -> Result<()> {
+    let file = std::fs::File::open(dir).context(|| format!("cannot open {}", dir.display()))?;
+    nix::unistd::syncfs(&file).context(|| format!("cannot sync {}", dir.display()))
+}
+
+/// Gives a sealed layer its size in its description and then its checksums, by which a later start tells
+/// that it is done.
+///
+/// # Errors
+/// As [`count_layer`] and [`checksum_layer`].
+pub fn complete_layer(store: &Store, layer: Uuid) -> Result<()> {
+    count_layer(store, layer)?;
+    checksum_layer(store, layer, |_| {})
+}
+
+/// Gives a sealed layer its checksums. Where another process is at that, waits for it. `progress` is called
+/// with the number of blocks just read.
+///
+/// # Errors
+/// As [`seal_in_place`]: the layer stays readable as it was. [`ErrorKind::NotFound`] where it is gone.
+pub(super) fn checksum_layer(
+    store: &Store,
+    layer: Uuid,
+    progress: impl FnMut(Blocks),
+) -> Result<()> {
+    let _lease = wait_for_lease(store, layer)?;
+    seal_in_place(&**store.storage(), &store.layer_dir(layer), progress).map(drop)
+}
+
+/// Nobody writes a sealed layer: whoever has its lease gives it checksums, or looks whether somebody does.
+fn wait_for_lease(store: &Store, layer: Uuid) -> Result<LayerLease> {
+    loop {
+        match store.lease_layer(layer) {
+            Err(error) if error.kind() == ErrorKind::InUse => interrupt::check()?,
+            other => return other,
+        }
+        std::thread::sleep(LEASE_PAUSE);
+    }
+}
+
+/// Notes in a sealed layer's description what it holds. One whose description is lost gets another.
+///
+/// # Errors
+/// Where the layer cannot be read or the description written.
+pub fn count_layer(store: &Store, layer: Uuid) -> Result<()> {
+    let sealed = SealedLayer::open(&**store.storage(), &store.layer_dir(layer))?;
+    let mut info = store.layer_info(layer).unwrap_or_else(|_| LayerInfo {
+        origin: "unknown: its info.json was lost".into(),
+        ..LayerInfo::default()
+    });
+    info.bytes = sealed.data_blocks().bytes();
+    store.set_layer_info(layer, &info)
+}

@@ -1,0 +1,134 @@
+//! Forks: new containers on the layers of another, as it is or was at a snapshot.
+
+use uuid::Uuid;
+
+use super::records::{ContainerRecord, FsInfo, LayerInfo, Scaffold, VolumeMount};
+use super::{ContainerSnapshot, StagedLayer, Store, StoreGuard, now};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::interrupt;
+
+/// What forks are made of.
+#[derive(Debug, Clone)]
+pub struct Fork {
+    /// How they are run.
+    pub origin: ContainerRecord,
+    /// The sealed layers that they lie on, from the bottom up.
+    pub layers: Vec<Uuid>,
+    /// Bytes.
+    pub virtual_size: u64,
+    /// As the container's.
+    pub device_size: Option<u64>,
+    /// What the chain holds that can be mounted.
+    pub fs: Option<FsInfo>,
+    /// What running the origin had made in its file system.
+    pub scaffold: Scaffold,
+    /// What appears in them when they run.
+    pub volumes: Vec<VolumeMount>,
+}
+
+impl Fork {
+    /// Of a container whose layers are all sealed but an empty top.
+    pub fn of_container(origin: ContainerRecord, volumes: Vec<VolumeMount>) -> Self {
+        Fork {
+            layers: origin.layers.clone(),
+            virtual_size: origin.virtual_size,
+            device_size: origin.device_size,
+            fs: origin.fs.clone(),
+            scaffold: origin.scaffold.clone(),
+            volumes,
+            origin,
+        }
+    }
+
+    /// Of a snapshot of a container.
+    ///
+    /// # Errors
+    /// As [`ContainerRecord::snapshot_layers`].
+    pub fn of_snapshot(
+        origin: ContainerRecord,
+        snapshot: &ContainerSnapshot,
+        volumes: Vec<VolumeMount>,
+    ) -> Result<Self> {
+        Ok(Fork {
+            layers: origin.snapshot_layers(snapshot.id)?,
+            virtual_size: snapshot.virtual_size,
+            device_size: snapshot.device_size,
+            fs: snapshot.fs.clone(),
+            scaffold: snapshot.scaffold.clone(),
+            volumes,
+            origin,
+        })
+    }
+
+    fn record(&self, name: &str, top: Uuid) -> ContainerRecord {
+        ContainerRecord {
+            name: name.to_owned(),
+            id: Uuid::new_v4(),
+            layers: self.layers.clone(),
+            top,
+            next: None,
+            next_snapshot: None,
+            snapshots: Vec::new(),
+            at: None,
+            virtual_size: self.virtual_size,
+            device_size: self.device_size,
+            fs: self.fs.clone(),
+            scaffold: self.scaffold.clone(),
+            volumes: self.volumes.clone(),
+            created: now(),
+            ..self.origin.clone()
+        }
+    }
+}
+
+impl Store {
+    /// Makes a container of each name. Copies nothing. Whoever calls keeps the layers from being
+    /// collected.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AlreadyExists`] for a name, before anything is made; where the host fails, some of
+    /// them may be there.
+    pub fn create_forks(
+        &self,
+        fork: &Fork,
+        names: &[String],
+        pin: &StoreGuard,
+    ) -> Result<Vec<ContainerRecord>> {
+        let below =
+            fork.layers.last().copied().ok_or_else(|| {
+                Error::new(ErrorKind::Corrupt, "a container without a sealed layer")
+            })?;
+        self.check_new_containers(names)?;
+        let info = LayerInfo {
+            origin: "writable layer".into(),
+            ..LayerInfo::default()
+        };
+        let stage = |_| {
+            interrupt::check()?;
+            self.stage_described(below, fork.virtual_size, &info)
+        };
+        let staged: Result<Vec<StagedLayer>> = names.iter().map(stage).collect();
+        let place = |staged: StagedLayer| staged.place(pin);
+        let tops: Result<Vec<Uuid>> = staged?.into_iter().map(place).collect();
+        self.sync_layers()?;
+        let _lock = self.lock()?;
+        self.check_new_containers(names)?;
+        let mut records = Vec::new();
+        for (name, top) in names.iter().zip(tops?) {
+            let record = fork.record(name, top);
+            self.write_json(&self.record_path("containers", name), &record)?;
+            records.push(record);
+        }
+        Ok(records)
+    }
+
+    /// Makes sure that containers of these names can be made.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AlreadyExists`], and [`ErrorKind::InvalidInput`] for what cannot be a name.
+    pub fn check_new_containers(&self, names: &[String]) -> Result<()> {
+        names
+            .iter()
+            .try_for_each(|name| self.check_new_container(name))
+    }
+}

@@ -1,0 +1,220 @@
+//! Databases in containers that are snapshotted and forked while they work: every transaction that was
+//! acknowledged before is in the copy, and the copy is whole.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use crate::common::{TestStore, run, shell, wait_until};
+
+/// Debian's programs of PostgreSQL 15.
+const PROGRAMS: &str = "/usr/lib/postgresql/15/bin";
+
+/// Runs a line in a shell as the user that PostgreSQL wants.
+fn as_postgres(line: &str) -> String {
+    run("su", &["postgres", "-s", "/bin/sh", "-c", line])
+}
+
+/// A PostgreSQL server on the directory `pg` of a mounted container. Dropping it stops it.
+struct Postgres {
+    data: PathBuf,
+    socket: PathBuf,
+}
+
+impl Postgres {
+    /// Makes a database system in `dir` and starts it.
+    fn make(dir: &Path, socket: &Path) -> Self {
+        let data = dir.join("pg");
+        shell(
+            dir,
+            "mkdir pg && chown postgres pg && chmod 700 pg && chmod 755 .",
+        );
+        as_postgres(&format!(
+            "{PROGRAMS}/initdb -A trust -D '{}'",
+            data.display()
+        ));
+        Postgres::start(data, socket)
+    }
+
+    /// Starts the system of a fork: it recovers as after a power cut. The lock file names a process of the
+    /// origin, which in a container of its own nobody would see.
+    fn recover(dir: &Path, socket: &Path) -> Self {
+        let data = dir.join("pg");
+        std::fs::remove_file(data.join("postmaster.pid")).unwrap();
+        Postgres::start(data, socket)
+    }
+
+    fn start(data: PathBuf, socket: &Path) -> Self {
+        std::fs::create_dir_all(socket).unwrap();
+        run("chown", &["postgres", socket.to_str().unwrap()]);
+        let (shown, place) = (data.display(), socket.display());
+        as_postgres(&format!(
+            "{PROGRAMS}/pg_ctl -s -w -t 300 -D '{shown}' -l '{place}/log' -o \"-k '{place}' -h ''\" start"
+        ));
+        Postgres {
+            data,
+            socket: socket.to_owned(),
+        }
+    }
+
+    fn query(&self, sql: &str) -> String {
+        let line = format!(
+            "psql -h '{}' -At -c \"{sql}\" postgres",
+            self.socket.display()
+        );
+        as_postgres(&line).trim().to_owned()
+    }
+
+    /// A program that works on the database in the background.
+    fn background(&self, line: &str) -> Child {
+        let line = line.replace("SOCKET", &self.socket.display().to_string());
+        Command::new("su")
+            .args(["postgres", "-s", "/bin/sh", "-c", &line])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        let line = format!(
+            "{PROGRAMS}/pg_ctl -s -m immediate -D '{}' stop",
+            self.data.display()
+        );
+        let _ = Command::new("su")
+            .args(["postgres", "-s", "/bin/sh", "-c", &line])
+            .status();
+    }
+}
+
+/// Numbers that a client of the database was told are in it.
+fn acknowledged(socket: &Path) -> u64 {
+    let told = std::fs::read_to_string(socket.join("told")).unwrap_or_default();
+    told.lines()
+        .filter(|line| line.starts_with("INSERT"))
+        .count() as u64
+}
+
+#[test]
+fn a_fork_of_a_running_postgresql_holds_every_acknowledged_transaction_and_is_whole() {
+    let store = TestStore::new();
+    std::fs::create_dir_all(store.path("root")).unwrap();
+    store.ok(&["import", "empty", &store.arg("root"), "--size", "2G"]);
+    store.ok(&["create", "empty", "--name", "db"]);
+    // Whoever PostgreSQL runs as walks there.
+    run("chmod", &["755", store.dir.path().to_str().unwrap()]);
+    let (dir, fork_dir) = (store.path("db"), store.path("fork"));
+    for dir in [&dir, &fork_dir] {
+        std::fs::create_dir(dir).unwrap();
+    }
+    store.ok(&["mount", "db", dir.to_str().unwrap()]);
+    let (socket, fork_socket) = (store.path("s1"), store.path("s2"));
+    let origin = Postgres::make(&dir, &socket);
+    origin.query("CREATE TABLE told (n bigint PRIMARY KEY)");
+    let place = socket.display();
+    as_postgres(&format!("pgbench -h '{place}' -q -i -s 2 postgres"));
+    let mut load = origin.background("pgbench -h 'SOCKET' -c 2 -T 600 postgres");
+    let counting = "n=0; while echo \"INSERT INTO told VALUES ($n);\"; do n=$((n+1)); done \
+        | psql -h 'SOCKET' postgres > 'SOCKET/told'";
+    let mut writer = origin.background(&counting.replace("psql", "stdbuf -oL psql"));
+    wait_until("the client is told", || acknowledged(&socket) > 200);
+
+    let told = acknowledged(&socket);
+    let began = Instant::now();
+    store.ok(&["fork", "db", "fork"]);
+    store.ok(&["mount", "fork", fork_dir.to_str().unwrap()]);
+    let fork = Postgres::recover(&fork_dir, &fork_socket);
+    let found: u64 = fork.query("SELECT count(*) FROM told").parse().unwrap();
+    println!(
+        "{:?} from the command to the answer; {found} of {told}",
+        began.elapsed()
+    );
+    assert!(
+        found >= told,
+        "{found} of {told} acknowledged transactions are in the fork"
+    );
+    let whole = fork.query("SELECT max(n) + 1 = count(*) FROM told");
+    assert_eq!(
+        whole, "t",
+        "a later transaction is there, and an earlier one is not"
+    );
+    // Each transaction of pgbench changes three balances by the same amount.
+    let balanced = "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = \
+        (SELECT sum(bbalance) FROM pgbench_branches) AND (SELECT sum(bbalance) FROM pgbench_branches) \
+        = (SELECT sum(tbalance) FROM pgbench_tellers)";
+    assert_eq!(fork.query(balanced), "t");
+    let check = format!(
+        "{PROGRAMS}/pg_amcheck -h '{}' --install-missing --heapallindexed postgres",
+        fork_socket.display()
+    );
+    as_postgres(&check);
+    // The origin has seen nothing.
+    let before = acknowledged(&socket);
+    wait_until("the origin goes on", || acknowledged(&socket) > before);
+    assert_eq!(load.try_wait().unwrap(), None, "pgbench ended");
+    for child in [&mut writer, &mut load] {
+        let _ = child.kill();
+    }
+    drop(fork);
+    drop(origin);
+    for child in [&mut writer, &mut load] {
+        let _ = child.wait();
+    }
+    wait_until("the clients have ended", || {
+        store.output(&["umount", "db"]).status.success()
+    });
+    store.ok(&["umount", "fork"]);
+    store.ok(&["prune"]);
+    store.ok(&["check", "--scrub"]);
+}
+
+#[test]
+fn snapshots_of_a_working_sqlite_hold_every_acknowledged_row_in_both_ways_of_taking_them() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "db"]);
+    let dir = store.mount("db");
+    let database = dir.join("data.db");
+    let told = store.path("told");
+    let schema = "PRAGMA journal_mode=WAL; CREATE TABLE told (n INTEGER PRIMARY KEY);";
+    run("sqlite3", &[database.to_str().unwrap(), schema]);
+    // An answer of `told` follows each row that is in the database durably.
+    let stop = store.path("stop");
+    let line = format!(
+        "n=0; while [ ! -e '{}' ]; do echo \"INSERT INTO told VALUES ($n); SELECT 'told';\"; n=$((n+1)); done \
+         | stdbuf -oL sqlite3 -cmd 'PRAGMA synchronous=FULL' '{}' > '{}'",
+        stop.display(),
+        database.display(),
+        told.display()
+    );
+    let mut writer = Command::new("sh").args(["-c", &line]).spawn().unwrap();
+    let acknowledged = || {
+        let told = std::fs::read_to_string(&told).unwrap_or_default();
+        told.lines().filter(|line| *line == "told").count()
+    };
+    for (name, options) in [("crash", &[][..]), ("clean", &["--freeze"])] {
+        let before = acknowledged();
+        wait_until("the writer goes on", || acknowledged() > before + 20);
+        let before = acknowledged();
+        let mut arguments = vec!["snapshot", "db", name];
+        arguments.extend(options);
+        store.ok(&arguments);
+        store.ok(&["fork", "db", name, "--from", name]);
+        let fork = store.mount(name).join("data.db");
+        let ask = |sql: &str| {
+            run("sqlite3", &[fork.to_str().unwrap(), sql])
+                .trim()
+                .to_owned()
+        };
+        assert_eq!(ask("PRAGMA integrity_check"), "ok", "{name}");
+        let found: usize = ask("SELECT count(*) FROM told").parse().unwrap();
+        assert!(found >= before, "{name}: {found} of {before}");
+        assert_eq!(ask("SELECT max(n) + 1 = count(*) FROM told"), "1", "{name}");
+        store.ok(&["umount", name]);
+    }
+    std::fs::write(&stop, []).unwrap();
+    assert!(writer.wait().unwrap().success());
+    store.ok(&["umount", "db"]);
+}

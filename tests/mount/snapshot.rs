@@ -1,0 +1,381 @@
+//! Snapshots, forks and rollbacks of containers that are in use: what was made durable before is in them,
+//! nobody sees an error, and a kill anywhere leaves them taken or not taken.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::common::{TestStore, run, wait_until};
+use serde_json::Value;
+use vellum_base::crash_point;
+
+/// A container `c` of a small image, mounted.
+fn mounted() -> (TestStore, PathBuf) {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let dir = store.mount("c");
+    (store, dir)
+}
+
+/// A program that appends numbers to a file, each durable before it is counted.
+struct Writer {
+    stop: Arc<AtomicBool>,
+    written: Arc<AtomicU64>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Writer {
+    fn start(dir: &Path) -> Self {
+        let (stop, written) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
+        let (told, count) = (stop.clone(), written.clone());
+        let mut file = fs::File::create(dir.join("numbers")).unwrap();
+        let thread = std::thread::spawn(move || {
+            for number in 0u64.. {
+                if told.load(Ordering::SeqCst) {
+                    return;
+                }
+                file.write_all(&number.to_le_bytes()).unwrap();
+                file.sync_all().unwrap();
+                count.store(number + 1, Ordering::SeqCst);
+            }
+        });
+        Writer {
+            stop,
+            written,
+            thread: Some(thread),
+        }
+    }
+
+    /// How many numbers are durable.
+    fn written(&self) -> u64 {
+        self.written.load(Ordering::SeqCst)
+    }
+
+    fn wait_for_more(&self) {
+        let now = self.written();
+        wait_until("the writer goes on", || self.written() > now + 5);
+    }
+
+    /// Ends it; it has seen no error.
+    fn end(mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// How many numbers a container holds: all from 0 on, none torn.
+fn numbers(dir: &Path) -> u64 {
+    let bytes = fs::read(dir.join("numbers")).unwrap();
+    let whole = bytes.chunks_exact(8);
+    let mut count = 0;
+    for chunk in whole {
+        assert_eq!(u64::from_le_bytes(chunk.try_into().unwrap()), count);
+        count += 1;
+    }
+    count
+}
+
+fn snapshots(store: &TestStore, name: &str) -> Vec<String> {
+    let listed = store.json(&["snapshots", name]);
+    let listed = listed["snapshots"].as_array().unwrap().clone();
+    listed
+        .iter()
+        .map(|kept| kept["name"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn a_snapshot_under_a_writer_holds_all_that_was_durable_before_and_the_writer_sees_no_error() {
+    let (store, dir) = mounted();
+    let writer = Writer::start(&dir);
+    for (name, options) in [("crash", &[][..]), ("clean", &["--freeze"])] {
+        writer.wait_for_more();
+        let before = writer.written();
+        let mut arguments = vec!["snapshot", "c", name];
+        arguments.extend(options);
+        let report = store.json(&arguments);
+        assert!(report["waited_seconds"].as_f64().unwrap() < 2.0, "{report}");
+        writer.wait_for_more();
+        store.ok(&["fork", "c", name, "--from", name]);
+        let fork = store.mount(name);
+        let found = numbers(&fork);
+        assert!(found >= before, "{found} of {before} numbers are in {name}");
+        store.ok(&["umount", name]);
+    }
+    writer.end();
+    assert_eq!(snapshots(&store, "c"), ["crash", "clean"]);
+    store.ok(&["umount", "c"]);
+    store.ok(&["prune"]);
+    store.ok(&["check", "--scrub"]);
+}
+
+#[test]
+fn a_frozen_snapshot_needs_no_recovery_and_both_kinds_are_served_over_nbd() {
+    let (store, dir) = mounted();
+    fs::write(dir.join("file"), "frozen").unwrap();
+    store.ok(&["snapshot", "c", "clean", "--freeze"]);
+    fs::write(dir.join("file"), "crash").unwrap();
+    store.ok(&["snapshot", "c", "crash", "-m", "as it runs"]);
+    fs::write(dir.join("file"), "later").unwrap();
+    let listed = store.json(&["snapshots", "c"]);
+    let states: Vec<&Value> = listed["snapshots"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|kept| &kept["consistency"])
+        .collect();
+    assert_eq!(states, ["clean", "crash"]);
+    for (name, recovers) in [("c@clean", false), ("c@crash", true)] {
+        let (server, socket) = store.serve(name);
+        let raw = store.arg("raw");
+        let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
+        run("nbdcopy", &[uri.as_str(), &raw]);
+        server.end();
+        let features = run("dumpe2fs", &["-h", &raw]);
+        assert_eq!(
+            features.contains("needs_recovery"),
+            recovers,
+            "{name}: {features}"
+        );
+        if !recovers {
+            run("e2fsck", &["-fn", &raw]);
+        }
+    }
+    let tree = store.ok(&["snapshots", "c"]);
+    assert!(tree.contains("as it runs"), "{tree}");
+    store.ok(&["umount", "c"]);
+}
+
+#[test]
+fn a_container_goes_back_and_forth_between_its_snapshots() {
+    let (store, dir) = mounted();
+    fs::write(dir.join("file"), "one").unwrap();
+    store.ok(&["snapshot", "c", "one"]);
+    fs::write(dir.join("file"), "two").unwrap();
+    store.ok(&["snapshot", "c", "two"]);
+    fs::write(dir.join("file"), "three").unwrap();
+    let refused = store.fails(&["rollback", "c", "one"]);
+    assert!(refused.contains("vellum umount c"), "{refused}");
+    let said = store.ok(&["rollback", "--force", "c", "one"]);
+    assert!(
+        said.contains("c is c@one again; what it was is c@before-rollback-"),
+        "{said}"
+    );
+    let kept = said.trim().rsplit('@').next().unwrap().to_owned();
+    let content = |expected: &str| {
+        let dir = store.mount("c");
+        assert_eq!(fs::read_to_string(dir.join("file")).unwrap(), expected);
+        store.ok(&["umount", "c"]);
+    };
+    content("one");
+    store.ok(&["rollback", "c", "two", "--discard"]);
+    content("two");
+    store.ok(&["rollback", "c", &kept, "--discard"]);
+    content("three");
+    assert_eq!(snapshots(&store, "c"), ["one", "two", &kept]);
+    let missing = store.fails(&["rollback", "c", "nine"]);
+    assert!(missing.contains("vellum snapshots c"), "{missing}");
+    store.ok(&["check", "--scrub"]);
+}
+
+#[test]
+fn layers_go_with_the_last_snapshot_fork_or_container_that_needs_them() {
+    let (store, dir) = mounted();
+    let before = store.layers().len();
+    fs::write(dir.join("file"), "one").unwrap();
+    store.ok(&["snapshot", "c", "one"]);
+    store.ok(&["snapshot", "c", "two"]);
+    store.ok(&["umount", "c"]);
+    assert_eq!(store.layers().len(), before + 2);
+    let refused = store.fails(&["rm", "c"]);
+    assert!(
+        refused.contains("has 2 snapshots") && refused.contains("--snapshots"),
+        "{refused}"
+    );
+    store.ok(&["rollback", "c", "one", "--discard"]);
+    assert_eq!(store.layers().len(), before + 2, "two is still there");
+    store.ok(&["rm", "c@two"]);
+    assert_eq!(store.layers().len(), before + 1, "nothing needs its layer");
+    store.ok(&["fork", "c", "d", "--from", "one"]);
+    store.ok(&["rm", "c@one"]);
+    store.ok(&["rm", "c"]);
+    let dir = store.mount("d");
+    assert_eq!(fs::read_to_string(dir.join("file")).unwrap(), "one");
+    store.ok(&["umount", "d"]);
+    store.ok(&["rm", "d"]);
+    store.ok(&["check"]);
+    assert_eq!(
+        store.layers().len(),
+        before - 1,
+        "only the image's are left"
+    );
+}
+
+#[test]
+fn forks_of_one_moment_are_equal_and_know_nothing_of_each_other() {
+    let (store, dir) = mounted();
+    let writer = Writer::start(&dir);
+    writer.wait_for_more();
+    let before = writer.written();
+    store.ok(&["fork", "c", "f", "--count", "3"]);
+    writer.wait_for_more();
+    let mut found = Vec::new();
+    for number in 1..=3 {
+        let dir = store.mount(&format!("f-{number}"));
+        found.push(numbers(&dir));
+        fs::write(dir.join("numbers"), []).unwrap();
+    }
+    writer.end();
+    assert!(
+        found
+            .iter()
+            .all(|count| *count == found[0] && *count >= before),
+        "{found:?}"
+    );
+    assert!(numbers(&dir) > found[0]);
+    assert_eq!(
+        store.json(&["snapshots", "c"])["snapshots"],
+        Value::Array(Vec::new())
+    );
+    let refused = store.fails(&["fork", "c", "f-2"]);
+    assert!(
+        refused.contains("there is a container f-2 already"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn volumes_that_a_container_writes_are_forked_only_when_somebody_says_how() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let record = store.root.join("containers/c.json");
+    let mut value: Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+    value["volumes"] = serde_json::json!([{ "source": "data", "destination": "/var/data" }]);
+    fs::write(&record, serde_json::to_vec(&value).unwrap()).unwrap();
+    let refused = store.fails(&["fork", "c", "d"]);
+    assert!(
+        refused.contains("the volume data at /var/data"),
+        "{refused}"
+    );
+    assert!(refused.contains("--no-volumes"), "{refused}");
+    let volumes = |name: &str, option: &str| {
+        let report = store.json(&["fork", "c", name, option]);
+        report["containers"][0]["volumes"].as_array().unwrap().len()
+    };
+    assert_eq!(volumes("d", "--no-volumes"), 0);
+    assert_eq!(volumes("e", "--share-volumes"), 1);
+}
+
+#[test]
+fn a_store_with_snapshots_says_so_to_programs_that_do_not_know_them() {
+    let (store, _dir) = mounted();
+    let format = || {
+        let marker = fs::read(store.root.join("vellum.json")).unwrap();
+        serde_json::from_slice::<Value>(&marker).unwrap()["format"]
+            .as_u64()
+            .unwrap()
+    };
+    assert_eq!(format(), 1);
+    store.ok(&["fork", "c", "d"]);
+    assert_eq!(format(), 1, "forks are containers like others");
+    store.ok(&["snapshot", "c"]);
+    assert_eq!(format(), 2);
+    store.ok(&["umount", "c"]);
+}
+
+/// Kills a command at one of its steps. Then it is done or not done, and can be done again.
+fn kill_at(place: &str, arguments: &[&str]) {
+    let (store, dir) = mounted();
+    fs::write(dir.join("file"), "kept").unwrap();
+    store.ok(&["snapshot", "c", "first"]);
+    fs::write(dir.join("file"), "now").unwrap();
+    let writer = Writer::start(&dir);
+    writer.wait_for_more();
+    let needs_stop = arguments[0] == "rollback";
+    let mut running = Some(writer);
+    if needs_stop {
+        running.take().unwrap().end();
+        store.ok(&["umount", "c"]);
+    }
+    let killed = store
+        .command()
+        .args(arguments)
+        .env(crash_point::VARIABLE, place)
+        .output()
+        .unwrap();
+    assert!(
+        !killed.status.success(),
+        "{place} was not reached: {killed:?}"
+    );
+    assert_eq!(killed.status.code(), None, "{place}: {killed:?}");
+    if let Some(writer) = running {
+        writer.wait_for_more();
+        writer.end();
+        store.ok(&["umount", "c"]);
+    }
+    store.ok(&["prune"]);
+    store.ok(&["check", "--scrub"]);
+    let there = snapshots(&store, "c");
+    assert_eq!(there[0], "first", "{place}");
+    // What was done counts; what was not is done now.
+    match arguments {
+        ["snapshot", ..] if there.contains(&"again".to_owned()) => {}
+        ["fork", ..] if store.names("ps").contains(&"fork".to_owned()) => {}
+        _ => drop(store.ok(arguments)),
+    }
+    let dir = store.mount("c");
+    let content = fs::read_to_string(dir.join("file")).unwrap();
+    assert_eq!(content, if needs_stop { "kept" } else { "now" }, "{place}");
+    store.ok(&["umount", "c"]);
+    store.ok(&["check", "--scrub"]);
+    store.assert_nothing_runs();
+}
+
+#[test]
+fn a_snapshot_that_is_killed_anywhere_is_taken_or_not_taken() {
+    for place in [
+        "commit: synced",
+        "commit: sealed under users",
+        "storage: file written aside",
+    ] {
+        kill_at(place, &["snapshot", "c", "again"]);
+    }
+    let freezing = [
+        "commit: synced",
+        "commit: frozen",
+        "commit: sealed under users",
+        "commit: thawed",
+    ];
+    for place in freezing {
+        kill_at(place, &["snapshot", "c", "again", "--freeze"]);
+    }
+}
+
+#[test]
+fn a_fork_that_is_killed_anywhere_is_there_or_not_there() {
+    for place in [
+        "commit: sealed under users",
+        "fork: sealed",
+        "storage: file written aside",
+    ] {
+        kill_at(place, &["fork", "c", "fork"]);
+    }
+}
+
+#[test]
+fn a_rollback_that_is_killed_anywhere_went_back_or_did_not() {
+    for place in [
+        "rollback: present kept",
+        "rollback: layer published",
+        "rollback: put back",
+    ] {
+        kill_at(place, &["rollback", "c", "first"]);
+    }
+}
