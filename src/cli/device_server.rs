@@ -7,6 +7,7 @@ use uuid::Uuid;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_engine::device::{Target, served_stats};
 use vellum_export::device::{SupervisorArgs, supervise};
+use vellum_fs::run_dir::RunDir;
 use vellum_store::Store;
 
 /// Arguments of `device-server`.
@@ -38,11 +39,11 @@ struct Which {
     sealed: Option<Uuid>,
 }
 
-/// The root of the store that a run directory lies in, `ROOT/run/ID`: where it is now, not where it was
-/// when the device was attached.
-fn root_of(run_dir: &Path) -> Result<&Path> {
-    run_dir.ancestors().nth(2).ok_or_else(|| {
-        let text = format!("{} is not in a store", run_dir.display());
+/// The root of the store that a run directory lies in: where it is now, not where it was when the device
+/// was attached.
+fn root_of(run_dir: &RunDir) -> Result<&Path> {
+    run_dir.store_root().ok_or_else(|| {
+        let text = format!("{run_dir} is not in a store");
         Error::new(ErrorKind::InvalidInput, text)
     })
 }

@@ -75,7 +75,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         server.add_export(export)?;
         chains.push((name, chain));
     }
-    let (listeners, socket_file) = listen(args, context, &server, store.nbd_socket(), &writable)?;
+    let (listeners, socket_file) =
+        listen(args, context, &server, store.runs().nbd_socket(), &writable)?;
     signals.wait().context(|| "cannot wait for signals")?;
     drop(socket_file);
     let ended = server.shutdown();

@@ -46,7 +46,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         check_path(what, path)?;
     }
     let store = Store::open_or_create(root)?;
-    let lock = store.root().join("run").join("snapshotter.lock");
+    let lock = store.runs().snapshotter_lock();
     let held = store
         .storage()
         .lock(&lock, LockMode::Exclusive, false)

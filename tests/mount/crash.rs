@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::mount_support::{Device, kill, kill_together, run, wait_until};
 use vellum_export::device::{Status, attach, ensure_supervised, find_leaks, upgrade};
+use vellum_fs::run_dir::RunRoot;
 
 /// fio with checksums and fsync on a mounted device; its end is waited for on drop.
 struct Load(Child);
@@ -213,7 +214,7 @@ fn everything_killed_is_found_and_detached_although_it_was_mounted() {
     device.mkfs();
     device.mount();
     let state = device.wait_for_standby();
-    let root = device.run_dir.parent().unwrap();
+    let root = &RunRoot::of_store(device.dir.path());
     assert_eq!(find_leaks(root).unwrap(), []);
     kill_together(&[
         state.standby.unwrap().pid,
@@ -223,7 +224,7 @@ fn everything_killed_is_found_and_detached_although_it_was_mounted() {
     wait_until("all are dead", || !device.state().is_alive());
     let leaks = find_leaks(root).unwrap();
     assert_eq!(leaks.len(), 1);
-    assert_eq!(leaks[0].run_dir, device.run_dir.canonicalize().unwrap());
+    assert_eq!(leaks[0].run_dir, device.run_dir.canonical().unwrap());
     assert!(leaks[0].what.contains(&device.path()), "{}", leaks[0].what);
     device.detach();
     device.assert_nothing_left();

@@ -201,10 +201,10 @@ fn a_loop_device_goes_with_its_last_mount_or_opener_without_any_command() {
     device.umount();
     assert!(loop_device.backing_file().is_some(), "it is still mounted");
     // The note of it is lost, and its backing file has no name any more.
-    fs::remove_file(device.run_dir.join("loop")).unwrap();
+    fs::remove_file(device.run_dir.path().join("loop")).unwrap();
     run(
         "umount",
-        &["-l", device.run_dir.join("dev").to_str().unwrap()],
+        &["-l", device.run_dir.path().join("dev").to_str().unwrap()],
     );
     run("umount", &[copy]);
     wait_until("it is detached", || loop_device.backing_file().is_none());
@@ -233,7 +233,7 @@ fn a_loop_device_goes_with_its_last_mount_or_opener_without_any_command() {
     wait_until("all are dead", || !device.state().is_alive());
     run(
         "umount",
-        &["-l", device.run_dir.join("dev").to_str().unwrap()],
+        &["-l", device.run_dir.path().join("dev").to_str().unwrap()],
     );
     device.detach();
     wait_until("it is detached", || loop_device.backing_file().is_none());
@@ -343,11 +343,14 @@ fn unknown_and_broken_commands_get_an_error_and_the_device_goes_on() {
     call("flush").unwrap();
     let status = call("status").unwrap();
     assert_eq!(status["size"], 16 << 20);
-    let mode = fs::metadata(device.run_dir.join("control.sock"))
+    let mode = fs::metadata(device.run_dir.path().join("control.sock"))
         .unwrap()
         .mode();
     assert_eq!(mode & 0o777, 0o600);
-    assert_eq!(fs::metadata(&device.run_dir).unwrap().mode() & 0o777, 0o700);
+    assert_eq!(
+        fs::metadata(device.run_dir.path()).unwrap().mode() & 0o777,
+        0o700
+    );
     device.detach();
     device.assert_nothing_left();
 }

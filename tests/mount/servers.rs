@@ -402,7 +402,7 @@ fn processes_of_other_users_that_pretend_to_be_a_devices_are_neither_killed_nor_
     let pretend = Command::new("sh")
         .arg0("@vellum-device")
         .args(["-c", "read line", "--run-dir"])
-        .arg(&container.run_dir)
+        .arg(container.run_dir.path())
         .uid(65534)
         .gid(65534)
         .stdin(Stdio::piped())
@@ -472,7 +472,7 @@ fn a_loop_device_that_lost_its_name_with_a_namespace_or_by_an_unmount_is_detache
     container.kill_everything();
     common::run(
         "umount",
-        &["-l", container.run_dir.join("dev").to_str().unwrap()],
+        &["-l", container.run_dir.path().join("dev").to_str().unwrap()],
     );
     let output = store.output(&["check"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -486,7 +486,7 @@ fn a_loop_device_that_lost_its_name_with_a_namespace_or_by_an_unmount_is_detache
     container.kill_everything();
     common::run(
         "umount",
-        &["-l", container.run_dir.join("dev").to_str().unwrap()],
+        &["-l", container.run_dir.path().join("dev").to_str().unwrap()],
     );
     fs::remove_file(store.root.join("containers/c.json")).unwrap();
     store.ok(&["prune"]);

@@ -24,7 +24,6 @@ const MEANT: &[Meant] = &[
             ("crates/vellum-engine/src/run/spec.rs", 1),
             ("crates/vellum-engine/src/run/user.rs", 2),
             ("crates/vellum-engine/src/run/volume.rs", 1),
-            ("crates/vellum-engine/src/teardown.rs", 1),
             ("crates/vellum-export/src/nbd/exec.rs", 1),
             ("crates/vellum-export/src/nbd/protocol.rs", 1),
             ("crates/vellum-image/src/acl.rs", 1),
@@ -45,7 +44,7 @@ const MEANT: &[Meant] = &[
         &[
             ("crates/vellum-base/src/storage/evidence.rs", 2),
             ("crates/vellum-engine/src/doctor.rs", 3),
-            ("crates/vellum-engine/src/lost.rs", 3),
+            ("crates/vellum-engine/src/lost.rs", 2),
             ("crates/vellum-engine/src/run/bundle.rs", 1),
             ("crates/vellum-engine/src/run/foreground.rs", 1),
             ("crates/vellum-export/src/device/process.rs", 2),

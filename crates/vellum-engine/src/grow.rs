@@ -11,6 +11,7 @@ use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_export::device::control;
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::ext4;
+use vellum_fs::run_dir::RunDir;
 use vellum_fs::superblock::Superblock;
 
 /// How long a server may take to make everything durable and write a header.
@@ -24,7 +25,7 @@ const RESIZE_TIMEOUT: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] where the server is of a version that cannot; where the host refuses.
-pub fn grow_device(run_dir: &Path, device: LoopDevice, size: u64) -> Result<()> {
+pub fn grow_device(run_dir: &RunDir, device: LoopDevice, size: u64) -> Result<()> {
     if device.size()? >= size {
         return Ok(());
     }
@@ -54,7 +55,7 @@ pub fn grow_device(run_dir: &Path, device: LoopDevice, size: u64) -> Result<()> 
     Ok(())
 }
 
-fn grow_layer(run_dir: &Path, size: u64) -> Result<()> {
+fn grow_layer(run_dir: &RunDir, size: u64) -> Result<()> {
     let args = encode(&Grow { size })?;
     let ask = || control::call(run_dir, GROW, args.clone(), GROW_TIMEOUT).map(drop);
     match ask() {

@@ -29,10 +29,7 @@ pub mod temporary;
 pub mod upgrade;
 pub mod wire;
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
-
-use uuid::Uuid;
 
 use vellum_base::error::{Result, ResultExt};
 use vellum_base::interrupt;
@@ -53,11 +50,6 @@ const SHORT_WAIT: Duration = Duration::from_secs(1);
 const SHORT_PAUSE: Duration = Duration::from_millis(2);
 const LONG_PAUSE: Duration = Duration::from_millis(50);
 
-/// The file whose lock keeps other processes from a container.
-pub fn container_lock(store: &Store, id: Uuid) -> PathBuf {
-    store.root().join("run").join(format!("{id}.lock"))
-}
-
 /// Keeps other processes from mounting, unmounting or committing the same container.
 pub fn lock_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
     let held = wait_for_container(store, container)?;
@@ -77,7 +69,7 @@ pub fn lock_container(store: &Store, container: &ContainerRecord) -> Result<Box<
 /// Waits for the lock of a container, and says for whom where that takes long. It asks again and again,
 /// since a signal that comes just before a call that waits does not wake it.
 fn wait_for_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
-    let path = container_lock(store, container.id);
+    let path = store.runs().container_lock(container.id);
     let since = Instant::now();
     let mut told = false;
     loop {

@@ -2,6 +2,7 @@
 //! its root was unmounted under them. All that is needed is the path: the rest is told by processes'
 //! command lines, by sysfs and by the table of mounts.
 
+use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use super::mount_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_export::device::{self, DetachOptions, FoundDevice, Identity};
+use vellum_fs::run_dir::{RunDir, RunRoot};
 use vellum_store::Store;
 
 /// How long each step may take.
@@ -20,7 +22,7 @@ pub struct LostDevice {
     /// The container, where a process of the device is left to tell.
     pub container: Option<String>,
     /// Its run directory, whose name is the container's id.
-    pub run_dir: PathBuf,
+    pub run_dir: RunDir,
     /// Where it is mounted.
     pub mounts: Vec<PathBuf>,
 }
@@ -30,14 +32,14 @@ impl LostDevice {
         self.container.as_deref() == Some(name) || self.id() == name
     }
 
-    fn id(&self) -> &str {
-        let name = self.run_dir.file_name();
-        name.and_then(|name| name.to_str()).unwrap_or_default()
+    fn id(&self) -> Cow<'_, str> {
+        self.run_dir.name().to_string_lossy()
     }
 
     /// The container's name, or else its id, with where it is mounted.
     fn describe(&self) -> String {
-        let name = self.container.as_deref().unwrap_or(self.id());
+        let id = self.id();
+        let name = self.container.as_deref().unwrap_or(&id);
         match self.mounts.first() {
             Some(dir) => format!("{name} (mounted at {})", dir.display()),
             None => name.to_owned(),
@@ -63,7 +65,7 @@ pub fn devices(root: &Path) -> Result<Vec<LostDevice>> {
         // Its disk does not even say what lies on the way.
         Err(_) => std::path::absolute(root).unwrap_or_else(|_| root.to_owned()),
     };
-    let found = device::find_devices(&root.join("run"))?;
+    let found = device::find_devices(&RunRoot::of_store(&root))?;
     Ok(found
         .into_iter()
         .map(|found: FoundDevice| LostDevice {
@@ -127,14 +129,14 @@ pub fn end_all(root: &Path) -> Result<Vec<String>> {
             device
                 .container
                 .clone()
-                .unwrap_or_else(|| device.id().to_owned()),
+                .unwrap_or_else(|| device.id().into_owned()),
         );
     }
     Ok(ended)
 }
 
 fn end_device(device: &LostDevice) -> Result<()> {
-    end_processes(device.id())?;
+    end_processes(&device.id())?;
     let options = DetachOptions {
         force: true,
         timeout: TIMEOUT,

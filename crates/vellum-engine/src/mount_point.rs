@@ -13,18 +13,13 @@ use vellum_export::device;
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::ext4::{self, Atime};
 use vellum_fs::mountinfo::MountInfo;
+use vellum_fs::run_dir::RunDir;
 use vellum_store::{ContainerRecord, Store};
 
 /// How long an unmount waits for those who use the file system.
 pub(super) const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Where `run` and `exec` have a container that somebody mounted for people to look at.
-const INNER: &str = "inner";
-/// Where a container's own /etc/hosts and such lie.
-const ETC: &str = "etc";
-/// Bytes and files there may be.
+/// Bytes and files there may be in a container's own /etc.
 const ETC_LIMITS: &str = "size=1m,nr_inodes=32,mode=0700";
-/// Where a container is mounted unless a directory is named.
-const ROOTFS: &str = "rootfs";
 
 /// What a mounted container's files may do on the host besides being read and written. Neither,
 /// where people mount: any user of the host who can walk to the directory could start the image's
@@ -64,8 +59,8 @@ impl Rights {
 }
 
 /// The directory that a container with this run directory is mounted at when none is named.
-pub(super) fn default_dir(run_dir: &Path) -> Result<PathBuf> {
-    let dir = run_dir.join(ROOTFS);
+pub(super) fn default_dir(run_dir: &RunDir) -> Result<PathBuf> {
+    let dir = run_dir.rootfs();
     fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
     Ok(dir)
 }
@@ -126,7 +121,7 @@ pub(super) fn unmount_all(device: LoopDevice, force: bool) -> Result<()> {
 /// for people to look at, its setuid programs are without effect: then it is mounted a second time,
 /// below the run directory, which nobody else can walk.
 pub(super) fn inner_dir(
-    run_dir: &Path,
+    run_dir: &RunDir,
     dir: &Path,
     device: &Path,
     atime: Atime,
@@ -135,7 +130,7 @@ pub(super) fn inner_dir(
     if mount.is_none_or(|mount| Rights::of(&mount) == Rights::ALL) {
         return Ok(dir.to_owned());
     }
-    let inner = run_dir.join(INNER);
+    let inner = run_dir.inner();
     if MountInfo::at(&inner)?.is_none() {
         fs::create_dir_all(&inner).context(|| format!("cannot make {}", inner.display()))?;
         ext4::mount(device, &inner, Rights::ALL.options(atime))?;
@@ -144,16 +139,16 @@ pub(super) fn inner_dir(
 }
 
 /// Takes away what [`inner_dir`] made, if it did.
-pub(super) fn end_inner(run_dir: &Path) -> Result<()> {
-    let inner = run_dir.join(INNER);
+pub(super) fn end_inner(run_dir: &RunDir) -> Result<()> {
+    let inner = run_dir.inner();
     ext4::unmount(&inner, UNMOUNT_TIMEOUT)?;
     remove(&inner)
 }
 
 /// Makes a place of little room for the files that a container has instead of its image's: it may write
 /// them, and they are not on its disk, so nothing else would bound them.
-pub(super) fn etc_dir(run_dir: &Path) -> Result<PathBuf> {
-    let dir = run_dir.join(ETC);
+pub(super) fn etc_dir(run_dir: &RunDir) -> Result<PathBuf> {
+    let dir = run_dir.etc();
     end_etc(run_dir)?;
     fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -163,19 +158,18 @@ pub(super) fn etc_dir(run_dir: &Path) -> Result<PathBuf> {
 }
 
 /// Takes away what [`etc_dir`] made, if it did.
-pub(super) fn end_etc(run_dir: &Path) -> Result<()> {
-    let dir = run_dir.join(ETC);
+pub(super) fn end_etc(run_dir: &RunDir) -> Result<()> {
+    let dir = run_dir.etc();
     // Whoever still has a file of it keeps that.
     ext4::unmount_lazily(&dir)?;
     remove(&dir)
 }
 
 /// Removes the directories in a run directory that a container was mounted at.
-pub(super) fn remove_all(run_dir: &Path) -> Result<()> {
+pub(super) fn remove_all(run_dir: &RunDir) -> Result<()> {
     end_etc(run_dir)?;
-    [INNER, ROOTFS]
-        .iter()
-        .try_for_each(|name| remove(&run_dir.join(name)))
+    remove(&run_dir.inner())?;
+    remove(&run_dir.rootfs())
 }
 
 /// Removes a directory that something was mounted at; one that is not there is fine. It may hold a
@@ -216,7 +210,7 @@ pub fn remove(dir: &Path) -> Result<()> {
 ///
 /// # Errors
 /// As [`unmount_all`].
-pub fn unmount_device(run_dir: &Path, force: bool) -> Result<()> {
+pub fn unmount_device(run_dir: &RunDir, force: bool) -> Result<()> {
     let Some(device) = device::status(run_dir)?.and_then(|status| status.loop_device) else {
         return Ok(());
     };

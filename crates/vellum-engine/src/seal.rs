@@ -19,6 +19,7 @@ use vellum_base::interrupt;
 use vellum_core::layer::{SealedLayer, seal_in_place};
 use vellum_export::device::control;
 use vellum_fs::freeze;
+use vellum_fs::run_dir::RunDir;
 use vellum_store::{
     Consistency, ContainerRecord, ContainerSnapshot, LayerInfo, LayerLease, Store, StoreGuard,
 };
@@ -143,7 +144,7 @@ fn see_to_unmounted(store: &Store, container: &ContainerRecord, how: How) -> Res
 ///
 /// What can be done before the freeze is: `next` is opened, and what was written is made durable,
 /// so that the freeze itself finds little to write. In between are the last flush and the seal.
-pub fn seal_frozen(run_dir: &Path, dir: &Path, next: Uuid) -> Result<Duration> {
+pub fn seal_frozen(run_dir: &RunDir, dir: &Path, next: Uuid) -> Result<Duration> {
     let args = encode(&SealTop { next })?;
     prepare(run_dir, dir, &args)?;
     let frozen = freeze::freeze(dir, FREEZE_LIMIT)?;
@@ -165,7 +166,7 @@ pub fn seal_frozen(run_dir: &Path, dir: &Path, next: Uuid) -> Result<Duration> {
 }
 
 /// Syncs, then seals between two requests. Returns for how long they waited, where the server tells.
-fn seal_synced(run_dir: &Path, dir: &Path, next: Uuid) -> Result<Option<Duration>> {
+fn seal_synced(run_dir: &RunDir, dir: &Path, next: Uuid) -> Result<Option<Duration>> {
     let args = encode(&SealTop { next })?;
     prepare(run_dir, dir, &args)?;
     let sealed = control::call(run_dir, SEAL_TOP, args, SEAL_TIMEOUT)?;
@@ -177,7 +178,7 @@ fn seal_synced(run_dir: &Path, dir: &Path, next: Uuid) -> Result<Option<Duration
 }
 
 /// Does what can be done before writers wait: what they wrote is made durable, and the layer `next` opened.
-fn prepare(run_dir: &Path, dir: &Path, args: &Value) -> Result<()> {
+fn prepare(run_dir: &RunDir, dir: &Path, args: &Value) -> Result<()> {
     sync_file_system(dir)?;
     match control::call(run_dir, PREPARE_SEAL, args.clone(), FLUSH_TIMEOUT) {
         // A server of an older version does it all at the seal.

@@ -93,9 +93,9 @@ pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Ser
     // In a store that cannot be written there is no place for a socket, and nothing is counted but
     // reads.
     let control = id.filter(|_| !store.is_read_only()).and_then(|id| {
-        let (dir, socket) = store.socket_beside(id);
+        let socket = store.runs().socket_beside(id);
         let answers = Arc::new(Answers(chain.clone()));
-        ControlServer::start(&dir, &socket, answers)
+        ControlServer::start(&socket, answers)
             .inspect_err(|error| tracing::warn!(%error, "nobody can ask for counters"))
             .ok()
     });

@@ -5,7 +5,6 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::container_lock;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::Holder;
 use vellum_export::device::control;
@@ -85,9 +84,9 @@ impl Serving {
 /// # Errors
 /// Where the layers cannot be told.
 pub fn serving(store: &Store, container: &ContainerRecord) -> Result<Option<Serving>> {
-    let (dir, socket) = store.socket_beside(container.id);
+    let socket = store.runs().socket_beside(container.id);
     // A look at a name, for each of a thousand containers that nobody serves.
-    if !dir.join(&socket).exists() {
+    if !socket.path().exists() {
         return Ok(None);
     }
     let top = store.layer_dir(store.resolve(container)?.top);
@@ -101,7 +100,7 @@ pub fn serving(store: &Store, container: &ContainerRecord) -> Result<Option<Serv
         }));
     }
     // It may live where its locks cannot be seen from here; the pid that it says is of there.
-    match control::call_at(&dir, &socket, WHO, Value::Null, TIMEOUT) {
+    match control::call_at(&socket, WHO, Value::Null, TIMEOUT) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         _ => Ok(Some(Serving {
             by: Having::Nbd,
@@ -112,5 +111,6 @@ pub fn serving(store: &Store, container: &ContainerRecord) -> Result<Option<Serv
 
 /// Which command works on a container at this moment, for people who wait for it.
 pub(super) fn working(store: &Store, container: &ContainerRecord) -> Option<Holder> {
-    store.storage().holder(&container_lock(store, container.id))
+    let lock = store.runs().container_lock(container.id);
+    store.storage().holder(&lock)
 }

@@ -4,7 +4,7 @@
 //! [`stats`] is what `vellum stats` prints, [`served`] the same of all
 //! that is served.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde::Serialize;
@@ -19,6 +19,7 @@ use vellum_base::error::{ErrorKind, Result};
 use vellum_core::chain::{LatencySnapshot, Sample};
 use vellum_core::layer::{SpaceStatus, data_blocks_on_disk};
 use vellum_export::device::control;
+use vellum_fs::run_dir::{DirSocket, RunDir};
 use vellum_store::{ContainerRecord, SnapshotKind, SnapshotRecord, Store};
 
 /// Version of [`Stats`] as JSON: fields may be added, others only change with this number.
@@ -344,24 +345,24 @@ impl Counters {
 
 /// Where the servers of a chain listen.
 pub(super) struct Sockets {
-    run_dir: PathBuf,
-    beside: (PathBuf, String),
+    run_dir: RunDir,
+    beside: Option<DirSocket>,
 }
 
 impl Sockets {
     /// Those of the container or snapshot with this id.
     pub(super) fn new(store: &Store, id: Uuid) -> Self {
         Sockets {
-            run_dir: store.root().join("run").join(id.to_string()),
-            beside: store.socket_beside(id),
+            run_dir: store.runs().dir(id),
+            beside: Some(store.runs().socket_beside(id)),
         }
     }
 
     /// Those of a device in `run_dir` alone.
-    pub(super) fn of_device(run_dir: &Path) -> Self {
+    pub(super) fn of_device(run_dir: &RunDir) -> Self {
         Sockets {
-            run_dir: run_dir.to_owned(),
-            beside: (run_dir.to_owned(), String::from("none")),
+            run_dir: run_dir.clone(),
+            beside: None,
         }
     }
 
@@ -372,13 +373,13 @@ impl Sockets {
         args: &Value,
         timeout: Duration,
     ) -> Result<(Server, Value)> {
-        match control::call_again(&self.run_dir, verb, args.clone(), timeout) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                let (dir, socket) = &self.beside;
-                control::call_at(dir, socket, verb, args.clone(), timeout)
+        let answer = control::call_again(&self.run_dir, verb, args.clone(), timeout);
+        match (answer, &self.beside) {
+            (Err(error), Some(beside)) if error.kind() == ErrorKind::NotFound => {
+                control::call_at(beside, verb, args.clone(), timeout)
                     .map(|answer| (Server::Nbd, answer))
             }
-            answer => answer.map(|answer| (Server::Device, answer)),
+            (answer, _) => answer.map(|answer| (Server::Device, answer)),
         }
     }
 }
@@ -387,7 +388,7 @@ impl Sockets {
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] while none is.
-pub fn device_stats(run_dir: &Path) -> Result<DeviceStats> {
+pub fn device_stats(run_dir: &RunDir) -> Result<DeviceStats> {
     decode(control::call_again(
         run_dir,
         STATS,
@@ -560,7 +561,7 @@ pub fn served_counters(
     let mut more = 0;
     for (name, kind, id) in all {
         if found.len() >= most {
-            more += usize::from(store.root().join("run").join(id.to_string()).exists());
+            more += usize::from(store.runs().dir(id).exists());
             continue;
         }
         match ask(store, id, ASK_TIMEOUT) {

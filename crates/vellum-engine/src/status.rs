@@ -264,7 +264,7 @@ pub fn snapshot_status(
     with_size: bool,
 ) -> Result<SnapshotStatus> {
     let store = known.store();
-    let device = device::status(&store.snapshot_run_dir(record.id))?;
+    let device = device::status(&store.runs().dir(record.id))?;
     let dir = store.snapshot_mount_dir(record.id);
     let mounted = MountInfo::at(&dir)?.map(|mount| Mounted {
         given_up: ext4::has_given_up(&mount),
@@ -324,5 +324,5 @@ fn snapshot_size(store: &Store, record: &SnapshotRecord) -> Option<u64> {
 /// # Errors
 /// [`vellum_base::ErrorKind::NotFound`] while it is not attached.
 pub fn snapshot_stats(store: &Store, record: &SnapshotRecord) -> Result<DeviceStats> {
-    device_stats(&store.snapshot_run_dir(record.id))
+    device_stats(&store.runs().dir(record.id))
 }

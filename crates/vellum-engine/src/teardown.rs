@@ -1,16 +1,15 @@
 //! The way down: what runs in a container is ended, its file system unmounted, its device detached. To
 //! stop and to unmount are one act, so that a crash in between leaves what the next command finishes.
 
-use std::path::Path;
-
+use super::lock_container;
 use super::mount_point::{self, mounted, unmount_device};
 use super::run::activity::{Activity, Owner, activity, end_running, forget};
 use super::run::scaffold;
 use super::serving::serving;
 use super::temporary::end_dead;
-use super::{container_lock, lock_container};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_export::device::{self, DetachOptions};
+use vellum_fs::run_dir::RunDir;
 use vellum_store::{ContainerRecord, PruneReport, Store};
 
 /// Takes away what commands and servers that are dead left of a container: a mount whose servers
@@ -84,7 +83,7 @@ pub(super) fn unmount_ended(store: &Store, container: &ContainerRecord, force: b
         .map_err(|error| error.context(format!("cannot detach {}", container.name)))?;
     forget(&run_dir)?;
     // Not where there are files that are nobody's.
-    let _ = std::fs::remove_dir(&run_dir);
+    let _ = run_dir.remove_empty();
     Ok(())
 }
 
@@ -104,7 +103,7 @@ fn take_scaffold_away(store: &Store, container: &ContainerRecord) {
 }
 
 /// Before a device is unmounted: as [`refuse_halted`], and by force as [`device::wake`].
-fn see_to_halted(run_dir: &Path, name: &str, force: bool) -> Result<()> {
+fn see_to_halted(run_dir: &RunDir, name: &str, force: bool) -> Result<()> {
     match force {
         true => device::wake(run_dir),
         false => refuse_halted(run_dir, name),
@@ -113,7 +112,7 @@ fn see_to_halted(run_dir: &Path, name: &str, force: bool) -> Result<()> {
 
 /// Refuses to go on where all processes of a device are stopped: whoever touches it waits in the kernel
 /// then, and cannot even be killed.
-pub(super) fn refuse_halted(run_dir: &Path, name: &str) -> Result<()> {
+pub(super) fn refuse_halted(run_dir: &RunDir, name: &str) -> Result<()> {
     match device::status(run_dir)? {
         Some(status) if status.halted => Err(Error::new(
             ErrorKind::Timeout,
@@ -174,11 +173,10 @@ pub fn remove(store: &Store, name: &str, options: RemoveOptions) -> Result<Prune
         umount_locked(store, &container, force)?;
         store.remove_container(name)?
     };
-    let lock = container_lock(store, container.id);
+    let runs = store.runs();
     // The last user of the name; a leftover is harmless and pruned.
-    let _ = std::fs::remove_file(lock);
-    let (dir, socket) = store.socket_beside(container.id);
-    let _ = std::fs::remove_file(dir.join(socket));
+    let _ = std::fs::remove_file(runs.container_lock(container.id));
+    let _ = std::fs::remove_file(runs.socket_beside(container.id).path());
     Ok(report)
 }
 
@@ -202,10 +200,8 @@ fn has_snapshots(container: &ContainerRecord) -> Error {
 /// # Errors
 /// Where the directories cannot be listed.
 pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
-    let shown =
-        |run_dir: &Path| format!("run/{}", run_dir.file_name().unwrap_or_default().display());
-    let ended = end_dead(store);
-    let mut done: Vec<String> = ended.iter().map(|run_dir| shown(run_dir)).collect();
+    let shown = |run_dir: &RunDir| format!("run/{}", run_dir.name().display());
+    let mut done: Vec<String> = end_dead(store).iter().map(shown).collect();
     // Whoever uses a temporary mount holds the other side of this lock.
     let Some(_lock) = store.try_collection_lock()? else {
         return Ok(done);
@@ -214,7 +210,7 @@ pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
         device::wake(&run_dir)?;
         // Its record was taken away by hand: removing a container ends what runs in it first.
         if let Err(error) = end_running(&run_dir, "of a removed record", false) {
-            tracing::warn!(%error, "{}: left as it is", run_dir.display());
+            tracing::warn!(%error, "{run_dir}: left as it is");
             continue;
         }
         unmount_device(&run_dir, true)?;
@@ -224,12 +220,9 @@ pub fn clean_orphaned_run_dirs(store: &Store) -> Result<Vec<String>> {
             ..DetachOptions::default()
         };
         device::detach(&run_dir, &options)?;
-        match std::fs::remove_dir_all(&run_dir) {
+        match std::fs::remove_dir_all(run_dir.path()) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io(
-                    format!("cannot remove {}", run_dir.display()),
-                    error,
-                ));
+                return Err(Error::io(format!("cannot remove {run_dir}"), error));
             }
             _ => done.push(shown(&run_dir)),
         }

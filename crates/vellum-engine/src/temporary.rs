@@ -19,18 +19,14 @@ use vellum_base::interrupt;
 use vellum_base::storage::{Held, Holder, LockMode};
 use vellum_export::device::{self, DetachOptions};
 use vellum_fs::ext4;
+use vellum_fs::run_dir::RunDir;
 use vellum_fs::superblock::Superblock;
 use vellum_store::{ContainerRecord, LayerLease, StagedLayer, Store};
-
-/// Says who has a temporary mount, and is locked while that process lives.
-const OWNER: &str = "owner";
-/// Its name before it is locked.
-const UNLOCKED: &str = "owner.tmp";
 
 /// A file system that is mounted for as long as this lives, in a place of its own.
 #[derive(Debug)]
 pub struct TemporaryMount {
-    run_dir: PathBuf,
+    run_dir: RunDir,
     dir: PathBuf,
     ended: bool,
     _owned: Box<dyn Held>,
@@ -104,12 +100,12 @@ impl TemporaryMount {
     ) -> Result<Self> {
         end_dead(store);
         interrupt::check()?;
-        let run_dir = store.root().join("run").join(Uuid::new_v4().to_string());
-        let dir = run_dir.join("rootfs");
+        let run_dir = store.runs().dir(Uuid::new_v4());
+        let dir = run_dir.rootfs();
         fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
         let owned = own(store, &run_dir).inspect_err(|_| {
             // Nothing is mounted there yet.
-            let _ = fs::remove_dir_all(&run_dir);
+            let _ = fs::remove_dir_all(run_dir.path());
         })?;
         let mount = TemporaryMount {
             run_dir,
@@ -131,7 +127,7 @@ impl TemporaryMount {
     }
 
     /// The run directory of its device.
-    pub(super) fn run_dir(&self) -> &Path {
+    pub(super) fn run_dir(&self) -> &RunDir {
         &self.run_dir
     }
 
@@ -169,8 +165,8 @@ pub(super) fn is_clean(open: &OpenChain) -> bool {
 }
 
 /// Makes the run directory this process's, until the answer is dropped.
-fn own(store: &Store, run_dir: &Path) -> Result<Box<dyn Held>> {
-    let (unlocked, owner) = (run_dir.join(UNLOCKED), run_dir.join(OWNER));
+fn own(store: &Store, run_dir: &RunDir) -> Result<Box<dyn Held>> {
+    let (unlocked, owner) = (run_dir.unlocked_owner(), run_dir.owner());
     let what = || format!("cannot write {}", owner.display());
     let holder = Holder::current();
     let text = serde_json::to_vec(&holder)
@@ -188,15 +184,13 @@ fn own(store: &Store, run_dir: &Path) -> Result<Box<dyn Held>> {
 
 /// Takes away what commands that are dead had mounted. What cannot be taken away now is left to the
 /// next command or to prune.
-pub(super) fn end_dead(store: &Store) -> Vec<PathBuf> {
+pub(super) fn end_dead(store: &Store) -> Vec<RunDir> {
     let mut ended = Vec::new();
     if store.is_read_only() {
         return ended;
     }
-    let entries = fs::read_dir(store.root().join("run"));
-    for entry in entries.into_iter().flatten().flatten() {
-        let run_dir = entry.path();
-        let owner = run_dir.join(OWNER);
+    for run_dir in store.runs().dirs().into_iter().flatten() {
+        let owner = run_dir.owner();
         if !owner.exists() {
             continue;
         }
@@ -204,7 +198,7 @@ pub(super) fn end_dead(store: &Store) -> Vec<PathBuf> {
         let Ok(Some(_dead)) = store.storage().lock(&owner, LockMode::Exclusive, false) else {
             continue;
         };
-        tracing::info!("{}: its command is dead", run_dir.display());
+        tracing::info!("{run_dir}: its command is dead");
         match take_away(&run_dir) {
             Ok(()) => ended.push(run_dir),
             Err(error) => tracing::warn!(%error, "what a dead command left is still there"),
@@ -214,7 +208,7 @@ pub(super) fn end_dead(store: &Store) -> Vec<PathBuf> {
 }
 
 /// Takes a temporary mount away, whatever uses it.
-fn take_away(run_dir: &Path) -> Result<()> {
+fn take_away(run_dir: &RunDir) -> Result<()> {
     unmount_device(run_dir, true)?;
     let options = DetachOptions {
         force: true,
@@ -225,16 +219,16 @@ fn take_away(run_dir: &Path) -> Result<()> {
 }
 
 /// Removes the run directory of a mount that is gone. Never into something that is mounted there.
-fn remove(run_dir: &Path) -> Result<()> {
+fn remove(run_dir: &RunDir) -> Result<()> {
     let gone = |result: io::Result<()>| match result {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     };
-    mount_point::remove(&run_dir.join("rootfs"))?;
+    mount_point::remove(&run_dir.rootfs())?;
     let remove = || {
-        gone(fs::remove_file(run_dir.join(UNLOCKED)))?;
-        gone(fs::remove_file(run_dir.join(OWNER)))?;
-        gone(fs::remove_dir(run_dir))
+        gone(fs::remove_file(run_dir.unlocked_owner()))?;
+        gone(fs::remove_file(run_dir.owner()))?;
+        gone(run_dir.remove_empty())
     };
-    remove().context(|| format!("cannot remove {}", run_dir.display()))
+    remove().context(|| format!("cannot remove {run_dir}"))
 }

@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::lock_container;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_export::device::{self, DeviceStatus};
+use vellum_fs::run_dir::RunDir;
 use vellum_store::Store;
 
 /// How long one device may take: its worker answers what is in flight, the new one opens the chain.
@@ -37,7 +38,7 @@ pub struct Upgraded {
 pub struct Served {
     /// As in [`Upgraded`].
     pub name: String,
-    run_dir: PathBuf,
+    run_dir: RunDir,
     container: bool,
     /// Nobody asked for it by name: it may end meanwhile.
     listed: bool,
@@ -105,22 +106,20 @@ fn all_served(store: &Store) -> Result<Vec<Served>> {
         .into_iter()
         .map(|record| (record.id, record.key))
         .collect();
-    let run = store.root().join("run");
+    let runs = store.runs();
     let mut found = Vec::new();
-    for entry in fs::read_dir(&run).context(|| run.display().to_string())? {
-        let entry = entry.context(|| run.display().to_string())?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let Ok(id) = Uuid::parse_str(&name) else {
-            continue;
-        };
-        let run_dir = entry.path();
+    for run_dir in runs.dirs().context(|| runs.to_string())? {
+        let Some(id) = run_dir.id() else { continue };
         if !device::status(&run_dir)?.is_some_and(|status| status.alive) {
             continue;
         }
         let container = containers.get(&id);
         found.push(Served {
             container: container.is_some(),
-            name: container.or(snapshots.get(&id)).cloned().unwrap_or(name),
+            name: match container.or(snapshots.get(&id)) {
+                Some(name) => name.clone(),
+                None => run_dir.name().display().to_string(),
+            },
             run_dir,
             listed: true,
         });

@@ -24,6 +24,7 @@ use vellum_export::loop_device::{Lifetime, LoopDevice};
 use vellum_export::opener::process_with_open;
 use vellum_fs::ext4;
 use vellum_fs::mountinfo::MountInfo;
+use vellum_fs::run_dir::RunDir;
 use vellum_store::{SnapshotKind, SnapshotRecord, Store};
 
 const MOUNTS: &str = "mnt";
@@ -69,8 +70,8 @@ impl Mounts {
         self.store.snapshot_mount_dir(id)
     }
 
-    fn run_dir(&self, id: Uuid) -> PathBuf {
-        self.store.snapshot_run_dir(id)
+    fn run_dir(&self, id: Uuid) -> RunDir {
+        self.store.runs().dir(id)
     }
 
     /// The loop device of a snapshot whose server works; `None` where a crash or a reboot took it.
@@ -465,10 +466,9 @@ impl Mounts {
     /// Where the directories cannot be listed.
     pub fn present(&self) -> Result<Vec<Uuid>> {
         let mut found = std::collections::BTreeSet::new();
-        for dir in [MOUNTS, "run"] {
-            let dir = self.store.root().join(dir);
-            let entries =
-                fs::read_dir(&dir).context(|| format!("cannot list {}", dir.display()))?;
+        let mounts = self.store.root().join(MOUNTS);
+        for dir in [mounts.as_path(), self.store.runs().path()] {
+            let entries = fs::read_dir(dir).context(|| format!("cannot list {}", dir.display()))?;
             found.extend(
                 entries
                     .flatten()

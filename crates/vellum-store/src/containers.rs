@@ -332,8 +332,8 @@ impl Store {
             self.remove_json(&self.record_path("containers", name))?;
             let run = self.run_dir(&record);
             self.storage
-                .remove_tree(&run)
-                .context(|| format!("cannot remove {}", run.display()))?;
+                .remove_tree(run.path())
+                .context(|| format!("cannot remove {run}"))?;
             let own = self.trash_own_layers(&record)?;
             (record.layers, own)
         };

@@ -62,6 +62,7 @@ use serde::de::DeserializeOwned;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{Entry, FileStorage, Held, LockMode, Storage};
 use vellum_fs::mountinfo::MountInfo;
+use vellum_fs::run_dir::{RUN, RunDir, RunRoot};
 
 /// The version of the store's own files that this build writes: of a store without snapshots of
 /// containers, and of one that may have some. It reads both.
@@ -75,7 +76,7 @@ const DIRECTORIES: [&str; 7] = [
     "templates",
     "staging",
     "trash",
-    "run",
+    RUN,
 ];
 /// A record is never larger.
 const MAX_RECORD: u64 = 16 << 20;
@@ -108,9 +109,6 @@ impl Marker {
 pub struct StoreGuard {
     _held: Box<dyn Held>,
 }
-
-/// Ends the names of sockets in `run`.
-pub(crate) const SOCKET_SUFFIX: &str = ".sock";
 
 /// A record as it lies on disk.
 fn record_bytes<T: Serialize>(record: &T) -> Result<Vec<u8>> {
@@ -311,20 +309,14 @@ impl Store {
         &self.storage
     }
 
+    /// Where all running state is: the run directories, and what lies beside them.
+    pub fn runs(&self) -> RunRoot {
+        RunRoot::of_store(&self.root)
+    }
+
     /// The directory for the running state of a container.
-    pub fn run_dir(&self, container: &ContainerRecord) -> PathBuf {
-        self.root.join("run").join(container.id.to_string())
-    }
-
-    /// The directory of all running state, and the name in it of the socket on which whoever serves
-    /// the container with this id without a device of its own answers.
-    pub fn socket_beside(&self, id: uuid::Uuid) -> (PathBuf, String) {
-        (self.root.join("run"), format!("{id}{SOCKET_SUFFIX}"))
-    }
-
-    /// Where `vellum nbd` listens unless it is told another place.
-    pub fn nbd_socket(&self) -> PathBuf {
-        self.root.join("run").join("nbd.sock")
+    pub fn run_dir(&self, container: &ContainerRecord) -> RunDir {
+        self.runs().dir(container.id)
     }
 
     /// Waits until no other process changes records, and keeps them from doing so.

@@ -11,6 +11,7 @@ use super::quarantine::Records;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Entry;
 use vellum_core::layer::{Header, SealedLayer};
+use vellum_fs::run_dir::{RunDir, RunRoot};
 
 /// Directories of records; the last three are made when they are needed.
 const RECORDS: [&str; 6] = [
@@ -45,7 +46,7 @@ pub struct Orphans {
     /// Half-made and half-removed things.
     pub leftovers: Vec<PathBuf>,
     /// Running state of containers that are gone.
-    pub run_dirs: Vec<PathBuf>,
+    pub run_dirs: Vec<RunDir>,
 }
 
 impl Records {
@@ -237,13 +238,12 @@ impl Store {
         }
         found.extend(self.unfinished_volumes()?);
         let known = self.container_ids()?;
-        let dir = self.root.join("run");
-        let locks = self.entries(&dir)?.filter(|entry| {
-            let id = entry.name.strip_suffix(".lock");
-            let id = id.or_else(|| entry.name.strip_suffix(super::SOCKET_SUFFIX));
-            id.is_some_and(|id| Uuid::parse_str(id).is_ok() && !known.contains(id))
+        let runs = self.runs();
+        let beside = self.entries(runs.path())?.filter(|entry| {
+            let id = RunRoot::id_beside(&entry.name);
+            id.is_some_and(|id| !known.contains(id))
         });
-        found.extend(locks.map(|entry| dir.join(entry.name)));
+        found.extend(beside.map(|entry| runs.path().join(entry.name)));
         Ok(found)
     }
 
@@ -333,15 +333,14 @@ impl Store {
     ///
     /// # Errors
     /// Where the directory cannot be read.
-    pub fn orphaned_run_dirs(&self) -> Result<Vec<PathBuf>> {
+    pub fn orphaned_run_dirs(&self) -> Result<Vec<RunDir>> {
         // Directories first: what is made in between is then not taken for an orphan.
-        let dir = self.root.join("run");
-        let entries = self.entries(&dir)?;
+        let runs = self.runs();
+        let entries = self.entries(runs.path())?;
         let known = self.container_ids()?;
         Ok(entries
-            .filter(|entry| entry.is_dir && Uuid::parse_str(&entry.name).is_ok())
-            .filter(|entry| !known.contains(&entry.name))
-            .map(|entry| dir.join(entry.name))
+            .filter(|entry| entry.is_dir && !known.contains(&entry.name))
+            .filter_map(|entry| runs.named(&entry.name))
             .collect())
     }
 

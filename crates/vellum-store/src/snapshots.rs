@@ -124,11 +124,6 @@ impl Store {
         self.root.join("mnt").join(id.to_string())
     }
 
-    /// The directory for the running state of a snapshot's device.
-    pub fn snapshot_run_dir(&self, id: Uuid) -> PathBuf {
-        self.root.join("run").join(id.to_string())
-    }
-
     /// Why a name is none of a container or image, where it is a snapshot's.
     pub(super) fn snapshot_hint(&self, name: &str) -> Option<Error> {
         let record = self.snapshot(name).ok().flatten()?;

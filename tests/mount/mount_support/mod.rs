@@ -19,6 +19,7 @@ use vellum_export::device::{
     AttachSpec, DetachOptions, RunState, Status, attach, control, detach, status,
 };
 use vellum_export::loop_device::{LoopDevice, LoopHold};
+use vellum_fs::run_dir::RunDir;
 
 /// Runs a program to its end and fails the test, with its output, unless it succeeds.
 pub fn run(program: &str, arguments: &[&str]) -> Output {
@@ -64,7 +65,7 @@ pub fn need_root() {
 pub struct Device {
     pub dir: tempfile::TempDir,
     pub backing: PathBuf,
-    pub run_dir: PathBuf,
+    pub run_dir: RunDir,
     pub mount_point: PathBuf,
     pub loop_device: Option<LoopDevice>,
     /// What keeps the loop device attached while nothing is mounted.
@@ -86,7 +87,7 @@ impl Device {
         fs::create_dir(&mount_point).unwrap();
         Device {
             backing,
-            run_dir: dir.path().join("run").join("one"),
+            run_dir: RunDir::at(dir.path().join("run").join("one")),
             mount_point,
             loop_device: None,
             hold: Mutex::default(),
@@ -172,7 +173,7 @@ impl Device {
     }
 
     pub fn log(&self) -> String {
-        fs::read_to_string(self.run_dir.join("log")).unwrap_or_default()
+        fs::read_to_string(self.run_dir.path().join("log")).unwrap_or_default()
     }
 
     /// Waits until a worker serves and a standby waits, as one does soon after; returns that state.

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vellum_export::device::{Identity, RunState, Status, control, status};
+use vellum_fs::run_dir::RunDir;
 
 use crate::common::{Running, TestStore, kill, kill_together, run, wait_until};
 
@@ -28,7 +29,7 @@ use crate::common::{Running, TestStore, kill, kill_together, run, wait_until};
 pub struct Container {
     pub name: &'static str,
     pub mounted: PathBuf,
-    pub run_dir: PathBuf,
+    pub run_dir: RunDir,
 }
 
 impl Container {
@@ -50,7 +51,7 @@ impl Container {
         Container {
             name,
             mounted,
-            run_dir: store.root.join("run").join(id),
+            run_dir: RunDir::at(store.root.join("run").join(id)),
         }
     }
 

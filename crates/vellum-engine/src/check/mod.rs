@@ -333,6 +333,7 @@ impl Check<'_> {
                 let others = orphans.leftovers.into_iter();
                 let others = others.map(|path| (path, "left by a command that was cut off"));
                 let runs = orphans.run_dirs.into_iter();
+                let runs = runs.map(|dir| dir.path().to_owned());
                 let runs = runs.map(|path| (path, "a device whose command was cut off"));
                 let all: Vec<_> = layers.chain(others).chain(runs).collect();
                 for (path, problem) in all {
@@ -353,10 +354,10 @@ impl Check<'_> {
 
     /// Devices of containers that nobody serves any more.
     fn leaks(&mut self, containers: &[ContainerRecord]) -> Result<()> {
-        for leak in vellum_export::device::find_leaks(&self.store.root().join("run"))? {
+        for leak in vellum_export::device::find_leaks(&self.store.runs())? {
             let owner = containers
                 .iter()
-                .find(|container| leak.run_dir.ends_with(container.id.to_string()));
+                .find(|container| leak.run_dir.id() == Some(container.id));
             // The others are orphans, see above.
             let Some(owner) = owner else { continue };
             // Every container that was mounted when the host crashed has such files, and one whose
@@ -375,7 +376,7 @@ impl Check<'_> {
             self.find(Finding::new(
                 severity,
                 format!("container {}", owner.name),
-                leak.run_dir,
+                leak.run_dir.path(),
                 leak.what,
                 advice,
                 Some(Remedy::Detach(owner.name.clone())),
@@ -404,7 +405,7 @@ impl Check<'_> {
             self.find(Finding::new(
                 Severity::Warning,
                 format!("container {}", container.name),
-                &run_dir,
+                run_dir.path(),
                 "all processes of its server are stopped (by a signal or a debugger): whoever \
                  uses it waits for ever",
                 "`kill -CONT` them, or `vellum umount --force`; what was flushed is safe",
@@ -415,7 +416,7 @@ impl Check<'_> {
             self.find(Finding::new(
                 Severity::Warning,
                 format!("container {}", container.name),
-                run_dir,
+                run_dir.path(),
                 "its server works, but nobody would restart it: its supervisor is dead",
                 "--repair starts a supervisor",
                 Some(Remedy::Supervise(container.name.clone())),

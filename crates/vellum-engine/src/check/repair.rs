@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use super::{CheckReport, Remedy};
-use crate::container_lock;
 use crate::seal::{complete_layer, count_layer};
 use crate::teardown::{clean_orphaned_run_dirs, umount};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -118,7 +117,7 @@ fn exclusive(store: &Store) -> Result<vellum_store::StoreGuard> {
 
 /// Settles a container unless a command is at work on it: then false.
 fn settle(store: &Store, container: &ContainerRecord) -> Result<bool> {
-    let lock = container_lock(store, container.id);
+    let lock = store.runs().container_lock(container.id);
     let held = store
         .storage()
         .lock(&lock, LockMode::Exclusive, false)

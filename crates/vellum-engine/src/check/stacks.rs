@@ -6,7 +6,6 @@ use uuid::Uuid;
 
 use super::layers::LayerStates;
 use super::{Check, Finding, Remedy, Severity};
-use crate::container_lock;
 use vellum_base::error::Result;
 use vellum_base::storage::LockMode;
 use vellum_store::{ContainerRecord, ImageRecord, SnapshotKind, SnapshotRecord};
@@ -106,7 +105,7 @@ impl Check<'_> {
     fn container(&mut self, container: &ContainerRecord, states: &LayerStates) -> Result<()> {
         let what = format!("container {}", container.name);
         let path = self.record(&format!("containers/{}", container.name));
-        let lock = container_lock(self.store, container.id);
+        let lock = self.store.runs().container_lock(container.id);
         // A command that has it changes its layers.
         let held = self
             .store

@@ -19,6 +19,7 @@ use vellum_base::interrupt;
 use vellum_base::storage::Holder;
 use vellum_export::device::{Identity, boot_id};
 use vellum_fs::held_dir::Place;
+use vellum_fs::run_dir::RunDir;
 use vellum_store::{ContainerRecord, Store};
 
 /// How long killed processes may take to end.
@@ -48,16 +49,11 @@ pub(crate) struct Owner {
     pub(super) place: Option<Place>,
 }
 
-/// The directory of a run's files.
-pub(super) fn oci_dir(run_dir: &Path) -> PathBuf {
-    run_dir.join("oci")
-}
-
 impl Owner {
     /// The record in a run directory; `None` where nothing was started or all was cleaned up, and
     /// where it is another's: of an earlier boot, or copied with its store while something ran.
-    pub(crate) fn read(run_dir: &Path) -> Result<Option<Owner>> {
-        let path = oci_dir(run_dir).join("owner.json");
+    pub(crate) fn read(run_dir: &RunDir) -> Result<Option<Owner>> {
+        let path = run_dir.oci().join("owner.json");
         match fs::read(&path) {
             // Half written: a crash that came before anything was started.
             Ok(bytes) => {
@@ -70,15 +66,15 @@ impl Owner {
     }
 
     /// True where it is of this boot and of this very directory. A program of before says neither.
-    fn is_of(&self, run_dir: &Path) -> bool {
+    fn is_of(&self, run_dir: &RunDir) -> bool {
         let boot = self.boot_id.is_empty() || self.boot_id == boot_id();
-        let place = |place| Place::of(run_dir).is_ok_and(|here| here == place);
+        let place = |place| run_dir.place().is_ok_and(|here| here == place);
         boot && self.place.is_none_or(place)
     }
 
     /// Writes the record, all of it or nothing.
-    pub(super) fn write(&self, run_dir: &Path) -> Result<()> {
-        let path = oci_dir(run_dir).join("owner.json");
+    pub(super) fn write(&self, run_dir: &RunDir) -> Result<()> {
+        let path = run_dir.oci().join("owner.json");
         let fresh = path.with_extension("tmp");
         let bytes = serde_json::to_vec(self).map_err(|error| {
             Error::internal(format!("the run's record cannot be encoded: {error}"))
@@ -89,22 +85,22 @@ impl Owner {
     }
 
     /// The runtime that knows the container.
-    pub(super) fn runtime(&self, run_dir: &Path) -> Runtime {
+    pub(super) fn runtime(&self, run_dir: &RunDir) -> Runtime {
         Runtime {
             program: self.program.clone(),
-            root: oci_dir(run_dir).join("root"),
+            root: run_dir.oci().join("root"),
         }
     }
 
     /// A process of the container while one lives: its first, or else another of its cgroup, for
     /// the runtime may have died before it noted the first.
-    pub(super) fn process(&self, run_dir: &Path) -> Option<Identity> {
+    pub(super) fn process(&self, run_dir: &RunDir) -> Option<Identity> {
         self.init(run_dir).or_else(|| self.any_member())
     }
 
     /// The container's first process while it lives. Its cgroup proves that a pid is still it.
-    pub(super) fn init(&self, run_dir: &Path) -> Option<Identity> {
-        let text = fs::read_to_string(oci_dir(run_dir).join("pid")).ok()?;
+    pub(super) fn init(&self, run_dir: &RunDir) -> Option<Identity> {
+        let text = fs::read_to_string(run_dir.oci().join("pid")).ok()?;
         let process = Identity::of(text.trim().parse().ok()?)?;
         let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).ok()?;
         (cgroup.contains(&self.cgroup) && process.is_alive()).then_some(process)
@@ -151,9 +147,9 @@ pub fn activity(store: &Store, container: &ContainerRecord) -> Result<Activity> 
     activity_in(&store.run_dir(container))
 }
 
-pub(super) fn activity_in(run_dir: &Path) -> Result<Activity> {
+pub(super) fn activity_in(run_dir: &RunDir) -> Result<Activity> {
     let Some(owner) = Owner::read(run_dir)? else {
-        return Ok(match oci_dir(run_dir).exists() {
+        return Ok(match run_dir.oci().exists() {
             true => Activity::Leftover,
             false => Activity::Idle,
         });
@@ -173,7 +169,7 @@ pub(super) fn activity_in(run_dir: &Path) -> Result<Activity> {
 
 /// As [`activity_in`]. Where the command that started something was killed while the runtime began
 /// or ended it, waits until it is one or the other.
-pub(super) fn settled_activity(run_dir: &Path) -> Result<Activity> {
+pub(super) fn settled_activity(run_dir: &RunDir) -> Result<Activity> {
     let deadline = Instant::now() + SETTLE_TIMEOUT;
     loop {
         let activity = activity_in(run_dir)?;
@@ -190,7 +186,7 @@ pub(super) fn settled_activity(run_dir: &Path) -> Result<Activity> {
 ///
 /// # Errors
 /// [`ErrorKind::InUse`] while it runs, whether or not somebody waits for it, and `force` is not given.
-pub(crate) fn end_running(run_dir: &Path, container: &str, force: bool) -> Result<()> {
+pub(crate) fn end_running(run_dir: &RunDir, container: &str, force: bool) -> Result<()> {
     match settled_activity(run_dir)? {
         Activity::Idle => return Ok(()),
         Activity::Running { pid, waited } if !force => {
@@ -222,7 +218,7 @@ pub(crate) fn end_running(run_dir: &Path, container: &str, force: bool) -> Resul
 }
 
 /// Kills what is left of a run and removes its cgroup.
-pub(super) fn kill_left(run_dir: &Path) -> Result<()> {
+pub(super) fn kill_left(run_dir: &RunDir) -> Result<()> {
     if let Some(owner) = Owner::read(run_dir)? {
         let init = owner.init(run_dir);
         let runtime = owner.runtime(run_dir);
@@ -244,9 +240,9 @@ pub(super) fn kill_left(run_dir: &Path) -> Result<()> {
 }
 
 /// Removes what was noted of a run that has ended, and its files.
-pub(crate) fn forget(run_dir: &Path) -> Result<()> {
+pub(crate) fn forget(run_dir: &RunDir) -> Result<()> {
     mount_point::end_etc(run_dir)?;
-    let oci = oci_dir(run_dir);
+    let oci = run_dir.oci();
     match fs::remove_dir_all(&oci) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io(format!("cannot remove {}", oci.display()), error))

@@ -4,11 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use super::super::mount_point;
-use super::activity::{Owner, oci_dir};
+use super::activity::Owner;
 use super::executable::{self, Files, NoProgram};
 use super::spec::{self, Bind, ContainerPlan, ProcessPlan};
 use super::{Start, capabilities, limits, scaffold, seccomp, user, volume};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_fs::run_dir::RunDir;
 use vellum_store::{Confinement, ContainerRecord, Network, Store};
 
 /// Writes the bundle, unless the command is no program: then the answer is why.
@@ -16,11 +17,11 @@ pub(super) fn prepare(
     store: &Store,
     container: &ContainerRecord,
     start: &Start,
-    run_dir: &Path,
+    run_dir: &RunDir,
     rootfs: &Path,
     owner: &Owner,
 ) -> Result<Option<NoProgram>> {
-    let oci = oci_dir(run_dir);
+    let oci = run_dir.oci();
     let confinement = &container.confinement;
     let hostname = host_name(container);
     let config = &container.config.config;
@@ -71,7 +72,7 @@ pub(super) fn prepare(
 fn binds(
     store: &Store,
     container: &ContainerRecord,
-    run_dir: &Path,
+    run_dir: &RunDir,
     rootfs: &Path,
     hostname: &str,
 ) -> Result<Vec<Bind>> {

@@ -29,7 +29,7 @@ use super::lock_container;
 use super::mount::{Rights, mount_anew, mount_locked};
 use super::mount_point::{self, mounted};
 use super::teardown::{self, RemoveOptions, end_for_good, refuse_halted, take_over, unmount_ended};
-use activity::{Owner, forget, kill_left, oci_dir, settled_activity};
+use activity::{Owner, forget, kill_left, settled_activity};
 use bundle::{absolute, host_name, prepare, write_json};
 use executable::{Files, NoProgram};
 use foreground::Foreground;
@@ -38,7 +38,7 @@ use spec::ProcessPlan;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_export::device::{Identity, boot_id};
-use vellum_fs::held_dir::Place;
+use vellum_fs::run_dir::RunDir;
 use vellum_store::{Confinement, ContainerRecord, NewContainer, Store};
 
 pub use activity::{Activity, activity};
@@ -217,7 +217,7 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
     take_over(store, container)?;
     let before = mounted(store, container)?;
     let keep_mounted = before.is_some();
-    let oci = oci_dir(&run_dir).join("root");
+    let oci = run_dir.oci().join("root");
     fs::create_dir_all(&oci).context(|| format!("cannot make {}", oci.display()))?;
     let owner = Owner {
         id: container.id.to_string(),
@@ -227,7 +227,7 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
         cgroup: format!("vellum-{}", container.id),
         keep_mounted,
         boot_id: boot_id(),
-        place: Place::of(&run_dir).ok(),
+        place: run_dir.place().ok(),
     };
     let prepare = || {
         // First, so that whoever comes after us should we be killed knows what to unmount.
@@ -313,11 +313,11 @@ fn end_alone(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> 
 /// Starts the runtime on the bundle and waits for it.
 fn supervise(
     foreground: &Foreground,
-    run_dir: &Path,
+    run_dir: &RunDir,
     mut owner: Owner,
     rootfs: &Path,
 ) -> Result<Ended> {
-    let oci = oci_dir(run_dir);
+    let oci = run_dir.oci();
     let runtime = owner.runtime(run_dir);
     let log = oci.join("log");
     let mut command = logged(&runtime, &log);
@@ -396,7 +396,7 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
 }
 
 /// Waits until the runtime has noted what it started; false where that has ended meanwhile.
-fn can_be_entered(run_dir: &Path) -> Result<bool> {
+fn can_be_entered(run_dir: &RunDir) -> Result<bool> {
     let Some(owner) = Owner::read(run_dir)? else {
         return Ok(false);
     };
@@ -452,7 +452,7 @@ fn exec_beside(
         capabilities: capabilities::of(&container.confinement)?,
         no_new_privileges: container.confinement.no_new_privileges,
     })?;
-    let files = ExecFiles::new(&oci_dir(&run_dir));
+    let files = ExecFiles::new(&run_dir.oci());
     write_json(&files.process, &process)?;
     let runtime = owner.runtime(&run_dir);
     let mut command = logged(&runtime, &files.log);

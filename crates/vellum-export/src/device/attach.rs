@@ -13,14 +13,16 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Value, json};
 
+use super::command_line::ARG0;
 use super::control;
 use super::detach::{DetachOptions, clean, detach_locked};
 use super::event::Ready;
-use super::layout::{ARG0, DEV, LOG, is_listened};
-use super::state::{Hint, RunLock, RunState, Status, hinted_loop, status};
+use super::lock::RunLock;
+use super::state::{Hint, RunState, Status, hinted_loop, is_listened, status};
 use crate::fuse::session::Features;
 use crate::loop_device::{Lifetime, LoopDevice, LoopHold, LoopOptions};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_fs::run_dir::RunDir;
 
 /// What to attach, and how.
 #[derive(Debug, Clone)]
@@ -59,7 +61,7 @@ impl AttachSpec {
 #[derive(Debug)]
 pub struct Attached {
     /// Its run directory, as an absolute path without links.
-    pub run_dir: PathBuf,
+    pub run_dir: RunDir,
     /// The loop device.
     pub device: LoopDevice,
     /// Keeps it attached until the caller has mounted it.
@@ -74,17 +76,17 @@ pub struct Attached {
 /// # Errors
 /// [`ErrorKind::AlreadyExists`] while a device is attached there, [`ErrorKind::Timeout`], and
 /// whatever kept the worker from opening the device, with its whole text.
-pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
+pub fn attach(run_dir: &RunDir, spec: &AttachSpec) -> Result<Attached> {
     fs::DirBuilder::new()
         .mode(0o700)
         .recursive(true)
-        .create(run_dir)
-        .context(|| format!("{}: cannot be made", run_dir.display()))?;
-    let run_dir = fs::canonicalize(run_dir).context(|| run_dir.display().to_string())?;
+        .create(run_dir.path())
+        .context(|| format!("{run_dir}: cannot be made"))?;
+    let run_dir = run_dir.canonical().context(|| run_dir.to_string())?;
     let Some(_lock) = RunLock::take(&run_dir)? else {
         return Err(Error::new(
             ErrorKind::InUse,
-            format!("{}: it was removed meanwhile", run_dir.display()),
+            format!("{run_dir}: it was removed meanwhile"),
         ));
     };
     if let Some(state) = RunState::read(&run_dir)?
@@ -94,14 +96,13 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
         return Err(Error::new(
             ErrorKind::AlreadyExists,
             format!(
-                "{}: a device is attached there (supervisor {}){}",
-                run_dir.display(),
+                "{run_dir}: a device is attached there (supervisor {}){}",
                 state.supervisor.pid,
                 user_elsewhere(&run_dir)
             ),
         ));
     }
-    let mut entries = fs::read_dir(&run_dir).context(|| run_dir.display().to_string())?;
+    let mut entries = fs::read_dir(run_dir.path()).context(|| run_dir.to_string())?;
     if entries.next().is_some() {
         let options = DetachOptions {
             force: true,
@@ -117,7 +118,7 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
         read_only: spec.read_only,
         lifetime: spec.lifetime,
     };
-    match LoopDevice::attach(&run_dir.join(DEV), &options) {
+    match LoopDevice::attach(&run_dir.dev(), &options) {
         Ok((device, hold)) => {
             Hint::write(&run_dir, device);
             Ok(Attached {
@@ -133,7 +134,7 @@ pub fn attach(run_dir: &Path, spec: &AttachSpec) -> Result<Attached> {
 
 /// Who uses the device of `run_dir`, where that is somebody: a mount may lie in a mount namespace that
 /// nobody here sees.
-fn user_elsewhere(run_dir: &Path) -> String {
+fn user_elsewhere(run_dir: &RunDir) -> String {
     match hinted_loop(run_dir) {
         Some(device) if device.is_claimed().unwrap_or(false) => format!(": {}", device.user()),
         _ => String::new(),
@@ -141,7 +142,7 @@ fn user_elsewhere(run_dir: &Path) -> String {
 }
 
 /// Cleans up after a failed attach. The error that led there is what the caller wants to know.
-fn give_up(run_dir: &Path, error: Error) -> Error {
+fn give_up(run_dir: &RunDir, error: Error) -> Error {
     let options = DetachOptions {
         force: true,
         timeout: Duration::from_secs(2),
@@ -155,8 +156,8 @@ fn give_up(run_dir: &Path, error: Error) -> Error {
     }
 }
 
-fn start(run_dir: &Path, spec: &AttachSpec) -> Result<Features> {
-    let log_path = run_dir.join(LOG);
+fn start(run_dir: &RunDir, spec: &AttachSpec) -> Result<Features> {
+    let log_path = run_dir.log();
     let log = fs::OpenOptions::new()
         .create(true)
         .append(true)
@@ -170,7 +171,7 @@ fn start(run_dir: &Path, spec: &AttachSpec) -> Result<Features> {
         .arg0(ARG0)
         .args(&spec.arguments)
         .arg("--run-dir")
-        .arg(run_dir)
+        .arg(run_dir.path())
         .arg("--threads")
         .arg(spec.threads.to_string())
         .stdin(Stdio::null())
@@ -250,12 +251,12 @@ fn tail(path: &Path) -> String {
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] when no device is attached there, [`ErrorKind::Timeout`].
-pub fn ensure_supervised(run_dir: &Path, timeout: Duration) -> Result<bool> {
+pub fn ensure_supervised(run_dir: &RunDir, timeout: Duration) -> Result<bool> {
     let status = status(run_dir)?.filter(|status| status.alive);
     let Some(status) = status else {
         return Err(Error::new(
             ErrorKind::NotFound,
-            format!("{}: no device is attached there", run_dir.display()),
+            format!("{run_dir}: no device is attached there"),
         ));
     };
     if status.supervised {
@@ -273,12 +274,12 @@ pub fn ensure_supervised(run_dir: &Path, timeout: Duration) -> Result<bool> {
 /// # Errors
 /// [`ErrorKind::Unsupported`] when the program cannot, [`ErrorKind::Timeout`]; the old program
 /// goes on serving then.
-pub fn upgrade(run_dir: &Path, program: &Path, timeout: Duration) -> Result<Value> {
+pub fn upgrade(run_dir: &RunDir, program: &Path, timeout: Duration) -> Result<Value> {
     let deadline = Instant::now() + timeout;
     let no_device = || {
         Error::new(
             ErrorKind::NotFound,
-            format!("{}: no device is attached there", run_dir.display()),
+            format!("{run_dir}: no device is attached there"),
         )
     };
     let read = || RunState::read(run_dir)?.ok_or_else(no_device);
@@ -304,10 +305,7 @@ pub fn upgrade(run_dir: &Path, program: &Path, timeout: Duration) -> Result<Valu
         if Instant::now() >= deadline {
             return Err(Error::new(
                 ErrorKind::Timeout,
-                format!(
-                    "{}: the new program did not serve within {timeout:?}",
-                    run_dir.display()
-                ),
+                format!("{run_dir}: the new program did not serve within {timeout:?}"),
             ));
         }
         std::thread::sleep(Duration::from_millis(5));

@@ -12,7 +12,8 @@ use std::time::Duration;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 
 use super::control::NoCommands;
-use super::{Opened, SupervisorArgs, supervise};
+use super::opened::Opened;
+use super::supervisor::{SupervisorArgs, supervise};
 use vellum_base::block::{
     BLOCK_SIZE, BlockDevice, Durability, Extent, ExtentKind, ZeroMode, check_range,
 };

@@ -1,16 +1,21 @@
-//! What a process of a device was told: how it is found where nothing can be read from its run directory.
+//! What a process of a device is called and was told: how it is found where nothing can be read from its
+//! run directory.
 
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use super::layout::ARG0;
+use vellum_fs::run_dir::RunDir;
+
+/// What the processes of a device are called in `ps`. The first character tells systemd's
+/// shutdown to leave them alone until the file systems on them are unmounted.
+pub(super) const ARG0: &str = "@vellum-device";
 
 /// The run directory that a device process was told, and all its arguments; `None` for any other
 /// process. Whoever wants to can have such a command line, so it must be our user's, or root's; what
 /// others hold is not even looked at, since that may hang.
-pub(super) fn command_line(pid: i32) -> Option<(PathBuf, Vec<OsString>)> {
+pub(super) fn command_line(pid: i32) -> Option<(RunDir, Vec<OsString>)> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     if line.split(|byte| *byte == 0).next()? != ARG0.as_bytes() {
         return None;
@@ -20,12 +25,12 @@ pub(super) fn command_line(pid: i32) -> Option<(PathBuf, Vec<OsString>)> {
     let all = arguments(&line);
     let mut rest = all.iter();
     rest.find(|argument| *argument == "--run-dir")?;
-    let run_dir = PathBuf::from(rest.next()?);
+    let run_dir = RunDir::at(PathBuf::from(rest.next()?));
     Some((run_dir, all))
 }
 
 /// The run directory that a device process was told, `None` for any other process.
-pub(super) fn run_dir_of(pid: i32) -> Option<PathBuf> {
+pub(super) fn run_dir_of(pid: i32) -> Option<RunDir> {
     command_line(pid).map(|(run_dir, _)| run_dir)
 }
 

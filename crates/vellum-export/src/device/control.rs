@@ -7,7 +7,6 @@
 use std::io::{BufRead, BufReader, ErrorKind as ErrorIo, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -16,9 +15,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::failure::Failure;
-use super::layout::{CONTROL, short_path};
+use super::state::{is_halted, stopped};
 use crate::unix_socket;
 use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_fs::run_dir::{DirSocket, RunDir};
 
 /// After this long without an answer it is looked whether anybody can answer.
 const HALTED_CHECK: Duration = Duration::from_secs(2);
@@ -59,6 +59,15 @@ pub struct Call {
     pub args: Value,
 }
 
+impl Call {
+    fn new(verb: &str, args: Value) -> Call {
+        Call {
+            verb: verb.to_owned(),
+            args,
+        }
+    }
+}
+
 /// One answer line.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Reply {
@@ -94,17 +103,17 @@ impl From<Result<Value>> for Reply {
 /// # Errors
 /// [`ErrorKind::InUse`] where somebody does, [`ErrorKind::AlreadyExists`] where something else is
 /// there; [`ErrorKind::Permission`] or [`ErrorKind::Io`].
-pub fn bind(run_dir: &Path) -> Result<UnixListener> {
-    bind_at(run_dir, CONTROL)
+pub fn bind(run_dir: &RunDir) -> Result<UnixListener> {
+    bind_at(&run_dir.control())
 }
 
-/// As [`bind`], with a name for the socket.
+/// As [`bind`], another socket.
 ///
 /// # Errors
 /// As [`bind`].
-pub fn bind_at(dir: &Path, name: &str) -> Result<UnixListener> {
-    let (_handle, path) = short_path(dir, name)?;
-    let (listener, file) = unix_socket::bind_locked(&path, &dir.join(name))?;
+pub fn bind_at(socket: &DirSocket) -> Result<UnixListener> {
+    let (_handle, path) = socket.short_path()?;
+    let (listener, file) = unix_socket::bind_locked(&path, &socket.path())?;
     // Whoever made the directory removes it, and others than this process listen on the socket.
     file.keep();
     Ok(listener)
@@ -115,8 +124,12 @@ pub fn bind_at(dir: &Path, name: &str) -> Result<UnixListener> {
 /// # Errors
 /// What the device answered, [`ErrorKind::NotFound`] when there is none, [`ErrorKind::Timeout`]
 /// when it does not answer, with what is known of that and what to do.
-pub fn call(run_dir: &Path, verb: &str, args: Value, timeout: Duration) -> Result<Value> {
-    call_at(run_dir, CONTROL, verb, args, timeout).map_err(|error| explain(run_dir, error))
+pub fn call(run_dir: &RunDir, verb: &str, args: Value, timeout: Duration) -> Result<Value> {
+    let call = Call::new(verb, args);
+    match ask(&run_dir.control(), &call, timeout, || is_halted(run_dir)) {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) | Err(error) => Err(explain(run_dir, error)),
+    }
 }
 
 /// As [`call`], for a command that may be carried out twice: where the worker dies before it has
@@ -124,12 +137,13 @@ pub fn call(run_dir: &Path, verb: &str, args: Value, timeout: Duration) -> Resul
 ///
 /// # Errors
 /// As [`call`].
-pub fn call_again(run_dir: &Path, verb: &str, args: Value, timeout: Duration) -> Result<Value> {
+pub fn call_again(run_dir: &RunDir, verb: &str, args: Value, timeout: Duration) -> Result<Value> {
+    let call = Call::new(verb, args);
+    let socket = run_dir.control();
     let deadline = Instant::now() + timeout;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let asked = ask(run_dir, CONTROL, verb, args.clone(), left.max(SHORTEST));
-        match asked {
+        match ask(&socket, &call, left.max(SHORTEST), || is_halted(run_dir)) {
             Ok(answer) => return answer.map_err(|error| explain(run_dir, error)),
             Err(error) if left.is_zero() => return Err(error),
             Err(_) => std::thread::sleep(Duration::from_millis(5)),
@@ -138,40 +152,34 @@ pub fn call_again(run_dir: &Path, verb: &str, args: Value, timeout: Duration) ->
 }
 
 /// Adds to a [`ErrorKind::Timeout`] why nobody answers, where that can be seen.
-fn explain(run_dir: &Path, error: Error) -> Error {
+fn explain(run_dir: &RunDir, error: Error) -> Error {
     if error.kind() != ErrorKind::Timeout {
         return error;
     }
-    match super::state::stopped(run_dir) {
+    match stopped(run_dir) {
         Some(stopped) => Error::new(ErrorKind::Timeout, format!("{error}: {stopped}")),
         None => error,
     }
 }
 
-/// As [`call`], with the name of the socket.
+/// As [`call`], of a server that is no device.
 ///
 /// # Errors
 /// As [`call`].
-pub fn call_at(
-    dir: &Path,
-    socket: &str,
-    verb: &str,
-    args: Value,
-    timeout: Duration,
-) -> Result<Value> {
-    ask(dir, socket, verb, args, timeout)?
+pub fn call_at(socket: &DirSocket, verb: &str, args: Value, timeout: Duration) -> Result<Value> {
+    ask(socket, &Call::new(verb, args), timeout, || false)?
 }
 
-/// The outer error is that the server went away before it answered, the inner all others.
+/// Asks, and waits no longer where the server is `halted`. The outer error is that the server went away
+/// before it answered, the inner all others.
 fn ask(
-    dir: &Path,
-    name: &str,
-    verb: &str,
-    args: Value,
+    socket: &DirSocket,
+    call: &Call,
     timeout: Duration,
+    halted: impl Fn() -> bool,
 ) -> Result<Result<Value>> {
     let began = Instant::now();
-    let what = || format!("{}: {verb}", dir.join(name).display());
+    let what = || format!("{}: {}", socket.path().display(), call.verb);
     let failed = |error: std::io::Error| match error.kind() {
         ErrorIo::WouldBlock => Ok(Err(Error::new(
             ErrorKind::Timeout,
@@ -189,19 +197,14 @@ fn ask(
         ErrorIo::BrokenPipe | ErrorIo::ConnectionReset => Err(Error::io(what(), error)),
         _ => Ok(Err(Error::io(what(), error))),
     };
-    let call = Call {
-        verb: verb.to_string(),
-        args,
-    };
-    let (_handle, path) = match short_path(dir, name) {
+    let (_handle, path) = match socket.short_path() {
         Ok(path) => path,
         Err(error) => return Ok(Err(error)),
     };
     let exchange = || {
         let stream = unix_socket::connect(&path, timeout)?;
         stream.set_read_timeout(Some(timeout))?;
-        send(&stream, &call)?;
-        let halted = || name == CONTROL && super::state::is_halted(dir);
+        send(&stream, call)?;
         wait_for_answer(&stream, timeout, halted)?;
         let mut line = String::new();
         BufReader::new((&stream).take(MAX_LINE)).read_line(&mut line)?;
@@ -274,6 +277,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let long = dir.path().join("x".repeat(200));
         std::fs::create_dir(&long).unwrap();
+        let long = RunDir::at(long);
         let listener = bind(&long).unwrap();
         let server = std::thread::spawn(move || {
             let (stream, _) = listener.accept().unwrap();

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::control::{Call, ControlHandler, MAX_LINE, Reply, bind_at, send};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_fs::run_dir::DirSocket;
 
 /// Connections served at once; further ones are closed.
 const MAX_CONNECTIONS: usize = 8;
@@ -30,14 +31,14 @@ pub struct ControlServer {
 }
 
 impl ControlServer {
-    /// Listens on `socket` in `dir`, mode 0600, and has `handler` answer. A socket that a killed
+    /// Listens on `socket`, mode 0600, and has `handler` answer. A socket that a killed
     /// server left is replaced.
     ///
     /// # Errors
     /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
-    pub fn start(dir: &Path, socket: &str, handler: Arc<dyn ControlHandler>) -> Result<Self> {
-        let listener = bind_at(dir, socket)?;
-        let path = dir.join(socket);
+    pub fn start(socket: &DirSocket, handler: Arc<dyn ControlHandler>) -> Result<Self> {
+        let listener = bind_at(socket)?;
+        let path = socket.path();
         let what = || path.display().to_string();
         listener.set_nonblocking(true).context(what)?;
         let stop = Arc::new(EventFd::new().context(what)?);
@@ -150,13 +151,14 @@ mod tests {
         // Of a server that was killed.
         drop(UnixListener::bind(dir.path().join("a.sock")).unwrap());
         std::fs::write(dir.path().join("file"), "somebody's").unwrap();
-        let start = |name| ControlServer::start(dir.path(), name, Arc::new(NoCommands));
+        let socket = |name: &str| DirSocket::new(dir.path(), name.to_owned());
+        let start = |name| ControlServer::start(&socket(name), Arc::new(NoCommands));
         assert_eq!(start("file").unwrap_err().kind(), ErrorKind::AlreadyExists);
         std::fs::remove_file(dir.path().join("file")).unwrap();
-        let server = ControlServer::start(dir.path(), "a.sock", Arc::new(NoCommands)).unwrap();
+        let server = start("a.sock").unwrap();
         let ask = || {
             let null = serde_json::Value::Null;
-            call_at(dir.path(), "a.sock", "x", null, IDLE).unwrap_err()
+            call_at(&socket("a.sock"), "x", null, IDLE).unwrap_err()
         };
         assert_eq!(ask().kind(), ErrorKind::Unsupported);
         assert_eq!(ask().kind(), ErrorKind::Unsupported);

@@ -9,14 +9,15 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 
 use super::command_line::run_dir_of;
-use super::layout::{CONTROL, DEV, LOG, LOOP, STATE, is_listened};
+use super::lock::RunLock;
 use super::process::Identity;
-use super::state::{self, RunLock, RunState, Status, loops};
+use super::state::{self, RunState, Status, is_listened, loops};
 use crate::fuse::session::FS_TYPE;
 use crate::loop_device::LoopDevice;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::held_dir::Place;
 use vellum_fs::mountinfo::MountInfo;
+use vellum_fs::run_dir::{RunDir, RunRoot};
 
 /// How to detach.
 #[derive(Debug, Clone)]
@@ -41,11 +42,11 @@ impl Default for DetachOptions {
 ///
 /// # Errors
 /// [`ErrorKind::InUse`] while it is mounted or open and its server lives; [`ErrorKind::Timeout`].
-pub fn detach(run_dir: &Path, options: &DetachOptions) -> Result<()> {
-    let run_dir = match fs::canonicalize(run_dir) {
+pub fn detach(run_dir: &RunDir, options: &DetachOptions) -> Result<()> {
+    let run_dir = match run_dir.canonical() {
         Ok(run_dir) => run_dir,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Error::io(run_dir.display().to_string(), error)),
+        Err(error) => return Err(Error::io(run_dir.to_string(), error)),
     };
     match RunLock::take(&run_dir)? {
         Some(_lock) => detach_locked(&run_dir, options),
@@ -53,31 +54,32 @@ pub fn detach(run_dir: &Path, options: &DetachOptions) -> Result<()> {
     }
 }
 
-pub(super) fn detach_locked(run_dir: &Path, options: &DetachOptions) -> Result<()> {
+pub(super) fn detach_locked(run_dir: &RunDir, options: &DetachOptions) -> Result<()> {
     clean(run_dir, options)?;
     remove_files(run_dir)
 }
 
 /// Removes the files of a device that is gone, and its run directory where nothing else is there.
-pub(super) fn remove_files(run_dir: &Path) -> Result<()> {
-    let files = [DEV, STATE, CONTROL, LOG, LOOP].map(|name| run_dir.join(name));
-    for path in files.into_iter().chain(state::unfinished(run_dir)?) {
+pub(super) fn remove_files(run_dir: &RunDir) -> Result<()> {
+    let unfinished = run_dir.unfinished_states();
+    let unfinished = unfinished.context(|| run_dir.to_string())?;
+    for path in run_dir.device_files().into_iter().chain(unfinished) {
         match fs::remove_file(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io(path.display().to_string(), error)),
         }
     }
-    match fs::remove_dir(run_dir) {
+    match run_dir.remove_empty() {
         // What others keep there stays.
         Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result.context(|| run_dir.display().to_string()),
+        result => result.context(|| run_dir.to_string()),
     }
 }
 
 /// All of [`detach`] but the files.
-pub(super) fn clean(run_dir: &Path, options: &DetachOptions) -> Result<()> {
+pub(super) fn clean(run_dir: &RunDir, options: &DetachOptions) -> Result<()> {
     if options.force || !is_listened(run_dir) {
         // Nobody answers any more, or nobody shall: with the last process the session is aborted,
         // so that nothing below can wait for an answer.
@@ -134,8 +136,8 @@ fn unmount_all(device: LoopDevice) -> Result<()> {
     Ok(())
 }
 
-fn unmount_session(run_dir: &Path) -> Result<()> {
-    let dev = run_dir.join(DEV);
+fn unmount_session(run_dir: &RunDir) -> Result<()> {
+    let dev = run_dir.dev();
     // Whatever lies on top of it, one after the other, but not for ever.
     for _ in 0..16 {
         match umount2(&dev, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
@@ -164,7 +166,7 @@ fn lazily_unmount(target: &Path) -> Result<()> {
 }
 
 /// Ends the processes in order: the session is unmounted, so they may be ending already.
-fn stop(run_dir: &Path, timeout: Duration) -> Result<()> {
+fn stop(run_dir: &RunDir, timeout: Duration) -> Result<()> {
     let Some(state) = RunState::read(run_dir)? else {
         return kill_all(run_dir, timeout);
     };
@@ -198,11 +200,11 @@ fn stop(run_dir: &Path, timeout: Duration) -> Result<()> {
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`] where they do not die.
-pub fn wake(run_dir: &Path) -> Result<()> {
+pub fn wake(run_dir: &RunDir) -> Result<()> {
     if !state::is_halted(run_dir) {
         return Ok(());
     }
-    let run_dir = fs::canonicalize(run_dir).context(|| run_dir.display().to_string())?;
+    let run_dir = run_dir.canonical().context(|| run_dir.to_string())?;
     for process in processes(&run_dir)?.into_iter().filter_map(Identity::open) {
         tracing::warn!("process {} was stopped: it goes on", process.pid());
         process.signal(Signal::SIGCONT);
@@ -222,7 +224,7 @@ const CALM_ROUNDS: u32 = 3;
 
 /// Kills every process of the device, whatever the state file says, and waits until none is left
 /// that could still hold a lock.
-fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
+fn kill_all(run_dir: &RunDir, timeout: Duration) -> Result<()> {
     let deadline = Instant::now() + timeout;
     let mut calm = 0;
     loop {
@@ -239,8 +241,7 @@ fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
                 return Err(Error::new(
                     ErrorKind::Timeout,
                     format!(
-                        "{}: process {} of the device does not die (its disk may hang)",
-                        run_dir.display(),
+                        "{run_dir}: process {} of the device does not die (its disk may hang)",
                         process.pid()
                     ),
                 ));
@@ -258,10 +259,9 @@ fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
             return Err(Error::new(
                 ErrorKind::InUse,
                 format!(
-                    "{}: processes of the device live on after {timeout:?}: new ones came again and \
-                     again, or they cannot be seen from here (another pid namespace, as a \
-                     container's): do this there, or end that",
-                    run_dir.display()
+                    "{run_dir}: processes of the device live on after {timeout:?}: new ones came \
+                     again and again, or they cannot be seen from here (another pid namespace, as a \
+                     container's): do this there, or end that"
                 ),
             ));
         }
@@ -273,9 +273,9 @@ fn kill_all(run_dir: &Path, timeout: Duration) -> Result<()> {
 
 /// The living processes of the device, by their command line and the directory that they hold: the
 /// state file may be half written.
-fn processes(run_dir: &Path) -> Result<Vec<Identity>> {
+fn processes(run_dir: &RunDir) -> Result<Vec<Identity>> {
     let mut found = Vec::new();
-    let place = Place::of(run_dir).ok();
+    let place = run_dir.place().ok();
     for entry in fs::read_dir("/proc").context(|| "/proc: cannot be read")? {
         let Ok(entry) = entry else { continue };
         let Some(pid) = entry
@@ -297,7 +297,7 @@ fn processes(run_dir: &Path) -> Result<Vec<Identity>> {
 
 /// Those that the state names and that are dying: they have no command line any more, and may still
 /// have their files. A directory that was copied names the living processes of another.
-fn dying(run_dir: &Path) -> Vec<Identity> {
+fn dying(run_dir: &RunDir) -> Vec<Identity> {
     // Where nothing can be read any more, by force, nothing is known of them.
     let Ok(Some(state)) = RunState::read(run_dir) else {
         return Vec::new();
@@ -310,22 +310,22 @@ fn dying(run_dir: &Path) -> Vec<Identity> {
 }
 
 /// True for a process of the device of `run_dir`, which is at `place`.
-fn is_of(pid: i32, run_dir: &Path, place: Option<Place>) -> bool {
+fn is_of(pid: i32, run_dir: &RunDir, place: Option<Place>) -> bool {
     let Some(told) = run_dir_of(pid) else {
         return false;
     };
     // The last part of the path is the device's own name, which it keeps.
-    if told.file_name() != run_dir.file_name() {
+    if told.name() != run_dir.name() {
         return false;
     }
     let Some(place) = place else {
         // Nothing can be looked at there (its disk is gone).
-        return told == run_dir;
+        return told == *run_dir;
     };
     let held = held_dirs(pid);
     if held.is_empty() {
         // A program from before run directories were held.
-        return told == run_dir;
+        return told == *run_dir;
     }
     held.contains(&place)
 }
@@ -354,7 +354,7 @@ fn held_dirs(pid: i32) -> Vec<Place> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leak {
     /// The device's run directory: [`detach`] it to clean up.
-    pub run_dir: PathBuf,
+    pub run_dir: RunDir,
     /// What is there, for a person.
     pub what: String,
     /// True where its file system is still mounted, so that somebody may look there and see errors.
@@ -370,31 +370,25 @@ fn is_there(path: &Path) -> bool {
     }
 }
 
-/// What dead devices left behind below `run_root`, the directory of all run directories.
+/// What dead devices of a store left behind.
 ///
 /// # Errors
 /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
-pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
-    let run_root = match fs::canonicalize(run_root) {
-        Ok(run_root) => run_root,
+pub fn find_leaks(runs: &RunRoot) -> Result<Vec<Leak>> {
+    let runs = match runs.canonical() {
+        Ok(runs) => runs,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::io(run_root.display().to_string(), error)),
+        Err(error) => return Err(Error::io(runs.to_string(), error)),
     };
     let mut leaks = Vec::new();
     let mounts = MountInfo::read()?;
-    for entry in fs::read_dir(&run_root).context(|| run_root.display().to_string())? {
-        let entry = entry.context(|| run_root.display().to_string())?;
-        // Files beside the run directories are others'.
-        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            continue;
-        }
-        let run_dir = entry.path();
+    for run_dir in runs.dirs().context(|| runs.to_string())? {
         let state = RunState::read(&run_dir)?;
         // Before a look at the device's file, for whose answer a server that hangs lets us wait.
         if is_listened(&run_dir) {
             continue;
         }
-        if !is_there(&run_dir.join(DEV)) && !is_there(&run_dir.join(STATE)) {
+        if !is_there(&run_dir.dev()) && !is_there(&run_dir.state()) {
             continue;
         }
         let mut what = vec![match state {
@@ -405,7 +399,7 @@ pub fn find_leaks(run_root: &Path) -> Result<Vec<Leak>> {
             None => "a run directory of an earlier boot, or half made".to_string(),
         }];
         let mut mounted = false;
-        let dev = run_dir.join(DEV);
+        let dev = run_dir.dev();
         for device in loops(&run_dir)? {
             what.push(format!("{} is still attached", device.path().display()));
             let before = what.len();

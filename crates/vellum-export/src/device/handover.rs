@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde::{Deserialize, Serialize};
@@ -10,6 +9,7 @@ use uuid::Uuid;
 
 use crate::fuse::session::Features;
 use vellum_base::storage::Witness;
+use vellum_fs::run_dir::RunDir;
 
 /// What one program hands to the next in an upgrade, or a worker without a supervisor to the one
 /// that it starts: descriptors that stay open across exec, and what was agreed on.
@@ -39,7 +39,7 @@ pub(super) fn witness() -> Option<(OwnedFd, Uuid)> {
 
 /// The arguments that this program was started with, without those of an earlier hand-over, and
 /// with the path that its run directory has now.
-pub(super) fn own_arguments(run_dir: &Path) -> Vec<OsString> {
+pub(super) fn own_arguments(run_dir: &RunDir) -> Vec<OsString> {
     let mut arguments = Vec::new();
     let mut all = std::env::args_os().skip(1);
     while let Some(argument) = all.next() {
@@ -50,7 +50,7 @@ pub(super) fn own_arguments(run_dir: &Path) -> Vec<OsString> {
         let is_run_dir = argument == "--run-dir";
         arguments.push(argument);
         if is_run_dir && all.next().is_some() {
-            arguments.push(run_dir.into());
+            arguments.push(run_dir.path().into());
         }
     }
     arguments

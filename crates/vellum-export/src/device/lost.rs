@@ -2,21 +2,21 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::command_line::command_line;
-use super::detach::{DetachOptions, clean};
-use super::layout::DEV;
+use super::detach::{DetachOptions, clean, remove_files};
 use crate::fuse::session::FS_TYPE;
 use crate::loop_device::LoopDevice;
 use vellum_base::error::{Result, ResultExt};
 use vellum_fs::mountinfo::MountInfo;
+use vellum_fs::run_dir::{RunDir, RunRoot};
 
 /// A device that something is left of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FoundDevice {
     /// Its run directory.
-    pub run_dir: PathBuf,
+    pub run_dir: RunDir,
     /// Where its block device is mounted.
     pub mounts: Vec<PathBuf>,
     /// The arguments of its processes; none where all are dead.
@@ -32,15 +32,15 @@ impl FoundDevice {
     }
 }
 
-/// What is left of devices whose run directories lie in `run_root`: processes by their command lines,
+/// What is left of devices whose run directories lie in `runs`: processes by their command lines,
 /// loop devices by their backing files, sessions and mounts by the table of mounts.
 ///
 /// # Errors
 /// Where /proc or /sys are missing.
-pub fn find_devices(run_root: &Path) -> Result<Vec<FoundDevice>> {
+pub fn find_devices(runs: &RunRoot) -> Result<Vec<FoundDevice>> {
     let mut found: Vec<FoundDevice> = Vec::new();
-    let mut add = |run_dir: &Path, arguments: Vec<OsString>, mounts: Vec<PathBuf>| {
-        if run_dir.parent() != Some(run_root) {
+    let mut add = |run_dir: RunDir, arguments: Vec<OsString>, mounts: Vec<PathBuf>| {
+        if !runs.has(&run_dir) {
             return;
         }
         match found.iter_mut().find(|device| device.run_dir == run_dir) {
@@ -51,7 +51,7 @@ pub fn find_devices(run_root: &Path) -> Result<Vec<FoundDevice>> {
                 }
             }
             None => found.push(FoundDevice {
-                run_dir: run_dir.to_owned(),
+                run_dir,
                 mounts,
                 arguments,
             }),
@@ -67,8 +67,9 @@ pub fn find_devices(run_root: &Path) -> Result<Vec<FoundDevice>> {
         };
         if let Some((run_dir, arguments)) = command_line(pid) {
             // Where it is now, if it was moved; the link is read without asking the disk.
-            for dir in held_paths(pid).into_iter().chain([run_dir]) {
-                add(&dir, arguments.clone(), Vec::new());
+            let held = held_paths(pid).into_iter();
+            for dir in held.filter_map(|path| runs.dir_at(path)).chain([run_dir]) {
+                add(dir, arguments.clone(), Vec::new());
             }
         }
     }
@@ -77,7 +78,7 @@ pub fn find_devices(run_root: &Path) -> Result<Vec<FoundDevice>> {
         let Some(backing) = device.backing_file() else {
             continue;
         };
-        if let (Some(dir), true) = (backing.parent(), backing.ends_with(DEV)) {
+        if let Some(dir) = RunDir::of_dev(&backing) {
             let number = device.major_minor();
             let on_it = mounts.iter().filter(|mount| mount.major_minor == number);
             add(
@@ -88,10 +89,8 @@ pub fn find_devices(run_root: &Path) -> Result<Vec<FoundDevice>> {
         }
     }
     let sessions = mounts.iter().filter(|mount| mount.fs_type == FS_TYPE);
-    for session in sessions.filter(|mount| mount.target.ends_with(DEV)) {
-        if let Some(dir) = session.target.parent() {
-            add(dir, Vec::new(), Vec::new());
-        }
+    for dir in sessions.filter_map(|mount| RunDir::of_dev(&mount.target)) {
+        add(dir, Vec::new(), Vec::new());
     }
     Ok(found)
 }
@@ -111,9 +110,9 @@ fn held_paths(pid: i32) -> Vec<PathBuf> {
 /// # Errors
 /// [`vellum_base::ErrorKind::InUse`] where others mounted something on it, [`vellum_base::ErrorKind::Timeout`]
 /// where a process does not die.
-pub fn end_lost(run_dir: &Path, options: &DetachOptions) -> Result<()> {
+pub fn end_lost(run_dir: &RunDir, options: &DetachOptions) -> Result<()> {
     clean(run_dir, options)?;
     // If its disk works after all, nothing is left; if not, a later `umount` or `check` finds files.
-    let _ = super::detach::remove_files(run_dir);
+    let _ = remove_files(run_dir);
     Ok(())
 }

@@ -15,8 +15,8 @@
 //! fraction of the time of a new program, and a program file that is replaced on disk changes
 //! nothing until an upgrade is asked for.
 //!
-//! A run directory, one for each device, holds what other commands need to find the device:
-//! `dev` (the file that the session is mounted on), `state.json`, `control.sock`, `log`, `loop`.
+//! A [`RunDir`](vellum_fs::run_dir::RunDir), one for each device, holds what other commands need to find
+//! the device. The store says where it is; the processes of the device hold it open.
 //!
 //! * [`attach()`] and [`detach()`] are the way in and out.
 //! * [`supervise`] is what the hidden subcommand calls that `attach` starts.
@@ -31,51 +31,24 @@ mod detach;
 mod event;
 mod failure;
 mod handover;
-mod layout;
+mod lock;
 mod lost;
+mod opened;
 mod process;
 mod state;
 mod supervisor;
 mod watch;
 mod worker;
 
-use std::path::Path;
-use std::sync::Arc;
-
-use vellum_base::block::BlockDevice;
-
 pub use attach::{AttachSpec, Attached, attach, ensure_supervised, upgrade};
 pub use control::ControlHandler;
 pub use detach::{DetachOptions, Leak, detach, find_leaks, wake};
 pub use failure::Failure;
 pub use lost::{FoundDevice, end_lost, find_devices};
+pub use opened::{Memory, Open, Opened};
 pub use process::{Identity, boot_id};
 pub use state::{DeviceStatus, RunState, Status, status};
 pub use supervisor::{SupervisorArgs, supervise};
-
-/// Memory that the workers of one device share, one after the other: what a killed one left there
-/// its successor finds. All zero at first.
-#[derive(Debug, Clone, Copy)]
-pub struct Memory<'a> {
-    /// To be mapped; a memfd, never shortened.
-    pub file: &'a std::fs::File,
-    /// First byte, a multiple of the page size.
-    pub offset: u64,
-    /// Bytes.
-    pub len: usize,
-}
-
-/// Opens the device in a worker, which is told where the device's run directory is now: it may have
-/// been moved since the device was attached.
-pub type Open<'a> = &'a dyn Fn(Memory<'_>, &Path) -> vellum_base::Result<Opened>;
-
-/// What a worker serves: the device, and the commands it takes beside the built-in ones.
-pub struct Opened {
-    /// The block device; its lock must keep a second process from opening it.
-    pub device: Arc<dyn BlockDevice>,
-    /// Further commands of the control socket.
-    pub control: Arc<dyn ControlHandler>,
-}
 
 /// Sends what the processes of a device have to say to standard error, which is the device's log.
 /// To be called before [`supervise`], by a program that has no other logging installed.

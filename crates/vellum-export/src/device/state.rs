@@ -1,30 +1,22 @@
-//! The state of a device that its supervisor writes into its run directory, and the lock on that.
+//! How a device is doing: the state that its supervisor writes into its run directory, the loop device
+//! on it, and whether anything of it lives.
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
-use super::layout::{DEV, LOOP, STATE, is_listened};
 use super::process::{Identity, boot_id, namespaces};
 use crate::fuse::session::Features;
 use crate::loop_device::LoopDevice;
-use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_fs::held_dir::{HeldDir, Place};
-
-/// How the name ends of a [`STATE`] that is being written.
-const UNFINISHED: &str = ".tmp";
+use crate::unix_socket;
+use vellum_base::error::{Error, Result, ResultExt};
+use vellum_fs::held_dir::Place;
+use vellum_fs::run_dir::{HeldRunDir, RunDir};
 
 const VERSION: u32 = 1;
-/// How long a command may wait for another that attaches or detaches the same device: longer than
-/// all that either of them waits for.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// How a device is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,7 +91,7 @@ pub struct RunState {
 
 impl RunState {
     /// A state of this boot, with the calling process as supervisor.
-    pub fn new(read_only: bool, run_dir: &HeldDir) -> Self {
+    pub fn new(read_only: bool, run_dir: &HeldRunDir) -> Self {
         RunState {
             version: VERSION,
             boot_id: boot_id(),
@@ -128,23 +120,22 @@ impl RunState {
     /// is about.
     ///
     /// # Errors
-    /// [`ErrorKind::NoSpace`] or [`ErrorKind::Io`].
-    pub fn write(&self, run_dir: &Path) -> Result<()> {
-        // Of this process alone: while a supervisor is replaced there may be two that write.
-        let tmp = run_dir.join(format!("{STATE}.{}{UNFINISHED}", std::process::id()));
+    /// [`NoSpace`](vellum_base::ErrorKind::NoSpace) or [`Io`](vellum_base::ErrorKind::Io).
+    pub fn write(&self, run_dir: &RunDir) -> Result<()> {
+        let tmp = run_dir.unfinished_state();
         let bytes = serde_json::to_vec_pretty(self)
             .map_err(|error| Error::internal(format!("the state cannot be encoded: {error}")))?;
         fs::write(&tmp, bytes).context(|| tmp.display().to_string())?;
-        fs::rename(&tmp, run_dir.join(STATE)).context(|| tmp.display().to_string())
+        fs::rename(&tmp, run_dir.state()).context(|| tmp.display().to_string())
     }
 
     /// Reads the state of `run_dir`; `None` when there is none, when it is cut, or when it is
     /// about another boot, or another directory, of which this is a copy.
     ///
     /// # Errors
-    /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
-    pub fn read(run_dir: &Path) -> Result<Option<RunState>> {
-        let path = run_dir.join(STATE);
+    /// [`Permission`](vellum_base::ErrorKind::Permission) or [`Io`](vellum_base::ErrorKind::Io).
+    pub fn read(run_dir: &RunDir) -> Result<Option<RunState>> {
+        let path = run_dir.state();
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -156,7 +147,7 @@ impl RunState {
         };
         // One of an earlier program says nothing of its place.
         if let Some(place) = state.place {
-            let here = Place::of(run_dir).context(|| run_dir.display().to_string())?;
+            let here = run_dir.place().context(|| run_dir.to_string())?;
             return Ok((here == place).then_some(state));
         }
         Ok(Some(state))
@@ -210,8 +201,8 @@ pub struct DeviceStatus {
 /// The device of `run_dir`, or `None` when nothing of this boot is there.
 ///
 /// # Errors
-/// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
-pub fn status(run_dir: &Path) -> Result<Option<DeviceStatus>> {
+/// [`Permission`](vellum_base::ErrorKind::Permission) or [`Io`](vellum_base::ErrorKind::Io).
+pub fn status(run_dir: &RunDir) -> Result<Option<DeviceStatus>> {
     let Some(state) = RunState::read(run_dir)? else {
         return Ok(None);
     };
@@ -229,15 +220,22 @@ pub fn status(run_dir: &Path) -> Result<Option<DeviceStatus>> {
     }))
 }
 
+/// True while a process of the device of `run_dir` lives, whether or not it answers, and in whatever
+/// namespaces: all of them hold the socket.
+pub(super) fn is_listened(run_dir: &RunDir) -> bool {
+    let short = run_dir.control().short_path();
+    short.is_ok_and(|(_handle, path)| unix_socket::is_listened(&path))
+}
+
 /// True where all processes of the device of `run_dir` are stopped.
-pub(super) fn is_halted(run_dir: &Path) -> bool {
+pub(super) fn is_halted(run_dir: &RunDir) -> bool {
     let status = status(run_dir).ok().flatten();
     status.is_some_and(|status| status.halted)
 }
 
 /// What to say of a device whose server does not answer since somebody stopped it; `None` where
 /// nobody did.
-pub(super) fn stopped(run_dir: &Path) -> Option<String> {
+pub(super) fn stopped(run_dir: &RunDir) -> Option<String> {
     let status = status(run_dir).ok()??;
     let [first, ..] = status.stopped.as_slice() else {
         return None;
@@ -254,23 +252,6 @@ pub(super) fn stopped(run_dir: &Path) -> Option<String> {
              again in some seconds"
         ),
     })
-}
-
-/// Files that processes which were killed while they wrote the state left in `run_dir`.
-///
-/// # Errors
-/// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
-pub(super) fn unfinished(run_dir: &Path) -> Result<Vec<PathBuf>> {
-    let what = || run_dir.display().to_string();
-    let mut found = Vec::new();
-    for entry in fs::read_dir(run_dir).context(what)? {
-        let path = entry.context(what)?.path();
-        let name = path.file_name().and_then(|name| name.to_str());
-        if name.is_some_and(|name| name.starts_with(STATE) && name.ends_with(UNFINISHED)) {
-            found.push(path);
-        }
-    }
-    Ok(found)
 }
 
 /// Which loop device is the one of a run directory, as `attach` noted it.
@@ -290,8 +271,8 @@ pub(super) struct Hint {
 impl Hint {
     /// Notes the device of `run_dir`. It need not survive a power cut. Best effort: without it the
     /// device is found by its backing file.
-    pub(super) fn write(run_dir: &Path, device: LoopDevice) {
-        let Ok(place) = Place::of(run_dir) else {
+    pub(super) fn write(run_dir: &RunDir, device: LoopDevice) {
+        let Ok(place) = run_dir.place() else {
             return;
         };
         let hint = Hint {
@@ -301,21 +282,21 @@ impl Hint {
             run_dir: place,
         };
         if let Ok(bytes) = serde_json::to_vec(&hint) {
-            let _ = fs::write(run_dir.join(LOOP), bytes);
+            let _ = fs::write(run_dir.loop_hint(), bytes);
         }
     }
 
-    fn read(run_dir: &Path) -> Option<Hint> {
-        let bytes = fs::read(run_dir.join(LOOP)).ok()?;
+    fn read(run_dir: &RunDir) -> Option<Hint> {
+        let bytes = fs::read(run_dir.loop_hint()).ok()?;
         serde_json::from_slice(&bytes).ok()
     }
 
-    fn is_about(&self, run_dir: &Path) -> bool {
-        self.boot_id == boot_id() && Place::of(run_dir).ok() == Some(self.run_dir)
+    fn is_about(&self, run_dir: &RunDir) -> bool {
+        self.boot_id == boot_id() && run_dir.place().ok() == Some(self.run_dir)
     }
 
     /// The device, if it is attached as it was then.
-    fn device(&self, run_dir: &Path) -> Option<LoopDevice> {
+    fn device(&self, run_dir: &RunDir) -> Option<LoopDevice> {
         if !self.is_about(run_dir) {
             return None;
         }
@@ -324,93 +305,32 @@ impl Hint {
         let same = match self.diskseq {
             Some(diskseq) => device.diskseq() == Some(diskseq),
             // A kernel that does not count.
-            None => backing == run_dir.join(DEV),
+            None => backing == run_dir.dev(),
         };
         same.then_some(device)
     }
 }
 
 /// The loop device that the hint names, if it is still the device's.
-pub fn hinted_loop(run_dir: &Path) -> Option<LoopDevice> {
+pub fn hinted_loop(run_dir: &RunDir) -> Option<LoopDevice> {
     if let Some(hint) = Hint::read(run_dir) {
         return hint.device(run_dir);
     }
     // As earlier versions wrote it: the path alone.
-    let text = fs::read_to_string(run_dir.join(LOOP)).ok()?;
+    let text = fs::read_to_string(run_dir.loop_hint()).ok()?;
     let device = LoopDevice::from_path(Path::new(text.trim()))?;
-    (device.backing_file()? == run_dir.join(DEV)).then_some(device)
+    (device.backing_file()? == run_dir.dev()).then_some(device)
 }
 
 /// The loop devices of `run_dir`. No other device is asked for anything: what lies below one may
 /// hang, and whoever asks the kernel for more than the name of its backing file hangs with it.
 ///
 /// # Errors
-/// [`ErrorKind::Io`] where sysfs cannot be read.
-pub(super) fn loops(run_dir: &Path) -> Result<Vec<LoopDevice>> {
+/// [`Io`](vellum_base::ErrorKind::Io) where sysfs cannot be read.
+pub(super) fn loops(run_dir: &RunDir) -> Result<Vec<LoopDevice>> {
     match hinted_loop(run_dir) {
         Some(device) => Ok(vec![device]),
-        None => LoopDevice::find(&run_dir.join(DEV)),
-    }
-}
-
-/// The lock on a run directory, so that commands attach and detach one after the other.
-pub struct RunLock(#[allow(dead_code, reason = "held for its Drop")] Flock<fs::File>);
-
-impl RunLock {
-    /// Locks `run_dir`, which must exist; `None` when it was removed meanwhile.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InUse`] while another command holds it for longer than such commands take;
-    /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
-    pub fn take(run_dir: &Path) -> Result<Option<RunLock>> {
-        use std::os::unix::fs::MetadataExt;
-        let deadline = Instant::now() + LOCK_TIMEOUT;
-        loop {
-            let dir = match fs::OpenOptions::new()
-                .read(true)
-                .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC)
-                .open(run_dir)
-            {
-                Ok(dir) => dir,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-                Err(error) => return Err(Error::io(run_dir.display().to_string(), error)),
-            };
-            let lock = lock_until(dir, deadline)
-                .context(|| format!("{}: cannot be locked", run_dir.display()))?
-                .ok_or_else(|| {
-                    Error::new(
-                        ErrorKind::InUse,
-                        format!(
-                            "{}: another command has been attaching or detaching it for more than \
-                             {LOCK_TIMEOUT:?}: see `fuser -v {0}`",
-                            run_dir.display()
-                        ),
-                    )
-                })?;
-            // The holder before us may have removed it, and another may have made it anew.
-            let locked = lock.metadata().context(|| run_dir.display().to_string())?;
-            match fs::symlink_metadata(run_dir) {
-                Ok(there) if (there.dev(), there.ino()) == (locked.dev(), locked.ino()) => {
-                    return Ok(Some(RunLock(lock)));
-                }
-                _ => {}
-            }
-        }
-    }
-}
-
-/// Takes the lock; `None` where another holds it until `deadline`.
-fn lock_until(mut dir: fs::File, deadline: Instant) -> io::Result<Option<Flock<fs::File>>> {
-    let mut pause = Duration::from_micros(100);
-    loop {
-        match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(Some(lock)),
-            Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= deadline => return Ok(None),
-            Err((again, Errno::EWOULDBLOCK | Errno::EINTR)) => dir = again,
-            Err((_, errno)) => return Err(errno.into()),
-        }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(5));
+        None => LoopDevice::find(&run_dir.dev()),
     }
 }
 
@@ -422,34 +342,36 @@ mod tests {
     #[test]
     fn a_state_that_another_process_is_writing_is_left_to_it_and_found_when_it_died() {
         let dir = tempfile::tempdir().unwrap();
-        let half = dir.path().join(format!("{STATE}.1{UNFINISHED}"));
+        let half = dir.path().join("state.json.1.tmp");
         fs::write(&half, b"{\"version\"").unwrap();
-        let held = HeldDir::open(dir.path()).unwrap();
-        RunState::new(false, &held).write(dir.path()).unwrap();
-        assert!(RunState::read(dir.path()).unwrap().is_some());
+        let run_dir = RunDir::at(dir.path().to_owned());
+        let held = run_dir.hold().unwrap();
+        RunState::new(false, &held).write(&run_dir).unwrap();
+        assert!(RunState::read(&run_dir).unwrap().is_some());
         assert_eq!(fs::read(&half).unwrap(), b"{\"version\"");
-        assert_eq!(unfinished(dir.path()).unwrap(), [half]);
+        assert_eq!(run_dir.unfinished_states().unwrap(), [half]);
     }
 
     /// A backup program copies what it finds, also of what runs.
     #[test]
     fn the_state_of_a_directory_says_nothing_in_a_copy_and_still_holds_after_a_move() {
         let dir = tempfile::tempdir().unwrap();
-        let (first, copy) = (dir.path().join("first"), dir.path().join("copy"));
-        fs::create_dir(&first).unwrap();
-        fs::create_dir(&copy).unwrap();
-        let held = HeldDir::open(&first).unwrap();
-        RunState::new(false, &held).write(&held.path()).unwrap();
-        fs::copy(first.join(STATE), copy.join(STATE)).unwrap();
+        let at = |name: &str| RunDir::at(dir.path().join(name));
+        let (first, copy) = (at("first"), at("copy"));
+        fs::create_dir(first.path()).unwrap();
+        fs::create_dir(copy.path()).unwrap();
+        let held = first.hold().unwrap();
+        RunState::new(false, &held).write(&held.now()).unwrap();
+        fs::copy(first.state(), copy.state()).unwrap();
         assert!(RunState::read(&first).unwrap().is_some());
         assert!(RunState::read(&copy).unwrap().is_none());
         Hint::write(&first, LoopDevice::from_number(7));
-        let moved = dir.path().join("moved");
+        let moved = at("moved");
         let note = || Hint::read(&moved).unwrap();
-        fs::rename(&first, &moved).unwrap();
+        fs::rename(first.path(), moved.path()).unwrap();
         assert!(RunState::read(&moved).unwrap().is_some());
         assert!(note().is_about(&moved));
-        fs::rename(&copy, &first).unwrap();
+        fs::rename(copy.path(), first.path()).unwrap();
         assert!(RunState::read(&first).unwrap().is_none());
         assert!(!note().is_about(&first));
     }

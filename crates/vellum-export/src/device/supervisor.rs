@@ -15,10 +15,11 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -30,7 +31,7 @@ use super::backoff::Backoff;
 use super::control;
 use super::event::{Ready, event_pipe};
 use super::failure::Failure;
-use super::layout::DEV;
+use super::opened::Open;
 use super::process::Process;
 use super::state::{RunState, Status};
 use super::watch::{Companion, Hang, Limits, PERIOD, Watch};
@@ -39,7 +40,7 @@ use crate::fuse::session::{self, Features};
 use crate::fuse::slot::{MAX_THREADS, Shared};
 use vellum_base::error::{Error, Result, ResultExt};
 use vellum_base::storage::Witness;
-use vellum_fs::held_dir::HeldDir;
+use vellum_fs::run_dir::{HeldRunDir, RunDir};
 
 /// A standby is made this long after a worker began to serve, so that a device that is attached
 /// and detached at once does not pay for it.
@@ -51,8 +52,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone, clap::Args)]
 pub struct SupervisorArgs {
     /// Directory for the device's state, sockets and mount point
-    #[arg(long, value_name = "DIR", default_value = "")]
-    pub run_dir: PathBuf,
+    #[arg(long, value_name = "DIR", default_value = "",
+        value_parser = PathBufValueParser::new().map(RunDir::at))]
+    pub run_dir: RunDir,
     /// Threads that serve the device
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub threads: usize,
@@ -87,9 +89,7 @@ enum Role {
 
 struct Supervisor {
     args: SupervisorArgs,
-    /// Held open by every process of the device, which is how others find them: a store may be
-    /// moved while it is mounted, and copied, state and all.
-    run_dir: HeldDir,
+    run_dir: HeldRunDir,
     session: Arc<File>,
     features: Features,
     listener: UnixListener,
@@ -126,7 +126,7 @@ struct Supervisor {
 /// What a supervisor begins with, whether it mounted the session or took it over.
 struct Held {
     args: SupervisorArgs,
-    run_dir: HeldDir,
+    run_dir: HeldRunDir,
     session: Arc<File>,
     features: Features,
     listener: UnixListener,
@@ -145,7 +145,7 @@ struct Held {
 ///
 /// # Errors
 /// What kept the device from being served; the caller of `attach` gets the same text.
-pub fn supervise(args: &SupervisorArgs, open: super::Open<'_>) -> Result<()> {
+pub fn supervise(args: &SupervisorArgs, open: Open<'_>) -> Result<()> {
     if args.probe {
         return writeln!(io::stdout(), "{}", handover::PROBE_ANSWER)
             .context(|| "the answer to --probe");
@@ -183,8 +183,9 @@ pub fn supervise(args: &SupervisorArgs, open: super::Open<'_>) -> Result<()> {
 }
 
 /// Opens the run directory for as long as the device lives.
-fn hold(run_dir: &Path) -> Result<HeldDir> {
-    HeldDir::open(run_dir).context(|| format!("{}: cannot be opened", run_dir.display()))
+fn hold(run_dir: &RunDir) -> Result<HeldRunDir> {
+    let held = run_dir.hold();
+    held.context(|| format!("{run_dir}: cannot be opened"))
 }
 
 impl Supervisor {
@@ -269,13 +270,13 @@ impl Supervisor {
         let shared = Shared::create()?;
         // Before anything is forked: a killed worker's successor knows by it that the page cache is
         // there.
-        Witness::hold(run_dir).context(|| run_dir.display().to_string())?;
+        Witness::hold(run_dir.path()).context(|| run_dir.to_string())?;
         // First the socket, which proves that somebody lives, then the state that says who.
         let listener = control::bind(run_dir)?;
         state.write(run_dir)?;
         let (events_in, events_out) = event_pipe()?;
         let signals = block_signals()?;
-        let dev = run_dir.join(DEV);
+        let dev = run_dir.dev();
         fs::write(&dev, b"").context(|| dev.display().to_string())?;
         let session = session::mount_file(&dev, "vellum", args.read_only)?;
         namespace::leave(run_dir);
@@ -393,7 +394,7 @@ impl Supervisor {
 
     fn write_state(&self) {
         // A full host must not end the device.
-        if let Err(error) = self.state.write(&self.run_dir.path()) {
+        if let Err(error) = self.state.write(&self.run_dir.now()) {
             tracing::warn!("{error}");
         }
     }

@@ -25,9 +25,9 @@ use elders::{Elders, adopt_alone};
 
 use super::event::Event;
 use super::failure::Failure;
+use super::opened::{Memory, Open, Opened};
 use super::process::{Identity, monotonic_ns};
 use super::watch::{Limits, PERIOD};
-use super::{Memory, Opened};
 use crate::fuse::readers::Readers;
 use crate::fuse::server::{Ended, Server};
 use crate::fuse::session::{self, Features};
@@ -35,7 +35,7 @@ use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREAD
 use vellum_base::error::{Error, Result, ResultExt};
 use vellum_base::fault;
 use vellum_base::storage::{listen_for_waits, note_waits_in};
-use vellum_fs::held_dir::HeldDir;
+use vellum_fs::run_dir::HeldRunDir;
 
 /// From include/uapi/linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: i32 = 57;
@@ -44,7 +44,7 @@ const SERVING_ALWAYS: usize = 4;
 
 /// What a worker gets from the process that it was forked from.
 pub(super) struct Worker {
-    pub run_dir: HeldDir,
+    pub run_dir: HeldRunDir,
     pub session: Arc<File>,
     pub features: Features,
     pub use_resend: bool,
@@ -80,7 +80,7 @@ struct Context {
 }
 
 /// Serves until the session is over or SIGTERM asks to stop. Returns when the process should end.
-pub(super) fn run(worker: Worker, open: super::Open<'_>) -> Result<()> {
+pub(super) fn run(worker: Worker, open: Open<'_>) -> Result<()> {
     let me = Identity::current();
     let table = worker.shared.table();
     table.worker.belongs_to(me.pid, me.start);
@@ -97,14 +97,14 @@ pub(super) fn run(worker: Worker, open: super::Open<'_>) -> Result<()> {
     result
 }
 
-fn serve(worker: Worker, open: super::Open<'_>) -> Result<()> {
+fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     let started = Instant::now();
     let memory = Memory {
         file: worker.shared.fd(),
         offset: worker.shared.extra_at(),
         len: EXTRA_LEN,
     };
-    let opened = match open(memory, &worker.run_dir.path()) {
+    let opened = match open(memory, &worker.run_dir.now()) {
         Ok(opened) => opened,
         Err(error) => {
             report(&worker, &Event::OpenFailed(Failure::from(&error)));

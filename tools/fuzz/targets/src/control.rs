@@ -12,6 +12,7 @@ use vellum_engine::device::{DeviceStats, MapPart};
 use vellum_export::device::RunState;
 use vellum_export::device::control::{ControlHandler, Reply};
 use vellum_export::device::control_server::converse;
+use vellum_fs::run_dir::RunDir;
 use vellum_snapshotter::authority::Connection;
 
 use crate::Seed;
@@ -68,13 +69,14 @@ pub fn control(input: &[u8]) {
             let _ = serde_json::from_slice::<MapPart>(rest);
         }
         _ => {
-            let dir = tempfile::tempdir().unwrap();
+            let temporary = tempfile::tempdir().unwrap();
             let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
             let state = String::from_utf8_lossy(rest).replace("@BOOT@", boot.trim());
-            std::fs::write(dir.path().join("state.json"), state).unwrap();
-            if let Some(state) = RunState::read(dir.path()).unwrap() {
-                state.write(dir.path()).unwrap();
-                assert!(RunState::read(dir.path()).unwrap().is_some());
+            std::fs::write(temporary.path().join("state.json"), state).unwrap();
+            let dir = RunDir::at(temporary.path().to_owned());
+            if let Some(state) = RunState::read(&dir).unwrap() {
+                state.write(&dir).unwrap();
+                assert!(RunState::read(&dir).unwrap().is_some());
             }
         }
     }

@@ -13,7 +13,6 @@ use super::{Role, STANDBY_DELAY, STOP_TIMEOUT, Supervisor, send_ready};
 use crate::device::backoff::{Backoff, Death, Verdict};
 use crate::device::event::Ready;
 use crate::device::failure::Failure;
-use crate::device::layout;
 use crate::device::process::{Identity, Process, monotonic_ns};
 use crate::device::state::Status;
 use crate::device::watch::{Companion, Hang};
@@ -179,7 +178,7 @@ impl Supervisor {
                 ErrorKind::Io,
                 format!(
                     "the device server died before it served (see {})",
-                    self.run_dir.path().join(layout::LOG).display()
+                    self.run_dir.now().log().display()
                 ),
             );
             return Ok(Some(self.end(Status::Failed, Some(error))));
@@ -221,7 +220,7 @@ impl Supervisor {
                          I/O errors, nothing that was flushed is lost (see {})",
                         self.backoff.deaths(),
                         reason.map_or(String::new(), |reason| format!(" ({reason})")),
-                        self.run_dir.path().join(layout::LOG).display()
+                        self.run_dir.now().log().display()
                     ),
                 );
                 Ok(Some(self.end(Status::Failed, Some(error))))

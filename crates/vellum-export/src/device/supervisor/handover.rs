@@ -16,14 +16,15 @@ use nix::unistd::ForkResult;
 use super::children::{Standby, serving_process};
 use super::system::{block_signals, fork, prepare_process, reap};
 use super::{Held, STOP_TIMEOUT, Supervisor, SupervisorArgs, hold};
+use crate::device::command_line::ARG0;
 use crate::device::failure::Failure;
 use crate::device::handover::{Resume, own_arguments, set_close_on_exec, witness};
-use crate::device::layout::ARG0;
 use crate::device::process::{Identity, Process};
 use crate::device::state::{RunState, Status};
 use crate::fuse::slot::{self, Shared};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Witness;
+use vellum_fs::run_dir::RunDir;
 
 /// What a program answers to `--probe` when it can take a session of this version over.
 pub(super) const PROBE_ANSWER: &str = "vellum-device 1";
@@ -44,7 +45,7 @@ impl Supervisor {
         let shared = Shared::inherit(adopt_fd(resume.shared)?)?;
         match resume.witness {
             Some((file, token)) => Witness::inherit(adopt_fd(file)?, token),
-            None => Witness::hold(&args.run_dir),
+            None => Witness::hold(args.run_dir.path()),
         }
         .context(|| "the file system of the store cannot be held")?;
         let worker = serving_process(&shared);
@@ -121,7 +122,7 @@ impl Supervisor {
     /// Executes `program` in this process, with the session. Returns only on failure, or when the
     /// worker is to be started again by this program.
     fn upgrade_to(&mut self, program: &Path) -> Result<()> {
-        probe(program, &self.run_dir.path())?;
+        probe(program, &self.run_dir.now())?;
         if self.standby.is_none() {
             // The old program's standby is what saves the device if the new program fails.
             return Err(Error::new(
@@ -187,7 +188,7 @@ impl Supervisor {
         set_close_on_exec(&fds, false);
         let error = Command::new(program)
             .arg0(ARG0)
-            .args(own_arguments(&self.run_dir.path()))
+            .args(own_arguments(&self.run_dir.now()))
             .arg("--resume")
             .arg(resume)
             .exec();
@@ -197,7 +198,7 @@ impl Supervisor {
 }
 
 /// Asks `program` whether it can take over.
-fn probe(program: &Path, run_dir: &Path) -> Result<()> {
+fn probe(program: &Path, run_dir: &RunDir) -> Result<()> {
     let what = || format!("{}: --probe", program.display());
     let mut child = Command::new(program)
         .arg0(ARG0)

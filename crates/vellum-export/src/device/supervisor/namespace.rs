@@ -15,6 +15,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::mountinfo::MountInfo;
+use vellum_fs::run_dir::{RunDir, RunRoot};
 
 /// Mounts that a device's processes may want besides those on the way to the store: the kernel's, and
 /// where the program of an upgrade lies.
@@ -23,13 +24,13 @@ const WANTED: [&str; 6] = ["/dev", "/proc", "/sys", "/usr", "/usr/local", "/opt"
 /// Leaves the mount namespace of whoever started this process, once what the device needs from it is
 /// open. Best effort: where the kernel refuses (a user namespace whose mounts are locked) the process
 /// stays where it is.
-pub(super) fn leave(run_dir: &Path) {
+pub(super) fn leave(run_dir: &RunDir) {
     if let Err(error) = enter_own(run_dir) {
         tracing::debug!("the device stays in its caller's mount namespace: {error}");
     }
 }
 
-fn enter_own(run_dir: &Path) -> Result<()> {
+fn enter_own(run_dir: &RunDir) -> Result<()> {
     let mounts = MountInfo::read()?;
     if !mounts.iter().any(|mount| mount.target == Path::new("/")) {
         return Err(Error::new(
@@ -57,20 +58,20 @@ fn enter_own(run_dir: &Path) -> Result<()> {
 
 /// Makes a copy of the root without what is mounted on it, puts `mounts` into it, and lets go of all
 /// else.
-fn build(run_dir: &Path, mounts: &BTreeSet<PathBuf>) -> nix::Result<()> {
+fn build(run_dir: &RunDir, mounts: &BTreeSet<PathBuf>) -> nix::Result<()> {
     let none = None::<&str>;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(none, "/", none, private, none)?;
     // The run directory serves as a place for the new root; what is in it is open already.
-    mount(Some("/"), run_dir, none, MsFlags::MS_BIND, none)?;
+    mount(Some("/"), run_dir.path(), none, MsFlags::MS_BIND, none)?;
     for target in mounts {
         let Ok(relative) = target.strip_prefix("/") else {
             continue;
         };
-        let there = run_dir.join(relative);
+        let there = run_dir.path().join(relative);
         mount(Some(target), &there, none, MsFlags::MS_BIND, none)?;
     }
-    nix::unistd::chdir(run_dir)?;
+    nix::unistd::chdir(run_dir.path())?;
     // The old root then lies on top of the new one (pivot_root(2)).
     nix::unistd::pivot_root(".", ".")?;
     umount2(".", MntFlags::MNT_DETACH)?;
@@ -78,9 +79,9 @@ fn build(run_dir: &Path, mounts: &BTreeSet<PathBuf>) -> nix::Result<()> {
 }
 
 /// Which of the mounts a device's processes need, in an order in which they can be made.
-fn needed(run_dir: &Path, mounts: &[MountInfo]) -> BTreeSet<PathBuf> {
+fn needed(run_dir: &RunDir, mounts: &[MountInfo]) -> BTreeSet<PathBuf> {
     let mut wanted: Vec<PathBuf> = WANTED.iter().map(PathBuf::from).collect();
-    wanted.push(run_dir.to_owned());
+    wanted.push(run_dir.path().to_owned());
     wanted.extend(fs::read_link("/proc/self/exe"));
     wanted.extend(parts_elsewhere(run_dir));
     let on_the_way = |target: &Path| {
@@ -95,19 +96,17 @@ fn needed(run_dir: &Path, mounts: &[MountInfo]) -> BTreeSet<PathBuf> {
 
 /// The store is the parent of the directory of all run directories. Parts of it may be mounted there;
 /// what is mounted below `run` are other devices and their file systems.
-fn is_part_of_the_store(run_dir: &Path, target: &Path) -> bool {
-    let Some((runs, root)) = run_dir
-        .parent()
-        .and_then(|runs| Some((runs, runs.parent()?)))
-    else {
+fn is_part_of_the_store(run_dir: &RunDir, target: &Path) -> bool {
+    let Some(root) = run_dir.store_root() else {
         return false;
     };
-    runs.ends_with("run") && target.starts_with(root) && !target.starts_with(runs)
+    let runs = RunRoot::of_store(root);
+    runs.has(run_dir) && target.starts_with(root) && !target.starts_with(runs.path())
 }
 
 /// Where links in the store's directory lead.
-fn parts_elsewhere(run_dir: &Path) -> Vec<PathBuf> {
-    let root = run_dir.parent().and_then(Path::parent);
+fn parts_elsewhere(run_dir: &RunDir) -> Vec<PathBuf> {
+    let root = run_dir.store_root();
     let entries = root.and_then(|root| fs::read_dir(root).ok());
     entries
         .into_iter()
@@ -141,7 +140,7 @@ mod tests {
         ];
         let text: String = targets.iter().map(|target| line(target)).collect();
         let mounts = MountInfo::parse(text.as_bytes());
-        let found = needed(Path::new("/data/store/run/1"), &mounts);
+        let found = needed(&RunDir::at("/data/store/run/1".into()), &mounts);
         let expected = [
             "/data",
             "/data/store",

@@ -11,7 +11,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use super::{Role, Supervisor};
-use crate::device::layout;
 use crate::device::process::{Identity, kill, monotonic_ns};
 use crate::device::state::Status;
 use crate::device::watch::{Companion, Hang, PERIOD, Watch};
@@ -92,7 +91,7 @@ impl Supervisor {
                 "the device server hung {} times in a row and is given up: its \
                  users get I/O errors, nothing that was flushed is lost (see {})",
                 self.hangs_in_a_row,
-                self.run_dir.path().join(layout::LOG).display()
+                self.run_dir.now().log().display()
             ),
         );
         Some(self.end(Status::Failed, Some(error)))

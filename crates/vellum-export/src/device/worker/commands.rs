@@ -11,7 +11,6 @@ use super::elders::adopt;
 use super::{Context, report};
 use crate::device::control_server::converse;
 use crate::device::event::Event;
-use crate::device::layout;
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// Control connections served at once; the next ones wait.
@@ -145,6 +144,6 @@ fn report_status(context: &Context) -> Value {
         "generation": worker.generation,
         "version": env!("CARGO_PKG_VERSION"),
         // Not every path is text that JSON can carry.
-        "log": worker.run_dir.path().join(layout::LOG).display().to_string(),
+        "log": worker.run_dir.now().log().display().to_string(),
     })
 }

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::Worker;
+use crate::device::command_line::ARG0;
 use crate::device::event::event_pipe;
 use crate::device::handover::{Resume, own_arguments, set_close_on_exec, witness};
-use crate::device::layout::ARG0;
 use crate::device::process::{Identity, kill, monotonic_ns};
 use crate::device::state::RunState;
 use crate::device::watch::{Companion, Limits, PERIOD};
@@ -90,7 +90,7 @@ pub(super) fn adopt(worker: &Worker) -> Result<Value> {
     let what = || "a supervisor cannot be started";
     // Held to the end, so that two calls do not start two.
     let mut events = worker.events.lock();
-    if RunState::read(&worker.run_dir.path())?.is_some_and(|state| state.supervisor.is_alive()) {
+    if RunState::read(&worker.run_dir.now())?.is_some_and(|state| state.supervisor.is_alive()) {
         return Err(Error::new(
             ErrorKind::AlreadyExists,
             "the device has a supervisor",
@@ -132,7 +132,7 @@ pub(super) fn adopt(worker: &Worker) -> Result<Value> {
     set_close_on_exec(&fds, false);
     let status = Command::new("/proc/self/exe")
         .arg0(ARG0)
-        .args(own_arguments(&worker.run_dir.path()))
+        .args(own_arguments(&worker.run_dir.now()))
         .arg("--resume")
         .arg(resume)
         .stdin(Stdio::null())
