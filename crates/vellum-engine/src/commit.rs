@@ -3,8 +3,9 @@
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::complete::complete_layer;
 use super::lock_container;
-use super::seal::{How, complete_layer, seal_container};
+use super::seal::{How, seal_container};
 use super::template;
 use vellum_base::error::Result;
 use vellum_image::HistoryEntry;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::seal::checksum_layer;
+use super::complete::checksum_layer;
 use super::wire::encode;
 use vellum_base::block::{Block, BlockDevice, BlockState, Offset, Span};
 use vellum_base::error::{Error, ErrorKind, Result};

@@ -3,6 +3,7 @@
 
 pub mod check;
 pub mod commit;
+pub mod complete;
 pub mod device;
 pub mod diff;
 pub mod doctor;

@@ -5,10 +5,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::complete::{checksum_layer, count_layer};
 use super::lock_container;
 use super::mount_point::mounted;
 use super::retention::{Retention, Verdict, judge};
-use super::seal::{How, Sealing, checksum_layer, count_layer, seal_container};
+use super::seal::{How, Sealing, seal_container};
 use super::teardown::{take_over, umount_locked};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};

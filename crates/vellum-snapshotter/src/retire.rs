@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::mounts::Mounts;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_engine::seal::complete_layer;
+use vellum_engine::complete::complete_layer;
 use vellum_store::{PruneReport, Store};
 
 /// A device that is still in use is looked at again after this long.

@@ -3,21 +3,25 @@
 //! What another process is changing at this moment is looked at only as far as its files cannot
 //! contradict each other for a moment. What cannot be repaired is put in quarantine, so that one
 //! bad layer never stops the others.
+//!
+//! A check is one type whose methods lie in this file, `layers` and `stacks` by subject, so these know each
+//! other; `report` and `repair` stand below.
 
 mod layers;
 mod repair;
+mod report;
 mod stacks;
 
-use std::path::PathBuf;
-
-use serde::Serialize;
 use uuid::Uuid;
 
 use super::mount_point::mounted;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_store::{ContainerRecord, Records, Store};
 
+use report::Remedy;
+
 pub use repair::finish_commits;
+pub use report::{CheckReport, Finding, Severity};
 
 /// What to check, and what to do about it.
 #[derive(Debug, Clone, Default)]
@@ -30,96 +34,6 @@ pub struct CheckOptions {
     pub repair: bool,
 }
 
-/// How bad a finding is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Severity {
-    /// Good to know.
-    Note,
-    /// Something is left over or out of date; no data is in danger.
-    Warning,
-    /// Data cannot be read, or not be trusted.
-    Error,
-}
-
-/// Something that is not as it should be.
-#[derive(Debug, Clone, Serialize)]
-pub struct Finding {
-    /// How bad it is.
-    pub severity: Severity,
-    /// The image, container or layer, or what else it is about.
-    pub what: String,
-    /// The file or directory.
-    pub path: PathBuf,
-    /// What is wrong.
-    pub problem: String,
-    /// What to do.
-    pub advice: String,
-    /// [`CheckOptions::repair`] does something about it.
-    pub repairable: bool,
-    /// What was done about it.
-    pub repaired: Option<String>,
-    #[serde(skip)]
-    remedy: Option<Remedy>,
-}
-
-/// What can be done about a finding.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Remedy {
-    /// Make checksums, remove what they replace and what was never finished.
-    Layer(Uuid),
-    /// Count again.
-    Count(Uuid),
-    /// Bring a container's record up to date.
-    Settle(String),
-    /// End what is left of a container's device.
-    Detach(String),
-    /// Give a container's device a new supervisor.
-    Supervise(String),
-    /// Remove leftovers.
-    Prune,
-    /// Never build on this layer again.
-    MarkDamaged(Uuid, String),
-    /// The layer is fine again.
-    MarkSound(Uuid),
-    /// Take an image out of use.
-    QuarantineImage(String, String),
-    /// Take a container out of use.
-    QuarantineContainer(String, String),
-}
-
-/// What a check found.
-#[derive(Debug, Clone, Default, Serialize)]
-pub struct CheckReport {
-    /// In the order of the layers, images, containers and leftovers.
-    pub findings: Vec<Finding>,
-    /// Layers looked at.
-    pub layers: u64,
-    /// Images looked at.
-    pub images: u64,
-    /// Containers looked at.
-    pub containers: u64,
-    /// containerd's snapshots looked at.
-    pub snapshots: u64,
-    /// Data blocks read.
-    pub blocks: u64,
-}
-
-impl CheckReport {
-    /// Findings of a severity that nothing was done about.
-    pub fn open(&self, severity: Severity) -> usize {
-        self.findings
-            .iter()
-            .filter(|finding| finding.severity == severity && finding.repaired.is_none())
-            .count()
-    }
-
-    /// True when no error and no warning is left.
-    pub fn is_clean(&self) -> bool {
-        self.open(Severity::Error) == 0 && self.open(Severity::Warning) == 0
-    }
-}
-
 /// What happens while blocks are read, for a person who waits.
 pub trait CheckWatch: Sync {
     /// So many data blocks will be read.
@@ -128,28 +42,6 @@ pub trait CheckWatch: Sync {
     fn read(&self, blocks: u64);
     /// All were.
     fn end(&self);
-}
-
-impl Finding {
-    fn new(
-        severity: Severity,
-        what: impl Into<String>,
-        path: impl Into<PathBuf>,
-        problem: impl Into<String>,
-        advice: impl Into<String>,
-        remedy: Option<Remedy>,
-    ) -> Self {
-        Finding {
-            severity,
-            what: what.into(),
-            path: path.into(),
-            problem: problem.into(),
-            advice: advice.into(),
-            repairable: remedy.is_some(),
-            repaired: None,
-            remedy,
-        }
-    }
 }
 
 /// One check in progress.

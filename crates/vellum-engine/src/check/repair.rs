@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::{CheckReport, Remedy};
-use crate::seal::{complete_layer, count_layer};
+use super::report::{CheckReport, Remedy};
+use crate::complete::{complete_layer, count_layer};
 use crate::teardown::{clean_orphaned_run_dirs, umount};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;

@@ -9,7 +9,7 @@ use embedded_graphics::prelude::{
 };
 use embedded_graphics::text::{Baseline, Text};
 
-use super::Rgb;
+use super::palette::Rgb;
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// An image of 8 bits a channel.

@@ -1,6 +1,6 @@
 //! Blocks laid out on a grid of cells.
 
-use super::BlockMap;
+use super::block_map::BlockMap;
 use crate::device::{HOLE, ZERO};
 
 /// The order in which blocks fill the grid.

@@ -1,17 +1,18 @@
 //! Which layer each block of a container or image comes from, and pictures of that.
 
+mod block_map;
 mod canvas;
 mod grid;
 mod palette;
 mod picture;
 
+pub use block_map::{BlockMap, MAP_SCHEMA, MappedLayer};
 pub use grid::{Cell, Grid, Layout};
 pub use palette::{Entry, Palette, Rgb};
 pub use picture::{png, svg};
 
 use std::time::Duration;
 
-use serde::Serialize;
 use uuid::Uuid;
 
 use super::device::{AskMap, HOLE, MAP, MapPart, OpenChain, Target, ZERO};
@@ -23,51 +24,11 @@ use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_store::Store;
 
-/// Version of [`BlockMap`] as JSON: fields may be added, others only change with this number.
-pub const MAP_SCHEMA: u32 = 1;
-
 /// Runs that are asked for at a time.
 const PART: usize = 16 << 10;
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a commit may put a layer more below the container while its map is read.
 const TRIES: usize = 3;
-
-/// Which layer each block comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct BlockMap {
-    /// [`MAP_SCHEMA`].
-    pub schema: u32,
-    /// The container or image.
-    pub name: String,
-    /// Size of the device in bytes.
-    pub virtual_size: u64,
-    /// Bytes in a block.
-    pub block_size: u64,
-    /// From the bottom up; the last of a container's is its writable layer.
-    pub layers: Vec<MappedLayer>,
-    /// Blocks that no layer says anything of.
-    pub hole_blocks: u64,
-    /// Blocks that a layer says are zero.
-    pub zero_blocks: u64,
-    /// All blocks in order: (how many, source), where the source is a layer's number, -1 for a hole
-    /// or -2 for zero.
-    pub runs: Vec<(u64, i64)>,
-}
-
-/// A layer on the map.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct MappedLayer {
-    /// 0 is the bottom.
-    pub number: usize,
-    /// Its name in the store.
-    pub uuid: Uuid,
-    /// True for a container's writable layer.
-    pub top: bool,
-    /// Where it came from.
-    pub origin: String,
-    /// Blocks that come from it: those that no layer above covers.
-    pub shown_blocks: u64,
-}
 
 /// The map of a container, as its server has it now or, where nobody serves it, as it lies on
 /// disk; or of a snapshot or an image.

@@ -1,6 +1,7 @@
 //! Colours: holes nearly white, sealed layers from dark blue to green, the writable layer red.
 
-use super::{BlockMap, Cell};
+use super::block_map::BlockMap;
+use super::grid::Cell;
 use crate::device::{HOLE, ZERO};
 
 /// Red, green, blue.

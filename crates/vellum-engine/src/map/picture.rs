@@ -5,8 +5,10 @@ use std::fmt::Write;
 use base64::Engine;
 use embedded_graphics::mono_font::iso_8859_1::{FONT_9X18_BOLD, FONT_10X20};
 
+use super::block_map::BlockMap;
 use super::canvas::Canvas;
-use super::{BlockMap, Grid, Layout, Palette, Rgb};
+use super::grid::{Grid, Layout};
+use super::palette::{Palette, Rgb};
 use vellum_base::error::Result;
 
 /// Pixels of the longer side of the map itself, about.

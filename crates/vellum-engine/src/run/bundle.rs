@@ -1,16 +1,25 @@
 //! The bundle of a run: what the OCI runtime is told, and the files that a container has of its own.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::super::mount_point;
 use super::activity::Owner;
 use super::executable::{self, Files, NoProgram};
 use super::spec::{self, Bind, ContainerPlan, ProcessPlan};
-use super::{Start, capabilities, limits, scaffold, seccomp, user, volume};
+use super::{capabilities, limits, scaffold, seccomp, user, volume};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::run_dir::RunDir;
 use vellum_store::{Confinement, ContainerRecord, Network, Store};
+
+/// What is started in a container that nothing runs in; the rest is in the container's record.
+pub(super) struct Start {
+    pub(super) args: Vec<String>,
+    pub(super) env: Vec<String>,
+    pub(super) terminal: bool,
+    /// The OCI runtime.
+    pub(super) program: PathBuf,
+}
 
 /// Writes the bundle, unless the command is no program: then the answer is why.
 pub(super) fn prepare(

@@ -3,7 +3,8 @@
 //!
 //! * [`run`] makes a container and runs a command in it; [`exec`] runs one in a container that is
 //!   there, beside what runs in it or alone.
-//! * [`activity()`] says what runs; unmounting and removing end it.
+//! * [`activity()`] says what runs; unmounting and removing end it. So [`super::teardown`] stands on
+//!   `activity` and `scaffold` in here, which know nothing of it, and the rest of this module on it.
 
 pub(super) mod activity;
 mod bundle;
@@ -30,7 +31,7 @@ use super::mount::{Rights, mount_anew, mount_locked};
 use super::mount_point::{self, mounted};
 use super::teardown::{self, RemoveOptions, end_for_good, refuse_halted, take_over, unmount_ended};
 use activity::{Owner, forget, kill_left, settled_activity};
-use bundle::{absolute, host_name, prepare, write_json};
+use bundle::{Start, absolute, host_name, prepare, write_json};
 use executable::{Files, NoProgram};
 use foreground::Foreground;
 use runtime::Runtime;
@@ -43,12 +44,10 @@ use vellum_store::{Confinement, ContainerRecord, NewContainer, Store};
 
 pub use activity::{Activity, activity};
 pub use capabilities::parse_capability;
+pub use runtime::FAILURE;
 pub(super) use runtime::find as find_runtime;
 pub use seccomp::parse_seccomp;
 pub use volume::{check_volumes, parse_volume};
-
-/// The exit status for a failure before the command started, as docker has it.
-pub const FAILURE: u8 = 125;
 
 /// A command and what it gets.
 #[derive(Debug, Clone, Default)]
@@ -197,14 +196,6 @@ fn run_created(
         program: program.to_owned(),
     };
     run_alone(store, container, &start)
-}
-
-/// What [`run_alone`] starts; the rest is in the container's record.
-struct Start {
-    args: Vec<String>,
-    env: Vec<String>,
-    terminal: bool,
-    program: PathBuf,
 }
 
 /// Mounts a container that nothing runs in, unless it is, runs a command, and puts all back.

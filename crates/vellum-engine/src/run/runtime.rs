@@ -14,6 +14,9 @@ use vellum_export::fuse::session::FS_TYPE;
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::mountinfo::MountInfo;
 
+/// The exit status for a failure before the command started, as docker has it.
+pub const FAILURE: u8 = 125;
+
 /// Names another runtime, by path or by name.
 const VARIABLE: &str = "VELLUM_RUNTIME";
 const UNIFIED: &str = "/sys/fs/cgroup/unified";
@@ -203,7 +206,7 @@ pub(super) fn status_of_failure(message: &str) -> u8 {
     let message = message.to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| message.contains(word));
     if !has(&["exec", "open executable", "find executable"]) {
-        return super::FAILURE;
+        return FAILURE;
     }
     if has(&[
         "permission denied",
@@ -216,6 +219,6 @@ pub(super) fn status_of_failure(message: &str) -> u8 {
     } else if has(&["no such file", "not found"]) {
         127
     } else {
-        super::FAILURE
+        FAILURE
     }
 }

@@ -1,4 +1,9 @@
 //! The process that owns a device's FUSE session, and what its forks become.
+//!
+//! It is one type, [`Supervisor`], whose methods lie in the files below by subject: what happens to its
+//! children, what it is told, hand-over to another program, who watches whom. Each of them may end the
+//! device or start a process, which is another's subject, so these files and this one know each other. That
+//! circle stays: it is one state machine, and its parts mean nothing alone.
 
 mod children;
 mod events;

@@ -1,12 +1,10 @@
 //! The process that serves a device: opens it, answers the kernel, listens to commands.
 
 mod commands;
+mod context;
 mod elders;
 
-use std::fs::File;
-use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -18,66 +16,29 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use parking_lot::Mutex;
 
 use commands::{accept, finish_commands};
+pub(super) use context::Worker;
+use context::{Context, report};
 use elders::{Elders, adopt_alone};
 
 use super::event::Event;
 use super::failure::Failure;
-use super::opened::{Memory, Open, Opened};
+use super::opened::{Memory, Open};
 use super::process::{Identity, monotonic_ns};
-use super::watch::{Limits, PERIOD};
+use super::watch::PERIOD;
 use crate::fuse::readers::Readers;
 use crate::fuse::server::{Ended, Server};
-use crate::fuse::session::{self, Features};
+use crate::fuse::session;
 use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared};
 use vellum_base::error::{Error, Result, ResultExt};
 use vellum_base::fault;
 use vellum_base::storage::{listen_for_waits, note_waits_in};
-use vellum_fs::run_dir::HeldRunDir;
 
 /// From include/uapi/linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: i32 = 57;
 /// So many threads never wait for room on the host's disk.
 const SERVING_ALWAYS: usize = 4;
-
-/// What a worker gets from the process that it was forked from.
-pub(super) struct Worker {
-    pub run_dir: HeldRunDir,
-    pub session: Arc<File>,
-    pub features: Features,
-    pub use_resend: bool,
-    /// Threads that take requests at once; more stand by for when they wait for the disk.
-    pub threads: usize,
-    pub shared: Arc<Shared>,
-    pub listener: UnixListener,
-    /// The pipe to the supervisor.
-    pub events: Mutex<Arc<File>>,
-    pub supervisor: Identity,
-    pub generation: u32,
-    /// Another worker served before.
-    pub resume: bool,
-    /// When the others hang.
-    pub limits: Limits,
-}
-
-/// What control connections and the main thread share.
-struct Context {
-    worker: Worker,
-    started: Instant,
-    opened: Opened,
-    readers: Arc<Readers>,
-    failures: AtomicU64,
-    connections: AtomicUsize,
-    /// Commands that are being carried out.
-    busy: AtomicUsize,
-    /// Connections without an answer so far: the first command is on its way.
-    fresh: AtomicUsize,
-    stop: AtomicBool,
-    /// Written to end the main thread's wait.
-    wake: EventFd,
-}
 
 /// Serves until the session is over or SIGTERM asks to stop. Returns when the process should end.
 pub(super) fn run(worker: Worker, open: Open<'_>) -> Result<()> {
@@ -296,16 +257,6 @@ fn join(threads: Vec<JoinHandle<Result<Ended>>>) -> Result<Ended> {
         }
     }
     all
-}
-
-/// Tells the supervisor. One that is dead is no reason to end.
-fn report(worker: &Worker, event: &Event) -> bool {
-    let Ok(mut line) = serde_json::to_vec(event) else {
-        return false;
-    };
-    line.push(b'\n');
-    let events = Arc::clone(&worker.events.lock());
-    (&*events).write_all(&line).is_ok()
 }
 
 /// Gives this thread the priority that the kernel gives its own block workers: those who wait for it

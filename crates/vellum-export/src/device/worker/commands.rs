@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::context::{Context, report};
 use super::elders::adopt;
-use super::{Context, report};
 use crate::device::control_server::converse;
 use crate::device::event::Event;
 use vellum_base::error::{Error, ErrorKind, Result};

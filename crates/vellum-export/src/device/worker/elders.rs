@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::Worker;
+use super::context::Worker;
 use crate::device::command_line::ARG0;
 use crate::device::event::event_pipe;
 use crate::device::handover::{Resume, own_arguments, set_close_on_exec, witness};
