@@ -14,6 +14,7 @@ mod common;
 mod nbd_client;
 
 mod interop;
+mod lab;
 mod listen;
 mod restart;
 mod server;

@@ -1,27 +1,25 @@
 //! The NBD server against raw clients: concurrency, limits, and clients that misbehave.
 
-// Helpers outside of #[test] functions fail tests too.
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vellum_base::block::{BlockDevice, Durability, Extent, MemoryDevice, ZeroMode};
-use vellum_base::{Error, ErrorKind, Result};
+use vellum_base::block::{BlockDevice, MemoryDevice};
+use vellum_base::{ErrorKind, Result};
 use vellum_export::nbd::{Export, Server, ServerConfig, SocketFile, bind_tcp, bind_unix};
 
-const SIZE: u64 = 64 << 20;
+use crate::lab::{Lab, PATIENCE, SIZE};
+
 const READ: u16 = 0;
 const WRITE: u16 = 1;
 const DISC: u16 = 2;
 const FLUSH: u16 = 3;
 const TRIM: u16 = 4;
-/// Longer than anything here takes, so that a hang is a failure.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A server on a unix socket in a directory of its own; stops when dropped.
 struct Running {
@@ -183,132 +181,6 @@ fn header(command: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u
     bytes
 }
 
-/// A device in memory that can be made slow, stuck or worse, and counts what goes on in it.
-struct Lab {
-    memory: MemoryDevice,
-    delay: Duration,
-    /// Flushes wait until this is true.
-    open: Mutex<bool>,
-    opened: Condvar,
-    flushing: AtomicUsize,
-    flushed: AtomicUsize,
-    now: AtomicUsize,
-    most: AtomicUsize,
-    bytes: AtomicUsize,
-    most_bytes: AtomicUsize,
-    panics: AtomicBool,
-    /// Writes from this offset on fail.
-    fails_from: u64,
-}
-
-impl Lab {
-    fn new() -> Self {
-        Lab {
-            memory: MemoryDevice::new(SIZE),
-            delay: Duration::ZERO,
-            open: Mutex::new(true),
-            opened: Condvar::new(),
-            flushing: AtomicUsize::new(0),
-            flushed: AtomicUsize::new(0),
-            now: AtomicUsize::new(0),
-            most: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
-            most_bytes: AtomicUsize::new(0),
-            panics: AtomicBool::new(false),
-            fails_from: SIZE,
-        }
-    }
-
-    fn slow(delay: Duration) -> Self {
-        Lab {
-            delay,
-            ..Lab::new()
-        }
-    }
-
-    fn stuck() -> Arc<Self> {
-        let lab = Lab::new();
-        *lab.open.lock().unwrap() = false;
-        Arc::new(lab)
-    }
-
-    fn let_go(&self) {
-        *self.open.lock().unwrap() = true;
-        self.opened.notify_all();
-    }
-
-    fn await_flushing(&self, wanted: usize) {
-        let began = Instant::now();
-        while self.flushing.load(SeqCst) != wanted {
-            assert!(began.elapsed() < PATIENCE, "the flush did not arrive");
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn work(&self, len: usize) {
-        assert!(
-            !self.panics.load(SeqCst),
-            "the device panics, as it was told to"
-        );
-        let now = self.now.fetch_add(1, SeqCst) + 1;
-        self.most.fetch_max(now, SeqCst);
-        let bytes = self.bytes.fetch_add(len, SeqCst) + len;
-        self.most_bytes.fetch_max(bytes, SeqCst);
-        thread::sleep(self.delay);
-        self.bytes.fetch_sub(len, SeqCst);
-        self.now.fetch_sub(1, SeqCst);
-    }
-}
-
-impl BlockDevice for Lab {
-    fn size(&self) -> u64 {
-        SIZE
-    }
-
-    fn is_read_only(&self) -> bool {
-        false
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.work(buf.len());
-        self.memory.read_at(buf, offset)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
-        self.work(buf.len());
-        if offset >= self.fails_from {
-            return Err(Error::new(
-                ErrorKind::Io,
-                "the device fails, as it was told to",
-            ));
-        }
-        self.memory.write_at(buf, offset, durability)
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.flushing.fetch_add(1, SeqCst);
-        let mut open = self.open.lock().unwrap();
-        while !*open {
-            open = self.opened.wait(open).unwrap();
-        }
-        self.flushing.fetch_sub(1, SeqCst);
-        self.flushed.fetch_add(1, SeqCst);
-        Ok(())
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.memory.discard(offset, len)
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, m: ZeroMode, d: Durability) -> Result<()> {
-        self.memory.write_zeroes(offset, len, m, d)
-    }
-
-    fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>> {
-        self.memory.extents(offset, len, max)
-    }
-}
-
 fn memory() -> Arc<MemoryDevice> {
     Arc::new(MemoryDevice::new(SIZE))
 }
@@ -326,64 +198,11 @@ fn a_flush_that_takes_long_does_not_hold_up_reads_and_writes() {
     assert_eq!(client.reply().unwrap(), (0, 77));
 }
 
-/// A device on a disk that is full until there is room.
-struct OnFullDisk {
-    memory: MemoryDevice,
-    room: AtomicBool,
-    waiting: AtomicUsize,
-}
-
-impl BlockDevice for OnFullDisk {
-    fn size(&self) -> u64 {
-        SIZE
-    }
-
-    fn is_read_only(&self) -> bool {
-        false
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.memory.read_at(buf, offset)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
-        if !self.room.load(SeqCst) {
-            return Err(Error::new(ErrorKind::NoSpace, "the disk is full"));
-        }
-        self.memory.write_at(buf, offset, durability)
-    }
-
-    fn wait_for_room(&self) -> bool {
-        self.waiting.fetch_add(1, SeqCst);
-        thread::sleep(Duration::from_millis(2));
-        true
-    }
-
-    fn flush(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.memory.discard(offset, len)
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, m: ZeroMode, d: Durability) -> Result<()> {
-        self.memory.write_zeroes(offset, len, m, d)
-    }
-
-    fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>> {
-        self.memory.extents(offset, len, max)
-    }
-}
-
 #[test]
 fn writes_that_find_the_disk_full_wait_for_room_while_other_requests_are_served() {
-    let device = Arc::new(OnFullDisk {
-        memory: MemoryDevice::new(SIZE),
-        room: AtomicBool::new(false),
-        waiting: AtomicUsize::new(0),
-    });
-    let running = Running::new(ServerConfig::default(), device.clone());
+    let lab = Arc::new(Lab::new());
+    lab.full.store(true, SeqCst);
+    let running = Running::new(ServerConfig::default(), lab.clone());
     let mut client = running.client();
     // Short ones, which are served by the thread that reads, and long ones, which are not.
     for cookie in 10..20 {
@@ -395,7 +214,7 @@ fn writes_that_find_the_disk_full_wait_for_room_while_other_requests_are_served(
     assert_eq!(client.reply().unwrap(), (0, 77));
     client.send(TRIM, 0, 78, 0, 4096);
     assert_eq!(client.reply().unwrap(), (0, 78));
-    device.room.store(true, SeqCst);
+    lab.full.store(false, SeqCst);
     let mut replies: Vec<_> = (10..20).map(|_| client.reply().unwrap()).collect();
     replies.sort_unstable();
     assert_eq!(
@@ -404,10 +223,10 @@ fn writes_that_find_the_disk_full_wait_for_room_while_other_requests_are_served(
     );
     assert_eq!(client.read(15 << 20, 4096), [15; 4096]);
     // A server that is told to end does not wait.
-    device.room.store(false, SeqCst);
-    let before = device.waiting.load(SeqCst);
+    lab.full.store(true, SeqCst);
+    let before = lab.waited.load(SeqCst);
     client.send_write(0, 99, 0, &[9; 4096]);
-    while device.waiting.load(SeqCst) == before {
+    while lab.waited.load(SeqCst) == before {
         thread::sleep(Duration::from_millis(1));
     }
     running.server.shutdown().unwrap();
@@ -773,10 +592,7 @@ fn clients_that_never_end_their_long_writes_take_little_memory_and_keep_nobody_o
 
 #[test]
 fn a_long_write_that_fails_in_its_middle_is_answered_once_and_the_next_request_is_understood() {
-    let lab = Arc::new(Lab {
-        fails_from: 5 << 20,
-        ..Lab::new()
-    });
+    let lab = Arc::new(Lab::failing_from(5 << 20));
     let running = Running::new(ServerConfig::default(), lab.clone());
     let mut client = running.client();
     client.send_write(1, 1, 0, &vec![1; 8 << 20]);

@@ -16,6 +16,27 @@ fn with_container() -> TestStore {
     store
 }
 
+/// A program that needs no libraries, `/bin/busybox` below `tree`.
+fn add_busybox(tree: &Path) {
+    fs::create_dir_all(tree.join("bin")).unwrap();
+    fs::copy("/bin/busybox", tree.join("bin/busybox"))
+        .expect("/bin/busybox: apt-get install busybox-static");
+}
+
+fn import_box(store: &TestStore, tree: &Path) {
+    let tree = tree.display().to_string();
+    store.ok(&["import", "box", &tree, "--size", "64M"]);
+}
+
+/// A store with the image `box`, which holds busybox and nothing else.
+fn with_busybox() -> TestStore {
+    let store = TestStore::new();
+    let tree = store.path("tree");
+    add_busybox(&tree);
+    import_box(&store, &tree);
+    store
+}
+
 /// The command on a store at `root`.
 fn at(root: &Path, arguments: &[&str]) -> Output {
     Command::new(VELLUM)
@@ -251,18 +272,7 @@ fn a_store_restored_from_a_backup_works_however_it_was_copied() {
 
 #[test]
 fn what_runs_in_the_original_is_not_touched_through_a_copy_of_its_store() {
-    let store = TestStore::new();
-    let tree = store.path("tree");
-    fs::create_dir_all(tree.join("bin")).unwrap();
-    fs::copy("/bin/busybox", tree.join("bin/busybox"))
-        .expect("/bin/busybox: apt-get install busybox-static");
-    store.ok(&[
-        "import",
-        "box",
-        &tree.display().to_string(),
-        "--size",
-        "64M",
-    ]);
+    let store = with_busybox();
     let mut child = store
         .command()
         .args([
@@ -291,18 +301,7 @@ fn what_runs_in_the_original_is_not_touched_through_a_copy_of_its_store() {
 
 #[test]
 fn what_a_container_writes_to_its_hosts_file_does_not_fill_the_disk_of_the_store() {
-    let store = TestStore::new();
-    let tree = store.path("tree");
-    fs::create_dir_all(tree.join("bin")).unwrap();
-    fs::copy("/bin/busybox", tree.join("bin/busybox"))
-        .expect("/bin/busybox: apt-get install busybox-static");
-    store.ok(&[
-        "import",
-        "box",
-        &tree.display().to_string(),
-        "--size",
-        "64M",
-    ]);
+    let store = with_busybox();
     let script = "for f in hosts hostname resolv.conf; do \
                   dd if=/dev/zero of=/etc/$f bs=1M count=8; echo \"$f $?\"; done; \
                   echo 1.2.3.4 other > /etc/hosts; cat /etc/hosts";
@@ -364,18 +363,7 @@ fn setuid_programs_and_device_nodes_of_a_container_do_nothing_on_the_host_unless
 
 #[test]
 fn a_command_in_a_mounted_container_has_its_setuid_programs_all_the_same() {
-    let store = TestStore::new();
-    let tree = store.path("tree");
-    fs::create_dir_all(tree.join("bin")).unwrap();
-    fs::copy("/bin/busybox", tree.join("bin/busybox"))
-        .expect("/bin/busybox: apt-get install busybox-static");
-    store.ok(&[
-        "import",
-        "box",
-        &tree.display().to_string(),
-        "--size",
-        "64M",
-    ]);
+    let store = with_busybox();
     store.ok(&["create", "box", "--name", "c"]);
     let dir = store.mount("c");
     for _ in 0..2 {
@@ -599,9 +587,7 @@ fn a_file_system_that_cannot_hold_a_store_is_refused_by_name() {
 fn odd_characters_in_the_path_of_a_store_do_no_harm() {
     use std::os::unix::ffi::OsStrExt;
     let tree = tempfile::tempdir().unwrap();
-    fs::create_dir(tree.path().join("bin")).unwrap();
-    fs::copy("/bin/busybox", tree.path().join("bin/busybox"))
-        .expect("/bin/busybox: apt-get install busybox-static");
+    add_busybox(tree.path());
     for (name, runs) in [
         (&b"a:b"[..], true),
         (b"a b\\040\"'$#", true),
@@ -613,8 +599,7 @@ fn odd_characters_in_the_path_of_a_store_do_no_harm() {
         fs::create_dir(&parent).unwrap();
         let store = TestStore::under(&parent);
         let root = &store.root;
-        let tree = tree.path().display().to_string();
-        store.ok(&["import", "box", &tree, "--size", "64M"]);
+        import_box(&store, tree.path());
         store.ok(&["create", "box", "--name", "c"]);
         ok_at(root, &["mount", "c"]);
         let dir = run_dir(root, "c").join("rootfs");
