@@ -41,6 +41,23 @@ pub enum OpKind {
 const KINDS: usize = OpKind::Allocate as usize + 1;
 
 impl OpKind {
+    /// What changes something on the disk.
+    pub const CHANGES: [OpKind; 13] = [
+        OpKind::Create,
+        OpKind::CreateDir,
+        OpKind::Rename,
+        OpKind::Remove,
+        OpKind::SyncDir,
+        OpKind::Write,
+        OpKind::WriteDurable,
+        OpKind::WriteDirect,
+        OpKind::SyncData,
+        OpKind::Sync,
+        OpKind::SetLen,
+        OpKind::Punch,
+        OpKind::Allocate,
+    ];
+
     /// True for what makes something durable.
     pub fn is_sync(self) -> bool {
         matches!(

@@ -192,23 +192,24 @@ fn a_growth_that_the_host_refuses_at_any_step_leaves_a_device_that_works_or_says
         Fault::Done(libc::EIO),
         Fault::LostSync(libc::EIO),
     ] {
-        for nth in 1.. {
+        let plan = FaultPlan {
+            kinds: Vec::new(),
+            nth: 1,
+            fault,
+            lasting: false,
+        };
+        let survive = |plan: &FaultPlan| {
             let disk = disk();
             let faults = FaultStorage::new(Arc::new(disk.clone()));
             let chain = open(&(Arc::new(faults.clone()) as Arc<dyn Storage>));
             chain
                 .write_at(&[5; 5000], 4096, Durability::Durable)
                 .unwrap();
-            faults.fail(FaultPlan {
-                kinds: Vec::new(),
-                nth,
-                fault,
-                lasting: false,
-            });
+            faults.fail(plan.clone());
             let grown = chain.grow(AFTER);
             let fired = faults.fired() > 0;
             faults.heal();
-            let when = format!("{fault:?} at {nth}");
+            let when = format!("{plan:?}");
             match &grown {
                 Ok(()) => assert_eq!(chain.size(), AFTER, "{when}"),
                 Err(error) if error.kind() == ErrorKind::NoSpace => {
@@ -222,9 +223,10 @@ fn a_growth_that_the_host_refuses_at_any_step_leaves_a_device_that_works_or_says
             check(&disk, &[], &when);
             if !fired {
                 grown.unwrap();
-                break;
             }
-        }
+            Ok(fired)
+        };
+        plan.in_each_operation(survive).unwrap();
     }
 }
 

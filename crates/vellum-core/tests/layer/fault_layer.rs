@@ -331,63 +331,31 @@ fn more(seeds: std::ops::Range<u64>) -> Box<dyn Iterator<Item = u64>> {
 fn prove(options: LayerOptions, seeds: std::ops::Range<u64>) {
     for seed in more(seeds) {
         let ops = workload::generate(seed, 40);
-        let every: Vec<OpKind> = vec![];
-        let changes = [
-            OpKind::Create,
-            OpKind::CreateDir,
-            OpKind::Rename,
-            OpKind::Remove,
-            OpKind::SyncDir,
-            OpKind::Write,
-            OpKind::WriteDurable,
-            OpKind::WriteDirect,
-            OpKind::SyncData,
-            OpKind::Sync,
-            OpKind::SetLen,
-            OpKind::Punch,
-            OpKind::Allocate,
-        ];
-        let syncs = [
-            OpKind::SyncDir,
-            OpKind::SyncData,
-            OpKind::Sync,
-            OpKind::WriteDurable,
-        ];
-        let writes = [OpKind::Write, OpKind::WriteDurable, OpKind::WriteDirect];
         for fault in FAULTS {
+            let changes = OpKind::CHANGES.into_iter();
             let kinds = match fault {
-                Fault::Errno(libc::EIO) => every.clone(),
-                Fault::LostSync(_) => syncs.to_vec(),
-                Fault::Short(_) => writes.to_vec(),
-                _ => changes.to_vec(),
+                Fault::Errno(libc::EIO) => vec![],
+                Fault::LostSync(_) => changes.filter(|kind| kind.is_sync()).collect(),
+                Fault::Short(_) => vec![OpKind::Write, OpKind::WriteDurable, OpKind::WriteDirect],
+                _ => changes.collect(),
             };
-            for nth in 1.. {
-                let plan = FaultPlan {
-                    kinds: kinds.clone(),
-                    nth,
-                    fault,
-                    lasting: false,
-                };
-                match survive(&ops, options, &plan) {
-                    Ok(true) => {}
-                    Ok(false) => break,
-                    Err(why) => panic!("workload {seed}, {plan:?}: {why}"),
-                }
-            }
+            let plan = FaultPlan {
+                kinds,
+                nth: 1,
+                fault,
+                lasting: false,
+            };
+            plan.in_each_operation(|plan| survive(&ops, options, plan))
+                .unwrap_or_else(|why| panic!("workload {seed}, {why}"));
         }
     }
 }
 
-/// The process dies in its `nth` operation and another comes; then the power goes. False where
-/// there is no such operation.
-fn survive_death(ops: &[Op], options: LayerOptions, nth: u64) -> Result<bool, String> {
+/// The process dies as the plan says and another comes; then the power goes. False where there is no
+/// such operation.
+fn survive_death(ops: &[Op], options: LayerOptions, plan: &FaultPlan) -> Result<bool, String> {
     let mut rig = Rig::new(options);
-    rig.faults.fail(FaultPlan {
-        kinds: vec![],
-        nth,
-        fault: Fault::Errno(libc::EIO),
-        lasting: true,
-    });
+    rig.faults.fail(plan.clone());
     let died = ops.iter().any(|op| rig.step(*op).is_err());
     let disk = rig.disk.clone();
     rig.come_back(disk)
@@ -405,13 +373,9 @@ fn survive_death(ops: &[Op], options: LayerOptions, nth: u64) -> Result<bool, St
 fn prove_death(options: LayerOptions, seeds: std::ops::Range<u64>) {
     for seed in more(seeds) {
         let ops = workload::generate(seed, 40);
-        for nth in 1.. {
-            match survive_death(&ops, options, nth) {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(why) => panic!("workload {seed}, died in operation {nth}: {why}"),
-            }
-        }
+        FaultPlan::death()
+            .in_each_operation(|plan| survive_death(&ops, options, plan))
+            .unwrap_or_else(|why| panic!("workload {seed}, {why}"));
     }
 }
 

@@ -184,17 +184,12 @@ fn what_a_successor_flushes_survives_a_power_cut_whatever_the_killed_process_wro
 fn a_process_that_dies_within_any_operation_loses_nothing_it_acknowledged() {
     for seed in 0..3 {
         let options = small([0, 4][seed as usize % 2]);
-        for nth in 1.. {
+        let survive = |plan: &FaultPlan| {
             let mut rng = SeededRng::new(200 + seed);
             let disk = new_disk();
             let faults = FaultStorage::new(Arc::new(disk.clone()));
             let chain = open(faults.clone(), options);
-            faults.fail(FaultPlan {
-                kinds: vec![],
-                nth,
-                fault: Fault::Errno(libc::EIO),
-                lasting: true,
-            });
+            faults.fail(plan.clone());
             // Acknowledged blocks, each written once or zeroed later: (block, byte).
             let mut told: Vec<Option<u8>> = vec![Some(0); BLOCKS as usize];
             let mut died = false;
@@ -234,15 +229,15 @@ fn a_process_that_dies_within_any_operation_loses_nothing_it_acknowledged() {
                 if let Some(byte) = byte {
                     assert!(
                         found.iter().all(|found| found == byte),
-                        "seed {seed}, operation {nth}, block {block}: {byte} expected, not {}",
+                        "seed {seed}, operation {}, block {block}: {byte} expected, not {}",
+                        plan.nth,
                         found[0]
                     );
                 }
             }
-            if !died {
-                break;
-            }
-        }
+            Ok(died)
+        };
+        FaultPlan::death().in_each_operation(survive).unwrap();
     }
 }
 

@@ -49,6 +49,33 @@ pub struct FaultPlan {
     pub lasting: bool,
 }
 
+impl FaultPlan {
+    /// A process that dies in its first operation, of whatever kind: that one fails, and all later ones.
+    pub fn death() -> Self {
+        FaultPlan {
+            kinds: Vec::new(),
+            nth: 1,
+            fault: Fault::Errno(libc::EIO),
+            lasting: true,
+        }
+    }
+
+    /// Has `survive` meet this fault in operation [`FaultPlan::nth`], then in the next one, and so on, until
+    /// it answers false: there was no such operation.
+    ///
+    /// # Errors
+    /// What `survive` says, after the plan that it says it of.
+    pub fn in_each_operation(
+        mut self,
+        mut survive: impl FnMut(&FaultPlan) -> Result<bool, String>,
+    ) -> Result<(), String> {
+        while survive(&self).map_err(|why| format!("{self:?}: {why}"))? {
+            self.nth += 1;
+        }
+        Ok(())
+    }
+}
+
 /// Called before each operation, on its thread; it may block.
 pub type Hook = Arc<dyn Fn(OpKind, &Path) + Send + Sync>;
 
