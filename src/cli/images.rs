@@ -70,7 +70,7 @@ fn cells(row: &Row) -> Vec<String> {
             &image.name,
             image.layers.len(),
             *size,
-            image.virtual_size,
+            image.disk.virtual_size,
             &image.created,
         ),
         Row::Snapshot(row) => (

@@ -96,7 +96,7 @@ fn summary(report: &ImportReport) -> String {
         format!(", {existed} of them there already")
     };
     let name = &report.image.name;
-    let disk = match &report.image.holds {
+    let disk = match &report.image.disk.holds {
         Some(holds) if report.mountable => format!("; it holds {holds}\n"),
         Some(holds) => format!(
             "; it holds {holds}, which cannot be mounted or run here: `vellum nbd {name}` serves \

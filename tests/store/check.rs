@@ -129,7 +129,7 @@ fn a_flipped_bit_in_a_layer_that_only_a_snapshot_uses_is_an_error_of_the_snapsho
         parent: None,
         base,
         layers: vec![layer],
-        virtual_size: image.virtual_size,
+        virtual_size: image.disk.virtual_size,
         bytes: 0,
         base_inodes: None,
         inodes: None,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::{SIZE, TestStore};
 use vellum_base::storage::{FaultStorage, FileStorage, OpKind};
-use vellum_store::{ImageRecord, LayerInfo, NewContainer, Store};
+use vellum_store::{DiskInfo, ImageRecord, LayerInfo, NewContainer, Store};
 
 fn start(store: &TestStore, arguments: &[&str]) -> Child {
     store
@@ -378,10 +378,12 @@ fn two_containers(root: &Path, storage: FaultStorage) -> Store {
             name: "base".into(),
             id: layer,
             layers: vec![layer],
-            virtual_size: 1 << 20,
-            device_size: None,
-            fs: None,
-            holds: None,
+            disk: DiskInfo {
+                virtual_size: 1 << 20,
+                device_size: None,
+                fs: None,
+                holds: None,
+            },
             config: Default::default(),
             created: String::new(),
         };

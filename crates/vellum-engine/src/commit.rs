@@ -76,10 +76,7 @@ fn image_record(
         name: image.to_owned(),
         id: Uuid::new_v4(),
         layers: container.layers.clone(),
-        virtual_size: container.virtual_size,
-        device_size: container.device_size,
-        fs: container.fs.clone(),
-        holds: container.holds.clone(),
+        disk: container.disk.clone(),
         config,
         created: now(),
     }

@@ -121,7 +121,7 @@ impl Target {
                 let resolved = store.resolve_name(name)?;
                 let open = || {
                     let open = self.open_unsettled(store, &resolved, stats)?;
-                    if let Some(size) = store.container(name)?.device_size {
+                    if let Some(size) = store.container(name)?.disk.device_size {
                         open.chain().show(size)?;
                     }
                     Ok(open)

@@ -20,7 +20,7 @@ pub fn diff(store: &Store, name: &str) -> Result<Vec<Change>> {
     // The image's own top: commits may have put layers of the container above it.
     let image_top = store
         .image_of(&container)?
-        .filter(|_| container.fs.is_some());
+        .filter(|_| container.disk.fs.is_some());
     let image_top = image_top.ok_or_else(|| {
         Error::new(
             ErrorKind::Unsupported,

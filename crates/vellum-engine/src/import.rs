@@ -18,7 +18,7 @@ use vellum_image::{
     ApplyOptions, Format, HistoryEntry, Holds, Image, ImageConfig, Measure, Platform, Progress,
     RawImage, Source, SourceOptions, apply_layer, chain_ids, copy_tree,
 };
-use vellum_store::{FsInfo, ImageRecord, LayerInfo, Store, StoreGuard, now};
+use vellum_store::{DiskInfo, FsInfo, ImageRecord, LayerInfo, Store, StoreGuard, now};
 
 /// The virtual size of an image where nobody says otherwise: 10 GiB.
 pub const DEFAULT_SIZE: u64 = 10 << 30;
@@ -114,7 +114,7 @@ pub fn import(
         other => importer.files_that_fit(name, source, other, options)?,
     };
     store.put_image(&image, &pin)?;
-    let mountable = image.fs.is_some();
+    let mountable = image.disk.fs.is_some();
     Ok(ImportReport {
         image,
         layers,
@@ -165,18 +165,21 @@ impl Importer<'_> {
             });
         };
         let image = self.store.image(from)?;
-        if options.size.is_some_and(|size| size != image.virtual_size) {
+        if options
+            .size
+            .is_some_and(|size| size != image.disk.virtual_size)
+        {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!(
                     "--size and --from contradict each other: {from} has {} bytes; give a container \
                      another size instead (`vellum create --size`)",
-                    image.virtual_size
+                    image.disk.virtual_size
                 ),
             ));
         }
         image.top()?;
-        let fs = image.fs.ok_or_else(|| {
+        let fs = image.disk.fs.ok_or_else(|| {
             Error::new(
                 ErrorKind::Unsupported,
                 format!("{from} holds no ext4 file system to add files to"),
@@ -187,7 +190,7 @@ impl Importer<'_> {
         config.settle_history(image.layers.len() - own);
         Ok(Ground {
             layers: image.layers,
-            virtual_size: image.virtual_size,
+            virtual_size: image.disk.virtual_size,
             fs,
             config,
             key: None,
@@ -281,10 +284,12 @@ impl Importer<'_> {
             name: name.to_owned(),
             id: Uuid::new_v4(),
             layers: ground.layers,
-            virtual_size: ground.virtual_size,
-            device_size: None,
-            fs: Some(ground.fs),
-            holds: None,
+            disk: DiskInfo {
+                virtual_size: ground.virtual_size,
+                device_size: None,
+                fs: Some(ground.fs),
+                holds: None,
+            },
             config: ground.config,
             created: now(),
         };
@@ -482,11 +487,13 @@ impl Importer<'_> {
             name: name.to_owned(),
             id: Uuid::new_v4(),
             layers: vec![layer],
-            virtual_size,
-            device_size: (options.size.is_none() && raw_image.size < virtual_size)
-                .then_some(raw_image.size),
-            fs,
-            holds: raw_image.holds.as_ref().map(Holds::to_string),
+            disk: DiskInfo {
+                virtual_size,
+                device_size: (options.size.is_none() && raw_image.size < virtual_size)
+                    .then_some(raw_image.size),
+                fs,
+                holds: raw_image.holds.as_ref().map(Holds::to_string),
+            },
             config,
             created: now(),
         };

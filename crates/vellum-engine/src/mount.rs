@@ -55,12 +55,12 @@ fn mount_once(
     rights: Rights,
 ) -> Result<Mounted> {
     let name = &container.name;
-    if container.fs.is_none() {
+    if container.disk.fs.is_none() {
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!(
                 "the image of {name} holds {}: use `vellum nbd {name}`, and a client that knows it",
-                match &container.holds {
+                match &container.disk.holds {
                     Some(holds) => format!("{holds}, and no ext4 that could be mounted"),
                     None => "no ext4 that could be mounted".into(),
                 }
@@ -165,7 +165,7 @@ fn mount_grown(
 ) -> Result<()> {
     let options = rights.options(container.atime.unwrap_or_default());
     ext4::mount(device, dir, options)?;
-    let grown = grow_file_system(device, dir, container.virtual_size, options, || {
+    let grown = grow_file_system(device, dir, container.disk.virtual_size, options, || {
         ext4::unmount(dir, UNMOUNT_TIMEOUT)
     });
     match grown {

@@ -82,7 +82,7 @@ pub fn prewarm(
     progress: impl FnMut(u64, u64),
 ) -> Result<PrewarmReport> {
     let container = store.container(name)?;
-    if container.fs.is_none() {
+    if container.disk.fs.is_none() {
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!("the image of {name} holds no ext4, so it has no files to prewarm"),

@@ -152,7 +152,7 @@ mod tests {
 
     use super::*;
     use uuid::Uuid;
-    use vellum_store::Consistency;
+    use vellum_store::{Consistency, DiskInfo};
 
     fn at(time: &str) -> ContainerSnapshot {
         ContainerSnapshot {
@@ -160,9 +160,12 @@ mod tests {
             id: Uuid::nil(),
             parent: None,
             layers: Vec::new(),
-            virtual_size: 0,
-            device_size: None,
-            fs: None,
+            disk: DiskInfo {
+                virtual_size: 0,
+                device_size: None,
+                fs: None,
+                holds: None,
+            },
             consistency: Consistency::Crash,
             bytes: 0,
             scaffold: Default::default(),

@@ -121,7 +121,7 @@ pub(super) fn seal_container(
 /// Before the layer of a container that is not mounted is sealed: says whether its file system was unmounted
 /// in order, or sees to it, where that is wanted. (Otherwise it is not mounted, which would only write to it.)
 fn see_to_unmounted(store: &Store, container: &ContainerRecord, how: How) -> Result<bool> {
-    if container.fs.is_none() {
+    if container.disk.fs.is_none() {
         return Ok(true);
     }
     let name = &container.name;

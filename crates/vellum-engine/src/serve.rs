@@ -61,10 +61,10 @@ fn exported(store: &Store, name: &str) -> Result<(Target, Option<Uuid>, Option<u
         Err(error) => error,
     };
     if let Some((snapshot, top)) = snapshot::find(store, name)? {
-        return Ok((Target::Sealed(top), None, snapshot.device_size));
+        return Ok((Target::Sealed(top), None, snapshot.disk.device_size));
     }
     match store.image(name) {
-        Ok(image) => Ok((Target::Sealed(image.top()?), None, image.device_size)),
+        Ok(image) => Ok((Target::Sealed(image.top()?), None, image.disk.device_size)),
         Err(damaged) if damaged.kind() == ErrorKind::Corrupt => Err(damaged),
         Err(_) => Err(no_container),
     }

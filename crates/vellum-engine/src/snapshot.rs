@@ -235,7 +235,7 @@ pub fn rollback(
     crash_point::here("rollback: present kept");
     let kept_at = container.snapshot(to)?;
     let layers = container.snapshot_layers(kept_at.id)?;
-    let staged = store.stage_layer(layers.last().copied(), kept_at.virtual_size)?;
+    let staged = store.stage_layer(layers.last().copied(), kept_at.disk.virtual_size)?;
     let info = LayerInfo {
         origin: "writable layer".into(),
         ..LayerInfo::default()

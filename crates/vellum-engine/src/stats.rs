@@ -426,7 +426,7 @@ fn of_container(store: &Store, record: &ContainerRecord) -> Result<Stats> {
     let mut stats = assemble(store, record.id, answer, &resolved.sealed, resolved.top)?;
     stats.name.clone_from(&record.name);
     stats.image = Some(record.image.clone());
-    stats.virtual_size = record.virtual_size;
+    stats.virtual_size = record.disk.virtual_size;
     stats.mounted = mounted(store, record)?.map(|mounted| mounted.dir);
     Ok(stats)
 }

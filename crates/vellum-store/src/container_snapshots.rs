@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::names::check_name;
 use super::prune::PruneReport;
-use super::records::{ContainerRecord, FsInfo, Scaffold};
+use super::records::{ContainerRecord, DiskInfo, Scaffold};
 use super::{Store, StoreGuard, now};
 use vellum_base::error::{Error, ErrorKind, Result};
 
@@ -34,15 +34,10 @@ pub struct ContainerSnapshot {
     pub parent: Option<Uuid>,
     /// The sealed layers above those of its parent, from the bottom up; without a parent all.
     pub layers: Vec<Uuid>,
-    /// Bytes, as the container's at that moment.
-    pub virtual_size: u64,
-    /// As the container's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub device_size: Option<u64>,
-    /// What the chain holds that can be mounted.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fs: Option<FsInfo>,
-    /// In what state that is.
+    /// As the container's at that moment.
+    #[serde(flatten)]
+    pub disk: DiskInfo,
+    /// In what state what can be mounted of it is.
     pub consistency: Consistency,
     /// Bytes of data blocks that the container wrote since the snapshot before.
     #[serde(default)]
@@ -157,9 +152,7 @@ impl ContainerRecord {
             id: Uuid::new_v4(),
             parent: self.at,
             layers: Vec::new(),
-            virtual_size: self.virtual_size,
-            device_size: self.device_size,
-            fs: self.fs.clone(),
+            disk: self.disk.clone(),
             consistency,
             bytes: 0,
             scaffold: self.scaffold.clone(),
@@ -262,9 +255,7 @@ impl Store {
         record.next = None;
         record.next_snapshot = None;
         record.at = Some(kept.id);
-        record.virtual_size = kept.virtual_size;
-        record.device_size = kept.device_size;
-        record.fs = kept.fs;
+        record.disk = kept.disk;
         record.scaffold = kept.scaffold;
         self.write_json(&self.record_path("containers", name), &record)?;
         Ok(record)

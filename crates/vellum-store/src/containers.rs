@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::container_snapshots::ContainerSnapshot;
 use super::names::check_name;
 use super::prune::PruneReport;
-use super::records::{ContainerRecord, LayerInfo};
+use super::records::{ContainerRecord, DiskInfo, LayerInfo};
 use super::{Store, StoreGuard};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
@@ -86,25 +86,25 @@ impl Store {
         if let Some(name) = new.name {
             self.check_new_container(name)?;
         }
-        let virtual_size = new.virtual_size.unwrap_or(image.virtual_size);
-        if virtual_size < image.virtual_size {
+        let virtual_size = new.virtual_size.unwrap_or(image.disk.virtual_size);
+        if virtual_size < image.disk.virtual_size {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!(
                     "{virtual_size} bytes is smaller than the image {} ({} bytes): a container can \
                      only be larger",
-                    image.name, image.virtual_size
+                    image.name, image.disk.virtual_size
                 ),
             ));
         }
-        let fixed = image.fs.as_ref().and_then(|fs| fs.fixed.as_ref());
-        if let (Some(why), true) = (fixed, virtual_size > image.virtual_size) {
+        let fixed = image.disk.fs.as_ref().and_then(|fs| fs.fixed.as_ref());
+        if let (Some(why), true) = (fixed, virtual_size > image.disk.virtual_size) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
                     "the image {} cannot be made larger than its {} bytes, since {why}: leave \
                      --size out",
-                    image.name, image.virtual_size
+                    image.name, image.disk.virtual_size
                 ),
             ));
         }
@@ -136,12 +136,14 @@ impl Store {
             next_snapshot: None,
             snapshots: Vec::new(),
             at: None,
-            virtual_size,
-            device_size: image
-                .device_size
-                .filter(|_| virtual_size == image.virtual_size),
-            fs: image.fs,
-            holds: image.holds,
+            disk: DiskInfo {
+                virtual_size,
+                device_size: image
+                    .disk
+                    .device_size
+                    .filter(|_| virtual_size == image.disk.virtual_size),
+                ..image.disk
+            },
             config: image.config,
             volumes: new.volumes.clone(),
             scaffold: super::Scaffold::default(),
@@ -250,7 +252,7 @@ impl Store {
         pin: &StoreGuard,
     ) -> Result<(ContainerRecord, Resolved)> {
         let mut record = self.settle(name)?;
-        let staged = self.stage_layer(Some(record.top), record.virtual_size)?;
+        let staged = self.stage_layer(Some(record.top), record.disk.virtual_size)?;
         let info = LayerInfo {
             origin: "writable layer".into(),
             ..LayerInfo::default()

@@ -2,7 +2,7 @@
 
 use uuid::Uuid;
 
-use super::records::{ContainerRecord, FsInfo, LayerInfo, Scaffold, VolumeMount};
+use super::records::{ContainerRecord, DiskInfo, LayerInfo, Scaffold, VolumeMount};
 use super::{ContainerSnapshot, StagedLayer, Store, StoreGuard, now};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
@@ -14,12 +14,8 @@ pub struct Fork {
     pub origin: ContainerRecord,
     /// The sealed layers that they lie on, from the bottom up.
     pub layers: Vec<Uuid>,
-    /// Bytes.
-    pub virtual_size: u64,
     /// As the container's.
-    pub device_size: Option<u64>,
-    /// What the chain holds that can be mounted.
-    pub fs: Option<FsInfo>,
+    pub disk: DiskInfo,
     /// What running the origin had made in its file system.
     pub scaffold: Scaffold,
     /// What appears in them when they run.
@@ -31,9 +27,7 @@ impl Fork {
     pub fn of_container(origin: ContainerRecord, volumes: Vec<VolumeMount>) -> Self {
         Fork {
             layers: origin.layers.clone(),
-            virtual_size: origin.virtual_size,
-            device_size: origin.device_size,
-            fs: origin.fs.clone(),
+            disk: origin.disk.clone(),
             scaffold: origin.scaffold.clone(),
             volumes,
             origin,
@@ -51,9 +45,7 @@ impl Fork {
     ) -> Result<Self> {
         Ok(Fork {
             layers: origin.snapshot_layers(snapshot.id)?,
-            virtual_size: snapshot.virtual_size,
-            device_size: snapshot.device_size,
-            fs: snapshot.fs.clone(),
+            disk: snapshot.disk.clone(),
             scaffold: snapshot.scaffold.clone(),
             volumes,
             origin,
@@ -70,9 +62,7 @@ impl Fork {
             next_snapshot: None,
             snapshots: Vec::new(),
             at: None,
-            virtual_size: self.virtual_size,
-            device_size: self.device_size,
-            fs: self.fs.clone(),
+            disk: self.disk.clone(),
             scaffold: self.scaffold.clone(),
             volumes: self.volumes.clone(),
             created: now(),
@@ -105,7 +95,7 @@ impl Store {
         };
         let stage = |_| {
             interrupt::check()?;
-            self.stage_described(below, fork.virtual_size, &info)
+            self.stage_described(below, fork.disk.virtual_size, &info)
         };
         let staged: Result<Vec<StagedLayer>> = names.iter().map(stage).collect();
         let place = |staged: StagedLayer| staged.place(pin);

@@ -47,8 +47,8 @@ pub use names::{check_name, check_reference};
 pub use prune::{Orphans, PruneReport};
 pub use quarantine::{Quarantined, Records};
 pub use records::{
-    ContainerRecord, FsInfo, ImageRecord, LayerInfo, MountPoint, Scaffold, TemplateRecord, Touched,
-    VolumeMount,
+    ContainerRecord, DiskInfo, FsInfo, ImageRecord, LayerInfo, MountPoint, Scaffold,
+    TemplateRecord, Touched, VolumeMount,
 };
 pub use snapshots::{SnapshotKind, SnapshotRecord};
 pub use volumes::VolumePlace;

@@ -21,6 +21,23 @@ pub struct FsInfo {
     pub fixed: Option<String>,
 }
 
+/// What a chain is as a disk: part of the records of images and containers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskInfo {
+    /// Virtual size in bytes: what the layers have, whole blocks.
+    pub virtual_size: u64,
+    /// Bytes that the device shows, where the disk image that it was made from ends within the last
+    /// block. Older versions pass over it, and show the whole block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_size: Option<u64>,
+    /// What the chain holds that can be mounted.
+    #[serde(default)]
+    pub fs: Option<FsInfo>,
+    /// What a disk image was found to hold, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holds: Option<String>,
+}
+
 /// What is known of a layer besides its own header: `info.json` in its directory.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerInfo {
@@ -60,18 +77,9 @@ pub struct ImageRecord {
     pub id: Uuid,
     /// From the bottom up; the first is a template or a raw image.
     pub layers: Vec<Uuid>,
-    /// Virtual size in bytes of a container made from it: what its layers have, whole blocks.
-    pub virtual_size: u64,
-    /// Bytes that its device shows, where the disk image that it was made from ends within the last
-    /// block. Older versions pass over it, and show the whole block.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub device_size: Option<u64>,
-    /// What the chain holds that can be mounted.
-    #[serde(default)]
-    pub fs: Option<FsInfo>,
-    /// What a disk image was found to hold, for people.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub holds: Option<String>,
+    /// What its chain is as a disk.
+    #[serde(flatten)]
+    pub disk: DiskInfo,
     /// How to run it, and its history.
     pub config: ImageConfig,
     /// RFC 3339.
@@ -171,17 +179,9 @@ pub struct ContainerRecord {
     /// The snapshot that the container goes on from: its layers are those that `layers` begins with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<Uuid>,
-    /// Bytes.
-    pub virtual_size: u64,
-    /// As the image's, while the container has its size.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub device_size: Option<u64>,
-    /// What the chain holds that can be mounted.
-    #[serde(default)]
-    pub fs: Option<FsInfo>,
-    /// As the image's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub holds: Option<String>,
+    /// As the image's, unless it was made larger.
+    #[serde(flatten)]
+    pub disk: DiskInfo,
     /// How to run it.
     pub config: ImageConfig,
     /// What appears in it when it runs.
@@ -211,10 +211,12 @@ mod tests {
             name: "web".into(),
             id,
             layers: vec![Uuid::from_u128(1), id],
-            virtual_size: 4096,
-            device_size: None,
-            fs: None,
-            holds: None,
+            disk: DiskInfo {
+                virtual_size: 4096,
+                device_size: None,
+                fs: None,
+                holds: None,
+            },
             config: ImageConfig::default(),
             created: String::new(),
         };
@@ -223,5 +225,28 @@ mod tests {
         let error = image.top().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert!(error.to_string().contains("web"), "{error}");
+    }
+    /// As builds before [`DiskInfo`] wrote them, in that order: people read them.
+    #[test]
+    fn records_say_what_their_chain_is_where_they_always_did() {
+        let id = "5eed0000-0000-4000-8000-000000000031";
+        let disk =
+            r#""virtual_size":1048576,"device_size":1048064,"fs":{"kind":"ext4"},"holds":"a disk""#;
+        let image = format!(
+            r#"{{"name":"web","id":"{id}","layers":["{id}"],{disk},"config":{{}},"created":"2026"}}"#
+        );
+        let read: ImageRecord = serde_json::from_str(&image).unwrap();
+        assert_eq!(read.disk.device_size, Some(1_048_064));
+        let written = serde_json::to_string(&read).unwrap();
+        assert!(written.contains(disk), "{written}");
+        let container = format!(
+            r#"{{"name":"c","id":"{id}","image":"web","image_id":"{id}","layers":[],"top":"{id}",{disk},
+                "config":{{}},"created":"2026"}}"#
+        );
+        let read: ContainerRecord = serde_json::from_str(&container).unwrap();
+        let written = serde_json::to_string(&read).unwrap();
+        assert!(written.contains(disk), "{written}");
+        let without = image.replace(disk, "");
+        serde_json::from_str::<ImageRecord>(&without.replace(",,", ",")).unwrap_err();
     }
 }

@@ -87,14 +87,14 @@ impl Check<'_> {
         }
         let top = image.layers.last().and_then(|layer| states.get(layer));
         let size = top.and_then(|state| Some(state.header.as_ref()?.virtual_size));
-        if let Some(size) = size.filter(|size| *size != image.virtual_size) {
+        if let Some(size) = size.filter(|size| *size != image.disk.virtual_size) {
             self.find(Finding::new(
                 Severity::Error,
                 &what,
                 &path,
                 format!(
                     "says {} bytes; its top layer has {size}",
-                    image.virtual_size
+                    image.disk.virtual_size
                 ),
                 "the record was changed by hand or is of another store: import the image again",
                 None,
