@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
     DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder,
-    NoLabelSet,
+    MetricEncoder, NoLabelSet,
 };
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
@@ -117,89 +117,151 @@ fn of(container: &Served) -> Of {
     }
 }
 
-/// (name, help, unit, value) of a number.
-type Number = (&'static str, &'static str, Option<Unit>, fn(&Served) -> u64);
+/// What Prometheus is told of a metric.
+struct Metric {
+    name: &'static str,
+    help: &'static str,
+    unit: Option<Unit>,
+    kind: MetricType,
+}
 
-const COUNTERS: [Number; 11] = [
-    ("container_reads", "Read requests", None, |c| {
+impl Metric {
+    const fn new(
+        name: &'static str,
+        help: &'static str,
+        unit: Option<Unit>,
+        kind: MetricType,
+    ) -> Self {
+        Metric {
+            name,
+            help,
+            unit,
+            kind,
+        }
+    }
+
+    /// Every container has the series in it that `series` writes.
+    fn encode(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        containers: &[Served],
+        series: impl Fn(&mut MetricEncoder<'_>, &Served) -> std::fmt::Result,
+    ) -> std::fmt::Result {
+        let mut metric =
+            encoder.encode_descriptor(self.name, self.help, self.unit.as_ref(), self.kind)?;
+        containers
+            .iter()
+            .try_for_each(|container| series(&mut metric, container))
+    }
+}
+
+/// A metric of which each container has one number.
+struct Number {
+    metric: Metric,
+    value: Value,
+}
+
+type Value = fn(&Served) -> u64;
+
+const fn count(name: &'static str, help: &'static str, value: Value) -> Number {
+    let metric = Metric::new(name, help, None, MetricType::Counter);
+    Number { metric, value }
+}
+
+const fn bytes(name: &'static str, help: &'static str, value: Value) -> Number {
+    let metric = Metric::new(name, help, Some(Unit::Bytes), MetricType::Counter);
+    Number { metric, value }
+}
+
+/// Bytes that may become fewer.
+const fn level(name: &'static str, help: &'static str, value: Value) -> Number {
+    let metric = Metric::new(name, help, Some(Unit::Bytes), MetricType::Gauge);
+    Number { metric, value }
+}
+
+static NUMBERS: [Number; 13] = [
+    count("container_reads", "Read requests", |c| {
         c.counters.chain.reads
     }),
-    (
-        "container_read",
-        "Bytes that clients read",
-        Some(Unit::Bytes),
-        |c| c.counters.chain.read_bytes,
-    ),
-    (
-        "container_written",
-        "Bytes that clients wrote",
-        Some(Unit::Bytes),
-        |c| c.counters.chain.written_bytes,
-    ),
-    (
+    bytes("container_read", "Bytes that clients read", |c| {
+        c.counters.chain.read_bytes
+    }),
+    bytes("container_written", "Bytes that clients wrote", |c| {
+        c.counters.chain.written_bytes
+    }),
+    bytes(
         "container_stored",
         "Bytes written to data files, copies from layers below included",
-        Some(Unit::Bytes),
         |c| c.counters.chain.stored_bytes,
     ),
-    (
+    bytes(
         "container_journal",
         "Bytes written to the journal of the writable layer",
-        Some(Unit::Bytes),
         |c| c.counters.layer.journal_bytes,
     ),
-    (
+    bytes(
         "container_copied_up",
         "Bytes that first writes to a part of a block copied from layers below",
-        Some(Unit::Bytes),
         |c| c.counters.chain.copied_bytes,
     ),
-    (
+    bytes(
         "container_discarded",
         "Bytes that clients discarded or zeroed",
-        Some(Unit::Bytes),
         |c| c.counters.chain.discarded_bytes,
     ),
-    (
+    count(
         "container_partial_copy_ups",
         "Blocks that were written in part and filled up from layers below",
-        None,
         |c| c.counters.chain.partial_copy_ups,
     ),
-    (
+    count(
         "container_first_touch_blocks",
         "Blocks of 4096 bytes that writes allocated",
-        None,
         |c| c.counters.chain.first_touch_blocks,
     ),
-    (
+    count(
         "container_prewarmed_blocks",
         "Blocks of 4096 bytes that were copied up ahead of traffic",
-        None,
         |c| c.counters.chain.prewarmed_blocks,
     ),
-    (
+    count(
         "container_syncs",
         "Syncs of data files and of journals, and synchronous journal writes",
-        None,
         |c| c.counters.layer.synchronous_operations(),
     ),
+    level("container_data", "Data in the writable layer", |c| {
+        c.counters.top_blocks.saturating_mul(BLOCK_SIZE)
+    }),
+    level("container_size", "Size of the device", |c| {
+        c.counters.virtual_size
+    }),
 ];
 
-const GAUGES: [Number; 2] = [
-    (
-        "container_data",
-        "Data in the writable layer",
-        Some(Unit::Bytes),
-        |c| c.counters.top_blocks * BLOCK_SIZE,
-    ),
-    (
-        "container_size",
-        "Size of the device",
-        Some(Unit::Bytes),
-        |c| c.counters.virtual_size,
-    ),
-];
+/// Layers are not told apart here: there may be very many. `vellum stats` does.
+const READ_BLOCKS: Metric = Metric::new(
+    "container_read_blocks",
+    "Blocks of 4096 bytes that reads got from the writable layer, from layers below, and from no layer",
+    None,
+    MetricType::Counter,
+);
+const WRITES: Metric = Metric::new(
+    "container_writes",
+    "Write requests that allocated a block (touch=first) and those that did not (steady)",
+    None,
+    MetricType::Counter,
+);
+const WRITE_DURATION: Metric = Metric::new(
+    "container_write_duration",
+    "Time of some of those writes, drawn at random",
+    Some(Unit::Seconds),
+    MetricType::Histogram,
+);
+const FLUSH_DURATION: Metric = Metric::new(
+    "container_flush_duration",
+    "Time of flush requests",
+    Some(Unit::Seconds),
+    MetricType::Histogram,
+);
 
 impl Collector for Containers {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
@@ -215,39 +277,26 @@ impl Collector for Containers {
         if containers.is_empty() {
             return Ok(());
         }
-        for (name, help, unit, value) in COUNTERS {
-            let mut metric =
-                encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
-            for container in containers {
-                let counter = ConstCounter::new(value(container));
-                counter.encode(metric.encode_family(&of(container))?)?;
-            }
-        }
-        for (name, help, unit, value) in GAUGES {
-            let mut metric =
-                encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
-            for container in containers {
-                let gauge = ConstGauge::new(value(container));
-                gauge.encode(metric.encode_family(&of(container))?)?;
-            }
+        for Number { metric, value } in &NUMBERS {
+            metric.encode(&mut encoder, containers, |family, container| {
+                let labels = of(container);
+                let series = family.encode_family(&labels)?;
+                match metric.kind {
+                    MetricType::Gauge => ConstGauge::new(value(container)).encode(series),
+                    _ => ConstCounter::new(value(container)).encode(series),
+                }
+            })?;
         }
         read_sources(&mut encoder, containers)?;
         latencies(&mut encoder, containers)
     }
 }
 
-/// Layers are not told apart here: there may be very many. `vellum stats` does.
 fn read_sources(encoder: &mut DescriptorEncoder<'_>, containers: &[Served]) -> std::fmt::Result {
-    let mut metric = encoder.encode_descriptor(
-        "container_read_blocks",
-        "Blocks of 4096 bytes that reads got from the writable layer, from layers below, and from \
-         no layer",
-        None,
-        MetricType::Counter,
-    )?;
-    for container in containers {
+    READ_BLOCKS.encode(encoder, containers, |metric, container| {
         let chain = &container.counters.chain;
-        let below = chain.layer_read_blocks.iter().sum::<u64>() + chain.deeper_read_blocks;
+        let below = chain.layer_read_blocks.iter();
+        let below = below.fold(chain.deeper_read_blocks, |sum, of| sum.saturating_add(*of));
         for (source, blocks) in [
             ("top", chain.top_read_blocks),
             ("below", below),
@@ -259,63 +308,42 @@ fn read_sources(encoder: &mut DescriptorEncoder<'_>, containers: &[Served]) -> s
             };
             ConstCounter::new(blocks).encode(metric.encode_family(&labels)?)?;
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 fn latencies(encoder: &mut DescriptorEncoder<'_>, containers: &[Served]) -> std::fmt::Result {
-    let mut metric = encoder.encode_descriptor(
-        "container_writes",
-        "Write requests that allocated a block (touch=first) and those that did not (steady)",
-        None,
-        MetricType::Counter,
-    )?;
-    for container in containers {
+    let touch = |container: &Served, touch| OfTouch {
+        of: of(container),
+        touch,
+    };
+    WRITES.encode(encoder, containers, |metric, container| {
         let chain = &container.counters.chain;
-        for (touch, writes) in [
+        for (which, writes) in [
             ("first", chain.first_touch_writes),
             ("steady", chain.steady_writes),
         ] {
-            let labels = OfTouch {
-                of: of(container),
-                touch,
-            };
+            let labels = touch(container, which);
             ConstCounter::new(writes).encode(metric.encode_family(&labels)?)?;
         }
-    }
-    let mut metric = encoder.encode_descriptor(
-        "container_write_duration",
-        "Time of some of those writes, drawn at random",
-        Some(&Unit::Seconds),
-        MetricType::Histogram,
-    )?;
-    for container in containers {
+        Ok(())
+    })?;
+    WRITE_DURATION.encode(encoder, containers, |metric, container| {
         let chain = &container.counters.chain;
-        for (touch, latency) in [("first", &chain.first_touch), ("steady", &chain.steady)] {
-            let labels = OfTouch {
-                of: of(container),
-                touch,
-            };
-            let (sum, buckets) = buckets(latency);
-            metric
-                .encode_family(&labels)?
-                .encode_histogram::<NoLabelSet>(sum, latency.count, &buckets, None)?;
+        for (which, latency) in [("first", &chain.first_touch), ("steady", &chain.steady)] {
+            histogram(metric.encode_family(&touch(container, which))?, latency)?;
         }
-    }
-    let mut metric = encoder.encode_descriptor(
-        "container_flush_duration",
-        "Time of flush requests",
-        Some(&Unit::Seconds),
-        MetricType::Histogram,
-    )?;
-    for container in containers {
+        Ok(())
+    })?;
+    FLUSH_DURATION.encode(encoder, containers, |metric, container| {
         let latency = &container.counters.chain.flush;
-        let (sum, buckets) = buckets(latency);
-        metric
-            .encode_family(&of(container))?
-            .encode_histogram::<NoLabelSet>(sum, latency.count, &buckets, None)?;
-    }
-    Ok(())
+        histogram(metric.encode_family(&of(container))?, latency)
+    })
+}
+
+fn histogram(mut metric: MetricEncoder<'_>, latency: &LatencySnapshot) -> std::fmt::Result {
+    let (sum, buckets) = buckets(latency);
+    metric.encode_histogram::<NoLabelSet>(sum, latency.count, &buckets, None)
 }
 
 /// The sum in seconds, and how many lie in each bucket: up to [`BOUNDS`], then the rest.
