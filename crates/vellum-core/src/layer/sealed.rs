@@ -409,17 +409,14 @@ fn walk(
             }
             digest.finish()
         });
-        // The thread that computes the digest ended unexpectedly: that is told when it is joined.
+        // There is none where the thread that computes the digest panicked: that is told when it is joined.
         let buffer = || free.recv().unwrap_or_else(|_| Vec::new());
         let mut take = |piece| drop(pieces.send(piece));
         let read = read_pieces(data, extents, &buffer, &mut take, &mut each);
         drop(pieces);
-        let digest = hasher.join().map_err(|_| {
-            Error::new(
-                ErrorKind::Io,
-                "the thread that computes a digest ended unexpectedly",
-            )
-        });
+        let digest = hasher
+            .join()
+            .map_err(|_| Error::internal("the thread that computes a digest panicked"));
         read.and(digest)
     })
 }
