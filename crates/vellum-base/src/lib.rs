@@ -7,7 +7,7 @@
 //!   loses its power, and faults for any storage.
 //! * [`interrupt`]: signals that ask a command to end.
 //! * [`inherit`]: what a process does not take over from its caller.
-//! * [`size`]: sizes as people type them.
+//! * [`size`]: sizes as people type them; [`moment`]: moments as they read them.
 //! * [`memory`]: what a process keeps of the memory it needed once.
 //! * [`crash_point`]: where tests have a process die.
 //! * [`fault`]: what a process that serves does after a fault of its own.
@@ -34,6 +34,7 @@ pub mod fault;
 pub mod inherit;
 pub mod interrupt;
 pub mod memory;
+pub mod moment;
 pub mod size;
 pub mod storage;
 

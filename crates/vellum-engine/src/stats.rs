@@ -5,7 +5,7 @@
 //! that is served.
 
 use std::path::PathBuf;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -16,6 +16,7 @@ use super::mount_point::mounted;
 use super::wire::decode;
 use vellum_base::block::{BLOCK_SIZE, Blocks};
 use vellum_base::error::{ErrorKind, Result};
+use vellum_base::moment::rfc3339_of_seconds;
 use vellum_core::chain::{LatencySnapshot, Sample};
 use vellum_core::layer::{SpaceStatus, data_blocks_on_disk};
 use vellum_export::device::control;
@@ -124,13 +125,9 @@ pub struct Space {
 
 impl Space {
     pub(super) fn new(status: SpaceStatus) -> Self {
-        let since = |seconds| {
-            let since = UNIX_EPOCH + Duration::from_secs(seconds);
-            humantime::format_rfc3339_seconds(since).to_string()
-        };
         Space {
             reserved_bytes: status.reserved_bytes,
-            full_since: status.full_since.map(since),
+            full_since: status.full_since.map(rfc3339_of_seconds),
         }
     }
 }
@@ -285,14 +282,16 @@ fn ratio(part: u64, whole: u64) -> f64 {
 }
 
 impl Counters {
+    /// Another process counted these: its numbers are any, and one that is too large is shown as the
+    /// largest.
     fn new(device: DeviceStats) -> Result<Self> {
         let DeviceStats { chain, layer, .. } = device;
-        let prewarmed = chain.prewarmed_blocks * BLOCK_SIZE;
+        let prewarmed = chain.prewarmed_blocks.saturating_mul(BLOCK_SIZE);
         let for_clients = chain.stored_bytes.saturating_sub(prewarmed);
-        let to_disk = for_clients + layer.journal_bytes + layer.checkpoint_bytes;
-        let since = UNIX_EPOCH + Duration::from_secs(chain.since);
+        let journal = layer.journal_bytes.saturating_add(layer.checkpoint_bytes);
+        let to_disk = for_clients.saturating_add(journal);
         Ok(Counters {
-            since: humantime::format_rfc3339_seconds(since).to_string(),
+            since: rfc3339_of_seconds(chain.since),
             reads: ReadCounters {
                 requests: chain.reads,
                 bytes: chain.read_bytes,
@@ -335,7 +334,7 @@ impl Counters {
             },
             blocks: BlockCounters {
                 held: device.top_blocks,
-                allocated: chain.first_touch_blocks + chain.prewarmed_blocks,
+                allocated: (chain.first_touch_blocks).saturating_add(chain.prewarmed_blocks),
                 over_time: chain.allocated,
             },
             space: Space::new(device.space),
@@ -576,4 +575,32 @@ pub fn served_counters(
         }
     }
     Ok((found, more))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The value with every number in it as large as there are.
+    fn at_most(value: Value) -> Value {
+        match value {
+            Value::Number(_) => u64::MAX.into(),
+            Value::Array(list) => list.into_iter().map(at_most).collect(),
+            Value::Object(fields) => fields.into_iter().map(|(k, v)| (k, at_most(v))).collect(),
+            other => other,
+        }
+    }
+
+    #[test]
+    fn a_server_that_sends_numbers_which_nobody_counts_to_is_shown_all_the_same() {
+        let mut stats = DeviceStats::default();
+        stats.chain.layer_read_blocks = vec![1, 1];
+        stats.chain.steady.buckets = vec![(1, 1), (2, 1)];
+        stats.space.full_since = Some(1);
+        let sent = at_most(serde_json::to_value(stats).unwrap());
+        let counters = Counters::new(decode(sent).unwrap()).unwrap();
+        assert_eq!(counters.blocks.allocated, u64::MAX);
+        assert!(counters.since.contains("seconds"), "{}", counters.since);
+        assert_eq!(counters.space.full_since, Some(counters.since));
+    }
 }

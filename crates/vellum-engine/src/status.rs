@@ -10,6 +10,7 @@ use super::serving::{Serving, serving};
 use super::stats::{Space, device_stats, space};
 use vellum_base::block::{BLOCK_SIZE, Blocks};
 use vellum_base::error::Result;
+use vellum_base::moment::rfc3339;
 use vellum_core::layer::data_blocks_on_disk;
 use vellum_export::device::{self, DeviceStatus, Identity, Status};
 use vellum_fs::ext4;
@@ -204,7 +205,7 @@ fn pids(pids: &[i32]) -> String {
 fn sizes(known: &Known<'_>, record: &ContainerRecord) -> (Option<u64>, Option<u64>) {
     let store = known.store();
     let size = match stats(store, record) {
-        Ok(stats) => Some(stats.top_blocks * BLOCK_SIZE),
+        Ok(stats) => Some(stats.top_blocks.saturating_mul(BLOCK_SIZE)),
         // Nobody serves it: the map on disk is all there is.
         Err(_) => store.resolve(record).ok().and_then(|resolved| {
             let dir = store.layer_dir(resolved.top);
@@ -289,7 +290,7 @@ pub fn snapshot_status(
     Ok(SnapshotStatus {
         name: record.key.clone(),
         image: record.parent.clone().unwrap_or_default(),
-        created: humantime::format_rfc3339_seconds(record.created).to_string(),
+        created: rfc3339(record.created),
         status,
         mounted,
         device,
@@ -310,7 +311,7 @@ fn snapshot_size(store: &Store, record: &SnapshotRecord) -> Option<u64> {
     if let Ok(stats) = snapshot_stats(store, record)
         && record.layers.len() == 1
     {
-        return Some(stats.top_blocks * BLOCK_SIZE);
+        return Some(stats.top_blocks.saturating_mul(BLOCK_SIZE));
     }
     let mut blocks = Blocks::NONE;
     for layer in &record.layers {

@@ -12,6 +12,7 @@ use super::records::{ContainerRecord, DiskInfo, LayerInfo};
 use super::{Store, StoreGuard};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
+use vellum_base::moment::rfc3339;
 use vellum_core::chain::ChainSpec;
 use vellum_core::layer::{Header, LayerOptions};
 use vellum_fs::ext4::Atime;
@@ -364,5 +365,5 @@ impl Store {
 
 /// The time as RFC 3339 in UTC, to the second.
 pub fn now() -> String {
-    humantime::format_rfc3339_seconds(SystemTime::now()).to_string()
+    rfc3339(SystemTime::now())
 }

@@ -11,6 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::moment::rfc3339;
+
 /// The kernel's list is read so far: some ten thousand locks.
 const MAX_LOCKS: u64 = 1 << 20;
 /// Descriptors of a process that are looked at.
@@ -162,7 +164,7 @@ fn started(pid: i32) -> Option<String> {
     let boot = boot.lines().find_map(|line| line.strip_prefix("btime "))?;
     let since_boot = Duration::from_millis(ticks * 1000 / u64::try_from(per_second).ok()?.max(1));
     let at: SystemTime = UNIX_EPOCH + Duration::from_secs(boot.trim().parse().ok()?) + since_boot;
-    Some(humantime::format_rfc3339_seconds(at).to_string())
+    Some(rfc3339(at))
 }
 
 #[cfg(test)]

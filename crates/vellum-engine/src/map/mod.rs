@@ -76,38 +76,52 @@ fn from_chain(open: &OpenChain, ask: &AskMap) -> Result<MapPart> {
 /// Asks for part after part. Blocks that change meanwhile are shown as they were or as they are.
 fn all_runs(ask: impl Fn(&AskMap) -> Result<MapPart>) -> Result<(MapPart, Vec<(u64, i64)>)> {
     for _ in 0..TRIES {
-        let mut first = ask(&AskMap {
-            start: 0,
+        let mut at = 0;
+        let mut runs = Vec::new();
+        let mut part = ask(&AskMap {
+            start: at,
             max: PART,
         })?;
-        let mut answered = std::mem::take(&mut first.runs);
-        let mut runs: Vec<(u64, i64)> = Vec::new();
-        let mut at = 0;
-        while !answered.is_empty() {
-            for (len, source) in answered {
-                at += len;
-                match runs.last_mut() {
-                    Some(last) if last.1 == source => last.0 += len,
-                    _ => runs.push((len, source)),
-                }
+        let depth = part.depth;
+        while part.depth == depth {
+            if part.runs.is_empty() {
+                return Ok((part, runs));
             }
-            let part = ask(&AskMap {
+            at = append(&mut runs, at, &part)?;
+            part = ask(&AskMap {
                 start: at,
                 max: PART,
             })?;
-            if part.depth != first.depth {
-                break;
-            }
-            if part.runs.is_empty() {
-                return Ok((first, runs));
-            }
-            answered = part.runs;
         }
     }
     Err(Error::new(
         ErrorKind::InUse,
         "the container's layers change all the time: try again",
     ))
+}
+
+/// Puts the runs of a part, which begins at block `at`, behind those before. Returns the block behind them.
+///
+/// # Errors
+/// [`ErrorKind::Protocol`] for runs that the device has no room for, and for empty ones, after which we
+/// would ask for the same part again for ever.
+fn append(runs: &mut Vec<(u64, i64)>, mut at: u64, part: &MapPart) -> Result<u64> {
+    let blocks = part.virtual_size / BLOCK_SIZE;
+    for &(len, source) in &part.runs {
+        let end = at.checked_add(len).filter(|end| *end <= blocks && len > 0);
+        at = end.ok_or_else(|| {
+            let text = format!(
+                "the server's map makes no sense: {len} blocks at block {at} of {blocks} (is it of another \
+                 version of Vellum?)"
+            );
+            Error::new(ErrorKind::Protocol, text)
+        })?;
+        match runs.last_mut() {
+            Some(last) if last.1 == source => last.0 += len,
+            _ => runs.push((len, source)),
+        }
+    }
+    Ok(at)
 }
 
 fn assemble(
@@ -145,5 +159,51 @@ fn assemble(
         hole_blocks: shown(HOLE),
         zero_blocks: shown(ZERO),
         runs,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Asks for a map that is answered with these parts, one after the other.
+    fn asked(parts: &[(u64, &[(u64, i64)])]) -> Result<(MapPart, Vec<(u64, i64)>)> {
+        let mut parts = parts.iter();
+        let next = std::cell::RefCell::new(|| {
+            let (depth, runs) = parts.next().expect("it asks no more");
+            MapPart {
+                depth: *depth,
+                virtual_size: 8 * BLOCK_SIZE,
+                runs: runs.to_vec(),
+            }
+        });
+        all_runs(|_| Ok(next.borrow_mut()()))
+    }
+
+    #[test]
+    fn runs_of_one_source_are_one_and_a_commit_meanwhile_begins_anew() {
+        let (part, runs) = asked(&[
+            (1, &[(4, 0)]),
+            (2, &[(4, 0)]),
+            (2, &[(2, 0), (1, 2)]),
+            (2, &[(3, 2), (2, HOLE)]),
+            (2, &[]),
+        ])
+        .unwrap();
+        assert_eq!((part.depth, runs), (2, vec![(2, 0), (4, 2), (2, HOLE)]));
+    }
+
+    #[test]
+    fn a_map_of_what_no_device_has_is_refused() {
+        let parts: [&[(u64, i64)]; 4] = [
+            &[(0, 0)],
+            &[(9, 0)],
+            &[(1, 0), (8, 1)],
+            &[(1, 0), (u64::MAX, 1)],
+        ];
+        for runs in parts {
+            let error = asked(&[(1, runs)]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Protocol, "{runs:?}: {error}");
+        }
     }
 }
