@@ -64,6 +64,7 @@ extern "C" fn note(number: i32) {
         return;
     }
     let since = SINCE_NS.load(Ordering::SeqCst);
+    // The first signal may have come to another thread, and be noted with a later moment than this one.
     if since == 0 || now.saturating_sub(since) < PATIENCE_NS {
         return;
     }

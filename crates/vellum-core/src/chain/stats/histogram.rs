@@ -87,7 +87,7 @@ impl LatencyCounts {
     }
 }
 
-/// Latencies at one moment, in nanoseconds.
+/// Latencies at one moment, in nanoseconds. Another process may have sent them, so its numbers are any.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LatencySnapshot {
     /// How many were measured.
@@ -110,6 +110,7 @@ impl LatencySnapshot {
         let mut histogram = Histogram::new_with_max(1 << MAX_BITS, 3)
             .map_err(|error| Error::with_source(ErrorKind::InvalidInput, "a histogram", error))?;
         for &(end, count) in &self.buckets {
+            // Ours are within the bounds; another's count as the largest there is.
             histogram.saturating_record_n(end.min(self.max_ns), count);
         }
         Ok(histogram)
@@ -120,6 +121,7 @@ impl LatencySnapshot {
         self.buckets
             .iter()
             .take_while(|(end, _)| *end <= nanos)
+            // Ours never come to that many.
             .fold(0, |sum, (_, count)| sum.saturating_add(*count))
     }
 }

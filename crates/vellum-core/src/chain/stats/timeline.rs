@@ -76,7 +76,7 @@ impl Timeline {
     pub(super) fn samples(&self, now: u64) -> Vec<Sample> {
         let second = now / NANOS;
         let mut samples = Vec::new();
-        // From 0 on, soon after the host came up.
+        // The clock began at 0 when the host came up, perhaps a moment ago.
         let oldest_second = second.saturating_sub(SECONDS as u64 - 1);
         for slot in &self.minutes {
             let Some(minute) = slot.stamp.load(Relaxed).checked_sub(1) else {
