@@ -9,16 +9,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Context, DEFAULT_ROOT};
-use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
+use vellum_base::{crash_point, fault};
 use vellum_export::unix_socket::{SocketFile, bind_unix};
 use vellum_snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat, check_path};
 use vellum_snapshotter::{Defaults, Snapshotter, service};
 use vellum_store::Store;
 
+/// What is said after a panic, whose own message comes before it.
+const FAULT: &str = "vellum: this is a fault of Vellum's own, and the snapshotter ends: containers run on, \
+    and what was committed is there. Start it again, and please report the lines above";
+
 /// Arguments of `snapshotter`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Exit status: 0 after SIGTERM or SIGINT; 1 after a failure; killed by SIGABRT (134 in a shell) after a fault \
+of Vellum's own. Started again, as systemd does by the unit in dist/, it goes on where it was.")]
 pub(super) struct Args {
     /// The configuration file [default: /etc/vellum/config.toml, if it is there]
     #[arg(long, value_name = "FILE")]
@@ -35,6 +42,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     let config = Config::load(args.config.as_deref())?;
     crash_point::arm()?;
     start_log(args, &config)?;
+    fault::abort_on_panic(FAULT);
     // The command line first, then the file.
     let root = match &config.root {
         Some(root) if context.root == Path::new(DEFAULT_ROOT) => root,

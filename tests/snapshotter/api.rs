@@ -368,7 +368,7 @@ fn an_update_makes_a_snapshot_larger_where_it_is_and_refuses_to_make_it_smaller(
         .unwrap();
     rig.end(nix::sys::signal::Signal::SIGKILL);
     rig.area.end_devices();
-    rig.start(None);
+    rig.start();
     let source = rig.client.mounts("key").unwrap().source;
     assert!(room(&source) > 950 << 20);
     // What it becomes is as large, and so is what is made of that.

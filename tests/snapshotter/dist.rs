@@ -151,6 +151,9 @@ fn systemd_takes_the_unit() {
         "Type=notify",
         "Before=containerd.service",
         "KillMode=process",
+        // Whatever ends it, and however often.
+        "Restart=always",
+        "StartLimitIntervalSec=0",
         "OOMScoreAdjust=-999",
     ] {
         assert!(text.lines().any(|there| there == line), "{line}");

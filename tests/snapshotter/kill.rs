@@ -329,3 +329,51 @@ fn a_remote_snapshot_that_was_killed_is_found_or_made_again() {
     rig.assert_whole("all removed");
     rig.assert_checks();
 }
+
+/// In a thread of a request, in one that it started, and in one that nobody waits for. Without that the
+/// request would be answered, the rest would go on beside what it left half done, and what the thread in
+/// the background had taken on would be done by nobody.
+#[test]
+fn a_panic_of_any_thread_ends_it_with_advice_and_the_next_one_has_all_that_was_there() {
+    let mut rig = Rig::new("");
+    rig.committed("base", "", "file", "base");
+    let other = rig.client.prepare("other", "base", &[]).unwrap().source;
+    for (number, place) in [
+        "mount: mounted",
+        "prepare: layer published",
+        "retire: released",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let key = format!("key {number}");
+        let before = rig.log().len();
+        let mut outcome = Ok(());
+        let died = rig.panics_at(place, |client| {
+            let prepared = client.prepare(&key, "base", &[]).map(drop);
+            outcome = prepared.and_then(|()| client.remove(&key));
+        });
+        assert!(died, "it does not end at {place:?}: {}", rig.log());
+        let log = rig.log();
+        let said = &log[before..];
+        let panic = said.find("VELLUM_PANIC_AT").expect(said);
+        let advice = said.find("Start it again").expect(said);
+        assert!(panic < advice && said.contains("report"), "{said}");
+        if !place.starts_with("retire") {
+            let failure = outcome.unwrap_err();
+            assert_eq!(failure.code(), None, "{place}: {failure:?}");
+        }
+        // What others have mounted is served by processes of its own.
+        fs::write(Path::new(&other).join("own"), place).unwrap();
+        assert_eq!(file_of(&other, "own"), place);
+        match rig.client.prepare(&key, "base", &[]) {
+            Ok(_) => {}
+            Err(failure) => assert_eq!(failure.code(), Some(ALREADY_EXISTS), "{place}"),
+        }
+        let source = rig.client.mounts(&key).unwrap().source;
+        assert_eq!(file_of(&source, "file"), "base", "{place}");
+        rig.client.remove(&key).unwrap();
+        rig.assert_whole(place);
+    }
+    rig.assert_checks();
+}

@@ -158,7 +158,7 @@ fn while_it_writes_a_container_grows_and_goes_on_through_a_kill_a_commit_and_a_r
     // What the kernel says of devices that are gone is no news.
     fs::write("/dev/kmsg", "vmtest: errors are expected from here on").unwrap();
     rig.area.end_devices();
-    rig.start(None);
+    rig.start();
     let source = PathBuf::from(rig.client.mounts("child").unwrap().source);
     assert!(room(&source) > 2600 << 20);
     assert_eq!(fs::metadata(source.join("more")).unwrap().len(), 20 << 20);

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use vellum_base::crash_point::{PANIC_VARIABLE, VARIABLE};
 use vellum_export::loop_device::LoopDevice;
 
 use super::client::Client;
@@ -39,7 +40,7 @@ impl Rig {
             client: Client::new(area.at("vellum.sock")),
             area,
         };
-        rig.start(None);
+        rig.start();
         rig
     }
 
@@ -51,17 +52,23 @@ impl Rig {
         fs::read_to_string(self.area.at("log")).unwrap_or_default()
     }
 
-    /// Starts it, to die at a place of `vellum_base::crash_point` where one is given.
-    pub fn start(&mut self, crash_at: Option<&str>) {
+    /// Starts it.
+    pub fn start(&mut self) {
+        self.start_with(&[]);
+    }
+
+    /// Starts it, with this in its environment.
+    fn start_with(&mut self, environment: &[(&str, &str)]) {
         let mut command = Command::new(program());
         command
             .args(["--root", &self.area.at("root"), "snapshotter"])
             .args(["--config", &self.area.at("config.toml")])
             .args(["--address", &self.area.at("vellum.sock")])
-            .env_remove(vellum_base::crash_point::VARIABLE);
-        if let Some(place) = crash_at {
-            command.env(vellum_base::crash_point::VARIABLE, place);
-        }
+            // For a core file, where the host writes those.
+            .current_dir(self.area.path())
+            .env_remove(VARIABLE)
+            .env_remove(PANIC_VARIABLE)
+            .envs(environment.iter().copied());
         self.daemon = Some(Daemon::start(&mut command, &self.area.path().join("log")));
         wait_for("the snapshotter listens", LIMIT, || {
             UnixStream::connect(self.area.at("vellum.sock")).is_ok()
@@ -73,14 +80,28 @@ impl Rig {
         self.daemon.take().unwrap().signal(signal);
     }
 
-    /// Starts it anew, to die at `place`, and has `work` done; true when it died there. It runs
-    /// again afterwards, either way.
+    /// Starts it anew, to die at a place of `vellum_base::crash_point` as if killed, and has `work`
+    /// done; true when it died there. It runs again afterwards, either way.
     pub fn dies_at<T>(&mut self, place: &str, work: impl FnOnce(&Client) -> T) -> bool {
+        self.ends_with(Signal::SIGKILL, (VARIABLE, place), work)
+    }
+
+    /// As [`Rig::dies_at`], by a panic.
+    pub fn panics_at<T>(&mut self, place: &str, work: impl FnOnce(&Client) -> T) -> bool {
+        self.ends_with(Signal::SIGABRT, (PANIC_VARIABLE, place), work)
+    }
+
+    fn ends_with<T>(
+        &mut self,
+        signal: Signal,
+        place: (&str, &str),
+        work: impl FnOnce(&Client) -> T,
+    ) -> bool {
         if !cfg!(debug_assertions) {
             panic!("places to die at are in debug builds alone: run the tests without --release");
         }
         self.end(Signal::SIGTERM);
-        self.start(Some(place));
+        self.start_with(&[place]);
         work(&self.client);
         // What comes after the answer has its time too: the next one comes when it is done.
         let lives = self.client.cleanup().is_ok();
@@ -93,7 +114,7 @@ impl Rig {
         let deadline = Instant::now() + limit;
         let died = loop {
             match daemon.0.try_wait().unwrap() {
-                Some(status) => break status.signal() == Some(Signal::SIGKILL as i32),
+                Some(status) => break status.signal() == Some(signal as i32),
                 None if Instant::now() > deadline => break false,
                 None => std::thread::sleep(Duration::from_millis(10)),
             }
@@ -102,7 +123,7 @@ impl Rig {
             daemon.signal(Signal::SIGTERM);
         }
         drop(daemon);
-        self.start(None);
+        self.start();
         died
     }
 
