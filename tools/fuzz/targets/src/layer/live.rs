@@ -79,7 +79,7 @@ pub(super) fn cut_down_live(disk: &SimStorage) -> Vec<u8> {
     out
 }
 
-/// `live`, in a writable layer whose server was killed: as [`exercise`].
+/// `live`, in a writable layer whose server was killed: as [`exercise()`].
 pub fn live(input: &[u8]) {
     static DISKS: [OnceLock<SimStorage>; 2] = [OnceLock::new(), OnceLock::new()];
     let Some((mode, bytes)) = split(input) else {

@@ -69,7 +69,7 @@ pub fn header_seeds() -> Vec<Seed> {
     ]
 }
 
-/// `map`, in a writable layer that was closed: as [`exercise`].
+/// `map`, in a writable layer that was closed: as [`exercise()`].
 pub fn map(input: &[u8]) {
     static DISKS: [OnceLock<SimStorage>; 2] = [OnceLock::new(), OnceLock::new()];
     let Some((mode, mut bytes)) = split(input) else {
@@ -108,7 +108,7 @@ pub fn map_seeds() -> Vec<Seed> {
     seeds
 }
 
-/// `seal`, in a sealed layer: as [`exercise`].
+/// `seal`, in a sealed layer: as [`exercise()`].
 pub fn seal(input: &[u8]) {
     static DISKS: [OnceLock<SimStorage>; 2] = [OnceLock::new(), OnceLock::new()];
     let Some((mode, mut bytes)) = split(input) else {
@@ -130,7 +130,7 @@ pub fn seal_seeds() -> Vec<Seed> {
 const TWO: u8 = 4;
 
 /// `journal.0` and `journal.1`, in a writable layer that was not closed, with a checkpoint of
-/// generation 0: as [`exercise`].
+/// generation 0: as [`exercise()`].
 pub fn journal(input: &[u8]) {
     static DISKS: [OnceLock<SimStorage>; 2] = [OnceLock::new(), OnceLock::new()];
     let Some((mode, mut bytes)) = split(input) else {

@@ -24,7 +24,7 @@ const FILES: [&str; 7] = [
 ];
 
 /// A directory of files, each a byte for its name, two for its length, and its bytes. Data files
-/// that are not there are made as the header wants them. As [`exercise`].
+/// that are not there are made as the header wants them. As [`exercise()`].
 pub fn open(input: &[u8]) {
     let Some((mode, bytes)) = split(input) else {
         return;
