@@ -88,8 +88,13 @@ impl Rounds {
     fn fits(&self, driver: &str, round: usize, left: f64, place_left: f64) -> bool {
         let cost = self.cost(driver);
         if self.first.contains_key(driver) {
-            // The first round may take from the workloads that follow: it says the most.
-            return if round == 0 { place_left } else { left } > cost;
+            if round == 0 {
+                // It may take from the workloads that follow: it says the most.
+                return place_left > cost;
+            }
+            // A round of one says nothing without the others': there is time for all that have not had it.
+            let waiting = self.first.iter().filter(|(_, had)| **had <= round);
+            return left > waiting.map(|(driver, _)| self.cost(driver)).sum();
         }
         let to_come = self.first.iter().map(|(driver, had)| {
             let rounds = self.rounds.saturating_sub(*had) as f64;
@@ -143,11 +148,24 @@ mod tests {
         // 40 s are still to come for the two, and the other takes 10.
         assert!(!rounds.fits("btrfs", 0, 45.0, 100.0));
         assert!(rounds.fits("btrfs", 0, 51.0, 100.0));
-        assert!(rounds.fits("raw", 1, 11.0, 100.0));
-        assert!(!rounds.fits("raw", 1, 9.0, 100.0), "the next workload's");
+        assert!(rounds.fits("raw", 1, 21.0, 100.0));
+        assert!(!rounds.fits("raw", 1, 19.0, 100.0), "the next workload's");
         // A driver that failed keeps nothing for itself.
         rounds.gave_up("vellum");
         assert!(rounds.fits("btrfs", 0, 31.0, 100.0));
+    }
+
+    #[test]
+    fn a_round_begins_with_time_for_all_that_are_compared_and_then_has_it() {
+        let mut rounds = Rounds::new(1.0, 9, ["raw", "vellum"]);
+        rounds.had("raw", 10.0);
+        rounds.had("vellum", 1.0);
+        // A reference that was slow once does not leave the other to itself.
+        assert!(!rounds.fits("raw", 1, 9.0, 100.0));
+        assert!(!rounds.fits("vellum", 1, 9.0, 100.0));
+        assert!(rounds.fits("raw", 1, 12.0, 100.0));
+        rounds.had("raw", 10.0);
+        assert!(rounds.fits("vellum", 1, 2.0, 100.0));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -157,7 +158,10 @@ impl Image for Containers {
                 command
             }
         };
-        let server = host::Server::start(&mut command, Signal::SIGTERM, || socket.exists())?;
+        let server = host::Server::start(&mut command, Signal::SIGTERM, || {
+            // It is there before anybody listens.
+            UnixStream::connect(&socket).is_ok()
+        })?;
         self.started.insert(name.to_owned(), server);
         Ok(Access::Nbd(format!(
             "nbd+unix:///?socket={}",

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -149,7 +150,8 @@ impl Image for Containers {
                         .args(["nbd", name, "--socket"])
                         .arg(&socket),
                     Signal::SIGTERM,
-                    || socket.exists(),
+                    // It is there before anybody listens.
+                    || UnixStream::connect(&socket).is_ok(),
                 )?;
                 self.served.insert(name.to_owned(), server);
                 Ok(Access::Nbd(format!(
