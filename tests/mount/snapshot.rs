@@ -360,9 +360,10 @@ fn a_snapshot_that_is_killed_anywhere_is_taken_or_not_taken() {
 
 #[test]
 fn a_fork_that_is_killed_anywhere_is_there_or_not_there() {
+    let [forked, ..] = crash_point::SNAPSHOTS;
     for place in [
         "commit: sealed under users",
-        "fork: sealed",
+        forked,
         "storage: file written aside",
     ] {
         kill_at(place, &["fork", "c", "fork"]);
@@ -371,11 +372,8 @@ fn a_fork_that_is_killed_anywhere_is_there_or_not_there() {
 
 #[test]
 fn a_rollback_that_is_killed_anywhere_went_back_or_did_not() {
-    for place in [
-        "rollback: present kept",
-        "rollback: layer published",
-        "rollback: put back",
-    ] {
+    let [_, of_rollback @ ..] = crash_point::SNAPSHOTS;
+    for place in of_rollback {
         kill_at(place, &["rollback", "c", "first"]);
     }
 }

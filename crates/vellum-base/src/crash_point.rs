@@ -1,7 +1,7 @@
 //! Places where a test has this process die, as if it had been killed there, or panic.
 //!
-//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`] or [`SERVING`]; the process that called
-//! [`arm`] sends itself SIGKILL when it comes by for the first, or the third, time. With
+//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`] or [`SERVING`]; the process
+//! that called [`arm`] sends itself SIGKILL when it comes by for the first, or the third, time. With
 //! `VELLUM_PANIC_AT` it panics there. Builds without debug assertions contain nothing of it, and
 //! processes that never call [`arm`], such as device servers, come to no harm.
 
@@ -11,7 +11,7 @@ pub const VARIABLE: &str = "VELLUM_CRASH_AT";
 pub const PANIC_VARIABLE: &str = "VELLUM_PANIC_AT";
 
 /// Every place, in the order in which a snapshot comes by them.
-pub const ALL: [&str; 40] = [
+pub const ALL: [&str; 36] = [
     "prepare: key taken",
     "prepare: layer made",
     "prepare: layer published",
@@ -48,6 +48,10 @@ pub const ALL: [&str; 40] = [
     "retire: layer discarded",
     "retire: checksums made",
     "storage: file written aside",
+];
+
+/// Every place that snapshots, forks and rollbacks of containers have beside those of a commit.
+pub const SNAPSHOTS: [&str; 4] = [
     "fork: sealed",
     "rollback: present kept",
     "rollback: layer published",
@@ -71,7 +75,7 @@ static ARMED: std::sync::OnceLock<Armed> = std::sync::OnceLock::new();
 /// Reads the variables; [`VARIABLE`] comes first.
 ///
 /// # Errors
-/// [`crate::ErrorKind::InvalidInput`] for a name that is neither in [`ALL`] nor in [`SERVING`].
+/// [`crate::ErrorKind::InvalidInput`] for a name that is in none of the lists.
 pub fn arm() -> crate::Result<()> {
     #[cfg(debug_assertions)]
     for (variable, panics) in [(VARIABLE, false), (PANIC_VARIABLE, true)] {
@@ -100,7 +104,8 @@ pub fn arm() -> crate::Result<()> {
 
 #[cfg(debug_assertions)]
 fn is_place(name: &str) -> bool {
-    ALL.contains(&name) || SERVING.contains(&name)
+    let mut places = ALL.iter().chain(&SNAPSHOTS).chain(&SERVING);
+    places.any(|place| *place == name)
 }
 
 /// Dies or panics here, if that is where this process shall.
