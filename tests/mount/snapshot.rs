@@ -322,6 +322,13 @@ fn kill_at(place: &str, arguments: &[&str]) {
     }
     store.ok(&["prune"]);
     store.ok(&["check", "--scrub"]);
+    // Also of one whose command was killed it is known what it holds.
+    let listed = store.json(&["snapshots", "c"]);
+    let mut listed = listed["snapshots"].as_array().unwrap().iter();
+    assert!(
+        listed.all(|kept| kept["bytes"].as_u64().unwrap() > 0),
+        "{place}"
+    );
     let there = snapshots(&store, "c");
     assert_eq!(there[0], "first", "{place}");
     // What was done counts; what was not is done now.

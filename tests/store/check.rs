@@ -158,6 +158,39 @@ fn a_flipped_bit_in_a_layer_that_only_a_snapshot_uses_is_an_error_of_the_snapsho
 }
 
 #[test]
+fn a_damaged_layer_of_a_containers_snapshot_is_an_error_of_that_and_the_container_goes_on() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let write = |tag: u8| {
+        let dir = store.mount("c");
+        fs::write(dir.join("file"), vec![tag; 50_000]).unwrap();
+        store.ok(&["umount", "c"]);
+    };
+    write(1);
+    store.ok(&["snapshot", "c", "one"]);
+    write(2);
+    let kept = store.json(&["snapshot", "c", "two"]);
+    let layer = kept["snapshot"]["layers"][0].as_str().unwrap().to_owned();
+    // Only the snapshot has its layer from now on.
+    store.ok(&["rollback", "c", "one", "--discard"]);
+    store.ok(&["check", "--scrub"]);
+    damage_data(&store.root.join("layers").join(&layer), |block| {
+        block.iter().all(|byte| *byte == 2)
+    });
+    let found = findings(&store, &["--scrub"], 1);
+    let errors: Vec<&str> = found
+        .iter()
+        .filter(|finding| finding["severity"] == "error")
+        .map(|finding| finding["what"].as_str().unwrap())
+        .collect();
+    assert_eq!(errors, [&*format!("layer {layer}"), "snapshot c@two"]);
+    store.ok(&["rm", "c@two"]);
+    store.ok(&["check", "--scrub"]);
+    write(3);
+}
+
+#[test]
 fn a_damaged_layer_is_not_shared_by_the_next_import() {
     let store = TestStore::new();
     shell(

@@ -42,6 +42,8 @@ pub const GROW: &str = "grow";
 
 /// Requests of a block device that wait for minutes make the kernel complain of hung tasks.
 const MAX_FULL_WAIT: Duration = Duration::from_secs(600);
+/// How long a server leaves a layer that it sealed without checksums: a commit makes them itself.
+const BEFORE_CHECKSUMS: Duration = Duration::from_secs(10);
 /// Runs in one answer about the map, so that it fits a line of the control socket.
 const MAX_RUNS: usize = 16 << 10;
 
@@ -408,10 +410,12 @@ impl OpenChain {
     }
 
     /// Gives sealed layers of the chain that have no checksums yet theirs, in a thread of its own, which
-    /// leaves most of the disk's time to others. What it does not come to is left to the next server, or to
+    /// leaves most of the disk's time to others, and the first seconds to a command that waits for them and to
+    /// whatever begins in the container. What it does not come to is left to the next server, or to
     /// [`super::check::finish_commits`].
     fn complete_sealed(&self) {
-        if !self.served || self.store.is_read_only() {
+        // Whoever only looks changes nothing.
+        if !self.served || self.chain.top().is_none() {
             return;
         }
         let layers = self.chain.base().layers();
@@ -422,6 +426,7 @@ impl OpenChain {
         }
         let store = self.store.clone();
         let complete = move || {
+            std::thread::sleep(BEFORE_CHECKSUMS);
             for layer in pending {
                 let mut began = Instant::now();
                 let completed = checksum_layer(&store, layer, |_| {

@@ -92,6 +92,23 @@ fn own_bytes(store: &Store, kept: &ContainerSnapshot, sealed: Uuid) -> Result<u6
         .sum()
 }
 
+/// Notes what snapshots hold whose command was killed before it could.
+///
+/// # Errors
+/// Where a layer's description cannot be read, or the record written.
+pub(super) fn recount(store: &Store, container: &ContainerRecord) -> Result<()> {
+    for snapshot in container.snapshots.iter().filter(|kept| kept.bytes == 0) {
+        let Some(top) = snapshot.layers.last() else {
+            continue;
+        };
+        let bytes = own_bytes(store, snapshot, *top)?;
+        if bytes > 0 {
+            store.count_snapshot(&container.name, snapshot.id, bytes)?;
+        }
+    }
+    Ok(())
+}
+
 /// Notes where a sealed layer comes from and what it holds, and sees to its checksums.
 fn describe(store: &Store, sealing: &Sealing, what: &str) -> Result<()> {
     let layer = sealing.layer;

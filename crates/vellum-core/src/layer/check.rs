@@ -311,7 +311,7 @@ impl Check<'_> {
                 Severity::Warning,
                 SEAL_FILE,
                 "missing: the layer is sealed, but has no checksums yet",
-                "something stopped before they were made",
+                "the server of a container that lies on it makes them, or `vellum prune`",
                 Some(Repair::MakeSeal),
             );
         }

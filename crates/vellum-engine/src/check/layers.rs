@@ -98,14 +98,13 @@ impl Check<'_> {
                 .repair
                 .map(|_| Remedy::Layer(layer))
                 .filter(|_| sealed);
-            // Whoever commits makes checksums after sealing and counts then, so this may be a matter of
-            // seconds; and what one that was cut off had no time for prune does by itself. A layer that
-            // was counted has lost them.
+            // Checksums are made after sealing, when nobody waits, by a server or by prune. A layer that was
+            // counted and does not hold that any more has lost them.
             let had_no_time = match finding.repair {
                 Some(layer::Repair::MakeSeal) => self
                     .store
                     .layer_info(layer)
-                    .is_ok_and(|info| info.bytes == 0),
+                    .is_ok_and(|info| info.bytes == 0 || self.holds(dir, info.bytes)),
                 Some(layer::Repair::Remove) => true,
                 None => false,
             };
@@ -124,6 +123,12 @@ impl Check<'_> {
             ));
         }
         Ok(())
+    }
+
+    /// Whether a sealed layer holds so many bytes.
+    fn holds(&self, dir: &Path, bytes: u64) -> bool {
+        SealedLayer::open(&**self.store.storage(), dir)
+            .is_ok_and(|sealed| sealed.data_blocks().bytes() == bytes)
     }
 
     /// Compares what is said of a sealed layer with what it holds.

@@ -15,6 +15,7 @@ mod stacks;
 use uuid::Uuid;
 
 use super::mount_point::mounted;
+use super::snapshot::find;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_store::{ContainerRecord, Records, Store};
 
@@ -161,7 +162,10 @@ impl Check<'_> {
                     .is_ok_and(|layer| used.contains(&layer) || store.layer_dir(layer).exists()),
                 Some(("image", name)) => !store.image(name).is_err_and(gone),
                 Some(("container", name)) => !store.container(name).is_err_and(gone),
-                Some(("snapshot", key)) => records.snapshots.iter().any(|s| s.key == key),
+                Some(("snapshot", key)) => {
+                    let of_container = || find(store, key).is_ok_and(|found| found.is_some());
+                    records.snapshots.iter().any(|s| s.key == key) || of_container()
+                }
                 _ => true,
             }
         });

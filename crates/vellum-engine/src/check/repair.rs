@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::report::{CheckReport, Remedy};
 use crate::complete::{complete_layer, count_layer};
+use crate::snapshot::recount;
 use crate::teardown::{clean_orphaned_run_dirs, umount};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
@@ -137,13 +138,7 @@ fn settle(store: &Store, container: &ContainerRecord) -> Result<bool> {
 pub fn finish_commits(store: &Store) -> Result<()> {
     let records = store.records()?;
     for container in records.containers.iter().filter(|c| c.next.is_some()) {
-        match settle(store, container) {
-            // Removed meanwhile, or its layer is damaged.
-            Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt) => {
-                return Err(error);
-            }
-            _ => {}
-        }
+        unless_gone(settle(store, container).map(drop))?;
     }
     let Some(_gc) = store.try_collection_lock()? else {
         return Ok(());
@@ -151,6 +146,10 @@ pub fn finish_commits(store: &Store) -> Result<()> {
     let storage = &**store.storage();
     for layer in store.records()?.used_layers() {
         let dir = store.layer_dir(layer);
+        // A server gives it its checksums, or a container writes it.
+        if store.is_leased(&dir) {
+            continue;
+        }
         let pending = SealedLayer::open(storage, &dir).is_ok_and(|sealed| {
             !sealed.is_checksummed()
                 || ["map", "journal.0", "journal.1"]
@@ -164,5 +163,15 @@ pub fn finish_commits(store: &Store) -> Result<()> {
             complete_layer(store, layer)?;
         }
     }
-    Ok(())
+    let containers = store.containers()?;
+    let recounted = |container| unless_gone(recount(store, container));
+    containers.iter().try_for_each(recounted)
+}
+
+/// What was removed meanwhile, or is damaged, is left alone.
+fn unless_gone(result: Result<()>) -> Result<()> {
+    match result {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt) => Ok(()),
+        other => other,
+    }
 }

@@ -154,6 +154,7 @@ impl Check<'_> {
             )),
             None => {}
         }
+        self.kept(container, states);
         if container.next.is_some() {
             self.find(Finding::new(
                 Severity::Note,
@@ -165,6 +166,30 @@ impl Check<'_> {
             ));
         }
         Ok(())
+    }
+
+    /// The snapshots of a container: those that its own layers do not begin with may be damaged by themselves.
+    fn kept(&mut self, container: &ContainerRecord, states: &LayerStates) {
+        for snapshot in &container.snapshots {
+            let name = format!("{}@{}", container.name, snapshot.name);
+            let problem = match container.snapshot_layers(snapshot.id) {
+                Ok(layers) => stack(&layers, states).map(|trouble| trouble.problem),
+                Err(error) => Some(error.to_string()),
+            };
+            if let Some(problem) = problem {
+                self.find(Finding::new(
+                    Severity::Error,
+                    format!("snapshot {name}"),
+                    self.record(&format!("containers/{}", container.name)),
+                    problem,
+                    format!(
+                        "put the layer's files back from a backup; otherwise `vellum rm {name}`, which \
+                         leaves the container as it is"
+                    ),
+                    None,
+                ));
+            }
+        }
     }
 
     fn bad_container(&mut self, container: &ContainerRecord, path: &std::path::Path, why: String) {
