@@ -123,13 +123,32 @@ impl Look {
         });
     }
 
+    /// A file of the kernel's that says how a check goes; `None` where it cannot be read, which is then
+    /// what is found.
+    fn read(&mut self, check: &'static str, path: &str) -> Option<String> {
+        fs::read_to_string(path)
+            .inspect_err(|error| {
+                let advice = "mount -t proc proc /proc";
+                self.add(
+                    check,
+                    State::Missing,
+                    format!("{path}: {error}"),
+                    Some(advice),
+                );
+            })
+            .ok()
+    }
+
     fn privileges(&mut self) {
-        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-        let capabilities = status
-            .lines()
-            .find_map(|line| line.strip_prefix("CapEff:"))
-            .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-            .unwrap_or(0);
+        let capabilities = self
+            .read("privileges", "/proc/self/status")
+            .and_then(|status| {
+                let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+                u64::from_str_radix(line?.trim(), 16).ok()
+            });
+        let Some(capabilities) = capabilities else {
+            return;
+        };
         let has = |capability: u32| (capabilities >> capability) & 1 == 1;
         if has(CAP_SYS_ADMIN) {
             self.ok("privileges", "CAP_SYS_ADMIN");
@@ -182,7 +201,9 @@ impl Look {
                 Some("use a newer kernel"),
             ),
         }
-        let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+        let Some(known) = self.read("ext4", "/proc/filesystems") else {
+            return;
+        };
         let knows = |name: &str| known.lines().any(|line| line.trim_start() == name);
         if knows("ext4") {
             self.ok("ext4", "known to the kernel");

@@ -3,13 +3,13 @@
 //! command lines, by sysfs and by the table of mounts.
 
 use std::borrow::Cow;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::mount_point;
+use super::run::cgroup;
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_export::device::{self, DetachOptions, FoundDevice, Identity};
+use vellum_export::device::{self, DetachOptions, FoundDevice};
 use vellum_fs::run_dir::{RunDir, RunRoot};
 use vellum_store::Store;
 
@@ -152,21 +152,9 @@ fn end_device(device: &LostDevice) -> Result<()> {
 /// Kills what `vellum run` and `exec` started in a container: by its cgroup, since the record of it
 /// lies in the store.
 fn end_processes(id: &str) -> Result<()> {
-    let cgroup = format!("vellum-{id}");
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut killed = Vec::new();
-    for process in processes {
-        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse().ok()) else {
-            continue;
-        };
-        let groups = fs::read_to_string(process.path().join("cgroup")).unwrap_or_default();
-        let is_in = groups
-            .lines()
-            .any(|line| line.split('/').any(|part| part == cgroup));
-        if !is_in {
-            continue;
-        }
-        if let Some(open) = Identity::of(pid).and_then(Identity::open) {
+    for process in cgroup::members(&format!("vellum-{id}"))? {
+        if let Some(open) = process.open()? {
             open.signal(nix::sys::signal::Signal::SIGKILL);
             killed.push(open);
         }

@@ -92,7 +92,7 @@ impl MountInfo {
                 && other.target != self.target
                 && self.target.starts_with(&other.target)
         };
-        match (others().find(hides), self.is_seen()) {
+        match (others().find(hides), self.is_seen()?) {
             (Some(other), false) => {
                 Err(refused(other, &format!("over {}", other.target.display())))
             }
@@ -100,21 +100,21 @@ impl MountInfo {
         }
     }
 
-    /// True unless its path leads to another mount.
-    fn is_seen(&self) -> bool {
+    /// True where its path leads to it, and not to another mount.
+    fn is_seen(&self) -> Result<bool> {
         let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
         let opened = fs::OpenOptions::new()
             .read(true)
             .custom_flags(flags)
             .open(&self.target);
         let Ok(opened) = opened else {
-            return false;
+            return Ok(false);
         };
-        let info = format!("/proc/self/fdinfo/{}", opened.as_raw_fd());
-        let info = fs::read_to_string(info).unwrap_or_default();
+        let path = format!("/proc/self/fdinfo/{}", opened.as_raw_fd());
+        let info = fs::read_to_string(&path).context(|| format!("{path}: cannot be read"))?;
         let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:"));
         // A kernel that does not tell (before 3.15) is none that we run on.
-        id.is_none_or(|id| id.trim().parse() == Ok(self.id))
+        Ok(id.is_some_and(|id| id.trim().parse() == Ok(self.id)))
     }
 
     /// The mount that `path`, absolute and without links, lies on.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
+use super::cgroup;
 use super::runtime::Runtime;
 use crate::mount_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -38,7 +39,7 @@ pub(crate) struct Owner {
     pub(super) waiter: Identity,
     /// The runtime that runs it.
     pub(super) runner: Option<Identity>,
-    /// A path in the container's cgroup's name.
+    /// The name of the container's cgroup.
     pub(super) cgroup: String,
     /// It was mounted before, and stays so.
     pub(crate) keep_mounted: bool,
@@ -58,7 +59,10 @@ impl Owner {
             // Half written: a crash that came before anything was started.
             Ok(bytes) => {
                 let owner = serde_json::from_slice::<Owner>(&bytes).ok();
-                Ok(owner.filter(|owner| owner.is_of(run_dir)))
+                match owner {
+                    Some(owner) if owner.is_of(run_dir)? => Ok(Some(owner)),
+                    _ => Ok(None),
+                }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io(format!("cannot read {}", path.display()), error)),
@@ -66,10 +70,10 @@ impl Owner {
     }
 
     /// True where it is of this boot and of this very directory. A program of before says neither.
-    fn is_of(&self, run_dir: &RunDir) -> bool {
-        let boot = self.boot_id.is_empty() || self.boot_id == boot_id();
+    fn is_of(&self, run_dir: &RunDir) -> Result<bool> {
+        let boot = self.boot_id.is_empty() || self.boot_id == boot_id()?;
         let place = |place| run_dir.place().is_ok_and(|here| here == place);
-        boot && self.place.is_none_or(place)
+        Ok(boot && self.place.is_none_or(place))
     }
 
     /// Writes the record, all of it or nothing.
@@ -94,30 +98,29 @@ impl Owner {
 
     /// A process of the container while one lives: its first, or else another of its cgroup, for
     /// the runtime may have died before it noted the first.
-    pub(super) fn process(&self, run_dir: &RunDir) -> Option<Identity> {
-        self.init(run_dir).or_else(|| self.any_member())
+    pub(super) fn process(&self, run_dir: &RunDir) -> Result<Option<Identity>> {
+        match self.init(run_dir)? {
+            Some(init) => Ok(Some(init)),
+            None => self.any_member(),
+        }
     }
 
     /// The container's first process while it lives. Its cgroup proves that a pid is still it.
-    pub(super) fn init(&self, run_dir: &RunDir) -> Option<Identity> {
-        let text = fs::read_to_string(run_dir.oci().join("pid")).ok()?;
-        let process = Identity::of(text.trim().parse().ok()?)?;
-        let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).ok()?;
-        (cgroup.contains(&self.cgroup) && process.is_alive()).then_some(process)
+    pub(super) fn init(&self, run_dir: &RunDir) -> Result<Option<Identity>> {
+        // The runtime writes it once it has started that process.
+        let Ok(text) = fs::read_to_string(run_dir.oci().join("pid")) else {
+            return Ok(None);
+        };
+        match text.trim().parse() {
+            Ok(pid) => cgroup::member(pid, &self.cgroup),
+            Err(_) => Ok(None),
+        }
     }
 
     /// The oldest process of the container's cgroup, wherever its hierarchy is mounted.
-    fn any_member(&self) -> Option<Identity> {
-        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-        processes
-            .filter_map(|process| process.file_name().to_str()?.parse().ok())
-            .filter(|pid| {
-                fs::read_to_string(format!("/proc/{pid}/cgroup"))
-                    .is_ok_and(|cgroup| cgroup.contains(&self.cgroup))
-            })
-            .filter_map(Identity::of)
-            .filter(|process| process.is_alive())
-            .min_by_key(|process| process.start)
+    fn any_member(&self) -> Result<Option<Identity>> {
+        let members = cgroup::members(&self.cgroup)?;
+        Ok(members.into_iter().min_by_key(|process| process.start))
     }
 }
 
@@ -157,7 +160,7 @@ pub(super) fn activity_in(run_dir: &RunDir) -> Result<Activity> {
     let waited = owner.waiter.is_alive();
     // The runtime goes on where the command that started it was killed.
     let busy = waited || owner.runner.is_some_and(Identity::is_alive);
-    Ok(match owner.process(run_dir) {
+    Ok(match owner.process(run_dir)? {
         Some(process) => Activity::Running {
             pid: process.pid,
             waited,
@@ -220,7 +223,7 @@ pub(crate) fn end_running(run_dir: &RunDir, container: &str, force: bool) -> Res
 /// Kills what is left of a run and removes its cgroup.
 pub(super) fn kill_left(run_dir: &RunDir) -> Result<()> {
     if let Some(owner) = Owner::read(run_dir)? {
-        let init = owner.init(run_dir);
+        let init = owner.init(run_dir)?;
         let runtime = owner.runtime(run_dir);
         let known = runtime.root.join(&owner.id).exists();
         if known {
@@ -231,7 +234,7 @@ pub(super) fn kill_left(run_dir: &RunDir) -> Result<()> {
         for process in [init, runner].into_iter().flatten() {
             end(process)?;
         }
-        while let Some(process) = owner.any_member().filter(|process| *process != me) {
+        while let Some(process) = owner.any_member()?.filter(|process| *process != me) {
             end(process)?;
         }
         remove_cgroups(&owner.cgroup);
@@ -265,7 +268,7 @@ fn delete(runtime: &Runtime, owner: &Owner) -> Result<()> {
 
 /// Kills a process if it does not end by itself at once, and waits for it.
 fn end(process: Identity) -> Result<()> {
-    let Some(open) = process.open() else {
+    let Some(open) = process.open()? else {
         return Ok(());
     };
     if open.wait(Duration::from_millis(500))? {

@@ -1,6 +1,7 @@
 //! The bundle of a run: what the OCI runtime is told, and the files that a container has of its own.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::super::mount_point;
@@ -154,28 +155,34 @@ pub(super) fn host_name(container: &ContainerRecord) -> String {
         .unwrap_or_else(of_name)
 }
 
+/// A file of the host, of whatever bytes; empty where the host has none.
+fn of_host(path: &str) -> Result<Vec<u8>> {
+    match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => {
+            read.context(|| format!("{path}: cannot be read, and a container has a copy of it"))
+        }
+    }
+}
+
 /// Files that every container has of its own, so that the image's stay as they are.
 fn etc_files(dir: &Path, hostname: &str, confinement: &Confinement) -> Result<Vec<Bind>> {
-    let of_host = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let mut files = vec![("hostname", format!("{hostname}\n"))];
+    let mut files = vec![("hostname", format!("{hostname}\n").into_bytes())];
     match confinement.network {
         Network::Host => {
-            files.push((
-                "hosts",
-                format!(
-                    "{}\n127.0.1.1\t{hostname}\n",
-                    of_host("/etc/hosts").trim_end()
-                ),
-            ));
-            files.push(("resolv.conf", of_host("/etc/resolv.conf")));
+            let mut hosts = of_host("/etc/hosts")?.trim_ascii_end().to_vec();
+            hosts.extend(format!("\n127.0.1.1\t{hostname}\n").as_bytes());
+            files.push(("hosts", hosts));
+            files.push(("resolv.conf", of_host("/etc/resolv.conf")?));
         }
         Network::None => {
             files.push((
                 "hosts",
-                format!("127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\t{hostname}\n"),
+                format!("127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\t{hostname}\n")
+                    .into_bytes(),
             ));
             // There as docker has it, so that a program finds no server, and not the image's.
-            files.push(("resolv.conf", "# This container has no network.\n".into()));
+            files.push(("resolv.conf", b"# This container has no network.\n".into()));
         }
     }
     files
@@ -190,4 +197,22 @@ fn etc_files(dir: &Path, hostname: &str, confinement: &Confinement) -> Result<Ve
             })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_the_host_is_copied_whatever_its_bytes_and_one_that_cannot_be_read_is_no_empty_one()
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        fs::write(path("hosts"), b"1.2.3.4 m\xfcller\n").unwrap();
+        assert_eq!(of_host(&path("hosts")).unwrap(), b"1.2.3.4 m\xfcller\n");
+        assert_eq!(of_host(&path("none")).unwrap(), b"");
+        fs::create_dir(path("dir")).unwrap();
+        let error = of_host(&path("dir")).unwrap_err();
+        assert!(error.to_string().contains("dir: cannot be read"), "{error}");
+    }
 }

@@ -34,10 +34,13 @@ impl Foreground {
     /// Begins to take signals: from now on none of them ends this process.
     pub(super) fn new() -> Result<Self> {
         let doing = || "cannot take signals";
-        // A blocked signal comes here even where it is ignored, as nohup has it.
-        let ignored = ignored();
-        let heard = |signal: &Signal| ignored >> (*signal as i32 - 1) & 1 == 0;
-        let mut set: SigSet = FORWARDED.into_iter().filter(heard).collect();
+        let mut set = SigSet::empty();
+        for signal in FORWARDED {
+            // A blocked signal comes here even where it is ignored, as nohup has it.
+            if !is_ignored(signal).context(doing)? {
+                set.add(signal);
+            }
+        }
         set.add(Signal::SIGCHLD);
         let mut old = SigSet::empty();
         pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut old)).context(doing)?;
@@ -86,12 +89,15 @@ impl Foreground {
     }
 }
 
-/// The signals that this process ignores, as a mask (proc(5)); none where that cannot be read.
-fn ignored() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .unwrap_or(0)
+/// True for a signal that this process ignores.
+fn is_ignored(signal: Signal) -> nix::Result<bool> {
+    let mut now = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: without a new action the call changes nothing, and fills in the one there is.
+    let outcome = unsafe { libc::sigaction(signal as i32, std::ptr::null(), now.as_mut_ptr()) };
+    Errno::result(outcome)?;
+    // SAFETY: the call succeeded.
+    let now = unsafe { now.assume_init() };
+    Ok(now.sa_sigaction == libc::SIG_IGN)
 }
 
 impl Drop for Foreground {

@@ -9,6 +9,7 @@
 pub(super) mod activity;
 mod bundle;
 mod capabilities;
+pub(crate) mod cgroup;
 mod executable;
 mod foreground;
 mod limits;
@@ -217,7 +218,7 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
         runner: None,
         cgroup: format!("vellum-{}", container.id),
         keep_mounted,
-        boot_id: boot_id(),
+        boot_id: boot_id()?,
         place: run_dir.place().ok(),
     };
     let prepare = || {
@@ -319,8 +320,10 @@ fn supervise(
         .arg(oci.join("pid"))
         .arg(&owner.id);
     let mut child = runtime.spawn(&mut command, Some(rootfs))?;
-    owner.runner = Identity::of(child.id() as i32);
-    let noted = owner.write(run_dir);
+    let noted = Identity::of(child.id() as i32).and_then(|runner| {
+        owner.runner = runner;
+        owner.write(run_dir)
+    });
     let status = foreground.wait(&mut child)?;
     noted?;
     Ok(ended(status, &log))
@@ -391,9 +394,9 @@ fn can_be_entered(run_dir: &RunDir) -> Result<bool> {
     let Some(owner) = Owner::read(run_dir)? else {
         return Ok(false);
     };
-    let lives = || owner.process(run_dir).is_some();
-    owner.runtime(run_dir).wait_for(&owner.id, lives);
-    Ok(lives())
+    let lives = || Ok(owner.process(run_dir)?.is_some());
+    owner.runtime(run_dir).wait_for(&owner.id, lives)?;
+    lives()
 }
 
 fn exec_beside(
@@ -423,7 +426,7 @@ fn exec_beside(
         &options.env,
     );
     let cwd = absolute(&config.working_dir);
-    if let Some(init) = owner.init(&run_dir) {
+    if let Some(init) = owner.init(&run_dir)? {
         // As its first process sees them, with all that is mounted there.
         let root = PathBuf::from(format!("/proc/{}/root", init.pid));
         let files = Files {

@@ -104,11 +104,15 @@ impl Runtime {
     }
 
     /// Waits until it has noted a container, as long as `lives` and not for ever.
-    pub(super) fn wait_for(&self, id: &str, lives: impl Fn() -> bool) {
+    ///
+    /// # Errors
+    /// As `lives`.
+    pub(super) fn wait_for(&self, id: &str, lives: impl Fn() -> Result<bool>) -> Result<()> {
         let end = Instant::now() + NOTED_WITHIN;
-        while !self.knows(id) && lives() && Instant::now() < end {
+        while !self.knows(id) && lives()? && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(10));
         }
+        Ok(())
     }
 
     fn is_crun(&self) -> bool {

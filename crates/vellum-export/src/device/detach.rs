@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 use super::command_line::run_dir_of;
 use super::lock::RunLock;
-use super::process::Identity;
+use super::process::{Identity, Process};
 use super::state::{self, RunState, Status, is_listened, loops};
 use crate::fuse::session::FS_TYPE;
 use crate::loop_device::LoopDevice;
@@ -170,15 +170,17 @@ fn stop(run_dir: &RunDir, timeout: Duration) -> Result<()> {
     let Some(state) = RunState::read(run_dir)? else {
         return kill_all(run_dir, timeout);
     };
-    let runs = |process: &Identity| !process.is_stopped();
+    let open = |process: Option<Identity>| match process {
+        Some(process) if !process.is_stopped() => process.open(),
+        _ => Ok(None),
+    };
     let mut named = state.named();
-    let first = named.next().filter(runs).and_then(Identity::open);
-    let told = match &first {
+    let told = match open(named.next())? {
         Some(supervisor) => {
             supervisor.signal(Signal::SIGTERM);
             supervisor.wait(timeout)?
         }
-        None => match named.next().filter(runs).and_then(Identity::open) {
+        None => match open(named.next())? {
             Some(worker) => {
                 worker.signal(Signal::SIGTERM);
                 worker.wait(timeout)?
@@ -205,7 +207,7 @@ pub fn wake(run_dir: &RunDir) -> Result<()> {
         return Ok(());
     }
     let run_dir = run_dir.canonical().context(|| run_dir.to_string())?;
-    for process in processes(&run_dir)?.into_iter().filter_map(Identity::open) {
+    for process in open_all(processes(&run_dir)?)? {
         tracing::warn!("process {} was stopped: it goes on", process.pid());
         process.signal(Signal::SIGCONT);
     }
@@ -217,6 +219,12 @@ pub fn wake(run_dir: &RunDir) -> Result<()> {
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+/// Handles on those of the processes that are not gone.
+fn open_all(processes: Vec<Identity>) -> Result<Vec<Process>> {
+    let opened = processes.into_iter().map(Identity::open);
+    opened.filter_map(Result::transpose).collect()
 }
 
 /// So many times in a row, 10 ms apart, no process of a device is found before it counts as dead.
@@ -231,7 +239,7 @@ fn kill_all(run_dir: &RunDir, timeout: Duration) -> Result<()> {
         // A standby that becomes the supervisor while its elders die is found in the next round.
         let mut found = processes(run_dir)?;
         found.extend(dying(run_dir));
-        let open: Vec<_> = found.into_iter().filter_map(Identity::open).collect();
+        let open = open_all(found)?;
         for process in &open {
             process.signal(Signal::SIGKILL);
         }
@@ -286,7 +294,7 @@ fn processes(run_dir: &RunDir) -> Result<Vec<Identity>> {
             continue;
         };
         if is_of(pid, run_dir, place)
-            && let Some(identity) = Identity::of(pid)
+            && let Some(identity) = Identity::of(pid)?
             && identity.is_alive()
         {
             found.push(identity);

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -23,38 +24,54 @@ pub struct Identity {
 
 impl Identity {
     /// The process with this pid, if there is one.
-    pub fn of(pid: i32) -> Option<Identity> {
-        Some(Identity {
-            pid,
-            start: stat(pid)?.1,
-        })
+    ///
+    /// # Errors
+    /// Where that cannot be told, as with too many open files.
+    pub fn of(pid: i32) -> Result<Option<Identity>> {
+        let found = stat(pid).context(|| format!("process {pid}: cannot be looked at"))?;
+        Ok(found.map(|(_, start)| Identity { pid, start }))
     }
 
     /// The calling process.
+    ///
+    /// # Panics
+    /// Where it cannot be looked at: under a name that is not its own it would be taken for dead.
+    #[expect(
+        clippy::unreachable,
+        reason = "a process that runs has an entry in /proc, without which nothing here works"
+    )]
     pub fn current() -> Identity {
         let pid = nix::unistd::getpid().as_raw();
-        Identity::of(pid).unwrap_or(Identity { pid, start: 0 })
-    }
-
-    /// True while any of its threads runs. One that dies may be a zombie whose other threads still
-    /// have its files, and their locks.
-    pub fn is_alive(self) -> bool {
-        match stat(self.pid) {
-            Some((state, start)) if start == self.start => {
-                !matches!(state, b'Z' | b'X') || has_threads(self.pid)
-            }
-            _ => false,
+        match stat(pid) {
+            Ok(Some((_, start))) => Identity { pid, start },
+            other => unreachable!("/proc/{pid}/stat is ours, and cannot be read: {other:?}"),
         }
     }
 
-    /// True while it is stopped: by SIGSTOP, or by a debugger.
-    pub fn is_stopped(self) -> bool {
-        matches!(stat(self.pid), Some((b'T' | b't', start)) if start == self.start)
+    /// True while any of its threads runs. One that dies may be a zombie whose other threads still
+    /// have its files, and their locks. One that cannot be looked at (too many open files) is not taken
+    /// for dead: what its death allows cannot be taken back.
+    pub fn is_alive(self) -> bool {
+        self.lives().unwrap_or(true)
     }
 
-    /// True while its main thread waits in the kernel for what cannot be interrupted, as the disk.
+    fn lives(self) -> io::Result<bool> {
+        Ok(match stat(self.pid)? {
+            Some((state, start)) if start == self.start => {
+                !matches!(state, b'Z' | b'X') || has_threads(self.pid)?
+            }
+            _ => false,
+        })
+    }
+
+    /// True while it is seen to be stopped: by SIGSTOP, or by a debugger.
+    pub fn is_stopped(self) -> bool {
+        matches!(stat(self.pid), Ok(Some((b'T' | b't', start))) if start == self.start)
+    }
+
+    /// True while its main thread is seen to wait in the kernel for what cannot be interrupted, as the disk.
     pub fn is_in_the_kernel(self) -> bool {
-        matches!(stat(self.pid), Some((b'D', start)) if start == self.start)
+        matches!(stat(self.pid), Ok(Some((b'D', start))) if start == self.start)
     }
 
     /// True where it runs the same program file as the caller.
@@ -68,16 +85,35 @@ impl Identity {
     }
 
     /// A handle on it, or `None` when it is gone.
-    pub fn open(self) -> Option<Process> {
-        let process = Process::open(self.pid).ok()?;
-        // The handle is on whoever had the pid just now: look again.
-        self.is_alive().then_some(process)
+    ///
+    /// # Errors
+    /// Where that cannot be told, as with too many open files.
+    pub fn open(self) -> Result<Option<Process>> {
+        let open = || match Process::open(self.pid) {
+            // The handle is on whoever had the pid just now: look again.
+            Ok(process) => Ok(self.lives()?.then_some(process)),
+            // The number is none of a process, or a thread of another process has it now.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(None),
+            Err(error) => present(Err(error)),
+        };
+        open().context(|| format!("process {}: cannot be opened", self.pid))
+    }
+}
+
+/// What was found of a process; `None` where there is no such process (any more).
+fn present<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        // Of a file of /proc that was opened before the process ended it is ESRCH.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
 /// True while a thread besides the first runs.
-fn has_threads(pid: i32) -> bool {
-    fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
+fn has_threads(pid: i32) -> io::Result<bool> {
+    let threads = present(fs::read_dir(format!("/proc/{pid}/task")))?;
+    Ok(threads.is_some_and(|threads| threads.count() > 1))
 }
 
 /// What the threads of a process are doing at this moment.
@@ -94,7 +130,8 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// Those of a process; `None` when it is gone.
+    /// Those of a process; `None` when it is gone, or not all of them can be looked at: of threads that
+    /// were not seen nobody can say that they hang.
     pub fn of(pid: i32) -> Option<Threads> {
         let mut threads = Threads {
             cpu: cpu(&fs::read(format!("/proc/{pid}/stat")).ok()?)?,
@@ -105,8 +142,10 @@ impl Threads {
             let Some(thread) = thread.to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
-            // One that ends meanwhile says nothing.
-            let text = fs::read(entry.path().join("stat")).unwrap_or_default();
+            // It may have ended meanwhile.
+            let Some(text) = present(fs::read(entry.path().join("stat"))).ok()? else {
+                continue;
+            };
             match parse_stat(&text) {
                 Some((b'R', _)) if thread == pid => threads.first_runnable = true,
                 Some((b'R', _)) => threads.runnable = true,
@@ -137,9 +176,13 @@ pub fn namespaces() -> String {
         .join(" ")
 }
 
-/// State and start time of a process from /proc.
-fn stat(pid: i32) -> Option<(u8, u64)> {
-    parse_stat(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+/// State and start time of a process from /proc; `None` where there is none.
+fn stat(pid: i32) -> io::Result<Option<(u8, u64)>> {
+    let Some(text) = present(fs::read(format!("/proc/{pid}/stat")))? else {
+        return Ok(None);
+    };
+    let parsed = parse_stat(&text).ok_or(io::ErrorKind::InvalidData)?;
+    Ok(Some(parsed))
 }
 
 /// The fields of a stat file from the third on. The command's name may hold spaces and brackets:
@@ -231,17 +274,26 @@ impl AsFd for Process {
 
 /// Kills a process, unless its pid is another's by now.
 pub(super) fn kill(process: Identity) {
-    if let Some(process) = process.open() {
-        Process::signal(&process, Signal::SIGKILL);
+    match process.open() {
+        Ok(Some(process)) => process.signal(Signal::SIGKILL),
+        Ok(None) => {}
+        Err(error) => tracing::error!("it is not killed: {error}"),
     }
 }
 
 /// The boot's id: state written before a reboot is about other processes.
-pub fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .unwrap_or_default()
-        .trim()
-        .to_string()
+///
+/// # Errors
+/// Where it cannot be read: then nobody can say which boot a state is of.
+pub fn boot_id() -> Result<String> {
+    // It stays as it is for as long as this process lives.
+    static ID: OnceLock<String> = OnceLock::new();
+    if let Some(id) = ID.get() {
+        return Ok(id.clone());
+    }
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = fs::read_to_string(path).context(|| format!("{path}: cannot be read"))?;
+    Ok(ID.get_or_init(|| text.trim().to_owned()).clone())
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes of a host share.
@@ -262,9 +314,9 @@ mod tests {
             .arg("600")
             .spawn()
             .unwrap();
-        let identity = Identity::of(child.id() as i32).unwrap();
+        let identity = Identity::of(child.id() as i32).unwrap().unwrap();
         assert!(!identity.is_stopped());
-        let process = identity.open().unwrap();
+        let process = identity.open().unwrap().unwrap();
         process.signal(Signal::SIGSTOP);
         let deadline = std::time::Instant::now() + Duration::from_secs(20);
         while !identity.is_stopped() {
@@ -284,6 +336,31 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(Threads::of(identity.pid), None);
+        assert_eq!(Identity::of(identity.pid).unwrap(), None);
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_looked_at_is_neither_gone_nor_another() {
+        use nix::sys::resource::{Resource, getrlimit, setrlimit};
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        let identity = Identity::of(child.id() as i32).unwrap().unwrap();
+        // Each test is a process of its own.
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 0, hard).unwrap();
+        let found = (
+            identity.is_alive(),
+            identity.open().is_err(),
+            Identity::of(identity.pid).is_err(),
+            Threads::of(identity.pid),
+        );
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(found, (true, true, true, None));
+        assert!(!identity.is_alive() && identity.open().unwrap().is_none());
     }
 
     #[test]
@@ -303,11 +380,11 @@ mod tests {
             ..me
         };
         assert!(!other.is_alive());
-        assert!(other.open().is_none());
+        assert!(other.open().unwrap().is_none());
 
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let process = Process::open(child.id() as i32).unwrap();
-        let identity = Identity::of(child.id() as i32).unwrap();
+        let identity = Identity::of(child.id() as i32).unwrap().unwrap();
         assert!(process.wait(Duration::from_secs(10)).unwrap());
         assert!(!identity.is_alive(), "a zombie is not alive");
         child.wait().unwrap();

@@ -91,10 +91,13 @@ pub struct RunState {
 
 impl RunState {
     /// A state of this boot, with the calling process as supervisor.
-    pub fn new(read_only: bool, run_dir: &HeldRunDir) -> Self {
-        RunState {
+    ///
+    /// # Errors
+    /// Where the boot has no id.
+    pub fn new(read_only: bool, run_dir: &HeldRunDir) -> Result<Self> {
+        Ok(RunState {
             version: VERSION,
-            boot_id: boot_id(),
+            boot_id: boot_id()?,
             place: run_dir.place().ok(),
             namespaces: namespaces(),
             status: Status::Starting,
@@ -113,7 +116,7 @@ impl RunState {
             longest_pause_us: 0,
             failed_upgrades: 0,
             upgrade_error: None,
-        }
+        })
     }
 
     /// Replaces the state in `run_dir`. It need not survive a power cut, which ends all that it
@@ -141,8 +144,9 @@ impl RunState {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::io(path.display().to_string(), error)),
         };
+        let boot = boot_id()?;
         let state = serde_json::from_slice::<RunState>(&bytes).ok();
-        let Some(state) = state.filter(|s| s.version == VERSION && s.boot_id == boot_id()) else {
+        let Some(state) = state.filter(|s| s.version == VERSION && s.boot_id == boot) else {
             return Ok(None);
         };
         // One of an earlier program says nothing of its place.
@@ -272,13 +276,13 @@ impl Hint {
     /// Notes the device of `run_dir`. It need not survive a power cut. Best effort: without it the
     /// device is found by its backing file.
     pub(super) fn write(run_dir: &RunDir, device: LoopDevice) {
-        let Ok(place) = run_dir.place() else {
+        let (Ok(place), Ok(boot_id)) = (run_dir.place(), boot_id()) else {
             return;
         };
         let hint = Hint {
             device: device.path(),
             diskseq: device.diskseq(),
-            boot_id: boot_id(),
+            boot_id,
             run_dir: place,
         };
         if let Ok(bytes) = serde_json::to_vec(&hint) {
@@ -292,7 +296,9 @@ impl Hint {
     }
 
     fn is_about(&self, run_dir: &RunDir) -> bool {
-        self.boot_id == boot_id() && run_dir.place().ok() == Some(self.run_dir)
+        // One that cannot be told from a copy's is no hint.
+        let boot = boot_id().is_ok_and(|boot| boot == self.boot_id);
+        boot && run_dir.place().ok() == Some(self.run_dir)
     }
 
     /// The device, if it is attached as it was then.
@@ -346,7 +352,8 @@ mod tests {
         fs::write(&half, b"{\"version\"").unwrap();
         let run_dir = RunDir::at(dir.path().to_owned());
         let held = run_dir.hold().unwrap();
-        RunState::new(false, &held).write(&run_dir).unwrap();
+        let state = RunState::new(false, &held).unwrap();
+        state.write(&run_dir).unwrap();
         assert!(RunState::read(&run_dir).unwrap().is_some());
         assert_eq!(fs::read(&half).unwrap(), b"{\"version\"");
         assert_eq!(run_dir.unfinished_states().unwrap(), [half]);
@@ -361,7 +368,8 @@ mod tests {
         fs::create_dir(first.path()).unwrap();
         fs::create_dir(copy.path()).unwrap();
         let held = first.hold().unwrap();
-        RunState::new(false, &held).write(&held.now()).unwrap();
+        let state = RunState::new(false, &held).unwrap();
+        state.write(&held.now()).unwrap();
         fs::copy(first.state(), copy.state()).unwrap();
         assert!(RunState::read(&first).unwrap().is_some());
         assert!(RunState::read(&copy).unwrap().is_none());

@@ -271,7 +271,7 @@ impl Supervisor {
     fn mount(args: &SupervisorArgs) -> Result<Supervisor> {
         let run_dir = &args.run_dir;
         let held = hold(run_dir)?;
-        let mut state = RunState::new(args.read_only, &held);
+        let mut state = RunState::new(args.read_only, &held)?;
         let shared = Shared::create()?;
         // Before anything is forked: a killed worker's successor knows by it that the page cache is
         // there.

@@ -147,7 +147,7 @@ impl Watch {
             self.in_kernel.clear();
             return look;
         }
-        look.stopped = Identity::of(pid).is_some_and(Identity::is_stopped);
+        look.stopped = matches!(Identity::of(pid), Ok(Some(one)) if one.is_stopped());
         look.threads = Threads::of(pid);
         let threads = look.threads.iter();
         let in_kernel: Vec<i32> = threads
@@ -183,9 +183,11 @@ impl Watch {
             self.progress = (look.served, cpu);
             self.still_since = None;
         } else {
-            let used = cpu.unwrap_or_default();
-            let before = *self.progress.1.get_or_insert(used);
-            if look.serves && used.saturating_sub(before) >= self.limits.busy {
+            // Where it cannot be told now, it is told the next time.
+            let used = cpu.map_or(Duration::ZERO, |used| {
+                used.saturating_sub(*self.progress.1.get_or_insert(used))
+            });
+            if look.serves && used >= self.limits.busy {
                 return Some(Hang::Busy);
             }
             if self.is_still(look, now) {
@@ -421,6 +423,23 @@ mod tests {
         assert_eq!(found, Some((121, Hang::Busy)));
     }
 
+    /// Too many files are open in one second: what it had used before its requests waited is no part of
+    /// what it uses on them.
+    #[test]
+    fn a_worker_that_could_not_be_looked_at_for_a_moment_is_not_taken_for_a_busy_one() {
+        let found = Watched::new().sees(60, |second| Look {
+            threads: match second {
+                1 | 7 => None,
+                _ => Some(Threads {
+                    runnable: true,
+                    ..threads(1_000_000 + second * 100).unwrap()
+                }),
+            },
+            ..stuck()
+        });
+        assert_eq!(found, None);
+    }
+
     #[test]
     fn one_request_that_is_forgotten_among_others_is_found_unless_the_disk_hangs() {
         let look = |wait: fn(u64) -> Duration| {
@@ -453,7 +472,7 @@ mod tests {
             .arg("600")
             .spawn()
             .unwrap();
-        let identity = Identity::of(child.id() as i32).unwrap();
+        let identity = Identity::of(child.id() as i32).unwrap().unwrap();
         let shared = Shared::create().unwrap();
         let pulse = &shared.table().supervisor;
         pulse.belongs_to(identity.pid, identity.start);
@@ -463,7 +482,7 @@ mod tests {
         };
         let mut companion = Companion::new(limits);
         assert_eq!(companion.look(pulse), None, "it is silent, but not stopped");
-        let process = identity.open().unwrap();
+        let process = identity.open().unwrap().unwrap();
         process.signal(nix::sys::signal::Signal::SIGSTOP);
         while !identity.is_stopped() {
             std::thread::sleep(Duration::from_millis(1));

@@ -67,7 +67,7 @@ impl Supervisor {
     fn take_standby(&mut self) -> Option<Standby> {
         let standby = self.standby.take()?;
         let pid = standby.process.pid();
-        if !Identity::of(pid).is_some_and(Identity::is_stopped) {
+        if !matches!(Identity::of(pid), Ok(Some(one)) if one.is_stopped()) {
             return Some(standby);
         }
         tracing::error!("the standby (process {pid}) is stopped: it is killed");
@@ -85,7 +85,7 @@ impl Supervisor {
         match fork()? {
             ForkResult::Parent { child } => {
                 let process = open_child(child)?;
-                self.state.standby = Identity::of(child.as_raw());
+                self.state.standby = Identity::of(child.as_raw()).ok().flatten();
                 if let Some(standby) = self.state.standby {
                     // It says so itself once it runs: until then it could be stopped unnoticed.
                     let pulse = &self.shared.table().standby;
@@ -125,11 +125,13 @@ impl Supervisor {
         self.backoff = Backoff::default();
         self.restart_at = None;
         self.stopping = None;
-        self.worker = serving_process(&self.shared);
-        self.state.worker = self
-            .worker
-            .as_ref()
-            .and_then(|worker| Identity::of(worker.pid()));
+        // Where that cannot be told, another worker is started, which waits for the layer's lease.
+        self.worker = serving_process(&self.shared).unwrap_or_else(|error| {
+            tracing::error!("the worker: {error}");
+            None
+        });
+        let worker = self.worker.as_ref();
+        self.state.worker = worker.map(|_| serving_identity(&self.shared));
         self.worker_since = Instant::now();
         self.worker_served = true;
         self.upgrade = None;
@@ -256,11 +258,18 @@ impl Supervisor {
 }
 
 /// The worker that serves now, whoever its parent is.
-pub(super) fn serving_process(shared: &Shared) -> Option<Process> {
+///
+/// # Errors
+/// Where it cannot be told whether there is one.
+pub(super) fn serving_process(shared: &Shared) -> Result<Option<Process>> {
+    serving_identity(shared).open()
+}
+
+/// The worker that serves now, or served last.
+pub(super) fn serving_identity(shared: &Shared) -> Identity {
     let table = shared.table();
-    let worker = Identity {
+    Identity {
         pid: table.worker.pid.load(Ordering::Acquire) as i32,
         start: table.worker.start.load(Ordering::Acquire),
-    };
-    worker.open()
+    }
 }

@@ -69,7 +69,8 @@ impl Supervisor {
     pub(super) fn serving(&mut self, pid: i32) -> Result<Option<Role>> {
         self.ever_served = true;
         self.worker_served = true;
-        self.state.worker = Identity::of(pid);
+        // Without it, whoever looks for the worker finds it by its command line.
+        self.state.worker = Identity::of(pid).ok().flatten();
         self.state.status = Status::Serving;
         if self.standby.is_none() {
             // Not one that was forked while this worker was opening the device.

@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use nix::unistd::ForkResult;
 
-use super::children::{Standby, serving_process};
+use super::children::{Standby, serving_identity, serving_process};
 use super::system::{block_signals, fork, prepare_process, reap};
 use super::{Held, STOP_TIMEOUT, Supervisor, SupervisorArgs, hold};
 use crate::device::command_line::ARG0;
 use crate::device::failure::Failure;
 use crate::device::handover::{Resume, own_arguments, set_close_on_exec, witness};
-use crate::device::process::{Identity, Process};
+use crate::device::process::Process;
 use crate::device::state::{RunState, Status};
 use crate::fuse::slot::{self, Shared};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -48,9 +48,9 @@ impl Supervisor {
             None => Witness::hold(args.run_dir.path()),
         }
         .context(|| "the file system of the store cannot be held")?;
-        let worker = serving_process(&shared);
+        let worker = serving_process(&shared)?;
         let run_dir = hold(&args.run_dir)?;
-        let mut state = RunState::new(args.read_only, &run_dir);
+        let mut state = RunState::new(args.read_only, &run_dir)?;
         state.features = Some(resume.features);
         state.generation = resume.generation;
         state.status = if worker.is_some() {
@@ -58,9 +58,7 @@ impl Supervisor {
         } else {
             Status::Restarting
         };
-        state.worker = worker
-            .as_ref()
-            .and_then(|worker| Identity::of(worker.pid()));
+        state.worker = worker.as_ref().map(|_| serving_identity(&shared));
         let old_standby = match resume.standby {
             None => None,
             Some((pid, go)) => Some(Standby {
