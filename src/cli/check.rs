@@ -1,13 +1,10 @@
 //! `vellum check [NAME…]`
 
-use indicatif::{ProgressBar, ProgressStyle};
-use parking_lot::Mutex;
-
-use super::output::Output;
+use super::bar::Bar;
 use super::{Context, shown};
 use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_engine::check::{CheckOptions, CheckReport, CheckWatch, Severity, check};
+use vellum_engine::check::{CheckOptions, CheckReport, Severity, check};
 
 /// Arguments of `check`.
 #[derive(Debug, clap::Args)]
@@ -29,10 +26,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         scrub: args.scrub,
         repair: args.repair,
     };
-    let watch = Bar {
-        out: context.out,
-        bar: Mutex::new(None),
-    };
+    let watch = Bar::new(context.out, "reading");
     let report = check(&store, &options, &watch)?;
     context.out.print(&report, lines)?;
     if report.is_clean() {
@@ -98,36 +92,4 @@ fn lines(report: &CheckReport) -> String {
         report.layers, report.images, report.containers
     ));
     out
-}
-
-/// A progress bar over all blocks.
-struct Bar {
-    out: Output,
-    bar: Mutex<Option<ProgressBar>>,
-}
-
-impl CheckWatch for Bar {
-    fn begin(&self, blocks: u64) {
-        if !self.out.shows_progress() {
-            return;
-        }
-        let bar = ProgressBar::new(blocks * BLOCK_SIZE);
-        let template = "reading [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style.progress_chars("=> "));
-        }
-        *self.bar.lock() = Some(bar);
-    }
-
-    fn read(&self, blocks: u64) {
-        if let Some(bar) = &*self.bar.lock() {
-            bar.inc(blocks * BLOCK_SIZE);
-        }
-    }
-
-    fn end(&self) {
-        if let Some(bar) = self.bar.lock().take() {
-            bar.finish_and_clear();
-        }
-    }
 }

@@ -3,6 +3,7 @@
 //! Exit status: 0 success, 1 failure with one line `vellum: …` on standard error, 2 usage, 128 + N
 //! when signal N ended it; `run` and `exec` end with the status of the command that they ran.
 
+mod bar;
 mod bench;
 mod check;
 mod commit;
@@ -20,6 +21,7 @@ mod import;
 mod inspect;
 mod limits;
 mod map;
+mod merge;
 mod mount;
 mod nbd;
 mod output;
@@ -114,6 +116,10 @@ enum Command {
     Fork(fork::Args),
     /// Make a stopped container what it was at a snapshot
     Rollback(rollback::Args),
+    /// Join a container's sealed layers, in use or not, so that space of removed snapshots comes back
+    Merge(merge::MergeArgs),
+    /// Make an image of one layer of an image
+    Flatten(merge::FlattenArgs),
     /// List the paths that a container changed
     Diff(diff::Args),
     /// Show what copy-on-write costs containers: first touches, copy-ups, flushes, reads by layer
@@ -258,6 +264,8 @@ impl Command {
                 | Command::Snapshot(_)
                 | Command::Fork(_)
                 | Command::Rollback(_)
+                | Command::Merge(_)
+                | Command::Flatten(_)
                 | Command::Diff(_)
                 | Command::Prewarm(_)
                 | Command::Prune(_)
@@ -284,6 +292,8 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Snapshots(args) => snapshot::list(&args, context)?,
         Command::Fork(args) => fork::run(&args, context)?,
         Command::Rollback(args) => rollback::run(&args, context)?,
+        Command::Merge(args) => merge::run(&args, context)?,
+        Command::Flatten(args) => merge::flatten_image(&args, context)?,
         Command::Diff(args) => diff::run(&args, context)?,
         Command::Stats(args) => stats::run(&args, context)?,
         Command::Map(args) => map::run(&args, context)?,

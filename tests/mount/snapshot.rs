@@ -290,6 +290,110 @@ fn a_store_with_snapshots_says_so_to_programs_that_do_not_know_them() {
     store.ok(&["umount", "c"]);
 }
 
+/// The bytes of a chain's device, as a client of its NBD export reads them.
+fn content(store: &TestStore, name: &str) -> Vec<u8> {
+    let (server, socket) = store.serve(name);
+    let raw = store.path("raw");
+    let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
+    run("nbdcopy", &[uri.as_str(), raw.to_str().unwrap()]);
+    server.end();
+    let bytes = fs::read(&raw).unwrap();
+    fs::remove_file(raw).unwrap();
+    bytes
+}
+
+#[test]
+fn layers_are_joined_under_a_writer_and_every_kept_moment_stays_as_it_was() {
+    let (store, dir) = mounted();
+    let writer = Writer::start(&dir);
+    for number in 1..=6u8 {
+        fs::write(dir.join("file"), vec![number; 300_000]).unwrap();
+        fs::write(dir.join(format!("of-{number}")), vec![number; 100_000]).unwrap();
+        if number > 1 {
+            fs::remove_file(dir.join(format!("of-{}", number - 1))).unwrap();
+        }
+        writer.wait_for_more();
+        store.ok(&["snapshot", "c", &format!("s{number}")]);
+    }
+    store.ok(&["fork", "c", "fork", "--from", "s5"]);
+    let before: Vec<_> = ["c@s2", "c@s5"].map(|name| content(&store, name)).into();
+    let layers = store.layers().len();
+    let told = store.ok(&["merge", "c", "--keep", "s2,s5"]);
+    assert!(told.contains("layers are"), "{told}");
+    writer.wait_for_more();
+    assert_eq!(snapshots(&store, "c"), ["s2", "s5"]);
+    // s1 with s2, s3 to s5; s6 and what came since stay what they are, or become one.
+    assert!(
+        store.layers().len() <= layers - 3,
+        "{} of {layers}",
+        store.layers().len()
+    );
+    for (name, before) in ["c@s2", "c@s5"].iter().zip(&before) {
+        assert!(content(&store, name) == *before, "{name} changed");
+    }
+    let fork = store.mount("fork");
+    assert_eq!(fs::read(fork.join("file")).unwrap(), vec![5; 300_000]);
+    store.ok(&["umount", "fork"]);
+    // The server has closed what was removed.
+    for (pid, _) in store.processes() {
+        let open = fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let deleted = open.filter_map(|fd| fs::read_link(fd.path()).ok());
+        let deleted: Vec<_> = deleted
+            .filter(|path| path.to_string_lossy().contains("/trash/"))
+            .collect();
+        assert_eq!(deleted, Vec::<PathBuf>::new());
+    }
+    let numbers_before = writer.written();
+    writer.end();
+    store.ok(&["umount", "c"]);
+    let dir = store.mount("c");
+    assert!(numbers(&dir) >= numbers_before);
+    assert_eq!(fs::read(dir.join("file")).unwrap(), vec![6; 300_000]);
+    store.ok(&["umount", "c"]);
+    store.ok(&["check", "--scrub"]);
+    assert!(store.ok(&["merge", "c"]).contains("no layers to join"));
+    // What was joined is joined again, below what was made on it since.
+    store.ok(&["fork", "c", "late", "--from", "s5"]);
+    store.ok(&["merge", "c", "--keep", "s5"]);
+    assert!(content(&store, "c@s5") == before[1], "c@s5 changed");
+    for name in ["fork", "late"] {
+        let dir = store.mount(name);
+        assert_eq!(fs::read(dir.join("file")).unwrap(), vec![5; 300_000]);
+        store.ok(&["umount", name]);
+    }
+    store.ok(&["check", "--scrub"]);
+    for name in ["c", "fork", "late"] {
+        store.ok(&["rm", "--snapshots", name]);
+    }
+    store.ok(&["check"]);
+}
+
+#[test]
+fn an_image_of_many_layers_becomes_one_of_one_layer_with_the_same_content() {
+    let (store, dir) = mounted();
+    fs::write(dir.join("more"), "more").unwrap();
+    store.ok(&["commit", "c", "two"]);
+    fs::remove_file(dir.join("more")).unwrap();
+    store.ok(&["commit", "c", "three"]);
+    store.ok(&["umount", "c"]);
+    store.ok(&["flatten", "three", "flat"]);
+    assert!(content(&store, "flat") == content(&store, "three"));
+    let history = store.json(&["history", "flat"]);
+    let steps = history.as_array().unwrap();
+    let with_layer = steps.iter().filter(|step| !step["layer"].is_null());
+    assert_eq!(with_layer.count(), 1, "{history}");
+    store.ok(&["rm", "c"]);
+    store.ok(&["rmi", "three", "two", "base"]);
+    store.ok(&["create", "flat", "--name", "d"]);
+    let dir = store.mount("d");
+    assert!(!dir.join("more").exists());
+    store.ok(&["umount", "d"]);
+    store.ok(&["check", "--scrub"]);
+}
+
 /// Kills a command at one of its steps. Then it is done or not done, and can be done again.
 fn kill_at(place: &str, arguments: &[&str]) {
     let (store, dir) = mounted();
@@ -379,8 +483,44 @@ fn a_fork_that_is_killed_anywhere_is_there_or_not_there() {
 
 #[test]
 fn a_rollback_that_is_killed_anywhere_went_back_or_did_not() {
-    let [_, of_rollback @ ..] = crash_point::SNAPSHOTS;
+    let of_rollback = crash_point::SNAPSHOTS
+        .iter()
+        .filter(|place| place.starts_with("rollback: "));
     for place in of_rollback {
         kill_at(place, &["rollback", "c", "first"]);
+    }
+}
+
+#[test]
+fn a_merge_that_is_killed_anywhere_joined_or_did_not() {
+    let of_merge = crash_point::SNAPSHOTS
+        .iter()
+        .filter(|place| place.starts_with("merge: "));
+    for place in of_merge {
+        let (store, dir) = mounted();
+        for number in 1..=3u8 {
+            fs::write(dir.join("file"), vec![number; 100_000]).unwrap();
+            store.ok(&["snapshot", "c", &format!("s{number}")]);
+        }
+        let before = content(&store, "c@s3");
+        let killed = store
+            .command()
+            .args(["merge", "c", "--keep", "s3"])
+            .env(crash_point::VARIABLE, place)
+            .output()
+            .unwrap();
+        assert_eq!(killed.status.code(), None, "{place}: {killed:?}");
+        // The server goes on, with whatever it has open.
+        fs::write(dir.join("later"), "later").unwrap();
+        store.ok(&["prune"]);
+        assert!(content(&store, "c@s3") == before, "{place}");
+        store.ok(&["merge", "c"]);
+        assert!(content(&store, "c@s3") == before, "{place}");
+        store.ok(&["umount", "c"]);
+        let dir = store.mount("c");
+        assert_eq!(fs::read_to_string(dir.join("later")).unwrap(), "later");
+        assert_eq!(fs::read(dir.join("file")).unwrap(), vec![3; 100_000]);
+        store.ok(&["umount", "c"]);
+        store.ok(&["check", "--scrub"]);
     }
 }

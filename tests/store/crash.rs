@@ -23,6 +23,8 @@ use vellum_engine::check::finish_commits;
 use vellum_engine::commit::commit;
 use vellum_engine::device::Target;
 use vellum_engine::import::{ImportOptions, Quiet, import};
+use vellum_engine::merge::merge;
+use vellum_engine::progress::BlocksWatch;
 use vellum_engine::seal::How;
 use vellum_engine::snapshot::{
     ForkVolumes, Present, fork, remove_snapshot, rollback, snapshot as keep,
@@ -66,6 +68,7 @@ enum Op {
     ForgetKept(String, String),
     Fork(String, Option<String>, String),
     Rollback(String, String),
+    Merge(String),
     Remove(String),
     RemoveImage(String),
     Prune,
@@ -406,7 +409,7 @@ impl Run {
     /// What there is after an operation that succeeds.
     fn predict(&self, op: &Op, state: &mut State) {
         match op {
-            Op::Open | Op::Prune => {}
+            Op::Open | Op::Prune | Op::Merge(_) => {}
             Op::Import(name, tag) => {
                 state.images.insert(name.clone(), self.raw(*tag).1);
             }
@@ -517,6 +520,7 @@ impl Run {
             Op::Rollback(name, kept) => {
                 rollback(store, name, kept, Present::Discard, false)?;
             }
+            Op::Merge(name) => drop(merge(store, name, None, &Silent)?),
             Op::Remove(name) => drop(store.remove_container(name)?),
             Op::RemoveImage(name) => drop(store.remove_image(name)?),
             Op::Prune => prune(store)?,
@@ -645,6 +649,15 @@ fn forget_all_kept(state: &mut State, container: &str) {
     state.kept.retain(|name, _| !name.starts_with(&prefix));
 }
 
+/// Nobody watches.
+struct Silent;
+
+impl BlocksWatch for Silent {
+    fn begin(&self, _: u64) {}
+    fn read(&self, _: u64) {}
+    fn end(&self) {}
+}
+
 /// One of these, if there is any.
 fn pick<'a, T>(rng: &mut SeededRng, from: impl Iterator<Item = &'a T>) -> Option<&'a T> {
     let all: Vec<&T> = from.collect();
@@ -656,7 +669,7 @@ fn next_op(rng: &mut SeededRng, run: &Run, number: usize) -> Option<Op> {
     let state = run.world.lock().before.clone();
     let new = format!("n{number}");
     let tag = 1 + rng.below(250) as u8;
-    Some(match rng.below(38) {
+    Some(match rng.below(41) {
         0..=3 if state.images.len() < 4 => Op::Import(new, tag),
         4..=7 if state.containers.len() < 4 => {
             Op::Create(new, pick(rng, state.images.keys())?.clone())
@@ -727,6 +740,7 @@ fn next_op(rng: &mut SeededRng, run: &Run, number: usize) -> Option<Op> {
                 .map(|(_, kept)| kept.into());
             Op::Fork(name, kept, new)
         }
+        37..=39 => Op::Merge(pick(rng, state.containers.keys())?.clone()),
         36 => {
             let (name, kept) = pick(rng, state.kept.keys())?.split_once('@')?;
             Op::Rollback(name.into(), kept.into())
@@ -890,6 +904,9 @@ fn prove_faults(kinds: &[OpKind], fault: Fault) {
         Op::Fork(name("c"), Some(name("k")), name("f")),
         Op::Write(name("c"), 7, 4),
         Op::Fork(name("c"), None, name("g")),
+        Op::Keep(name("c"), name("l")),
+        Op::ForgetKept(name("c"), name("l")),
+        Op::Merge(name("c")),
         Op::Rollback(name("c"), name("k")),
         Op::ForgetKept(name("c"), name("k")),
         Op::Prepare(name("s"), None),

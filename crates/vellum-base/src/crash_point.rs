@@ -50,12 +50,14 @@ pub const ALL: [&str; 36] = [
     "storage: file written aside",
 ];
 
-/// Every place that snapshots, forks and rollbacks of containers have beside those of a commit.
-pub const SNAPSHOTS: [&str; 4] = [
+/// Every place that snapshots, forks, rollbacks and merges of containers have beside those of a commit.
+pub const SNAPSHOTS: [&str; 6] = [
     "fork: sealed",
     "rollback: present kept",
     "rollback: layer published",
     "rollback: put back",
+    "merge: layer published",
+    "merge: records replaced",
 ];
 
 /// Every place in a server of clients.

@@ -1,6 +1,7 @@
 //! What a layer gets once it is sealed and nobody waits for it any more: its size in its description, and
 //! its checksums. A server does that for what it sealed itself, a command for the rest.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -8,8 +9,8 @@ use uuid::Uuid;
 use vellum_base::block::Blocks;
 use vellum_base::error::{ErrorKind, Result};
 use vellum_base::interrupt;
-use vellum_core::layer::{SealedLayer, seal_in_place};
-use vellum_store::{LayerInfo, LayerLease, Store};
+use vellum_core::layer::{SealedLayer, WritableLayer, seal_in_place};
+use vellum_store::{LayerInfo, LayerLease, StagedLayer, Store, StoreGuard};
 
 /// How often it is looked whether another process has given a layer its checksums.
 const LEASE_PAUSE: Duration = Duration::from_millis(20);
@@ -61,4 +62,19 @@ pub fn count_layer(store: &Store, layer: Uuid) -> Result<()> {
     });
     info.bytes = sealed.data_blocks().bytes();
     store.set_layer_info(layer, &info)
+}
+
+/// Seals a layer that is complete, gives it checksums and publishes it.
+pub(super) fn finish_layer(
+    staged: StagedLayer,
+    layer: Arc<WritableLayer>,
+    mut info: LayerInfo,
+    pin: &StoreGuard,
+) -> Result<Uuid> {
+    info.bytes = layer.data_blocks().bytes();
+    let storage = layer.storage_handle();
+    layer.seal()?;
+    drop(layer);
+    seal_in_place(&*storage, &staged.dir(), |_| {})?;
+    staged.publish(&info, pin)
 }

@@ -37,6 +37,8 @@ pub const STATS: &str = "stats";
 pub const MAP: &str = "map";
 /// Asks a device server to copy blocks up: [`CopyUp`], answered by [`CopiedUp`].
 pub const COPY_UP: &str = "copy-up";
+/// Asks a device server to go on with other sealed layers of the same content: [`ReplaceSealed`].
+pub const REPLACE_SEALED: &str = "replace-sealed";
 /// Asks a device server to make its device larger: [`Grow`]. One that is as large is fine.
 pub const GROW: &str = "grow";
 
@@ -223,6 +225,13 @@ fn layer_options(store: &Store) -> LayerOptions {
 pub struct SealTop {
     /// The empty layer to go on in.
     pub next: Uuid,
+}
+
+/// Arguments of [`REPLACE_SEALED`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ReplaceSealed {
+    /// From the bottom up.
+    pub layers: Vec<Uuid>,
 }
 
 /// Answer of [`SEAL_TOP`].
@@ -584,6 +593,13 @@ impl ControlHandler for OpenChain {
             PREPARE_SEAL => {
                 let args: SealTop = parse(args, "prepare-seal wants a layer")?;
                 self.prepare_seal(args.next).map(|()| Value::Null)
+            }
+            REPLACE_SEALED => {
+                let args: ReplaceSealed = parse(args, "replace-sealed wants layers")?;
+                let dirs = self.store.layer_dirs(&args.layers);
+                self.chain
+                    .replace_sealed(self.store.storage(), &dirs)
+                    .map(|()| Value::Null)
             }
             SEAL => encode(&self.seal()?),
             STATS => encode(&self.stats()),

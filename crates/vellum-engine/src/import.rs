@@ -5,9 +5,10 @@ use std::path::Path;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::complete::finish_layer;
 use super::device::{Target, forget_ext4_journal};
 use super::raw;
-use super::template::{self, finish_layer};
+use super::template;
 use super::temporary::TemporaryMount;
 use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE};
 use vellum_base::error::{Error, ErrorKind, Result};

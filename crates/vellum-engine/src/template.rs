@@ -1,15 +1,14 @@
 //! The empty file system that every image of one size begins with: made once, shared by all.
 
-use std::sync::Arc;
-
 use uuid::Uuid;
 
+use super::complete::finish_layer;
 use super::raw;
 use vellum_base::error::{Result, ResultExt};
 use vellum_base::storage::LockMode;
-use vellum_core::layer::{LayerOptions, WritableLayer, seal_in_place};
+use vellum_core::layer::{LayerOptions, WritableLayer};
 use vellum_fs::ext4::{self, MakeOptions};
-use vellum_store::{FsInfo, LayerInfo, StagedLayer, Store, StoreGuard, TemplateRecord};
+use vellum_store::{FsInfo, LayerInfo, Store, StoreGuard, TemplateRecord};
 
 /// Changes whenever the options of the file system do, so that old and new layers do not mix.
 const VERSION: u32 = 2;
@@ -70,19 +69,4 @@ pub fn get(store: &Store, size: u64, pin: &StoreGuard) -> Result<TemplateRecord>
     };
     store.put_template(&record)?;
     Ok(record)
-}
-
-/// Seals a layer that is complete, gives it checksums and publishes it.
-pub(super) fn finish_layer(
-    staged: StagedLayer,
-    layer: Arc<WritableLayer>,
-    mut info: LayerInfo,
-    pin: &StoreGuard,
-) -> Result<Uuid> {
-    info.bytes = layer.data_blocks().bytes();
-    let storage = layer.storage_handle();
-    layer.seal()?;
-    drop(layer);
-    seal_in_place(&*storage, &staged.dir(), |_| {})?;
-    staged.publish(&info, pin)
 }

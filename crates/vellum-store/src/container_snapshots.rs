@@ -124,6 +124,34 @@ impl ContainerRecord {
         })
     }
 
+    /// The sealed layers of the container and of each of its snapshots, each from the bottom up.
+    ///
+    /// # Errors
+    /// As [`ContainerRecord::snapshot_layers`].
+    pub fn chains(&self) -> Result<Vec<Vec<Uuid>>> {
+        let kept = self
+            .snapshots
+            .iter()
+            .map(|kept| self.snapshot_layers(kept.id));
+        std::iter::once(Ok(self.layers.clone()))
+            .chain(kept)
+            .collect()
+    }
+
+    /// Puts one layer in the place of several on each other, wherever they stand together. True where they did.
+    fn join(&mut self, group: &[Uuid], into: Uuid) -> bool {
+        let kept = self.snapshots.iter_mut().map(|kept| &mut kept.layers);
+        let mut joined = false;
+        for layers in std::iter::once(&mut self.layers).chain(kept) {
+            let place = layers.windows(group.len()).position(|there| there == group);
+            if let Some(place) = place {
+                layers.splice(place..place + group.len(), [into]);
+                joined = true;
+            }
+        }
+        joined
+    }
+
     /// Every layer that the record names.
     pub fn named_layers(&self) -> impl Iterator<Item = &Uuid> {
         let own = std::iter::once(&self.top).chain(&self.next);
@@ -259,6 +287,36 @@ impl Store {
         record.scaffold = kept.scaffold;
         self.write_json(&self.record_path("containers", name), &record)?;
         Ok(record)
+    }
+
+    /// Puts the layer `into`, which says all that those of `group` say together, in their place in the records of
+    /// containers that nobody else works on: one replacement for each. Layers that no record names any more
+    /// are collected.
+    ///
+    /// # Errors
+    /// Where a record cannot be read or written; the containers before it have the new layer then.
+    pub fn join_in_records(
+        &self,
+        containers: &[String],
+        group: &[Uuid],
+        into: Uuid,
+        pin: StoreGuard,
+    ) -> Result<PruneReport> {
+        {
+            let _lock = self.lock()?;
+            for name in containers {
+                let mut record = match self.container(name) {
+                    // Removed before the caller had its lock.
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    other => other?,
+                };
+                if record.join(group, into) {
+                    self.write_json(&self.record_path("containers", name), &record)?;
+                }
+            }
+        }
+        drop(pin);
+        self.collect_layers(Vec::new())
     }
 
     /// Notes what the layers of a snapshot hold, once that was counted.

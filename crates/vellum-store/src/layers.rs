@@ -101,9 +101,22 @@ impl Store {
     /// Makes an empty writable layer in `staging`.
     ///
     /// # Errors
-    /// As [`Header::new`] and [`WritableLayer::create`].
+    /// As [`Header::read`] of the parent, [`Header::new`] and [`WritableLayer::create`].
     pub fn stage_layer(&self, parent: Option<Uuid>, virtual_size: u64) -> Result<StagedLayer> {
-        let header = Header::new(parent, virtual_size)?;
+        self.stage(self.header_on(parent, virtual_size)?)
+    }
+
+    /// A header of a new layer on `parent`. It names what `parent` stands for, if it does: so `parent` may be
+    /// joined again.
+    fn header_on(&self, parent: Option<Uuid>, virtual_size: u64) -> Result<Header> {
+        let below = match parent {
+            Some(parent) => Some(Header::read(&*self.storage, &self.layer_dir(parent))?.known_as()),
+            None => None,
+        };
+        Header::new(below, virtual_size)
+    }
+
+    fn stage(&self, header: Header) -> Result<StagedLayer> {
         let dir = self.staging_dir(header.uuid);
         WritableLayer::create(&*self.storage, &dir, &header).inspect_err(|error| {
             // Made in part; whoever is in the way by that name made it.
@@ -112,6 +125,18 @@ impl Store {
             }
         })?;
         self.staged(header)
+    }
+
+    /// As [`Store::stage_layer`], an empty layer that will take the place of several on each other, from the
+    /// lowest to the uppermost.
+    ///
+    /// # Errors
+    /// As [`Store::stage_layer`].
+    pub fn stage_joined(&self, lowest: &Header, uppermost: &Header) -> Result<StagedLayer> {
+        self.stage(Header {
+            stands_for: Some(uppermost.known_as()),
+            ..Header::new(lowest.parent, uppermost.virtual_size)?
+        })
     }
 
     /// As [`Store::stage_layer`], with its description, in fewer syncs than by
@@ -125,7 +150,7 @@ impl Store {
         virtual_size: u64,
         info: &LayerInfo,
     ) -> Result<StagedLayer> {
-        let header = Header::new(Some(parent), virtual_size)?;
+        let header = self.header_on(Some(parent), virtual_size)?;
         let dir = self.staging_dir(header.uuid);
         let bytes = record_bytes(info)?;
         WritableLayer::create_beside(&*self.storage, &dir, &header, || {
@@ -283,7 +308,8 @@ impl Store {
             )
     }
 
-    /// Layers from the bottom up to `layer`, found by the parents that their headers name.
+    /// Layers from the bottom up to `layer`, found by the parents that their headers name. A parent that was
+    /// joined with others is not there any more: the records say what took its place.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where one is missing, [`ErrorKind::Corrupt`] for a circle.
@@ -301,9 +327,44 @@ impl Store {
             layers.push(layer);
             let header = Header::read(&**self.storage(), &self.layer_dir(layer))?;
             at = header.parent;
+            if let Some(parent) = at
+                && !self.has_layer(parent)?
+                && let Some(below) = self.below_in_records(layer)?
+            {
+                layers.extend(below.iter().rev());
+                break;
+            }
         }
         layers.reverse();
         Ok(layers)
+    }
+
+    fn has_layer(&self, layer: Uuid) -> Result<bool> {
+        let dir = self.layer_dir(layer);
+        self.storage
+            .exists(&dir)
+            .context(|| format!("cannot look for {}", dir.display()))
+    }
+
+    /// The layers below `layer` as a container's record lists them.
+    fn below_in_records(&self, layer: Uuid) -> Result<Option<Vec<Uuid>>> {
+        for container in self.containers()? {
+            if container.top == layer || container.next == Some(layer) {
+                return Ok(Some(self.resolve(&container)?.sealed).map(|mut sealed| {
+                    // Of one that is being sealed, what lies below it.
+                    if container.next != Some(layer) {
+                        sealed.retain(|below| *below != layer);
+                    }
+                    sealed
+                }));
+            }
+            for chain in container.chains()? {
+                if let Some(place) = chain.iter().position(|there| *there == layer) {
+                    return Ok(Some(chain.into_iter().take(place).collect()));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// True while some process has the right to write the layer in `dir`.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::layer::{Index, IndexValue, SealedLayer};
+use crate::layer::{Header, Index, IndexValue, SealedLayer};
 use vellum_base::block::{Block, BlockState, Blocks, Run, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 
@@ -65,6 +65,8 @@ struct Merged {
     /// The topmost layers that the index does not have yet, or not all of, from the bottom up: they are asked
     /// first.
     recent: Vec<Recent>,
+    /// The lowest layer lies on others, which are not asked.
+    apart: bool,
 }
 
 /// A layer that is not merged yet.
@@ -108,6 +110,25 @@ impl BaseSource {
 }
 
 impl Base {
+    /// For layers that lie on each other and on others, which are not asked: where none of them says anything
+    /// is a hole.
+    pub(super) fn apart() -> Self {
+        let merged = Merged {
+            apart: true,
+            ..Merged::default()
+        };
+        Base {
+            merged: RwLock::new(merged),
+            merging: Mutex::default(),
+        }
+    }
+
+    /// Takes the layers of another base in the place of its own: the same content, in other layers.
+    pub(super) fn replace(&self, other: Base) {
+        let _merging = self.merging.lock();
+        *self.merged.write() = other.merged.into_inner();
+    }
+
     /// Puts a layer on top.
     ///
     /// # Errors
@@ -231,9 +252,11 @@ fn origin_of(state: BlockState, own: Origin) -> Origin {
 impl Merged {
     /// Puts a layer on top, and says how the index calls it.
     fn put(&mut self, layer: &Arc<SealedLayer>) -> Result<Origin> {
-        let below = self.layers.last().map(|below| below.header().uuid);
+        let below = self.layers.last().map(|below| below.header());
         let who = layer.dir().display().to_string();
-        check_parent(layer.header().parent, below, &who)?;
+        if below.is_some() || !self.apart {
+            check_parent(layer.header().parent, below, &who)?;
+        }
         let own = Origin::layer(self.layers.len())
             .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "too many layers in the chain"))?;
         self.layers.push(layer.clone());
@@ -274,10 +297,14 @@ impl Merged {
 /// Checks that a layer fits on the one below it.
 pub(super) fn check_parent(
     stated: Option<uuid::Uuid>,
-    below: Option<uuid::Uuid>,
+    below: Option<&Header>,
     who: &str,
 ) -> Result<()> {
-    if stated == below {
+    let fits = match (stated, below) {
+        (Some(parent), Some(below)) => below.is(parent),
+        (stated, below) => stated.is_none() && below.is_none(),
+    };
+    if fits {
         return Ok(());
     }
     let name = |uuid: Option<uuid::Uuid>| uuid.map_or("no parent".into(), |uuid| uuid.to_string());
@@ -287,7 +314,7 @@ pub(super) fn check_parent(
             "{who}: its parent is {}, but the layer below is {}: a layer fits only the parent that \
              it was made on",
             name(stated),
-            name(below)
+            name(below.map(|below| below.uuid))
         ),
     ))
 }

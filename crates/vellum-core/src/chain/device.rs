@@ -1,5 +1,6 @@
 //! The chain as a block device.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,6 +14,7 @@ use vellum_base::block::{
     check_range,
 };
 use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::storage::Storage;
 
 /// A stack of layers: sealed ones and, unless it is read-only, a writable one on top.
 #[derive(Debug)]
@@ -151,7 +153,7 @@ impl Chain {
         let old = top.as_ref().ok_or_else(read_only)?;
         super::base::check_parent(
             next.header().parent,
-            Some(old.header().uuid),
+            Some(&old.header()),
             &next.dir().display().to_string(),
         )?;
         if next.size() != self.whole_size() || !next.is_untouched() {
@@ -168,6 +170,27 @@ impl Chain {
         drop(top);
         self.base.merge();
         Ok(sealed)
+    }
+
+    /// Goes on with other sealed layers of the same content below its top: some were joined into one. Those that
+    /// are not used any more are closed, so that their space comes back.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where the top does not lie on the last of them; as
+    /// [`SealedLayer::open`]. The chain is as before.
+    pub fn replace_sealed(&self, storage: &Arc<dyn Storage>, sealed: &[PathBuf]) -> Result<()> {
+        let base = super::open::open_base(storage, sealed)?;
+        // No seal comes in between.
+        let top = self.top.write();
+        let last = base.layers().last().cloned();
+        let below = last.as_ref().map(|layer| layer.header());
+        if let Some(top) = top.as_ref() {
+            let who = top.dir().display().to_string();
+            super::base::check_parent(top.header().parent, below, &who)?;
+        }
+        self.base.replace(base);
+        self.stats.set_depth(self.base.depth());
+        Ok(())
     }
 
     /// Seals the top as it is at this moment; the chain is read-only from then on. The caller sees

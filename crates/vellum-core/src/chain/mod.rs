@@ -4,6 +4,7 @@
 
 mod base;
 mod device;
+mod join;
 mod open;
 mod prewarm;
 mod read;
@@ -13,6 +14,7 @@ mod write;
 
 pub use base::Base;
 pub use device::Chain;
+pub use join::join_layers;
 pub use open::{ChainSpec, look_at_chain, open_chain, open_counted_chain, open_read_only_chain};
 pub use prewarm::CopiedUp;
 pub use sources::Source;

@@ -69,7 +69,8 @@ fn with_top(
     spec: &ChainSpec,
     stats: Arc<ChainStats>,
 ) -> Result<Chain> {
-    let below = base.layers().last().map(|layer| layer.header().uuid);
+    let below = base.layers().last().cloned();
+    let below = below.as_ref().map(|layer| layer.header());
     let top = match &spec.top {
         Some(dir) => {
             let top =
@@ -99,7 +100,7 @@ pub fn open_read_only_chain(
     Chain::counted(base, None, stats)
 }
 
-fn open_base(storage: &Arc<dyn Storage>, sealed: &[PathBuf]) -> Result<Base> {
+pub(super) fn open_base(storage: &Arc<dyn Storage>, sealed: &[PathBuf]) -> Result<Base> {
     let base = Base::default();
     for dir in sealed {
         let layer = SealedLayer::open(&**storage, dir)

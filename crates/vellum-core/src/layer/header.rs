@@ -20,8 +20,10 @@ pub(super) const SEGMENT_SHIFT: u32 = 31;
 
 /// The version of the layer format that this build writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
+/// The header names a layer in whose place this one is.
+const FEATURE_STANDS_FOR: u64 = 1;
 /// Incompatible features that this build knows.
-const KNOWN_INCOMPATIBLE: u64 = 0;
+const KNOWN_INCOMPATIBLE: u64 = FEATURE_STANDS_FOR;
 
 /// What a layer is: identity, parent, size and whether it is sealed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +32,8 @@ pub struct Header {
     pub uuid: Uuid,
     /// The layer below, `None` at the bottom of a chain.
     pub parent: Option<Uuid>,
+    /// The layer in whose place this one is: those above name it as their parent.
+    pub stands_for: Option<Uuid>,
     /// Virtual size in bytes: a multiple of 4096, up to 64 TiB.
     pub virtual_size: u64,
     /// Sealed layers never change again.
@@ -51,10 +55,21 @@ impl Header {
         Ok(Header {
             uuid: Uuid::new_v4(),
             parent,
+            stands_for: None,
             virtual_size,
             sealed: false,
             created,
         })
+    }
+
+    /// True where a layer that names `uuid` as its parent lies on this one.
+    pub fn is(&self, uuid: Uuid) -> bool {
+        self.uuid == uuid || self.stands_for == Some(uuid)
+    }
+
+    /// What a layer above names as its parent, where it lay there before this one took that place.
+    pub fn known_as(&self) -> Uuid {
+        self.stands_for.unwrap_or(self.uuid)
     }
 
     /// Virtual size in blocks.
@@ -68,7 +83,10 @@ impl Header {
         out.bytes(MAGIC);
         out.u32(FORMAT_VERSION);
         out.u32(if self.sealed { FLAG_SEALED } else { 0 });
-        out.u64(0);
+        out.u64(match self.stands_for {
+            Some(_) => FEATURE_STANDS_FOR,
+            None => 0,
+        });
         out.u64(0);
         out.bytes(self.uuid.as_bytes());
         out.bytes(self.parent.unwrap_or(Uuid::nil()).as_bytes());
@@ -76,6 +94,9 @@ impl Header {
         out.u32(count(BLOCK_LEN));
         out.u32(SEGMENT_SHIFT);
         out.u64(self.created);
+        if let Some(place) = self.stands_for {
+            out.bytes(place.as_bytes());
+        }
         out.pad_to(HEADER_LEN - 4);
         out.crc();
         out.into_bytes()
@@ -115,20 +136,7 @@ impl Header {
         super::codec::check_crc(bytes, "header")?;
         let flags = input.u32()?;
         let incompatible = input.u64()?;
-        let unknown = incompatible & !KNOWN_INCOMPATIBLE;
-        if unknown != 0 {
-            let bits: Vec<String> = (0..64)
-                .filter(|bit| unknown >> bit & 1 == 1)
-                .map(|bit| bit.to_string())
-                .collect();
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "incompatible feature bit(s) {} are unknown to this build: use a newer vellum",
-                    bits.join(", ")
-                ),
-            ));
-        }
+        check_features(incompatible)?;
         input.skip(8)?;
         let uuid = input.uuid()?;
         let parent = input.uuid()?;
@@ -136,6 +144,15 @@ impl Header {
         let block_size = input.u32()?;
         let segment = input.u32()?;
         let created = input.u64()?;
+        let place = match incompatible & FEATURE_STANDS_FOR {
+            0 => None,
+            _ => Some(input.uuid()?),
+        };
+        if place.is_some_and(|place| place.is_nil() || place == uuid) {
+            return Err(corrupt(format!(
+                "the layer {uuid} stands for none, or itself"
+            )));
+        }
         if uuid.is_nil() || uuid == parent {
             return Err(corrupt(format!("impossible layer UUID {uuid}")));
         }
@@ -149,6 +166,7 @@ impl Header {
         Ok(Header {
             uuid,
             parent: (!parent.is_nil()).then_some(parent),
+            stands_for: place,
             virtual_size,
             sealed: flags & FLAG_SEALED != 0,
             created,
@@ -171,6 +189,25 @@ impl Header {
             .write_atomic(&path, &self.encode())
             .context(|| format!("cannot write {}", path.display()))
     }
+}
+
+/// Refuses a layer with incompatible features that this build does not know.
+fn check_features(incompatible: u64) -> Result<()> {
+    let unknown = incompatible & !KNOWN_INCOMPATIBLE;
+    if unknown == 0 {
+        return Ok(());
+    }
+    let bits: Vec<String> = (0..64)
+        .filter(|bit| unknown >> bit & 1 == 1)
+        .map(|bit| bit.to_string())
+        .collect();
+    Err(Error::new(
+        ErrorKind::Unsupported,
+        format!(
+            "incompatible feature bit(s) {} are unknown to this build: use a newer vellum",
+            bits.join(", ")
+        ),
+    ))
 }
 
 /// Checks a virtual size in bytes: a multiple of 4096, from 4096 to 64 TiB.
@@ -209,6 +246,35 @@ mod tests {
     fn a_header_reads_back_as_written() {
         let header = header();
         assert_eq!(Header::decode(&header.encode()).unwrap(), header);
+        let joined = Header {
+            stands_for: Some(Uuid::new_v4()),
+            ..header
+        };
+        assert_eq!(Header::decode(&joined.encode()).unwrap(), joined);
+        assert_eq!(
+            joined.encode()[16],
+            1,
+            "a build that does not know it refuses it"
+        );
+    }
+
+    #[test]
+    fn a_layer_is_itself_and_the_one_whose_place_it_has() {
+        let (before, other) = (Uuid::new_v4(), Uuid::new_v4());
+        let header = Header {
+            stands_for: Some(before),
+            ..header()
+        };
+        assert!(header.is(before) && header.is(header.uuid) && !header.is(other));
+        assert_eq!(header.known_as(), before);
+        for impossible in [Uuid::nil(), header.uuid] {
+            let header = Header {
+                stands_for: Some(impossible),
+                ..header.clone()
+            };
+            let error = Header::decode(&header.encode()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt);
+        }
     }
 
     #[test]

@@ -101,6 +101,7 @@ fn written_now() -> [(&'static str, Files); 3] {
     let header = Header {
         uuid: Uuid::from_u128(UUID),
         parent: None,
+        stands_for: None,
         virtual_size: BLOCKS as u64 * BLOCK_SIZE,
         sealed: false,
         created: 1_795_651_200,

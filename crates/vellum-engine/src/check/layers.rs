@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use uuid::Uuid;
 
-use super::{Check, CheckWatch, Finding, Remedy, Severity};
+use super::{Check, Finding, Remedy, Severity};
+use crate::progress::BlocksWatch;
 use vellum_base::block::Blocks;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{self, Header, ScrubReport, SealedLayer, check_layer, fail_on_damage};
@@ -34,7 +35,7 @@ impl Check<'_> {
     pub(super) fn layers(
         &mut self,
         layers: &[Uuid],
-        watch: &dyn CheckWatch,
+        watch: &dyn BlocksWatch,
     ) -> Result<LayerStates> {
         let idle = self.store.try_collection_lock()?.is_some();
         let mut states = LayerStates::new();
@@ -208,7 +209,7 @@ impl Check<'_> {
     }
 
     /// Reads every block of sealed layers.
-    fn scrub(&mut self, sealed: &[SealedLayer], states: &mut LayerStates, watch: &dyn CheckWatch) {
+    fn scrub(&mut self, sealed: &[SealedLayer], states: &mut LayerStates, watch: &dyn BlocksWatch) {
         let blocks: Blocks = sealed.iter().map(SealedLayer::data_blocks).sum();
         watch.begin(blocks.get());
         let found = read_all(sealed, watch);
@@ -267,7 +268,7 @@ impl Check<'_> {
 }
 
 /// Reads layers side by side, as many at once as there are processors: each takes a few megabytes.
-fn read_all(sealed: &[SealedLayer], watch: &dyn CheckWatch) -> Vec<Result<ScrubReport>> {
+fn read_all(sealed: &[SealedLayer], watch: &dyn BlocksWatch) -> Vec<Result<ScrubReport>> {
     let next = AtomicUsize::new(0);
     let read = || {
         let mut mine = Vec::new();

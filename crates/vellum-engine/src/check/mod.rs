@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::mount_point::mounted;
 use super::snapshot::find;
+use crate::progress::BlocksWatch;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_store::{ContainerRecord, Records, Store};
 
@@ -33,16 +34,6 @@ pub struct CheckOptions {
     pub scrub: bool,
     /// Repair what can be repaired.
     pub repair: bool,
-}
-
-/// What happens while blocks are read, for a person who waits.
-pub trait CheckWatch: Sync {
-    /// So many data blocks will be read.
-    fn begin(&self, blocks: u64);
-    /// So many more were.
-    fn read(&self, blocks: u64);
-    /// All were.
-    fn end(&self);
 }
 
 /// One check in progress.
@@ -64,7 +55,11 @@ impl Check<'_> {
 /// # Errors
 /// [`ErrorKind::NotFound`] for a name; where the store itself cannot be read. What is wrong within
 /// it is in the report.
-pub fn check(store: &Store, options: &CheckOptions, watch: &dyn CheckWatch) -> Result<CheckReport> {
+pub fn check(
+    store: &Store,
+    options: &CheckOptions,
+    watch: &dyn BlocksWatch,
+) -> Result<CheckReport> {
     let mut check = Check {
         store,
         records: store.records()?,

@@ -8,6 +8,7 @@ use super::layers::LayerStates;
 use super::{Check, Finding, Remedy, Severity};
 use vellum_base::error::Result;
 use vellum_base::storage::LockMode;
+use vellum_core::layer::Header;
 use vellum_store::{ContainerRecord, ImageRecord, SnapshotKind, SnapshotRecord};
 
 /// What is wrong with a stack of layers.
@@ -226,7 +227,7 @@ fn stack_of(layers: &[Uuid], states: &LayerStates, writable_top: bool) -> Option
     if layers.is_empty() {
         return fatal("it has no layers".into());
     }
-    let mut below = None;
+    let mut below: Option<&Header> = None;
     let mut corrupt = None;
     for (index, layer) in layers.iter().enumerate() {
         let Some(state) = states.get(layer) else {
@@ -238,12 +239,16 @@ fn stack_of(layers: &[Uuid], states: &LayerStates, writable_top: bool) -> Option
         let Some(header) = &state.header else {
             return fatal(format!("its layer {layer} cannot be read"));
         };
-        if header.parent != below {
+        let fits = match (header.parent, below) {
+            (Some(parent), Some(below)) => below.is(parent),
+            (parent, below) => parent.is_none() && below.is_none(),
+        };
+        if !fits {
             let named = |layer: Option<Uuid>| layer.map_or("nothing".into(), |l| l.to_string());
             return fatal(format!(
                 "its layer {layer} belongs on {}, but lies on {}",
                 named(header.parent),
-                named(below)
+                named(below.map(|below| below.uuid))
             ));
         }
         let top = index + 1 == layers.len();
@@ -256,7 +261,7 @@ fn stack_of(layers: &[Uuid], states: &LayerStates, writable_top: bool) -> Option
         if let (Some(problem), None) = (&state.corrupt, &corrupt) {
             corrupt = Some(format!("its layer {layer} is damaged: {problem}"));
         }
-        below = Some(*layer);
+        below = Some(header);
     }
     corrupt.map(|problem| Trouble {
         problem,

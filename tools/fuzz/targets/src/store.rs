@@ -59,6 +59,7 @@ fn template() -> SimStorage {
             let header = Header {
                 uuid,
                 parent,
+                stands_for: None,
                 virtual_size: 1 << 20,
                 sealed: uuid != TOP,
                 created: 1,

@@ -65,6 +65,7 @@ pub(super) fn fresh(virtual_size: u64) -> SimStorage {
     let header = Header {
         uuid: UUID,
         parent: None,
+        stands_for: None,
         virtual_size,
         sealed: false,
         created: 1,
