@@ -90,9 +90,10 @@ fn forget(store: &TestStore, command: &str) {
     }
 }
 
-const COMMANDS: [&[&str]; 6] = [
+const COMMANDS: [&[&str]; 7] = [
     &["import", "again", "SOURCE", "--size", SIZE],
     &["diff", "c"],
+    &["diff", "c", "--walk"],
     &["commit", "c", "snap"],
     &["prewarm", "c", "/etc"],
     &["mount", "c"],

@@ -13,6 +13,7 @@ mod common;
 #[path = "../support/image_support/mod.rs"]
 mod image_support;
 
+mod diff;
 mod import;
 mod interrupted;
 mod lifecycle;

@@ -315,7 +315,7 @@ fn trees_that_cannot_be_opened_are_named() {
 
 /// One step in the making of a tree. Names come from a small set, so that steps meet.
 #[derive(Debug, Clone)]
-enum Step {
+pub(super) enum Step {
     File(u8, u16, u8),
     Directory(u8),
     Symlink(u8, u8),
@@ -329,7 +329,7 @@ enum Step {
     Hole(u8, u8),
 }
 
-fn step() -> impl Strategy<Value = Step> {
+pub(super) fn step() -> impl Strategy<Value = Step> {
     let name = any::<u8>();
     prop_oneof![
         4 => (name, 0u16..5000, any::<u8>()).prop_map(|(n, l, b)| Step::File(n, l, b)),
@@ -347,7 +347,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 /// Spreads a byte over paths up to three levels deep.
-fn place(root: &Path, name: u8) -> PathBuf {
+pub(super) fn place(root: &Path, name: u8) -> PathBuf {
     let letters = ["a", "b", "c.d", "é"];
     let mut path = root.to_owned();
     for level in 0..=(name >> 6).min(2) {
@@ -357,7 +357,7 @@ fn place(root: &Path, name: u8) -> PathBuf {
 }
 
 /// Does what can be done; steps that cannot (a parent that is missing) do nothing.
-fn perform(root: &Path, step: &Step) {
+pub(super) fn perform(root: &Path, step: &Step) {
     let real = |path: &Path| fs::symlink_metadata(path).ok();
     // A link on the way could lead out of the tree.
     let safe = |path: &Path| {

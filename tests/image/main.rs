@@ -16,5 +16,6 @@
 mod image_support;
 
 mod apply;
+mod blocks;
 mod diff;
 mod source;

@@ -7,11 +7,14 @@
 //! * [`superblock`]: what the driver must know of an ext4 without mounting it.
 //! * [`mountinfo`]: what is mounted where.
 //! * [`run_dir`]: the directory of a mounted device, and what lies in it.
+//! * [`unmounted`]: the files of an ext4 read from its blocks, and what two states of one differ in.
 
 mod e2fsprogs;
 pub mod ext4;
+mod fields;
 pub mod freeze;
 pub mod held_dir;
 pub mod mountinfo;
 pub mod run_dir;
 pub mod superblock;
+pub mod unmounted;

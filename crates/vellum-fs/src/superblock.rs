@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use crate::fields::Fields;
 use vellum_base::block::{BLOCK_SIZE, BlockDevice};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
@@ -36,6 +37,8 @@ pub struct Superblock {
     pub bigalloc: bool,
     /// Unmounted in order: nothing to replay, no errors noted.
     pub clean: bool,
+    /// Its journal wants replaying, and that is all that keeps it from being clean.
+    pub wants_replay: bool,
     /// Its UUID.
     pub uuid: uuid::Uuid,
     /// Where the journal's blocks lie, in bytes, without the journal's own superblock. While the
@@ -110,13 +113,15 @@ impl Superblock {
         let inodes_used = inodes
             .checked_sub(inodes_free)
             .ok_or_else(|| corrupt("it has more free inodes than inodes"))?;
+        let sound = state & (STATE_VALID | STATE_ERRORS) == STATE_VALID;
+        let recover = incompat & INCOMPAT_RECOVER != 0;
         Ok(Superblock {
             block_size,
             size,
             inodes_used: u64::from(inodes_used),
             bigalloc: ro_compat & RO_COMPAT_BIGALLOC != 0,
-            clean: incompat & INCOMPAT_RECOVER == 0
-                && state & (STATE_VALID | STATE_ERRORS) == STATE_VALID,
+            clean: sound && !recover,
+            wants_replay: sound && recover,
             uuid: uuid::Uuid::from_slice(uuid)
                 .map_err(|error| Error::with_source(ErrorKind::Corrupt, "its UUID", error))?,
             journal,
@@ -142,7 +147,7 @@ impl Superblock {
 fn journal_ranges(fields: &Fields<'_>, block_size: u64, size: u64) -> Result<Vec<Range<u64>>> {
     const MAP: usize = 0x10C;
     // Without a copy of its map in the superblock, or with one of another form, as ext3 has.
-    if fields.0.get(0xFD) != Some(&JOURNAL_BACKUP_BLOCKS)
+    if fields.u8(0xFD) != Some(JOURNAL_BACKUP_BLOCKS)
         || fields.u16(MAP) != Some(EXTENT_MAGIC)
         || fields.u16(MAP + 6) != Some(0)
     {
@@ -183,18 +188,6 @@ fn corrupt(what: &str) -> Error {
         ErrorKind::Corrupt,
         format!("the ext4 superblock makes no sense: {what}"),
     )
-}
-
-struct Fields<'a>(&'a [u8]);
-
-impl Fields<'_> {
-    fn u16(&self, at: usize) -> Option<u16> {
-        Some(u16::from_le_bytes(self.0.get(at..at + 2)?.try_into().ok()?))
-    }
-
-    fn u32(&self, at: usize) -> Option<u32> {
-        Some(u32::from_le_bytes(self.0.get(at..at + 4)?.try_into().ok()?))
-    }
 }
 
 #[cfg(test)]

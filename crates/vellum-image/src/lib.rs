@@ -3,10 +3,11 @@
 //!
 //! * [`Source`]: a directory, a tar, an OCI image, a Docker archive or a disk image.
 //! * [`apply_layer`], [`copy_tree`]: one layer, or a whole tree, into a directory.
-//! * [`diff_trees`], [`write_layer_tar`], [`write_rootfs_tar`]: the way back.
+//! * [`diff_trees`], [`compare_trees`], [`write_layer_tar`], [`write_rootfs_tar`]: the way back.
 //! * [`ImageConfig`], [`chain_id`]: what an image says about how to run it, and its identity.
 //!
-//! Nothing here knows of block layers: all of it works on directories and streams.
+//! Nothing here knows of block layers: all of it works on directories and streams. Trees that are compared
+//! may also be somewhere else ([`Trees`]).
 
 mod acl;
 mod apply;
@@ -30,6 +31,7 @@ mod records;
 mod rooted;
 mod slice;
 mod source;
+mod tree;
 mod walk;
 mod write;
 mod write_oci;
@@ -38,13 +40,17 @@ pub use apply::{ApplyOptions, apply_layer};
 pub use compress::Compression;
 pub use config::{HistoryEntry, HistoryStep, ImageConfig, RunConfig, chain_id, chain_ids};
 pub use copy::copy_tree;
-pub use diff::{Change, ChangeKind, Foreign, diff_trees, diff_trees_but};
+pub use diff::{
+    Change, ChangeKind, Comparison, ContentChange, Difference, Foreign, compare_trees, diff_trees,
+    diff_trees_but,
+};
 pub use install::ApplyStats;
 pub use layer::{LayerReader, LayerRef};
 pub use measure::Measure;
 pub use platform::Platform;
 pub use raw::Holds;
 pub use source::{Format, Image, RawImage, Source, SourceOptions, TarSource};
+pub use tree::{Attributes, Directory, MountedTrees, Trees};
 pub use write::{write_layer_tar, write_rootfs_tar};
 pub use write_oci::OciWriter;
 

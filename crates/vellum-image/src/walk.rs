@@ -30,16 +30,16 @@ const MAX_EXTENTS: usize = 64 * 1024;
 const OPEN_LEVELS: usize = 64;
 
 /// A directory of a tree that is being walked.
-pub(super) struct Level {
+pub struct Level {
     /// `None` while something below is walked.
     fd: RefCell<Option<OwnedFd>>,
-    pub path: Vec<u8>,
-    pub depth: usize,
+    pub(super) path: Vec<u8>,
+    pub(super) depth: usize,
 }
 
 impl Level {
     /// The root of the tree at `path`.
-    pub fn root(path: &Path) -> Result<Level> {
+    pub(super) fn root(path: &Path) -> Result<Level> {
         let root = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_DIRECTORY)
@@ -53,7 +53,7 @@ impl Level {
     }
 
     /// The directory at `path` of a tree, which is open.
-    pub fn at(fd: OwnedFd, path: &[u8]) -> Level {
+    pub(super) fn at(fd: OwnedFd, path: &[u8]) -> Level {
         Level {
             fd: RefCell::new(Some(fd)),
             path: path.to_vec(),
@@ -68,18 +68,22 @@ impl Level {
     }
 
     /// Whether nothing in it can be walked.
-    pub fn is_deepest(&self) -> bool {
+    pub(super) fn is_deepest(&self) -> bool {
         self.depth >= MAX_DEPTH
     }
 
     /// The names in it, sorted.
-    pub fn names(&self) -> Result<Vec<Vec<u8>>> {
+    pub(super) fn names(&self) -> Result<Vec<Vec<u8>>> {
         self.with(names)
             .context(|| format!("listing {}", shown(&self.path)))
     }
 
     /// Walks the directory `name` in it.
-    pub fn descend(&self, name: &[u8], walk: impl FnOnce(&Level) -> Result<()>) -> Result<()> {
+    pub(super) fn descend(
+        &self,
+        name: &[u8],
+        walk: impl FnOnce(&Level) -> Result<()>,
+    ) -> Result<()> {
         let inner = self.enter(name)?;
         if self.depth < OPEN_LEVELS {
             return walk(&inner);
@@ -104,7 +108,7 @@ impl Level {
     }
 
     /// The directory `name` in it, for a look; [`Level::descend`] walks.
-    pub fn enter(&self, name: &[u8]) -> Result<Level> {
+    pub(super) fn enter(&self, name: &[u8]) -> Result<Level> {
         let path = join(&self.path, name);
         if self.is_deepest() {
             return Err(Error::new(
@@ -126,13 +130,13 @@ impl Level {
     }
 
     /// The attributes of the directory itself.
-    pub fn stat(&self) -> Result<FileStat> {
+    pub(super) fn stat(&self) -> Result<FileStat> {
         self.with(|fd| fstat(fd))
             .context(|| format!("reading the attributes of {}", shown(&self.path)))
     }
 
     /// The attributes of `name`; `None` when it is gone.
-    pub fn look(&self, name: &[u8]) -> Result<Option<FileStat>> {
+    pub(super) fn look(&self, name: &[u8]) -> Result<Option<FileStat>> {
         self.with(|fd| look(fd, name)).context(|| {
             format!(
                 "reading the attributes of {}",
@@ -142,7 +146,7 @@ impl Level {
     }
 
     /// The target of the link `name`.
-    pub fn link_target(&self, name: &[u8]) -> Result<Vec<u8>> {
+    pub(super) fn link_target(&self, name: &[u8]) -> Result<Vec<u8>> {
         let target = self
             .with(|fd| readlinkat(fd, name))
             .context(|| format!("reading the link {}", shown(&join(&self.path, name))))?;
@@ -150,7 +154,7 @@ impl Level {
     }
 
     /// The extended attributes of `name`, or of the directory itself for an empty name.
-    pub fn xattrs(&self, name: &[u8]) -> Result<Xattrs> {
+    pub(super) fn xattrs(&self, name: &[u8]) -> Result<Xattrs> {
         let path = self
             .with(|fd| Ok(proc_path(fd, name)))
             .context(|| format!("reading {}", shown(&self.path)))?;
@@ -191,13 +195,13 @@ impl Level {
     }
 
     /// Opens the regular file `name` in it.
-    pub fn open(&self, name: &[u8]) -> Result<File> {
+    pub(super) fn open(&self, name: &[u8]) -> Result<File> {
         self.with(|fd| open_file(fd, name))
             .context(|| format!("opening {}", shown(&join(&self.path, name))))
     }
 
     /// Describes `name`, whose attributes are `stat`, and opens it if it is a regular file.
-    pub fn node(&self, name: &[u8], stat: &FileStat) -> Result<(Node, Option<File>)> {
+    pub(super) fn node(&self, name: &[u8], stat: &FileStat) -> Result<(Node, Option<File>)> {
         let path = join(&self.path, name);
         let mut file = None;
         let size = stat.st_size.cast_unsigned();
@@ -228,7 +232,7 @@ impl Level {
     }
 
     /// Describes the directory itself.
-    pub fn own_node(&self) -> Result<Node> {
+    pub(super) fn own_node(&self) -> Result<Node> {
         let stat = self.stat()?;
         let xattrs = self.xattrs(b"")?;
         Ok(describe(self.path.clone(), Kind::Directory, &stat, xattrs))

@@ -51,11 +51,7 @@ pub fn map(store: &Store, name: &str) -> Result<BlockMap> {
             return Ok(assemble(store, name, &layers, None, &part, runs));
         }
     };
-    let sockets = Sockets::new(store, container.id);
-    let asked = all_runs(|ask| {
-        let args = encode(ask)?;
-        decode(sockets.ask(MAP, &args, TIMEOUT)?.1)
-    });
+    let asked = all_runs(|ask| from_server(&Sockets::new(store, container.id), ask));
     let (part, runs) = match asked {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let _busy = lock_container(store, &container)?;
@@ -67,6 +63,16 @@ pub fn map(store: &Store, name: &str) -> Result<BlockMap> {
     let resolved = store.resolve(&store.container(name)?)?;
     let (sealed, top) = (&resolved.sealed, resolved.top);
     Ok(assemble(store, name, sealed, Some(top), &part, runs))
+}
+
+fn from_server(sockets: &Sockets, ask: &AskMap) -> Result<MapPart> {
+    decode(sockets.ask(MAP, &encode(ask)?, TIMEOUT)?.1)
+}
+
+/// What a server has open: how many layers there are below the top, the size, and where all blocks come
+/// from, as in [`BlockMap::runs`].
+pub(super) fn served_runs(sockets: &Sockets) -> Result<(MapPart, Vec<(u64, i64)>)> {
+    all_runs(|ask| from_server(sockets, ask))
 }
 
 fn from_chain(open: &OpenChain, ask: &AskMap) -> Result<MapPart> {

@@ -16,6 +16,7 @@
 
 mod archive;
 mod control;
+mod ext4;
 mod fixup;
 mod input;
 mod layer;
@@ -156,6 +157,15 @@ pub const TARGETS: &[Target] = &[
         memory_per_byte: 16,
         run: text::superblock,
         seeds: text::superblock_seeds,
+    },
+    Target {
+        name: "ext4",
+        max_len: 4096,
+        // Both states, and what is made of them.
+        memory: 32 * MIB,
+        memory_per_byte: 256,
+        run: ext4::ext4,
+        seeds: ext4::ext4_seeds,
     },
     Target {
         name: "control",

@@ -104,6 +104,7 @@ smoke!(
     filter,
     config,
     superblock,
+    ext4,
     control,
     authority,
 );

@@ -1,0 +1,245 @@
+//! Two states of a file system compared by the blocks that differ.
+
+use std::ops::Range;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::served::Served;
+use super::trees::BlockTrees;
+use super::{Newer, top_of};
+
+use crate::device::{OpenChain, Target};
+use crate::map::served_runs;
+use crate::mount_point::{Mounted, mounted};
+use crate::seal::sync_file_system;
+use crate::stats::Sockets;
+use vellum_base::block::{Block, Run};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_core::chain::{Chain, Source};
+use vellum_fs::freeze;
+use vellum_fs::unmounted::{self, FileSystem, Replayed, changed};
+use vellum_image::{Comparison, Difference, compare_trees};
+use vellum_store::{ContainerRecord, Store};
+
+/// Writers of a container that is mounted wait for no longer than this: what takes longer is walked.
+const FREEZE_LIMIT: Duration = Duration::from_secs(5);
+/// Blocks in the layers of a container that is mounted, of which contents are compared while its writers
+/// wait: 256 MiB, which takes less than that.
+const MAX_FROZEN: u64 = 64 << 10;
+/// Runs of blocks that are asked for at a time.
+const RUNS: usize = 1 << 16;
+
+/// As [`super::diff_states`], by blocks alone.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] and others where it has to be found out in another way.
+pub(super) fn diff(
+    store: &Store,
+    older: &[Uuid],
+    newer: Newer<'_>,
+    comparison: &Comparison,
+) -> Result<Vec<Difference>> {
+    let open = Target::Sealed(top_of(older)?).open(store)?;
+    let resolved;
+    let layers = match newer {
+        Newer::Sealed(state) => &state.layers,
+        Newer::Container(container) => {
+            resolved = store.resolve(container)?;
+            &resolved.sealed
+        }
+    };
+    let shared = older.iter().zip(layers);
+    let shared = shared.take_while(|(old, new)| old == new).count();
+    let task = Task {
+        store,
+        older: open.chain(),
+        layers: layers.len(),
+        shared,
+        comparison,
+    };
+    let container = match newer {
+        Newer::Sealed(state) => {
+            return task.with_chain(&Target::Sealed(top_of(&state.layers)?).open(store)?);
+        }
+        Newer::Container(container) => container,
+    };
+    match mounted(store, container)? {
+        Some(mount) => task.with_mount(container, &mount),
+        None => task.with_chain(&Target::Look(container.name.clone()).open(store)?),
+    }
+}
+
+/// What is compared with a newer state.
+struct Task<'a> {
+    store: &'a Store,
+    older: &'a Chain,
+    /// How many layers the newer state has, without a top.
+    layers: usize,
+    /// How many layers, from the bottom up, both states have.
+    shared: usize,
+    comparison: &'a Comparison,
+}
+
+impl Task<'_> {
+    /// With a chain that this process has open.
+    fn with_chain(&self, newer: &OpenChain) -> Result<Vec<Difference>> {
+        let newer = &**newer.chain();
+        let differing = differing(&runs_of(self.older), &runs_of(newer), self.shared);
+        diff_devices(self.older, newer, &differing, self.comparison)
+    }
+
+    /// With a container that is mounted, as it is at one moment: what its programs wrote is written out,
+    /// and they wait until it was compared.
+    fn with_mount(&self, container: &ContainerRecord, mount: &Mounted) -> Result<Vec<Difference>> {
+        if mount.given_up {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "its file system has given up, and is another on its device than its programs see",
+            ));
+        }
+        let sockets = Sockets::new(self.store, container.id);
+        if self.comparison.contents && self.blocks_above(&sockets)? > MAX_FROZEN {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "contents of so many blocks take longer to compare than writers may wait",
+            ));
+        }
+        // Most of the writing happens before anybody has to wait.
+        sync_file_system(&mount.dir)?;
+        let frozen = freeze::freeze(&mount.dir, FREEZE_LIMIT)?;
+        let deadline = frozen.since() + FREEZE_LIMIT;
+        let found = self.with_served(&sockets, &mount.device, deadline);
+        let frozen = frozen.thaw()?;
+        tracing::debug!(frozen_ms = frozen.as_secs_f64() * 1e3, "compared by blocks");
+        found
+    }
+
+    /// How many blocks come from layers that the older state does not have.
+    fn blocks_above(&self, sockets: &Sockets) -> Result<u64> {
+        let (_, runs) = served_runs(sockets)?;
+        let above = |number: i64| usize::try_from(number).is_ok_and(|number| number >= self.shared);
+        let runs = runs.iter().filter(|(_, number)| above(*number));
+        Ok(runs.map(|(blocks, _)| blocks).sum())
+    }
+
+    /// With what a server has open as a device, which nobody changes until `deadline`.
+    fn with_served(
+        &self,
+        sockets: &Sockets,
+        device: &Path,
+        deadline: Instant,
+    ) -> Result<Vec<Difference>> {
+        let served = Served::new(self.older, self.layers, sockets, device, deadline)?;
+        let differing = differing(&runs_of(self.older), served.runs(), self.shared);
+        let served = served.with_differing(&differing);
+        diff_devices(self.older, &served, &differing, self.comparison)
+    }
+}
+
+/// The paths by which two states of an ext4 differ, of which the bytes in `differing` may differ and all
+/// others do not. The list is that of both trees mounted and compared. Journals are replayed in memory.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] where a file system has to be mounted to be read, as with features that are
+/// not known here; [`ErrorKind::Corrupt`] where it makes no sense; as [`unmounted::Source::fill`].
+pub fn diff_devices(
+    older: &dyn unmounted::Source,
+    newer: &dyn unmounted::Source,
+    differing: &[Range<u64>],
+    comparison: &Comparison,
+) -> Result<Vec<Difference>> {
+    let (older, newer) = (Replayed::new(older)?, Replayed::new(newer)?);
+    let mut differing = differing.to_vec();
+    differing.extend(older.written().chain(newer.written()));
+    let (older, newer) = (FileSystem::open(&older)?, FileSystem::open(&newer)?);
+    let changed = changed(&older, &newer, &differing)?;
+    let trees = BlockTrees::new(&older, &newer, &changed);
+    let found = compare_trees(&&trees, comparison)?;
+    trees.check_all_seen()?;
+    Ok(found)
+}
+
+/// Where all blocks of a chain come from.
+fn runs_of(chain: &Chain) -> Vec<Run<Source>> {
+    let mut runs: Vec<Run<Source>> = Vec::new();
+    loop {
+        let start = runs.last().map_or(Block::FIRST, Run::end);
+        let more = chain.sources(start, RUNS);
+        if more.is_empty() {
+            return runs;
+        }
+        runs.extend(more);
+    }
+}
+
+/// The bytes in which two states may differ, in order, by where their blocks come from. Their first `shared`
+/// layers are the same.
+fn differing(older: &[Run<Source>], newer: &[Run<Source>], shared: usize) -> Vec<Range<u64>> {
+    let is_zero = |source: Source| matches!(source, Source::Hole | Source::Zero);
+    let same = |old, new| match (old, new) {
+        (Source::Sealed(old), Source::Sealed(new)) => old == new && (new as usize) < shared,
+        (old, new) => is_zero(old) && is_zero(new),
+    };
+    let mut differing: Vec<Range<u64>> = Vec::new();
+    let mut olds = older.iter().peekable();
+    for new in newer {
+        let mut at = new.start();
+        while at < new.end() {
+            while olds.next_if(|old| old.end() <= at).is_some() {}
+            // Behind the end of the older state there were zeros.
+            let (old, end) = match olds.peek() {
+                Some(old) => (old.value, old.end().min(new.end())),
+                None => (Source::Hole, new.end()),
+            };
+            if !same(old, new.value) {
+                let bytes = at.offset().get()..end.offset().get();
+                match differing.last_mut() {
+                    Some(last) if last.end == bytes.start => last.end = bytes.end,
+                    _ => differing.push(bytes),
+                }
+            }
+            at = end;
+        }
+    }
+    differing
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vellum_base::block::{Blocks, Span};
+
+    fn runs(list: &[(u64, Source)]) -> Vec<Run<Source>> {
+        let mut at = Block::FIRST;
+        let run = |&(len, source)| {
+            let span = Span::new(at, Blocks::new(len));
+            at = span.end();
+            Run::new(span, source)
+        };
+        list.iter().map(run).collect()
+    }
+
+    #[test]
+    fn states_differ_in_the_blocks_of_layers_that_they_do_not_share_and_where_data_became_zeros() {
+        use Source::{Hole, Sealed, Top, Zero};
+        let older = runs(&[(4, Sealed(0)), (4, Sealed(1)), (2, Hole), (2, Zero)]);
+        let newer = runs(&[
+            (2, Sealed(0)),
+            (3, Top),
+            (1, Zero),
+            (2, Sealed(1)),
+            (3, Zero),
+            (1, Sealed(2)),
+            (2, Hole),
+            (1, Top),
+        ]);
+        let blocks = |range: Range<u64>| range.start * 4096..range.end * 4096;
+        let expected = [2..6, 11..12, 14..15].map(blocks);
+        assert_eq!(differing(&older, &newer, 2), expected);
+        assert_eq!(differing(&older, &older, 2), []);
+        // The second layer is another: the older state went on from the same first one.
+        assert_eq!(differing(&older, &older, 1), vec![blocks(4..8)]);
+    }
+}
