@@ -42,6 +42,15 @@ fn findings(store: &TestStore, arguments: &[&str], status: i32) -> Vec<Value> {
     report["findings"].as_array().unwrap().clone()
 }
 
+/// What has errors.
+fn errors(findings: &[Value]) -> Vec<&str> {
+    findings
+        .iter()
+        .filter(|finding| finding["severity"] == "error")
+        .map(|finding| finding["what"].as_str().unwrap())
+        .collect()
+}
+
 fn has(findings: &[Value], what: &str, problem: &str) -> bool {
     findings.iter().any(|finding| {
         finding["what"].as_str().unwrap().starts_with(what)
@@ -149,12 +158,10 @@ fn a_flipped_bit_in_a_layer_that_only_a_snapshot_uses_is_an_error_of_the_snapsho
 
     damage_data(&dir, |block| block.iter().all(|byte| *byte == 9));
     let found = findings(&store, &["--scrub"], 1);
-    let errors: Vec<&str> = found
-        .iter()
-        .filter(|finding| finding["severity"] == "error")
-        .map(|finding| finding["what"].as_str().unwrap())
-        .collect();
-    assert_eq!(errors, [&*format!("layer {layer}"), "snapshot unpacked"]);
+    assert_eq!(
+        errors(&found),
+        [&*format!("layer {layer}"), "snapshot unpacked"]
+    );
 }
 
 #[test]
@@ -179,12 +186,10 @@ fn a_damaged_layer_of_a_containers_snapshot_is_an_error_of_that_and_the_containe
         block.iter().all(|byte| *byte == 2)
     });
     let found = findings(&store, &["--scrub"], 1);
-    let errors: Vec<&str> = found
-        .iter()
-        .filter(|finding| finding["severity"] == "error")
-        .map(|finding| finding["what"].as_str().unwrap())
-        .collect();
-    assert_eq!(errors, [&*format!("layer {layer}"), "snapshot c@two"]);
+    assert_eq!(
+        errors(&found),
+        [&*format!("layer {layer}"), "snapshot c@two"]
+    );
     store.ok(&["rm", "c@two"]);
     store.ok(&["check", "--scrub"]);
     write(3);

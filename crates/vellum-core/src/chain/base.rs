@@ -255,7 +255,7 @@ impl Merged {
         let below = self.layers.last().map(|below| below.header());
         let who = layer.dir().display().to_string();
         if below.is_some() || !self.apart {
-            check_parent(layer.header().parent, below, &who)?;
+            check_parent(layer.header(), below, &who)?;
         }
         let own = Origin::layer(self.layers.len())
             .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "too many layers in the chain"))?;
@@ -295,16 +295,8 @@ impl Merged {
 }
 
 /// Checks that a layer fits on the one below it.
-pub(super) fn check_parent(
-    stated: Option<uuid::Uuid>,
-    below: Option<&Header>,
-    who: &str,
-) -> Result<()> {
-    let fits = match (stated, below) {
-        (Some(parent), Some(below)) => below.is(parent),
-        (stated, below) => stated.is_none() && below.is_none(),
-    };
-    if fits {
+pub(super) fn check_parent(layer: &Header, below: Option<&Header>, who: &str) -> Result<()> {
+    if layer.fits_on(below) {
         return Ok(());
     }
     let name = |uuid: Option<uuid::Uuid>| uuid.map_or("no parent".into(), |uuid| uuid.to_string());
@@ -313,7 +305,7 @@ pub(super) fn check_parent(
         format!(
             "{who}: its parent is {}, but the layer below is {}: a layer fits only the parent that \
              it was made on",
-            name(stated),
+            name(layer.parent),
             name(below.map(|below| below.uuid))
         ),
     ))

@@ -152,7 +152,7 @@ impl Chain {
         let mut top = self.top.write();
         let old = top.as_ref().ok_or_else(read_only)?;
         super::base::check_parent(
-            next.header().parent,
+            &next.header(),
             Some(&old.header()),
             &next.dir().display().to_string(),
         )?;
@@ -186,7 +186,7 @@ impl Chain {
         let below = last.as_ref().map(|layer| layer.header());
         if let Some(top) = top.as_ref() {
             let who = top.dir().display().to_string();
-            super::base::check_parent(top.header().parent, below, &who)?;
+            super::base::check_parent(&top.header(), below, &who)?;
         }
         self.base.replace(base);
         self.stats.set_depth(self.base.depth());

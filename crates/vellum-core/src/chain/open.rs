@@ -75,7 +75,7 @@ fn with_top(
         Some(dir) => {
             let top =
                 WritableLayer::open_counted(storage.clone(), dir, spec.options, stats.clone())?;
-            check_parent(top.header().parent, below, &dir.display().to_string())?;
+            check_parent(&top.header(), below, &dir.display().to_string())?;
             Some(top)
         }
         None => None,

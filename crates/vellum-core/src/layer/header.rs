@@ -62,8 +62,16 @@ impl Header {
         })
     }
 
+    /// True where this layer was made on `below`, or on what that stands for; with `None`, on nothing.
+    pub fn fits_on(&self, below: Option<&Header>) -> bool {
+        match (self.parent, below) {
+            (Some(parent), Some(below)) => below.is(parent),
+            (parent, below) => parent.is_none() && below.is_none(),
+        }
+    }
+
     /// True where a layer that names `uuid` as its parent lies on this one.
-    pub fn is(&self, uuid: Uuid) -> bool {
+    fn is(&self, uuid: Uuid) -> bool {
         self.uuid == uuid || self.stands_for == Some(uuid)
     }
 

@@ -239,11 +239,7 @@ fn stack_of(layers: &[Uuid], states: &LayerStates, writable_top: bool) -> Option
         let Some(header) = &state.header else {
             return fatal(format!("its layer {layer} cannot be read"));
         };
-        let fits = match (header.parent, below) {
-            (Some(parent), Some(below)) => below.is(parent),
-            (parent, below) => parent.is_none() && below.is_none(),
-        };
-        if !fits {
+        if !header.fits_on(below) {
             let named = |layer: Option<Uuid>| layer.map_or("nothing".into(), |l| l.to_string());
             return fatal(format!(
                 "its layer {layer} belongs on {}, but lies on {}",
