@@ -63,7 +63,7 @@ const MEANT: &[Meant] = &[
     (
         "counters and times that have nothing to show yet",
         &[
-            ("crates/vellum-engine/src/device.rs", 2),
+            ("crates/vellum-engine/src/device/mod.rs", 2),
             ("crates/vellum-engine/src/stats.rs", 1),
             ("crates/vellum-export/src/device/watch.rs", 1),
             ("crates/vellum-export/src/device/worker/commands.rs", 1),

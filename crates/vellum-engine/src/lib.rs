@@ -24,6 +24,7 @@ pub mod seal;
 pub mod serve;
 pub mod serving;
 pub mod snapshot;
+mod sockets;
 pub mod stats;
 pub mod status;
 pub mod teardown;

@@ -22,7 +22,7 @@ use serde::Serialize;
 use super::device::{COPY_UP, CopyUp, Target};
 use super::lock_container;
 use super::mount_point::mounted;
-use super::stats::Sockets;
+use super::sockets::Sockets;
 use super::teardown::take_over;
 use super::temporary::TemporaryMount;
 use super::wire::{decode, encode};

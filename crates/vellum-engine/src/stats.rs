@@ -13,6 +13,8 @@ use uuid::Uuid;
 
 use super::device::{DeviceStats, STATS};
 use super::mount_point::mounted;
+pub use super::sockets::Server;
+use super::sockets::Sockets;
 use super::wire::decode;
 use vellum_base::block::{BLOCK_SIZE, Blocks};
 use vellum_base::error::{ErrorKind, Result};
@@ -20,7 +22,7 @@ use vellum_base::moment::rfc3339_of_seconds;
 use vellum_core::chain::{LatencySnapshot, Sample};
 use vellum_core::layer::{SpaceStatus, data_blocks_on_disk};
 use vellum_export::device::control;
-use vellum_fs::run_dir::{DirSocket, RunDir};
+use vellum_fs::run_dir::RunDir;
 use vellum_store::{ContainerRecord, SnapshotKind, SnapshotRecord, Store};
 
 /// Version of [`Stats`] as JSON: fields may be added, others only change with this number.
@@ -39,16 +41,6 @@ pub enum Kind {
     Container,
     /// A snapshot of containerd's.
     Snapshot,
-}
-
-/// Who serves a chain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Server {
-    /// The worker of a local device.
-    Device,
-    /// `vellum nbd`.
-    Nbd,
 }
 
 /// What copy-on-write cost a container, and its layers.
@@ -339,47 +331,6 @@ impl Counters {
             },
             space: Space::new(device.space),
         })
-    }
-}
-
-/// Where the servers of a chain listen.
-pub(super) struct Sockets {
-    run_dir: RunDir,
-    beside: Option<DirSocket>,
-}
-
-impl Sockets {
-    /// Those of the container or snapshot with this id.
-    pub(super) fn new(store: &Store, id: Uuid) -> Self {
-        Sockets {
-            run_dir: store.runs().dir(id),
-            beside: Some(store.runs().socket_beside(id)),
-        }
-    }
-
-    /// Those of a device in `run_dir` alone.
-    pub(super) fn of_device(run_dir: &RunDir) -> Self {
-        Sockets {
-            run_dir: run_dir.clone(),
-            beside: None,
-        }
-    }
-
-    /// Asks whoever serves; [`ErrorKind::NotFound`] where nobody does.
-    pub(super) fn ask(
-        &self,
-        verb: &str,
-        args: &Value,
-        timeout: Duration,
-    ) -> Result<(Server, Value)> {
-        let answer = control::call_again(&self.run_dir, verb, args.clone(), timeout);
-        match (answer, &self.beside) {
-            (Err(error), Some(beside)) if error.kind() == ErrorKind::NotFound => {
-                control::call_at(beside, verb, args.clone(), timeout)
-                    .map(|answer| (Server::Nbd, answer))
-            }
-            (answer, _) => answer.map(|answer| (Server::Device, answer)),
-        }
     }
 }
 

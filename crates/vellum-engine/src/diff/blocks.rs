@@ -14,7 +14,7 @@ use crate::device::{OpenChain, Target};
 use crate::map::served_runs;
 use crate::mount_point::{Mounted, mounted};
 use crate::seal::sync_file_system;
-use crate::stats::Sockets;
+use crate::sockets::Sockets;
 use vellum_base::block::{Block, Run};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::chain::{Chain, Source};

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 use crate::device::{HOLE, ZERO};
 use crate::map::served_runs;
-use crate::stats::Sockets;
+use crate::sockets::Sockets;
 use vellum_base::block::{
     BLOCK_LEN, BLOCK_SIZE, Block, BlockDevice, Blocks, Offset, Run, Span, check_range, in_memory,
     part, part_mut,

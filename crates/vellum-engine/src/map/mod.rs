@@ -18,7 +18,7 @@ use uuid::Uuid;
 use super::device::{AskMap, HOLE, MAP, MapPart, OpenChain, Target, ZERO};
 use super::lock_container;
 use super::snapshot;
-use super::stats::Sockets;
+use super::sockets::Sockets;
 use super::wire::{decode, encode};
 use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result};

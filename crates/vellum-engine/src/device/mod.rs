@@ -1,199 +1,37 @@
-//! What a device server opens: the chain of a container, of a layer being made, or of sealed
+//! What a device server has open: the chain of a container, of a layer being made, or of sealed
 //! layers alone.
 
-use std::ffi::OsString;
+mod messages;
+mod target;
+
+pub use messages::{
+    AskMap, COPY_UP, CopyUp, DeviceStats, GROW, Grow, HOLE, MAP, MapPart, PREPARE_SEAL,
+    REPLACE_SEALED, ReplaceSealed, SEAL, SEAL_TOP, STATS, SealTop, Sealed, SealedTop, ZERO,
+};
+pub use target::{SERVER_COMMAND, Target, attach_spec};
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::complete::checksum_layer;
-use super::wire::encode;
-use vellum_base::block::{Block, BlockDevice, BlockState, Offset, Span};
+use crate::complete::checksum_layer;
+use crate::wire::encode;
+use vellum_base::block::{BlockDevice, BlockState, Offset, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_core::chain::{
-    Chain, ChainSpec, ChainStats, ChainStatsSnapshot, CopiedUp, STATS_LEN, Source, look_at_chain,
-    open_counted_chain, open_read_only_chain,
-};
-use vellum_core::layer::{LayerOptions, LayerStatsSnapshot, SpaceStatus, WritableLayer};
-use vellum_export::device::{AttachSpec, ControlHandler, Memory, Opened};
+use vellum_core::chain::{Chain, ChainStats, CopiedUp, STATS_LEN};
+use vellum_core::layer::{LayerOptions, WritableLayer};
+use vellum_export::device::{ControlHandler, Memory, Opened};
 use vellum_fs::superblock::Superblock;
-use vellum_store::{LayerLease, Resolved, Store};
-
-/// Asks a device server to seal its top layer and go on in another: [`SealTop`].
-pub const SEAL_TOP: &str = "seal-top";
-/// Tells a device server that [`SEAL_TOP`] with the same arguments comes next: it opens the layer
-/// and makes durable what there is, so that less is left to do then.
-pub const PREPARE_SEAL: &str = "prepare-seal";
-/// Asks a device server to seal its top layer for good; the answer is [`Sealed`].
-pub const SEAL: &str = "seal";
-/// Asks a device server for its counters: [`DeviceStats`].
-pub const STATS: &str = "stats";
-/// Asks a device server where its blocks come from: [`AskMap`], answered by [`MapPart`].
-pub const MAP: &str = "map";
-/// Asks a device server to copy blocks up: [`CopyUp`], answered by [`CopiedUp`].
-pub const COPY_UP: &str = "copy-up";
-/// Asks a device server to go on with other sealed layers of the same content: [`ReplaceSealed`].
-pub const REPLACE_SEALED: &str = "replace-sealed";
-/// Asks a device server to make its device larger: [`Grow`]. One that is as large is fine.
-pub const GROW: &str = "grow";
+use vellum_store::{LayerLease, Store};
 
 /// Requests of a block device that wait for minutes make the kernel complain of hung tasks.
 const MAX_FULL_WAIT: Duration = Duration::from_secs(600);
 /// How long a server leaves a layer that it sealed without checksums: a commit makes them itself.
 const BEFORE_CHECKSUMS: Duration = Duration::from_secs(10);
-/// Runs in one answer about the map, so that it fits a line of the control socket.
-const MAX_RUNS: usize = 16 << 10;
-
-/// Which chain to open.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
-    /// A container's, writable. Its name.
-    Container(String),
-    /// A container's, to look at: no file of it is changed, and nobody writes it meanwhile. Its name.
-    Look(String),
-    /// A layer in `staging` on its parents, writable. Whoever staged it keeps it leased.
-    Staged(Uuid),
-    /// A published layer on its parents: writable until it is sealed.
-    Layer(Uuid),
-    /// A sealed layer on its parents, read-only.
-    Sealed(Uuid),
-}
-
-impl Target {
-    /// The arguments that name it to `vellum device-server`.
-    pub fn arguments(&self) -> Vec<OsString> {
-        match self {
-            Target::Container(name) => vec!["--container".into(), name.into()],
-            Target::Look(name) => vec!["--look".into(), name.into()],
-            Target::Staged(layer) => vec!["--staged".into(), layer.to_string().into()],
-            Target::Layer(layer) => vec!["--layer".into(), layer.to_string().into()],
-            Target::Sealed(layer) => vec!["--sealed".into(), layer.to_string().into()],
-        }
-    }
-
-    /// True when it cannot be written.
-    pub fn is_read_only(&self) -> bool {
-        matches!(self, Target::Sealed(_) | Target::Look(_))
-    }
-
-    /// Opens a container's chain as it was resolved before.
-    pub(super) fn open_unsettled(
-        &self,
-        store: &Store,
-        resolved: &Resolved,
-        stats: Arc<ChainStats>,
-    ) -> Result<OpenChain> {
-        if store.is_read_only() {
-            let lease = store.lease_for_reading(resolved.top)?;
-            let sealed = store.layer_dirs(&resolved.sealed);
-            let top = store.layer_dir(resolved.top);
-            let chain = open_read_only_chain(store.storage(), &sealed, &top, stats)?;
-            return Ok(OpenChain::new(store, chain, Some(lease)));
-        }
-        let lease = store.lease_layer(resolved.top)?;
-        store.check_place()?;
-        let spec = store.chain_spec(resolved, layer_options(store));
-        Ok(OpenChain::new(
-            store,
-            open_counted_chain(store.storage(), &spec, stats)?,
-            Some(lease),
-        ))
-    }
-
-    /// Opens the chain. For a container this takes the right to write it.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InUse`] while another process has a container's layer; what is wrong with a
-    /// layer, by name.
-    pub fn open(&self, store: &Store) -> Result<OpenChain> {
-        self.open_counted(store, Arc::default())
-    }
-
-    /// As [`Target::open`], counting in `stats`, which may hold what was counted before.
-    ///
-    /// # Errors
-    /// As [`Target::open`].
-    pub fn open_counted(&self, store: &Store, stats: Arc<ChainStats>) -> Result<OpenChain> {
-        let options = layer_options(store);
-        match self {
-            Target::Container(name) => {
-                let resolved = store.resolve_name(name)?;
-                let open = || {
-                    let open = self.open_unsettled(store, &resolved, stats)?;
-                    if let Some(size) = store.container(name)?.disk.device_size {
-                        open.chain().show(size)?;
-                    }
-                    Ok(open)
-                };
-                open().map_err(|error: Error| error.context(format!("the container {name}")))
-            }
-            Target::Look(name) => {
-                let resolved = store.resolve_name(name)?;
-                let what = |error: Error| error.context(format!("the container {name}"));
-                let lease = store.lease_for_reading(resolved.top).map_err(what)?;
-                let sealed = store.layer_dirs(&resolved.sealed);
-                let top = store.layer_dir(resolved.top);
-                let chain =
-                    open_read_only_chain(store.storage(), &sealed, &top, stats).map_err(what)?;
-                Ok(OpenChain::new(store, chain, Some(lease)))
-            }
-            Target::Staged(layer) => {
-                let top = store.staging_dir(*layer);
-                let header = vellum_core::layer::Header::read(&**store.storage(), &top)?;
-                let sealed = store.layer_dirs(&store.ancestry(header.parent)?);
-                let spec = ChainSpec {
-                    sealed,
-                    top: Some(top),
-                    options,
-                };
-                Ok(OpenChain::new(
-                    store,
-                    // Of one who looks at a container through it the parent may not be sealed.
-                    look_at_chain(store.storage(), &spec, stats)?,
-                    None,
-                ))
-            }
-            Target::Layer(layer) => {
-                let dir = store.layer_dir(*layer);
-                let header = vellum_core::layer::Header::read(&**store.storage(), &dir)?;
-                if header.sealed {
-                    // A server that died after it sealed its top.
-                    return Target::Sealed(*layer).open_counted(store, stats);
-                }
-                let lease = store.lease_layer(*layer)?;
-                store.check_place()?;
-                let sealed = store.layer_dirs(&store.ancestry(header.parent)?);
-                let spec = ChainSpec {
-                    sealed,
-                    top: Some(dir),
-                    options,
-                };
-                let chain = open_counted_chain(store.storage(), &spec, stats)?;
-                Ok(OpenChain::new(store, chain, Some(lease)))
-            }
-            Target::Sealed(layer) => {
-                let sealed = store.layer_dirs(&store.ancestry(Some(*layer))?);
-                let spec = ChainSpec {
-                    sealed,
-                    top: None,
-                    options,
-                };
-                let lease = store.read_layer(*layer)?;
-                Ok(OpenChain::new(
-                    store,
-                    open_counted_chain(store.storage(), &spec, stats)?,
-                    Some(lease),
-                ))
-            }
-        }
-    }
-}
-
 /// How long writers are held while the host's disk is full: `VELLUM_FULL_WAIT` in the environment,
 /// seconds, at most [`MAX_FULL_WAIT`]; `None` for the default.
 fn full_wait() -> Option<Duration> {
@@ -220,101 +58,8 @@ fn layer_options(store: &Store) -> LayerOptions {
     options
 }
 
-/// Arguments of [`SEAL_TOP`].
-#[derive(Debug, Serialize, Deserialize)]
-pub struct SealTop {
-    /// The empty layer to go on in.
-    pub next: Uuid,
-}
-
-/// Arguments of [`REPLACE_SEALED`].
-#[derive(Debug, Serialize, Deserialize)]
-pub struct ReplaceSealed {
-    /// From the bottom up.
-    pub layers: Vec<Uuid>,
-}
-
-/// Answer of [`SEAL_TOP`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SealedTop {
-    /// For how many microseconds requests waited, at most.
-    pub waited_us: u64,
-}
-
-/// Answer of [`SEAL`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sealed {
-    /// Data blocks in the sealed layer.
-    pub blocks: u64,
-}
-
-/// Arguments of [`COPY_UP`].
-#[derive(Debug, Serialize, Deserialize)]
-pub struct CopyUp {
-    /// (first byte, length in bytes) of each range.
-    pub ranges: Vec<(u64, u64)>,
-}
-
-/// Arguments of [`GROW`].
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Grow {
-    /// Bytes that the device shall have.
-    pub size: u64,
-}
-
-/// Arguments of [`MAP`].
-#[derive(Debug, Serialize, Deserialize)]
-pub struct AskMap {
-    /// First block.
-    pub start: u64,
-    /// How many runs at most.
-    pub max: usize,
-}
-
-/// Stands for a hole among the numbers of layers.
-pub const HOLE: i64 = -1;
-/// Stands for zero among the numbers of layers.
-pub const ZERO: i64 = -2;
-
-/// Answer of [`MAP`]: the runs from where it was asked for on.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub struct MapPart {
-    /// Layers below the top.
-    pub depth: u64,
-    /// Size of the device in bytes.
-    pub virtual_size: u64,
-    /// (blocks, source): [`HOLE`], [`ZERO`], else a layer's number from the bottom; the top
-    /// has the number `depth`. Without gaps.
-    pub runs: Vec<(u64, i64)>,
-}
-
-impl MapPart {
-    /// A part of a chain's map.
-    ///
-    /// # Errors
-    /// As [`Chain::sources`].
-    pub(super) fn new(chain: &Chain, ask: &AskMap) -> Result<Self> {
-        let depth = chain.base().depth() as u64;
-        let runs = chain.sources(Block::new(ask.start), ask.max.min(MAX_RUNS));
-        let runs = runs.into_iter().map(|run| {
-            let code = match run.value {
-                Source::Hole => HOLE,
-                Source::Zero => ZERO,
-                Source::Sealed(number) => i64::from(number),
-                Source::Top => depth as i64,
-            };
-            (run.len().get(), code)
-        });
-        Ok(MapPart {
-            depth,
-            virtual_size: chain.whole_size(),
-            runs: runs.collect(),
-        })
-    }
-}
-
 /// False with `VELLUM_STATS=off` in the environment, which is there to find out what counting costs.
-pub(super) fn counts() -> bool {
+pub(crate) fn counts() -> bool {
     std::env::var_os("VELLUM_STATS").is_none_or(|value| value != "off")
 }
 
@@ -328,25 +73,6 @@ pub fn served_stats(memory: Memory<'_>) -> Result<Arc<ChainStats>> {
     }
     let stats = ChainStats::in_file(memory.file, memory.offset)?;
     Ok(Arc::new(stats.counting(counts())))
-}
-
-/// Counters of a device.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DeviceStats {
-    /// Data blocks in the top layer.
-    pub top_blocks: u64,
-    /// Layers below the top.
-    pub depth: u64,
-    /// Its size in bytes.
-    #[serde(default)]
-    pub virtual_size: u64,
-    /// How its top layer stands with the host's space.
-    #[serde(default)]
-    pub space: SpaceStatus,
-    /// Requests and copy-ups.
-    pub chain: ChainStatsSnapshot,
-    /// Flushes and the journal.
-    pub layer: LayerStatsSnapshot,
 }
 
 /// A chain that this process has open, with the right to write it.
@@ -421,7 +147,7 @@ impl OpenChain {
     /// Gives sealed layers of the chain that have no checksums yet theirs, in a thread of its own, which
     /// leaves most of the disk's time to others, and the first seconds to a command that waits for them and to
     /// whatever begins in the container. What it does not come to is left to the next server, or to
-    /// [`super::check::finish_commits`].
+    /// [`crate::check::finish_commits`].
     fn complete_sealed(&self) {
         // Whoever only looks changes nothing.
         if !self.served || self.chain.top().is_none() {
@@ -542,7 +268,7 @@ impl OpenChain {
 
 /// Lets a layer say nothing of the ext4 journal's blocks: after an orderly unmount they mean
 /// nothing, and every layer would carry them.
-pub(super) fn forget_ext4_journal(open: &OpenChain) -> Result<()> {
+pub(crate) fn forget_ext4_journal(open: &OpenChain) -> Result<()> {
     let chain = open.chain();
     let superblock = match Superblock::read(&**chain) {
         Ok(superblock) if superblock.clean => superblock,
@@ -562,20 +288,6 @@ pub(super) fn forget_ext4_journal(open: &OpenChain) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The hidden subcommand that serves a device.
-pub const SERVER_COMMAND: &str = "device-server";
-
-/// How to start the server of a target.
-pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
-    let mut arguments: Vec<OsString> =
-        vec!["--root".into(), store.root().into(), SERVER_COMMAND.into()];
-    arguments.extend(target.arguments());
-    AttachSpec {
-        read_only: target.is_read_only(),
-        ..AttachSpec::new(arguments)
-    }
 }
 
 fn parse<T: serde::de::DeserializeOwned>(args: Value, what: &str) -> Result<T> {

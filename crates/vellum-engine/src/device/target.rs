@@ -1,0 +1,173 @@
+//! Which chain a device server opens, and how.
+
+use std::ffi::OsString;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::{OpenChain, layer_options};
+use vellum_base::error::{Error, Result};
+use vellum_core::chain::{
+    ChainSpec, ChainStats, look_at_chain, open_counted_chain, open_read_only_chain,
+};
+use vellum_export::device::AttachSpec;
+use vellum_store::{Resolved, Store};
+
+/// Which chain to open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// A container's, writable. Its name.
+    Container(String),
+    /// A container's, to look at: no file of it is changed, and nobody writes it meanwhile. Its name.
+    Look(String),
+    /// A layer in `staging` on its parents, writable. Whoever staged it keeps it leased.
+    Staged(Uuid),
+    /// A published layer on its parents: writable until it is sealed.
+    Layer(Uuid),
+    /// A sealed layer on its parents, read-only.
+    Sealed(Uuid),
+}
+
+impl Target {
+    /// The arguments that name it to `vellum device-server`.
+    pub fn arguments(&self) -> Vec<OsString> {
+        match self {
+            Target::Container(name) => vec!["--container".into(), name.into()],
+            Target::Look(name) => vec!["--look".into(), name.into()],
+            Target::Staged(layer) => vec!["--staged".into(), layer.to_string().into()],
+            Target::Layer(layer) => vec!["--layer".into(), layer.to_string().into()],
+            Target::Sealed(layer) => vec!["--sealed".into(), layer.to_string().into()],
+        }
+    }
+
+    /// True when it cannot be written.
+    pub fn is_read_only(&self) -> bool {
+        matches!(self, Target::Sealed(_) | Target::Look(_))
+    }
+
+    /// Opens a container's chain as it was resolved before.
+    pub(crate) fn open_unsettled(
+        &self,
+        store: &Store,
+        resolved: &Resolved,
+        stats: Arc<ChainStats>,
+    ) -> Result<OpenChain> {
+        if store.is_read_only() {
+            return look(store, resolved, stats);
+        }
+        let lease = store.lease_layer(resolved.top)?;
+        store.check_place()?;
+        let spec = store.chain_spec(resolved, layer_options(store));
+        Ok(OpenChain::new(
+            store,
+            open_counted_chain(store.storage(), &spec, stats)?,
+            Some(lease),
+        ))
+    }
+
+    /// Opens the chain. For a container this takes the right to write it.
+    ///
+    /// # Errors
+    /// [`vellum_base::ErrorKind::InUse`] while another process has a container's layer; what is wrong with a
+    /// layer, by name.
+    pub fn open(&self, store: &Store) -> Result<OpenChain> {
+        self.open_counted(store, Arc::default())
+    }
+
+    /// As [`Target::open`], counting in `stats`, which may hold what was counted before.
+    ///
+    /// # Errors
+    /// As [`Target::open`].
+    pub fn open_counted(&self, store: &Store, stats: Arc<ChainStats>) -> Result<OpenChain> {
+        let options = layer_options(store);
+        match self {
+            Target::Container(name) => {
+                let resolved = store.resolve_name(name)?;
+                let open = || {
+                    let open = self.open_unsettled(store, &resolved, stats)?;
+                    if let Some(size) = store.container(name)?.disk.device_size {
+                        open.chain().show(size)?;
+                    }
+                    Ok(open)
+                };
+                open().map_err(|error: Error| error.context(format!("the container {name}")))
+            }
+            Target::Look(name) => {
+                let resolved = store.resolve_name(name)?;
+                look(store, &resolved, stats)
+                    .map_err(|error| error.context(format!("the container {name}")))
+            }
+            Target::Staged(layer) => {
+                let top = store.staging_dir(*layer);
+                let header = vellum_core::layer::Header::read(&**store.storage(), &top)?;
+                let sealed = store.layer_dirs(&store.ancestry(header.parent)?);
+                let spec = ChainSpec {
+                    sealed,
+                    top: Some(top),
+                    options,
+                };
+                Ok(OpenChain::new(
+                    store,
+                    // Of one who looks at a container through it the parent may not be sealed.
+                    look_at_chain(store.storage(), &spec, stats)?,
+                    None,
+                ))
+            }
+            Target::Layer(layer) => {
+                let dir = store.layer_dir(*layer);
+                let header = vellum_core::layer::Header::read(&**store.storage(), &dir)?;
+                if header.sealed {
+                    // A server that died after it sealed its top.
+                    return Target::Sealed(*layer).open_counted(store, stats);
+                }
+                let lease = store.lease_layer(*layer)?;
+                store.check_place()?;
+                let sealed = store.layer_dirs(&store.ancestry(header.parent)?);
+                let spec = ChainSpec {
+                    sealed,
+                    top: Some(dir),
+                    options,
+                };
+                let chain = open_counted_chain(store.storage(), &spec, stats)?;
+                Ok(OpenChain::new(store, chain, Some(lease)))
+            }
+            Target::Sealed(layer) => {
+                let sealed = store.layer_dirs(&store.ancestry(Some(*layer))?);
+                let spec = ChainSpec {
+                    sealed,
+                    top: None,
+                    options,
+                };
+                let lease = store.read_layer(*layer)?;
+                Ok(OpenChain::new(
+                    store,
+                    open_counted_chain(store.storage(), &spec, stats)?,
+                    Some(lease),
+                ))
+            }
+        }
+    }
+}
+
+/// Opens a container's chain to look at, while nobody writes it.
+fn look(store: &Store, resolved: &Resolved, stats: Arc<ChainStats>) -> Result<OpenChain> {
+    let lease = store.lease_for_reading(resolved.top)?;
+    let sealed = store.layer_dirs(&resolved.sealed);
+    let top = store.layer_dir(resolved.top);
+    let chain = open_read_only_chain(store.storage(), &sealed, &top, stats)?;
+    Ok(OpenChain::new(store, chain, Some(lease)))
+}
+
+/// The hidden subcommand that serves a device.
+pub const SERVER_COMMAND: &str = "device-server";
+
+/// How to start the server of a target.
+pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
+    let mut arguments: Vec<OsString> =
+        vec!["--root".into(), store.root().into(), SERVER_COMMAND.into()];
+    arguments.extend(target.arguments());
+    AttachSpec {
+        read_only: target.is_read_only(),
+        ..AttachSpec::new(arguments)
+    }
+}
