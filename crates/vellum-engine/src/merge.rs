@@ -2,6 +2,7 @@
 //! docs/snapshots.md, "Joining layers".
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -202,16 +203,17 @@ fn copied(
     group: &[Uuid],
     dir: &std::path::Path,
     watch: &dyn BlocksWatch,
-) -> Result<std::sync::Arc<WritableLayer>> {
+) -> Result<Arc<WritableLayer>> {
     let storage = store.storage();
     let layer = WritableLayer::open(storage.clone(), dir, LayerOptions::default())?;
-    let dirs = store.layer_dirs(group);
-    let blocks: Result<Vec<Blocks>> = dirs
+    let sealed = store
+        .layer_dirs(group)
         .iter()
-        .map(|dir| Ok(SealedLayer::open(&**storage, dir)?.data_blocks()))
-        .collect();
-    watch.begin(blocks?.into_iter().sum::<Blocks>().get());
-    let done = join_layers(storage, &dirs, &layer, |blocks| watch.read(blocks.get()));
+        .map(|dir| SealedLayer::open(&**storage, dir).map(Arc::new))
+        .collect::<Result<Vec<_>>>()?;
+    let blocks: Blocks = sealed.iter().map(|sealed| sealed.data_blocks()).sum();
+    watch.begin(blocks.get());
+    let done = join_layers(sealed, &layer, |blocks| watch.read(blocks.get()));
     watch.end();
     done.map(|()| layer)
 }

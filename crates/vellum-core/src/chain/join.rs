@@ -1,6 +1,5 @@
 //! Several sealed layers on each other become one: docs/snapshots.md, "Joining layers".
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::Base;
@@ -8,7 +7,6 @@ use super::base::BaseSource;
 use crate::layer::{SealedLayer, WritableLayer};
 use vellum_base::block::{Block, BlockState, Blocks, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_base::storage::Storage;
 
 /// Blocks copied at a time: 1 MiB.
 const PIECE: Blocks = Blocks::new(256);
@@ -20,16 +18,15 @@ const PIECE: Blocks = Blocks::new(256);
 ///
 /// # Errors
 /// [`ErrorKind::InvalidInput`] for a target that is not empty or has another size than the uppermost; as
-/// [`SealedLayer::open`], [`SealedLayer::read_blocks`] and [`WritableLayer::write_blocks`].
+/// [`Base::push`], [`SealedLayer::read_blocks`] and [`WritableLayer::write_blocks`].
 pub fn join_layers(
-    storage: &Arc<dyn Storage>,
-    group: &[PathBuf],
+    group: Vec<Arc<SealedLayer>>,
     into: &WritableLayer,
     mut progress: impl FnMut(Blocks),
 ) -> Result<()> {
     let base = Base::apart();
-    for dir in group {
-        base.push(Arc::new(SealedLayer::open(&**storage, dir)?))?;
+    for layer in group {
+        base.push(layer)?;
     }
     let uppermost = base
         .layers()
