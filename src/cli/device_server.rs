@@ -8,13 +8,16 @@ use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_engine::device::{Target, served_stats};
 use vellum_export::device::{SupervisorArgs, supervise};
 use vellum_fs::run_dir::RunDir;
-use vellum_store::Store;
+use vellum_store::{ContainerRef, Store};
 
 /// Arguments of `device-server`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
     which: Which,
+    /// The container's id, by which it is found whatever its name is by now
+    #[arg(long, value_name = "UUID")]
+    id: Option<Uuid>,
     #[command(flatten)]
     supervisor: SupervisorArgs,
 }
@@ -39,6 +42,50 @@ struct Which {
     sealed: Option<Uuid>,
 }
 
+impl Args {
+    fn target(&self, store: &Store, run_dir: &RunDir) -> Result<Target> {
+        let which = &self.which;
+        let container = |name: &String| container(store, name, self.id, run_dir);
+        let names = (&which.container, &which.look);
+        Ok(match (names, which.staged, which.layer, which.sealed) {
+            ((Some(name), _), ..) => Target::Container(container(name)?),
+            ((_, Some(name)), ..) => Target::Look(container(name)?),
+            (_, Some(layer), ..) => Target::Staged(layer),
+            (_, _, Some(layer), _) => Target::Layer(layer),
+            (.., Some(layer)) => Target::Sealed(layer),
+            (.., None) => {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    "it is not said what to serve",
+                ));
+            }
+        })
+    }
+}
+
+/// The container of that name, or by now of another. A server that an earlier version started was told
+/// no id: that of a mount has it by its run directory.
+fn container(
+    store: &Store,
+    name: &str,
+    id: Option<Uuid>,
+    run_dir: &RunDir,
+) -> Result<ContainerRef> {
+    let named = |id| ContainerRef {
+        id,
+        name: name.to_owned(),
+    };
+    if let Some(id) = id {
+        return Ok(named(id));
+    }
+    if let Some(mounted) = run_dir.id().map(named)
+        && store.find_container(&mounted).is_ok()
+    {
+        return Ok(mounted);
+    }
+    Ok((&store.container(name)?).into())
+}
+
 /// The root of the store that a run directory lies in: where it is now, not where it was when the device
 /// was attached.
 fn root_of(run_dir: &RunDir) -> Result<&Path> {
@@ -50,23 +97,9 @@ fn root_of(run_dir: &RunDir) -> Result<&Path> {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     super::limits::lift_size_limit();
-    let which = &args.which;
-    let names = (&which.container, &which.look);
-    let target = match (names, which.staged, which.layer, which.sealed) {
-        ((Some(name), _), ..) => Target::Container(name.clone()),
-        ((_, Some(name)), ..) => Target::Look(name.clone()),
-        (_, Some(layer), ..) => Target::Staged(layer),
-        (_, _, Some(layer), _) => Target::Layer(layer),
-        (.., Some(layer)) => Target::Sealed(layer),
-        (.., None) => {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                "it is not said what to serve",
-            ));
-        }
-    };
     supervise(&args.supervisor, &|memory, run_dir| {
         let store = Store::open(root_of(run_dir)?)?;
+        let target = args.target(&store, run_dir)?;
         let stats = served_stats(memory)?;
         let open = target.open_counted(&store, stats)?;
         if let Target::Layer(_) = target {

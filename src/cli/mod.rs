@@ -29,11 +29,13 @@ mod prewarm;
 mod prune;
 mod ps;
 mod remove;
+mod rename;
 mod rollback;
 mod run;
 mod snapshot;
 mod snapshotter;
 mod stats;
+mod tag;
 mod upgrade_servers;
 mod verify_durability;
 mod volume;
@@ -94,6 +96,13 @@ enum Command {
     Rm(remove::RmArgs),
     /// Remove images
     Rmi(remove::RmiArgs),
+    /// Give an image one more name
+    ///
+    /// Each name is removed by itself (`vellum rmi NAME`), and the image's layers stay while it has
+    /// one.
+    Tag(tag::Args),
+    /// Give a container another name, also while it is mounted or runs
+    Rename(rename::Args),
     /// Mount a container's file system, without its setuid programs and device nodes
     ///
     /// A mounted container is part of the host's tree: whoever can walk to it sees it. Its setuid
@@ -256,6 +265,8 @@ impl Command {
                 | Command::Create(_)
                 | Command::Rm(_)
                 | Command::Rmi(_)
+                | Command::Tag(_)
+                | Command::Rename(_)
                 | Command::Mount(_)
                 | Command::Umount(_)
                 | Command::Run(_)
@@ -283,6 +294,8 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Ps(args) => ps::run(&args, context)?,
         Command::Rm(args) => remove::rm(&args, context)?,
         Command::Rmi(args) => remove::rmi(&args, context)?,
+        Command::Tag(args) => tag::run(&args, context)?,
+        Command::Rename(args) => rename::run(&args, context)?,
         Command::Mount(args) => mount::mount(&args, context)?,
         Command::Umount(args) => mount::umount(&args, context)?,
         Command::Run(args) => return Ok(run::run(&args, context)),

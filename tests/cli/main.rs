@@ -17,4 +17,5 @@ mod diff;
 mod import;
 mod interrupted;
 mod lifecycle;
+mod names;
 mod verify_durability;

@@ -26,6 +26,7 @@ mod hang;
 mod kill_container;
 mod mount_support;
 mod remount;
+mod rename;
 mod server_support;
 mod servers;
 mod snapshot;

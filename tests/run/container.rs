@@ -522,3 +522,33 @@ fn a_command_that_was_started_with_nohup_does_not_hear_of_a_hangup() {
         },
     );
 }
+
+#[test]
+fn a_container_that_is_renamed_while_it_runs_is_entered_and_put_back_under_its_new_name() {
+    with_each(
+        |_| {},
+        |store| {
+            let running = store.start("old", &["-v", "data:/mnt/deep/data"]);
+            store.must(&["rename", "old", "new"]);
+            // The old name may be another's by the time the first one ends.
+            store.must(&["create", "box", "--name", "old"]);
+            assert!(store.status("new").starts_with("running (pid "));
+            store.must(&["exec", "new", "--", "sh", "-c", "echo x > /etc/mine"]);
+            assert_eq!(store.must(&["diff", "new"]), "C /etc\nA /etc/mine\n");
+            running.signal(Signal::SIGTERM);
+            assert_eq!(running.wait(), Some(42));
+            store.assert_nothing_runs();
+            assert_eq!(store.must(&["diff", "new"]), "C /etc\nA /etc/mine\n");
+            assert_eq!(store.must(&["diff", "old"]), "");
+            store.must(&["exec", "new", "--", "test", "-e", "/etc/mine"]);
+            store.must(&["rm", "old", "new"]);
+
+            // So is one that goes with its command.
+            let running = store.start("old", &["--rm"]);
+            store.must(&["rename", "old", "new"]);
+            running.signal(Signal::SIGTERM);
+            assert_eq!(running.wait(), Some(42));
+            assert_eq!(store.must(&["ps", "--json"]).trim(), "[]");
+        },
+    );
+}

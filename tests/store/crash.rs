@@ -69,6 +69,8 @@ enum Op {
     Fork(String, Option<String>, String),
     Rollback(String, String),
     Merge(String),
+    Tag(String, String),
+    Rename(String, String),
     Remove(String),
     RemoveImage(String),
     Prune,
@@ -124,7 +126,7 @@ fn view(store: &Store) -> Result<State> {
             let content = read_target(store, &Target::Sealed(top)).map_err(|e| e.context(&name))?;
             state.kept.insert(name, content);
         }
-        let target = Target::Container(container.name.clone());
+        let target = Target::of(&container);
         let content = read_target(store, &target)?;
         state.containers.insert(container.name, content);
     }
@@ -154,6 +156,15 @@ fn check_kind<T: PartialEq>(
     after: &BTreeMap<String, T>,
     between: impl Fn(&T, &T, &T) -> bool,
 ) -> std::result::Result<(), String> {
+    // One that is renamed is there, under one name or the other and not under both.
+    if ![before.len(), after.len()].contains(&found.len()) {
+        return Err(format!(
+            "{what}s: {:?}, where there were {:?} and then {:?}",
+            found.keys(),
+            before.keys(),
+            after.keys()
+        ));
+    }
     let names: BTreeSet<&String> = found
         .keys()
         .chain(before.keys())
@@ -444,6 +455,20 @@ impl Run {
                 let content = state.kept[&format!("{name}@{kept}")].clone();
                 state.containers.insert(name.clone(), content);
             }
+            Op::Tag(name, new) => {
+                let content = state.images[name].clone();
+                state.images.insert(new.clone(), content);
+            }
+            Op::Rename(name, new) => {
+                let content = state.containers.remove(name).unwrap();
+                state.containers.insert(new.clone(), content);
+                let prefix = format!("{name}@");
+                let own: Vec<String> = state.kept.keys().cloned().collect();
+                for key in own.iter().filter(|key| key.starts_with(&prefix)) {
+                    let content = state.kept.remove(key).unwrap();
+                    state.kept.insert(key.replacen(name, new, 1), content);
+                }
+            }
             Op::Remove(name) => {
                 state.containers.remove(name);
                 forget_all_kept(state, name);
@@ -502,7 +527,7 @@ impl Run {
                 })?;
             }
             Op::Write(name, block, tag) => {
-                let open = Target::Container(name.clone()).open(store)?;
+                let open = Target::of(&store.container(name)?).open(store)?;
                 let bytes = [*tag; BLOCK_SIZE as usize];
                 let chain = open.chain();
                 chain.write_at(&bytes, block * BLOCK_SIZE, Durability::Buffered)?;
@@ -521,6 +546,8 @@ impl Run {
                 rollback(store, name, kept, Present::Discard, false)?;
             }
             Op::Merge(name) => drop(merge(store, name, None, &Silent)?),
+            Op::Tag(name, new) => drop(store.tag_image(name, new)?),
+            Op::Rename(name, new) => drop(store.rename_container(name, new)?),
             Op::Remove(name) => drop(store.remove_container(name)?),
             Op::RemoveImage(name) => drop(store.remove_image(name)?),
             Op::Prune => prune(store)?,
@@ -669,7 +696,7 @@ fn next_op(rng: &mut SeededRng, run: &Run, number: usize) -> Option<Op> {
     let state = run.world.lock().before.clone();
     let new = format!("n{number}");
     let tag = 1 + rng.below(250) as u8;
-    Some(match rng.below(41) {
+    Some(match rng.below(45) {
         0..=3 if state.images.len() < 4 => Op::Import(new, tag),
         4..=7 if state.containers.len() < 4 => {
             Op::Create(new, pick(rng, state.images.keys())?.clone())
@@ -687,8 +714,10 @@ fn next_op(rng: &mut SeededRng, run: &Run, number: usize) -> Option<Op> {
             let name = pick(rng, state.images.keys())?.clone();
             let store = open_store(&run.disk).ok()?;
             let id = store.image(&name).ok()?.id;
+            let names = store.images().ok()?.into_iter();
+            let last_name = names.filter(|image| image.id == id).count() == 1;
             let used = store.containers().ok()?;
-            if used.iter().any(|container| container.image_id == id) {
+            if last_name && used.iter().any(|container| container.image_id == id) {
                 return None;
             }
             Op::RemoveImage(name)
@@ -745,6 +774,8 @@ fn next_op(rng: &mut SeededRng, run: &Run, number: usize) -> Option<Op> {
             let (name, kept) = pick(rng, state.kept.keys())?.split_once('@')?;
             Op::Rollback(name.into(), kept.into())
         }
+        40 | 41 if state.images.len() < 6 => Op::Tag(pick(rng, state.images.keys())?.clone(), new),
+        42 | 43 => Op::Rename(pick(rng, state.containers.keys())?.clone(), new),
         _ => Op::Open,
     })
 }
@@ -900,6 +931,9 @@ fn prove_faults(kinds: &[OpKind], fault: Fault) {
         Op::Create(name("c"), name("a")),
         Op::Write(name("c"), 7, 2),
         Op::Commit(name("c"), name("b")),
+        Op::Tag(name("b"), name("b2")),
+        Op::RemoveImage(name("b")),
+        Op::Tag(name("b2"), name("b")),
         Op::Keep(name("c"), name("k")),
         Op::Fork(name("c"), Some(name("k")), name("f")),
         Op::Write(name("c"), 7, 4),
@@ -907,6 +941,8 @@ fn prove_faults(kinds: &[OpKind], fault: Fault) {
         Op::Keep(name("c"), name("l")),
         Op::ForgetKept(name("c"), name("l")),
         Op::Merge(name("c")),
+        Op::Rename(name("c"), name("r")),
+        Op::Rename(name("r"), name("c")),
         Op::Rollback(name("c"), name("k")),
         Op::ForgetKept(name("c"), name("k")),
         Op::Prepare(name("s"), None),

@@ -215,7 +215,9 @@ fn commits_on_a_server_leave_open_the_layers_data_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open_or_create(dir.path()).unwrap();
     small(&store);
-    let open = Target::Container("c".into()).open(&store).unwrap();
+    let open = Target::of(&store.container("c").unwrap())
+        .open(&store)
+        .unwrap();
     let open_now = || open_below(store.root());
     let before = open_now().len();
     let pin = store.pin_layers().unwrap();

@@ -18,6 +18,7 @@ pub mod mount_point;
 pub mod prewarm;
 pub mod progress;
 pub mod raw;
+pub mod rename;
 pub mod retention;
 pub mod run;
 pub mod seal;
@@ -35,7 +36,7 @@ pub mod wire;
 
 use std::time::{Duration, Instant};
 
-use vellum_base::error::{Result, ResultExt};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_base::storage::{Held, LockMode, by};
 use vellum_store::{ContainerRecord, Store};
@@ -56,17 +57,27 @@ const LONG_PAUSE: Duration = Duration::from_millis(50);
 
 /// Keeps other processes from mounting, unmounting or committing the same container.
 pub fn lock_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
-    let held = wait_for_container(store, container)?;
-    // While we waited it may have been removed, and its name given to another.
-    if store.container(&container.name)?.id != container.id {
-        return Err(vellum_base::Error::new(
-            vellum_base::ErrorKind::NotFound,
-            format!(
-                "the container {} was removed, and another made of that name: try again",
-                container.name
-            ),
-        ));
+    let held = lock_renamed(store, container)?;
+    let now = store.find_container(&container.into())?.name;
+    if now == container.name {
+        return Ok(held);
     }
+    // Its old name may be another's by now, and what is read by that would be of the wrong one.
+    Err(Error::new(
+        ErrorKind::NotFound,
+        format!(
+            "the container {} was renamed to {now} meanwhile: try again with that name",
+            container.name
+        ),
+    ))
+}
+
+/// As [`lock_container`], for who began with it long ago and goes by its id alone: it may have another
+/// name by now.
+fn lock_renamed(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
+    let held = wait_for_container(store, container)?;
+    // While we waited it may have been removed.
+    store.find_container(&container.into())?;
     Ok(held)
 }
 

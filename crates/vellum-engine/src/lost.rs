@@ -19,7 +19,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// A device of a store that cannot be asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LostDevice {
-    /// The container, where a process of the device is left to tell.
+    /// The container, by the name that it had when it was mounted, where a process of the device is
+    /// left to tell.
     pub container: Option<String>,
     /// Its run directory, whose name is the container's id.
     pub run_dir: RunDir,

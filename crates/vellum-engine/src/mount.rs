@@ -85,7 +85,7 @@ fn mount_once(
         Some(dir) => mount_point::named_dir(store, dir)?,
         None => mount_point::default_dir(&run_dir)?,
     };
-    let target = Target::Container(name.clone());
+    let target = Target::of(container);
     let attached = device::attach(&run_dir, &attach_spec(store, &target))
         .map_err(|error| error.context(format!("cannot attach {name}")))?;
     let device = attached.device.path();

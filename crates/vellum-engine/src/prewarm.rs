@@ -98,7 +98,7 @@ pub fn prewarm(
             let _busy = lock_container(store, &container)?;
             let _pin = store.pin_layers()?;
             take_over(store, &container)?;
-            let mount = TemporaryMount::new(store, &Target::Container(name.to_owned()))?;
+            let mount = TemporaryMount::new(store, &Target::of(&container))?;
             let sockets = Sockets::of_device(mount.run_dir());
             let done = prewarm_mounted(store, mount.dir(), &sockets, paths, progress);
             let ended = mount.end();

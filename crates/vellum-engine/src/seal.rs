@@ -104,7 +104,7 @@ pub(super) fn seal_container(
             }
         }
         None => {
-            let open = Target::Container(name.clone()).open(store)?;
+            let open = Target::of(&record).open(store)?;
             forget_ext4_journal(&open)?;
             open.seal_top(next)?;
             None
@@ -124,12 +124,11 @@ fn see_to_unmounted(store: &Store, container: &ContainerRecord, how: How) -> Res
     if container.disk.fs.is_none() {
         return Ok(true);
     }
-    let name = &container.name;
-    let clean = is_clean(&Target::Look(name.clone()).open(store)?);
+    let clean = is_clean(&Target::look_at(container).open(store)?);
     if clean || how == How::Crash {
         return Ok(clean);
     }
-    TemporaryMount::new(store, &Target::Container(name.clone()))?.end()?;
+    TemporaryMount::new(store, &Target::of(container))?.end()?;
     Ok(true)
 }
 

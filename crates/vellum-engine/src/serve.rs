@@ -57,7 +57,7 @@ impl ControlHandler for Answers {
 /// answers for it.
 fn exported(store: &Store, name: &str) -> Result<(Target, Option<Uuid>, Option<u64>)> {
     let no_container = match store.container(name) {
-        Ok(container) => return Ok((Target::Container(name.to_owned()), Some(container.id), None)),
+        Ok(container) => return Ok((Target::of(&container), Some(container.id), None)),
         Err(error) => error,
     };
     if let Some((snapshot, top)) = snapshot::find(store, name)? {
@@ -81,7 +81,7 @@ pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Ser
     let stats = Arc::new(ChainStats::default().counting(counts()));
     let target = match target {
         // Who only reads changes no file of it.
-        Target::Container(name) if read_only => Target::Look(name),
+        Target::Container(which) if read_only => Target::Look(which),
         other => other,
     };
     let chain = Arc::new(target.open_counted(store, stats)?);

@@ -247,7 +247,7 @@ pub fn rollback(
     };
     let _held = interrupt::hold();
     // Whoever serves it has the layer leased, and would write on in it.
-    let top = store.resolve_name(name)?.top;
+    let top = store.resolve(&store.container(name)?)?.top;
     let lease = store.lease_layer(top)?;
     crash_point::here("rollback: present kept");
     let kept_at = container.snapshot(to)?;

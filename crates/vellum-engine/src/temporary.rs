@@ -67,7 +67,7 @@ impl TemporaryMount {
     /// # Errors
     /// [`ErrorKind::InUse`] while another process has it; as [`super::mount::mount`].
     pub fn of_container(store: &Store, container: &ContainerRecord) -> Result<Self> {
-        let target = Target::Look(container.name.clone());
+        let target = Target::look_at(container);
         let open = target.open(store)?;
         if is_clean(&open) {
             return TemporaryMount::new(store, &target);

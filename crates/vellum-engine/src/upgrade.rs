@@ -186,6 +186,11 @@ fn try_upgrade(store: &Store, served: &Served, program: &Path) -> Result<Upgrade
     })
 }
 
+/// True where this very program serves a device and watches over it.
+pub(super) fn runs_this_program(status: &DeviceStatus) -> bool {
+    own_program().is_ok_and(|program| runs(status, &program).is_some())
+}
+
 /// The worker's pid where it and its supervisor run this file.
 fn runs(status: &DeviceStatus, program: &Path) -> Option<i32> {
     let wanted = file_id(program)?;

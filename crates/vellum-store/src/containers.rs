@@ -49,8 +49,7 @@ impl Store {
     /// # Errors
     /// Where the directory cannot be read; a damaged record is left out with a warning.
     pub fn containers(&self) -> Result<Vec<ContainerRecord>> {
-        let mut containers: Vec<ContainerRecord> =
-            self.read_records("containers", Store::warn_damaged)?;
+        let mut containers = self.container_records(Store::warn_damaged)?;
         containers.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(containers)
     }
@@ -61,19 +60,18 @@ impl Store {
     /// [`ErrorKind::NotFound`], with what to do.
     pub fn container(&self, name: &str) -> Result<ContainerRecord> {
         check_name("container", name).map_err(|error| self.snapshot_hint(name).unwrap_or(error))?;
-        self.read_json(&self.record_path("containers", name))?
-            .ok_or_else(|| {
-                if let Some(error) = self.snapshot_hint(name) {
-                    return error;
-                }
-                let hint = self
-                    .quarantine_hint("containers", name)
-                    .unwrap_or_else(|| "`vellum ps` lists them, `vellum create` makes one".into());
-                Error::new(
-                    ErrorKind::NotFound,
-                    format!("there is no container {name}: {hint}"),
-                )
-            })
+        self.named_container(name)?.ok_or_else(|| {
+            if let Some(error) = self.snapshot_hint(name) {
+                return error;
+            }
+            let hint = self
+                .quarantine_hint("containers", name)
+                .unwrap_or_else(|| "`vellum ps` lists them, `vellum create` makes one".into());
+            Error::new(
+                ErrorKind::NotFound,
+                format!("there is no container {name}: {hint}"),
+            )
+        })
     }
 
     /// Makes a container: an empty writable layer on the image's. Copies nothing.
@@ -158,10 +156,7 @@ impl Store {
 
     pub(super) fn check_new_container(&self, name: &str) -> Result<()> {
         check_name("container", name)?;
-        if self
-            .read_json::<ContainerRecord>(&self.record_path("containers", name))?
-            .is_some()
-        {
+        if self.named_container(name)?.is_some() {
             return Err(Error::new(
                 ErrorKind::AlreadyExists,
                 format!(
@@ -191,14 +186,6 @@ impl Store {
             .map(|number| format!("{word}-{number}"))
             .find(|name| taken.iter().all(|container| container.name != *name))
             .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "no free container name"))
-    }
-
-    /// As [`Store::resolve`], for a container by its name.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] without such a container.
-    pub fn resolve_name(&self, name: &str) -> Result<Resolved> {
-        self.resolve(&self.container(name)?)
     }
 
     /// The layers of a container as they stand on disk.
@@ -303,13 +290,19 @@ impl Store {
         Ok(record)
     }
 
-    /// Replaces a container's record; its name stays.
+    /// Replaces a container's record. It keeps the name that it has by now, whatever this one says.
     ///
     /// # Errors
-    /// Where the host fails.
+    /// [`ErrorKind::NotFound`] where it was removed; where the host fails.
     pub fn update_container(&self, record: &ContainerRecord) -> Result<()> {
         let _lock = self.lock()?;
-        self.write_json(&self.record_path("containers", &record.name), record)
+        let name = self.find_locked(&record.into())?.name;
+        let path = self.record_path("containers", &name);
+        let record = ContainerRecord {
+            name,
+            ..record.clone()
+        };
+        self.write_json(&path, &record)
     }
 
     /// Removes a container with its writable layer. It is not mounted or served. The report says busy

@@ -1,6 +1,6 @@
 //! Images in the store.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use uuid::Uuid;
 
@@ -72,11 +72,34 @@ impl Store {
         self.write_json(&self.record_path("images", &image.name), image)
     }
 
-    /// Removes an image, and the layers that nothing else uses. Where the report says busy, other
-    /// commands were at work on layers, and [`Store::prune`] removes these later.
+    /// Gives an image one more name: another record of the same image, id, layers and all. Each name is
+    /// removed by itself, and the layers stay while one is left. A name that is this image's already
+    /// stays so.
     ///
     /// # Errors
-    /// [`ErrorKind::InUse`] while containers are made from it: the message names them.
+    /// [`ErrorKind::NotFound`] without such an image, [`ErrorKind::AlreadyExists`] where the name is
+    /// another's, [`ErrorKind::InvalidInput`] for a bad one.
+    pub fn tag_image(&self, name: &str, new: &str) -> Result<ImageRecord> {
+        // Both in one step: an image that is there has its layers, and keeps them while it has a name.
+        let _lock = self.lock()?;
+        let mut image = self.image(name)?;
+        check_reference(new)?;
+        let there: Option<ImageRecord> = self.read_json(&self.record_path("images", new))?;
+        if let Some(there) = there.filter(|there| there.id == image.id) {
+            return Ok(there);
+        }
+        self.check_new_image(new)?;
+        new.clone_into(&mut image.name);
+        self.write_json(&self.record_path("images", new), &image)?;
+        Ok(image)
+    }
+
+    /// Removes an image, or one of its names, and the layers that nothing else uses. Where the report
+    /// says busy, other commands were at work on layers, and [`Store::prune`] removes these later.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] for the last name while containers are made from the image: the message
+    /// names them.
     pub fn remove_image(&self, name: &str) -> Result<PruneReport> {
         let (each, collected) = self.remove_images(&[name.to_owned()])?;
         each.into_iter().collect::<Result<()>>()?;
@@ -120,7 +143,8 @@ impl Store {
 
     fn remove_unused_image(&self, name: &str, users: &mut Users) -> Result<ImageRecord> {
         let image = self.image(name)?;
-        if let Some(containers) = users.containers.get(&image.id) {
+        let last_name = users.names.get(&image.id).is_none_or(|count| *count <= 1);
+        if let (Some(containers), true) = (users.containers.get(&image.id), last_name) {
             return Err(Error::new(
                 ErrorKind::InUse,
                 format!(
@@ -152,8 +176,12 @@ impl Store {
 struct Users {
     /// Containers' names by the id of the image that they are made from.
     containers: HashMap<Uuid, Vec<String>>,
-    /// In how many images a layer is.
+    /// In how many images a layer is; each name of one counts.
     images: HashMap<Uuid, u64>,
+    /// Names of images by their ids.
+    names: HashMap<Uuid, u64>,
+    /// The names that were counted: a record that could not be read when all were listed is not among them.
+    counted: HashSet<String>,
 }
 
 impl Users {
@@ -161,23 +189,35 @@ impl Users {
         let mut users = Users {
             containers: HashMap::new(),
             images: HashMap::new(),
+            names: HashMap::new(),
+            counted: HashSet::new(),
         };
         for container in containers {
             let names = users.containers.entry(container.image_id).or_default();
             names.push(container.name);
         }
-        for layer in images.iter().flat_map(|image| &image.layers) {
-            *users.images.entry(*layer).or_default() += 1;
+        for image in images {
+            users.counted.insert(image.name.clone());
+            *users.names.entry(image.id).or_default() += 1;
+            for layer in &image.layers {
+                *users.images.entry(*layer).or_default() += 1;
+            }
         }
         users
     }
 
     /// The image is gone.
     fn forget(&mut self, image: &ImageRecord) {
-        for layer in &image.layers {
-            let count = self.images.entry(*layer).or_default();
+        if !self.counted.remove(&image.name) {
+            return;
+        }
+        let less = |count: &mut u64| {
             assert!(*count > 0, "an image that was not counted is forgotten");
             *count -= 1;
+        };
+        less(self.names.entry(image.id).or_default());
+        for layer in &image.layers {
+            less(self.images.entry(*layer).or_default());
         }
     }
 }

@@ -6,7 +6,7 @@
 //! ROOT/lock, gc.lock         locks (see below)
 //! ROOT/layers/UUID/          layers (format.md), each with info.json
 //! ROOT/images/NAME.json      records; names are percent-encoded
-//! ROOT/containers/NAME.json
+//! ROOT/containers/NAME.json  whose name is the container's, whatever the record says
 //! ROOT/templates/SIZE.json   empty file systems that images begin with
 //! ROOT/volumes/NAME/         named volumes; `.NAME.*` beside them while they are filled
 //! ROOT/snapshots/UUID.json   containerd's snapshots; ROOT/mnt/UUID/ where they are mounted
@@ -33,6 +33,7 @@ mod names;
 mod prune;
 mod quarantine;
 mod records;
+mod rename;
 mod room;
 mod snapshots;
 mod trash;
@@ -50,9 +51,11 @@ pub use records::{
     ContainerRecord, DiskInfo, FsInfo, ImageRecord, LayerInfo, MountPoint, Scaffold,
     TemplateRecord, Touched, VolumeMount,
 };
+pub use rename::ContainerRef;
 pub use snapshots::{SnapshotKind, SnapshotRecord};
 pub use volumes::VolumePlace;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -109,6 +112,9 @@ impl Marker {
 pub struct StoreGuard {
     _held: Box<dyn Held>,
 }
+
+/// Ends the names of records' files.
+pub(crate) const RECORD_SUFFIX: &str = ".json";
 
 /// A record as it lies on disk.
 fn record_bytes<T: Serialize>(record: &T) -> Result<Vec<u8>> {
@@ -406,15 +412,24 @@ impl Store {
         mut damaged: impl FnMut(Error),
     ) -> Result<Vec<T>> {
         let dir = self.root.join(directory);
-        let entries = self.list(&dir)?;
         let mut records = Vec::new();
-        for entry in entries.iter().filter(|entry| entry.name.ends_with(".json")) {
-            match self.read_json(&dir.join(&entry.name)) {
+        for name in self.record_names(directory)? {
+            match self.read_json(&dir.join(format!("{name}{RECORD_SUFFIX}"))) {
                 Ok(record) => records.extend(record),
                 Err(error) => damaged(error),
             }
         }
         Ok(records)
+    }
+
+    /// The names of the files of records in a directory, without what they all end with.
+    fn record_names(&self, directory: &str) -> Result<BTreeSet<String>> {
+        let entries = self.list(&self.root.join(directory))?;
+        let names = entries.iter();
+        Ok(names
+            .filter_map(|entry| entry.name.strip_suffix(RECORD_SUFFIX))
+            .map(str::to_owned)
+            .collect())
     }
 
     /// The entries of one of the store's directories.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::Store;
+use super::{RECORD_SUFFIX, Store};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// The longest name, in bytes: encoded it still fits a file name.
@@ -64,7 +64,7 @@ impl Store {
     pub fn record_path(&self, directory: &str, name: &str) -> PathBuf {
         self.root
             .join(directory)
-            .join(format!("{}.json", encode(name)))
+            .join(format!("{}{RECORD_SUFFIX}", encode(name)))
     }
 }
 

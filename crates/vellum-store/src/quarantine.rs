@@ -58,7 +58,7 @@ impl Store {
         let mut damaged = Vec::new();
         let mut records = Records {
             images: self.read_records("images", |error| damaged.push(error))?,
-            containers: self.read_records("containers", |error| damaged.push(error))?,
+            containers: self.container_records(|error| damaged.push(error))?,
             templates: self.read_records("templates", |error| damaged.push(error))?,
             snapshots: self.snapshots(|error| damaged.push(error))?,
             ..Records::default()
@@ -73,7 +73,11 @@ impl Store {
             self.quarantined_records::<ContainerRecord>("containers", &mut damaged)?
         {
             layers.extend(container.named_layers());
-            let entry = self.quarantined("container", container.name, container.id, path);
+            // As for those in use, its file says which it is.
+            let stem = path.file_stem().and_then(|stem| stem.to_str());
+            let name = stem.and_then(|stem| stem.strip_suffix(&format!("-{}", container.id)));
+            let name = name.map_or(container.name, str::to_owned);
+            let entry = self.quarantined("container", name, container.id, path);
             records.quarantined.push(entry);
         }
         records.quarantined_layers = layers;

@@ -6,20 +6,20 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::{OpenChain, layer_options};
-use vellum_base::error::{Error, Result};
+use vellum_base::error::Result;
 use vellum_core::chain::{
     ChainSpec, ChainStats, look_at_chain, open_counted_chain, open_read_only_chain,
 };
 use vellum_export::device::AttachSpec;
-use vellum_store::{Resolved, Store};
+use vellum_store::{ContainerRecord, ContainerRef, Resolved, Store};
 
 /// Which chain to open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
-    /// A container's, writable. Its name.
-    Container(String),
-    /// A container's, to look at: no file of it is changed, and nobody writes it meanwhile. Its name.
-    Look(String),
+    /// A container's, writable.
+    Container(ContainerRef),
+    /// A container's, to look at: no file of it is changed, and nobody writes it meanwhile.
+    Look(ContainerRef),
     /// A layer in `staging` on its parents, writable. Whoever staged it keeps it leased.
     Staged(Uuid),
     /// A published layer on its parents: writable until it is sealed.
@@ -29,11 +29,27 @@ pub enum Target {
 }
 
 impl Target {
-    /// The arguments that name it to `vellum device-server`.
+    /// A container's chain, writable.
+    pub fn of(container: &ContainerRecord) -> Target {
+        Target::Container(container.into())
+    }
+
+    /// A container's chain, to look at.
+    pub fn look_at(container: &ContainerRecord) -> Target {
+        Target::Look(container.into())
+    }
+
+    /// The arguments that name it to `vellum device-server`. The name of a container is there for
+    /// people, and for `vellum umount` in a store that cannot be read; servers go by its id, since
+    /// they open the chain again when one of them has died, and it may be renamed by then.
     pub fn arguments(&self) -> Vec<OsString> {
+        let container = |option: &str, container: &ContainerRef| {
+            let (name, id) = ((&container.name).into(), container.id.to_string().into());
+            vec![option.into(), name, "--id".into(), id]
+        };
         match self {
-            Target::Container(name) => vec!["--container".into(), name.into()],
-            Target::Look(name) => vec!["--look".into(), name.into()],
+            Target::Container(which) => container("--container", which),
+            Target::Look(which) => container("--look", which),
             Target::Staged(layer) => vec!["--staged".into(), layer.to_string().into()],
             Target::Layer(layer) => vec!["--layer".into(), layer.to_string().into()],
             Target::Sealed(layer) => vec!["--sealed".into(), layer.to_string().into()],
@@ -81,21 +97,21 @@ impl Target {
     pub fn open_counted(&self, store: &Store, stats: Arc<ChainStats>) -> Result<OpenChain> {
         let options = layer_options(store);
         match self {
-            Target::Container(name) => {
-                let resolved = store.resolve_name(name)?;
-                let open = || {
-                    let open = self.open_unsettled(store, &resolved, stats)?;
-                    if let Some(size) = store.container(name)?.disk.device_size {
-                        open.chain().show(size)?;
-                    }
-                    Ok(open)
-                };
-                open().map_err(|error: Error| error.context(format!("the container {name}")))
+            Target::Container(which) => {
+                let container = store.find_container(which)?;
+                store
+                    .resolve(&container)
+                    .and_then(|resolved| self.open_unsettled(store, &resolved, stats))
+                    .and_then(|open| show_size(&container, open))
+                    .map_err(|error| error.context(format!("the container {}", container.name)))
             }
-            Target::Look(name) => {
-                let resolved = store.resolve_name(name)?;
-                look(store, &resolved, stats)
-                    .map_err(|error| error.context(format!("the container {name}")))
+            Target::Look(which) => {
+                let container = store.find_container(which)?;
+                store
+                    .resolve(&container)
+                    .and_then(|resolved| look(store, &resolved, stats))
+                    .and_then(|open| show_size(&container, open))
+                    .map_err(|error| error.context(format!("the container {}", container.name)))
             }
             Target::Staged(layer) => {
                 let top = store.staging_dir(*layer);
@@ -147,6 +163,16 @@ impl Target {
             }
         }
     }
+}
+
+/// Lets the chain of a container show the bytes that its device has, unless its layer has grown since
+/// that was noted.
+fn show_size(container: &ContainerRecord, open: OpenChain) -> Result<OpenChain> {
+    let noted = open.chain().whole_size() == container.disk.virtual_size;
+    if let Some(size) = container.disk.device_size.filter(|_| noted) {
+        open.chain().show(size)?;
+    }
+    Ok(open)
 }
 
 /// Opens a container's chain to look at, while nobody writes it.

@@ -67,7 +67,7 @@ pub(super) fn diff(
     };
     match mounted(store, container)? {
         Some(mount) => task.with_mount(container, &mount),
-        None => task.with_chain(&Target::Look(container.name.clone()).open(store)?),
+        None => task.with_chain(&Target::look_at(container).open(store)?),
     }
 }
 

@@ -55,7 +55,7 @@ pub fn map(store: &Store, name: &str) -> Result<BlockMap> {
     let (part, runs) = match asked {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let _busy = lock_container(store, &container)?;
-            let open = Target::Look(name.to_owned()).open(store)?;
+            let open = Target::look_at(&container).open(store)?;
             all_runs(|ask| from_chain(&open, ask))?
         }
         other => other?,

@@ -27,10 +27,10 @@ use std::process::Command;
 
 use uuid::Uuid;
 
-use super::lock_container;
 use super::mount::{Rights, mount_anew, mount_locked};
 use super::mount_point::{self, mounted};
 use super::teardown::{self, RemoveOptions, end_for_good, refuse_halted, take_over, unmount_ended};
+use super::{lock_container, lock_renamed};
 use activity::{Owner, forget, kill_left, settled_activity};
 use bundle::{Start, absolute, host_name, prepare, write_json};
 use executable::{Files, NoProgram};
@@ -141,12 +141,9 @@ pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Resul
 fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
     // Also where a signal asked us to end.
     let _held = interrupt::hold();
-    // Somebody may have removed it meanwhile, and even made another of that name.
-    match store.container(&container.name) {
-        Ok(there) if there.id == container.id => {
-            teardown::remove(store, &container.name, RemoveOptions::default()).map(drop)
-        }
-        Ok(_) => Ok(()),
+    // Somebody may have removed it meanwhile, or renamed it.
+    match store.find_container(&container.into()) {
+        Ok(there) => teardown::remove(store, &there.name, RemoveOptions::default()).map(drop),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
@@ -272,7 +269,7 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
 /// Removes what a run left, and unmounts.
 fn put_back(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> Result<()> {
     let _held = interrupt::hold();
-    let _busy = match lock_container(store, container) {
+    let _busy = match lock_renamed(store, container) {
         // Removed by force, mounts and all.
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         other => other?,

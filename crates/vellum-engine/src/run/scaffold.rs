@@ -16,7 +16,7 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use super::spec::Bind;
 use super::user::open_in_root;
 use super::volume::follow;
-use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::error::{Result, ResultExt};
 use vellum_store::{ContainerRecord, MountPoint, Scaffold, Store, Touched};
 
 /// Makes what is missing in the file system of `container`, mounted at `rootfs`, to mount `binds` and
@@ -49,7 +49,7 @@ pub(super) fn make(
     if missing.is_empty() {
         return Ok(());
     }
-    let mut record = current(store, container)?;
+    let mut record = store.find_container(&container.into())?;
     let mut scaffold = std::mem::take(&mut record.scaffold);
     for point in missing {
         if scaffold.points.iter().all(|there| there.path != point.path) {
@@ -65,18 +65,6 @@ pub(super) fn make(
     }
     record.scaffold = scaffold;
     store.update_container(&record)
-}
-
-/// The record as it is now: it may have changed since the caller read it.
-fn current(store: &Store, container: &ContainerRecord) -> Result<ContainerRecord> {
-    let record = store.container(&container.name)?;
-    if record.id != container.id {
-        return Err(Error::new(
-            ErrorKind::NotFound,
-            format!("the container {} was replaced", container.name),
-        ));
-    }
-    Ok(record)
 }
 
 /// The components of `path` that are not there.
@@ -156,10 +144,10 @@ fn make_one(rootfs: &Path, point: &MountPoint, touched: &mut Vec<Touched>) -> ni
 /// Takes away what [`make`] made in `container`, mounted at `rootfs`, as far as it is as it was made;
 /// nothing runs in it any more. What is in use by then is the container's.
 pub(crate) fn take_away(store: &Store, container: &ContainerRecord, rootfs: &Path) -> Result<()> {
-    if store.container(&container.name)?.scaffold == Scaffold::default() {
+    let mut record = store.find_container(&container.into())?;
+    if record.scaffold == Scaffold::default() {
         return Ok(());
     }
-    let mut record = current(store, container)?;
     let scaffold = std::mem::take(&mut record.scaffold);
     let untouched: Vec<&Touched> = scaffold
         .touched

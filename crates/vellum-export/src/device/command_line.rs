@@ -29,6 +29,13 @@ pub(super) fn command_line(pid: i32) -> Option<(RunDir, Vec<OsString>)> {
     Some((run_dir, all))
 }
 
+/// What stands behind `option` among arguments.
+pub(super) fn argument(arguments: &[OsString], option: &str) -> Option<String> {
+    let mut all = arguments.iter();
+    all.find(|argument| *argument == option)?;
+    all.next()?.clone().into_string().ok()
+}
+
 /// The run directory that a device process was told, `None` for any other process.
 pub(super) fn run_dir_of(pid: i32) -> Option<RunDir> {
     command_line(pid).map(|(run_dir, _)| run_dir)

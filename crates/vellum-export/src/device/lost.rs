@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
 
-use super::command_line::command_line;
+use super::command_line::{argument, command_line};
 use super::detach::{DetachOptions, clean, remove_files};
 use crate::fuse::session::FS_TYPE;
 use crate::loop_device::LoopDevice;
@@ -26,9 +26,7 @@ pub struct FoundDevice {
 impl FoundDevice {
     /// What its processes were given with an option.
     pub fn argument(&self, option: &str) -> Option<String> {
-        let mut all = self.arguments.iter();
-        all.find(|argument| *argument == option)?;
-        all.next()?.clone().into_string().ok()
+        argument(&self.arguments, option)
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::command_line::{argument, command_line};
 use super::failure::Failure;
 use super::process::{Identity, boot_id, namespaces};
 use crate::fuse::session::Features;
@@ -200,6 +201,15 @@ pub struct DeviceStatus {
     pub halted: bool,
     /// The loop device on it.
     pub loop_device: Option<PathBuf>,
+}
+
+impl DeviceStatus {
+    /// What its processes were given with an option; `None` where they were not, and where none of them
+    /// can be seen.
+    pub fn argument(&self, option: &str) -> Option<String> {
+        let mut lines = self.state.named().filter_map(|one| command_line(one.pid));
+        lines.find_map(|(_, arguments)| argument(&arguments, option))
+    }
 }
 
 /// The device of `run_dir`, or `None` when nothing of this boot is there.
