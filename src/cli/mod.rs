@@ -30,12 +30,14 @@ mod prune;
 mod ps;
 mod remove;
 mod rename;
+mod resize;
 mod rollback;
 mod run;
 mod snapshot;
 mod snapshotter;
 mod stats;
 mod tag;
+mod trim;
 mod upgrade_servers;
 mod verify_durability;
 mod volume;
@@ -103,6 +105,13 @@ enum Command {
     Tag(tag::Args),
     /// Give a container another name, also while it is mounted or runs
     Rename(rename::Args),
+    /// Make a container larger, and its file system with it, also while it is mounted or runs
+    Resize(resize::Args),
+    /// Give what deleted files took of containers' layers back to the host
+    ///
+    /// Containers are mounted so that this happens at once; what others deleted over NBD, or without
+    /// telling, a trim finds.
+    Trim(trim::Args),
     /// Mount a container's file system, without its setuid programs and device nodes
     ///
     /// A mounted container is part of the host's tree: whoever can walk to it sees it. Its setuid
@@ -267,6 +276,8 @@ impl Command {
                 | Command::Rmi(_)
                 | Command::Tag(_)
                 | Command::Rename(_)
+                | Command::Resize(_)
+                | Command::Trim(_)
                 | Command::Mount(_)
                 | Command::Umount(_)
                 | Command::Run(_)
@@ -296,6 +307,8 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Rmi(args) => remove::rmi(&args, context)?,
         Command::Tag(args) => tag::run(&args, context)?,
         Command::Rename(args) => rename::run(&args, context)?,
+        Command::Resize(args) => resize::run(&args, context)?,
+        Command::Trim(args) => trim::run(&args, context)?,
         Command::Mount(args) => mount::mount(&args, context)?,
         Command::Umount(args) => mount::umount(&args, context)?,
         Command::Run(args) => return Ok(run::run(&args, context)),

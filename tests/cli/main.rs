@@ -17,5 +17,6 @@ mod diff;
 mod import;
 mod interrupted;
 mod lifecycle;
+mod live;
 mod names;
 mod verify_durability;

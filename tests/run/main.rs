@@ -14,4 +14,5 @@
 
 mod confinement;
 mod container;
+mod in_use;
 mod run_support;

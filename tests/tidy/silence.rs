@@ -17,6 +17,7 @@ const MEANT: &[Meant] = &[
             ("crates/vellum-engine/src/check/mod.rs", 1),
             ("crates/vellum-engine/src/import.rs", 1),
             ("crates/vellum-engine/src/mount.rs", 2),
+            ("crates/vellum-engine/src/resize.rs", 1),
             ("crates/vellum-engine/src/run/executable.rs", 2),
             ("crates/vellum-engine/src/run/mod.rs", 1),
             ("crates/vellum-engine/src/run/runtime.rs", 1),

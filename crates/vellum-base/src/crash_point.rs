@@ -1,6 +1,6 @@
 //! Places where a test has this process die, as if it had been killed there, or panic.
 //!
-//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`] or [`SERVING`]; the process
+//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`], [`RESIZES`] or [`SERVING`]; the process
 //! that called [`arm`] sends itself SIGKILL when it comes by for the first, or the third, time. With
 //! `VELLUM_PANIC_AT` it panics there. Builds without debug assertions contain nothing of it, and
 //! processes that never call [`arm`], such as device servers, come to no harm.
@@ -60,6 +60,14 @@ pub const SNAPSHOTS: [&str; 6] = [
     "merge: records replaced",
 ];
 
+/// Every place that a growth of a container has beside those of `grow: …`.
+pub const RESIZES: [&str; 4] = [
+    "resize: layer grown",
+    "resize: record in place",
+    "resize: unmounted",
+    "resize: file system grown",
+];
+
 /// Every place in a server of clients.
 pub const SERVING: [&str; 1] = ["nbd: flush"];
 
@@ -106,7 +114,7 @@ pub fn arm() -> crate::Result<()> {
 
 #[cfg(debug_assertions)]
 fn is_place(name: &str) -> bool {
-    let mut places = ALL.iter().chain(&SNAPSHOTS).chain(&SERVING);
+    let mut places = ALL.iter().chain(&SNAPSHOTS).chain(&RESIZES).chain(&SERVING);
     places.any(|place| *place == name)
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::device::{GROW, Grow};
+use super::mount_point::UNMOUNT_TIMEOUT;
 use super::wire::encode;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -101,11 +102,57 @@ pub fn grow_file_system(
     match ext4::grow(dir, size) {
         Err(error) if error.kind() == ErrorKind::Permission => {
             unmount()?;
-            let grown = ext4::grow_unmounted(device);
+            let grown = unclaimed(device).and_then(|()| ext4::grow_unmounted(device));
             ext4::mount(device, dir, options)?;
             grown
         }
         other => other,
+    }
+}
+
+/// Makes the layer behind a device that is served from `run_dir`, the device, and the ext4 on it that is
+/// mounted at `dir`, `size` bytes large. Where this process may not grow a mounted one, `unmount` unmounts
+/// it for a moment, or refuses, before anything is changed; it is mounted again with `options`. The caller
+/// holds the device, which would be detached otherwise.
+///
+/// # Errors
+/// As [`grow_device`] and [`grow_file_system`].
+pub fn grow_mounted(
+    run_dir: &RunDir,
+    device: LoopDevice,
+    dir: &Path,
+    size: u64,
+    options: ext4::MountOptions,
+    unmount: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let path = device.path();
+    if ext4::may_grow_mounted()? {
+        grow_device(run_dir, device, size)?;
+        return grow_file_system(&path, dir, size, options, unmount);
+    }
+    unmount().map_err(lacks_right)?;
+    crash_point::here("resize: unmounted");
+    let grown = unclaimed(&path)
+        .map_err(lacks_right)
+        .and_then(|()| grow_device(run_dir, device, size))
+        .and_then(|()| ext4::grow_unmounted(&path));
+    crash_point::here("resize: file system grown");
+    ext4::mount(&path, dir, options)?;
+    grown
+}
+
+fn lacks_right(error: Error) -> Error {
+    error.context("growing a file system in use needs CAP_SYS_RESOURCE, which this process lacks")
+}
+
+/// Waits until no mount has a device that was unmounted here. One in another mount namespace, such as that of
+/// a container that runs, may keep it.
+fn unclaimed(device: &Path) -> Result<()> {
+    match LoopDevice::from_path(device) {
+        Some(device) if !device.wait_unclaimed(UNMOUNT_TIMEOUT)? => {
+            Err(Error::new(ErrorKind::InUse, device.user()))
+        }
+        _ => Ok(()),
     }
 }
 

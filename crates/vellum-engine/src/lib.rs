@@ -18,7 +18,9 @@ pub mod mount_point;
 pub mod prewarm;
 pub mod progress;
 pub mod raw;
+mod reach;
 pub mod rename;
+pub mod resize;
 pub mod retention;
 pub mod run;
 pub mod seal;
@@ -31,6 +33,7 @@ pub mod status;
 pub mod teardown;
 pub mod template;
 pub mod temporary;
+pub mod trim;
 pub mod upgrade;
 pub mod wire;
 

@@ -90,7 +90,7 @@ fn mount_once(
         .map_err(|error| error.context(format!("cannot attach {name}")))?;
     let device = attached.device.path();
     let mounted = interrupt::check()
-        .and_then(|()| mount_grown(container, &device, &dir, rights))
+        .and_then(|()| mount_grown(store, container, &device, &dir, rights))
         .and_then(|()| interrupt::check());
     if let Err(error) = mounted {
         // The mount's failure is what matters.
@@ -147,7 +147,7 @@ pub(super) fn mount_anew(
     {
         return Err(in_use(Error::new(ErrorKind::InUse, device.user())));
     }
-    mount_grown(container, &there.device, &dir, rights)
+    mount_grown(store, container, &there.device, &dir, rights)
         .map_err(|error| error.context(format!("cannot mount {name} at {}", dir.display())))?;
     Ok(Mounted {
         dir,
@@ -158,6 +158,7 @@ pub(super) fn mount_anew(
 
 /// Mounts a container's device, and lets the file system fill one that is larger than the image's.
 fn mount_grown(
+    store: &Store,
     container: &ContainerRecord,
     device: &Path,
     dir: &Path,
@@ -165,8 +166,10 @@ fn mount_grown(
 ) -> Result<()> {
     let options = rights.options(container.atime.unwrap_or_default());
     ext4::mount(device, dir, options)?;
-    let grown = grow_file_system(device, dir, container.disk.virtual_size, options, || {
-        ext4::unmount(dir, UNMOUNT_TIMEOUT)
+    let grown = store.size_of(container).and_then(|size| {
+        grow_file_system(device, dir, size, options, || {
+            ext4::unmount(dir, UNMOUNT_TIMEOUT)
+        })
     });
     match grown {
         // Its files are there all the same; the next mount tries again.

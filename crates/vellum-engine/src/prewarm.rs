@@ -19,12 +19,9 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{SFlag, fstat};
 use serde::Serialize;
 
-use super::device::{COPY_UP, CopyUp, Target};
-use super::lock_container;
-use super::mount_point::mounted;
+use super::device::{COPY_UP, CopyUp};
+use super::reach::{Access, reach};
 use super::sockets::Sockets;
-use super::teardown::take_over;
-use super::temporary::TemporaryMount;
 use super::wire::{decode, encode};
 use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -82,31 +79,11 @@ pub fn prewarm(
     progress: impl FnMut(u64, u64),
 ) -> Result<PrewarmReport> {
     let container = store.container(name)?;
-    if container.disk.fs.is_none() {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("the image of {name} holds no ext4, so it has no files to prewarm"),
-        ));
-    }
     let begin = Instant::now();
-    let mut report = match mounted(store, &container)? {
-        Some(mount) => {
-            let sockets = Sockets::new(store, container.id);
-            prewarm_mounted(store, &mount.dir, &sockets, paths, progress)?
-        }
-        None => {
-            let _busy = lock_container(store, &container)?;
-            let _pin = store.pin_layers()?;
-            take_over(store, &container)?;
-            let mount = TemporaryMount::new(store, &Target::of(&container))?;
-            let sockets = Sockets::of_device(mount.run_dir());
-            let done = prewarm_mounted(store, mount.dir(), &sockets, paths, progress);
-            let ended = mount.end();
-            let done = done?;
-            ended?;
-            done
-        }
-    };
+    let mut report = reach(store, &container, Access::Change, |reached| {
+        let sockets = Sockets::of_device(reached.run_dir);
+        prewarm_mounted(store, reached.dir, &sockets, paths, progress)
+    })?;
     report.name = name.to_owned();
     report.seconds = begin.elapsed().as_secs_f64();
     Ok(report)

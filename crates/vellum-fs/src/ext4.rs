@@ -11,6 +11,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -347,7 +348,10 @@ pub fn grow_unmounted(device: &Path) -> Result<()> {
         ));
     }
     // -f: a clean file system need not be checked first.
-    e2fsprogs::run(e2fsprogs::program("resize2fs").arg("-f").arg(device))
+    let mut resize = e2fsprogs::program("resize2fs");
+    // Cut off it leaves a file system that has to be repaired, so Ctrl-C must not reach it.
+    resize.process_group(0).arg("-f").arg(device);
+    e2fsprogs::run(&mut resize)
         .map_err(|error| error.context(format!("{}: cannot be grown", device.display())))
 }
 

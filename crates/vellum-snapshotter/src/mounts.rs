@@ -14,7 +14,7 @@ use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_core::layer::Header;
 use vellum_engine::device::{DeviceStats, SEAL, Sealed, Target, attach_spec};
-use vellum_engine::grow::{grow_device, grow_file_system, is_filled};
+use vellum_engine::grow::{grow_device, grow_mounted, is_filled};
 use vellum_engine::mount_point;
 use vellum_engine::seal::seal_frozen;
 use vellum_engine::stats::device_stats;
@@ -309,18 +309,8 @@ impl Mounts {
                 ),
             ))
         };
-        if !ext4::may_grow_mounted()? {
-            // First, so that it is refused with nothing changed.
-            unmount()?;
-            let grown =
-                grow_device(&run_dir, device, size).and_then(|()| ext4::grow_unmounted(&path));
-            ext4::mount(&path, &mounted, ext4::MountOptions::default())?;
-            grown?;
-        } else {
-            grow_device(&run_dir, device, size)?;
-            let options = ext4::MountOptions::default();
-            grow_file_system(&path, &mounted, size, options, unmount)?;
-        }
+        let options = ext4::MountOptions::default();
+        grow_mounted(&run_dir, device, &mounted, size, options, unmount)?;
         crash_point::here("mount: grown");
         Ok(())
     }

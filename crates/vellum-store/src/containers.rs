@@ -257,19 +257,39 @@ impl Store {
         Ok((record, resolved))
     }
 
-    /// Brings a container's record up to date with a commit that came to its end or was cut off.
+    /// Brings a container's record up to date with a commit or a growth that came to its end or was cut
+    /// off.
     ///
     /// # Errors
     /// As [`Store::resolve`].
     pub fn settle(&self, name: &str) -> Result<ContainerRecord> {
         let _lock = self.lock()?;
         let record = self.container(name)?;
-        if record.next.is_none() {
-            return Ok(record);
+        let size = self.size_of(&record);
+        match &size {
+            Ok(size) if record.next.is_some() || *size > record.disk.virtual_size => {}
+            Err(_) if record.next.is_some() => {}
+            // Whoever opens a damaged layer says so; it can be removed as it is.
+            _ => return Ok(record),
         }
-        let settled = self.as_settled(record)?;
+        let size = size?;
+        let mut settled = self.as_settled(record)?;
+        if size > settled.disk.virtual_size {
+            settled.disk.virtual_size = size;
+            settled.disk.device_size = None;
+        }
         self.write_json(&self.record_path("containers", name), &settled)?;
         Ok(settled)
+    }
+
+    /// Bytes of a container's device: what the header of its writable layer says. The record follows it
+    /// when it is [settled](Store::settle).
+    ///
+    /// # Errors
+    /// As [`Store::resolve`]; where that header cannot be read.
+    pub fn size_of(&self, container: &ContainerRecord) -> Result<u64> {
+        let top = self.resolve(container)?.top;
+        Ok(Header::read(&*self.storage, &self.layer_dir(top))?.virtual_size)
     }
 
     /// A container's record as [`Store::settle`] would write it.

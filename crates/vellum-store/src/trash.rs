@@ -72,6 +72,11 @@ impl Store {
         }
     }
 
+    /// Bytes that a layer takes on the host.
+    pub fn layer_bytes_on_host(&self, layer: Uuid) -> u64 {
+        self.allocated(&self.layer_dir(layer))
+    }
+
     /// Bytes that a file or directory takes on the host; what vanishes meanwhile counts as nothing.
     fn allocated(&self, path: &Path) -> u64 {
         match self.storage.list(path) {
