@@ -9,6 +9,7 @@ mod check;
 mod commit;
 mod completions;
 mod confinement;
+mod cp;
 mod create;
 mod device_server;
 mod diff;
@@ -124,6 +125,13 @@ enum Command {
     Run(run::Args),
     /// Run a command in a container that is there
     Exec(exec::Args),
+    /// Copy files into a container or out of one, mounted or not, running or not
+    ///
+    /// One of the two is CONTAINER:PATH, the other a path of the host, or "-" for a tar. A target
+    /// that is a directory gets the source in it, and a source that ends with "/." its content
+    /// alone. Links in the container lead nowhere out of it, and its volumes are where they are
+    /// when it runs.
+    Cp(cp::Args),
     /// Make an image from what a container changed; the container goes on
     Commit(commit::Args),
     /// Keep a moment of a container, running or not
@@ -283,6 +291,7 @@ impl Command {
                 | Command::Run(_)
                 | Command::Exec(_)
                 | Command::Commit(_)
+                | Command::Cp(_)
                 | Command::Snapshot(_)
                 | Command::Fork(_)
                 | Command::Rollback(_)
@@ -313,6 +322,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Umount(args) => mount::umount(&args, context)?,
         Command::Run(args) => return Ok(run::run(&args, context)),
         Command::Exec(args) => return Ok(exec::run(&args, context)),
+        Command::Cp(args) => cp::run(&args, context)?,
         Command::Commit(args) => commit::run(&args, context)?,
         Command::Snapshot(args) => snapshot::run(&args, context)?,
         Command::Snapshots(args) => snapshot::list(&args, context)?,

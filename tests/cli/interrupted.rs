@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use vellum_base::storage::{FileStorage, LockMode, Storage};
 
 /// A command in the background that takes signals whatever the shell that runs the tests ignores.
-fn start(store: &TestStore, arguments: &[&str]) -> Child {
+pub fn start(store: &TestStore, arguments: &[&str]) -> Child {
     let mut command = store.command();
     command
         .args(arguments)
@@ -36,13 +36,13 @@ fn take_signals(command: &mut Command) {
     unsafe { command.pre_exec(default) };
 }
 
-fn send(child: &Child, signal: Signal) {
+pub fn send(child: &Child, signal: Signal) {
     // It is ours and not reaped yet.
     kill(Pid::from_raw(child.id() as i32), signal).unwrap();
 }
 
 /// True once a command takes signals as a wish to end.
-fn listens(child: &Child) -> bool {
+pub fn listens(child: &Child) -> bool {
     let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
     let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
     let caught = u64::from_str_radix(caught.unwrap().trim(), 16).unwrap();
@@ -50,7 +50,7 @@ fn listens(child: &Child) -> bool {
 }
 
 /// Its end, which comes within seconds where the host is not busy.
-fn end(mut child: Child, when: &str) -> Output {
+pub fn end(mut child: Child, when: &str) -> Output {
     let deadline = Instant::now() + Duration::from_secs(60);
     drop(child.stdin.take());
     while child.try_wait().unwrap().is_none() {
@@ -90,7 +90,7 @@ fn forget(store: &TestStore, command: &str) {
     }
 }
 
-const COMMANDS: [&[&str]; 7] = [
+const COMMANDS: [&[&str]; 10] = [
     &["import", "again", "SOURCE", "--size", SIZE],
     &["diff", "c"],
     &["diff", "c", "--walk"],
@@ -98,15 +98,22 @@ const COMMANDS: [&[&str]; 7] = [
     &["prewarm", "c", "/etc"],
     &["mount", "c"],
     &["create", "base", "--name", "new"],
+    &["cp", "SOURCE", "c:/copy"],
+    &["cp", "c:/etc", "COPY"],
+    &["trim", "c"],
 ];
 
 /// Calls `each` with every command and moments all over the time that it takes.
 fn at_moments(store: &TestStore, rounds: u32, mut each: impl FnMut(&[&str], Duration, u32)) {
-    let source = store.arg("source");
+    let (source, copy) = (store.arg("source"), store.arg("copy"));
     for command in COMMANDS {
         let arguments: Vec<&str> = command
             .iter()
-            .map(|word| if *word == "SOURCE" { &source } else { *word })
+            .map(|word| match *word {
+                "SOURCE" => &source,
+                "COPY" => &copy,
+                other => other,
+            })
             .collect();
         let begin = Instant::now();
         store.ok(&arguments);

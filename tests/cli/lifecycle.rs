@@ -447,6 +447,7 @@ fn looking_changes_no_file_of_the_store() {
     let archive = store.arg("c.raw");
     for command in [
         &["diff", "c"][..],
+        &["cp", "c:/etc", "-"],
         &["images"],
         &["history", "base"],
         &["inspect", "c", "base"],

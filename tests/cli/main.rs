@@ -13,6 +13,8 @@ mod common;
 #[path = "../support/image_support/mod.rs"]
 mod image_support;
 
+mod cp;
+mod cp_hostile;
 mod diff;
 mod import;
 mod interrupted;

@@ -552,3 +552,123 @@ fn a_container_that_is_renamed_while_it_runs_is_entered_and_put_back_under_its_n
         },
     );
 }
+
+#[test]
+fn files_are_copied_into_and_out_of_volumes_where_the_container_has_them_whether_it_runs_or_not() {
+    with_each(
+        |_| {},
+        |store| {
+            fs::write(store.path("new"), "new\n").unwrap();
+            fs::create_dir_all(store.path("fixed")).unwrap();
+            fs::write(store.path("fixed/there"), "there\n").unwrap();
+            let new = store.path("new").display().to_string();
+            let volumes = ["-v", "data:/mnt/deep/data", "-v", "./fixed:/fixed:ro"];
+            let running = store.start("c", &volumes);
+            let volume = store.path("store/volumes/data");
+            let names = |dir: &str| -> Vec<String> {
+                let out = store.path("out");
+                let _ = fs::remove_dir_all(&out);
+                store.must(&["cp", dir, out.to_str().unwrap()]);
+                let mut names: Vec<String> = fs::read_dir(&out)
+                    .unwrap()
+                    .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                    .collect();
+                names.sort();
+                names
+            };
+            for round in ["running", "stopped"] {
+                store.must(&["cp", &new, &format!("c:/mnt/deep/data/{round}")]);
+                assert_eq!(fs::read_to_string(volume.join(round)).unwrap(), "new\n");
+                store.must(&["cp", &new, &format!("c:/tmp/{round}")]);
+                if round == "running" {
+                    let seen = [
+                        "exec",
+                        "c",
+                        "--",
+                        "cat",
+                        "/mnt/deep/data/running",
+                        "/tmp/running",
+                    ];
+                    assert_eq!(store.must(&seen), "new\nnew\n");
+                }
+                // A directory above it has it too, and what is under it has not.
+                let out = store.path("mnt");
+                let _ = fs::remove_dir_all(&out);
+                store.must(&["cp", "c:/mnt/.", out.to_str().unwrap()]);
+                let copied = fs::read_to_string(out.join("deep/data").join(round));
+                assert_eq!(copied.unwrap(), "new\n");
+                assert_eq!(names("c:/fixed"), ["there"]);
+                let said = store.vellum(&["cp", &new, "c:/fixed"]);
+                assert_eq!(said.status, 1);
+                assert!(
+                    said.err.contains("a volume that is read-only in c"),
+                    "{said:?}"
+                );
+                let said = store.vellum(&["cp", &new, "c:/fixed/there"]);
+                assert_eq!(said.status, 1, "{said:?}");
+                if round == "running" {
+                    running.signal(Signal::SIGTERM);
+                    store.wait_until(|| !store.status("c").starts_with("running"));
+                }
+            }
+            assert_eq!(running.wait(), Some(42));
+            // A whole tree goes to each part's place.
+            fs::create_dir_all(store.path("tree2/mnt/deep/data")).unwrap();
+            fs::write(store.path("tree2/mnt/deep/data/third"), "3").unwrap();
+            fs::write(store.path("tree2/tmp2"), "2").unwrap();
+            store.must(&["cp", &format!("{}/.", store.path("tree2").display()), "c:/"]);
+            assert_eq!(fs::read_to_string(volume.join("third")).unwrap(), "3");
+            let changes = store.must(&["diff", "c"]);
+            assert!(changes.contains("A /tmp2"), "{changes}");
+            assert!(!changes.contains("third"), "{changes}");
+            store.must(&["rm", "c"]);
+
+            // A file that is mounted is left as it is, and nothing comes to lie beside it on the host.
+            store.must(&[
+                "run",
+                "box",
+                "--name",
+                "f",
+                "-v",
+                "./new:/given",
+                "--",
+                "cat",
+                "/given",
+            ]);
+            fs::create_dir_all(store.path("tree3/given/beside")).unwrap();
+            let tree = format!("{}/.", store.path("tree3").display());
+            let said = store.vellum(&["cp", &tree, "f:/"]);
+            assert_eq!(said.status, 1);
+            assert!(said.err.contains("something is mounted there"), "{said:?}");
+            let tree = format!("{}/given/.", store.path("tree3").display());
+            assert_eq!(store.vellum(&["cp", &tree, "f:/given"]).status, 1);
+            assert!(!store.path("beside").exists());
+            assert_eq!(fs::read_to_string(store.path("new")).unwrap(), "new\n");
+            store.must(&["rm", "f"]);
+
+            // Where the root is read-only, only volumes can be written.
+            store.must(&[
+                "run",
+                "box",
+                "--name",
+                "r",
+                "--read-only",
+                "-v",
+                "data:/data",
+                "--",
+                "test",
+                "-d",
+                "/data",
+            ]);
+            let said = store.vellum(&["cp", &new, "r:/tmp"]);
+            assert_eq!(said.status, 1);
+            assert!(
+                said.err.contains("root file system of r is read-only"),
+                "{said:?}"
+            );
+            store.must(&["cp", &new, "r:/data/fourth"]);
+            assert_eq!(fs::read_to_string(volume.join("fourth")).unwrap(), "new\n");
+            store.must(&["rm", "r"]);
+        },
+    );
+}

@@ -33,6 +33,7 @@ const MEANT: &[Meant] = &[
             ("crates/vellum-image/src/detect.rs", 2),
             ("crates/vellum-image/src/docker.rs", 1),
             ("crates/vellum-image/src/records.rs", 1),
+            ("crates/vellum-image/src/transfer.rs", 2),
             ("crates/vellum-snapshotter/src/filter.rs", 3),
             ("crates/vellum-snapshotter/src/operations.rs", 1),
             ("crates/vellum-snapshotter/src/retire.rs", 1),

@@ -197,12 +197,13 @@ impl Error {
     /// True where others' giving space back helps: the host has none, and it is not a limit of the
     /// file's size.
     pub fn is_full_disk(&self) -> bool {
-        let errno = self
-            .source
-            .as_ref()
-            .and_then(|source| source.downcast_ref::<io::Error>())
-            .and_then(io::Error::raw_os_error);
-        self.kind == ErrorKind::NoSpace && errno != Some(libc::EFBIG)
+        self.kind == ErrorKind::NoSpace && self.raw_os_error() != Some(libc::EFBIG)
+    }
+
+    /// The errno that the host's kernel gave, where the failure began with one.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        let source = self.source.as_ref()?;
+        source.downcast_ref::<io::Error>()?.raw_os_error()
     }
 }
 

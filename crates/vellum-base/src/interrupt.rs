@@ -9,7 +9,7 @@
 //! A process that does not listen dies of these signals, and [`check`] always passes: the servers
 //! and the snapshotter have ways of their own.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering};
 
@@ -28,6 +28,9 @@ const SIGNALS: [Signal; 3] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
 const PATIENCE_NS: u64 = 1_000_000_000;
 /// How often a wait for input looks for a signal that came just before it began.
 const LOOK_MS: u16 = 200;
+
+/// Bytes that a pipe takes at once where it takes any (limits.h).
+const PIPE_BUF: usize = 4096;
 
 /// The first signal that came, 0 before.
 static FIRST: AtomicI32 = AtomicI32::new(0);
@@ -138,22 +141,43 @@ impl Drop for Held {
     }
 }
 
-/// A reader that fails once a signal asked this process to end, also while it waits for input.
+/// A reader or writer that fails once a signal asked this process to end, also while it waits for input, or
+/// for whoever reads what it writes.
 #[derive(Debug)]
 pub struct Interruptible<R>(pub R);
 
-impl<R: Read + AsFd> Read for Interruptible<R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        // A pipe, a socket or a terminal may have nothing to say for hours. Files are always ready.
+impl<R: AsFd> Interruptible<R> {
+    /// A pipe, a socket or a terminal may have nothing to say for hours, or nobody who listens. Files are
+    /// always ready.
+    fn wait_for(&self, ready: PollFlags) -> io::Result<()> {
         loop {
             check_io()?;
-            let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            let mut fds = [PollFd::new(self.0.as_fd(), ready)];
             match poll(&mut fds, PollTimeout::from(LOOK_MS)) {
                 Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => break,
+                Ok(_) => return Ok(()),
                 Err(errno) => return Err(errno.into()),
             }
         }
+    }
+}
+
+impl<R: Read + AsFd> Read for Interruptible<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.wait_for(PollFlags::POLLIN)?;
         self.0.read(buf)
+    }
+}
+
+impl<W: Write + AsFd> Write for Interruptible<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.wait_for(PollFlags::POLLOUT)?;
+        // A pipe that is ready takes so much without a wait.
+        let (bytes, _) = bytes.split_at(bytes.len().min(PIPE_BUF));
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }

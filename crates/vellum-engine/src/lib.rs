@@ -4,6 +4,7 @@
 pub mod check;
 pub mod commit;
 pub mod complete;
+pub mod cp;
 pub mod device;
 pub mod diff;
 pub mod doctor;

@@ -8,10 +8,12 @@ use std::path::Path;
 use super::device::Target;
 use super::lock_container;
 use super::mount_point::{Mounted, mounted};
+use super::run::{is_mounted_for_run, unmount_after_run};
 use super::serving::serving;
 use super::teardown::{refuse_halted, take_over};
 use super::temporary::TemporaryMount;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::interrupt;
 use vellum_fs::run_dir::RunDir;
 use vellum_store::{ContainerRecord, Store};
 
@@ -67,10 +69,16 @@ pub(super) fn reach<T>(
     let run_dir = store.run_dir(container);
     refuse_halted(&run_dir, name)?;
     // One that is unmounted at this moment is reached as one that is not mounted.
+    let for_run = is_mounted_for_run(&run_dir)?;
     if let Some(mount) = mounted(store, container)?
-        && let Some(_root) = hold(&mount)?
+        && let Some(root) = hold(&mount)?
     {
-        return work(&Reached::mounted(&mount.dir, &run_dir));
+        let done = work(&Reached::mounted(&mount.dir, &run_dir));
+        drop(root);
+        if for_run {
+            end_of_run(store, container);
+        }
+        return done;
     }
     let _busy = lock_container(store, container)?;
     let _pin = store.pin_layers()?;
@@ -96,6 +104,20 @@ pub(super) fn reach<T>(
     let done = done?;
     ended?;
     Ok(done)
+}
+
+/// Unmounts a container whose run ended while we had its files.
+fn end_of_run(store: &Store, container: &ContainerRecord) {
+    // Also where a signal asked us to end.
+    let _held = interrupt::hold();
+    match unmount_after_run(store, container) {
+        // Removed, with all that was mounted.
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        // Another copy goes on, which unmounts it then.
+        Err(error) if error.kind() == ErrorKind::InUse => tracing::info!("{error}"),
+        Err(error) => tracing::warn!(%error, "{} stays mounted", container.name),
+        Ok(()) => {}
+    }
 }
 
 /// Opens the root of what is mounted, so that it stays mounted; `None` where it no longer is: what is

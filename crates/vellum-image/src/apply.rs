@@ -57,7 +57,8 @@ impl ApplyOptions {
     }
 }
 
-struct MemberContent<'a, R>(&'a mut Members<R>);
+/// The content of the member that was read last.
+pub(super) struct MemberContent<'a, R>(pub &'a mut Members<R>);
 
 impl<R: Read> Content for MemberContent<'_, R> {
     fn read(&mut self, into: &mut [u8]) -> Result<usize> {

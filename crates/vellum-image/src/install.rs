@@ -20,7 +20,7 @@ use nix::sys::stat::{
 use nix::unistd::{Gid, Uid, fchown, fchownat, linkat, symlinkat};
 use xattr::FileExt as _;
 
-use super::node::{Kind, Node, Time, Xattrs, shown};
+use super::node::{CAPABILITY, Kind, Node, Time, Xattrs, shown};
 use super::rooted::{
     Directory, Rooted, failure, is_directory, look, open_directory, parent_of, proc_path, remove,
 };
@@ -62,14 +62,33 @@ pub struct ApplyStats {
     pub written: u64,
     /// Extended attributes that this file system or file type cannot have.
     pub skipped_xattrs: u64,
+    /// Device nodes that were left out since nobody wanted them.
+    pub left_out: u64,
     /// Whether the archive had its end marker. A stream that stopped early may lack it.
     pub end_marker: bool,
+}
+
+impl std::ops::AddAssign for ApplyStats {
+    fn add_assign(&mut self, more: Self) {
+        self.files += more.files;
+        self.directories += more.directories;
+        self.symlinks += more.symlinks;
+        self.hard_links += more.hard_links;
+        self.specials += more.specials;
+        self.whiteouts += more.whiteouts;
+        self.written += more.written;
+        self.skipped_xattrs += more.skipped_xattrs;
+        self.left_out += more.left_out;
+        self.end_marker &= more.end_marker;
+    }
 }
 
 /// A tree that nodes are put into.
 pub(super) struct Installer {
     tree: Rooted,
     devices: bool,
+    /// As programs change a tree, and not as layers do.
+    strict: bool,
     /// Hashes of (inode of the directory, name) for all that this run put there.
     mine: HashSet<u64>,
     hasher: RandomState,
@@ -82,15 +101,30 @@ pub(super) struct Installer {
 impl Installer {
     /// Starts on the tree at `target`; `devices` says whether device nodes may be made.
     pub fn new(target: &Path, devices: bool) -> Result<Installer> {
-        Ok(Installer {
-            tree: Rooted::open(target)?,
+        Ok(Installer::on(Rooted::open(target)?, devices))
+    }
+
+    /// As [`Installer::new`], for one who changes the tree and does not add a layer to it: a file never
+    /// takes the place of a directory, nor a directory that of anything else, and a directory that is not
+    /// listed has the times that changes give it.
+    pub fn strict(tree: Rooted, devices: bool) -> Installer {
+        Installer {
+            strict: true,
+            ..Installer::on(tree, devices)
+        }
+    }
+
+    fn on(tree: Rooted, devices: bool) -> Installer {
+        Installer {
+            tree,
             devices,
+            strict: false,
             mine: HashSet::new(),
             hasher: RandomState::new(),
             times: HashMap::new(),
             buffer: vec![0; CHUNK],
             stats: ApplyStats::default(),
-        })
+        }
     }
 
     /// Puts `node` in its place, with `content` for a file, over whatever was there.
@@ -226,6 +260,13 @@ impl Installer {
         let directory = there.as_ref().is_some_and(is_directory);
         if merge && directory {
             return Ok(None);
+        }
+        if self.strict && (merge || directory) {
+            let why = match directory {
+                true => "a directory is there, and stays one",
+                false => "it is a directory, and no directory is there",
+            };
+            return Err(Error::new(ErrorKind::InvalidInput, why));
         }
         let removed = remove(&**parent, parent.inode, name, &|_, _| false, 0);
         // A directory or a link to one may have been on the way to directories held open.
@@ -433,6 +474,9 @@ impl Installer {
 
     /// Notes the times of a directory before its content changes, to put them back at the end.
     fn remember_times(&mut self, path: &[u8], directory: &Directory) {
+        if self.strict {
+            return;
+        }
         self.times
             .entry(directory.inode)
             .or_insert_with(|| (path.to_vec(), directory.atime, directory.mtime));
@@ -526,7 +570,7 @@ fn replaceable(name: &[u8]) -> bool {
     name.starts_with(b"user.")
         || name.starts_with(b"trusted.")
         || name.starts_with(b"system.posix_acl_")
-        || name == b"security.capability"
+        || name == CAPABILITY
 }
 
 /// Whether this attribute cannot exist here, rather than that setting it failed.

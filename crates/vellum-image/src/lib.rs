@@ -3,6 +3,8 @@
 //!
 //! * [`Source`]: a directory, a tar, an OCI image, a Docker archive or a disk image.
 //! * [`apply_layer`], [`copy_tree`]: one layer, or a whole tree, into a directory.
+//! * [`transfer()`], [`transfer_to_tar`], [`transfer_from_tar`]: single files and directories, into a [`View`]
+//!   of a tree and out of one.
 //! * [`diff_trees`], [`compare_trees`], [`write_layer_tar`], [`write_rootfs_tar`]: the way back.
 //! * [`ImageConfig`], [`chain_id`]: what an image says about how to run it, and its identity.
 //!
@@ -31,7 +33,9 @@ mod records;
 mod rooted;
 mod slice;
 mod source;
+mod transfer;
 mod tree;
+mod view;
 mod walk;
 mod write;
 mod write_oci;
@@ -50,7 +54,9 @@ pub use measure::Measure;
 pub use platform::Platform;
 pub use raw::Holds;
 pub use source::{Format, Image, RawImage, Source, SourceOptions, TarSource};
+pub use transfer::{Owners, TransferOptions, transfer, transfer_from_tar, transfer_to_tar};
 pub use tree::{Attributes, Directory, MountedTrees, Trees};
+pub use view::View;
 pub use write::{write_layer_tar, write_rootfs_tar};
 pub use write_oci::OciWriter;
 

@@ -122,6 +122,9 @@ pub(super) enum Kind {
     Socket,
 }
 
+/// What a file can do whoever starts it.
+pub(super) const CAPABILITY: &[u8] = b"security.capability";
+
 /// Extended attributes by full name (`user.x`, `security.capability`).
 pub(super) type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
 

@@ -16,7 +16,7 @@ use std::rc::Rc;
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
@@ -51,6 +51,8 @@ impl AsFd for Directory {
 #[derive(Debug)]
 pub(super) struct Rooted {
     root: OwnedFd,
+    /// Names may lead into what is mounted in it.
+    crosses: bool,
     open: HashMap<Vec<u8>, Rc<Directory>>,
 }
 
@@ -64,6 +66,24 @@ impl Rooted {
             .context(|| format!("opening the directory {path:?}"))?;
         Ok(Rooted {
             root: root.into(),
+            crosses: false,
+            open: HashMap::new(),
+        })
+    }
+
+    /// Lets names lead into what others have mounted in the tree.
+    pub fn cross_mounts(&mut self) {
+        self.crosses = true;
+    }
+
+    /// The same tree once more, with nothing of it known yet.
+    pub fn again(&self) -> Result<Rooted> {
+        Ok(Rooted {
+            root: self
+                .root
+                .try_clone()
+                .context(|| "opening the root of a tree")?,
+            crosses: self.crosses,
             open: HashMap::new(),
         })
     }
@@ -73,14 +93,16 @@ impl Rooted {
     /// # Errors
     ///
     /// `ENOENT` and `ENOTDIR` among others, bare, for the caller to act on.
-    fn resolve(&self, path: &[u8]) -> nix::Result<OwnedFd> {
+    pub fn resolve(&self, path: &[u8]) -> nix::Result<OwnedFd> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
         let path: &OsStr = OsStr::from_bytes(if path.is_empty() { b"." } else { path });
-        let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(
-            ResolveFlag::RESOLVE_IN_ROOT
-                | ResolveFlag::RESOLVE_NO_MAGICLINKS
-                | ResolveFlag::RESOLVE_NO_XDEV,
-        );
+        let mut inside = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+        if !self.crosses {
+            inside |= ResolveFlag::RESOLVE_NO_XDEV;
+        }
+        let how = OpenHow::new()
+            .flags(flags | OFlag::O_CLOEXEC)
+            .resolve(inside);
         let mut tries = 0;
         loop {
             match openat2(&self.root, path, how) {
@@ -257,15 +279,16 @@ pub(super) fn proc_path(parent: &impl AsFd, name: &[u8]) -> PathBuf {
     path
 }
 
-/// Opens a regular file for reading; `ELOOP` for a link.
+/// Opens a regular file for reading. `ESTALE` where something else is there by now, which is not opened: to
+/// open a device is to use it.
 pub(super) fn open_file(parent: &impl AsFd, name: &[u8]) -> nix::Result<File> {
-    openat(
-        parent,
-        name,
-        OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK,
-        Mode::empty(),
-    )
-    .map(File::from)
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let found = openat(parent, name, flags, Mode::empty())?;
+    if file_type(&fstat(&found)?) != SFlag::S_IFREG {
+        return Err(Errno::ESTALE);
+    }
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    openat(AT_FDCWD, &proc_path(&found, b""), flags, Mode::empty()).map(File::from)
 }
 
 /// Removes `name` in `directory` and everything below it, without leaving it.

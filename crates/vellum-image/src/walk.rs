@@ -11,7 +11,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::readlinkat;
-use nix::sys::stat::{FileStat, fstat, major, minor};
+use nix::sys::stat::{FileStat, SFlag, fstat, major, minor};
 use nix::unistd::{Whence, lseek};
 
 use super::install::Content;
@@ -24,6 +24,9 @@ use vellum_base::{Error, ErrorKind, Result};
 
 /// The most data runs of a sparse file that are kept in memory; one with more counts as dense.
 const MAX_EXTENTS: usize = 64 * 1024;
+
+/// How often a name is looked at that programs give to one file after the other.
+const LOOKS: u32 = 100;
 
 /// Levels of a walk whose directories stay open: one that is deeper is closed while what is below it
 /// is walked, so that no tree takes more descriptors than a process may have.
@@ -158,6 +161,11 @@ impl Level {
         let path = self
             .with(|fd| Ok(proc_path(fd, name)))
             .context(|| format!("reading {}", shown(&self.path)))?;
+        // The magic link of the directory itself has to be followed.
+        self.xattrs_at(&path, name.is_empty(), name)
+    }
+
+    fn xattrs_at(&self, path: &Path, follow: bool, name: &[u8]) -> Result<Xattrs> {
         let doing = || {
             let path = if name.is_empty() {
                 self.path.clone()
@@ -166,12 +174,10 @@ impl Level {
             };
             format!("reading the xattrs of {}", shown(&path))
         };
-        // The magic link of the directory itself has to be followed.
-        let follow = name.is_empty();
         let list = if follow {
-            xattr::list_deref(&path)
+            xattr::list_deref(path)
         } else {
-            xattr::list(&path)
+            xattr::list(path)
         };
         let list = match list {
             Ok(list) => list,
@@ -183,9 +189,9 @@ impl Level {
         let mut xattrs = Xattrs::new();
         for attribute in list {
             let value = if follow {
-                xattr::get_deref(&path, &attribute)
+                xattr::get_deref(path, &attribute)
             } else {
-                xattr::get(&path, &attribute)
+                xattr::get(path, &attribute)
             };
             if let Some(value) = value.context(doing)? {
                 xattrs.insert(attribute.as_bytes().to_vec(), value);
@@ -200,20 +206,35 @@ impl Level {
             .context(|| format!("opening {}", shown(&join(&self.path, name))))
     }
 
+    /// Opens the regular file `name` in it, whose attributes were `stat`, and gives those that it has. `ESTALE`
+    /// where it is another by now.
+    fn open_same(&self, name: &[u8], stat: &FileStat) -> Result<(File, FileStat)> {
+        let file = self.open(name)?;
+        let look = || {
+            let now = fstat(&file)?;
+            match (now.st_dev, now.st_ino) == (stat.st_dev, stat.st_ino) {
+                true => Ok(now),
+                false => Err(Errno::ESTALE),
+            }
+        };
+        let now = look().context(|| format!("opening {}", shown(&join(&self.path, name))))?;
+        Ok((file, now))
+    }
+
     /// Describes `name`, whose attributes are `stat`, and opens it if it is a regular file.
     pub(super) fn node(&self, name: &[u8], stat: &FileStat) -> Result<(Node, Option<File>)> {
         let path = join(&self.path, name);
-        let mut file = None;
-        let size = stat.st_size.cast_unsigned();
+        if file_type(stat) == SFlag::S_IFREG {
+            let (file, now) = self.open_same(name, stat)?;
+            let extents = extents(&file, &now)
+                .context(|| format!("looking for holes in {}", shown(&path)))?;
+            let size = now.st_size.cast_unsigned();
+            let xattrs = self.xattrs_at(&proc_path(&file, b""), true, name)?;
+            let node = describe(path, Kind::File { size, extents }, &now, xattrs);
+            return Ok((node, Some(file)));
+        }
         let (major, minor) = (major(stat.st_rdev) as u32, minor(stat.st_rdev) as u32);
         let kind = match file_type(stat).bits() {
-            libc::S_IFREG => {
-                let opened = self.open(name)?;
-                let extents = extents(&opened, stat)
-                    .context(|| format!("looking for holes in {}", shown(&path)))?;
-                file = Some(opened);
-                Kind::File { size, extents }
-            }
             libc::S_IFDIR => Kind::Directory,
             libc::S_IFLNK => Kind::Symlink(self.link_target(name)?),
             libc::S_IFCHR => Kind::CharDevice { major, minor },
@@ -228,7 +249,24 @@ impl Level {
             }
         };
         let xattrs = self.xattrs(name)?;
-        Ok((describe(path, kind, stat, xattrs), file))
+        Ok((describe(path, kind, stat, xattrs), None))
+    }
+
+    /// As [`Level::node`], of a tree that programs change meanwhile, with the attributes that it went by: what
+    /// they put in the place of `name` counts. `None` where it is gone, as if it had never been listed.
+    pub(super) fn node_now(&self, name: &[u8]) -> Result<Option<(FileStat, Node, Option<File>)>> {
+        let mut looks = 0;
+        loop {
+            let Some(stat) = self.look(name)? else {
+                return Ok(None);
+            };
+            looks += 1;
+            match self.node(name, &stat) {
+                Ok((node, file)) => return Ok(Some((stat, node, file))),
+                Err(error) if is_another(&error) && looks < LOOKS => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Describes the directory itself.
@@ -293,37 +331,78 @@ pub(super) fn walk(
     root: &Path,
     visit: &mut dyn FnMut(Node, Option<File>) -> Result<()>,
 ) -> Result<()> {
-    let root = Level::root(root)?;
+    walk_from(&Level::root(root)?, &|_| false, visit)
+}
+
+/// As [`walk`], below a directory that is open, under the path that it is given there, without what lies
+/// at `hidden` paths.
+pub(super) fn walk_from(
+    root: &Level,
+    hidden: &dyn Fn(&[u8]) -> bool,
+    visit: &mut dyn FnMut(Node, Option<File>) -> Result<()>,
+) -> Result<()> {
     visit(root.own_node()?, None)?;
-    let mut links = HashMap::new();
-    walk_level(&root, &mut links, visit)
+    walk_level(root, hidden, &mut HashMap::new(), visit)
 }
 
 fn walk_level(
     level: &Level,
+    hidden: &dyn Fn(&[u8]) -> bool,
     links: &mut HashMap<(u64, u64), Vec<u8>>,
     visit: &mut dyn FnMut(Node, Option<File>) -> Result<()>,
 ) -> Result<()> {
-    for name in level.names()? {
-        let Some(stat) = level.look(&name)? else {
+    let names = match level.names() {
+        // It was removed meanwhile, with all that was in it.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for name in names {
+        if hidden(&join(&level.path, &name)) {
+            continue;
+        }
+        let Some((stat, node, file)) = level.node_now(&name)? else {
             continue;
         };
-        if !is_directory(&stat) && stat.st_nlink > 1 {
+        let linked = !is_directory(&stat) && stat.st_nlink > 1;
+        if linked && let Some(first) = links.get(&(stat.st_dev, stat.st_ino)) {
+            let kind = Kind::HardLink(first.clone());
             let path = join(&level.path, &name);
-            if let Some(first) = links.get(&(stat.st_dev, stat.st_ino)) {
-                let kind = Kind::HardLink(first.clone());
-                visit(describe(path, kind, &stat, Xattrs::new()), None)?;
-                continue;
-            }
-            links.insert((stat.st_dev, stat.st_ino), path);
+            visit(describe(path, kind, &stat, Xattrs::new()), None)?;
+            continue;
         }
-        let (node, file) = level.node(&name, &stat)?;
+        if linked {
+            links.insert((stat.st_dev, stat.st_ino), node.path.clone());
+        }
         visit(node, file)?;
         if is_directory(&stat) {
-            level.descend(&name, |inner| walk_level(inner, links, visit))?;
+            let mut entered = false;
+            let walked = level.descend(&name, |inner| {
+                entered = true;
+                walk_level(inner, hidden, links, visit)
+            });
+            match walked {
+                // It is none any more.
+                Err(error) if !entered && is_another(&error) => {}
+                other => other?,
+            }
         }
     }
     Ok(())
+}
+
+/// Whether a failure says that a name was taken away, or given to something else, since it was looked at.
+fn is_another(error: &Error) -> bool {
+    let gone = [
+        libc::ENOENT,
+        libc::ENOTDIR,
+        libc::ELOOP,
+        libc::ESTALE,
+        // Of readlink(2).
+        libc::EINVAL,
+    ];
+    error
+        .raw_os_error()
+        .is_some_and(|errno| gone.contains(&errno))
 }
 
 /// The data of an open file, run by run.
@@ -332,6 +411,9 @@ pub(super) struct FileContent<'a> {
     extents: Vec<Extent>,
     index: usize,
     done: u64,
+    /// It may become shorter while it is read: its name, until that was said.
+    changing: Option<String>,
+    short: bool,
 }
 
 impl<'a> FileContent<'a> {
@@ -356,6 +438,17 @@ impl<'a> FileContent<'a> {
             extents,
             index: 0,
             done: 0,
+            changing: None,
+            short: false,
+        }
+    }
+
+    /// As [`FileContent::new`], for a file that programs may change meanwhile. Where it becomes shorter, zeros
+    /// stand for the rest, as GNU tar has it: what reads it was told the length, and goes on.
+    pub fn of_changing(file: &'a File, node: &Node) -> Self {
+        FileContent {
+            changing: Some(node.shown()),
+            ..FileContent::new(file, &node.kind)
         }
     }
 
@@ -380,8 +473,21 @@ impl Content for FileContent<'_> {
                 .file
                 .read_at(into, extent.offset + self.done)
                 .context(|| "reading the source file")?;
-            self.done += count as u64;
-            return Ok(count);
+            if count > 0 || most == 0 {
+                self.done += count as u64;
+                return Ok(count);
+            }
+            match self.changing.take() {
+                Some(name) => {
+                    tracing::warn!("{name}: became shorter while it was read: zeros fill it up");
+                    self.short = true;
+                }
+                None if !self.short => return Ok(0),
+                None => {}
+            }
+            into.fill(0);
+            self.done += most as u64;
+            return Ok(most);
         }
         Ok(0)
     }
@@ -393,5 +499,68 @@ pub(super) struct NoContent;
 impl Content for NoContent {
     fn read(&mut self, _: &mut [u8]) -> Result<usize> {
         Ok(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_all(content: &mut FileContent<'_>) -> Vec<u8> {
+        let mut all = Vec::new();
+        let mut piece = [1; 7];
+        loop {
+            let count = content.read(&mut piece).unwrap();
+            if count == 0 {
+                return all;
+            }
+            all.extend(piece.iter().take(count));
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_replaced_after_a_look_at_it_is_described_as_what_is_there_then() {
+        let dir = tempfile::tempdir().unwrap();
+        let (conf, next) = (dir.path().join("conf"), dir.path().join("next"));
+        std::fs::write(&conf, [1; 10]).unwrap();
+        let level = Level::root(dir.path()).unwrap();
+        let old = level.look(b"conf").unwrap().unwrap();
+        // As programs write a file that others read.
+        std::fs::write(&next, [2; 5000]).unwrap();
+        std::fs::rename(&next, &conf).unwrap();
+        let error = level.node(b"conf", &old).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESTALE));
+        let (stat, node, file) = level.node_now(b"conf").unwrap().unwrap();
+        assert_ne!(stat.st_ino, old.st_ino);
+        let read = read_all(&mut FileContent::new(&file.unwrap(), &node.kind));
+        assert_eq!(read, [2; 5000]);
+        // What is no file any more is not opened as one.
+        std::fs::remove_file(&conf).unwrap();
+        nix::unistd::mkfifo(&conf, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        let error = level.node(b"conf", &old).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESTALE));
+        let (_, node, _) = level.node_now(b"conf").unwrap().unwrap();
+        assert_eq!(node.kind, Kind::Fifo);
+        std::fs::remove_file(&conf).unwrap();
+        assert!(level.node_now(b"conf").unwrap().is_none());
+    }
+
+    #[test]
+    fn zeros_stand_for_what_is_cut_off_of_a_file_that_programs_change_and_of_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("log"), [5; 20]).unwrap();
+        let level = Level::root(dir.path()).unwrap();
+        let stat = level.look(b"log").unwrap().unwrap();
+        let (node, file) = level.node(b"log", &stat).unwrap();
+        let file = file.unwrap();
+        OpenOptions::new()
+            .write(true)
+            .open(dir.path().join("log"))
+            .unwrap()
+            .set_len(3)
+            .unwrap();
+        let cut = read_all(&mut FileContent::of_changing(&file, &node));
+        assert_eq!(cut, [&[5; 3][..], &[0; 17]].concat());
+        assert_eq!(read_all(&mut FileContent::new(&file, &node.kind)), [5; 3]);
     }
 }

@@ -172,15 +172,39 @@ fn sparse_map(extents: &[Extent], size: u64) -> Vec<SparseEntry> {
 }
 
 /// Appends a node of a tree with the data of its file.
-fn append<W: Write>(
+pub(super) fn append<W: Write>(
     tar: &mut TarWriter<W>,
-    mut node: Node,
+    node: Node,
     file: Option<&File>,
     progress: &mut Option<Progress<'_>>,
 ) -> Result<()> {
+    let read = |file, node: &Node| FileContent::new(file, &node.kind);
+    let length = append_read(tar, node, file, read)?;
+    if let (Some(progress), Some(_)) = (progress, file) {
+        progress(length);
+    }
+    Ok(())
+}
+
+/// As [`append`], of a tree that programs change meanwhile.
+pub(super) fn append_changing<W: Write>(
+    tar: &mut TarWriter<W>,
+    node: Node,
+    file: Option<&File>,
+) -> Result<()> {
+    append_read(tar, node, file, FileContent::of_changing).map(drop)
+}
+
+/// Appends a node with what `read` finds in its file; the bytes of that.
+fn append_read<'f, W: Write>(
+    tar: &mut TarWriter<W>,
+    mut node: Node,
+    file: Option<&'f File>,
+    read: impl Fn(&'f File, &Node) -> FileContent<'f>,
+) -> Result<u64> {
     if node.kind == Kind::Socket {
         tracing::debug!(path = node.shown(), "socket left out of the tar");
-        return Ok(());
+        return Ok(0);
     }
     // A map in front of so much data has no room in the header's size field.
     if let Kind::File { size, extents } = &mut node.kind
@@ -191,15 +215,11 @@ fn append<W: Write>(
         *extents = None;
     }
     let Some(file) = file else {
-        return tar.append(&node, 0, &mut NoContent);
+        return tar.append(&node, 0, &mut NoContent).map(|()| 0);
     };
-    let mut content = FileContent::new(file, &node.kind);
+    let mut content = read(file, &node);
     let length = content.length();
-    tar.append(&node, length, &mut content)?;
-    if let Some(progress) = progress {
-        progress(length);
-    }
-    Ok(())
+    tar.append(&node, length, &mut content).map(|()| length)
 }
 
 /// Writes the tree at `root` as the tar of a root file system to `output`.

@@ -29,6 +29,7 @@ use uuid::Uuid;
 
 use super::mount::{Rights, mount_anew, mount_locked};
 use super::mount_point::{self, mounted};
+use super::seal::sync_file_system;
 use super::teardown::{self, RemoveOptions, end_for_good, refuse_halted, take_over, unmount_ended};
 use super::{lock_container, lock_renamed};
 use activity::{Owner, forget, kill_left, settled_activity};
@@ -39,7 +40,7 @@ use runtime::Runtime;
 use spec::ProcessPlan;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
-use vellum_export::device::{Identity, boot_id};
+use vellum_export::device::{self, Identity, boot_id};
 use vellum_fs::run_dir::RunDir;
 use vellum_store::{Confinement, ContainerRecord, NewContainer, Store};
 
@@ -48,6 +49,7 @@ pub use capabilities::parse_capability;
 pub use runtime::FAILURE;
 pub(super) use runtime::find as find_runtime;
 pub use seccomp::parse_seccomp;
+pub(super) use volume::mounted_volumes;
 pub use volume::{check_volumes, parse_volume};
 
 /// A command and what it gets.
@@ -130,9 +132,13 @@ pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Resul
     let ended = run_created(store, &mut container, options, &program);
     let started = matches!(&ended, Ok(ended) if ended.failure.is_none());
     if options.remove || !started {
-        let removed = remove_again(store, &container);
-        if started {
-            removed?;
+        match remove_again(store, &container) {
+            // What the command said by its status is not lost over a copy of its files.
+            Err(error) if started && error.kind() == ErrorKind::InUse => {
+                tracing::warn!("{error}: it is not removed");
+            }
+            Err(error) if started => return Err(error),
+            _ => {}
         }
     }
     ended
@@ -278,9 +284,49 @@ fn put_back(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> R
     match Owner::read(&run_dir)? {
         // Ended by force, and another runs in it by now.
         Some(owner) if owner.waiter != Identity::current() => Ok(()),
-        Some(_) => end_alone(store, container, keep_mounted),
+        Some(_) => match end_alone(store, container, keep_mounted) {
+            Err(error) if error.kind() == ErrorKind::InUse && !keep_mounted => {
+                leave_mounted(store, container, &error)
+            }
+            other => other,
+        },
         // Ended by force.
         None => Ok(()),
+    }
+}
+
+/// Leaves a container whose command has ended mounted, since a program of the host uses its files, with
+/// what the command wrote on the disk, as after an unmount. A command of ours unmounts it when it is done.
+fn leave_mounted(store: &Store, container: &ContainerRecord, why: &Error) -> Result<()> {
+    let run_dir = store.run_dir(container);
+    forget(&run_dir)?;
+    if let Some(mounted) = mounted(store, container)? {
+        sync_file_system(&mounted.dir)?;
+    }
+    let name = store.find_container(&container.into())?.name;
+    tracing::warn!(
+        "{why}: {name} stays mounted: `vellum umount {name}` when nobody uses its files"
+    );
+    Ok(())
+}
+
+/// True where a container is mounted for a command that runs in it, and is unmounted when that ends.
+pub(super) fn is_mounted_for_run(run_dir: &RunDir) -> Result<bool> {
+    Ok(Owner::read(run_dir)?.is_some_and(|owner| !owner.keep_mounted))
+}
+
+/// Unmounts a container that was [mounted for a run](is_mounted_for_run), where that has ended meanwhile
+/// and could not, since its files were in use.
+pub(super) fn unmount_after_run(store: &Store, container: &ContainerRecord) -> Result<()> {
+    let run_dir = store.run_dir(container);
+    if matches!(activity::activity_in(&run_dir)?, Activity::Running { .. }) {
+        return Ok(());
+    }
+    // Whoever ends the run has the lock until it is unmounted, or left to us.
+    let _busy = lock_renamed(store, container)?;
+    match Owner::read(&run_dir)? {
+        None if device::status(&run_dir)?.is_some() => unmount_ended(store, container, false),
+        _ => Ok(()),
     }
 }
 

@@ -12,7 +12,7 @@ use nix::fcntl::{AT_FDCWD, OFlag, RenameFlags, renameat2};
 use super::user::open_in_root;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_image::copy_tree;
-use vellum_store::{Store, VolumeMount, VolumePlace, check_name};
+use vellum_store::{ContainerRecord, Store, VolumeMount, VolumePlace, check_name};
 
 /// How many links are followed, as the kernel has it.
 const MAX_LINKS: usize = 40;
@@ -113,6 +113,41 @@ pub(super) fn prepare(store: &Store, volume: &VolumeMount, rootfs: &Path) -> Res
         _ => {}
     }
     Ok(path)
+}
+
+/// A volume where it is mounted.
+pub(crate) struct MountedVolume {
+    /// On the host.
+    pub source: PathBuf,
+    /// In the container, without links.
+    pub destination: PathBuf,
+    /// No writes through this mount.
+    pub read_only: bool,
+}
+
+/// Where the volumes of a container whose root is `rootfs` are mounted while it runs. One that is nowhere yet
+/// is left out: its first run makes it.
+pub(crate) fn mounted_volumes(
+    store: &Store,
+    container: &ContainerRecord,
+    rootfs: &Path,
+) -> Result<Vec<MountedVolume>> {
+    let mut found = Vec::new();
+    for volume in &container.volumes {
+        let source = match volume.source.starts_with('/') {
+            true => PathBuf::from(&volume.source),
+            false => store.volume_place(&volume.source)?.dir,
+        };
+        if !source.exists() {
+            continue;
+        }
+        found.push(MountedVolume {
+            source,
+            destination: follow(rootfs, &volume.destination)?,
+            read_only: volume.read_only,
+        });
+    }
+    Ok(found)
 }
 
 /// Where `path` leads in the container, with every link on the way followed inside it. Runtimes
