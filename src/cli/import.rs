@@ -1,25 +1,22 @@
 //! `vellum import NAME SOURCE`
 
 use std::path::PathBuf;
-use std::time::Duration;
-
-use indicatif::{ProgressBar, ProgressStyle};
-use parking_lot::Mutex;
 
 use super::Context;
-use super::output::{Output, human_size};
+use super::output::human_size;
+use super::progress::Bars;
 use vellum_base::error::Result;
 use vellum_base::size::parse_size;
-use vellum_engine::import::{ImportOptions, ImportReport, ImportWatch, import};
-use vellum_image::{Format, Progress};
+use vellum_engine::import::{ImportOptions, ImportReport, import};
+use vellum_image::Format;
 
 /// Arguments of `import`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The new image's name, like debian:12
     name: String,
-    /// A tar (plain, gzip, zstd), directory, OCI layout or archive, Docker archive or disk image;
-    /// - reads a tar from standard input
+    /// A tar (plain, gzip, zstd), directory, OCI layout or archive, Docker archive or disk image
+    /// (raw, qcow2); - reads a tar from standard input
     source: PathBuf,
     /// Virtual size of containers made from it [default: 10G, more where the content needs it, or
     /// the disk image's own]
@@ -34,6 +31,10 @@ pub(super) struct Args {
     /// What the source is [default: found out by its content]
     #[arg(long, value_enum)]
     format: Option<FormatArg>,
+    /// A file, or a directory of files, that a qcow2 image may name as its backing file; those that lie
+    /// beside it may be named anyway
+    #[arg(long, value_name = "PATH")]
+    allow_backing: Vec<PathBuf>,
 }
 
 /// What a source can be, as people say it.
@@ -49,6 +50,8 @@ enum FormatArg {
     Docker,
     /// A disk image or block device, byte for byte
     Raw,
+    /// A disk image in QEMU's format
+    Qcow2,
 }
 
 impl From<FormatArg> for Format {
@@ -59,6 +62,7 @@ impl From<FormatArg> for Format {
             FormatArg::Oci => Format::Oci,
             FormatArg::Docker => Format::Docker,
             FormatArg::Raw => Format::Raw,
+            FormatArg::Qcow2 => Format::Qcow2,
         }
     }
 }
@@ -71,11 +75,9 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         select: args.select.clone(),
         platform: None,
         format: args.format.map(Format::from),
+        allow_backing: args.allow_backing.clone(),
     };
-    let watch = Bars {
-        out: context.out,
-        bar: Mutex::new(None),
-    };
+    let watch = Bars::new(context.out);
     let report = import(&store, &args.name, &args.source, &options, &watch)?;
     context.out.print(&report, summary)
 }
@@ -111,45 +113,4 @@ fn summary(report: &ImportReport) -> String {
         "imported {name}: {layers} layer{plural}{shared}, {} written{disk}",
         human_size(made)
     )
-}
-
-/// A progress bar for each layer that is read; a line for one that exists.
-struct Bars {
-    out: Output,
-    bar: Mutex<Option<ProgressBar>>,
-}
-
-impl ImportWatch for Bars {
-    fn layer(&self, name: &str, size: Option<u64>) -> Option<Progress<'static>> {
-        if !self.out.shows_progress() {
-            return None;
-        }
-        let (bar, template) = match size {
-            Some(size) => (
-                ProgressBar::new(size),
-                "{msg:24!} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}",
-            ),
-            None => (
-                ProgressBar::no_length(),
-                "{msg:24!} {spinner} {bytes} {bytes_per_sec}",
-            ),
-        };
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style.progress_chars("=> "));
-        }
-        bar.set_message(name.to_owned());
-        bar.enable_steady_tick(Duration::from_millis(200));
-        *self.bar.lock() = Some(bar.clone());
-        Some(Box::new(move |bytes| bar.inc(bytes)))
-    }
-
-    fn exists(&self, name: &str) {
-        self.out.note(&format!("{name}: Layer already exists"));
-    }
-
-    fn done(&self) {
-        if let Some(bar) = self.bar.lock().take() {
-            bar.finish_and_clear();
-        }
-    }
 }

@@ -27,6 +27,7 @@ mod mount;
 mod nbd;
 mod output;
 mod prewarm;
+mod progress;
 mod prune;
 mod ps;
 mod remove;

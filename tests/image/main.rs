@@ -18,4 +18,5 @@ mod image_support;
 mod apply;
 mod blocks;
 mod diff;
+mod qcow2;
 mod source;

@@ -337,7 +337,7 @@ fn disk_images_are_told_by_what_they_show() {
         ("tiny", Holds::Blank),
     ] {
         let path = work.path().join(name);
-        let Source::Raw(raw) = Source::open(&path, &options).unwrap() else {
+        let Source::Disk(raw) = Source::open(&path, &options).unwrap() else {
             panic!("{path:?} is not raw");
         };
         assert_eq!(raw.holds, Some(holds), "{path:?}");
@@ -375,7 +375,7 @@ fn a_file_that_shows_no_disk_is_one_only_where_the_user_says_so() {
     for name in ["damaged", "page", "noise", "good"] {
         let opened = Source::open(&work.path().join(name), &options).unwrap();
         assert!(
-            matches!(opened, Source::Raw(raw) if raw.holds.is_none()),
+            matches!(opened, Source::Disk(raw) if raw.holds.is_none()),
             "{name}"
         );
     }
@@ -390,7 +390,7 @@ fn disk_images_of_other_formats_are_refused_by_name_with_the_command_that_helps(
     shell(
         work.path(),
         "truncate -s 1M disk; mke2fs -q disk
-         for f in qcow2 qcow vmdk vpc vhdx vdi qed parallels; do
+         for f in qcow vmdk vpc vhdx vdi qed parallels; do
              qemu-img convert -O $f disk disk.$f
          done
          qemu-img convert -O vpc -o subformat=fixed,force_size=on disk fixed.vpc
@@ -399,7 +399,6 @@ fn disk_images_of_other_formats_are_refused_by_name_with_the_command_that_helps(
     );
     let options = SourceOptions::new(work.path());
     for (name, format) in [
-        ("disk.qcow2", "qcow2"),
         ("disk.qcow", "qcow"),
         ("disk.vmdk", "vmdk"),
         ("disk.vpc", "vpc"),
@@ -472,7 +471,7 @@ fn every_way(work: &Path, name: &str, data: &[u8], options: &SourceOptions) -> V
     let what = |path: &Path| match Source::open(path, options) {
         Ok(Source::Image(_)) => "image",
         Ok(Source::Tar(_)) => "tar",
-        Ok(Source::Raw(_)) => "raw",
+        Ok(Source::Disk(_)) => "raw",
         Ok(Source::Directory(_)) => "directory",
         Err(_) => "error",
     };

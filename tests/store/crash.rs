@@ -22,13 +22,14 @@ use vellum_core::layer::{Header, LayerOptions, WritableLayer};
 use vellum_engine::check::finish_commits;
 use vellum_engine::commit::commit;
 use vellum_engine::device::Target;
-use vellum_engine::import::{ImportOptions, Quiet, import};
+use vellum_engine::import::{ImportOptions, import};
 use vellum_engine::merge::merge;
 use vellum_engine::progress::BlocksWatch;
 use vellum_engine::seal::How;
 use vellum_engine::snapshot::{
     ForkVolumes, Present, fork, remove_snapshot, rollback, snapshot as keep,
 };
+use vellum_engine::watch::Quiet;
 use vellum_store::{
     FsInfo, LayerInfo, NewContainer, SnapshotKind, SnapshotRecord, Store, TemplateRecord,
 };

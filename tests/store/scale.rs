@@ -11,8 +11,9 @@ use vellum_core::chain::{ChainSpec, open_chain};
 use vellum_core::layer::{Header, LayerOptions, WritableLayer, seal_in_place};
 use vellum_engine::commit::commit;
 use vellum_engine::device::Target;
-use vellum_engine::import::{ImportOptions, Quiet, import};
+use vellum_engine::import::{ImportOptions, import};
 use vellum_engine::known::Known;
+use vellum_engine::watch::Quiet;
 use vellum_store::{NewContainer, Store};
 
 /// An image of 64 layers, each of which a commit made.

@@ -272,12 +272,14 @@ impl Look {
     }
 
     fn programs(&mut self) {
-        for program in ["mke2fs", "resize2fs", "e2fsck"] {
-            let found = PROGRAM_DIRS
+        let find = |program| {
+            PROGRAM_DIRS
                 .iter()
                 .map(|dir| Path::new(dir).join(program))
-                .find(|path| path.is_file());
-            match found {
+                .find(|path| path.is_file())
+        };
+        for program in ["mke2fs", "resize2fs", "e2fsck"] {
+            match find(program) {
                 Some(path) => self.ok(program, path.display().to_string()),
                 None => self.add(
                     program,
@@ -286,6 +288,16 @@ impl Look {
                     Some("apt-get install e2fsprogs"),
                 ),
             }
+        }
+        match find("qemu-img") {
+            Some(path) => self.ok("qemu-img", path.display().to_string()),
+            None => self.add(
+                "qemu-img",
+                State::Note,
+                "not installed: of qcow2 images, those compressed with zstd, with extended L2 entries or not \
+                 closed in order cannot be imported",
+                Some("apt-get install qemu-utils"),
+            ),
         }
         match find_runtime() {
             Ok(path) => self.ok("OCI runtime", path.display().to_string()),

@@ -1,6 +1,6 @@
 //! Images into the store: each layer of a source becomes one block layer.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use uuid::Uuid;
@@ -10,14 +10,15 @@ use super::device::{Target, forget_ext4_journal};
 use super::raw;
 use super::template;
 use super::temporary::TemporaryMount;
+use super::watch::Watch;
 use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{LayerOptions, WritableLayer};
 use vellum_fs::ext4;
 use vellum_fs::superblock::Superblock;
 use vellum_image::{
-    ApplyOptions, Format, HistoryEntry, Holds, Image, ImageConfig, Measure, Platform, Progress,
-    RawImage, Source, SourceOptions, apply_layer, chain_ids, copy_tree,
+    ApplyOptions, DiskImage, Format, HistoryEntry, Holds, Image, ImageConfig, Measure, Platform,
+    Source, SourceOptions, apply_layer, chain_ids, copy_tree,
 };
 use vellum_store::{DiskInfo, FsInfo, ImageRecord, LayerInfo, Store, StoreGuard, now};
 
@@ -37,6 +38,8 @@ pub struct ImportOptions {
     pub platform: Option<Platform>,
     /// What the source is; `None` finds out.
     pub format: Option<Format>,
+    /// Files that a disk image may name as its backing though they lie elsewhere.
+    pub allow_backing: Vec<PathBuf>,
 }
 
 /// What became of one layer of the source.
@@ -63,29 +66,6 @@ pub struct ImportReport {
     pub mountable: bool,
 }
 
-/// What happens during an import, for a person who waits.
-pub trait ImportWatch {
-    /// A layer is begun; `size` is the number of bytes to read, where that is known. What it
-    /// returns hears of them.
-    fn layer(&self, name: &str, size: Option<u64>) -> Option<Progress<'static>>;
-    /// A layer was there already.
-    fn exists(&self, name: &str);
-    /// The layer begun last is done.
-    fn done(&self);
-}
-
-/// Watches nothing.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Quiet;
-
-impl ImportWatch for Quiet {
-    fn layer(&self, _: &str, _: Option<u64>) -> Option<Progress<'static>> {
-        None
-    }
-    fn exists(&self, _: &str) {}
-    fn done(&self) {}
-}
-
 /// Makes the image `name` from `source`: a path, or `-` for a tar on standard input.
 ///
 /// # Errors
@@ -96,7 +76,7 @@ pub fn import(
     name: &str,
     source: &Path,
     options: &ImportOptions,
-    watch: &dyn ImportWatch,
+    watch: &dyn Watch,
 ) -> Result<ImportReport> {
     store.check_new_image(name)?;
     let pin = store.pin_layers()?;
@@ -104,6 +84,9 @@ pub fn import(
     source_options.image.clone_from(&options.select);
     source_options.platform.clone_from(&options.platform);
     source_options.format = options.format;
+    source_options
+        .allow_backing
+        .clone_from(&options.allow_backing);
     let mut opened = Source::open(source, &source_options)?;
     let importer = Importer {
         store,
@@ -111,7 +94,7 @@ pub fn import(
         watch,
     };
     let (image, layers) = match &mut opened {
-        Source::Raw(raw) => importer.raw(name, raw, options)?,
+        Source::Disk(disk) => importer.disk(name, disk, options)?,
         other => importer.files_that_fit(name, source, other, options)?,
     };
     store.put_image(&image, &pin)?;
@@ -149,7 +132,7 @@ impl Ground {
 struct Importer<'a> {
     store: &'a Store,
     pin: &'a StoreGuard,
-    watch: &'a dyn ImportWatch,
+    watch: &'a dyn Watch,
 }
 
 impl Importer<'_> {
@@ -254,7 +237,7 @@ impl Importer<'_> {
                 ground.config.settle_history(image.layers().len());
             }
             Source::Tar(tar) => {
-                let progress = self.watch.layer(&shown, tar.size());
+                let progress = self.watch.begin(&shown, tar.size());
                 let reader = tar.reader(progress)?;
                 let apply = ApplyOptions {
                     whiteouts: ground.has_image,
@@ -268,13 +251,13 @@ impl Importer<'_> {
                 self.added(&mut ground, &mut outcomes, outcome, path);
             }
             Source::Directory(directory) => {
-                let progress = self.watch.layer(&shown, None);
+                let progress = self.watch.begin(&shown, None);
                 let outcome = self.layer(&ground, file_origin(path), None, None, |dir| {
                     copy_tree(directory, dir, progress).map(drop)
                 })?;
                 self.added(&mut ground, &mut outcomes, outcome, path);
             }
-            Source::Raw(_) => {
+            Source::Disk(_) => {
                 return Err(Error::new(
                     ErrorKind::InvalidInput,
                     "a disk image is not a layer of files",
@@ -341,7 +324,7 @@ impl Importer<'_> {
                     }
                 }
                 None => {
-                    let progress = self.watch.layer(&short, Some(layer.size));
+                    let progress = self.watch.begin(&short, Some(layer.size));
                     let reader = image.open_layer(index, progress)?;
                     let origin = format!("layer {}", layer.diff_id);
                     let outcome = self.layer(ground, origin, diff_id, Some(key), |dir| {
@@ -433,10 +416,10 @@ impl Importer<'_> {
         }
     }
 
-    fn raw(
+    fn disk(
         &self,
         name: &str,
-        raw_image: &RawImage,
+        disk: &DiskImage,
         options: &ImportOptions,
     ) -> Result<(ImageRecord, Vec<LayerOutcome>)> {
         if options.from.is_some() {
@@ -445,9 +428,9 @@ impl Importer<'_> {
                 "--from takes a tar or a directory to add, not a disk image",
             ));
         }
-        let fs = mountable(raw_image)?;
+        let fs = mountable(disk)?;
         let fixed = fs.as_ref().and_then(|fs| fs.fixed.as_ref());
-        let least = raw_image.size.next_multiple_of(BLOCK_SIZE);
+        let least = disk.size.next_multiple_of(BLOCK_SIZE);
         let virtual_size = options.size.unwrap_or(least);
         if let (Some(why), true) = (fixed, virtual_size > least) {
             return Err(Error::new(
@@ -455,7 +438,7 @@ impl Importer<'_> {
                 format!(
                     "its file system cannot be made larger than its {} bytes, since {why}: leave \
                      --size out",
-                    raw_image.size
+                    disk.size
                 ),
             ));
         }
@@ -468,32 +451,32 @@ impl Importer<'_> {
         let staged = self.store.stage_layer(None, virtual_size)?;
         let storage = self.store.storage().clone();
         let layer = WritableLayer::open(storage, &staged.dir(), LayerOptions::default())?;
-        let shown = raw_image.path.display().to_string();
-        let mut progress = self.watch.layer(&shown, Some(raw_image.size));
-        raw::copy_in(&layer, &raw_image.path, raw_image.size, |bytes| {
+        let shown = disk.path.display().to_string();
+        let mut progress = self.watch.begin(&shown, Some(disk.size));
+        raw::copy_in(&layer, disk, |bytes| {
             if let Some(progress) = &mut progress {
                 progress(bytes);
             }
         })?;
         let bytes = layer.data_blocks().bytes();
         let info = LayerInfo {
-            origin: file_origin(&raw_image.path),
+            origin: file_origin(&disk.path),
             ..LayerInfo::default()
         };
         let layer = finish_layer(staged, layer, info, self.pin)?;
         self.watch.done();
         let mut config = ImageConfig::for_host();
-        config.history.push(imported(&raw_image.path));
+        config.history.push(imported(&disk.path));
         let image = ImageRecord {
             name: name.to_owned(),
             id: Uuid::new_v4(),
             layers: vec![layer],
             disk: DiskInfo {
                 virtual_size,
-                device_size: (options.size.is_none() && raw_image.size < virtual_size)
-                    .then_some(raw_image.size),
+                device_size: (options.size.is_none() && disk.size < virtual_size)
+                    .then_some(disk.size),
                 fs,
-                holds: raw_image.holds.as_ref().map(Holds::to_string),
+                holds: disk.holds.as_ref().map(Holds::to_string),
             },
             config,
             created: now(),
@@ -509,13 +492,15 @@ impl Importer<'_> {
 }
 
 /// The file system of a disk image, where it can be mounted.
-fn mountable(raw_image: &RawImage) -> Result<Option<FsInfo>> {
-    let kind = match &raw_image.holds {
+fn mountable(disk: &DiskImage) -> Result<Option<FsInfo>> {
+    let kind = match &disk.holds {
         // The kernel's ext4 mounts all three.
         Some(Holds::FileSystem(kind)) if matches!(&kind[..], "ext2" | "ext3" | "ext4") => kind,
         _ => return Ok(None),
     };
-    let fixed = Superblock::of_file(&raw_image.path)?.fixed();
+    let mut superblock = [0; Superblock::LEN];
+    disk.read_at(&mut superblock, Superblock::AT)?;
+    let fixed = Superblock::parse(&superblock)?.fixed();
     Ok(Some(FsInfo {
         kind: kind.clone(),
         fixed: fixed.map(str::to_owned),

@@ -36,6 +36,7 @@ pub mod template;
 pub mod temporary;
 pub mod trim;
 pub mod upgrade;
+pub mod watch;
 pub mod wire;
 
 use std::time::{Duration, Instant};

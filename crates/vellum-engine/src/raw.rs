@@ -1,45 +1,36 @@
 //! Disk images as layers: every block that is not zero becomes a data block.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek};
-
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, Blocks, Offset, Span, part};
 use vellum_base::error::{Result, ResultExt};
 use vellum_core::layer::WritableLayer;
+use vellum_image::DiskImage;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
 
-/// Copies the `len` bytes of the file or block device at `path` into a layer, without its holes and
-/// zeros. `progress` hears of bytes that are done with.
+/// Copies a disk into a layer, without its holes and zeros. `progress` hears of bytes that are done with.
 ///
 /// # Errors
-/// [`vellum_base::ErrorKind::OutOfRange`] where the file is larger than the layer.
+/// [`vellum_base::ErrorKind::OutOfRange`] where the disk is larger than the layer.
 pub fn copy_in(
     layer: &WritableLayer,
-    path: &Path,
-    len: u64,
+    disk: &DiskImage,
     mut progress: impl FnMut(u64),
 ) -> Result<()> {
-    let what = || format!("cannot read {}", path.display());
-    let file = File::open(path).context(what)?;
+    let what = || format!("cannot read {}", disk.path.display());
+    let len = disk.size;
     vellum_base::block::check_range(0, len, layer.header().virtual_size)?;
     let mut buf = vec![0; CHUNK];
     let mut done = 0;
-    while let Some((start, end)) = next_data(&file, done, len).context(what)? {
-        let mut at = start / BLOCK_SIZE * BLOCK_SIZE;
-        while at < end {
+    while let Some(range) = disk.next_data(done).context(what)? {
+        let mut at = range.start / BLOCK_SIZE * BLOCK_SIZE;
+        while at < range.end {
             vellum_base::interrupt::check()?;
-            let want = (end.next_multiple_of(BLOCK_SIZE) - at).min(CHUNK as u64) as usize;
+            let want = (range.end.next_multiple_of(BLOCK_SIZE) - at).min(CHUNK as u64) as usize;
             let (chunk, _) = buf.split_at_mut(want);
             chunk.fill(0);
             let real = (len - at).min(want as u64) as usize;
-            file.read_exact_at(chunk.split_at_mut(real).0, at)
-                .context(what)?;
+            disk.read_at(chunk.split_at_mut(real).0, at).context(what)?;
             write_nonzero(layer, chunk, Offset::new(at).block())?;
             at += want as u64;
         }
@@ -49,22 +40,6 @@ pub fn copy_in(
     }
     progress(len - done);
     Ok(())
-}
-
-/// The next range of the file from `at` that is not a hole.
-fn next_data(file: &File, at: u64, len: u64) -> std::io::Result<Option<(u64, u64)>> {
-    if at >= len {
-        return Ok(None);
-    }
-    let start = match lseek(file, at as i64, Whence::SeekData) {
-        Ok(start) => start as u64,
-        Err(Errno::ENXIO) => return Ok(None),
-        // The file system does not know holes.
-        Err(Errno::EINVAL) => return Ok(Some((at, len))),
-        Err(errno) => return Err(errno.into()),
-    };
-    let end = lseek(file, start as i64, Whence::SeekHole)? as u64;
-    Ok(Some((start, end.min(len))))
 }
 
 /// Writes the runs of blocks that are not zero.

@@ -8,6 +8,7 @@ use vellum_base::error::{Result, ResultExt};
 use vellum_base::storage::LockMode;
 use vellum_core::layer::{LayerOptions, WritableLayer};
 use vellum_fs::ext4::{self, MakeOptions};
+use vellum_image::DiskImage;
 use vellum_store::{FsInfo, LayerInfo, Store, StoreGuard, TemplateRecord};
 
 /// Changes whenever the options of the file system do, so that old and new layers do not mix.
@@ -51,7 +52,7 @@ pub fn get(store: &Store, size: u64, pin: &StoreGuard) -> Result<TemplateRecord>
         &staged.dir(),
         LayerOptions::default(),
     )?;
-    raw::copy_in(&layer, &image, size, |_| {})?;
+    raw::copy_in(&layer, &DiskImage::of_file(&image)?, |_| {})?;
     std::fs::remove_file(&image).context(|| format!("cannot remove {}", image.display()))?;
     let info = LayerInfo {
         origin: format!("empty ext4 of {size} bytes"),

@@ -11,8 +11,6 @@ use crate::fields::Fields;
 use vellum_base::block::{BLOCK_SIZE, BlockDevice};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
-const SUPERBLOCK_AT: u64 = 1024;
-const SUPERBLOCK_LEN: usize = 1024;
 const MAGIC: u16 = 0xEF53;
 const EXTENT_MAGIC: u16 = 0xF30A;
 const STATE_VALID: u16 = 1;
@@ -48,15 +46,20 @@ pub struct Superblock {
 }
 
 impl Superblock {
+    /// Where it lies on a device, in bytes.
+    pub const AT: u64 = 1024;
+    /// Its bytes.
+    pub const LEN: usize = 1024;
+
     /// Reads the superblock of an ext4 on `device`.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] where there is no ext4, [`ErrorKind::Corrupt`] where it
     /// contradicts itself.
     pub fn read(device: &dyn BlockDevice) -> Result<Superblock> {
-        let mut bytes = [0; SUPERBLOCK_LEN];
+        let mut bytes = [0; Superblock::LEN];
         device
-            .read_at(&mut bytes, SUPERBLOCK_AT)
+            .read_at(&mut bytes, Superblock::AT)
             .context(|| "the ext4 superblock cannot be read")?;
         Superblock::parse(&bytes)
     }
@@ -66,9 +69,9 @@ impl Superblock {
     /// # Errors
     /// As [`Superblock::read`]; where it cannot be read.
     pub fn of_file(path: &Path) -> Result<Superblock> {
-        let mut bytes = [0; SUPERBLOCK_LEN];
+        let mut bytes = [0; Superblock::LEN];
         File::open(path)
-            .and_then(|file| file.read_exact_at(&mut bytes, SUPERBLOCK_AT))
+            .and_then(|file| file.read_exact_at(&mut bytes, Superblock::AT))
             .context(|| format!("cannot read {}", path.display()))?;
         Superblock::parse(&bytes)
     }

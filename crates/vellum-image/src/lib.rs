@@ -19,6 +19,7 @@ mod config;
 mod copy;
 mod detect;
 mod diff;
+mod disk;
 mod docker;
 mod docker_legacy;
 mod install;
@@ -28,6 +29,7 @@ mod members;
 mod node;
 mod oci;
 mod platform;
+mod qcow2;
 mod raw;
 mod records;
 mod rooted;
@@ -48,12 +50,13 @@ pub use diff::{
     Change, ChangeKind, Comparison, ContentChange, Difference, Foreign, compare_trees, diff_trees,
     diff_trees_but,
 };
+pub use disk::DiskImage;
 pub use install::ApplyStats;
 pub use layer::{LayerReader, LayerRef};
 pub use measure::Measure;
 pub use platform::Platform;
 pub use raw::Holds;
-pub use source::{Format, Image, RawImage, Source, SourceOptions, TarSource};
+pub use source::{Format, Image, Source, SourceOptions, TarSource};
 pub use transfer::{Owners, TransferOptions, transfer, transfer_from_tar, transfer_to_tar};
 pub use tree::{Attributes, Directory, MountedTrees, Trees};
 pub use view::View;

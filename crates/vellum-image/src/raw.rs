@@ -2,15 +2,12 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek};
-
-use super::source::RawImage;
+use super::disk::{DiskImage, size_of};
 use vellum_base::error::ResultExt;
 use vellum_base::{Error, ErrorKind, Result};
 
@@ -43,24 +40,25 @@ impl fmt::Display for Holds {
 }
 
 /// A file or block device as a disk. Unless the user `insists`, it must show what it is.
-pub(super) fn open(path: &Path, mut file: &File, insists: bool) -> Result<RawImage> {
-    // The metadata of a block device say 0.
-    let size = file.seek(SeekFrom::End(0)).context(|| "finding its size")?;
+pub(super) fn open(path: &Path, mut file: File, insists: bool) -> Result<DiskImage> {
+    let size = size_of(&mut file)?;
     if size == 0 {
         return Err(Error::new(ErrorKind::InvalidInput, "it is empty"));
     }
     if !insists {
-        refuse_by_name(path, file, size)?;
+        refuse_by_name(path, &file, size)?;
     }
-    let holds = match probe(file) {
-        Ok(None) if is_blank(file, size)? => Some(Holds::Blank),
+    let probed = probe(&file);
+    let mut disk = DiskImage::new(path, size, Box::new(file));
+    disk.holds = match probed {
+        Ok(None) if disk.is_blank()? => Some(Holds::Blank),
         Err(error) if insists => {
             tracing::warn!(%error, "what the disk image holds is not known");
             None
         }
         other => other?,
     };
-    if holds.is_none() && !insists {
+    if disk.holds.is_none() && !insists {
         return Err(Error::new(
             ErrorKind::Unsupported,
             "it is nothing that can be imported: neither a tar (plain, gzip, zstd), an OCI layout \
@@ -68,22 +66,28 @@ pub(super) fn open(path: &Path, mut file: &File, insists: bool) -> Result<RawIma
              or a partition table. If it is a disk all the same, give --format raw",
         ));
     }
-    if !size.is_multiple_of(SECTOR) {
-        let what = holds.map_or("it".to_owned(), |holds| format!("it holds {holds}, but it"));
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "{what} has {size} bytes, and a disk has whole sectors of 512: it is cut off, or \
-                 truncate -s %512 {} fills it up",
-                path.display()
-            ),
-        ));
+    check_sectors(&disk)?;
+    Ok(disk)
+}
+
+/// Refuses a disk that ends within a sector.
+pub(super) fn check_sectors(disk: &DiskImage) -> Result<()> {
+    if disk.size.is_multiple_of(SECTOR) {
+        return Ok(());
     }
-    Ok(RawImage {
-        path: path.into(),
-        size,
-        holds,
-    })
+    let what = match &disk.holds {
+        Some(holds) => format!("it holds {holds}, but it"),
+        None => "it".to_owned(),
+    };
+    Err(Error::new(
+        ErrorKind::Unsupported,
+        format!(
+            "{what} has {} bytes, and a disk has whole sectors of 512: it is cut off, or \
+             truncate -s %512 {} fills it up",
+            disk.size,
+            disk.path.display()
+        ),
+    ))
 }
 
 /// Formats of disk images with their marks: where, the bytes, whose, and qemu-img's word.
@@ -120,7 +124,19 @@ fn refuse_by_name(path: &Path, file: &File, size: u64) -> Result<()> {
             .context(|| "reading its first bytes")?;
         Ok(bytes == magic)
     };
+    let kind = file.metadata().context(|| "looking at it")?.file_type();
     let foreign = |whose: &str, name: &str| {
+        if name == "qcow2" && kind.is_block_device() {
+            // In a file it is read, if its version is one that is. A device's bytes may be a guest's, who
+            // could name any file as the one below.
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "it is a block device that holds a disk image in {whose} format: give --format \
+                     qcow2, or raw for its bytes as they are"
+                ),
+            ));
+        }
         Err(Error::new(
             ErrorKind::Unsupported,
             format!(
@@ -153,7 +169,7 @@ fn refuse_by_name(path: &Path, file: &File, size: u64) -> Result<()> {
 ///
 /// # Errors
 /// `Missing` without blkid(8).
-fn probe(file: &File) -> Result<Option<Holds>> {
+pub(super) fn probe(file: &File) -> Result<Option<Holds>> {
     let input = file.try_clone().context(|| "opening it for blkid")?;
     let output = Command::new("blkid")
         // Probing alone, without a cache; standard input is opened anew by that name.
@@ -208,32 +224,6 @@ pub(super) fn holds_in(head: &[u8], spool: &Path) -> Option<Holds> {
     let mut file = tempfile::tempfile_in(spool).ok()?;
     file.write_all(head).ok()?;
     probe(&file).ok()?
-}
-
-/// Whether there is nothing but zeros.
-fn is_blank(file: &File, size: u64) -> Result<bool> {
-    const CHUNK: usize = 1 << 20;
-    let what = || "looking whether it is blank";
-    let mut buffer = vec![0; CHUNK];
-    let mut at = 0;
-    while at < size {
-        at = match lseek(file, at.cast_signed(), Whence::SeekData) {
-            Ok(data) => data.cast_unsigned(),
-            Err(Errno::ENXIO) => return Ok(true),
-            // This file system cannot tell.
-            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => at,
-            Err(errno) => return Err(Error::io(what(), errno.into())),
-        };
-        // The kernel may know of data beyond the end that it was asked about.
-        let want = size.saturating_sub(at).min(CHUNK as u64) as usize;
-        let (chunk, _) = buffer.split_at_mut(want);
-        file.read_exact_at(chunk, at).context(what)?;
-        if chunk.iter().any(|byte| *byte != 0) {
-            return Ok(false);
-        }
-        at += want as u64;
-    }
-    Ok(true)
 }
 
 #[cfg(test)]

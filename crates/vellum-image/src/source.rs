@@ -1,7 +1,7 @@
 //! Sources of images: what they are read as, by their content and not by their name.
 //!
 //! docs/images.md has the order in which a source is looked at; [`super::detect`] does the looking.
-//! Each format has a module that is called from here and gives back an [`Image`] or a [`RawImage`]: a
+//! Each format has a module that is called from here and gives back an [`Image`] or a [`DiskImage`]: a
 //! dispatcher and its cases, which know each other.
 
 use std::fmt;
@@ -16,12 +16,13 @@ use super::blobs::{Archive, Blobs};
 use super::compress::{Compression, Decoder, buffered};
 use super::config::ImageConfig;
 use super::detect::{self, Archived};
+use super::disk::DiskImage;
 use super::layer::{LayerReader, LayerRef};
 use super::measure::{self, Measure};
 use super::platform::Platform;
-use super::raw::{self, Holds};
+use super::raw;
 use super::slice::Slice;
-use super::{Progress, docker, docker_legacy, oci, read_failure};
+use super::{Progress, docker, docker_legacy, oci, qcow2, read_failure};
 use vellum_base::error::ResultExt;
 use vellum_base::interrupt::{self, Interruptible};
 use vellum_base::{Error, ErrorKind, Result};
@@ -39,6 +40,8 @@ pub enum Format {
     Docker,
     /// A disk image or block device, byte for byte.
     Raw,
+    /// A disk image in QEMU's format of that name.
+    Qcow2,
 }
 
 impl fmt::Display for Format {
@@ -50,6 +53,7 @@ impl fmt::Display for Format {
             Format::Oci => "oci",
             Format::Docker => "docker",
             Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
         })
     }
 }
@@ -64,8 +68,11 @@ pub struct SourceOptions {
     pub platform: Option<Platform>,
     /// What the source is; `None` finds out.
     pub format: Option<Format>,
-    /// A directory on a file system with room, for archives that cannot be read in place.
+    /// A directory on a file system with room, for what cannot be read in place.
     pub spool: PathBuf,
+    /// Files, and directories with them, that a disk image may name as its backing, besides those that lie
+    /// beside it.
+    pub allow_backing: Vec<PathBuf>,
 }
 
 impl SourceOptions {
@@ -77,6 +84,7 @@ impl SourceOptions {
             platform: None,
             format: None,
             spool: spool.into(),
+            allow_backing: Vec::new(),
         }
     }
 }
@@ -91,7 +99,7 @@ pub enum Source {
     /// A container image.
     Image(Box<Image>),
     /// A disk image.
-    Raw(RawImage),
+    Disk(DiskImage),
 }
 
 /// A tar, wherever it comes from.
@@ -186,18 +194,6 @@ impl<R: Read> Read for Counted<R> {
         }
         Ok(count)
     }
-}
-
-/// A disk image or block device, byte for byte.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct RawImage {
-    /// Where it is.
-    pub path: PathBuf,
-    /// Its size in bytes, a multiple of 512.
-    pub size: u64,
-    /// What it shows; `None` where that is not known and the user said that it is a disk.
-    pub holds: Option<Holds>,
 }
 
 /// A container image: its configuration and its layers.
@@ -310,7 +306,7 @@ impl Source {
                 }
                 Ok(Some(sum))
             }
-            Source::Raw(_) => Ok(None),
+            Source::Disk(_) => Ok(None),
         }
     }
 
@@ -348,8 +344,13 @@ fn open_path(path: &Path, meta: &Metadata, options: &SourceOptions) -> Result<So
     if kind.is_file() {
         return open_file(path, file, options);
     }
-    if kind.is_block_device() && matches!(options.format, None | Some(Format::Raw)) {
-        return raw::open(path, &file, options.format.is_some()).map(Source::Raw);
+    if kind.is_block_device() {
+        match options.format {
+            None => return raw::open(path, file, false).map(Source::Disk),
+            Some(Format::Raw) => return raw::open(path, file, true).map(Source::Disk),
+            Some(Format::Qcow2) => return qcow2::open(path, file, options).map(Source::Disk),
+            Some(_) => {}
+        }
     }
     if kind.is_fifo() || kind.is_char_device() || kind.is_block_device() {
         return from_stream(Box::new(Interruptible(file)), None, options);
@@ -389,8 +390,10 @@ fn open_directory(path: &Path, options: &SourceOptions) -> Result<Source> {
 
 fn open_file(path: &Path, file: File, options: &SourceOptions) -> Result<Source> {
     let size = file.metadata().context(|| "reading its size")?.len();
-    if options.format == Some(Format::Raw) {
-        return raw::open(path, &file, true).map(Source::Raw);
+    match options.format {
+        Some(Format::Raw) => return raw::open(path, file, true).map(Source::Disk),
+        Some(Format::Qcow2) => return qcow2::open(path, file, options).map(Source::Disk),
+        _ => {}
     }
     let head = detect::head(&file)?;
     if head.is_empty() {
@@ -412,7 +415,10 @@ fn open_file(path: &Path, file: File, options: &SourceOptions) -> Result<Source>
     if let Some(format) = options.format {
         return Err(contradicts(format, "it does not begin as a tar does"));
     }
-    raw::open(path, &file, false).map(Source::Raw)
+    if qcow2::is_one(&head) {
+        return qcow2::open(path, file, options).map(Source::Disk);
+    }
+    raw::open(path, file, false).map(Source::Disk)
 }
 
 /// Whether a tar is one of files as far as its beginning says, so that it need not be read twice.
@@ -459,9 +465,9 @@ fn from_stream(
     file: Option<(Arc<File>, u64)>,
     options: &SourceOptions,
 ) -> Result<Source> {
-    if options.format == Some(Format::Raw) {
+    if let Some(format @ (Format::Raw | Format::Qcow2)) = options.format {
         return Err(contradicts(
-            Format::Raw,
+            format,
             "it is read as a stream: a disk image has to be a file or a block device",
         ));
     }
@@ -516,8 +522,12 @@ fn from_stream(
 
 /// Says what a stream is that is no tar.
 fn no_tar(head: &[u8], compression: Compression, options: &SourceOptions) -> Error {
-    let inside = match raw::holds_in(head, &options.spool) {
-        Some(holds) => format!("holds a disk image ({holds}), which has to be a plain file"),
+    let disk = match qcow2::is_one(head) {
+        true => Some("qcow2".to_owned()),
+        false => raw::holds_in(head, &options.spool).map(|holds| holds.to_string()),
+    };
+    let inside = match disk {
+        Some(disk) => format!("holds a disk image ({disk}), which has to be a plain file"),
         None => "does not hold a tar".to_owned(),
     };
     Error::new(

@@ -30,7 +30,7 @@ fn fix_tar(bytes: &mut [u8]) {
     }
 }
 
-fn judge(error: &vellum_base::Error) {
+pub(crate) fn judge(error: &vellum_base::Error) {
     let kinds = [
         ErrorKind::Corrupt,
         ErrorKind::Unsupported,

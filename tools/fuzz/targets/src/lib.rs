@@ -16,6 +16,7 @@
 
 mod archive;
 mod control;
+mod disk;
 mod ext4;
 mod fixup;
 mod input;
@@ -132,6 +133,14 @@ pub const TARGETS: &[Target] = &[
         memory_per_byte: 256,
         run: archive::archive,
         seeds: archive::archive_seeds,
+    },
+    Target {
+        name: "image_qcow2",
+        max_len: 16 << 10,
+        memory: 64 * MIB,
+        memory_per_byte: 256,
+        run: disk::qcow2,
+        seeds: disk::qcow2_seeds,
     },
     Target {
         name: "filter",

@@ -101,6 +101,7 @@ smoke!(
     nbd_session,
     image_tar,
     image_archive,
+    image_qcow2,
     filter,
     config,
     superblock,
