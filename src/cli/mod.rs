@@ -15,6 +15,7 @@ mod device_server;
 mod diff;
 mod doctor;
 mod exec;
+mod export;
 mod fork;
 mod history;
 mod images;
@@ -86,6 +87,8 @@ pub struct Cli {
 enum Command {
     /// Make an image from a tar, directory, OCI image, Docker archive or disk image
     Import(import::Args),
+    /// Write an image, container or snapshot to a file for other programs: raw, qcow2, tar, OCI, Docker
+    Export(export::Args),
     /// List images
     Images(images::Args),
     /// Show the steps that made an image
@@ -280,6 +283,7 @@ impl Command {
         matches!(
             self,
             Command::Import(_)
+                | Command::Export(_)
                 | Command::Create(_)
                 | Command::Rm(_)
                 | Command::Rmi(_)
@@ -308,6 +312,7 @@ impl Command {
 fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
     match command {
         Command::Import(args) => import::run(&args, context)?,
+        Command::Export(args) => export::run(&args, context)?,
         Command::Images(args) => images::run(&args, context)?,
         Command::History(args) => history::run(&args, context)?,
         Command::Inspect(args) => inspect::run(&args, context)?,

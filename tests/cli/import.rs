@@ -88,7 +88,7 @@ fn a_root_comes_out_the_same_from_a_directory_and_every_kind_of_tar() {
 }
 
 /// An OCI layout with two layers, the second of which deletes, and steps without layers.
-fn make_layout(store: &TestStore) {
+pub fn make_layout(store: &TestStore) {
     let base = sample_root(store);
     fs::rename(base, store.path("base")).unwrap();
     shell(

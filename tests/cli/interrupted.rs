@@ -86,11 +86,15 @@ fn forget(store: &TestStore, command: &str) {
         "import" => drop(store.output(&["rmi", "again"])),
         "commit" => drop(store.output(&["rmi", "snap"])),
         "create" => drop(store.output(&["rm", "new"])),
+        "export" => {
+            let out = store.path("out");
+            let _ = fs::remove_dir_all(&out).or_else(|_| fs::remove_file(&out));
+        }
         _ => {}
     }
 }
 
-const COMMANDS: [&[&str]; 10] = [
+const COMMANDS: [&[&str]; 13] = [
     &["import", "again", "SOURCE", "--size", SIZE],
     &["diff", "c"],
     &["diff", "c", "--walk"],
@@ -101,17 +105,21 @@ const COMMANDS: [&[&str]; 10] = [
     &["cp", "SOURCE", "c:/copy"],
     &["cp", "c:/etc", "COPY"],
     &["trim", "c"],
+    &["export", "c", "OUT", "--format", "oci"],
+    &["export", "c", "OUT", "--format", "qcow2"],
+    &["export", "c", "OUT", "--format", "tar"],
 ];
 
 /// Calls `each` with every command and moments all over the time that it takes.
 fn at_moments(store: &TestStore, rounds: u32, mut each: impl FnMut(&[&str], Duration, u32)) {
-    let (source, copy) = (store.arg("source"), store.arg("copy"));
+    let (source, copy, out) = (store.arg("source"), store.arg("copy"), store.arg("out"));
     for command in COMMANDS {
         let arguments: Vec<&str> = command
             .iter()
             .map(|word| match *word {
                 "SOURCE" => &source,
                 "COPY" => &copy,
+                "OUT" => &out,
                 other => other,
             })
             .collect();
@@ -153,6 +161,15 @@ fn an_interrupted_command_leaves_no_mount_no_process_and_nothing_half_made() {
         store.assert_nothing_runs();
         let staging = fs::read_dir(store.root.join("staging")).unwrap().count();
         assert_eq!(staging, 0, "{when}: {said}");
+        // An export is there in whole or not at all.
+        for entry in fs::read_dir(store.dir.path()).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            let done = output.status.success() && name == "out";
+            assert!(
+                done || ["store", "source", "copy"].contains(&&*name),
+                "{when}: {name}"
+            );
+        }
     });
     store.ok(&["check", "--scrub"]);
 }

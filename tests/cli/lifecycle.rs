@@ -461,6 +461,10 @@ fn looking_changes_no_file_of_the_store() {
         &["check", "--scrub"],
         &["doctor"],
         &["volume", "ls"],
+        &["export", "c", &archive, "--format", "raw", "--force"],
+        &["export", "base", &archive, "--format", "qcow2", "--force"],
+        &["export", "c", &archive, "--format", "tar", "--force"],
+        &["export", "c", &archive, "--format", "docker", "--force"],
         &["nbd"],
     ] {
         let before = all();

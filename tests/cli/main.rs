@@ -16,6 +16,7 @@ mod image_support;
 mod cp;
 mod cp_hostile;
 mod diff;
+mod export;
 mod import;
 mod interrupted;
 mod lifecycle;

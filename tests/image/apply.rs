@@ -12,7 +12,8 @@ use tar_core::{EntryBuilder, EntryType};
 use tempfile::{TempDir, tempdir};
 use vellum_base::ErrorKind;
 use vellum_image::{
-    ApplyOptions, Compression, ImageConfig, OciWriter, apply_layer, copy_tree, write_rootfs_tar,
+    ApplyOptions, Compression, Foreign, ImageConfig, OciWriter, apply_layer, copy_tree,
+    write_rootfs_tar, write_rootfs_tar_but,
 };
 
 fn apply(archive: &[u8], target: &Path) {
@@ -187,6 +188,55 @@ fn a_written_rootfs_tar_is_the_same_tree_for_us_and_for_tar() {
     ];
     run("tar", &arguments);
     assert_same(&expected, &snapshot(theirs.path()));
+}
+
+#[test]
+fn what_others_made_in_a_tree_is_left_out_of_its_tar_while_it_is_as_it_was_made() {
+    need_root();
+    let root = tempdir().unwrap();
+    shell(
+        root.path(),
+        "mkdir -p etc proc dev/pts used; : > etc/hosts; : > etc/resolv.conf; echo own > etc/own
+         echo content > etc/resolv.conf; : > used/file
+         touch -d '2001-02-03 04:05:06.5' etc; touch -d '2002-02-03 04:05:06.5' used .",
+    );
+    let points = [
+        ("/proc", true),
+        ("/dev", true),
+        ("/dev/pts", true),
+        ("/used", true),
+        ("/etc/hosts", false),
+        ("/etc/resolv.conf", false),
+        ("/gone", true),
+    ];
+    let time = |path: &str| {
+        let meta = fs::metadata(root.path().join(path)).unwrap();
+        (meta.mtime(), meta.mtime_nsec())
+    };
+    let foreign = Foreign {
+        points: points.map(|(path, dir)| (path.into(), dir)).into(),
+        times: [("/etc".into(), time("etc")), ("/used".into(), (1, 1))].into(),
+        before: [("/etc".into(), (1000, 7)), ("/used".into(), (1000, 7))].into(),
+    };
+    let mut archive = Vec::new();
+    write_rootfs_tar_but(root.path(), &foreign, &mut archive, None).unwrap();
+    let ours = tempdir().unwrap();
+    apply_layer(&archive[..], ours.path(), &ApplyOptions::rootfs()).unwrap();
+    let found = snapshot(ours.path());
+    let names: Vec<&str> = found.keys().map(|path| path.to_str().unwrap()).collect();
+    // What was put to use is the tree's own, and what it lies in.
+    assert_eq!(
+        names,
+        ["", "etc", "etc/own", "etc/resolv.conf", "used", "used/file"]
+    );
+    let line = |path: &str| &found[Path::new(path)];
+    assert!(
+        line("etc").ends_with("time 1000.000000007"),
+        "{}",
+        line("etc")
+    );
+    // Somebody was at it since.
+    assert_eq!(line("used"), &snapshot(root.path())[Path::new("used")]);
 }
 
 #[test]

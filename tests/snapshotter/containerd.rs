@@ -13,14 +13,14 @@ use sha2::{Digest, Sha256};
 
 const IMAGE: &str = "docker.io/library/vellum-test:1";
 
-struct Stack {
+pub struct Stack {
     snapshotter: Option<Daemon>,
     _containerd: Daemon,
-    area: Area,
+    pub area: Area,
 }
 
 impl Stack {
-    fn start() -> Stack {
+    pub fn start() -> Stack {
         let area = Area::new();
         let config = format!(
             "version = 2\nroot = '{0}/containerd'\nstate = '{0}/state'\n\
@@ -62,7 +62,7 @@ impl Stack {
             .unwrap_or_else(|error| panic!("ctr: {error}: {PACKAGES}"))
     }
 
-    fn ctr(&self, arguments: &[&str]) -> String {
+    pub fn ctr(&self, arguments: &[&str]) -> String {
         let output = self.try_ctr(arguments);
         assert!(
             output.status.success(),

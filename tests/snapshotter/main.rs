@@ -20,5 +20,6 @@ mod containerd;
 mod daemon;
 mod dist;
 mod docker;
+mod export;
 mod kill;
 mod suite;

@@ -2,7 +2,7 @@
 
 use crate::common;
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -375,5 +375,33 @@ fn what_gave_up_is_mounted_anew_when_the_last_copy_of_its_mount_is_gone_and_not_
     assert_eq!(fs::read(dir.join("after")).unwrap(), b"after");
     write_synced(&dir.join("again"), b"again").unwrap();
     store.ok(&["umount", "c"]);
+    store.assert_nothing_runs();
+}
+
+#[test]
+fn an_export_that_does_not_fit_says_so_and_leaves_nothing() {
+    let disk = SmallDisk::new("1M");
+    let store = TestStore::new();
+    let root = store.path("root");
+    fs::create_dir_all(root.join("etc")).unwrap();
+    let mut noise = vec![0; 4 << 20];
+    fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut noise))
+        .unwrap();
+    fs::write(root.join("etc/noise"), noise).unwrap();
+    store.ok(&["import", "base", root.to_str().unwrap(), "--size", "64M"]);
+    let target = disk.mount_point.join("out");
+    let shown = target.to_str().unwrap();
+    for format in ["raw", "qcow2", "tar", "oci", "docker"] {
+        let said = store.fails(&["export", "base", shown, "--format", format]);
+        assert!(
+            said.contains("No space left") && said.contains(shown),
+            "{said}"
+        );
+        let left = fs::read_dir(&disk.mount_point).unwrap().count();
+        assert_eq!(left, 1, "lost+found alone, after {said}");
+    }
+    store.fails(&["export", "base", shown, "--format", "qcow2", "--layers"]);
+    assert_eq!(fs::read_dir(&disk.mount_point).unwrap().count(), 1);
     store.assert_nothing_runs();
 }

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
+use nix::sys::stat::{SFlag, fstat};
 use nix::time::ClockId;
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -144,9 +145,15 @@ impl Drop for Held {
 /// A reader or writer that fails once a signal asked this process to end, also while it waits for input, or
 /// for whoever reads what it writes.
 #[derive(Debug)]
-pub struct Interruptible<R>(pub R);
+pub struct Interruptible<F>(pub F);
 
-impl<R: AsFd> Interruptible<R> {
+impl<F: AsFd> Interruptible<F> {
+    /// Whether a call can wait for somebody, for ever: not of files and disks.
+    fn may_block(&self) -> io::Result<bool> {
+        let kind = SFlag::from_bits_truncate(fstat(&self.0)?.st_mode) & SFlag::S_IFMT;
+        Ok(kind != SFlag::S_IFREG && kind != SFlag::S_IFBLK)
+    }
+
     /// A pipe, a socket or a terminal may have nothing to say for hours, or nobody who listens. Files are
     /// always ready.
     fn wait_for(&self, ready: PollFlags) -> io::Result<()> {
@@ -162,18 +169,22 @@ impl<R: AsFd> Interruptible<R> {
     }
 }
 
-impl<R: Read + AsFd> Read for Interruptible<R> {
+impl<F: Read + AsFd> Read for Interruptible<F> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.wait_for(PollFlags::POLLIN)?;
         self.0.read(buf)
     }
 }
 
-impl<W: Write + AsFd> Write for Interruptible<W> {
+impl<F: Write + AsFd> Write for Interruptible<F> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.wait_for(PollFlags::POLLOUT)?;
-        // A pipe that is ready takes so much without a wait.
-        let (bytes, _) = bytes.split_at(bytes.len().min(PIPE_BUF));
+        // What is ready takes so much without a wait; files are not waited for.
+        let most = match self.may_block()? {
+            true => PIPE_BUF,
+            false => bytes.len(),
+        };
+        let (bytes, _) = bytes.split_at(bytes.len().min(most));
         self.0.write(bytes)
     }
 

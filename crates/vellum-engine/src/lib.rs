@@ -8,6 +8,7 @@ pub mod cp;
 pub mod device;
 pub mod diff;
 pub mod doctor;
+pub mod export;
 pub mod grow;
 pub mod import;
 pub mod known;

@@ -99,6 +99,8 @@ pub struct Foreign {
     pub points: BTreeMap<PathBuf, bool>,
     /// Modification times (seconds, nanoseconds) that directories have from that, which do not count.
     pub times: BTreeMap<PathBuf, (i64, i64)>,
+    /// Those that the same directories had before.
+    pub before: BTreeMap<PathBuf, (i64, i64)>,
 }
 
 /// How to compare two trees.

@@ -55,12 +55,13 @@ pub use install::ApplyStats;
 pub use layer::{LayerReader, LayerRef};
 pub use measure::Measure;
 pub use platform::Platform;
+pub use qcow2::{Qcow2Writer, cluster_size};
 pub use raw::Holds;
 pub use source::{Format, Image, Source, SourceOptions, TarSource};
 pub use transfer::{Owners, TransferOptions, transfer, transfer_from_tar, transfer_to_tar};
 pub use tree::{Attributes, Directory, MountedTrees, Trees};
 pub use view::View;
-pub use write::{write_layer_tar, write_rootfs_tar};
+pub use write::{write_layer_tar, write_rootfs_tar, write_rootfs_tar_but};
 pub use write_oci::OciWriter;
 
 use vellum_base::Error;

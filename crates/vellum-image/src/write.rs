@@ -6,16 +6,18 @@ use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use nix::sys::stat::SFlag;
 use tar_core::{EntryBuilder, EntryType, SparseEntry};
 
 use super::Progress;
 use super::apply::WHITEOUT;
-use super::diff::{Change, ChangeKind};
+use super::diff::{Change, ChangeKind, Foreign};
 use super::install::Content;
-use super::node::{Extent, Kind, Node, Time, Xattrs, join, normalise, shown, split};
-use super::rooted::{Rooted, is_directory};
+use super::node::{Extent, Kind, Node, Time, Xattrs, join, normalise, shown, split, to_path};
+use super::rooted::{Rooted, file_type, is_directory};
 use super::walk::{FileContent, Level, NoContent, walk};
 use vellum_base::error::ResultExt;
+use vellum_base::interrupt;
 use vellum_base::{Error, ErrorKind, Result};
 
 /// The most bytes that the size field of a ustar header holds.
@@ -52,6 +54,7 @@ impl<W: Write> TarWriter<W> {
         self.output.write_all(&header).context(failed)?;
         let mut left = length;
         while left > 0 {
+            interrupt::check()?;
             let most = left.min(self.buffer.len() as u64) as usize;
             let (buffer, _) = self.buffer.split_at_mut(most);
             let count = content.read(buffer)?;
@@ -235,17 +238,89 @@ fn append_read<'f, W: Write>(
 pub fn write_rootfs_tar(
     root: &Path,
     output: impl Write,
+    progress: Option<Progress<'_>>,
+) -> Result<()> {
+    write_rootfs_tar_but(root, &Foreign::default(), output, progress)
+}
+
+/// As [`write_rootfs_tar`], without what is `foreign`.
+///
+/// # Errors
+///
+/// As [`write_rootfs_tar`].
+pub fn write_rootfs_tar_but(
+    root: &Path,
+    foreign: &Foreign,
+    output: impl Write,
     mut progress: Option<Progress<'_>>,
 ) -> Result<()> {
     let mut tar = TarWriter::new(output);
     let skip_lost_found = is_empty_lost_found(root)?;
-    walk(root, &mut |node, file| {
-        if skip_lost_found && node.path == b"lost+found" {
+    let as_made = as_made(root, foreign)?;
+    walk(root, &mut |mut node, file| {
+        interrupt::check()?;
+        if skip_lost_found && node.path == b"lost+found" || as_made.contains(&node.path) {
             return Ok(());
+        }
+        if node.kind == Kind::Directory {
+            restore_time(&mut node, foreign);
         }
         append(&mut tar, node, file.as_ref(), &mut progress)
     })?;
     tar.finish().map(drop)
+}
+
+/// What of `foreign` is there as it was made: files with nothing in them, directories with nothing but one
+/// another.
+fn as_made(root: &Path, foreign: &Foreign) -> Result<BTreeSet<Vec<u8>>> {
+    let mut tree = Rooted::open(root)?;
+    let mut found = BTreeSet::new();
+    // What lies in a directory comes before it.
+    for (path, is_made_directory) in foreign.points.iter().rev() {
+        let Ok(path) = normalise(path.as_os_str().as_bytes()) else {
+            continue;
+        };
+        let Some((above, name)) = split(&path) else {
+            continue;
+        };
+        let Some(directory) = tree.find(above)? else {
+            continue;
+        };
+        let fd = directory.fd.try_clone();
+        let level = Level::at(fd.context(|| format!("opening {}", shown(above)))?, above);
+        let Some(stat) = level.look(name)? else {
+            continue;
+        };
+        let untouched = match is_made_directory {
+            true if is_directory(&stat) => {
+                let names = level.enter(name)?.names()?;
+                names
+                    .iter()
+                    .all(|inner| found.contains(&join(&path, inner)))
+            }
+            false => file_type(&stat) == SFlag::S_IFREG && stat.st_size == 0,
+            true => false,
+        };
+        if untouched {
+            found.insert(path);
+        }
+    }
+    Ok(found)
+}
+
+/// Gives a directory the time that it had before others made something in it.
+fn restore_time(node: &mut Node, foreign: &Foreign) {
+    let path = Path::new("/").join(to_path(&node.path));
+    let made = foreign.times.get(&path);
+    if made == Some(&(node.mtime.seconds, node.mtime.nanoseconds.into()))
+        && let Some((seconds, nanoseconds)) = foreign.before.get(&path)
+        && let Ok(nanoseconds) = u32::try_from(*nanoseconds)
+    {
+        node.mtime = Time {
+            seconds: *seconds,
+            nanoseconds,
+        };
+    }
 }
 
 fn is_empty_lost_found(root: &Path) -> Result<bool> {

@@ -99,16 +99,16 @@ impl OciWriter {
         Ok((format!("sha256:{digest}"), described))
     }
 
-    /// Makes the configuration and the manifest; returns `index.json` and the manifest's digest.
+    /// Makes the configuration and the manifest, and what stands beside the blobs.
     #[expect(clippy::indexing_slicing, reason = "a JSON object takes any key")]
-    fn seal(&mut self, mut config: ImageConfig, name: Option<&str>) -> Result<(Vec<u8>, String)> {
+    fn seal(&mut self, mut config: ImageConfig, name: Option<&str>) -> Result<Sealed> {
         config.rootfs.kind = "layers".into();
         config.rootfs.diff_ids = self.diff_ids.clone();
         let mut platform = json!({ "architecture": config.architecture, "os": config.os });
         if let Some(variant) = &config.variant {
             platform["variant"] = json!(variant);
         }
-        let (_, config) = self.add_json(
+        let (config_digest, config) = self.add_json(
             "application/vnd.oci.image.config.v1+json",
             &config.to_json()?,
         )?;
@@ -122,11 +122,11 @@ impl OciWriter {
         let (digest, mut manifest) =
             self.add_json(manifest_type, manifest.to_string().as_bytes())?;
         manifest["platform"] = platform;
-        if let Some(name) = name {
-            let name = canonical_name(name);
+        let name = name.map(reference);
+        if let Some(name) = &name {
             manifest["annotations"] = json!({
                 "io.containerd.image.name": name,
-                "org.opencontainers.image.ref.name": tag_of(&name).unwrap_or("latest"),
+                "org.opencontainers.image.ref.name": tag_of(name).unwrap_or("latest"),
             });
         }
         let index = json!({
@@ -134,7 +134,22 @@ impl OciWriter {
             "mediaType": "application/vnd.oci.image.index.v1+json",
             "manifests": [manifest],
         });
-        Ok((index.to_string().into_bytes(), digest))
+        let layers: Vec<String> = self
+            .layers
+            .iter()
+            .filter_map(|layer| layer["digest"].as_str())
+            .map(blob_path)
+            .collect();
+        let docker = json!([{
+            "Config": blob_path(&config_digest),
+            "RepoTags": name.as_deref().map(|name| [familiar_name(name)]),
+            "Layers": layers,
+        }]);
+        Ok(Sealed {
+            digest,
+            index: index.to_string().into_bytes(),
+            docker: docker.to_string().into_bytes(),
+        })
     }
 
     /// Writes the image as an OCI layout into `directory`, which must be missing or empty.
@@ -151,7 +166,7 @@ impl OciWriter {
         name: Option<&str>,
         directory: &Path,
     ) -> Result<String> {
-        let (index, digest) = self.seal(config, name)?;
+        let sealed = self.seal(config, name)?;
         let failed = |path: &Path| format!("writing {path:?}");
         let blobs = directory.join("blobs/sha256");
         let used = std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some());
@@ -164,13 +179,13 @@ impl OciWriter {
         std::fs::create_dir_all(&blobs).context(|| failed(&blobs))?;
         for name in self.blobs.keys() {
             let to = blobs.join(name);
-            std::fs::copy(self.spool.path().join(name), &to).context(|| failed(&to))?;
+            move_file(&self.spool.path().join(name), &to).context(|| failed(&to))?;
         }
-        for (name, data) in [("index.json", &index[..]), ("oci-layout", LAYOUT)] {
+        for (name, data) in [("index.json", &sealed.index[..]), ("oci-layout", LAYOUT)] {
             let path = directory.join(name);
             std::fs::write(&path, data).context(|| failed(&path))?;
         }
-        Ok(digest)
+        Ok(sealed.digest)
     }
 
     /// Writes the image as an OCI archive, the tar of a layout, to `output`.
@@ -186,7 +201,32 @@ impl OciWriter {
         name: Option<&str>,
         output: impl Write,
     ) -> Result<String> {
-        let (index, digest) = self.seal(config, name)?;
+        let sealed = self.seal(config, name)?;
+        self.write_tar(&sealed, None, output)?;
+        Ok(sealed.digest)
+    }
+
+    /// Writes the image as a Docker archive to `output`, as `docker save` does since version 25: an OCI
+    /// archive with a `manifest.json`, by which older readers find their way. They want layers that are
+    /// not compressed.
+    ///
+    /// As [`write_layout`](Self::write_layout) otherwise.
+    ///
+    /// # Errors
+    ///
+    /// `NoSpace` and `Io` of the spool or of `output`.
+    pub fn write_docker_archive(
+        mut self,
+        config: ImageConfig,
+        name: Option<&str>,
+        output: impl Write,
+    ) -> Result<String> {
+        let sealed = self.seal(config, name)?;
+        self.write_tar(&sealed, Some(&sealed.docker), output)?;
+        Ok(sealed.digest)
+    }
+
+    fn write_tar(&self, sealed: &Sealed, docker: Option<&[u8]>, output: impl Write) -> Result<()> {
         let mut tar = TarWriter::new(output);
         for directory in ["blobs", "blobs/sha256"] {
             let mut node = plain_file(directory.into(), 0, 0o755);
@@ -197,13 +237,62 @@ impl OciWriter {
             let path = self.spool.path().join(name);
             append_file(&mut tar, format!("blobs/sha256/{name}"), &path, *size)?;
         }
-        for (name, data) in [("index.json", &index[..]), ("oci-layout", LAYOUT)] {
+        let documents = [
+            ("index.json", Some(&sealed.index[..])),
+            ("manifest.json", docker),
+            ("oci-layout", Some(LAYOUT)),
+        ];
+        for (name, data) in documents {
+            let Some(data) = data else { continue };
             let node = file(name.into(), data.len() as u64);
             tar.append(&node, data.len() as u64, &mut Bytes(data))?;
         }
-        tar.finish()?;
-        Ok(digest)
+        tar.finish().map(drop)
     }
+}
+
+/// What stands beside the blobs of an image.
+struct Sealed {
+    /// The manifest's.
+    digest: String,
+    /// `index.json`.
+    index: Vec<u8>,
+    /// Docker's `manifest.json`.
+    docker: Vec<u8>,
+}
+
+/// Where a blob lies.
+fn blob_path(digest: &str) -> String {
+    format!("blobs/{}", digest.replacen(':', "/", 1))
+}
+
+/// Moves a file, by its name where that can be.
+fn move_file(from: &Path, to: &Path) -> io::Result<()> {
+    match std::fs::rename(from, to) {
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+            std::fs::copy(from, to).map(drop)
+        }
+        other => other,
+    }
+}
+
+/// A name in full, as others take it: in lower case but for its tag. A digest in it was another image's,
+/// and what stands behind a container's `@` is as good as a tag.
+fn reference(name: &str) -> String {
+    let (name, behind) = name.split_once('@').unwrap_or((name, ""));
+    let tag = tag_of(name).or((!behind.is_empty() && !behind.contains(':')).then_some(behind));
+    let path = tag_of(name).and_then(|tag| name.strip_suffix(tag)?.strip_suffix(':'));
+    let path = path.unwrap_or(name).to_lowercase().replace('+', "-");
+    canonical_name(&match tag {
+        Some(tag) => format!("{path}:{}", tag.replace('+', "-")),
+        None => path,
+    })
+}
+
+/// A full name as Docker shows it.
+fn familiar_name(name: &str) -> &str {
+    let hub = name.strip_prefix("docker.io/").unwrap_or(name);
+    hub.strip_prefix("library/").unwrap_or(hub)
 }
 
 /// The file that marks an OCI layout.
@@ -278,5 +367,29 @@ impl<W: Write> Write for Hashed<W> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.output.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_written_as_other_programs_take_them() {
+        for (name, full, familiar) in [
+            ("web", "docker.io/library/web:latest", "web:latest"),
+            ("debian:12", "docker.io/library/debian:12", "debian:12"),
+            ("me/App:V1", "docker.io/me/app:V1", "me/app:V1"),
+            (
+                "web@before-upgrade",
+                "docker.io/library/web:before-upgrade",
+                "web:before-upgrade",
+            ),
+            ("ghcr.io/a/b:1+2", "ghcr.io/a/b:1-2", "ghcr.io/a/b:1-2"),
+            ("a@sha256:00", "docker.io/library/a:latest", "a:latest"),
+        ] {
+            assert_eq!(reference(name), full);
+            assert_eq!(familiar_name(full), familiar);
+        }
     }
 }

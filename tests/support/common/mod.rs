@@ -44,7 +44,7 @@ pub fn run<A: AsRef<OsStr>>(program: &str, arguments: &[A]) -> String {
         .args(arguments)
         .output()
         .unwrap_or_else(|error| {
-            panic!("{program}: {error}: install it (apt-get install skopeo umoci mmdebstrap e2fsprogs zstd util-linux; cargo install fsx)")
+            panic!("{program}: {error}: install it (apt-get install skopeo umoci podman mmdebstrap e2fsprogs zstd util-linux; cargo install fsx)")
         });
     assert!(
         output.status.success(),

@@ -207,15 +207,19 @@ fn top_of(layers: &[Uuid]) -> Result<Uuid> {
 }
 
 /// What running the container made in it.
-fn foreign(scaffold: &Scaffold) -> Foreign {
+pub(super) fn foreign(scaffold: &Scaffold) -> Foreign {
     let points = scaffold.points.iter();
     let touched = scaffold.touched.iter();
+    let before = touched.clone();
     Foreign {
         points: points
             .map(|point| (point.path.clone(), point.directory))
             .collect(),
         times: touched
             .map(|touched| (touched.path.clone(), touched.after))
+            .collect(),
+        before: before
+            .map(|touched| (touched.path.clone(), touched.before))
             .collect(),
     }
 }

@@ -1,6 +1,6 @@
-//! Disk images in QEMU's format qcow2.
+//! Disk images in QEMU's format qcow2, read and written.
 //!
-//! The crate `imago` reads them. What it does not know of the format (clusters compressed with
+//! The crate `imago` reads and writes them. What it does not know of the format (clusters compressed with
 //! zstd, extended L2 entries, images that were not closed in order) qemu-img(1) reads instead. Which
 //! files an image is made of neither of them decides: [`chain`] finds them, and both are told.
 
@@ -9,6 +9,9 @@ mod convert;
 mod header;
 mod read;
 mod tables;
+mod write;
+
+pub use write::{Qcow2Writer, cluster_size};
 
 use std::fs::File;
 use std::io::Write;
