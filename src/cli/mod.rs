@@ -38,6 +38,7 @@ mod rollback;
 mod run;
 mod snapshot;
 mod snapshotter;
+mod space;
 mod stats;
 mod tag;
 mod trim;
@@ -167,6 +168,8 @@ enum Command {
     Check(check::Args),
     /// Remove what crashes left and nothing uses
     Prune(prune::Args),
+    /// Show or set what is done while the store's disk is nearly full: warn, refuse, stop writers
+    Space(space::Args),
     /// Look whether this host has what is needed, and say what to do where it has not
     Doctor(doctor::Args),
     /// Let this program serve what is mounted, after it was replaced by a newer one
@@ -343,6 +346,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Nbd(args) => nbd::run(&args, context)?,
         Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
+        Command::Space(args) => space::run(&args, context)?,
         Command::Doctor(args) => doctor::run(&args, context)?,
         Command::UpgradeServers(args) => upgrade_servers::run(&args, context)?,
         Command::Snapshotter(args) => snapshotter::run(&args, context)?,

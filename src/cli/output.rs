@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
+pub(super) use vellum_base::size::human_size;
 
 /// How to print.
 #[derive(Debug, Clone, Copy)]
@@ -108,40 +109,9 @@ pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     out
 }
 
-/// Bytes as docker prints them: decimal units, three digits.
-#[expect(clippy::indexing_slicing, reason = "the loop ends with the last unit")]
-pub(super) fn human_size(bytes: u64) -> String {
-    const UNITS: [&str; 6] = ["B", "kB", "MB", "GB", "TB", "PB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 999.5 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    let name = UNITS[unit];
-    if unit == 0 || value >= 99.95 {
-        format!("{value:.0}{name}")
-    } else if value >= 9.995 {
-        format!("{value:.1}{name}")
-    } else {
-        format!("{value:.2}{name}")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_read_as_docker_prints_them() {
-        let shown: Vec<String> = [0, 4096, 999, 1000, 12_345_678, 10 << 30]
-            .map(human_size)
-            .into();
-        assert_eq!(
-            shown,
-            ["0B", "4.10kB", "999B", "1.00kB", "12.3MB", "10.7GB"]
-        );
-    }
 
     #[test]
     fn a_table_lines_up_and_ends_lines_without_spaces() {

@@ -12,6 +12,7 @@ use super::{Context, DEFAULT_ROOT};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
 use vellum_base::{crash_point, fault};
+use vellum_engine::space::set_policy;
 use vellum_export::unix_socket::{SocketFile, bind_unix};
 use vellum_snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat, check_path};
 use vellum_snapshotter::{Defaults, Snapshotter, service};
@@ -68,6 +69,12 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             ),
         ));
     };
+    if let Some(policy) = config.space {
+        let set = set_policy(&store, policy).map_err(|error| error.context("[space]"))?;
+        for error in set.failed {
+            tracing::warn!("{error}");
+        }
+    }
     let (listener, socket) = listen(&address)?;
     let metrics = match config.metrics.address {
         Some(address) => Some(TcpListener::bind(address).context(|| {

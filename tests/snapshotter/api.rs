@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::snapshotter_support::client::{
-    ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT, NOT_FOUND,
+    ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED,
 };
 use crate::snapshotter_support::rig::Rig;
 use crate::snapshotter_support::{room, wait_for};
@@ -609,6 +609,21 @@ fn prometheus_gets_calls_snapshots_devices_and_space() {
     rig.client.remove(key).unwrap();
     assert!(!get(&address, "/metrics").contains("vellum_container_"));
     assert!(get(&address, "/").starts_with("HTTP/1.1 404"));
+}
+
+#[test]
+fn a_store_that_refuses_what_is_new_says_so_with_a_code_and_goes_on_with_what_is_there() {
+    let rig = Rig::new("");
+    let mount = rig.client.prepare("there", "", &[]).unwrap();
+    rig.vellum(&["space", "--warn", "99.9%", "--refuse", "99.8%"]);
+    let error = rig.client.prepare("late", "", &[]).unwrap_err();
+    assert_eq!(error.code(), Some(RESOURCE_EXHAUSTED), "{error:?}");
+    assert!(format!("{error:?}").contains("nearly full"), "{error:?}");
+    fs::write(Path::new(&mount.source).join("file"), "there").unwrap();
+    rig.client.commit("done", "there", &[]).unwrap();
+    rig.client.view("look", "done", &[]).unwrap();
+    rig.vellum(&["space", "--refuse", "off"]);
+    rig.client.prepare("late", "done", &[]).unwrap();
 }
 
 #[test]

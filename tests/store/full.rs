@@ -1,52 +1,12 @@
 //! A store whose disk is full.
 
-use crate::common;
 use std::fs;
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::common::{Running, TestStore, run};
-
-/// A small file system of its own for a store, on a loop device.
-struct SmallDisk {
-    _dir: tempfile::TempDir,
-    mount_point: PathBuf,
-}
-
-impl SmallDisk {
-    fn new(size: &str) -> Self {
-        SmallDisk::of(&["mke2fs", "-q", "-t", "ext4", "-m", "0"], size)
-    }
-
-    /// Made by the program `make` with its arguments and the path.
-    fn of(make: &[&str], size: &str) -> Self {
-        common::need_root();
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("disk");
-        let mount_point = dir.path().join("mnt");
-        fs::create_dir(&mount_point).unwrap();
-        let (image, target) = (image.to_str().unwrap(), mount_point.to_str().unwrap());
-        run("truncate", &["-s", size, image]);
-        let arguments: Vec<&str> = make[1..].iter().copied().chain([image]).collect();
-        run(make[0], &arguments);
-        run("mount", &["-o", "loop", image, target]);
-        SmallDisk {
-            _dir: dir,
-            mount_point,
-        }
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let target = self.mount_point.display().to_string();
-        let _ = std::process::Command::new("umount").arg(&target).output();
-        let _ = std::process::Command::new("umount")
-            .args(["-l", &target])
-            .output();
-    }
-}
+use crate::small_disk::{SmallDisk, row, write_synced};
 
 /// Writes and syncs 256 KiB files until one fails; returns how many there are and the failure.
 fn fill(dir: &Path) -> (u32, std::io::Error) {
@@ -154,18 +114,6 @@ fn a_container_that_met_a_full_disk_keeps_what_it_synced_and_writes_once_there_i
     drop(file);
     store.ok(&["umount", "c"]);
     store.ok(&["check", "--scrub"]);
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut file = fs::File::create(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
-}
-
-fn row(store: &TestStore, name: &str) -> serde_json::Value {
-    let rows = store.json(&["ps"]);
-    let all = rows.as_array().unwrap();
-    all.iter().find(|row| row["name"] == name).unwrap().clone()
 }
 
 /// Fills the store's disk by one container, beside one that writes little.

@@ -19,5 +19,7 @@ mod check;
 mod concurrent;
 mod crash;
 mod full;
+mod nearly_full;
 mod places;
 mod scale;
+mod small_disk;

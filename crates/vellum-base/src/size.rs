@@ -1,4 +1,4 @@
-//! Sizes as people type them.
+//! Sizes as people type and read them.
 
 /// Reads `10G`, `512M`, `1.5T`, `4096`: K, M, G, T are powers of 1024, with or without `iB` or `B`.
 /// The result is a multiple of 4096.
@@ -28,9 +28,38 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     Ok(bytes.next_multiple_of(4096))
 }
 
+/// Bytes as docker prints them: decimal units, three digits.
+#[expect(clippy::indexing_slicing, reason = "the loop ends with the last unit")]
+pub fn human_size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "kB", "MB", "GB", "TB", "PB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let name = UNITS[unit];
+    if unit == 0 || value >= 99.95 {
+        format!("{value:.0}{name}")
+    } else if value >= 9.995 {
+        format!("{value:.1}{name}")
+    } else {
+        format!("{value:.2}{name}")
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::parse_size;
+    use super::{human_size, parse_size};
+
+    #[test]
+    fn sizes_read_as_docker_prints_them() {
+        let shown = [0, 4096, 999, 1000, 12_345_678, 10 << 30].map(human_size);
+        assert_eq!(
+            shown,
+            ["0B", "4.10kB", "999B", "1.00kB", "12.3MB", "10.7GB"]
+        );
+    }
 
     #[test]
     fn sizes_with_and_without_units_become_whole_blocks() {

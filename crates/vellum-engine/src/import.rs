@@ -79,6 +79,7 @@ pub fn import(
     watch: &dyn Watch,
 ) -> Result<ImportReport> {
     store.check_new_image(name)?;
+    store.check_space_for("image")?;
     let pin = store.pin_layers()?;
     let mut source_options = SourceOptions::new(store.root().join("staging"));
     source_options.image.clone_from(&options.select);

@@ -30,6 +30,7 @@ pub mod serve;
 pub mod serving;
 pub mod snapshot;
 mod sockets;
+pub mod space;
 pub mod stats;
 pub mod status;
 pub mod teardown;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::device::{COPY_UP, MAP, OpenChain, STATS, Target, counts};
+use super::device::{COPY_UP, KEEP_FREE, MAP, OpenChain, STATS, Target, counts};
 use super::serving::WHO;
 use super::snapshot;
 use super::wire::encode;
@@ -42,7 +42,7 @@ struct Answers(Arc<OpenChain>);
 impl ControlHandler for Answers {
     fn handle(&self, verb: &str, args: Value) -> Result<Value> {
         match verb {
-            STATS | MAP | COPY_UP => self.0.handle(verb, args),
+            STATS | MAP | COPY_UP | KEEP_FREE => self.0.handle(verb, args),
             WHO => encode(&Holder::current()),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,

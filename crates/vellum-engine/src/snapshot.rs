@@ -148,7 +148,7 @@ pub struct ForkReport {
 ///
 /// # Errors
 /// [`ErrorKind::AlreadyExists`] for a name; [`ErrorKind::InvalidInput`] where the origin may write volumes
-/// and nobody said what becomes of them; as [`snapshot`].
+/// and nobody said what becomes of them; as [`snapshot`] and [`Store::check_space_for`].
 pub fn fork(
     store: &Store,
     name: &str,
@@ -158,6 +158,7 @@ pub fn fork(
 ) -> Result<ForkReport> {
     let container = store.container(name)?;
     let volumes = fork_volumes(&container, volumes)?;
+    store.check_space_for("fork")?;
     let _busy = lock_container(store, &container)?;
     let pin = store.pin_layers()?;
     let container = store.settle(name)?;

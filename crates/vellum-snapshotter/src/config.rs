@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::size::parse_size;
+use vellum_store::SpacePolicy;
 
 /// Where the file is by default; it need not be there.
 pub const DEFAULT_PATH: &str = "/etc/vellum/config.toml";
@@ -29,6 +30,8 @@ pub struct Config {
     /// How snapshots are handed to containerd.
     #[serde(default)]
     pub mounts: MountMode,
+    /// What is done while the store's disk is nearly full; `None` leaves it as `vellum space` set it.
+    pub space: Option<SpacePolicy>,
     /// Where Prometheus finds counters.
     #[serde(default)]
     pub metrics: MetricsConfig,
@@ -165,6 +168,7 @@ mod tests {
     fn a_whole_file_is_understood() {
         let config = load(
             "version = 1\nroot = '/r'\naddress = '/s'\ndefault_size = '20G'\nmounts = 'device'\n\
+             [space]\nrefuse = '5%'\nstop = '1G'\n\
              [metrics]\naddress = '127.0.0.1:9142'\n[log]\nlevel = 'debug'\nformat = 'json'\n",
         )
         .unwrap();
@@ -172,6 +176,8 @@ mod tests {
         assert_eq!(config.size().unwrap(), 20 << 30);
         assert_eq!(config.mounts, MountMode::Device);
         assert_eq!(config.metrics.address.unwrap().port(), 9142);
+        let space = config.space.unwrap().to_string();
+        assert_eq!(space, "warn = 5%, refuse = 5%, stop = 1G");
         assert_eq!(config.log.format, LogFormat::Json);
     }
 
@@ -182,6 +188,7 @@ mod tests {
             ("roots = '/r'", "roots"),
             ("default_size = 'big'", "default_size"),
             ("[log]\nformat = 'xml'", "xml"),
+            ("[space]\nstop = '110%'", "110%"),
             ("mounts = 'copy'", "copy"),
             ("[metrics]\naddress = 'here'", "address"),
             ("root = ''", "root is empty"),

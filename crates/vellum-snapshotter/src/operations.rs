@@ -136,6 +136,9 @@ impl Snapshotter {
         if key.is_empty() {
             return Err(invalid("a snapshot needs a key"));
         }
+        if kind == SnapshotKind::Active {
+            self.store.check_space_for("snapshot")?;
+        }
         let wanted = wanted_size(&labels)?;
         let device = wanted_mode(&labels)?.unwrap_or(self.defaults.mounts) == MountMode::Device;
         let _lock = self.index.lock_key(key);

@@ -78,8 +78,9 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] for the image, [`ErrorKind::AlreadyExists`] for the name,
-    /// [`ErrorKind::InvalidInput`] for a size smaller than the image's.
+    /// [`ErrorKind::InvalidInput`] for a size smaller than the image's; as [`Store::check_space_for`].
     pub fn create_container(&self, new: &NewContainer<'_>) -> Result<ContainerRecord> {
+        self.check_space_for("container")?;
         let pin = self.pin_layers()?;
         let image = self.image(new.image)?;
         if let Some(name) = new.name {

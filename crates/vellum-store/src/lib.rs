@@ -12,6 +12,7 @@
 //! ROOT/snapshots/UUID.json   containerd's snapshots; ROOT/mnt/UUID/ where they are mounted
 //! ROOT/staging/UUID/         being made; ROOT/trash/ being removed
 //! ROOT/reserve               room for commands while the disk is full
+//! ROOT/space.json            what is done before it is full; made when it is set
 //! ROOT/quarantine/            records whose layers are damaged; made when needed
 //! ROOT/run/CONTAINER/        mounts and processes of the running system
 //! ```
@@ -36,6 +37,7 @@ mod records;
 mod rename;
 mod room;
 mod snapshots;
+mod space_policy;
 mod trash;
 mod volumes;
 
@@ -53,6 +55,7 @@ pub use records::{
 };
 pub use rename::ContainerRef;
 pub use snapshots::{SnapshotKind, SnapshotRecord};
+pub use space_policy::{SpacePolicy, SpaceState, StoreSpace, Threshold};
 pub use volumes::VolumePlace;
 
 use std::collections::BTreeSet;

@@ -25,8 +25,8 @@ impl Store {
     pub fn keep_room(&self) {
         let keep = || -> std::io::Result<()> {
             let path = self.room_file();
-            let free = self.storage.free_space(&self.root)?;
-            if free.is_none_or(|free| free < PLENTY) {
+            let space = self.storage.disk_space(&self.root)?;
+            if space.is_none_or(|space| space.free < PLENTY) {
                 return Ok(());
             }
             let file = self.storage.open(&path, OpenMode::Create)?;
@@ -48,8 +48,8 @@ impl Store {
     /// Those of the work.
     pub fn with_room<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<T> {
         // What is made then would find no room later, where nobody can retry: in the kernel.
-        let free = self.storage.free_space(&self.root).ok().flatten();
-        if free.is_some_and(|free| free < SCARCE) {
+        let space = self.storage.disk_space(&self.root).ok().flatten();
+        if space.is_some_and(|space| space.free < SCARCE) {
             self.use_room();
         }
         let first = work();

@@ -13,6 +13,7 @@ use vellum_snapshotter::proto::types::Mount;
 pub const NOT_FOUND: i32 = 5;
 pub const ALREADY_EXISTS: i32 = 6;
 pub const INVALID_ARGUMENT: i32 = 3;
+pub const RESOURCE_EXHAUSTED: i32 = 8;
 pub const FAILED_PRECONDITION: i32 = 9;
 
 /// Why a call failed.

@@ -10,7 +10,8 @@ use super::host_file::HostFile;
 use super::shared_mapping::SharedMapping;
 use super::waiting::waits;
 use super::{
-    Entry, Held, Holder, LockMode, OpenMode, SharedFile, Storage, StorageFile, names_nothing,
+    DiskSpace, Entry, Held, Holder, LockMode, OpenMode, SharedFile, Storage, StorageFile,
+    names_nothing,
 };
 use crate::interrupt;
 
@@ -125,10 +126,14 @@ impl Storage for FileStorage {
         Ok(Box::new(SharedMapping::new(file, len)?))
     }
 
-    fn free_space(&self, dir: &Path) -> io::Result<Option<u64>> {
+    fn disk_space(&self, dir: &Path) -> io::Result<Option<DiskSpace>> {
         let there = nix::sys::statvfs::statvfs(dir)?;
-        // Root's share too: where we have no right to it, it is the same at every look.
-        Ok(Some(there.blocks_free() * there.fragment_size()))
+        let bytes = |blocks: u64| blocks.saturating_mul(there.fragment_size());
+        Ok(Some(DiskSpace {
+            size: bytes(there.blocks()),
+            free: bytes(there.blocks_free()),
+            available: bytes(there.blocks_available()),
+        }))
     }
 
     fn boot_id(&self) -> [u8; 16] {

@@ -67,6 +67,19 @@ pub enum OpenMode {
     Create,
 }
 
+/// The space of a file system, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskSpace {
+    /// All of it.
+    pub size: u64,
+    /// What files can still take, root's share included: where we have no right to that, it is the
+    /// same at every look. To be compared with what it was before, not with what is wanted: hosts keep
+    /// some back.
+    pub free: u64,
+    /// What files of everybody can still take, as `df` says.
+    pub available: u64,
+}
+
 /// A directory entry, as [`Storage::list`] returns it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -138,9 +151,9 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         Ok(Box::new(SharedByWriting(file)))
     }
 
-    /// Bytes that files below `dir` can still take, as far as the host says; `None` where it cannot.
-    /// To be compared with what it said before, not with what is wanted: hosts keep some back.
-    fn free_space(&self, _dir: &Path) -> io::Result<Option<u64>> {
+    /// The space of the file system that files below `dir` share, as far as the host says; `None`
+    /// where it cannot.
+    fn disk_space(&self, _dir: &Path) -> io::Result<Option<DiskSpace>> {
         Ok(None)
     }
 

@@ -12,6 +12,7 @@ mod data;
 mod files;
 mod flush;
 mod header;
+mod headroom;
 mod index;
 mod journal;
 mod live;

@@ -11,9 +11,10 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::files::remove_if_there;
+use super::headroom::{Headroom, Need};
 use vellum_base::block::Offset;
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_base::storage::{OpenMode, Storage, StorageFile};
+use vellum_base::storage::{DiskSpace, OpenMode, Storage, StorageFile};
 
 /// The file that holds space and nothing else. Its length is what it holds.
 pub const RESERVE_FILE: &str = "reserve";
@@ -62,15 +63,26 @@ pub(super) enum Claim {
 struct Full {
     since: SystemTime,
     began: Instant,
-    /// What was free when it refused: hosts keep some for themselves.
-    level: Option<u64>,
+    who: Refuser,
     tried: Instant,
 }
 
+/// Who refused a write.
+#[derive(Debug, Clone, Copy)]
+enum Refuser {
+    /// The host, with so much free: hosts keep some for themselves.
+    Disk(Option<u64>),
+    /// This layer, which leaves some free, of a write of so many bytes.
+    Headroom(u64),
+}
+
 impl Full {
-    /// It refused although there seemed to be room: a quota, or what is kept for others.
+    /// The disk refused although there seemed to be room: a quota, or what is kept for others.
     fn is_unexplained(&self, len: u64) -> bool {
-        self.level.is_none_or(|level| level >= len + TIGHT)
+        match self.who {
+            Refuser::Disk(level) => level.is_none_or(|level| level >= len + TIGHT),
+            Refuser::Headroom(_) => false,
+        }
     }
 }
 
@@ -101,7 +113,7 @@ impl State {
     clippy::cast_possible_truncation,
     reason = "2^64 of them are 500 million years"
 )]
-fn millis(time: Duration) -> u64 {
+pub(super) fn millis(time: Duration) -> u64 {
     time.as_millis() as u64
 }
 
@@ -115,6 +127,7 @@ pub(super) struct Space {
     /// There is a [`Full`].
     full: AtomicBool,
     hold_ms: AtomicU64,
+    headroom: Headroom,
     /// Bytes of the device that count as small whatever is written there.
     favoured: OnceLock<Vec<Range<Offset>>>,
     opened: Instant,
@@ -142,6 +155,7 @@ impl Space {
             state: Mutex::default(),
             full: AtomicBool::new(false),
             hold_ms: AtomicU64::new(millis(HOLD)),
+            headroom: Headroom::new(),
             favoured: OnceLock::new(),
             opened: Instant::now(),
             looked_after: AtomicU64::new(0),
@@ -166,6 +180,11 @@ impl Space {
         self.hold_ms.store(millis(limit), Ordering::Relaxed);
     }
 
+    /// Clients' writes leave so many bytes of the host's disk available; 0 ends that.
+    pub(super) fn keep_free(&self, bytes: u64) {
+        self.headroom.keep(bytes);
+    }
+
     /// Writes to these bytes of the device count as small: a journal, without which the file system
     /// above gives up.
     pub(super) fn favour(&self, ranges: Vec<Range<Offset>>) {
@@ -173,13 +192,16 @@ impl Space {
         let _ = self.favoured.set(ranges);
     }
 
-    fn is_small(&self, offset: Offset, len: u64) -> bool {
+    fn need(&self, offset: Offset, len: u64) -> Need {
         let within = |range: &Range<Offset>| range.start <= offset && offset + len <= range.end;
-        len <= SMALL
-            || self
-                .favoured
-                .get()
-                .is_some_and(|all| all.iter().any(within))
+        let favoured = self.favoured.get();
+        if favoured.is_some_and(|all| all.iter().any(within)) {
+            Need::Favoured
+        } else if len <= SMALL {
+            Need::Small
+        } else {
+            Need::Large
+        }
     }
 
     /// The next checkpoint takes so many bytes at most.
@@ -318,7 +340,12 @@ impl Space {
         grows: bool,
         work: impl Fn() -> Result<()>,
     ) -> Result<()> {
-        let small = self.is_small(offset, len);
+        let need = self.need(offset, len);
+        let small = need != Need::Large;
+        if grows && !self.headroom.allows(need, len, || self.available()) {
+            self.refused(Refuser::Headroom(len));
+            return Err(self.refusal());
+        }
         if grows && !small && self.full.load(Ordering::Relaxed) && !self.may_try(len) {
             return Err(self.refusal());
         }
@@ -329,7 +356,7 @@ impl Space {
         };
         match &result {
             Ok(()) if self.full.load(Ordering::Relaxed) && grows => self.wrote(small),
-            Err(error) if error.is_full_disk() => self.met_full_disk(),
+            Err(error) if error.is_full_disk() => self.refused(Refuser::Disk(self.free())),
             _ => {}
         }
         result
@@ -337,13 +364,24 @@ impl Space {
 
     fn refusal(&self) -> Error {
         Error::io(
-            format!("{}: the host's disk is full", self.dir.display()),
+            format!(
+                "{}: the host's disk is full, or nearly so",
+                self.dir.display()
+            ),
             std::io::Error::from_raw_os_error(libc::ENOSPC),
         )
     }
 
+    fn space(&self) -> Option<DiskSpace> {
+        self.storage.disk_space(&self.dir).ok().flatten()
+    }
+
     fn free(&self) -> Option<u64> {
-        self.storage.free_space(&self.dir).ok().flatten()
+        self.space().map(|space| space.free)
+    }
+
+    fn available(&self) -> Option<u64> {
+        self.space().map(|space| space.available)
     }
 
     /// Whether the disk says that it has room for `len` bytes again.
@@ -351,9 +389,16 @@ impl Space {
         let Some(full) = &state.full else {
             return true;
         };
-        match (full.level, self.free()) {
-            (Some(level), Some(free)) => free >= level + MARGIN + len,
-            _ => false,
+        let Some(space) = self.space() else {
+            return false;
+        };
+        match full.who {
+            Refuser::Disk(Some(level)) => space.free >= level + MARGIN + len,
+            Refuser::Disk(None) => false,
+            Refuser::Headroom(refused) => {
+                let more = len.max(refused);
+                space.available >= self.headroom.kept().saturating_add(more)
+            }
         }
     }
 
@@ -374,21 +419,32 @@ impl Space {
         }
     }
 
-    fn met_full_disk(&self) {
-        let level = self.free();
+    /// A write was refused for want of space.
+    fn refused(&self, who: Refuser) {
         let mut state = self.state.lock();
         let now = Instant::now();
         match &mut state.full {
             Some(full) => {
                 full.tried = now;
-                full.level = full.level.min(level).or(level);
+                full.who = match (full.who, who) {
+                    (Refuser::Disk(level), Refuser::Disk(now)) => {
+                        Refuser::Disk(level.min(now).or(now))
+                    }
+                    (_, who) => who,
+                };
             }
             none => {
-                tracing::warn!(dir = %self.dir.display(), "the host's disk is full");
+                let dir = self.dir.display();
+                match (who, self.headroom.kept()) {
+                    (Refuser::Disk(_), _) => tracing::warn!(%dir, "the host's disk is full"),
+                    (Refuser::Headroom(_), keep) => {
+                        tracing::warn!(%dir, keep, "the host's disk is nearly full: writes stop");
+                    }
+                }
                 *none = Some(Full {
                     since: SystemTime::now(),
                     began: now,
-                    level,
+                    who,
                     tried: now,
                 });
             }
@@ -531,6 +587,32 @@ mod tests {
         assert!(space.status().full_since.is_none());
         large(true).unwrap();
         assert_eq!(tries.get(), 2);
+    }
+
+    #[test]
+    fn a_layer_that_leaves_some_of_the_disk_free_writes_again_once_that_is_there() {
+        let (disk, space) = space(80 << 20);
+        let write = |len| space.write(Offset::default(), len, true, || Ok(()));
+        space.keep_free(64 << 20);
+        write(1 << 20).unwrap();
+        disk.limit(60 << 20);
+        // It looks again after a moment.
+        std::thread::sleep(Duration::from_millis(150));
+        assert!(write(1 << 20).unwrap_err().is_full_disk());
+        assert!(space.status().full_since.is_some());
+        assert!(space.wait_for_room(), "writers are held");
+        write(4096).unwrap();
+        disk.limit(20 << 20);
+        assert!(write(4096).unwrap_err().is_full_disk());
+        // What takes no new space is not concerned.
+        let over = space.write(Offset::default(), 1 << 20, false, || Ok(()));
+        over.unwrap();
+        disk.limit(66 << 20);
+        assert!(space.status().full_since.is_none());
+        write(1 << 20).unwrap();
+        space.keep_free(0);
+        disk.limit(1 << 20);
+        write(1 << 20).unwrap();
     }
 
     #[test]

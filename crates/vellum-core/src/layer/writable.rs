@@ -363,6 +363,13 @@ impl WritableLayer {
         self.shared.space.hold_writes_for(limit);
     }
 
+    /// Clients' writes that want space leave so many bytes of the host's disk available, small ones
+    /// half as many, and [favoured](Self::favour) ones none; others fail with
+    /// [`ErrorKind::NoSpace`]. 0 ends that.
+    pub fn keep_free(&self, bytes: u64) {
+        self.shared.space.keep_free(bytes);
+    }
+
     /// To be called after a write failed with [`ErrorKind::NoSpace`], with nothing locked: waits a
     /// moment, and says whether to make it again.
     pub fn wait_for_room(&self) -> bool {

@@ -26,6 +26,9 @@ pub const REPLACE_SEALED: &str = "replace-sealed";
 /// Asks a device server to make its device larger: [`Grow`]. One that is as large is fine.
 pub const GROW: &str = "grow";
 
+/// Tells a server how much of the host's disk its writers leave free: [`KeepFree`].
+pub const KEEP_FREE: &str = "keep-free";
+
 /// Runs in one answer about the map, so that it fits a line of the control socket.
 const MAX_RUNS: usize = 16 << 10;
 
@@ -69,6 +72,13 @@ pub struct CopyUp {
 pub struct Grow {
     /// Bytes that the device shall have.
     pub size: u64,
+}
+
+/// Arguments of [`KEEP_FREE`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct KeepFree {
+    /// Bytes that stay available; 0 for none.
+    pub bytes: u64,
 }
 
 /// Arguments of [`MAP`].

@@ -5,8 +5,9 @@ mod messages;
 mod target;
 
 pub use messages::{
-    AskMap, COPY_UP, CopyUp, DeviceStats, GROW, Grow, HOLE, MAP, MapPart, PREPARE_SEAL,
-    REPLACE_SEALED, ReplaceSealed, SEAL, SEAL_TOP, STATS, SealTop, Sealed, SealedTop, ZERO,
+    AskMap, COPY_UP, CopyUp, DeviceStats, GROW, Grow, HOLE, KEEP_FREE, KeepFree, MAP, MapPart,
+    PREPARE_SEAL, REPLACE_SEALED, ReplaceSealed, SEAL, SEAL_TOP, STATS, SealTop, Sealed, SealedTop,
+    ZERO,
 };
 pub use target::{SERVER_COMMAND, Target, attach_spec};
 
@@ -19,6 +20,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::complete::checksum_layer;
+use crate::space::follow_policy;
 use crate::wire::encode;
 use vellum_base::block::{BlockDevice, BlockState, Offset, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -44,6 +46,14 @@ fn full_wait() -> Option<Duration> {
         tracing::warn!(?value, "VELLUM_FULL_WAIT: no number of seconds");
     }
     wait.map(|wait| wait.min(MAX_FULL_WAIT))
+}
+
+/// How the writers of a layer meet a disk that is full, or nearly so.
+fn meet_full_disk(store: &Store, layer: &WritableLayer) {
+    if let Some(wait) = full_wait() {
+        layer.hold_writes_for(wait);
+    }
+    follow_policy(store, layer);
 }
 
 /// How a writable layer of this store trades.
@@ -93,9 +103,7 @@ impl OpenChain {
     fn new(store: &Store, chain: Chain, lease: Option<LayerLease>) -> Self {
         let mut chain = chain;
         if let Some(top) = chain.top() {
-            if let Some(wait) = full_wait() {
-                top.hold_writes_for(wait);
-            }
+            meet_full_disk(store, &top);
             // Without an ext4 there is nothing to favour.
             if let Ok(superblock) = chain.uncounted(|chain| Superblock::read(chain)) {
                 let journal = superblock.journal.into_iter();
@@ -202,9 +210,7 @@ impl OpenChain {
             layer_options(&self.store),
             self.chain.stats().clone(),
         )?;
-        if let Some(wait) = full_wait() {
-            layer.hold_writes_for(wait);
-        }
+        meet_full_disk(&self.store, &layer);
         Ok(layer)
     }
 
@@ -314,6 +320,13 @@ impl ControlHandler for OpenChain {
                     .map(|()| Value::Null)
             }
             SEAL => encode(&self.seal()?),
+            KEEP_FREE => {
+                let args: KeepFree = parse(args, "keep-free wants bytes")?;
+                if let Some(top) = self.chain.top() {
+                    top.keep_free(args.bytes);
+                }
+                Ok(Value::Null)
+            }
             STATS => encode(&self.stats()),
             MAP => {
                 let ask: AskMap = parse(args, "map wants a place and a number")?;

@@ -11,7 +11,7 @@ use parking_lot::{Mutex, RwLock};
 
 use self::file::{Before, FaultFile, put_back};
 use super::op::{OpCounts, OpKind};
-use super::{Entry, Held, LockMode, OpenMode, Storage, StorageFile};
+use super::{DiskSpace, Entry, Held, LockMode, OpenMode, Storage, StorageFile};
 
 /// How an operation fails. The number is the errno that it fails with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -215,8 +215,8 @@ impl Storage for FaultStorage {
         self.inner.boot_id()
     }
 
-    fn free_space(&self, dir: &Path) -> io::Result<Option<u64>> {
-        self.inner.free_space(dir)
+    fn disk_space(&self, dir: &Path) -> io::Result<Option<DiskSpace>> {
+        self.inner.disk_space(dir)
     }
 
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {

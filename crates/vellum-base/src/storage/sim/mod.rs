@@ -21,7 +21,7 @@ use self::file::SimFile;
 use self::tree::{NodeId, Tree};
 use super::op::{OpCounts, OpKind};
 use super::rng::SeededRng;
-use super::{Entry, OpenMode, Storage, StorageFile, names_nothing};
+use super::{DiskSpace, Entry, OpenMode, Storage, StorageFile, names_nothing};
 
 /// How much of what is not certain survives a cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,11 +126,16 @@ impl Disk {
         }
     }
 
-    /// Bytes that can still be taken.
-    fn free(&self) -> Option<u64> {
-        let capacity = self.capacity?;
+    /// What can still be taken, of a disk with a limit.
+    fn space(&self) -> Option<DiskSpace> {
+        let size = self.capacity?;
         let allocated = self.tree.allocated();
-        Some(capacity.max(allocated) - allocated)
+        let free = size.max(allocated) - allocated;
+        Some(DiskSpace {
+            size,
+            free,
+            available: free,
+        })
     }
 }
 
@@ -222,11 +227,11 @@ impl SimStorage {
     /// Whether writing a range of a file would take more than is left.
     fn refuses(&self, node: NodeId, offset: u64, len: u64) -> bool {
         let disk = self.shared.disk.lock();
-        let wants = |free| match disk.tree.file(node) {
-            Ok(file) => file.live.wants(offset, len) > free,
+        let wants = |space: DiskSpace| match disk.tree.file(node) {
+            Ok(file) => file.live.wants(offset, len) > space.free,
             Err(_) => false,
         };
-        disk.free().is_some_and(wants)
+        disk.space().is_some_and(wants)
     }
 
     /// The disk as it is found after a power cut now; `seed` decides what survives. This disk is
@@ -332,8 +337,8 @@ impl Storage for SimStorage {
         u128::from(self.shared.disk.lock().boot).to_le_bytes()
     }
 
-    fn free_space(&self, _dir: &Path) -> io::Result<Option<u64>> {
-        Ok(self.shared.disk.lock().free())
+    fn disk_space(&self, _dir: &Path) -> io::Result<Option<DiskSpace>> {
+        Ok(self.shared.disk.lock().space())
     }
 
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
