@@ -1,0 +1,234 @@
+//! A stream into blocks.
+
+use std::io::{ErrorKind as IoKind, Read};
+
+use sha2::{Digest, Sha256};
+use zstd::bulk::Decompressor;
+
+use crate::header::{HEADER_LEN, Header};
+use crate::record::{self, HEAD_LEN, Head, Kind, Totals, corrupt};
+use vellum_base::block::{Block, BlockState, Blocks, Run};
+use vellum_base::error::{Error, Result};
+
+/// Reads a backup, and checks every byte of it: headers and chunks as they come, the whole at its end.
+pub struct Reader<R> {
+    input: R,
+    header: Header,
+    description: Vec<u8>,
+    /// Of all records before the one that is read.
+    digest: Sha256,
+    totals: Totals,
+    /// Bytes before the record that is read.
+    len: u64,
+    at: Block,
+    ended: bool,
+    extents: Vec<Run<BlockState>>,
+    payload: Vec<u8>,
+    data: Vec<u8>,
+    decompressor: Decompressor<'static>,
+}
+
+impl<R> std::fmt::Debug for Reader<R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Reader({:?}, {:?})", self.header, self.totals)
+    }
+}
+
+/// Blocks of a backup that were checked.
+#[derive(Debug)]
+pub struct Chunk<'a> {
+    extents: &'a [Run<BlockState>],
+    data: &'a [u8],
+}
+
+/// Where a backup that was cut off goes on: [`Reader::into_resume`].
+#[derive(Debug)]
+pub struct Resume {
+    pub(crate) digest: Sha256,
+    pub(crate) totals: Totals,
+    pub(crate) at: Block,
+    pub(crate) size: Block,
+    /// Bytes up to the end of the last whole chunk. What follows is to be cut off.
+    pub len: u64,
+}
+
+impl<'a> Chunk<'a> {
+    /// Its extents in order: what they are, [`BlockState::Data`] or [`BlockState::Zero`], and their bytes, none
+    /// for zeros.
+    pub fn pieces(&self) -> impl Iterator<Item = (Run<BlockState>, &'a [u8])> {
+        let mut rest = self.data;
+        self.extents.iter().map(move |run| {
+            let len = match run.value {
+                BlockState::Data => run.len().buffer_len(),
+                _ => 0,
+            };
+            let (bytes, behind) = rest.split_at(len);
+            rest = behind;
+            (*run, bytes)
+        })
+    }
+}
+
+impl<R: Read> Reader<R> {
+    /// Reads the header and the description.
+    ///
+    /// # Errors
+    /// [`vellum_base::ErrorKind::Unsupported`] for what is no backup, or of another version or with features that are
+    /// not known; [`vellum_base::ErrorKind::Corrupt`] where it is damaged or cut off; where `input` fails.
+    pub fn new(mut input: R) -> Result<Self> {
+        let mut front = [0; HEADER_LEN];
+        fill(&mut input, &mut front)?;
+        let (header, described) = Header::decode(&front)?;
+        let mut description = vec![0; described.len];
+        fill(&mut input, &mut description)?;
+        if crc32fast::hash(&description) != described.crc {
+            return Err(corrupt("the description does not match its CRC"));
+        }
+        let mut digest = Sha256::new();
+        digest.update(front);
+        digest.update(&description);
+        Ok(Reader {
+            input,
+            header,
+            len: (HEADER_LEN + description.len()) as u64,
+            description,
+            digest,
+            totals: Totals::default(),
+            at: Block::FIRST,
+            ended: false,
+            extents: Vec::new(),
+            payload: Vec::new(),
+            data: Vec::new(),
+            decompressor: Decompressor::new().map_err(|error| Error::io("starting zstd", error))?,
+        })
+    }
+
+    /// What it is a backup of.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// What the writer said of it.
+    pub fn description(&self) -> &[u8] {
+        &self.description
+    }
+
+    /// What was read so far; all of it once [`Reader::chunk`] has returned `None`.
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// The next chunk; `None` once the end was read, the digest is right and nothing follows. Before that what
+    /// was read may be replaced or cut off, and is to be shown to nobody.
+    ///
+    /// # Errors
+    /// [`vellum_base::ErrorKind::Corrupt`] where it is damaged or cut off; where the input fails.
+    pub fn chunk(&mut self) -> Result<Option<Chunk<'_>>> {
+        if self.ended {
+            return Ok(None);
+        }
+        let number = self.totals.chunks;
+        let mut front = [0; HEAD_LEN];
+        fill(&mut self.input, &mut front)?;
+        let head = Head::decode(&front, number)?;
+        self.payload.resize(head.payload, 0);
+        fill(&mut self.input, &mut self.payload)?;
+        head.check(&self.payload, number)?;
+        if head.kind == Kind::End {
+            record::check_end(&self.payload, &self.totals, &self.digest)?;
+            self.check_nothing_follows()?;
+            self.ended = true;
+            return Ok(None);
+        }
+        let frame = record::extents(
+            &head,
+            &self.payload,
+            self.at,
+            self.size(),
+            &mut self.extents,
+        )?;
+        decompress(
+            &mut self.decompressor,
+            frame,
+            head.data,
+            &mut self.data,
+            number,
+        )?;
+        self.digest.update(front);
+        self.digest.update(&self.payload);
+        self.len += (HEAD_LEN + head.payload) as u64;
+        let all: Blocks = self.extents.iter().map(Run::len).sum();
+        self.totals.chunks += 1;
+        self.totals.data += head.data;
+        self.totals.zero += all - head.data;
+        self.at = self.extents.last().map_or(self.at, Run::end);
+        Ok(Some(Chunk {
+            extents: &self.extents,
+            data: &self.data,
+        }))
+    }
+
+    fn size(&self) -> Block {
+        Block::FIRST + Blocks::whole_in(self.header.virtual_size)
+    }
+
+    fn check_nothing_follows(&mut self) -> Result<()> {
+        match fill_if_any(&mut self.input, &mut [0])? {
+            false => Ok(()),
+            true => Err(corrupt("something follows the end of the backup")),
+        }
+    }
+
+    /// Where a writer goes on with this backup: behind the last chunk that was read.
+    pub fn into_resume(self) -> Resume {
+        Resume {
+            at: self.at,
+            size: self.size(),
+            digest: self.digest,
+            totals: self.totals,
+            len: self.len,
+        }
+    }
+}
+
+/// Fills `buf`, whatever pieces the input comes in.
+fn fill(input: &mut impl Read, buf: &mut [u8]) -> Result<()> {
+    match fill_if_any(input, buf)? {
+        true => Ok(()),
+        false => Err(corrupt("the backup is cut off: its end is missing")),
+    }
+}
+
+/// False where the input ends before `buf` is full.
+fn fill_if_any(input: &mut impl Read, buf: &mut [u8]) -> Result<bool> {
+    match input.read_exact(buf) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == IoKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(Error::io("cannot read the backup", error)),
+    }
+}
+
+/// Decompresses a frame into a buffer of the length that its chunk says, and refuses any other.
+fn decompress(
+    decompressor: &mut Decompressor<'static>,
+    frame: &[u8],
+    data: Blocks,
+    into: &mut Vec<u8>,
+    number: u64,
+) -> Result<()> {
+    into.resize(data.buffer_len(), 0);
+    let done = match frame.is_empty() {
+        true => Ok(0),
+        false => decompressor.decompress_to_buffer(frame, into.as_mut_slice()),
+    };
+    match done {
+        Ok(len) if len == data.buffer_len() => Ok(()),
+        Ok(len) => Err(corrupt(format!(
+            "chunk {number} has {len} bytes of data instead of {}",
+            data.bytes()
+        ))),
+        Err(error) => Err(corrupt(format!(
+            "chunk {number} cannot be decompressed: {error}"
+        ))),
+    }
+}
