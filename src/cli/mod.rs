@@ -3,8 +3,10 @@
 //! Exit status: 0 success, 1 failure with one line `vellum: …` on standard error, 2 usage, 128 + N
 //! when signal N ended it; `run` and `exec` end with the status of the command that they ran.
 
+mod backup;
 mod bar;
 mod bench;
+mod changed;
 mod check;
 mod commit;
 mod completions;
@@ -34,6 +36,7 @@ mod ps;
 mod remove;
 mod rename;
 mod resize;
+mod restore;
 mod rollback;
 mod run;
 mod snapshot;
@@ -153,6 +156,12 @@ enum Command {
     Flatten(merge::FlattenArgs),
     /// List the paths that a container changed
     Diff(diff::Args),
+    /// List the ranges of a container's disk that changed since a snapshot
+    Changed(changed::Args),
+    /// Write a moment of a container, running or not, to a file or stream: all of it or what changed
+    Backup(backup::Args),
+    /// Make a container of a backup and the deltas after it, or verify them
+    Restore(restore::Args),
     /// Show what copy-on-write costs containers: first touches, copy-ups, flushes, reads by layer
     ///
     /// Every request is counted. Of writes one in 16 is timed, drawn at random, so that counting
@@ -306,6 +315,8 @@ impl Command {
                 | Command::Merge(_)
                 | Command::Flatten(_)
                 | Command::Diff(_)
+                | Command::Backup(_)
+                | Command::Restore(_)
                 | Command::Prewarm(_)
                 | Command::Prune(_)
         )
@@ -340,6 +351,9 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Merge(args) => merge::run(&args, context)?,
         Command::Flatten(args) => merge::flatten_image(&args, context)?,
         Command::Diff(args) => diff::run(&args, context)?,
+        Command::Changed(args) => changed::run(&args, context)?,
+        Command::Backup(args) => backup::run(&args, context)?,
+        Command::Restore(args) => restore::run(&args, context)?,
         Command::Stats(args) => stats::run(&args, context)?,
         Command::Map(args) => map::run(&args, context)?,
         Command::Prewarm(args) => prewarm::run(&args, context)?,

@@ -118,6 +118,11 @@ impl<R: Read> Reader<R> {
         self.totals
     }
 
+    /// Bytes of the backup up to the end of the last chunk.
+    pub fn position(&self) -> u64 {
+        self.len
+    }
+
     /// The next chunk; `None` once the end was read, the digest is right and nothing follows. Before that what
     /// was read may be replaced or cut off, and is to be shown to nobody.
     ///

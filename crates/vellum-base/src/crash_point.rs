@@ -1,6 +1,7 @@
 //! Places where a test has this process die, as if it had been killed there, or panic.
 //!
-//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`], [`RESIZES`] or [`SERVING`]; the process
+//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`], [`RESIZES`], [`BACKUPS`] or [`SERVING`]; the
+//! process
 //! that called [`arm`] sends itself SIGKILL when it comes by for the first, or the third, time. With
 //! `VELLUM_PANIC_AT` it panics there. Builds without debug assertions contain nothing of it, and
 //! processes that never call [`arm`], such as device servers, come to no harm.
@@ -68,6 +69,16 @@ pub const RESIZES: [&str; 4] = [
     "resize: file system grown",
 ];
 
+/// Every place that backups and their restoration have beside those of a snapshot.
+pub const BACKUPS: [&str; 6] = [
+    "backup: snapshot taken",
+    "backup: piece written",
+    "backup: file complete",
+    "restore: piece written",
+    "restore: layer published",
+    "restore: record in place",
+];
+
 /// Every place in a server of clients.
 pub const SERVING: [&str; 1] = ["nbd: flush"];
 
@@ -114,7 +125,8 @@ pub fn arm() -> crate::Result<()> {
 
 #[cfg(debug_assertions)]
 fn is_place(name: &str) -> bool {
-    let mut places = ALL.iter().chain(&SNAPSHOTS).chain(&RESIZES).chain(&SERVING);
+    let places = ALL.iter().chain(&SNAPSHOTS).chain(&RESIZES);
+    let mut places = places.chain(&BACKUPS).chain(&SERVING);
     places.any(|place| *place == name)
 }
 

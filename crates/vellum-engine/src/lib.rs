@@ -1,6 +1,8 @@
 //! What users do with a store: import, mount, run, commit, compare, serve. Commands and the
 //! snapshotter call these; nothing here prints.
 
+pub mod backup;
+pub mod changed;
 pub mod check;
 pub mod commit;
 pub mod complete;

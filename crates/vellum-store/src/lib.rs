@@ -35,6 +35,7 @@ mod prune;
 mod quarantine;
 mod records;
 mod rename;
+mod restored;
 mod room;
 mod snapshots;
 mod space_policy;
@@ -54,6 +55,7 @@ pub use records::{
     TemplateRecord, Touched, VolumeMount,
 };
 pub use rename::ContainerRef;
+pub use restored::{Restored, RunAs};
 pub use snapshots::{SnapshotKind, SnapshotRecord};
 pub use space_policy::{SpacePolicy, SpaceState, StoreSpace, Threshold};
 pub use volumes::VolumePlace;

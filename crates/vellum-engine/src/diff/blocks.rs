@@ -10,14 +10,14 @@ use super::served::Served;
 use super::trees::BlockTrees;
 use super::{Newer, top_of};
 
+use crate::changed::{bytes_of, differing, runs_of, shared};
 use crate::device::{OpenChain, Target};
 use crate::map::served_runs;
 use crate::mount_point::{Mounted, mounted};
 use crate::seal::sync_file_system;
 use crate::sockets::Sockets;
-use vellum_base::block::{Block, Run};
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_core::chain::{Chain, Source};
+use vellum_core::chain::Chain;
 use vellum_fs::freeze;
 use vellum_fs::unmounted::{self, FileSystem, Replayed, changed};
 use vellum_image::{Comparison, Difference, compare_trees};
@@ -28,8 +28,6 @@ const FREEZE_LIMIT: Duration = Duration::from_secs(5);
 /// Blocks in the layers of a container that is mounted, of which contents are compared while its writers
 /// wait: 256 MiB, which takes less than that.
 const MAX_FROZEN: u64 = 64 << 10;
-/// Runs of blocks that are asked for at a time.
-const RUNS: usize = 1 << 16;
 
 /// As [`super::diff_states`], by blocks alone.
 ///
@@ -50,8 +48,7 @@ pub(super) fn diff(
             &resolved.sealed
         }
     };
-    let shared = older.iter().zip(layers);
-    let shared = shared.take_while(|(old, new)| old == new).count();
+    let shared = shared(older, layers);
     let task = Task {
         store,
         older: open.chain(),
@@ -86,7 +83,11 @@ impl Task<'_> {
     /// With a chain that this process has open.
     fn with_chain(&self, newer: &OpenChain) -> Result<Vec<Difference>> {
         let newer = &**newer.chain();
-        let differing = differing(&runs_of(self.older), &runs_of(newer), self.shared);
+        let differing = bytes_of(&differing(
+            &runs_of(self.older),
+            &runs_of(newer),
+            self.shared,
+        ));
         diff_devices(self.older, newer, &differing, self.comparison)
     }
 
@@ -132,7 +133,7 @@ impl Task<'_> {
         deadline: Instant,
     ) -> Result<Vec<Difference>> {
         let served = Served::new(self.older, self.layers, sockets, device, deadline)?;
-        let differing = differing(&runs_of(self.older), served.runs(), self.shared);
+        let differing = bytes_of(&differing(&runs_of(self.older), served.runs(), self.shared));
         let served = served.with_differing(&differing);
         diff_devices(self.older, &served, &differing, self.comparison)
     }
@@ -159,87 +160,4 @@ pub fn diff_devices(
     let found = compare_trees(&&trees, comparison)?;
     trees.check_all_seen()?;
     Ok(found)
-}
-
-/// Where all blocks of a chain come from.
-fn runs_of(chain: &Chain) -> Vec<Run<Source>> {
-    let mut runs: Vec<Run<Source>> = Vec::new();
-    loop {
-        let start = runs.last().map_or(Block::FIRST, Run::end);
-        let more = chain.sources(start, RUNS);
-        if more.is_empty() {
-            return runs;
-        }
-        runs.extend(more);
-    }
-}
-
-/// The bytes in which two states may differ, in order, by where their blocks come from. Their first `shared`
-/// layers are the same.
-fn differing(older: &[Run<Source>], newer: &[Run<Source>], shared: usize) -> Vec<Range<u64>> {
-    let is_zero = |source: Source| matches!(source, Source::Hole | Source::Zero);
-    let same = |old, new| match (old, new) {
-        (Source::Sealed(old), Source::Sealed(new)) => old == new && (new as usize) < shared,
-        (old, new) => is_zero(old) && is_zero(new),
-    };
-    let mut differing: Vec<Range<u64>> = Vec::new();
-    let mut olds = older.iter().peekable();
-    for new in newer {
-        let mut at = new.start();
-        while at < new.end() {
-            while olds.next_if(|old| old.end() <= at).is_some() {}
-            // Behind the end of the older state there were zeros.
-            let (old, end) = match olds.peek() {
-                Some(old) => (old.value, old.end().min(new.end())),
-                None => (Source::Hole, new.end()),
-            };
-            if !same(old, new.value) {
-                let bytes = at.offset().get()..end.offset().get();
-                match differing.last_mut() {
-                    Some(last) if last.end == bytes.start => last.end = bytes.end,
-                    _ => differing.push(bytes),
-                }
-            }
-            at = end;
-        }
-    }
-    differing
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use vellum_base::block::{Blocks, Span};
-
-    fn runs(list: &[(u64, Source)]) -> Vec<Run<Source>> {
-        let mut at = Block::FIRST;
-        let run = |&(len, source)| {
-            let span = Span::new(at, Blocks::new(len));
-            at = span.end();
-            Run::new(span, source)
-        };
-        list.iter().map(run).collect()
-    }
-
-    #[test]
-    fn states_differ_in_the_blocks_of_layers_that_they_do_not_share_and_where_data_became_zeros() {
-        use Source::{Hole, Sealed, Top, Zero};
-        let older = runs(&[(4, Sealed(0)), (4, Sealed(1)), (2, Hole), (2, Zero)]);
-        let newer = runs(&[
-            (2, Sealed(0)),
-            (3, Top),
-            (1, Zero),
-            (2, Sealed(1)),
-            (3, Zero),
-            (1, Sealed(2)),
-            (2, Hole),
-            (1, Top),
-        ]);
-        let blocks = |range: Range<u64>| range.start * 4096..range.end * 4096;
-        let expected = [2..6, 11..12, 14..15].map(blocks);
-        assert_eq!(differing(&older, &newer, 2), expected);
-        assert_eq!(differing(&older, &older, 2), []);
-        // The second layer is another: the older state went on from the same first one.
-        assert_eq!(differing(&older, &older, 1), vec![blocks(4..8)]);
-    }
 }

@@ -9,12 +9,11 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use crate::device::{HOLE, ZERO};
-use crate::map::served_runs;
+use crate::changed::served_sources;
 use crate::sockets::Sockets;
 use vellum_base::block::{
-    BLOCK_LEN, BLOCK_SIZE, Block, BlockDevice, Blocks, Offset, Run, Span, check_range, in_memory,
-    part, part_mut,
+    BLOCK_LEN, Block, BlockDevice, Blocks, Offset, Run, Span, check_range, in_memory, part,
+    part_mut,
 };
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
@@ -53,13 +52,7 @@ impl<'a> Served<'a> {
         device: &Path,
         deadline: Instant,
     ) -> Result<Self> {
-        let (map, runs) = served_runs(sockets)?;
-        if usize::try_from(map.depth) != Ok(layers) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "its server has other layers open than the store says",
-            ));
-        }
+        let (size, runs) = served_sources(sockets, layers)?;
         // Not by way of the page cache, which may have the contents of files as they once were: the
         // kernel writes files past it.
         let file = OpenOptions::new()
@@ -69,10 +62,10 @@ impl<'a> Served<'a> {
             .context(|| format!("cannot open {}", device.display()))?;
         Ok(Served {
             older,
-            size: map.virtual_size,
-            runs: sources(runs, map.depth)?,
+            size,
+            runs,
             // Nothing is known yet.
-            differing: vec![Span::up_to(Blocks::to_hold(map.virtual_size))],
+            differing: vec![Span::up_to(Blocks::to_hold(size))],
             device: file,
             kept: Mutex::default(),
             deadline,
@@ -196,32 +189,4 @@ fn read_up_to_end(file: &File, buf: &mut [u8], offset: u64) -> std::io::Result<(
         done += count;
     }
     Ok(())
-}
-
-/// The runs of a map as what they stand for. The number of layers below the top stands for the top.
-fn sources(runs: Vec<(u64, i64)>, layers: u64) -> Result<Vec<Run<Source>>> {
-    let strange = || {
-        Error::new(
-            ErrorKind::Protocol,
-            "a server's map of its blocks makes no sense",
-        )
-    };
-    let mut at = Block::FIRST;
-    let mut sources = Vec::with_capacity(runs.len());
-    for (len, number) in runs {
-        let source = match number {
-            HOLE => Source::Hole,
-            ZERO => Source::Zero,
-            number if u64::try_from(number) == Ok(layers) => Source::Top,
-            number => Source::Sealed(u32::try_from(number).map_err(|_| strange())?),
-        };
-        let span = Span::checked(at, Blocks::new(len)).ok_or_else(strange)?;
-        at = span.end();
-        sources.push(Run::new(span, source));
-    }
-    // Their bytes have numbers, too.
-    if at.get() > u64::MAX / BLOCK_SIZE {
-        return Err(strange());
-    }
-    Ok(sources)
 }

@@ -1,0 +1,365 @@
+//! The blocks in which a state may differ from an older one, by where both have them from: for comparisons,
+//! backups, and whoever else copies only what changed. docs/backup.md, "Changed blocks".
+
+use std::ops::Range;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::device::{HOLE, OpenChain, Target, ZERO};
+use super::lock_container;
+use super::map::served_runs;
+use super::mount_point::mounted;
+use super::seal::sync_file_system;
+use super::sockets::Sockets;
+use super::teardown::take_over;
+use vellum_base::block::{BLOCK_SIZE, Block, BlockState, Blocks, Run, Span, push_run};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_core::chain::{Chain, Source};
+use vellum_store::{ContainerRecord, ContainerSnapshot, Store};
+
+/// Version of [`Changed`] as JSON: fields may be added, others only change with this number.
+pub const CHANGED_SCHEMA: u32 = 1;
+/// Runs of blocks that are asked for at a time.
+const RUNS: usize = 1 << 16;
+
+/// What changed in a container since one of its snapshots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Changed {
+    /// [`CHANGED_SCHEMA`].
+    pub schema: u32,
+    /// The container, or a snapshot (C@NAME).
+    pub name: String,
+    /// The snapshot since which.
+    pub since: String,
+    /// Its id.
+    pub since_id: Uuid,
+    /// Bytes of the layers.
+    pub virtual_size: u64,
+    /// Bytes in a block.
+    pub block_size: u64,
+    /// Bytes in all ranges.
+    pub changed_bytes: u64,
+    /// In order.
+    pub ranges: Vec<ChangedRange>,
+}
+
+/// Bytes that may be others than before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ChangedRange {
+    /// First byte.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+    /// What is there now.
+    pub kind: ChangedKind,
+}
+
+/// What is there now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ChangedKind {
+    /// What some layer holds.
+    Data,
+    /// Zeros.
+    Zero,
+}
+
+/// An older state, with which chains are compared that have layers in common with it.
+#[derive(Debug, Clone, Default)]
+pub struct Older {
+    layers: Vec<Uuid>,
+    runs: Vec<Run<Source>>,
+}
+
+impl Older {
+    /// A sealed state: its layers, from the bottom up. The [default](Older::default) is the state in which
+    /// everything is zero.
+    ///
+    /// # Errors
+    /// Where a layer cannot be opened.
+    pub fn open(store: &Store, layers: &[Uuid]) -> Result<(Self, OpenChain)> {
+        let top = layers.last().copied();
+        let top =
+            top.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a state without layers"))?;
+        let open = Target::Sealed(top).open(store)?;
+        let older = Older {
+            layers: layers.to_vec(),
+            runs: runs_of(open.chain()),
+        };
+        Ok((older, open))
+    }
+
+    /// The blocks of a chain, which has these layers below its top, that may be others than in this state:
+    /// [`BlockState::Data`], or [`BlockState::Zero`] where they are zero now. In order; what is left out is the
+    /// same in both. The chain may be written meanwhile: what is written before the call is in the list. Once
+    /// layers of the chain were joined, `layers` are those of its container's record.
+    pub fn changed_in(&self, chain: &Chain, layers: &[Uuid]) -> Vec<Run<BlockState>> {
+        self.changed_at(&runs_of(chain), layers)
+    }
+
+    fn changed_at(&self, newer: &[Run<Source>], layers: &[Uuid]) -> Vec<Run<BlockState>> {
+        differing(&self.runs, newer, shared(&self.layers, layers))
+    }
+}
+
+/// The ranges of bytes in which a container, as its server has it now or as it lies on disk, or a snapshot
+/// (`C@NAME`) may differ from the container's snapshot `since`.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] for a name; [`ErrorKind::InUse`] while somebody else has the container;
+/// [`ErrorKind::Unsupported`] where its server has other layers open than the store knows.
+pub fn changed(store: &Store, name: &str, since: &str) -> Result<Changed> {
+    let (owner, later) = match name.split_once('@') {
+        Some((owner, later)) => (owner, Some(later)),
+        None => (name, None),
+    };
+    let container = store.container(owner)?;
+    let _busy = match later {
+        Some(_) => None,
+        None => Some(lock_container(store, &container)?),
+    };
+    let _pin = store.pin_layers()?;
+    let container = store.as_settled(container)?;
+    let base = container.snapshot(since)?;
+    let (older, _open) = Older::open(store, &container.snapshot_layers(base.id)?)?;
+    let (disk, runs) = match later {
+        Some(later) => {
+            let later = container.snapshot(later)?;
+            (
+                &later.disk,
+                changed_in_snapshot(store, &container, later, &older)?.0,
+            )
+        }
+        None => (&container.disk, changed_now(store, &container, &older)?),
+    };
+    let shown = disk.device_size.unwrap_or(disk.virtual_size);
+    let ranges: Vec<ChangedRange> = runs.iter().map(|run| range(run, shown)).collect();
+    Ok(Changed {
+        schema: CHANGED_SCHEMA,
+        name: name.to_owned(),
+        since: since.to_owned(),
+        since_id: base.id,
+        virtual_size: disk.virtual_size,
+        block_size: BLOCK_SIZE,
+        changed_bytes: ranges.iter().map(|range| range.length).sum(),
+        ranges,
+    })
+}
+
+/// What changed up to a snapshot, and its chain, open. The caller holds the pin.
+///
+/// # Errors
+/// As [`Older::open`].
+pub(super) fn changed_in_snapshot(
+    store: &Store,
+    container: &ContainerRecord,
+    snapshot: &ContainerSnapshot,
+    older: &Older,
+) -> Result<(Vec<Run<BlockState>>, OpenChain)> {
+    let layers = container.snapshot_layers(snapshot.id)?;
+    let (newer, open) = Older::open(store, &layers)?;
+    Ok((older.changed_at(&newer.runs, &layers), open))
+}
+
+/// What changed in a container until now, of which the caller has the lock.
+fn changed_now(
+    store: &Store,
+    container: &ContainerRecord,
+    older: &Older,
+) -> Result<Vec<Run<BlockState>>> {
+    take_over(store, container)?;
+    // What was written before the question is in the answer.
+    if let Some(mount) = mounted(store, container)?
+        && !mount.given_up
+    {
+        sync_file_system(&mount.dir)?;
+    }
+    let asked = served_sources(&Sockets::new(store, container.id), container.layers.len());
+    match asked {
+        Ok((_, runs)) => Ok(older.changed_at(&runs, &container.layers)),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let open = Target::Look(container.name.clone()).open(store)?;
+            Ok(older.changed_in(open.chain(), &container.layers))
+        }
+        Err(error) => Err(error.context(format!("the container {}", container.name))),
+    }
+}
+
+/// A run as bytes of a device that shows so many. The last block may be shown in part.
+fn range(run: &Run<BlockState>, shown: u64) -> ChangedRange {
+    let offset = run.start().offset().get();
+    ChangedRange {
+        offset,
+        length: run.end().offset().get().min(shown) - offset,
+        kind: match run.value {
+            BlockState::Data => ChangedKind::Data,
+            _ => ChangedKind::Zero,
+        },
+    }
+}
+
+/// Where all blocks of a chain come from.
+pub(super) fn runs_of(chain: &Chain) -> Vec<Run<Source>> {
+    let mut runs: Vec<Run<Source>> = Vec::new();
+    loop {
+        let start = runs.last().map_or(Block::FIRST, Run::end);
+        let more = chain.sources(start, RUNS);
+        if more.is_empty() {
+            return runs;
+        }
+        runs.extend(more);
+    }
+}
+
+/// How many layers, from the bottom up, are the same in both.
+pub(super) fn shared(older: &[Uuid], newer: &[Uuid]) -> usize {
+    let both = older.iter().zip(newer);
+    both.take_while(|(old, new)| old == new).count()
+}
+
+/// What a server has open: the size, and where all blocks come from.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] where nobody serves; [`ErrorKind::Unsupported`] where it has another number of
+/// layers open than `layers`, by which those of its map are known; [`ErrorKind::Protocol`] for a map that makes
+/// no sense.
+pub(super) fn served_sources(sockets: &Sockets, layers: usize) -> Result<(u64, Vec<Run<Source>>)> {
+    let (map, runs) = served_runs(sockets)?;
+    if usize::try_from(map.depth) != Ok(layers) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "its server has other layers open than the store says, until it is started anew",
+        ));
+    }
+    Ok((map.virtual_size, sources(runs, map.depth)?))
+}
+
+/// The bytes of such runs, without what they hold.
+pub(super) fn bytes_of(runs: &[Run<BlockState>]) -> Vec<Range<u64>> {
+    let mut bytes: Vec<Range<u64>> = Vec::new();
+    for run in runs {
+        let range = run.start().offset().get()..run.end().offset().get();
+        match bytes.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => bytes.push(range),
+        }
+    }
+    bytes
+}
+
+/// The blocks in which a newer state may differ from an older one, in order, by where both have them from, and
+/// whether they are zero in the newer. The first `shared` layers of both are the same.
+pub(super) fn differing(
+    older: &[Run<Source>],
+    newer: &[Run<Source>],
+    shared: usize,
+) -> Vec<Run<BlockState>> {
+    let is_zero = |source: Source| matches!(source, Source::Hole | Source::Zero);
+    let same = |old, new| match (old, new) {
+        (Source::Sealed(old), Source::Sealed(new)) => old == new && (new as usize) < shared,
+        (old, new) => is_zero(old) && is_zero(new),
+    };
+    let mut differing = Vec::new();
+    let mut olds = older.iter().peekable();
+    for new in newer {
+        let mut at = new.start();
+        while at < new.end() {
+            while olds.next_if(|old| old.end() <= at).is_some() {}
+            // Behind the end of the older state there were zeros.
+            let (old, end) = match olds.peek() {
+                Some(old) => (old.value, old.end().min(new.end())),
+                None => (Source::Hole, new.end()),
+            };
+            if !same(old, new.value) {
+                let state = match is_zero(new.value) {
+                    true => BlockState::Zero,
+                    false => BlockState::Data,
+                };
+                push_run(&mut differing, Run::new(Span::between(at, end), state));
+            }
+            at = end;
+        }
+    }
+    differing
+}
+
+/// The runs of a map as what they stand for. The number of layers below the top stands for the top.
+fn sources(runs: Vec<(u64, i64)>, layers: u64) -> Result<Vec<Run<Source>>> {
+    let strange = || {
+        Error::new(
+            ErrorKind::Protocol,
+            "a server's map of its blocks makes no sense",
+        )
+    };
+    let mut at = Block::FIRST;
+    let mut sources = Vec::with_capacity(runs.len());
+    for (len, number) in runs {
+        let source = match number {
+            HOLE => Source::Hole,
+            ZERO => Source::Zero,
+            number if u64::try_from(number) == Ok(layers) => Source::Top,
+            number => Source::Sealed(u32::try_from(number).map_err(|_| strange())?),
+        };
+        let span = Span::checked(at, Blocks::new(len)).ok_or_else(strange)?;
+        at = span.end();
+        sources.push(Run::new(span, source));
+    }
+    // Their bytes have numbers, too.
+    if at.get() > u64::MAX / BLOCK_SIZE {
+        return Err(strange());
+    }
+    Ok(sources)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runs(list: &[(u64, Source)]) -> Vec<Run<Source>> {
+        let mut at = Block::FIRST;
+        let run = |&(len, source)| {
+            let span = Span::new(at, Blocks::new(len));
+            at = span.end();
+            Run::new(span, source)
+        };
+        list.iter().map(run).collect()
+    }
+
+    #[test]
+    fn states_differ_in_the_blocks_of_layers_that_they_do_not_share_and_where_data_became_zeros() {
+        use Source::{Hole, Sealed, Top, Zero};
+        let older = runs(&[(4, Sealed(0)), (4, Sealed(1)), (2, Hole), (2, Zero)]);
+        let newer = runs(&[
+            (2, Sealed(0)),
+            (3, Top),
+            (1, Zero),
+            (2, Sealed(1)),
+            (3, Zero),
+            (1, Sealed(2)),
+            (2, Hole),
+            (1, Top),
+        ]);
+        use BlockState::{Data, Zero as Zeros};
+        let run = |blocks: Range<u64>, state| {
+            let span = Span::between(Block::new(blocks.start), Block::new(blocks.end));
+            Run::new(span, state)
+        };
+        let found = differing(&older, &newer, 2);
+        let expected = [
+            run(2..5, Data),
+            run(5..6, Zeros),
+            run(11..12, Data),
+            run(14..15, Data),
+        ];
+        assert_eq!(found, expected);
+        let blocks = |range: Range<u64>| range.start * 4096..range.end * 4096;
+        assert_eq!(bytes_of(&found), [2..6, 11..12, 14..15].map(blocks));
+        assert_eq!(differing(&older, &older, 2), []);
+        // The second layer is another: the older state went on from the same first one.
+        assert_eq!(differing(&older, &older, 1), [run(4..8, Data)]);
+        // Without an older state all that is not zero differs.
+        let all = Older::default().changed_at(&newer, &[]);
+        assert_eq!(bytes_of(&all), [0..5, 6..8, 11..12, 14..15].map(blocks));
+    }
+}
