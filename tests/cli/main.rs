@@ -1,4 +1,4 @@
-//! The command line: import, interrupted commands, lives of containers, `verify-durability`.
+//! The command line: import, interrupted commands, lives of containers, backups, `verify-durability`.
 
 #![allow(
     clippy::unwrap_used,
@@ -13,6 +13,7 @@ mod common;
 #[path = "../support/image_support/mod.rs"]
 mod image_support;
 
+mod backup;
 mod cp;
 mod cp_hostile;
 mod diff;

@@ -290,18 +290,6 @@ fn a_store_with_snapshots_says_so_to_programs_that_do_not_know_them() {
     store.ok(&["umount", "c"]);
 }
 
-/// The bytes of a chain's device, as a client of its NBD export reads them.
-fn content(store: &TestStore, name: &str) -> Vec<u8> {
-    let (server, socket) = store.serve(name);
-    let raw = store.path("raw");
-    let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
-    run("nbdcopy", &[uri.as_str(), raw.to_str().unwrap()]);
-    server.end();
-    let bytes = fs::read(&raw).unwrap();
-    fs::remove_file(raw).unwrap();
-    bytes
-}
-
 #[test]
 fn layers_are_joined_under_a_writer_and_every_kept_moment_stays_as_it_was() {
     let (store, dir) = mounted();
@@ -316,7 +304,7 @@ fn layers_are_joined_under_a_writer_and_every_kept_moment_stays_as_it_was() {
         store.ok(&["snapshot", "c", &format!("s{number}")]);
     }
     store.ok(&["fork", "c", "fork", "--from", "s5"]);
-    let before: Vec<_> = ["c@s2", "c@s5"].map(|name| content(&store, name)).into();
+    let before: Vec<_> = ["c@s2", "c@s5"].map(|name| store.content(name)).into();
     let layers = store.layers().len();
     let told = store.ok(&["merge", "c", "--keep", "s2,s5"]);
     assert!(told.contains("layers are"), "{told}");
@@ -329,7 +317,7 @@ fn layers_are_joined_under_a_writer_and_every_kept_moment_stays_as_it_was() {
         store.layers().len()
     );
     for (name, before) in ["c@s2", "c@s5"].iter().zip(&before) {
-        assert!(content(&store, name) == *before, "{name} changed");
+        assert!(store.content(name) == *before, "{name} changed");
     }
     let fork = store.mount("fork");
     assert_eq!(fs::read(fork.join("file")).unwrap(), vec![5; 300_000]);
@@ -358,7 +346,7 @@ fn layers_are_joined_under_a_writer_and_every_kept_moment_stays_as_it_was() {
     // What was joined is joined again, below what was made on it since.
     store.ok(&["fork", "c", "late", "--from", "s5"]);
     store.ok(&["merge", "c", "--keep", "s5"]);
-    assert!(content(&store, "c@s5") == before[1], "c@s5 changed");
+    assert!(store.content("c@s5") == before[1], "c@s5 changed");
     for name in ["fork", "late"] {
         let dir = store.mount(name);
         assert_eq!(fs::read(dir.join("file")).unwrap(), vec![5; 300_000]);
@@ -380,7 +368,7 @@ fn an_image_of_many_layers_becomes_one_of_one_layer_with_the_same_content() {
     store.ok(&["commit", "c", "three"]);
     store.ok(&["umount", "c"]);
     store.ok(&["flatten", "three", "flat"]);
-    assert!(content(&store, "flat") == content(&store, "three"));
+    assert!(store.content("flat") == store.content("three"));
     let history = store.json(&["history", "flat"]);
     let steps = history.as_array().unwrap();
     let with_layer = steps.iter().filter(|step| !step["layer"].is_null());
@@ -502,7 +490,7 @@ fn a_merge_that_is_killed_anywhere_joined_or_did_not() {
             fs::write(dir.join("file"), vec![number; 100_000]).unwrap();
             store.ok(&["snapshot", "c", &format!("s{number}")]);
         }
-        let before = content(&store, "c@s3");
+        let before = store.content("c@s3");
         let killed = store
             .command()
             .args(["merge", "c", "--keep", "s3"])
@@ -513,9 +501,9 @@ fn a_merge_that_is_killed_anywhere_joined_or_did_not() {
         // The server goes on, with whatever it has open.
         fs::write(dir.join("later"), "later").unwrap();
         store.ok(&["prune"]);
-        assert!(content(&store, "c@s3") == before, "{place}");
+        assert!(store.content("c@s3") == before, "{place}");
         store.ok(&["merge", "c"]);
-        assert!(content(&store, "c@s3") == before, "{place}");
+        assert!(store.content("c@s3") == before, "{place}");
         store.ok(&["umount", "c"]);
         let dir = store.mount("c");
         assert_eq!(fs::read_to_string(dir.join("later")).unwrap(), "later");

@@ -1,8 +1,7 @@
 //! Places where a test has this process die, as if it had been killed there, or panic.
 //!
-//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`], [`RESIZES`], [`BACKUPS`] or [`SERVING`]; the
-//! process
-//! that called [`arm`] sends itself SIGKILL when it comes by for the first, or the third, time. With
+//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`], [`RESIZES`], [`BACKUPS`] or
+//! [`SERVING`]; the process that called [`arm`] sends itself SIGKILL when it comes by for the first, or the third, time. With
 //! `VELLUM_PANIC_AT` it panics there. Builds without debug assertions contain nothing of it, and
 //! processes that never call [`arm`], such as device servers, come to no harm.
 

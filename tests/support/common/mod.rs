@@ -263,6 +263,18 @@ impl TestStore {
         (server, socket)
     }
 
+    /// The bytes of a container's, snapshot's or image's device, as a client of its NBD export reads them.
+    pub fn content(&self, name: &str) -> Vec<u8> {
+        let (server, socket) = self.serve(name);
+        let raw = self.arg("raw");
+        let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
+        run("nbdcopy", &[uri.as_str(), &raw]);
+        server.end();
+        let bytes = fs::read(&raw).unwrap();
+        fs::remove_file(raw).unwrap();
+        bytes
+    }
+
     /// (pid, command line) of every process of this store.
     pub fn processes(&self) -> Vec<(i32, String)> {
         let root = self.root.display().to_string();
