@@ -100,6 +100,13 @@ fn same(store: &TestStore, name: &str, expected: &[u8]) {
     assert!(store.content(name) == expected, "{name} is another");
 }
 
+/// The ids of a container's snapshots.
+fn ids(store: &TestStore, name: &str) -> Vec<Value> {
+    let listed = store.json(&["snapshots", name]);
+    let listed = listed["snapshots"].as_array().unwrap().iter();
+    listed.map(|kept| kept["id"].clone()).collect()
+}
+
 #[test]
 fn a_full_backup_and_deltas_of_a_container_in_use_restore_each_moment_byte_for_byte() {
     let (store, other) = (container(), TestStore::new());
@@ -151,11 +158,6 @@ fn a_full_backup_and_deltas_of_a_container_in_use_restore_each_moment_byte_for_b
     }
     same(&other, "d", &contents[3]);
     // The ids went along, so the chain goes on at the destination and back.
-    let ids = |store: &TestStore, name: &str| {
-        let listed = store.json(&["snapshots", name]);
-        let listed = listed["snapshots"].as_array().unwrap().iter();
-        listed.map(|kept| kept["id"].clone()).collect::<Vec<_>>()
-    };
     assert_eq!(ids(&store, "c"), ids(&other, "d"));
     let dir = other.mount("d");
     assert_eq!(fs::read(dir.join("step-3")).unwrap().len(), 1_500_000);
@@ -202,6 +204,13 @@ fn deltas_go_across_joined_layers_and_branches() {
     let changed = store.json(&["changed", "c", "--since", "s3"]);
     let now = store.content("c");
     check_changed(&changed, &s3, &now);
+    let (server, _) = store.serve("c");
+    assert_eq!(
+        store.json(&["changed", "c", "--since", "s3"]),
+        changed,
+        "as its NBD server says"
+    );
+    server.end();
     store.ok(&["backup", "c@s3", "--since", "s0", "-o", &file("s3.vb")]);
     store.ok(&[
         "backup",

@@ -170,51 +170,102 @@ fn a_fork_of_a_running_postgresql_holds_every_acknowledged_transaction_and_is_wh
     store.ok(&["check", "--scrub"]);
 }
 
+/// A sqlite3 that inserts one row after the other into `data.db`, each durable before it is told.
+struct Inserting {
+    writer: Child,
+    told: PathBuf,
+    stop: PathBuf,
+}
+
+impl Inserting {
+    fn start(store: &TestStore, dir: &Path) -> Self {
+        let database = dir.join("data.db");
+        let (told, stop) = (store.path("told"), store.path("stop"));
+        let schema = "PRAGMA journal_mode=WAL; CREATE TABLE told (n INTEGER PRIMARY KEY);";
+        run("sqlite3", &[database.to_str().unwrap(), schema]);
+        // An answer of `told` follows each row that is in the database durably.
+        let line = format!(
+            "n=0; while [ ! -e '{}' ]; do echo \"INSERT INTO told VALUES ($n); SELECT 'told';\"; n=$((n+1)); done \
+             | stdbuf -oL sqlite3 -cmd 'PRAGMA synchronous=FULL' '{}' > '{}'",
+            stop.display(),
+            database.display(),
+            told.display()
+        );
+        let writer = Command::new("sh").args(["-c", &line]).spawn().unwrap();
+        Inserting { writer, told, stop }
+    }
+
+    fn acknowledged(&self) -> usize {
+        let told = std::fs::read_to_string(&self.told).unwrap_or_default();
+        told.lines().filter(|line| *line == "told").count()
+    }
+
+    /// Waits for some more rows; returns how many are durable.
+    fn wait_for_more(&self) -> usize {
+        let before = self.acknowledged();
+        wait_until("the writer goes on", || self.acknowledged() > before + 20);
+        self.acknowledged()
+    }
+
+    fn end(mut self) {
+        std::fs::write(&self.stop, []).unwrap();
+        assert!(self.writer.wait().unwrap().success());
+    }
+}
+
+/// Mounts a container with such a database, which is whole and has at least so many rows, without gaps.
+fn check_sqlite(store: &TestStore, name: &str, least: usize) {
+    let database = store.mount(name).join("data.db");
+    let ask = |sql: &str| {
+        run("sqlite3", &[database.to_str().unwrap(), sql])
+            .trim()
+            .to_owned()
+    };
+    assert_eq!(ask("PRAGMA integrity_check"), "ok", "{name}");
+    let found: usize = ask("SELECT count(*) FROM told").parse().unwrap();
+    assert!(found >= least, "{name}: {found} of {least}");
+    assert_eq!(ask("SELECT max(n) + 1 = count(*) FROM told"), "1", "{name}");
+    store.ok(&["umount", name]);
+}
+
 #[test]
 fn snapshots_of_a_working_sqlite_hold_every_acknowledged_row_in_both_ways_of_taking_them() {
     let store = TestStore::new();
     store.small_image("base");
     store.ok(&["create", "base", "--name", "db"]);
-    let dir = store.mount("db");
-    let database = dir.join("data.db");
-    let told = store.path("told");
-    let schema = "PRAGMA journal_mode=WAL; CREATE TABLE told (n INTEGER PRIMARY KEY);";
-    run("sqlite3", &[database.to_str().unwrap(), schema]);
-    // An answer of `told` follows each row that is in the database durably.
-    let stop = store.path("stop");
-    let line = format!(
-        "n=0; while [ ! -e '{}' ]; do echo \"INSERT INTO told VALUES ($n); SELECT 'told';\"; n=$((n+1)); done \
-         | stdbuf -oL sqlite3 -cmd 'PRAGMA synchronous=FULL' '{}' > '{}'",
-        stop.display(),
-        database.display(),
-        told.display()
-    );
-    let mut writer = Command::new("sh").args(["-c", &line]).spawn().unwrap();
-    let acknowledged = || {
-        let told = std::fs::read_to_string(&told).unwrap_or_default();
-        told.lines().filter(|line| *line == "told").count()
-    };
+    let writer = Inserting::start(&store, &store.mount("db"));
     for (name, options) in [("crash", &[][..]), ("clean", &["--freeze"])] {
-        let before = acknowledged();
-        wait_until("the writer goes on", || acknowledged() > before + 20);
-        let before = acknowledged();
+        let acknowledged = writer.wait_for_more();
         let mut arguments = vec!["snapshot", "db", name];
         arguments.extend(options);
         store.ok(&arguments);
         store.ok(&["fork", "db", name, "--from", name]);
-        let fork = store.mount(name).join("data.db");
-        let ask = |sql: &str| {
-            run("sqlite3", &[fork.to_str().unwrap(), sql])
-                .trim()
-                .to_owned()
-        };
-        assert_eq!(ask("PRAGMA integrity_check"), "ok", "{name}");
-        let found: usize = ask("SELECT count(*) FROM told").parse().unwrap();
-        assert!(found >= before, "{name}: {found} of {before}");
-        assert_eq!(ask("SELECT max(n) + 1 = count(*) FROM told"), "1", "{name}");
-        store.ok(&["umount", name]);
+        check_sqlite(&store, name, acknowledged);
     }
-    std::fs::write(&stop, []).unwrap();
-    assert!(writer.wait().unwrap().success());
+    writer.end();
     store.ok(&["umount", "db"]);
+}
+
+#[test]
+fn backups_of_a_working_sqlite_restore_to_databases_with_every_acknowledged_row() {
+    let (store, other) = (TestStore::new(), TestStore::new());
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "db"]);
+    let writer = Inserting::start(&store, &store.mount("db"));
+    let mut since: Option<&str> = None;
+    for name in ["full", "first", "second"] {
+        let acknowledged = writer.wait_for_more();
+        let file = store.arg(name);
+        let mut arguments = vec!["backup", "db", "--snapshot", name, "-o", &file];
+        arguments.extend(since.iter().flat_map(|since| ["--since", *since]));
+        store.ok(&arguments);
+        since = Some(name);
+        other.ok(&["restore", "db", &file]);
+        // A fork of it is looked at, so that the next delta finds what it needs.
+        other.ok(&["fork", "db", name, "--from", name]);
+        check_sqlite(&other, name, acknowledged);
+    }
+    writer.end();
+    store.ok(&["umount", "db"]);
+    other.ok(&["check", "--scrub"]);
 }

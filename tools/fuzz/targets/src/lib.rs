@@ -15,6 +15,7 @@
 )]
 
 mod archive;
+mod backup;
 mod control;
 mod disk;
 mod ext4;
@@ -191,6 +192,15 @@ pub const TARGETS: &[Target] = &[
         memory_per_byte: 64,
         run: control::authority,
         seeds: control::authority_seeds,
+    },
+    Target {
+        name: "backup",
+        max_len: 8 << 10,
+        // A description, a chunk as it is stored and as it is read, and what zstd works with.
+        memory: 16 * MIB,
+        memory_per_byte: 16,
+        run: backup::backup,
+        seeds: backup::backup_seeds,
     },
 ];
 

@@ -108,6 +108,7 @@ smoke!(
     ext4,
     control,
     authority,
+    backup,
 );
 
 #[test]
