@@ -9,6 +9,7 @@ use super::output::{human_size, say};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_engine::backup::{BackupOptions, BackupReport, backup_to, backup_to_file};
+use vellum_store::Store;
 
 /// Arguments of `backup`.
 #[derive(Debug, clap::Args)]
@@ -41,7 +42,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     };
     let watch = Bar::new(context.out, "backing up");
     if args.output.as_os_str() != "-" {
-        let store = context.store_to_change()?;
+        let store = store(args, context)?;
         let report = backup_to_file(&store, &args.container, &options, &args.output, &watch)?;
         context.out.print(&report, |report| {
             summary(report, Some(args.output.as_path()))
@@ -55,13 +56,21 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             "a backup is nothing for a terminal: redirect standard output, or name a file (-o FILE)",
         ));
     }
-    let store = context.store_to_change()?;
+    let store = store(args, context)?;
     let report = backup_to(&store, &args.container, &options, &mut stdout, &watch)?;
     // Standard output has the backup.
     if !context.out.quiet {
         say(summary(&report, None).trim_end());
     }
     tell_of_snapshot(&report, context)
+}
+
+/// Of a snapshot that is there nothing changes: it can be backed up from a store that cannot be written.
+fn store(args: &Args, context: &Context) -> Result<Store> {
+    match args.container.contains('@') {
+        true => context.store(),
+        false => context.store_to_change(),
+    }
 }
 
 fn summary(report: &BackupReport, file: Option<&Path>) -> String {

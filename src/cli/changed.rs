@@ -19,7 +19,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
-    let store = context.store_to_change()?;
+    let store = context.store()?;
     let found = changed(&store, &args.container, &args.since)?;
     context.out.print(&found, listed)
 }

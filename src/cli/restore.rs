@@ -58,8 +58,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         context.out.note(&format!(
             "{} does not have {} at {}: `--volumes` would give it that",
             report.container,
-            volume.source,
-            volume.destination.display()
+            super::shown(volume.source.as_ref()),
+            super::shown(&volume.destination)
         ));
     }
     Ok(())

@@ -81,9 +81,19 @@ pub fn backup_to(
     let state = wish.state(None)?;
     let header = state.header()?;
     let mut out = Counting { out, bytes: 0 };
-    let mut writer = Writer::new(&mut out, &header, &state.description()?)?;
-    state.write(&mut writer, watch)?;
-    let (totals, _) = writer.finish()?;
+    let description = state.description()?;
+    let mut write = || {
+        let mut writer = Writer::new(&mut out, &header, &description)?;
+        state.write(&mut writer, watch)?;
+        writer.finish().map(|(totals, _)| totals)
+    };
+    let totals = write().map_err(|error| match state.taken {
+        true => error.context(format!(
+            "the snapshot {}@{}, which was taken for this backup, stays",
+            state.container.name, state.of.name
+        )),
+        false => error,
+    })?;
     let written = out.bytes;
     Ok(state.report(&header, &totals, 0, written))
 }

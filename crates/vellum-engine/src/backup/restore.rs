@@ -114,6 +114,8 @@ impl Backup {
         let open = || {
             let reader = Reader::new(BufReader::with_capacity(BUFFER, Interruptible(input)))?;
             let description = Description::decode(reader.description())?;
+            // What is not checked is shown to people alone.
+            check_name("container", &description.container)?;
             check_name("snapshot", &description.snapshot.name)?;
             Ok((reader, description))
         };
