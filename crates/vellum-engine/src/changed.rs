@@ -179,7 +179,7 @@ fn changed_now(
     match asked {
         Ok((_, runs)) => Ok(older.changed_at(&runs, &container.layers)),
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let open = Target::Look(container.name.clone()).open(store)?;
+            let open = Target::look_at(container).open(store)?;
             Ok(older.changed_in(open.chain(), &container.layers))
         }
         Err(error) => Err(error.context(format!("the container {}", container.name))),

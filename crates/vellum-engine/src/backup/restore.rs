@@ -218,6 +218,7 @@ pub fn restore(
     watch: &dyn BlocksWatch,
 ) -> Result<RestoreReport> {
     check_name("container", name)?;
+    store.check_space_for("container")?;
     let backups = sources.into_iter().map(Backup::open);
     let backups = backups.collect::<Result<Vec<Backup>>>()?;
     check_order(name, find(store, name)?.as_ref(), &backups)?;
