@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use super::handshake::Negotiated;
 use super::protocol::{self as wire, Command, Errno, Request, chunk, command_flag as flag};
-use vellum_base::block::{BlockDevice, Durability, Extent, ExtentKind, ZeroMode};
+use super::status::{Contexts, clip};
+use vellum_base::block::{BlockDevice, Durability, ExtentKind, ZeroMode};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, Result};
 
@@ -17,8 +18,6 @@ const READ_PIECE: usize = 1 << 20;
 const HOLES_FROM: u32 = 32 << 10;
 /// The most extents of a read that are sent apart; what is beyond is sent as data.
 const READ_EXTENTS: usize = 16;
-/// The most extents in a reply to BLOCK_STATUS.
-const STATUS_EXTENTS: usize = 4096;
 /// The longest text that goes with an error, in bytes.
 const MAX_TEXT: usize = 512;
 
@@ -128,7 +127,7 @@ pub(super) struct Session {
     size: u64,
     read_only: bool,
     structured: bool,
-    allocation: bool,
+    contexts: Contexts,
     /// The client has made a request: it is no idle connection that only takes a place.
     busy: Arc<AtomicBool>,
 }
@@ -146,7 +145,7 @@ impl Session {
             read_only: export.is_read_only(),
             device: Arc::clone(&export.device),
             structured: negotiated.structured,
-            allocation: negotiated.allocation,
+            contexts: Contexts::of(&negotiated),
             busy,
         }
     }
@@ -179,7 +178,7 @@ impl Session {
         if writes && self.read_only {
             return Err(Refusal::new(Errno::Perm, "the export is read-only"));
         }
-        if command == Command::BlockStatus && !self.allocation {
+        if command == Command::BlockStatus && self.contexts.is_empty() {
             return inval("no metadata context was selected for this export");
         }
         if request.flags & flag::DF != 0 && !self.structured {
@@ -250,7 +249,7 @@ impl Session {
         };
         let done = match command {
             Command::Read => return self.read(request, out, sink).map(|()| Outcome::Done),
-            Command::BlockStatus => match self.block_status(request, out) {
+            Command::BlockStatus => match self.contexts.answer(&*self.device, request, out) {
                 Ok(()) => return Ok(Outcome::Done),
                 Err(refusal) => Err(refusal),
             },
@@ -473,69 +472,9 @@ impl Session {
         let done = self.patiently(patience, zero)?;
         Some(done.map_err(Refusal::from))
     }
-
-    fn block_status(&self, request: &Request, out: &mut Buffer) -> Result<(), Refusal> {
-        let one = request.flags & flag::REQ_ONE != 0;
-        // Neighbours of different kinds can have the same status, so one takes a look at more.
-        let extents = self
-            .device
-            .extents(request.offset, request.len.into(), STATUS_EXTENTS)?;
-        let mut statuses: Vec<(u32, u32)> = Vec::new();
-        for extent in clip(&extents, request) {
-            let status = match extent.kind {
-                ExtentKind::Data => 0,
-                ExtentKind::Hole | ExtentKind::Zero => wire::STATE_HOLE | wire::STATE_ZERO,
-            };
-            // All extents lie within the request, whose length has 32 bits.
-            let len = extent.len as u32;
-            match statuses.last_mut() {
-                Some((last, sum)) if *last == status => *sum += len,
-                Some(_) if one => break,
-                _ => statuses.push((status, len)),
-            }
-        }
-        if statuses.is_empty() {
-            // The protocol wants at least one; "may hold data" is always true.
-            statuses.push((0, request.len));
-        }
-        let len = 4 + 8 * statuses.len();
-        out.push(&wire::chunk_header(
-            chunk::FLAG_DONE,
-            chunk::BLOCK_STATUS,
-            request.cookie,
-            len as u32,
-        ));
-        out.push(&wire::BASE_ALLOCATION_ID.to_be_bytes());
-        for (status, len) in statuses {
-            out.push(&len.to_be_bytes());
-            out.push(&status.to_be_bytes());
-        }
-        Ok(())
-    }
 }
 
-/// The extents as far as they describe the request from its start on, without a gap: whatever a
-/// device says, nothing outside the request goes to the client.
-fn clip(extents: &[Extent], request: &Request) -> Vec<Extent> {
-    let end = request.offset + u64::from(request.len);
-    let mut at = request.offset;
-    let mut clipped = Vec::with_capacity(extents.len());
-    for extent in extents {
-        let extent_end = extent.offset.saturating_add(extent.len).min(end);
-        if extent.offset > at || extent_end <= at {
-            break;
-        }
-        clipped.push(Extent {
-            offset: at,
-            len: extent_end - at,
-            kind: extent.kind,
-        });
-        at = extent_end;
-    }
-    clipped
-}
-
-fn done(last: bool) -> u16 {
+pub(super) fn done(last: bool) -> u16 {
     if last { chunk::FLAG_DONE } else { 0 }
 }
 

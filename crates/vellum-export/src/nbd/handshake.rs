@@ -53,8 +53,35 @@ pub struct Negotiated {
     pub export: Arc<Export>,
     /// Replies to reads are structured.
     pub structured: bool,
-    /// The client may ask for `base:allocation`.
-    pub allocation: bool,
+    /// What the client may ask of the export's bytes.
+    pub contexts: Vec<Selected>,
+}
+
+/// A metadata context that a client selected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Selected {
+    /// `base:allocation`.
+    Allocation,
+    /// The export's own with this number.
+    Own(usize),
+}
+
+impl Selected {
+    /// All that an export has, with their names.
+    fn all(export: &Export) -> Vec<(Selected, &str)> {
+        let own = export.contexts.iter().enumerate();
+        let own = own.map(|(number, context)| (Selected::Own(number), context.name()));
+        let base = (Selected::Allocation, wire::BASE_ALLOCATION);
+        std::iter::once(base).chain(own).collect()
+    }
+
+    /// What stands for it in replies.
+    pub(super) fn id(self) -> u32 {
+        match self {
+            Selected::Allocation => wire::BASE_ALLOCATION_ID,
+            Selected::Own(number) => wire::BASE_ALLOCATION_ID + 1 + number as u32,
+        }
+    }
 }
 
 /// How a handshake ended.
@@ -82,8 +109,8 @@ pub struct Handshake<'a, D: ?Sized> {
     directory: &'a D,
     tls: Tls,
     structured: bool,
-    /// The export for which `base:allocation` was selected.
-    allocation_for: Option<String>,
+    /// What was selected, for the export of a name.
+    selected: Option<(String, Vec<Selected>)>,
     no_zeroes: bool,
     options: u32,
 }
@@ -100,7 +127,7 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
                 Tls::Off
             },
             structured: false,
-            allocation_for: None,
+            selected: None,
             no_zeroes: false,
             options: 0,
         }
@@ -135,7 +162,7 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
     pub fn secured(&mut self) {
         self.tls = Tls::Active;
         self.structured = false;
-        self.allocation_for = None;
+        self.selected = None;
     }
 
     /// Answers options until one of them ends the handshake.
@@ -326,7 +353,7 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
     fn meta(&mut self, option: u32, data: &[u8], out: &mut Vec<u8>) -> Answer {
         let set = option == option::SET_META_CONTEXT;
         if set {
-            self.allocation_for = None;
+            self.selected = None;
         }
         if !self.structured {
             return refuse(
@@ -341,15 +368,20 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
         let Some(export) = self.find(request.name) else {
             return refuse(reply::ERR_UNKNOWN, "no export has that name");
         };
-        let selected = request.exact || (!set && (request.no_queries || request.wildcard));
-        if selected {
+        let mut selected = Vec::new();
+        for (context, name) in Selected::all(&export) {
             // Lists carry no number: it means something only once the context is selected.
-            let id = if set { wire::BASE_ALLOCATION_ID } else { 0 }.to_be_bytes();
-            let parts: [&[u8]; 2] = [&id, wire::BASE_ALLOCATION.as_bytes()];
+            let id = match set {
+                true if request.selects(name) => context.id(),
+                false if request.lists(name) => 0,
+                _ => continue,
+            };
+            let parts: [&[u8]; 2] = [&id.to_be_bytes(), name.as_bytes()];
             wire::push_option_reply(out, option, reply::META_CONTEXT, &parts);
-            if set {
-                self.allocation_for = Some(export.name.clone());
-            }
+            selected.push(context);
+        }
+        if set {
+            self.selected = Some((export.name.clone(), selected));
         }
         acknowledge(out, option)
     }
@@ -364,8 +396,12 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
     }
 
     fn negotiated(&self, export: Arc<Export>) -> Negotiated {
+        let contexts = match &self.selected {
+            Some((name, selected)) if self.structured && *name == export.name => selected.clone(),
+            _ => Vec::new(),
+        };
         Negotiated {
-            allocation: self.structured && self.allocation_for.as_ref() == Some(&export.name),
+            contexts,
             structured: self.structured,
             export,
         }

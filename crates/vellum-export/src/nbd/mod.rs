@@ -23,6 +23,7 @@ pub mod protocol;
 mod server;
 mod session;
 mod stall;
+mod status;
 mod stream;
 mod tls;
 
@@ -39,6 +40,20 @@ pub use tls::{ClientCertificates, TlsConfig};
 use vellum_base::block::BlockDevice;
 use vellum_base::error::{Error, ErrorKind, Result};
 
+/// A metadata context of an export beside `base:allocation`: a number for each of its bytes, which
+/// clients get by BLOCK_STATUS.
+pub trait MetaContext: Send + Sync {
+    /// What clients ask for: `NAMESPACE:LEAF`, as an export's name.
+    fn name(&self) -> &str;
+
+    /// The numbers of the range from `offset`, as (bytes, number) in order and without gaps, in at most
+    /// `max` runs; the answer may end before `offset + len`.
+    ///
+    /// # Errors
+    /// Where they cannot be found out.
+    fn statuses(&self, offset: u64, len: u64, max: usize) -> Result<Vec<(u64, u32)>>;
+}
+
 /// A block device under a name.
 #[derive(Clone)]
 pub struct Export {
@@ -50,6 +65,8 @@ pub struct Export {
     pub device: Arc<dyn BlockDevice>,
     /// Refuse writes even where the device would take them.
     pub read_only: bool,
+    /// What clients may ask of its bytes beside `base:allocation`.
+    pub contexts: Vec<Arc<dyn MetaContext>>,
 }
 
 impl Export {
@@ -60,6 +77,7 @@ impl Export {
             description: String::new(),
             device,
             read_only: false,
+            contexts: Vec::new(),
         }
     }
 
@@ -70,7 +88,15 @@ impl Export {
 
     /// Checks that name and description fit the protocol.
     fn check(&self) -> Result<()> {
-        for (what, text) in [("name", &self.name), ("description", &self.description)] {
+        let contexts = self
+            .contexts
+            .iter()
+            .map(|context| ("context", context.name()));
+        let names = [
+            ("name", self.name.as_str()),
+            ("description", &self.description),
+        ];
+        for (what, text) in names.into_iter().chain(contexts) {
             protocol::name(text.as_bytes()).map_err(|why| {
                 Error::new(
                     ErrorKind::InvalidInput,

@@ -107,9 +107,9 @@ pub mod chunk {
     pub const FLAG_DONE: u16 = 1 << 0;
 }
 
-/// The one metadata context that the server has.
+/// The metadata context that every export has.
 pub const BASE_ALLOCATION: &str = "base:allocation";
-/// The number that stands for [`BASE_ALLOCATION`] in replies.
+/// The number that stands for [`BASE_ALLOCATION`] in replies; those of an export's own contexts follow.
 pub const BASE_ALLOCATION_ID: u32 = 1;
 /// `base:allocation` status bit: takes no space.
 pub const STATE_HOLE: u32 = 1 << 0;
@@ -411,16 +411,12 @@ impl<'a> InfoRequest<'a> {
 pub struct MetaRequest<'a> {
     /// The export's name, empty for the default one.
     pub name: &'a str,
-    /// True when no query was sent at all.
-    pub no_queries: bool,
-    /// A query is exactly `base:allocation`.
-    pub exact: bool,
-    /// A query is `base:`, which lists everything in that namespace.
-    pub wildcard: bool,
+    /// Names of contexts, and the beginnings of such.
+    pub queries: Vec<&'a str>,
 }
 
 impl<'a> MetaRequest<'a> {
-    /// Parses an option's data. Queries in namespaces that are not ours are passed over.
+    /// Parses an option's data.
     ///
     /// # Errors
     /// What is wrong, as a text for the client.
@@ -428,25 +424,34 @@ impl<'a> MetaRequest<'a> {
         let mut fields = Fields(data);
         let name = fields.string()?;
         let count = fields.u32().ok_or("the number of queries is missing")?;
-        let mut request = MetaRequest {
-            name,
-            no_queries: count == 0,
-            exact: false,
-            wildcard: false,
-        };
+        let mut queries = Vec::new();
         // Every query takes at least 4 bytes, so a wild count ends at the end of the data.
         for _ in 0..count {
             let query = fields.string()?;
             if !query.contains(':') {
                 return Err("a query names no namespace: use base:allocation");
             }
-            request.exact |= query == BASE_ALLOCATION;
-            request.wildcard |= query == "base:";
+            queries.push(query);
         }
         if !fields.0.is_empty() {
             return Err("there is more data than the queries take");
         }
-        Ok(request)
+        Ok(MetaRequest { name, queries })
+    }
+
+    /// Whether a context is listed: one that is asked for, one of a namespace or a kind that is
+    /// (`base:`, `qemu:dirty-bitmap:`), and each where nothing is asked for.
+    pub fn lists(&self, context: &str) -> bool {
+        let asked = |query: &&str| match query.ends_with(':') {
+            true => context.starts_with(query),
+            false => context == *query,
+        };
+        self.queries.is_empty() || self.queries.iter().any(asked)
+    }
+
+    /// Whether a context is selected: one that is asked for by its whole name.
+    pub fn selects(&self, context: &str) -> bool {
+        self.queries.contains(&context)
     }
 }
 
@@ -528,14 +533,19 @@ mod tests {
     }
 
     #[test]
-    fn meta_requests_find_base_allocation_among_other_queries() {
+    fn meta_requests_select_whole_names_and_list_beginnings_too() {
         let mut data = vec![0, 0, 0, 0, 0, 0, 0, 2];
-        for query in ["qemu:dirty", BASE_ALLOCATION] {
+        for query in ["qemu:dirty-bitmap:", BASE_ALLOCATION] {
             data.extend((query.len() as u32).to_be_bytes());
             data.extend(query.as_bytes());
         }
         let parsed = MetaRequest::parse(&data).unwrap();
-        assert!(parsed.exact && !parsed.wildcard && !parsed.no_queries);
+        assert!(parsed.selects(BASE_ALLOCATION) && parsed.lists(BASE_ALLOCATION));
+        let bitmap = "qemu:dirty-bitmap:monday";
+        assert!(parsed.lists(bitmap) && !parsed.selects(bitmap));
+        assert!(!parsed.lists("qemu:allocation-depth"));
+        let all = MetaRequest::parse(&[0; 8]).unwrap();
+        assert!(all.lists(bitmap) && !all.selects(bitmap));
         for len in 0..data.len() {
             assert!(MetaRequest::parse(&data[..len]).is_err(), "{len} bytes");
         }

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::nbd::MetaContext;
 use vellum_base::block::{Durability, ExtentKind};
 
 pub(super) const READ: u16 = 0;
@@ -320,14 +321,21 @@ fn a_context_selected_for_another_export_does_not_count() {
     assert_eq!(one_error(script, &exports), EINVAL);
 }
 
-/// The descriptors, length and status, of the next reply.
+/// The descriptors, length and status, of the next reply about `base:allocation` alone.
 pub(super) fn statuses(answers: &mut Answers) -> Vec<(u32, u32)> {
+    let (flags, id, descriptors) = context_chunk(answers);
+    assert_eq!((flags, id), (chunk::FLAG_DONE, BASE_ALLOCATION_ID));
+    descriptors
+}
+
+/// The next chunk about a context: its flags, the context's number, and the descriptors.
+fn context_chunk(answers: &mut Answers) -> (u16, u32, Vec<(u32, u32)>) {
     let Reply::Chunk { flags, kind, data } = answers.reply() else {
         panic!("a simple reply to BLOCK_STATUS");
     };
-    assert_eq!((flags, kind), (chunk::FLAG_DONE, chunk::BLOCK_STATUS));
-    assert_eq!(data[..4], BASE_ALLOCATION_ID.to_be_bytes());
-    data[4..]
+    assert_eq!(kind, chunk::BLOCK_STATUS);
+    let id = u32::from_be_bytes(data[..4].try_into().unwrap());
+    let descriptors = data[4..]
         .chunks(8)
         .map(|descriptor| {
             let (len, status) = descriptor.split_at(4);
@@ -336,7 +344,91 @@ pub(super) fn statuses(answers: &mut Answers) -> Vec<(u32, u32)> {
                 u32::from_be_bytes(status.try_into().unwrap()),
             )
         })
-        .collect()
+        .collect();
+    (flags, id, descriptors)
+}
+
+/// Says of each 4096 bytes whether their number is odd, and of more than was asked for.
+struct Odd(&'static str);
+
+impl MetaContext for Odd {
+    fn name(&self) -> &str {
+        self.0
+    }
+
+    fn statuses(&self, offset: u64, len: u64, max: usize) -> Result<Vec<(u64, u32)>> {
+        let first = offset / 4096;
+        let last = (offset + len) / 4096 + 1;
+        let mut runs: Vec<(u64, u32)> = (first..=last).map(|n| (4096, n as u32 % 2)).collect();
+        runs[0].0 -= offset % 4096;
+        runs.truncate(max);
+        Ok(runs)
+    }
+}
+
+/// An export with two contexts of its own.
+fn with_contexts() -> Arc<Export> {
+    Arc::new(Export {
+        contexts: vec![
+            Arc::new(Odd("qemu:dirty-bitmap:a")),
+            Arc::new(Odd("qemu:dirty-bitmap:b")),
+        ],
+        ..Export::new("disk", Arc::new(MemoryDevice::new(SIZE)))
+    })
+}
+
+#[test]
+fn each_selected_context_has_a_chunk_of_its_own_in_a_reply() {
+    let selected = [
+        "qemu:dirty-bitmap:b",
+        BASE_ALLOCATION,
+        "qemu:dirty-bitmap:c",
+    ];
+    let mut answers = Script::new()
+        .structured()
+        .option(option::SET_META_CONTEXT, &meta_data("disk", &selected))
+        .go("disk")
+        .request(STATUS, 0, 4000, 8192)
+        .request(STATUS, command_flag::REQ_ONE, 4096, 8192)
+        .request(DISC, 0, 0, 0)
+        .run(&[with_contexts()]);
+    answers.transmitting();
+    let odd = [(96, 0), (4096, 1), (4000, 0)];
+    assert_eq!(context_chunk(&mut answers), (0, 1, vec![(8192, 3)]));
+    assert_eq!(
+        context_chunk(&mut answers),
+        (chunk::FLAG_DONE, 3, odd.to_vec())
+    );
+    assert_eq!(context_chunk(&mut answers), (0, 1, vec![(8192, 3)]));
+    assert_eq!(
+        context_chunk(&mut answers),
+        (chunk::FLAG_DONE, 3, vec![(4096, 1)])
+    );
+    assert!(answers.end().is_ok());
+}
+
+#[test]
+fn contexts_of_a_kind_are_listed_together() {
+    for (queries, found) in [
+        (&[][..], 3),
+        (&["qemu:"][..], 2),
+        (&["qemu:dirty-bitmap:"][..], 2),
+        (&["base:", "qemu:dirty-bitmap:a"][..], 2),
+        (&["qemu:dirty-bitmap:c", "other:"][..], 0),
+    ] {
+        let option = option::LIST_META_CONTEXT;
+        let mut answers = Script::new()
+            .structured()
+            .option(option, &meta_data("disk", queries))
+            .run(&[with_contexts()]);
+        answers
+            .greeting()
+            .expect(option::STRUCTURED_REPLY, option_reply::ACK);
+        for _ in 0..found {
+            answers.expect(option, option_reply::META_CONTEXT);
+        }
+        answers.expect(option, option_reply::ACK);
+    }
 }
 
 #[test]

@@ -1,0 +1,139 @@
+//! BLOCK_STATUS: what the metadata contexts that a client selected say of a range.
+
+use std::sync::Arc;
+
+use super::MetaContext;
+use super::exec::{Buffer, Refusal, done};
+use super::handshake::{Negotiated, Selected};
+use super::protocol::{self as wire, Request, chunk, command_flag as flag};
+use vellum_base::block::{BlockDevice, Extent, ExtentKind};
+
+/// The most extents in a reply to BLOCK_STATUS.
+const STATUS_EXTENTS: usize = 4096;
+
+/// What a client may ask of the bytes of its export: by which number, and of whom.
+pub(super) struct Contexts(Vec<(u32, Asked)>);
+
+impl Contexts {
+    pub(super) fn of(negotiated: &Negotiated) -> Self {
+        let own = &negotiated.export.contexts;
+        let asked = |selected: &Selected| match *selected {
+            Selected::Allocation => Some((selected.id(), Asked::Allocation)),
+            Selected::Own(number) => {
+                let context = own.get(number)?.clone();
+                Some((selected.id(), Asked::Context(context)))
+            }
+        };
+        Contexts(negotiated.contexts.iter().filter_map(asked).collect())
+    }
+
+    /// True when the client selected none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Answers BLOCK_STATUS: one chunk for each.
+    pub(super) fn answer(
+        &self,
+        device: &dyn BlockDevice,
+        request: &Request,
+        out: &mut Buffer,
+    ) -> Result<(), Refusal> {
+        let mut answers = Vec::with_capacity(self.0.len());
+        for (id, asked) in &self.0 {
+            let found = match asked {
+                Asked::Allocation => allocation(device, request)?,
+                Asked::Context(context) => {
+                    context.statuses(request.offset, request.len.into(), STATUS_EXTENTS)?
+                }
+            };
+            answers.push((*id, descriptors(&found, request)));
+        }
+        let chunks = answers.len();
+        for (number, (id, descriptors)) in answers.into_iter().enumerate() {
+            out.push(&wire::chunk_header(
+                done(number + 1 == chunks),
+                chunk::BLOCK_STATUS,
+                request.cookie,
+                4 + 8 * descriptors.len() as u32,
+            ));
+            out.push(&id.to_be_bytes());
+            for (len, status) in descriptors {
+                out.push(&len.to_be_bytes());
+                out.push(&status.to_be_bytes());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Who says what a metadata context says.
+enum Asked {
+    Allocation,
+    Context(Arc<dyn MetaContext>),
+}
+
+/// What `base:allocation` says of a request's range.
+fn allocation(device: &dyn BlockDevice, request: &Request) -> Result<Vec<(u64, u32)>, Refusal> {
+    let extents = device.extents(request.offset, request.len.into(), STATUS_EXTENTS)?;
+    let mut found = Vec::with_capacity(extents.len());
+    for extent in clip(&extents, request) {
+        let status = match extent.kind {
+            ExtentKind::Data => 0,
+            ExtentKind::Hole | ExtentKind::Zero => wire::STATE_HOLE | wire::STATE_ZERO,
+        };
+        found.push((extent.len, status));
+    }
+    if found.is_empty() {
+        // "May hold data" is always true.
+        found.push((request.len.into(), 0));
+    }
+    Ok(found)
+}
+
+/// (bytes, status) as the protocol has them: neighbours of one status are one; whatever was found, nothing
+/// outside the request goes to the client, and one of no length to nobody.
+fn descriptors(found: &[(u64, u32)], request: &Request) -> Vec<(u32, u32)> {
+    let one = request.flags & flag::REQ_ONE != 0;
+    let mut left = request.len;
+    let mut descriptors: Vec<(u32, u32)> = Vec::new();
+    for (len, status) in found {
+        // At most what is left of a length of 32 bits.
+        let len = (*len).min(left.into()) as u32;
+        if len == 0 {
+            continue;
+        }
+        left -= len;
+        match descriptors.last_mut() {
+            Some((sum, last)) if last == status => *sum += len,
+            Some(_) if one => break,
+            _ => descriptors.push((len, *status)),
+        }
+    }
+    assert!(
+        !descriptors.is_empty(),
+        "a context that says nothing of a byte"
+    );
+    descriptors
+}
+
+/// The extents as far as they describe the request from its start on, without a gap: whatever a
+/// device says, nothing outside the request goes to the client.
+pub(super) fn clip(extents: &[Extent], request: &Request) -> Vec<Extent> {
+    let end = request.offset + u64::from(request.len);
+    let mut at = request.offset;
+    let mut clipped = Vec::with_capacity(extents.len());
+    for extent in extents {
+        let extent_end = extent.offset.saturating_add(extent.len).min(end);
+        if extent.offset > at || extent_end <= at {
+            break;
+        }
+        clipped.push(Extent {
+            offset: at,
+            len: extent_end - at,
+            kind: extent.kind,
+        });
+        at = extent_end;
+    }
+    clipped
+}
