@@ -13,8 +13,10 @@ mod common;
 #[path = "../support/nbd_client/mod.rs"]
 mod nbd_client;
 
+mod contexts;
 mod interop;
 mod lab;
 mod listen;
+mod nbd_server;
 mod restart;
 mod server;

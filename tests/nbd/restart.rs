@@ -5,58 +5,14 @@ use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::common::{Running, TestStore, wait_until};
 use crate::nbd_client::{Client, FLUSH, FUA, READ, TRIM, WRITE, WRITE_ZEROES};
+use crate::nbd_server::Server;
 
 const KIB: usize = 1024;
-
-/// `vellum nbd`, always on the same socket.
-struct Server {
-    process: Running,
-    socket: PathBuf,
-}
-
-impl Server {
-    fn start(store: &TestStore, names: &[&str]) -> Server {
-        Server::started(store, names, |_| {})
-    }
-
-    fn started(store: &TestStore, names: &[&str], with: impl FnOnce(&mut Command)) -> Server {
-        let socket = store.path("nbd.sock");
-        let mut command = store.command();
-        command
-            .args(["-q", "nbd"])
-            .args(names)
-            .arg("--socket")
-            .arg(&socket);
-        with(&mut command);
-        let child = command.spawn().unwrap();
-        let server = Server {
-            process: Running(child),
-            socket,
-        };
-        wait_until("the server listens", || {
-            UnixStream::connect(&server.socket).is_ok()
-        });
-        server
-    }
-
-    /// SIGKILL, and another one that serves the same. The dead one's socket is in its way.
-    fn replaced(self, store: &TestStore, names: &[&str]) -> Server {
-        self.kill();
-        assert!(store.path("nbd.sock").exists());
-        Server::start(store, names)
-    }
-
-    fn kill(mut self) {
-        self.process.0.kill().unwrap();
-        self.process.0.wait().unwrap();
-    }
-}
 
 /// The first byte that differs, which says more than two whole disks.
 fn assert_same(found: &[u8], expected: &[u8], when: &str) {

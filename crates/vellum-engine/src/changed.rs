@@ -98,8 +98,18 @@ impl Older {
         self.changed_at(&runs_of(chain), layers)
     }
 
-    fn changed_at(&self, newer: &[Run<Source>], layers: &[Uuid]) -> Vec<Run<BlockState>> {
-        differing(&self.runs, newer, shared(&self.layers, layers))
+    /// As [`Older::changed_in`], of a part of a chain's runs.
+    pub(super) fn changed_at(
+        &self,
+        newer: &[Run<Source>],
+        layers: &[Uuid],
+    ) -> Vec<Run<BlockState>> {
+        let Some(first) = newer.first() else {
+            return Vec::new();
+        };
+        let before = self.runs.partition_point(|run| run.end() <= first.start());
+        let (_, older) = self.runs.split_at(before);
+        differing(older, newer, shared(&self.layers, layers))
     }
 }
 

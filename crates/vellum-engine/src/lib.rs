@@ -6,6 +6,7 @@ pub mod changed;
 pub mod check;
 pub mod commit;
 pub mod complete;
+mod contexts;
 pub mod cp;
 pub mod device;
 pub mod diff;

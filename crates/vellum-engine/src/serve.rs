@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::contexts::contexts;
 use super::device::{COPY_UP, KEEP_FREE, MAP, OpenChain, STATS, Target, counts};
 use super::serving::WHO;
 use super::snapshot;
@@ -15,7 +16,7 @@ use vellum_core::chain::ChainStats;
 use vellum_export::device::ControlHandler;
 use vellum_export::device::control_server::ControlServer;
 use vellum_export::nbd::Export;
-use vellum_store::Store;
+use vellum_store::{ContainerRecord, Store};
 
 /// A chain that is served, and the socket on which others ask for its counters. Both are closed in
 /// order when it is dropped, after the server's shutdown.
@@ -52,19 +53,51 @@ impl ControlHandler for Answers {
     }
 }
 
-/// What a name stands for: the chain, the container that it is, and the bytes that its device shows where
-/// they are fewer than the layers have. Several servers may have an image or a snapshot, so none of them
-/// answers for it.
-fn exported(store: &Store, name: &str) -> Result<(Target, Option<Uuid>, Option<u64>)> {
+/// What a name stands for.
+struct Exported {
+    target: Target,
+    /// The container that is served itself. Several servers may have an image or a snapshot, so none of them
+    /// answers for it.
+    id: Option<Uuid>,
+    /// The bytes that its device shows where they are fewer than the layers have.
+    shown: Option<u64>,
+    /// The container that it is of, and the sealed layers.
+    container: Option<(ContainerRecord, Vec<Uuid>)>,
+}
+
+fn exported(store: &Store, name: &str) -> Result<Exported> {
     let no_container = match store.container(name) {
-        Ok(container) => return Ok((Target::of(&container), Some(container.id), None)),
+        Ok(container) => {
+            let container = store.as_settled(container)?;
+            let layers = container.layers.clone();
+            return Ok(Exported {
+                target: Target::of(&container),
+                id: Some(container.id),
+                shown: None,
+                container: Some((container, layers)),
+            });
+        }
         Err(error) => error,
     };
-    if let Some((snapshot, top)) = snapshot::find(store, name)? {
-        return Ok((Target::Sealed(top), None, snapshot.disk.device_size));
+    if let Some((snapshot, top)) = snapshot::find(store, name)?
+        && let Some((owner, _)) = name.split_once('@')
+    {
+        let container = store.as_settled(store.container(owner)?)?;
+        let layers = container.snapshot_layers(snapshot.id)?;
+        return Ok(Exported {
+            target: Target::Sealed(top),
+            id: None,
+            shown: snapshot.disk.device_size,
+            container: Some((container, layers)),
+        });
     }
     match store.image(name) {
-        Ok(image) => Ok((Target::Sealed(image.top()?), None, image.disk.device_size)),
+        Ok(image) => Ok(Exported {
+            target: Target::Sealed(image.top()?),
+            id: None,
+            shown: image.disk.device_size,
+            container: None,
+        }),
         Err(damaged) if damaged.kind() == ErrorKind::Corrupt => Err(damaged),
         Err(_) => Err(no_container),
     }
@@ -77,7 +110,12 @@ fn exported(store: &Store, name: &str) -> Result<(Target, Option<Uuid>, Option<u
 /// [`vellum_base::ErrorKind::NotFound`] for a name that is neither; [`vellum_base::ErrorKind::InUse`] while the
 /// container is mounted or served.
 pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Serving)> {
-    let (target, id, shown) = exported(store, name)?;
+    let Exported {
+        target,
+        id,
+        shown,
+        container,
+    } = exported(store, name)?;
     let stats = Arc::new(ChainStats::default().counting(counts()));
     let target = match target {
         // Who only reads changes no file of it.
@@ -90,6 +128,10 @@ pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Ser
     }
     let mut export = Export::new(name, chain.chain().clone());
     export.read_only = read_only;
+    let of = container
+        .as_ref()
+        .map(|(container, layers)| (container, layers.as_slice()));
+    export.contexts = contexts(store, &chain, of);
     // In a store that cannot be written there is no place for a socket, and nothing is counted but
     // reads.
     let control = id.filter(|_| !store.is_read_only()).and_then(|id| {
