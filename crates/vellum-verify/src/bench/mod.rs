@@ -83,13 +83,15 @@ pub fn run(
         cases.compare(&name, "pwrite and fdatasync", &ours, &raw)?;
     }
     checkpoints::run(&bench, &mut cases)?;
-    let name = "open 128 layers, 1 GiB in 10 GiB";
-    if cases.wants(name) {
-        let deep = bench.open_spec(128, 8 << 20)?;
-        let flat = bench.open_spec(1, 1 << 30)?;
-        let ours = || bench.open_once(&deep);
-        let reference = || bench.open_once(&flat);
-        cases.compare(name, "the same in 1 layer", &ours, &reference)?;
+    for depth in [128, 1000] {
+        let name = format!("open {depth} layers, 1 GiB in 10 GiB");
+        if cases.wants(&name) {
+            let deep = bench.open_spec(depth, ((1 << 30) / depth).next_multiple_of(BLOCK_SIZE))?;
+            let flat = bench.open_spec(1, 1 << 30)?;
+            let ours = || bench.open_once(&deep);
+            let reference = || bench.open_once(&flat);
+            cases.compare(&name, "the same in 1 layer", &ours, &reference)?;
+        }
     }
     Ok(cases.results)
 }

@@ -1,4 +1,4 @@
-//! Reads at chain depth 1 to 128, beside plain reads of as many files.
+//! Reads at chain depth 1 to 1,000, beside plain reads of as many files.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -35,6 +35,8 @@ const READS: [ReadCase; 2] = [
 
 /// Depths that are compared with 1.
 const DEPTHS: [u64; 3] = [8, 32, 128];
+/// As a container with as many snapshots, beside as many plain files.
+const MANY: u64 = 1000;
 
 pub(super) fn run<D: FnMut(&CaseResult)>(bench: &Bench, cases: &mut Cases<'_, D>) -> Result<()> {
     for case in READS {
@@ -58,6 +60,13 @@ pub(super) fn run<D: FnMut(&CaseResult)>(bench: &Bench, cases: &mut Cases<'_, D>
             let ours = || random(case, |buf, block| many.read(buf, block));
             let reference = || random(case, |buf, block| one.read(buf, block));
             cases.compare(&name, "1 file", &ours, &reference)?;
+        }
+        let name = format!("read 4 KiB at random, {}, depth {MANY}", case.what);
+        if cases.wants(&name) {
+            let (deep, plain) = (bench.deep_chain(MANY, case)?, bench.plain(MANY, case)?);
+            let ours = || random(case, |buf, block| read_chain(&deep, buf, block));
+            let reference = || random(case, |buf, block| plain.read(buf, block));
+            cases.compare(&name, "pread in as many files", &ours, &reference)?;
         }
     }
     Ok(())
