@@ -387,6 +387,7 @@ fn fio_verifies_what_several_jobs_write() {
             "--verify=crc32c",
             "--verify_fatal=1",
             "--do_verify=1",
+            "--verify_state_save=0",
         ],
     );
 }
