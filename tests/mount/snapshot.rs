@@ -310,6 +310,7 @@ fn layers_are_joined_under_a_writer_and_every_kept_moment_stays_as_it_was() {
     assert!(told.contains("layers are"), "{told}");
     writer.wait_for_more();
     assert_eq!(snapshots(&store, "c"), ["s2", "s5"]);
+    assert_sizes_are_those_of_their_layers(&store);
     // s1 with s2, s3 to s5; s6 and what came since stay what they are, or become one.
     assert!(
         store.layers().len() <= layers - 3,
@@ -476,6 +477,28 @@ fn a_rollback_that_is_killed_anywhere_went_back_or_did_not() {
         .filter(|place| place.starts_with("rollback: "));
     for place in of_rollback {
         kill_at(place, &["rollback", "c", "first"]);
+    }
+}
+
+/// Of each snapshot of `c` above another.
+fn assert_sizes_are_those_of_their_layers(store: &TestStore) {
+    let record = store.json(&["inspect", "c"]);
+    let all = record[0]["container"]["snapshots"].as_array().unwrap();
+    let above: Vec<_> = all
+        .iter()
+        .filter(|kept| !kept["parent"].is_null())
+        .collect();
+    assert!(!above.is_empty());
+    for kept in above {
+        let layers = kept["layers"].as_array().unwrap();
+        let info = |layer: &serde_json::Value| {
+            let path = store.root.join("layers").join(layer.as_str().unwrap());
+            let info = fs::read(path.join("info.json")).unwrap();
+            let info: serde_json::Value = serde_json::from_slice(&info).unwrap();
+            info["bytes"].as_u64().unwrap()
+        };
+        let bytes: u64 = layers.iter().map(info).sum();
+        assert_eq!(kept["bytes"].as_u64(), Some(bytes), "{kept}");
     }
 }
 

@@ -138,15 +138,25 @@ impl ContainerRecord {
             .collect()
     }
 
-    /// Puts one layer in the place of several on each other, wherever they stand together. True where they did.
-    fn join(&mut self, group: &[Uuid], into: Uuid) -> bool {
-        let kept = self.snapshots.iter_mut().map(|kept| &mut kept.layers);
-        let mut joined = false;
-        for layers in std::iter::once(&mut self.layers).chain(kept) {
+    /// Puts one layer, which `holds` so many bytes of data, in the place of several on each other that `held` so many
+    /// together, wherever they stand together. True where they did.
+    fn join(&mut self, group: &[Uuid], into: Uuid, held: u64, holds: u64) -> bool {
+        let replace = |layers: &mut Vec<Uuid>| {
             let place = layers.windows(group.len()).position(|there| there == group);
             if let Some(place) = place {
                 layers.splice(place..place + group.len(), [into]);
+            }
+            place.is_some()
+        };
+        let mut joined = replace(&mut self.layers);
+        for kept in &mut self.snapshots {
+            if replace(&mut kept.layers) {
                 joined = true;
+                // What was not counted yet is counted when somebody looks.
+                kept.bytes = kept
+                    .bytes
+                    .checked_sub(held)
+                    .map_or(0, |others| others + holds);
             }
         }
         joined
@@ -304,13 +314,16 @@ impl Store {
     ) -> Result<PruneReport> {
         {
             let _lock = self.lock()?;
+            let bytes = |layer: &Uuid| Ok(self.layer_info(*layer)?.bytes);
+            let held = group.iter().map(bytes).sum::<Result<u64>>()?;
+            let holds = bytes(&into)?;
             for name in containers {
                 let mut record = match self.container(name) {
                     // Removed before the caller had its lock.
                     Err(error) if error.kind() == ErrorKind::NotFound => continue,
                     other => other?,
                 };
-                if record.join(group, into) {
+                if record.join(group, into, held, holds) {
                     self.write_json(&self.record_path("containers", name), &record)?;
                 }
             }
