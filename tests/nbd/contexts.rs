@@ -159,3 +159,60 @@ fn in_which_layer_a_block_lies_is_told_to_real_clients() {
     server.kill();
     store.assert_nothing_runs();
 }
+
+#[test]
+fn layers_that_were_joined_since_the_server_was_started_hide_no_changed_block() {
+    let store = store_with_disk();
+    let fill = |byte: &str, at: &str| {
+        let server = Server::start(&store, &["c"]);
+        write(&server, &[&format!("write -P {byte} {at} 4k"), "flush"]);
+        server.kill();
+    };
+    for (byte, at, name) in [("1", "1M", "a"), ("2", "2M", "b"), ("3", "2M", "other")] {
+        fill(byte, at);
+        store.ok(&["snapshot", "c", name]);
+    }
+    store.ok(&["rollback", "c", "b", "--discard"]);
+    let server = Server::start(&store, &["c"]);
+    store.ok(&["rm", "c@a"]);
+    store.ok(&["merge", "c"]);
+    // The blocks of `other` lie in as many layers as those of the server, of which one is another.
+    let dirty = mapped(&server, "c", "qemu:dirty-bitmap:other");
+    let covers = |at: u64| {
+        dirty
+            .iter()
+            .any(|(offset, len, _)| (*offset..offset + len).contains(&at))
+    };
+    assert!(covers(2 * MIB), "{dirty:?}");
+    assert!(!covers(3 * MIB), "{dirty:?}");
+    // Nothing of it stays open.
+    store.ok(&["rm", "c@other"]);
+    server.kill();
+    store.ok(&["check", "--scrub"]);
+}
+
+#[test]
+fn of_a_growth_that_was_cut_off_all_that_is_there_is_told_and_exported() {
+    let store = TestStore::new();
+    let disk = store.arg("disk.raw");
+    run("truncate", &["-s", "16777728", &disk]);
+    store.ok(&["import", "disk", &disk, "--format", "raw"]);
+    store.ok(&["create", "disk", "--name", "c"]);
+    store.ok(&["snapshot", "c", "a"]);
+    let mut resize = store.command();
+    resize
+        .args(["resize", "c", "32M"])
+        .env("VELLUM_CRASH_AT", "resize: layer grown");
+    assert_eq!(resize.status().unwrap().code(), None, "it is killed there");
+    let server = Server::start(&store, &["c"]);
+    write(&server, &["write -P 1 20M 4k", "flush"]);
+    server.kill();
+    let changed = store.json(&["changed", "c", "--since", "a"]);
+    assert_eq!(changed["virtual_size"], 32 * MIB);
+    assert_eq!(changed["ranges"][0]["offset"], 20 * MIB);
+    let out = store.arg("out.raw");
+    store.ok(&["export", "c", &out, "--format", "raw"]);
+    let exported = std::fs::read(&out).unwrap();
+    assert_eq!(exported.len() as u64, 32 * MIB);
+    assert_eq!(exported[20 << 20], 1);
+}

@@ -68,6 +68,8 @@ pub enum ChangedKind {
 /// An older state, with which chains are compared that have layers in common with it.
 #[derive(Debug, Clone, Default)]
 pub struct Older {
+    /// Those of the chain that was opened, which the sources are numbered by: a record may name others by
+    /// now, into which they were joined.
     layers: Vec<Uuid>,
     runs: Vec<Run<Source>>,
 }
@@ -84,21 +86,20 @@ impl Older {
             top.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a state without layers"))?;
         let open = Target::Sealed(top).open(store)?;
         let older = Older {
-            layers: layers.to_vec(),
+            layers: open.chain().base().uuids(),
             runs: runs_of(open.chain()),
         };
         Ok((older, open))
     }
 
-    /// The blocks of a chain, which has these layers below its top, that may be others than in this state:
+    /// The blocks of a chain that may be others than in this state:
     /// [`BlockState::Data`], or [`BlockState::Zero`] where they are zero now. In order; what is left out is the
-    /// same in both. The chain may be written meanwhile: what is written before the call is in the list. Once
-    /// layers of the chain were joined, `layers` are those of its container's record.
-    pub fn changed_in(&self, chain: &Chain, layers: &[Uuid]) -> Vec<Run<BlockState>> {
-        self.changed_at(&runs_of(chain), layers)
+    /// same in both. The chain may be written meanwhile: what is written before the call is in the list.
+    pub fn changed_in(&self, chain: &Chain) -> Vec<Run<BlockState>> {
+        self.changed_at(&runs_of(chain), &chain.base().uuids())
     }
 
-    /// As [`Older::changed_in`], of a part of a chain's runs.
+    /// As [`Older::changed_in`], of a part of the runs of a chain that has these layers open.
     pub(super) fn changed_at(
         &self,
         newer: &[Run<Source>],
@@ -130,27 +131,25 @@ pub fn changed(store: &Store, name: &str, since: &str) -> Result<Changed> {
         None => Some(lock_container(store, &container)?),
     };
     let _pin = store.pin_layers()?;
-    let container = store.as_settled(container)?;
+    let container = store.container_by_now(&container)?;
     let base = container.snapshot(since)?;
     let (older, _open) = Older::open(store, &container.snapshot_layers(base.id)?)?;
-    let (disk, runs) = match later {
+    let (disk, (runs, whole)) = match later {
         Some(later) => {
             let later = container.snapshot(later)?;
-            (
-                &later.disk,
-                changed_in_snapshot(store, &container, later, &older)?.0,
-            )
+            let (runs, open) = changed_in_snapshot(store, &container, later, &older)?;
+            (&later.disk, (runs, open.chain().whole_size()))
         }
         None => (&container.disk, changed_now(store, &container, &older)?),
     };
-    let shown = disk.device_size.unwrap_or(disk.virtual_size);
+    let shown = disk.shown(whole);
     let ranges: Vec<ChangedRange> = runs.iter().map(|run| range(run, shown)).collect();
     Ok(Changed {
         schema: CHANGED_SCHEMA,
         name: name.to_owned(),
         since: since.to_owned(),
         since_id: base.id,
-        virtual_size: disk.virtual_size,
+        virtual_size: whole,
         block_size: BLOCK_SIZE,
         changed_bytes: ranges.iter().map(|range| range.length).sum(),
         ranges,
@@ -169,15 +168,16 @@ pub(super) fn changed_in_snapshot(
 ) -> Result<(Vec<Run<BlockState>>, OpenChain)> {
     let layers = container.snapshot_layers(snapshot.id)?;
     let (newer, open) = Older::open(store, &layers)?;
-    Ok((older.changed_at(&newer.runs, &layers), open))
+    Ok((older.changed_at(&newer.runs, &newer.layers), open))
 }
 
-/// What changed in a container until now, of which the caller has the lock.
+/// What changed in a container until now, of which the caller has the lock, and the bytes that its layers
+/// have.
 fn changed_now(
     store: &Store,
     container: &ContainerRecord,
     older: &Older,
-) -> Result<Vec<Run<BlockState>>> {
+) -> Result<(Vec<Run<BlockState>>, u64)> {
     take_over(store, container)?;
     // What was written before the question is in the answer.
     if let Some(mount) = mounted(store, container)?
@@ -187,10 +187,11 @@ fn changed_now(
     }
     let asked = served_sources(&Sockets::new(store, container.id), container.layers.len());
     match asked {
-        Ok((_, runs)) => Ok(older.changed_at(&runs, &container.layers)),
+        Ok((whole, runs)) => Ok((older.changed_at(&runs, &container.layers), whole)),
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let open = Target::look_at(container).open(store)?;
-            Ok(older.changed_in(open.chain(), &container.layers))
+            let chain = open.chain();
+            Ok((older.changed_in(chain), chain.whole_size()))
         }
         Err(error) => Err(error.context(format!("the container {}", container.name))),
     }

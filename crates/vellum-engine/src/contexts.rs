@@ -1,6 +1,7 @@
 //! What NBD clients may ask of an export's blocks beside where there is data: by names of QEMU's, which
 //! backup programs know. docs/operations.md, "What changed, over NBD".
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -20,26 +21,30 @@ const DEPTH: &str = "qemu:allocation-depth";
 const DIRTY: &str = "qemu:dirty-bitmap:";
 const IS_DIRTY: u32 = 1;
 
-/// The contexts of a chain: its depth, and what changed since each snapshot of the container that it is of;
-/// `layers` are its sealed ones, from the bottom up.
+/// So many snapshots' states are kept in memory for the next question; those asked for last.
+const KEPT: usize = 16;
+
+/// The contexts of a chain: its depth, and what changed since each snapshot of the container that it is of.
 pub(super) fn contexts(
     store: &Store,
     chain: &Arc<OpenChain>,
-    of: Option<(&ContainerRecord, &[Uuid])>,
+    of: Option<&ContainerRecord>,
 ) -> Vec<Arc<dyn MetaContext>> {
     let mut contexts: Vec<Arc<dyn MetaContext>> = vec![Arc::new(Depth(chain.clone()))];
-    let Some((container, layers)) = of else {
+    let Some(container) = of else {
         return contexts;
     };
+    let states = Arc::new(States {
+        store: store.clone(),
+        container: container.clone(),
+        kept: Mutex::default(),
+    });
     for snapshot in &container.snapshots {
         contexts.push(Arc::new(Dirty {
             name: format!("{DIRTY}{}", snapshot.name),
-            store: store.clone(),
-            container: container.clone(),
             snapshot: snapshot.id,
+            states: states.clone(),
             chain: chain.clone(),
-            layers: layers.to_vec(),
-            older: Mutex::new(None),
         }));
     }
     contexts
@@ -47,10 +52,8 @@ pub(super) fn contexts(
 
 /// The sources of the blocks of a range, in at most `max` runs.
 fn sources(chain: &Chain, offset: u64, len: u64, max: usize) -> Vec<Run<Source>> {
-    let mut runs = chain.sources(Offset::new(offset).block(), max);
-    let end = offset + len;
-    runs.retain(|run| run.start().offset().get() < end);
-    runs
+    let end = Offset::new(offset + len).block_from();
+    chain.sources_of(Offset::new(offset).block(), end, max)
 }
 
 /// Runs of whole blocks as bytes from `offset`, which lies in the first of them.
@@ -90,30 +93,44 @@ impl MetaContext for Depth {
     }
 }
 
-struct Dirty {
-    name: String,
+/// The states of a container's snapshots, as far as somebody asked for them: what they have their blocks from,
+/// without their files.
+struct States {
     store: Store,
     container: ContainerRecord,
-    snapshot: Uuid,
-    chain: Arc<OpenChain>,
-    layers: Vec<Uuid>,
-    /// Opened by the first who asks, and kept from being collected from then on.
-    older: Mutex<Option<(Arc<Older>, OpenChain)>>,
+    kept: Mutex<VecDeque<(Uuid, Arc<Older>)>>,
 }
 
-impl Dirty {
-    fn older(&self) -> Result<Arc<Older>> {
-        let mut older = self.older.lock();
-        if let Some((there, _)) = &*older {
-            return Ok(there.clone());
-        }
-        let layers = self.container.snapshot_layers(self.snapshot)?;
-        let (there, open) = Older::open(&self.store, &layers)
-            .map_err(|error| error.context(format!("the snapshot of {}", self.name)))?;
-        let there = Arc::new(there);
-        *older = Some((there.clone(), open));
-        Ok(there)
+impl States {
+    fn of(&self, snapshot: Uuid) -> Result<Arc<Older>> {
+        let mut kept = self.kept.lock();
+        let place = kept.iter().position(|(id, _)| *id == snapshot);
+        let state = match place.and_then(|place| kept.remove(place)) {
+            Some((_, state)) => state,
+            None => Arc::new(self.open(snapshot)?),
+        };
+        kept.push_front((snapshot, state.clone()));
+        kept.truncate(KEPT);
+        Ok(state)
     }
+
+    /// Layers may have been joined, and snapshots removed, since the server was started.
+    fn open(&self, snapshot: Uuid) -> Result<Older> {
+        let _pin = match self.store.is_read_only() {
+            true => None,
+            false => Some(self.store.pin_layers()?),
+        };
+        let container = self.store.container_by_now(&self.container)?;
+        let layers = container.snapshot_layers(snapshot)?;
+        Ok(Older::open(&self.store, &layers)?.0)
+    }
+}
+
+struct Dirty {
+    name: String,
+    snapshot: Uuid,
+    states: Arc<States>,
+    chain: Arc<OpenChain>,
 }
 
 impl MetaContext for Dirty {
@@ -122,12 +139,14 @@ impl MetaContext for Dirty {
     }
 
     fn statuses(&self, offset: u64, len: u64, max: usize) -> Result<Vec<(u64, u32)>> {
-        let older = self.older()?;
-        let newer = sources(self.chain.chain(), offset, len, max);
+        let older = self.states.of(self.snapshot);
+        let older = older.map_err(|error| error.context(&self.name))?;
+        let chain = self.chain.chain();
+        let newer = sources(chain, offset, len, max);
         let end = newer.last().map_or(offset, |run| run.end().offset().get());
         let mut statuses = Vec::new();
         let mut at = offset;
-        for run in older.changed_at(&newer, &self.layers) {
+        for run in older.changed_at(&newer, &chain.base().uuids()) {
             let start = run.start().offset().get().max(offset);
             if at < start {
                 statuses.push((start - at, 0));

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::complete::finish_layer;
 use super::device::{Target, forget_ext4_journal};
 use super::raw;
+use super::space::follow_policy;
 use super::template;
 use super::temporary::TemporaryMount;
 use super::watch::Watch;
@@ -452,6 +453,7 @@ impl Importer<'_> {
         let staged = self.store.stage_layer(None, virtual_size)?;
         let storage = self.store.storage().clone();
         let layer = WritableLayer::open(storage, &staged.dir(), LayerOptions::default())?;
+        follow_policy(self.store, &layer);
         let shown = disk.path.display().to_string();
         let mut progress = self.watch.begin(&shown, Some(disk.size));
         raw::copy_in(&layer, disk, |bytes| {

@@ -61,20 +61,19 @@ struct Exported {
     id: Option<Uuid>,
     /// The bytes that its device shows where they are fewer than the layers have.
     shown: Option<u64>,
-    /// The container that it is of, and the sealed layers.
-    container: Option<(ContainerRecord, Vec<Uuid>)>,
+    /// The container that it is of.
+    container: Option<ContainerRecord>,
 }
 
 fn exported(store: &Store, name: &str) -> Result<Exported> {
     let no_container = match store.container(name) {
         Ok(container) => {
             let container = store.as_settled(container)?;
-            let layers = container.layers.clone();
             return Ok(Exported {
                 target: Target::of(&container),
                 id: Some(container.id),
                 shown: None,
-                container: Some((container, layers)),
+                container: Some(container),
             });
         }
         Err(error) => error,
@@ -83,12 +82,11 @@ fn exported(store: &Store, name: &str) -> Result<Exported> {
         && let Some((owner, _)) = name.split_once('@')
     {
         let container = store.as_settled(store.container(owner)?)?;
-        let layers = container.snapshot_layers(snapshot.id)?;
         return Ok(Exported {
             target: Target::Sealed(top),
             id: None,
             shown: snapshot.disk.device_size,
-            container: Some((container, layers)),
+            container: Some(container),
         });
     }
     match store.image(name) {
@@ -128,10 +126,7 @@ pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Ser
     }
     let mut export = Export::new(name, chain.chain().clone());
     export.read_only = read_only;
-    let of = container
-        .as_ref()
-        .map(|(container, layers)| (container, layers.as_slice()));
-    export.contexts = contexts(store, &chain, of);
+    export.contexts = contexts(store, &chain, container.as_ref());
     // In a store that cannot be written there is no place for a socket, and nothing is counted but
     // reads.
     let control = id.filter(|_| !store.is_read_only()).and_then(|id| {

@@ -62,7 +62,8 @@ fn trim_mounted(
     container: &ContainerRecord,
     reached: &Reached<'_>,
 ) -> Result<Trimmed> {
-    let top = store.resolve(container)?.top;
+    // Whoever had the lock before may have sealed what was the top.
+    let top = store.container_by_now(container)?.top;
     // What was deleted is free only once ext4's journal says so, and what was written has its blocks.
     sync_file_system(reached.dir)?;
     let before = store.layer_bytes_on_host(top);

@@ -38,6 +38,17 @@ pub struct DiskInfo {
     pub holds: Option<String>,
 }
 
+impl DiskInfo {
+    /// Bytes that the device of a chain shows whose layers have `whole`: those that were noted, unless the
+    /// layers have grown since.
+    pub fn shown(&self, whole: u64) -> u64 {
+        match self.device_size {
+            Some(shown) if whole == self.virtual_size => shown,
+            _ => whole,
+        }
+    }
+}
+
 /// What is known of a layer besides its own header: `info.json` in its directory.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerInfo {

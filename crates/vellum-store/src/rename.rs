@@ -59,6 +59,15 @@ impl Store {
         Ok(record)
     }
 
+    /// A container as it is by now, for whoever had to wait for its lock since it was read: as
+    /// [`Store::settle`] would write it.
+    ///
+    /// # Errors
+    /// As [`Store::find_container`] and [`Store::as_settled`].
+    pub fn container_by_now(&self, container: &ContainerRecord) -> Result<ContainerRecord> {
+        self.as_settled(self.find_container(&container.into())?)
+    }
+
     /// A container by its id, under whatever name it has by now.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
+use uuid::Uuid;
 
 use crate::layer::{Header, Index, IndexValue, SealedLayer};
 use vellum_base::block::{Block, BlockState, Blocks, Run, Span};
@@ -144,6 +145,13 @@ impl Base {
         let index = &mut merged.index;
         index.truncate(Block::FIRST + layer.header().blocks());
         layer.for_each_run(|run| index.set(run.span, origin_of(run.value, own)))
+    }
+
+    /// The UUIDs of the layers, from the bottom up. The numbers of sources are places in this list.
+    pub fn uuids(&self) -> Vec<Uuid> {
+        let merged = self.merged.read();
+        let layers = merged.layers.iter();
+        layers.map(|layer| layer.header().uuid).collect()
     }
 
     /// As [`Base::push`], of a layer that was just sealed: it takes the same short time whatever the layer

@@ -25,7 +25,12 @@ impl Chain {
     /// The sources of the blocks from `start` on, in order and without gaps, in at most `max`
     /// runs; neighbours may be of one source. The end of the device ends the list.
     pub fn sources(&self, start: Block, max: usize) -> Vec<Run<Source>> {
-        let end = Block::FIRST + Blocks::to_hold(self.size());
+        self.sources_of(start, Block::FIRST + Blocks::to_hold(self.size()), max)
+    }
+
+    /// As [`Chain::sources`], up to the block `end`, or the end of the device.
+    pub fn sources_of(&self, start: Block, end: Block, max: usize) -> Vec<Run<Source>> {
+        let end = end.min(Block::FIRST + Blocks::to_hold(self.size()));
         let mut runs = Vec::new();
         let guard = self.top.read();
         let mut at = start;

@@ -11,6 +11,7 @@ use crate::complete::finish_layer;
 use crate::lock_container;
 use crate::mount_point::mounted;
 use crate::progress::BlocksWatch;
+use crate::space::follow_policy;
 use crate::teardown::take_over;
 use vellum_backup::{Header, Reader, Totals};
 use vellum_base::block::{BLOCK_SIZE, BlockState, Run};
@@ -439,6 +440,7 @@ fn receive(
     let staged = store.stage_layer(below, virtual_size)?;
     let storage = store.storage().clone();
     let layer = WritableLayer::open(storage, &staged.dir(), LayerOptions::default())?;
+    follow_policy(store, &layer);
     backup.read(watch, |run, bytes| {
         let held = layer.lock_blocks(run.span)?;
         match run.value {

@@ -165,13 +165,10 @@ impl Target {
     }
 }
 
-/// Lets the chain of a container show the bytes that its device has, unless its layer has grown since
-/// that was noted.
+/// Lets the chain of a container show the bytes that its device has.
 fn show_size(container: &ContainerRecord, open: OpenChain) -> Result<OpenChain> {
-    let noted = open.chain().whole_size() == container.disk.virtual_size;
-    if let Some(size) = container.disk.device_size.filter(|_| noted) {
-        open.chain().show(size)?;
-    }
+    let chain = open.chain();
+    chain.show(container.disk.shown(chain.whole_size()))?;
     Ok(open)
 }
 

@@ -16,8 +16,9 @@ use crate::map::served_runs;
 use crate::mount_point::{Mounted, mounted};
 use crate::seal::sync_file_system;
 use crate::sockets::Sockets;
+use vellum_base::block::Run;
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_core::chain::Chain;
+use vellum_core::chain::{Chain, Source};
 use vellum_fs::freeze;
 use vellum_fs::unmounted::{self, FileSystem, Replayed, changed};
 use vellum_image::{Comparison, Difference, compare_trees};
@@ -48,12 +49,10 @@ pub(super) fn diff(
             &resolved.sealed
         }
     };
-    let shared = shared(older, layers);
     let task = Task {
         store,
         older: open.chain(),
-        layers: layers.len(),
-        shared,
+        layers,
         comparison,
     };
     let container = match newer {
@@ -72,10 +71,8 @@ pub(super) fn diff(
 struct Task<'a> {
     store: &'a Store,
     older: &'a Chain,
-    /// How many layers the newer state has, without a top.
-    layers: usize,
-    /// How many layers, from the bottom up, both states have.
-    shared: usize,
+    /// The layers of the newer state, without a top.
+    layers: &'a [Uuid],
     comparison: &'a Comparison,
 }
 
@@ -83,12 +80,14 @@ impl Task<'_> {
     /// With a chain that this process has open.
     fn with_chain(&self, newer: &OpenChain) -> Result<Vec<Difference>> {
         let newer = &**newer.chain();
-        let differing = bytes_of(&differing(
-            &runs_of(self.older),
-            &runs_of(newer),
-            self.shared,
-        ));
+        let differing = self.differing(&runs_of(newer), &newer.base().uuids());
         diff_devices(self.older, newer, &differing, self.comparison)
+    }
+
+    /// The bytes that may differ in a newer state, which has its blocks from these layers.
+    fn differing(&self, newer: &[Run<Source>], layers: &[Uuid]) -> Vec<Range<u64>> {
+        let shared = shared(&self.older.base().uuids(), layers);
+        bytes_of(&differing(&runs_of(self.older), newer, shared))
     }
 
     /// With a container that is mounted, as it is at one moment: what its programs wrote is written out,
@@ -120,7 +119,8 @@ impl Task<'_> {
     /// How many blocks come from layers that the older state does not have.
     fn blocks_above(&self, sockets: &Sockets) -> Result<u64> {
         let (_, runs) = served_runs(sockets)?;
-        let above = |number: i64| usize::try_from(number).is_ok_and(|number| number >= self.shared);
+        let shared = shared(&self.older.base().uuids(), self.layers);
+        let above = |number: i64| usize::try_from(number).is_ok_and(|number| number >= shared);
         let runs = runs.iter().filter(|(_, number)| above(*number));
         Ok(runs.map(|(blocks, _)| blocks).sum())
     }
@@ -132,8 +132,8 @@ impl Task<'_> {
         device: &Path,
         deadline: Instant,
     ) -> Result<Vec<Difference>> {
-        let served = Served::new(self.older, self.layers, sockets, device, deadline)?;
-        let differing = bytes_of(&differing(&runs_of(self.older), served.runs(), self.shared));
+        let served = Served::new(self.older, self.layers.len(), sockets, device, deadline)?;
+        let differing = self.differing(served.runs(), self.layers);
         let served = served.with_differing(&differing);
         diff_devices(self.older, &served, &differing, self.comparison)
     }

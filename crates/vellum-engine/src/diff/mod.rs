@@ -65,15 +65,15 @@ pub fn diff(
     let container = match store.container(name) {
         Ok(container) => container,
         Err(no_container) => {
-            let Some((snapshot, _)) = snapshot::find(store, name)? else {
+            if snapshot::find(store, name)?.is_none() {
                 return Err(no_container);
-            };
-            return diff_snapshot(store, name, &snapshot, from, options);
+            }
+            return diff_snapshot(store, name, from, options);
         }
     };
     let _busy = lock_container(store, &container)?;
     let _pin = store.pin_layers()?;
-    let container = store.as_settled(container)?;
+    let container = store.container_by_now(&container)?;
     check_ext4(name, container.disk.fs.is_some())?;
     let older = older_state(store, &container, from)?;
     take_over(store, &container)?;
@@ -83,16 +83,14 @@ pub fn diff(
 fn diff_snapshot(
     store: &Store,
     name: &str,
-    snapshot: &ContainerSnapshot,
     from: Option<&str>,
     options: DiffOptions,
 ) -> Result<Vec<Difference>> {
     let _pin = store.pin_layers()?;
-    check_ext4(name, snapshot.disk.fs.is_some())?;
-    let owner = name
-        .split_once('@')
-        .map_or(name, |(container, _)| container);
+    let (owner, snapshot) = name.split_once('@').unwrap_or((name, ""));
     let container = store.as_settled(store.container(owner)?)?;
+    let snapshot = container.snapshot(snapshot)?;
+    check_ext4(name, snapshot.disk.fs.is_some())?;
     let older = older_state(store, &container, from)?;
     let newer = snapshot_state(&container, snapshot)?;
     diff_states(store, &older, Newer::Sealed(&newer), options)

@@ -9,7 +9,7 @@ use super::super::watch::Watch;
 use super::output::Stream;
 use super::subject::{State, Subject};
 use vellum_base::block::{BLOCK_SIZE, Block, BlockDevice, ExtentKind};
-use vellum_base::error::{Error, Result, ResultExt};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::inherit::result_mode;
 use vellum_base::interrupt;
 use vellum_core::chain::{Chain, Source};
@@ -334,12 +334,26 @@ pub(super) fn qcow2_layers(subject: &Subject<'_>, dir: &Path, watch: &dyn Watch)
         let base = below.as_ref().map(|(name, _)| name.as_str());
         let mut writer = Qcow2Writer::new(&file, chain.size(), cluster, base)?;
         let lower = below.as_ref().map(|(_, open)| &**open.chain());
+        check_above(chain, lower)?;
         copied += copy_layer(chain, lower, &mut writer, progress)?;
         writer.finish()?;
         watch.done();
         below = Some((name, open));
     }
     Ok(copied)
+}
+
+/// Makes sure that a chain is another one and a layer: what comes from its topmost layer is told by numbers.
+fn check_above(chain: &Chain, below: Option<&Chain>) -> Result<()> {
+    let mut layers = chain.base().uuids();
+    layers.pop();
+    if layers == below.map_or_else(Vec::new, |below| below.base().uuids()) {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::InUse,
+        "its layers were joined while they were exported: try again",
+    ))
 }
 
 fn new_file(path: &Path) -> Result<File> {

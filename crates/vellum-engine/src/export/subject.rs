@@ -128,6 +128,7 @@ impl<'a> Subject<'a> {
         }
         let busy = lock_container(store, &container)?;
         let pin = store.pin_layers()?;
+        let container = store.container_by_now(&container)?;
         take_over(store, &container)?;
         if mounted(store, &container)?.is_none() {
             let layers = store.resolve(&container)?.sealed;
@@ -199,9 +200,8 @@ impl<'a> Subject<'a> {
     /// Opens the chain of the whole, with the bytes that its device shows.
     pub fn open_whole(&self) -> Result<OpenChain> {
         let open = self.open(self.whole()?)?;
-        if let Some(size) = self.disk.device_size {
-            open.chain().show(size)?;
-        }
+        let chain = open.chain();
+        chain.show(self.disk.shown(chain.whole_size()))?;
         Ok(open)
     }
 

@@ -218,6 +218,7 @@ impl Session {
         match command {
             Command::Read if self.in_pieces(request) => len.min(READ_PIECE),
             Command::Read | Command::Write => len,
+            Command::BlockStatus => self.contexts.memory(),
             _ => 0,
         }
     }

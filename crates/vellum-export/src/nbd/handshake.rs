@@ -18,6 +18,8 @@ use vellum_base::error::{Error, ErrorKind, Result};
 const MAX_OPTION_DATA: u32 = 64 << 10;
 /// The longest data of an option that is skipped with a reply, in bytes; beyond it is an attack.
 const MAX_SKIPPED_DATA: u32 = 1 << 20;
+/// The most metadata contexts that one connection may select: each takes memory in each reply.
+const MAX_CONTEXTS: usize = 16;
 /// The most options in one handshake. A client that lists exports sends a few for each of them.
 const MAX_OPTIONS: u32 = 100_000;
 
@@ -368,19 +370,23 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
         let Some(export) = self.find(request.name) else {
             return refuse(reply::ERR_UNKNOWN, "no export has that name");
         };
-        let mut selected = Vec::new();
-        for (context, name) in Selected::all(&export) {
+        let mut chosen = Selected::all(&export);
+        chosen.retain(|(_, name)| match set {
+            true => request.selects(name),
+            false => request.lists(name),
+        });
+        if set && chosen.len() > MAX_CONTEXTS {
+            let text = format!("a connection has at most {MAX_CONTEXTS} metadata contexts");
+            return Answer::Refuse(reply::ERR_TOO_BIG, text);
+        }
+        for (context, name) in &chosen {
             // Lists carry no number: it means something only once the context is selected.
-            let id = match set {
-                true if request.selects(name) => context.id(),
-                false if request.lists(name) => 0,
-                _ => continue,
-            };
+            let id = if set { context.id() } else { 0 };
             let parts: [&[u8]; 2] = [&id.to_be_bytes(), name.as_bytes()];
             wire::push_option_reply(out, option, reply::META_CONTEXT, &parts);
-            selected.push(context);
         }
         if set {
+            let selected = chosen.into_iter().map(|(context, _)| context).collect();
             self.selected = Some((export.name.clone(), selected));
         }
         acknowledge(out, option)

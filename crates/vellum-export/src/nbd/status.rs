@@ -32,6 +32,14 @@ impl Contexts {
         self.0.is_empty()
     }
 
+    /// The most memory that an answer takes beyond one about a single context, in bytes: what is found, and
+    /// what is sent of it.
+    pub(super) fn memory(&self) -> usize {
+        self.0.len().saturating_sub(1)
+            * STATUS_EXTENTS
+            * (size_of::<(u64, u32)>() + 2 * size_of::<(u32, u32)>())
+    }
+
     /// Answers BLOCK_STATUS: one chunk for each.
     pub(super) fn answer(
         &self,

@@ -408,6 +408,31 @@ fn each_selected_context_has_a_chunk_of_its_own_in_a_reply() {
 }
 
 #[test]
+fn more_contexts_than_a_connection_may_have_are_refused() {
+    let names: Vec<String> = (0..17).map(|n| format!("qemu:dirty-bitmap:{n}")).collect();
+    let names: Vec<&'static str> = names.into_iter().map(|name| &*name.leak()).collect();
+    let context = |name: &&'static str| -> Arc<dyn MetaContext> { Arc::new(Odd(name)) };
+    let export = Arc::new(Export {
+        contexts: names.iter().map(context).collect(),
+        ..Export::new("disk", Arc::new(MemoryDevice::new(SIZE)))
+    });
+    let option = option::SET_META_CONTEXT;
+    for (count, answer) in [
+        (16, option_reply::META_CONTEXT),
+        (17, option_reply::ERR_TOO_BIG),
+    ] {
+        let mut answers = Script::new()
+            .structured()
+            .option(option, &meta_data("disk", &names[..count]))
+            .run(&[export.clone()]);
+        answers
+            .greeting()
+            .expect(option::STRUCTURED_REPLY, option_reply::ACK);
+        answers.expect(option, answer);
+    }
+}
+
+#[test]
 fn contexts_of_a_kind_are_listed_together() {
     for (queries, found) in [
         (&[][..], 3),
