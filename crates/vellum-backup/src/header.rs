@@ -100,7 +100,7 @@ impl Header {
         if crc32fast::hash(part(bytes, 0, CRC_AT)) != u32_at(bytes, CRC_AT) {
             return Err(corrupt("the header does not match its CRC".into()));
         }
-        check_features(u64_at(bytes, 16))?;
+        check_features(u64_at(bytes, 16), KNOWN_INCOMPATIBLE, "backup")?;
         let uuid = |at| {
             let mut id = [0; 16];
             id.copy_from_slice(part(bytes, at, 16));
@@ -151,8 +151,9 @@ fn check_sizes(virtual_size: u64, device_size: u64, kind: ErrorKind) -> Result<(
     ))
 }
 
-fn check_features(incompatible: u64) -> Result<()> {
-    let unknown = incompatible & !KNOWN_INCOMPATIBLE;
+/// Refuses features beyond those that are known.
+pub(crate) fn check_features(incompatible: u64, known: u64, what: &str) -> Result<()> {
+    let unknown = incompatible & !known;
     if unknown == 0 {
         return Ok(());
     }
@@ -161,7 +162,7 @@ fn check_features(incompatible: u64) -> Result<()> {
     Err(Error::new(
         ErrorKind::Unsupported,
         format!(
-            "incompatible feature bit(s) {} of the backup are unknown to this build: use a newer vellum",
+            "incompatible feature bit(s) {} of the {what} are unknown to this build: use a newer vellum",
             bits.join(", ")
         ),
     ))

@@ -4,6 +4,7 @@
 //! * [`Header`]: what it is a backup of.
 //! * [`Writer`]: blocks into a stream; [`Writer::resume`] goes on with one that was cut off.
 //! * [`Reader`]: a stream into blocks, each of them checked.
+//! * [`LayerWriter`] and [`LayerReader`]: the same of an image's layers, `docs/images.md`, "Layer files".
 //!
 //! ```
 //! use uuid::Uuid;
@@ -38,11 +39,13 @@
 //! ```
 
 mod header;
+mod layers;
 mod read;
 mod record;
 mod write;
 
 pub use header::{Header, MAX_DESCRIPTION};
+pub use layers::{LAYER_FILE_MAGIC, LayerEntry, LayerPart, LayerReader, LayerWriter};
 pub use read::{Chunk, Reader, Resume};
-pub use record::Totals;
+pub use record::{LAYER_HEADER_LEN, Totals};
 pub use write::Writer;

@@ -1,4 +1,4 @@
-//! Records of a backup: docs/backup.md, "Records".
+//! Records of backups and layer files: docs/backup.md, "Records".
 
 use sha2::{Digest, Sha256};
 
@@ -19,8 +19,16 @@ pub(crate) const MAX_DATA: Blocks = Blocks::new(256);
 /// The extents, and what zstd makes of data that it cannot compress.
 const MAX_PAYLOAD: usize = MAX_EXTENTS * EXTENT_LEN + MAX_DATA.buffer_len() + (64 << 10);
 
+/// What a layer record has in front of what is said of the layer.
+pub(crate) const LAYER_FRONT: usize = 48 + LAYER_HEADER_LEN;
+/// Bytes of the header of a layer.
+pub const LAYER_HEADER_LEN: usize = 512;
+/// Bytes of the payload of a layer record.
+pub(crate) const LAYER_PAYLOAD: std::ops::RangeInclusive<usize> = LAYER_FRONT..=64 << 10;
+
 const CHUNK: u32 = 1;
 const END: u32 = 2;
+const LAYER: u32 = 3;
 /// In the length of an extent: its blocks are zero.
 const ZERO: u64 = 1 << 63;
 
@@ -40,6 +48,8 @@ pub struct Totals {
 pub(crate) enum Kind {
     /// Blocks.
     Chunk,
+    /// Of a layer file: the blocks of a layer follow.
+    Layer,
     /// Nothing follows.
     End,
 }
@@ -54,7 +64,7 @@ pub(crate) struct Head {
     pub crc: u32,
 }
 
-/// A damaged backup.
+/// A damaged backup or layer file.
 pub(crate) fn corrupt(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::Corrupt, what)
 }
@@ -116,14 +126,20 @@ pub(crate) fn data_of(extents: &[Run<BlockState>]) -> Blocks {
     data.map(Run::len).sum()
 }
 
+/// The beginning of a layer. Asserts that its payload is as long as one may be.
+pub(crate) fn layer(payload: &[u8], number: u64) -> Vec<u8> {
+    assert!(LAYER_PAYLOAD.contains(&payload.len()));
+    record(LAYER, 0, Blocks::NONE, number, payload)
+}
+
 /// The end, after bytes with this digest.
-pub(crate) fn end(totals: &Totals, digest: &Sha256) -> Vec<u8> {
+pub(crate) fn end(totals: &Totals, digest: &Sha256, number: u64) -> Vec<u8> {
     let mut payload = vec![0; END_LEN];
     put(&mut payload, 0, &totals.chunks.to_le_bytes());
     put(&mut payload, 8, &totals.data.get().to_le_bytes());
     put(&mut payload, 16, &totals.zero.get().to_le_bytes());
     put(&mut payload, DIGEST_AT, &digest.clone().finalize());
-    record(END, 0, Blocks::NONE, totals.chunks, &payload)
+    record(END, 0, Blocks::NONE, number, &payload)
 }
 
 impl Head {
@@ -141,6 +157,7 @@ impl Head {
         let kind = match u32_at(bytes, 0) {
             CHUNK => Kind::Chunk,
             END => Kind::End,
+            LAYER => Kind::Layer,
             other => return Err(corrupt(format!("record {number} is of no kind ({other})"))),
         };
         let [extents, payload, data] = [4, 8, 12].map(|at| u32_at(bytes, at) as usize);
@@ -151,6 +168,7 @@ impl Head {
                     && data.is_multiple_of(BLOCK_LEN)
                     && data <= MAX_DATA.buffer_len()
             }
+            Kind::Layer => extents == 0 && data == 0 && LAYER_PAYLOAD.contains(&payload),
             Kind::End => extents == 0 && data == 0 && payload == END_LEN,
         };
         if !lengths_fit {

@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 use zstd::bulk::Compressor;
 
 use crate::header::Header;
-use crate::read::Resume;
+use crate::read::{BACKUP, Resume};
 use crate::record::{self, MAX_DATA, MAX_EXTENTS, Totals};
 use vellum_base::block::{
     BLOCK_LEN, Block, BlockState, Blocks, Run, Span, part, part_from, push_run,
@@ -16,12 +16,16 @@ use vellum_base::error::{Error, Result, ResultExt};
 /// zstd's own default: most of what higher levels save, in a fraction of their time.
 const LEVEL: i32 = 3;
 
-/// Writes a backup. What it was given is gathered into chunks; [`Writer::finish`] writes the last one and the
-/// end. Each record is one write.
-pub struct Writer<W> {
+/// Records into a stream: what backups and layer files have in common. Blocks are gathered into chunks; each
+/// record is one write.
+pub(crate) struct Records<W> {
     out: W,
+    /// What it is, for messages.
+    what: &'static str,
     digest: Sha256,
     totals: Totals,
+    /// Records so far.
+    number: u64,
     /// No block before this one may be written any more.
     at: Block,
     size: Block,
@@ -31,61 +35,48 @@ pub struct Writer<W> {
     compressor: Compressor<'static>,
 }
 
-impl<W> std::fmt::Debug for Writer<W> {
+impl<W> std::fmt::Debug for Records<W> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Writer({:?} until {})", self.totals, self.at)
+        write!(
+            f,
+            "Writer({:?} until {} of the {})",
+            self.totals, self.at, self.what
+        )
     }
 }
 
-impl<W: Write> Writer<W> {
-    /// Begins a backup: writes the header, and the description, which the format knows nothing of.
-    ///
-    /// # Errors
-    /// [`vellum_base::ErrorKind::InvalidInput`] for impossible sizes, or a description longer than
-    /// [`MAX_DESCRIPTION`](crate::MAX_DESCRIPTION); where `out` fails.
-    pub fn new(out: W, header: &Header, description: &[u8]) -> Result<Self> {
-        let front = [&header.encode(description)?, description].concat();
-        let mut writer = Writer {
+impl<W: Write> Records<W> {
+    /// Begins with `front`, for `blocks` blocks.
+    pub fn new(out: W, what: &'static str, front: &[u8], blocks: Blocks) -> Result<Self> {
+        let mut records = Records {
             out,
+            what,
             digest: Sha256::new(),
             totals: Totals::default(),
+            number: 0,
             at: Block::FIRST,
-            size: Block::FIRST + Blocks::whole_in(header.virtual_size),
+            size: Block::FIRST + blocks,
             extents: Vec::new(),
             data: Vec::new(),
             compressor: compressor()?,
         };
-        writer.put(&front)?;
-        Ok(writer)
+        records.put(front)?;
+        Ok(records)
     }
 
-    /// Goes on with a backup that was cut off: `out` stands behind its last whole chunk.
-    ///
-    /// # Errors
-    /// Where there is no memory.
-    pub fn resume(out: W, resume: Resume) -> Result<Self> {
-        Ok(Writer {
-            out,
-            digest: resume.digest,
-            totals: resume.totals,
-            at: resume.at,
-            size: resume.size,
-            extents: Vec::new(),
-            data: Vec::new(),
-            compressor: compressor()?,
-        })
-    }
-
-    /// The block from which on blocks are expected: those before are done with.
-    pub fn at(&self) -> Block {
-        self.at
+    /// Writes a record that begins a layer of `blocks` blocks.
+    pub fn layer(&mut self, payload: &[u8], blocks: Blocks) -> Result<()> {
+        self.put_chunk()?;
+        let record = record::layer(payload, self.number);
+        self.put(&record)?;
+        self.number += 1;
+        self.at = Block::FIRST;
+        self.size = Block::FIRST + blocks;
+        Ok(())
     }
 
     /// The whole blocks in `data`, from `start` on. Asserts that they are behind those before, and within the
     /// device.
-    ///
-    /// # Errors
-    /// Where the stream cannot be written: then it is cut off there.
     pub fn data(&mut self, start: Block, data: &[u8]) -> Result<()> {
         let whole = Span::of_buffer(start, data);
         self.check_next(whole);
@@ -105,10 +96,7 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
-    /// Blocks that are zero, as [`Writer::data`].
-    ///
-    /// # Errors
-    /// As [`Writer::data`].
+    /// Blocks that are zero, as [`Records::data`].
     pub fn zero(&mut self, span: Span) -> Result<()> {
         self.check_next(span);
         self.make_room()?;
@@ -141,12 +129,13 @@ impl<W: Write> Writer<W> {
             false => self
                 .compressor
                 .compress(&self.data)
-                .context(|| "cannot compress a part of the backup")?,
+                .context(|| format!("cannot compress a part of the {}", self.what))?,
         };
-        let chunk = record::chunk(&self.extents, &frame, self.totals.chunks);
+        let chunk = record::chunk(&self.extents, &frame, self.number);
         self.put(&chunk)?;
         let data = record::data_of(&self.extents);
         let all: Blocks = self.extents.iter().map(Run::len).sum();
+        self.number += 1;
         self.totals.chunks += 1;
         self.totals.data += data;
         self.totals.zero += all - data;
@@ -158,23 +147,87 @@ impl<W: Write> Writer<W> {
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.out
             .write_all(bytes)
-            .context(|| "cannot write the backup")?;
+            .context(|| format!("cannot write the {}", self.what))?;
         self.digest.update(bytes);
         Ok(())
+    }
+
+    /// Writes what is left, and the end. Nothing is synced.
+    pub fn finish(mut self) -> Result<(Totals, W)> {
+        self.put_chunk()?;
+        let end = record::end(&self.totals, &self.digest, self.number);
+        self.out
+            .write_all(&end)
+            .and_then(|()| self.out.flush())
+            .context(|| format!("cannot write the end of the {}", self.what))?;
+        Ok((self.totals, self.out))
+    }
+}
+
+/// Writes a backup. What it was given is gathered into chunks; [`Writer::finish`] writes the last one and the
+/// end. Each record is one write.
+#[derive(Debug)]
+pub struct Writer<W>(Records<W>);
+
+impl<W: Write> Writer<W> {
+    /// Begins a backup: writes the header, and the description, which the format knows nothing of.
+    ///
+    /// # Errors
+    /// [`vellum_base::ErrorKind::InvalidInput`] for impossible sizes, or a description longer than
+    /// [`MAX_DESCRIPTION`](crate::MAX_DESCRIPTION); where `out` fails.
+    pub fn new(out: W, header: &Header, description: &[u8]) -> Result<Self> {
+        let front = [&header.encode(description)?, description].concat();
+        let blocks = Blocks::whole_in(header.virtual_size);
+        Records::new(out, BACKUP, &front, blocks).map(Writer)
+    }
+
+    /// Goes on with a backup that was cut off: `out` stands behind its last whole chunk.
+    ///
+    /// # Errors
+    /// Where there is no memory.
+    pub fn resume(out: W, resume: Resume) -> Result<Self> {
+        Ok(Writer(Records {
+            out,
+            what: BACKUP,
+            digest: resume.digest,
+            number: resume.totals.chunks,
+            totals: resume.totals,
+            at: resume.at,
+            size: resume.size,
+            extents: Vec::new(),
+            data: Vec::new(),
+            compressor: compressor()?,
+        }))
+    }
+
+    /// The block from which on blocks are expected: those before are done with.
+    pub fn at(&self) -> Block {
+        self.0.at
+    }
+
+    /// The whole blocks in `data`, from `start` on. Asserts that they are behind those before, and within the
+    /// device.
+    ///
+    /// # Errors
+    /// Where the stream cannot be written: then it is cut off there.
+    pub fn data(&mut self, start: Block, data: &[u8]) -> Result<()> {
+        self.0.data(start, data)
+    }
+
+    /// Blocks that are zero, as [`Writer::data`].
+    ///
+    /// # Errors
+    /// As [`Writer::data`].
+    pub fn zero(&mut self, span: Span) -> Result<()> {
+        self.0.zero(span)
     }
 
     /// Writes what is left, and the end. Nothing is synced.
     ///
     /// # Errors
     /// As [`Writer::data`].
-    pub fn finish(mut self) -> Result<(Totals, W)> {
-        self.put_chunk()?;
-        let end = record::end(&self.totals, &self.digest);
-        self.out
-            .write_all(&end)
-            .and_then(|()| self.out.flush())
-            .context(|| "cannot write the end of the backup")?;
-        Ok((self.totals, self.out))
+    pub fn finish(self) -> Result<(Totals, W)> {
+        self.0.finish()
     }
 }
 
