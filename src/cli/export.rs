@@ -31,6 +31,9 @@ pub(super) struct Args {
     /// With oci and docker: what the image is called there [default: NAME]
     #[arg(long = "name", value_name = "REF")]
     reference: Option<String>,
+    /// With layer: leave out the layers that this image has, since the other store has them
+    #[arg(long, value_name = "IMAGE")]
+    without: Option<String>,
     /// Replace a file that is there
     #[arg(short, long)]
     force: bool,
@@ -49,6 +52,9 @@ enum FormatArg {
     Oci,
     /// A container image as docker save writes it
     Docker,
+    /// The block layers as they are, compressed, for `vellum import` into another store; a container is sealed for
+    /// that as by a commit, and goes on
+    Layer,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -66,6 +72,7 @@ impl From<FormatArg> for Format {
             FormatArg::Tar => Format::Tar,
             FormatArg::Oci => Format::Oci,
             FormatArg::Docker => Format::Docker,
+            FormatArg::Layer => Format::Layer,
         }
     }
 }
@@ -86,6 +93,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         layers: args.layers,
         compression: args.compression.map(Compression::from),
         name: args.reference.clone(),
+        without: args.without.clone(),
         replace: args.force,
     };
     let to_stdout = args.target.as_os_str() == "-";
@@ -96,8 +104,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         ));
     }
     let store = match options.format {
-        // These only read; the others mount.
-        Format::Raw | Format::Qcow2 => context.store()?,
+        // These can be read where nothing can be written; the others mount.
+        Format::Raw | Format::Qcow2 | Format::Layer => context.store()?,
         Format::Tar | Format::Oci | Format::Docker => context.store_to_change()?,
     };
     let watch = Bars::new(context.out);
@@ -111,7 +119,11 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
 fn summary(report: &ExportReport) -> String {
     let (name, path) = (&report.name, super::shown(&report.path));
     let what = match (report.bytes, report.layers) {
-        (Some(bytes), _) => format!(", {} of data", human_size(bytes)),
+        (Some(bytes), None) => format!(", {} of data", human_size(bytes)),
+        (Some(bytes), Some(1)) => format!(", 1 layer, {} of data", human_size(bytes)),
+        (Some(bytes), Some(layers)) => {
+            format!(", {layers} layers, {} of data", human_size(bytes))
+        }
         (None, Some(1)) => ", 1 layer".into(),
         (None, Some(layers)) => format!(", {layers} layers"),
         (None, None) => String::new(),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::Context;
 use super::output::human_size;
 use super::progress::Bars;
+use vellum_base::crash_point;
 use vellum_base::error::Result;
 use vellum_base::size::parse_size;
 use vellum_engine::import::{ImportOptions, ImportReport, import};
@@ -15,8 +16,8 @@ use vellum_image::Format;
 pub(super) struct Args {
     /// The new image's name, like debian:12
     name: String,
-    /// A tar (plain, gzip, zstd), directory, OCI layout or archive, Docker archive or disk image
-    /// (raw, qcow2); - reads a tar from standard input
+    /// A tar (plain, gzip, zstd), directory, OCI layout or archive, Docker archive, disk image
+    /// (raw, qcow2) or layer file; - reads a tar or layer file from standard input
     source: PathBuf,
     /// Virtual size of containers made from it [default: 10G, more where the content needs it, or
     /// the disk image's own]
@@ -52,6 +53,8 @@ enum FormatArg {
     Raw,
     /// A disk image in QEMU's format
     Qcow2,
+    /// An image with its block layers, as export --format layer writes it
+    Layer,
 }
 
 impl From<FormatArg> for Format {
@@ -63,11 +66,13 @@ impl From<FormatArg> for Format {
             FormatArg::Docker => Format::Docker,
             FormatArg::Raw => Format::Raw,
             FormatArg::Qcow2 => Format::Qcow2,
+            FormatArg::Layer => Format::Layer,
         }
     }
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
+    crash_point::arm()?;
     let store = context.store_to_change()?;
     let options = ImportOptions {
         size: args.size,

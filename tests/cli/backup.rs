@@ -299,7 +299,7 @@ fn a_disk_that_grew_or_shrank_between_backups_has_the_size_of_each() {
 }
 
 /// Runs a command that dies at a place.
-fn killed(store: &TestStore, place: &str, arguments: &[&str]) {
+pub fn killed(store: &TestStore, place: &str, arguments: &[&str]) {
     let mut command = store.command();
     let output: Output = command
         .args(arguments)

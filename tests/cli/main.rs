@@ -1,4 +1,4 @@
-//! The command line: import, interrupted commands, lives of containers, backups, `verify-durability`.
+//! The command line: import, interrupted commands, lives of containers, backups, layer files, `verify-durability`.
 
 #![allow(
     clippy::unwrap_used,
@@ -20,6 +20,7 @@ mod diff;
 mod export;
 mod import;
 mod interrupted;
+mod layer_file;
 mod lifecycle;
 mod live;
 mod names;

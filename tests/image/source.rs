@@ -473,6 +473,7 @@ fn every_way(work: &Path, name: &str, data: &[u8], options: &SourceOptions) -> V
         Ok(Source::Tar(_)) => "tar",
         Ok(Source::Disk(_)) => "raw",
         Ok(Source::Directory(_)) => "directory",
+        Ok(Source::Layers(_)) => "layers",
         Err(_) => "error",
     };
     let (file, packed) = (

@@ -1,7 +1,7 @@
 //! Places where a test has this process die, as if it had been killed there, or panic.
 //!
-//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`], [`RESIZES`], [`BACKUPS`] or
-//! [`SERVING`]; the process that called [`arm`] sends itself SIGKILL when it comes by for the first, or the third, time. With
+//! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`], [`RESIZES`], [`BACKUPS`],
+//! [`LAYER_FILES`] or [`SERVING`]; the process that called [`arm`] sends itself SIGKILL when it comes by for the first, or the third, time. With
 //! `VELLUM_PANIC_AT` it panics there. Builds without debug assertions contain nothing of it, and
 //! processes that never call [`arm`], such as device servers, come to no harm.
 
@@ -78,6 +78,14 @@ pub const BACKUPS: [&str; 6] = [
     "restore: record in place",
 ];
 
+/// Every place that the import of a layer file has.
+pub const LAYER_FILES: [&str; 4] = [
+    "layer file: piece written",
+    "layer file: layer staged",
+    "layer file: layer published",
+    "layer file: record in place",
+];
+
 /// Every place in a server of clients.
 pub const SERVING: [&str; 1] = ["nbd: flush"];
 
@@ -125,7 +133,7 @@ pub fn arm() -> crate::Result<()> {
 #[cfg(debug_assertions)]
 fn is_place(name: &str) -> bool {
     let places = ALL.iter().chain(&SNAPSHOTS).chain(&RESIZES);
-    let mut places = places.chain(&BACKUPS).chain(&SERVING);
+    let mut places = places.chain(&BACKUPS).chain(&LAYER_FILES).chain(&SERVING);
     places.any(|place| *place == name)
 }
 

@@ -7,13 +7,16 @@ use uuid::Uuid;
 
 use super::complete::finish_layer;
 use super::device::{Target, forget_ext4_journal};
+use super::layer_file;
 use super::raw;
 use super::space::follow_policy;
 use super::template;
 use super::temporary::TemporaryMount;
 use super::watch::Watch;
+use vellum_backup::LAYER_FILE_MAGIC;
 use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE};
-use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::crash_point;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_core::layer::{LayerOptions, WritableLayer};
 use vellum_fs::ext4;
 use vellum_fs::superblock::Superblock;
@@ -89,6 +92,7 @@ pub fn import(
     source_options
         .allow_backing
         .clone_from(&options.allow_backing);
+    source_options.layer_file = Some(LAYER_FILE_MAGIC);
     let mut opened = Source::open(source, &source_options)?;
     let importer = Importer {
         store,
@@ -97,9 +101,17 @@ pub fn import(
     };
     let (image, layers) = match &mut opened {
         Source::Disk(disk) => importer.disk(name, disk, options)?,
+        Source::Layers(file) => {
+            layer_file::check_options(options)?;
+            let shown = source.display().to_string();
+            let input = file.reader(watch.begin(&shown, file.size()))?;
+            let received = layer_file::receive(store, name, input, &pin, watch);
+            received.context(|| shown)?
+        }
         other => importer.files_that_fit(name, source, other, options)?,
     };
     store.put_image(&image, &pin)?;
+    crash_point::here("layer file: record in place");
     let mountable = image.disk.fs.is_some();
     Ok(ImportReport {
         image,
@@ -259,10 +271,10 @@ impl Importer<'_> {
                 })?;
                 self.added(&mut ground, &mut outcomes, outcome, path);
             }
-            Source::Disk(_) => {
+            Source::Disk(_) | Source::Layers(_) => {
                 return Err(Error::new(
                     ErrorKind::InvalidInput,
-                    "a disk image is not a layer of files",
+                    "a disk image or layer file is not a layer of files",
                 ));
             }
         }

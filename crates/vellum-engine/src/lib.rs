@@ -15,6 +15,7 @@ pub mod export;
 pub mod grow;
 pub mod import;
 pub mod known;
+mod layer_file;
 pub mod lost;
 pub mod map;
 pub mod merge;

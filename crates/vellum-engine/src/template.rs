@@ -25,9 +25,14 @@ pub fn count(store: &Store, layers: &[Uuid]) -> usize {
             .layer_info(**layer)
             .ok()
             .and_then(|info| info.chain_key);
-        key.is_some_and(|key| key.starts_with(KEY) && !key.contains('/'))
+        key.is_some_and(|key| is_key(&key))
     };
     layers.iter().take(1).filter(is_template).count()
+}
+
+/// True for the chain key of a template. No import looks for a layer by such a key.
+pub fn is_key(key: &str) -> bool {
+    key.starts_with(KEY) && !key.contains('/')
 }
 
 /// The template for file systems of `size` bytes; made where the store has none.

@@ -57,7 +57,7 @@ pub use measure::Measure;
 pub use platform::Platform;
 pub use qcow2::{Qcow2Writer, cluster_size};
 pub use raw::Holds;
-pub use source::{Format, Image, Source, SourceOptions, TarSource};
+pub use source::{Format, Image, Source, SourceOptions, StreamSource};
 pub use transfer::{Owners, TransferOptions, transfer, transfer_from_tar, transfer_to_tar};
 pub use tree::{Attributes, Directory, MountedTrees, Trees};
 pub use view::View;

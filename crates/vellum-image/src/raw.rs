@@ -146,6 +146,15 @@ fn refuse_by_name(path: &Path, file: &File, size: u64) -> Result<()> {
             ),
         ))
     };
+    if at(0, b"VELLUMBK")? {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "it is a backup of a container: vellum restore NAME {} makes one of it",
+                path.display()
+            ),
+        ));
+    }
     for (offset, magic, whose, name) in FOREIGN {
         if at(offset, magic)? {
             return foreign(whose, name);

@@ -42,6 +42,8 @@ pub enum Format {
     Raw,
     /// A disk image in QEMU's format of that name.
     Qcow2,
+    /// An image with its block layers.
+    Layer,
 }
 
 impl fmt::Display for Format {
@@ -54,6 +56,7 @@ impl fmt::Display for Format {
             Format::Docker => "docker",
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
+            Format::Layer => "layer",
         })
     }
 }
@@ -73,6 +76,8 @@ pub struct SourceOptions {
     /// Files, and directories with them, that a disk image may name as its backing, besides those that lie
     /// beside it.
     pub allow_backing: Vec<PathBuf>,
+    /// What a layer file begins with: the caller reads those.
+    pub layer_file: Option<&'static [u8]>,
 }
 
 impl SourceOptions {
@@ -85,6 +90,7 @@ impl SourceOptions {
             format: None,
             spool: spool.into(),
             allow_backing: Vec::new(),
+            layer_file: None,
         }
     }
 }
@@ -95,15 +101,17 @@ pub enum Source {
     /// A directory that is a root file system. See [`copy_tree`](super::copy_tree).
     Directory(PathBuf),
     /// The tar of a root file system, one layer without whiteouts.
-    Tar(TarSource),
+    Tar(StreamSource),
     /// A container image.
     Image(Box<Image>),
     /// A disk image.
     Disk(DiskImage),
+    /// What begins as a layer file does.
+    Layers(StreamSource),
 }
 
-/// A tar, wherever it comes from.
-pub struct TarSource {
+/// A tar or layer file, wherever it comes from.
+pub struct StreamSource {
     input: Input,
     compression: Compression,
     size: Option<u64>,
@@ -115,16 +123,16 @@ enum Input {
     Stream(Option<Box<dyn Read + Send>>),
 }
 
-impl fmt::Debug for TarSource {
+impl fmt::Debug for StreamSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TarSource")
+        f.debug_struct("StreamSource")
             .field("compression", &self.compression)
             .field("size", &self.size)
             .finish_non_exhaustive()
     }
 }
 
-impl TarSource {
+impl StreamSource {
     /// How it was compressed.
     pub fn compression(&self) -> Compression {
         self.compression
@@ -135,7 +143,7 @@ impl TarSource {
         self.size
     }
 
-    /// The uncompressed tar. `progress` hears of the bytes read from the file or pipe.
+    /// Its bytes, uncompressed. `progress` hears of the bytes read from the file or pipe.
     ///
     /// # Errors
     ///
@@ -147,11 +155,11 @@ impl TarSource {
         self.reader(progress)
     }
 
-    /// As [`TarSource::into_reader`]; again and again, unless it is a pipe.
+    /// As [`StreamSource::into_reader`]; again and again, unless it is a pipe.
     ///
     /// # Errors
     ///
-    /// `InvalidInput` for a pipe that was read before; as [`TarSource::into_reader`].
+    /// `InvalidInput` for a pipe that was read before; as [`StreamSource::into_reader`].
     pub fn reader(&mut self, progress: Option<Progress<'static>>) -> Result<Box<dyn Read + Send>> {
         let input: Box<dyn Read + Send> = match &mut self.input {
             Input::File(file) => {
@@ -306,7 +314,7 @@ impl Source {
                 }
                 Ok(Some(sum))
             }
-            Source::Disk(_) => Ok(None),
+            Source::Disk(_) | Source::Layers(_) => Ok(None),
         }
     }
 
@@ -405,9 +413,13 @@ fn open_file(path: &Path, file: File, options: &SourceOptions) -> Result<Source>
         let whole = Box::new(Slice::new(file.clone(), 0, u64::MAX));
         return from_stream(whole, Some((file, size)), options);
     }
-    if detect::is_tar(&head, size) {
+    let is_tar = detect::is_tar(&head, size);
+    if is_layers(&head, is_tar, options)? {
+        return Ok(Source::Layers(stored(Arc::new(file), size)));
+    }
+    if is_tar {
         if is_plain(&head, options) {
-            return Ok(plain_tar(Arc::new(file), size));
+            return Ok(Source::Tar(stored(Arc::new(file), size)));
         }
         let archive = Archive::index(file)?;
         return from_archive(archive, size, options);
@@ -419,6 +431,20 @@ fn open_file(path: &Path, file: File, options: &SourceOptions) -> Result<Source>
         return qcow2::open(path, file, options).map(Source::Disk);
     }
     raw::open(path, file, false).map(Source::Disk)
+}
+
+/// Whether a source is a layer file, by its first bytes.
+fn is_layers(head: &[u8], is_tar: bool, options: &SourceOptions) -> Result<bool> {
+    let magic = options.layer_file;
+    let begins = magic.is_some_and(|magic| head.starts_with(magic));
+    match options.format {
+        None => Ok(begins && !is_tar),
+        Some(Format::Layer) if !begins => Err(contradicts(
+            Format::Layer,
+            "it does not begin as a layer file does",
+        )),
+        Some(format) => Ok(format == Format::Layer),
+    }
 }
 
 /// Whether a tar is one of files as far as its beginning says, so that it need not be read twice.
@@ -444,21 +470,22 @@ fn from_archive(archive: Archive, size: u64, options: &SourceOptions) -> Result<
         Archived::Docker => image(docker::load(blobs, options)),
         Archived::LegacyDocker => image(docker_legacy::load(blobs, options)),
         Archived::Files => match blobs {
-            Blobs::Archive(archive) => Ok(plain_tar(archive.into_file(), size)),
+            Blobs::Archive(archive) => Ok(Source::Tar(stored(archive.into_file(), size))),
             Blobs::Directory(path) => Ok(Source::Directory(path)),
         },
     }
 }
 
-fn plain_tar(file: Arc<File>, size: u64) -> Source {
-    Source::Tar(TarSource {
+/// What lies in a file as it is.
+fn stored(file: Arc<File>, size: u64) -> StreamSource {
+    StreamSource {
         input: Input::File(file),
         compression: Compression::None,
         size: Some(size),
-    })
+    }
 }
 
-/// A tar that comes byte after byte. One that does not begin as a root file system is kept in a
+/// A tar or layer file that comes byte after byte. A tar that does not begin as a root file system is kept in a
 /// file first: whether it is an image only the whole of it can say.
 fn from_stream(
     input: Box<dyn Read + Send>,
@@ -488,24 +515,28 @@ fn from_stream(
     if head.is_empty() {
         return Err(Error::new(ErrorKind::InvalidInput, "it is empty"));
     }
-    if !detect::is_tar(&head, head.len() as u64) {
+    let is_tar = detect::is_tar(&head, head.len() as u64);
+    if is_layers(&head, is_tar, options)? {
+        return Ok(Source::Layers(again(file, compression).unwrap_or_else(
+            || StreamSource {
+                input: Input::Stream(Some(Box::new(Cursor::new(head).chain(decoder)))),
+                compression,
+                size: None,
+            },
+        )));
+    }
+    if !is_tar {
         return Err(no_tar(&head, compression, options));
     }
     let plain = is_plain(&head, options);
     let mut whole = Cursor::new(head).chain(decoder);
-    // From the start again where it can be, so that progress counts the bytes of the file.
-    let again = |file: Option<(Arc<File>, u64)>| {
-        file.map(|(file, size)| TarSource {
-            input: Input::File(file),
-            compression,
-            size: Some(size),
-        })
-    };
     if plain {
-        return Ok(Source::Tar(again(file).unwrap_or_else(|| TarSource {
-            input: Input::Stream(Some(Box::new(whole))),
-            compression,
-            size: None,
+        return Ok(Source::Tar(again(file, compression).unwrap_or_else(|| {
+            StreamSource {
+                input: Input::Stream(Some(Box::new(whole))),
+                compression,
+                size: None,
+            }
         })));
     }
     let spool = &options.spool;
@@ -515,9 +546,18 @@ fn from_stream(
         .map_err(|error| read_failure(&format!("keeping the archive in {spool:?}"), error))?;
     let archive = Archive::index(kept)?;
     match from_archive(archive, length, options)? {
-        Source::Tar(kept) => Ok(Source::Tar(again(file).unwrap_or(kept))),
+        Source::Tar(kept) => Ok(Source::Tar(again(file, compression).unwrap_or(kept))),
         image => Ok(image),
     }
+}
+
+/// From the start again where it can be, so that progress counts the bytes of the file.
+fn again(file: Option<(Arc<File>, u64)>, compression: Compression) -> Option<StreamSource> {
+    file.map(|(file, size)| StreamSource {
+        input: Input::File(file),
+        compression,
+        size: Some(size),
+    })
 }
 
 /// Says what a stream is that is no tar.

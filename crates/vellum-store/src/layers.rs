@@ -116,15 +116,33 @@ impl Store {
         Header::new(below, virtual_size)
     }
 
+    /// As [`Store::stage_layer`], an empty layer that will be one of another store: with its identity, parent,
+    /// place and time. It lies in `staging` by a name of its own, so that what an interrupted command left of the
+    /// same layer is in nobody's way.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::create`].
+    pub fn stage_received(&self, header: &Header) -> Result<StagedLayer> {
+        let header = Header {
+            sealed: false,
+            ..header.clone()
+        };
+        self.stage_in(header, self.staging_dir(Uuid::new_v4()))
+    }
+
     fn stage(&self, header: Header) -> Result<StagedLayer> {
         let dir = self.staging_dir(header.uuid);
+        self.stage_in(header, dir)
+    }
+
+    fn stage_in(&self, header: Header, dir: PathBuf) -> Result<StagedLayer> {
         WritableLayer::create(&*self.storage, &dir, &header).inspect_err(|error| {
             // Made in part; whoever is in the way by that name made it.
             if error.kind() != ErrorKind::AlreadyExists {
                 let _ = self.storage.remove_tree(&dir);
             }
         })?;
-        self.staged(header)
+        self.staged(header, dir)
     }
 
     /// As [`Store::stage_layer`], an empty layer that will take the place of several on each other, from the
@@ -162,7 +180,7 @@ impl Store {
             };
             write().context(|| format!("cannot write {}", path.display()))
         })?;
-        self.staged(header)
+        self.staged(header, dir)
     }
 
     /// Makes the names of placed layers durable.
@@ -176,9 +194,8 @@ impl Store {
             .context(|| format!("cannot sync {}", dir.display()))
     }
 
-    /// Takes hold of a layer that was made in `staging`.
-    fn staged(&self, header: Header) -> Result<StagedLayer> {
-        let dir = self.staging_dir(header.uuid);
+    /// Takes hold of a layer that was made in `dir`.
+    fn staged(&self, header: Header, dir: PathBuf) -> Result<StagedLayer> {
         let lease = match self.try_lease(&dir) {
             Ok(Some(lease)) => lease,
             other => {
@@ -339,15 +356,24 @@ impl Store {
         Ok(layers)
     }
 
-    fn has_layer(&self, layer: Uuid) -> Result<bool> {
+    /// True where a layer of this name is published.
+    ///
+    /// # Errors
+    /// Where it cannot be looked for.
+    pub fn has_layer(&self, layer: Uuid) -> Result<bool> {
         let dir = self.layer_dir(layer);
         self.storage
             .exists(&dir)
             .context(|| format!("cannot look for {}", dir.display()))
     }
 
-    /// The layers below `layer` as a container's record lists them.
+    /// The layers below `layer` as the record of a container or image lists them.
     fn below_in_records(&self, layer: Uuid) -> Result<Option<Vec<Uuid>>> {
+        for image in self.images()? {
+            if let Some(place) = image.layers.iter().position(|there| *there == layer) {
+                return Ok(Some(image.layers.into_iter().take(place).collect()));
+            }
+        }
         for container in self.containers()? {
             if container.top == layer || container.next == Some(layer) {
                 return Ok(Some(self.resolve(&container)?.sealed).map(|mut sealed| {

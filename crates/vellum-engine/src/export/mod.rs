@@ -2,6 +2,7 @@
 
 mod disk;
 mod image;
+mod layers;
 mod output;
 mod subject;
 
@@ -15,7 +16,7 @@ use output::Out;
 use subject::Subject;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_image::{Compression, write_rootfs_tar_but};
-use vellum_store::Store;
+use vellum_store::{ImageRecord, Store};
 
 /// Bytes that are written to a file at a time.
 const BUFFER: usize = 256 << 10;
@@ -34,6 +35,8 @@ pub enum Format {
     Oci,
     /// A container image as `docker save` writes it.
     Docker,
+    /// The block layers as they are.
+    Layer,
 }
 
 /// What a user says about an export.
@@ -47,6 +50,8 @@ pub struct ExportOptions {
     pub compression: Option<Compression>,
     /// What a container image is called in it; `None` for its name here.
     pub name: Option<String>,
+    /// Of a layer file: an image whose layers are left out of it.
+    pub without: Option<String>,
     /// A file that is there is replaced.
     pub replace: bool,
 }
@@ -64,7 +69,7 @@ pub struct ExportReport {
     /// Bytes of data that were copied, of a disk or of files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
-    /// Layers of a container image.
+    /// Layers of a container image or layer file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers: Option<usize>,
     /// The digest of a container image's manifest.
@@ -88,9 +93,12 @@ pub fn export(
     check(options)?;
     // First, so that nothing is done for what has no place to go to.
     let mut out = Out::new(target, options)?;
+    let without = options.without.as_deref();
+    let without = without.map(|image| store.image(image)).transpose()?;
     let mut export = Export {
-        subject: Subject::find(store, name)?,
+        subject: Subject::find(store, name, options.format == Format::Layer)?,
         options,
+        without,
         watch,
         report: ExportReport {
             name: name.to_owned(),
@@ -106,6 +114,7 @@ pub fn export(
         Format::Qcow2 => export.qcow2(&mut out),
         Format::Tar => export.tar(&mut out),
         Format::Oci | Format::Docker => export.image(&mut out),
+        Format::Layer => export.layers(&mut out),
     };
     let what = || match target.as_os_str() == "-" {
         true => format!("exporting {name} to standard output"),
@@ -129,12 +138,16 @@ fn check(options: &ExportOptions) -> Result<()> {
     if options.name.is_some() && !matches!(options.format, Format::Oci | Format::Docker) {
         return refuse("--name is for --format oci and docker");
     }
+    if options.without.is_some() && options.format != Format::Layer {
+        return refuse("--without is for --format layer: other formats have all of it");
+    }
     Ok(())
 }
 
 struct Export<'a> {
     subject: Subject<'a>,
     options: &'a ExportOptions,
+    without: Option<ImageRecord>,
     watch: &'a dyn Watch,
     report: ExportReport,
 }
@@ -182,6 +195,14 @@ impl Export<'_> {
         output.flush().context(|| "writing the tar")?;
         self.watch.done();
         mount.end()
+    }
+
+    fn layers(&mut self, out: &mut Out) -> Result<()> {
+        let without = self.without.as_ref();
+        let written = layers::write(&self.subject, without, out.writer()?, self.watch)?;
+        self.report.layers = Some(written.layers);
+        self.report.bytes = Some(written.bytes);
+        Ok(())
     }
 
     /// A container image: what it is made of is collected where it has room, then put together.

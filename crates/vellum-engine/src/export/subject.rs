@@ -12,6 +12,7 @@ use super::super::temporary::TemporaryMount;
 use super::super::{lock_container, snapshot};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::Held;
+use vellum_core::layer::SealedLayer;
 use vellum_image::{Foreign, ImageConfig};
 use vellum_store::{
     ContainerRecord, ContainerRef, ContainerSnapshot, DiskInfo, ImageRecord, Scaffold, Store,
@@ -27,9 +28,11 @@ pub(super) struct Subject<'a> {
     /// A container whose writable layer lies above them.
     pub container: Option<ContainerRef>,
     pub config: ImageConfig,
+    /// It is an image: its configuration has a step for each of its layers.
+    pub is_image: bool,
     /// When it became what it is, RFC 3339.
     pub created: String,
-    disk: DiskInfo,
+    pub disk: DiskInfo,
     scaffold: Scaffold,
     // Given back in this order.
     _pin: Option<StoreGuard>,
@@ -53,16 +56,29 @@ fn pin(store: &Store) -> Result<Option<StoreGuard>> {
     }
 }
 
+/// True where the writable layer of a container that is not mounted says nothing: what lies below is all of it.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] while an NBD server has it.
+fn says_nothing(store: &Store, container: &ContainerRecord) -> Result<bool> {
+    let top = store.resolve(container)?.top;
+    let _lease = store.lease_for_reading(top)?;
+    let top = SealedLayer::open_unsealed(&**store.storage(), &store.layer_dir(top))?;
+    let mut nothing = true;
+    top.for_each_run(|_| nothing = false)?;
+    Ok(nothing)
+}
+
 impl<'a> Subject<'a> {
     /// Finds what `name` means: a container, a snapshot as `C@NAME`, else an image. A container that is
-    /// mounted is sealed as by a commit, and goes on.
+    /// mounted is sealed as by a commit, and goes on; where all layers are to be `sealed`, any is.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] for a name that is none of them; [`ErrorKind::InUse`] while an NBD server has
     /// the container.
-    pub fn find(store: &'a Store, name: &str) -> Result<Subject<'a>> {
+    pub fn find(store: &'a Store, name: &str, sealed: bool) -> Result<Subject<'a>> {
         let no_container = match store.container(name) {
-            Ok(container) => return Subject::of_container(store, container),
+            Ok(container) => return Subject::of_container(store, container, sealed),
             Err(error) => error,
         };
         // Before it is looked at, so that what it names stays.
@@ -90,6 +106,7 @@ impl<'a> Subject<'a> {
             container: None,
             created: image.config.created.clone().unwrap_or(image.created),
             config: image.config,
+            is_image: true,
             disk: image.disk,
             scaffold: Scaffold::default(),
             _pin: pin,
@@ -113,6 +130,7 @@ impl<'a> Subject<'a> {
             layers: store.ancestry(Some(top))?,
             container: None,
             config: container.config,
+            is_image: false,
             created: snapshot.created,
             disk: snapshot.disk,
             scaffold: snapshot.scaffold,
@@ -121,7 +139,11 @@ impl<'a> Subject<'a> {
         })
     }
 
-    fn of_container(store: &'a Store, container: ContainerRecord) -> Result<Subject<'a>> {
+    fn of_container(
+        store: &'a Store,
+        container: ContainerRecord,
+        sealed: bool,
+    ) -> Result<Subject<'a>> {
         if store.is_read_only() {
             let layers = store.resolve(&container)?.sealed;
             return Ok(Subject::of_record(store, container, layers, None, None));
@@ -130,10 +152,17 @@ impl<'a> Subject<'a> {
         let pin = store.pin_layers()?;
         let container = store.container_by_now(&container)?;
         take_over(store, &container)?;
-        if mounted(store, &container)?.is_none() {
+        if mounted(store, &container)?.is_none() && (!sealed || says_nothing(store, &container)?) {
             let layers = store.resolve(&container)?.sealed;
             let (pin, busy) = (Some(pin), Some(busy));
-            return Ok(Subject::of_record(store, container, layers, pin, busy));
+            let subject = Subject::of_record(store, container, layers, pin, busy);
+            return Ok(match sealed {
+                false => subject,
+                true => Subject {
+                    container: None,
+                    ..subject
+                },
+            });
         }
         let sealing = seal_container(store, &container, How::Frozen, None, &pin)?;
         complete_layer(store, sealing.layer)?;
@@ -163,6 +192,7 @@ impl<'a> Subject<'a> {
             name: container.name,
             layers,
             config: container.config,
+            is_image: false,
             created: now(),
             disk: container.disk,
             scaffold: container.scaffold,
