@@ -11,7 +11,7 @@ use vellum_base::block::{BlockState, Run};
 use vellum_base::crash_point;
 
 use crate::backup::killed;
-use crate::common::{TestStore, run, shell};
+use crate::common::{TestStore, VELLUM, run, shell};
 use crate::image_support::{assert_same, snapshot};
 
 /// Images `base`, `mid` on it and `top` on that, and the container `c`, which nothing was written to since.
@@ -381,4 +381,35 @@ fn an_import_that_is_killed_anywhere_leaves_nothing_half_made() {
                 .any(|_| true)
         );
     }
+}
+
+#[test]
+fn images_go_out_of_a_store_that_cannot_be_written_and_containers_that_were_written_do_not() {
+    let (store, other) = (prepared(), TestStore::new());
+    fs::write(store.mount("c").join("more"), "more\n").unwrap();
+    store.ok(&["umount", "c"]);
+    let root = store.path("read-only");
+    fs::create_dir(&root).unwrap();
+    let root = root.to_str().unwrap();
+    run(
+        "mount",
+        &["-o", "bind,ro", store.root.to_str().unwrap(), root],
+    );
+    let file = store.arg("saved.vl");
+    let export = |name: &str, file: &str| {
+        let mut command = Command::new(VELLUM);
+        command
+            .args(["--root", root, "export", name, file, "--format", "layer"])
+            .output()
+            .unwrap()
+    };
+    let image = export("top", &file);
+    let container = export("c", &store.arg("none.vl"));
+    run("umount", &[root]);
+    assert!(image.status.success(), "{image:?}");
+    let said = String::from_utf8(container.stderr).unwrap();
+    assert!(said.contains("cannot be changed to seal it"), "{said}");
+    assert!(!store.path("none.vl").exists());
+    other.ok(&["import", "top", &file]);
+    same_layers(&store, &other, "top", "top");
 }
