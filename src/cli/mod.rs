@@ -91,7 +91,7 @@ pub struct Cli {
 enum Command {
     /// Make an image from a tar, directory, OCI image, Docker archive or disk image
     Import(import::Args),
-    /// Write an image, container or snapshot to a file for other programs: raw, qcow2, tar, OCI, Docker
+    /// Write an image, container or snapshot to a file: raw, qcow2, tar, OCI, Docker, or its layers for another store
     Export(export::Args),
     /// List images
     Images(images::Args),
