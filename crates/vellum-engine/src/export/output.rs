@@ -227,6 +227,8 @@ impl NewFile {
 pub(super) struct NewDir {
     path: PathBuf,
     parent: PathBuf,
+    /// The directory, open since before anything was written into it: syncfs tells of failures since then.
+    opened: File,
     /// Around the directory, so that there is room for what does not stay.
     around: TempDir,
 }
@@ -245,32 +247,34 @@ impl NewDir {
         }
         let (parent, name) = place(path)?;
         let around = begin(&parent, &name)?;
-        let new = NewDir {
-            path: parent.join(name),
-            parent,
-            around,
-        };
-        let inner = new.inner();
-        fs::create_dir(&inner).context(|| format!("cannot make {}", inner.display()))?;
+        let inner = inner(&around);
+        let doing = || format!("cannot make {}", inner.display());
+        fs::create_dir(&inner).context(doing)?;
         let mode = result_mode();
         // Who may read it may enter it.
         let mode = mode | (mode & 0o444) >> 2;
-        fs::set_permissions(&inner, fs::Permissions::from_mode(mode))
-            .context(|| format!("cannot make {}", inner.display()))?;
-        Ok(new)
+        fs::set_permissions(&inner, fs::Permissions::from_mode(mode)).context(doing)?;
+        Ok(NewDir {
+            path: parent.join(name),
+            parent,
+            opened: File::open(&inner).context(doing)?,
+            around,
+        })
     }
 
     /// What becomes the directory.
     pub fn inner(&self) -> PathBuf {
-        self.around.path().join("whole")
+        inner(&self.around)
     }
 
     fn finish(self) -> Result<()> {
         let doing = || format!("writing {}", self.path.display());
-        let inner = self.inner();
-        let opened = File::open(&inner).context(doing)?;
-        nix::unistd::syncfs(&opened).context(doing)?;
-        fs::rename(&inner, &self.path).context(doing)?;
+        nix::unistd::syncfs(&self.opened).context(doing)?;
+        fs::rename(self.inner(), &self.path).context(doing)?;
         sync_dir(&self.parent)
     }
+}
+
+fn inner(around: &TempDir) -> PathBuf {
+    around.path().join("whole")
 }
