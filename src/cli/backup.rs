@@ -19,7 +19,10 @@ Of a container a crash-consistent snapshot is taken and backed up. It stays, sin
 --freeze`, and back up C@NAME.
 
 An interrupted backup to a file goes on with the same command; until it is whole, the file is called FILE.partial. `vellum restore` \
-makes containers of backups, and `vellum restore --check` verifies them.")]
+makes containers of backups, and `vellum restore --check` verifies them.
+
+A stream (-o -) that breaks is begun anew, and each attempt on a container takes one more snapshot, which stays: \
+back up the one that is there (C@NAME), or remove it.")]
 pub(super) struct Args {
     /// The container, running or not, or a snapshot that is there (C@NAME)
     container: String,

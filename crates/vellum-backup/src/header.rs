@@ -6,7 +6,7 @@ use crate::record::{put, u32_at, u64_at};
 use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE, part};
 use vellum_base::error::{Error, ErrorKind, Result};
 
-const MAGIC: &[u8; 8] = b"VELLUMBK";
+pub(crate) const MAGIC: &[u8; 8] = b"VELLUMBK";
 pub(crate) const HEADER_LEN: usize = 256;
 const VERSION: u32 = 1;
 /// Incompatible features that this build knows.

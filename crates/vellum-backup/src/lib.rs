@@ -46,6 +46,6 @@ mod write;
 
 pub use header::{Header, MAX_DESCRIPTION};
 pub use layers::{LAYER_FILE_MAGIC, LayerEntry, LayerPart, LayerReader, LayerWriter};
-pub use read::{Chunk, Reader, Resume};
+pub use read::{Chunk, Reader, Resume, ends_before_chunks};
 pub use record::{LAYER_HEADER_LEN, Totals};
 pub use write::Writer;

@@ -5,7 +5,7 @@ use std::io::{ErrorKind as IoKind, Read};
 use sha2::{Digest, Sha256};
 use zstd::bulk::Decompressor;
 
-use crate::header::{HEADER_LEN, Header};
+use crate::header::{HEADER_LEN, Header, MAGIC, MAX_DESCRIPTION};
 use crate::record::{self, HEAD_LEN, Head, Kind, Totals, corrupt};
 use vellum_base::block::{Block, BlockState, Blocks, Run};
 use vellum_base::error::{Error, Result};
@@ -192,6 +192,22 @@ impl<R: Read> Records<R> {
             ))),
         }
     }
+}
+
+/// Whether `input`, read from its beginning, is empty or a backup that was cut off before its first chunk: it holds no
+/// block then.
+///
+/// # Errors
+/// Where `input` fails.
+pub fn ends_before_chunks(input: impl Read) -> std::io::Result<bool> {
+    let mut front = Vec::new();
+    let most = (HEADER_LEN + MAX_DESCRIPTION) as u64;
+    input.take(most).read_to_end(&mut front)?;
+    Ok(match front.first_chunk::<HEADER_LEN>() {
+        Some(header) => Header::decode(header)
+            .is_ok_and(|(_, described)| front.len() < HEADER_LEN + described.len),
+        None => MAGIC.starts_with(&front) || front.starts_with(MAGIC),
+    })
 }
 
 impl<R: Read> Reader<R> {

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use uuid::Uuid;
-use vellum_backup::{Header, MAX_DESCRIPTION, Reader, Totals, Writer};
+use vellum_backup::{Header, MAX_DESCRIPTION, Reader, Totals, Writer, ends_before_chunks};
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, BlockState, Blocks, Run, Span};
 use vellum_base::{ErrorKind, Result};
 
@@ -96,6 +96,24 @@ fn extents() -> impl Strategy<Value = Extents> {
         }
         extents
     })
+}
+
+#[test]
+fn what_ends_before_the_first_chunk_holds_nothing_and_is_told_from_all_else() {
+    let bytes = written(&vec![Run::new(
+        Span::new(Block::FIRST, Blocks::new(3)),
+        BlockState::Data,
+    )]);
+    let before = 256 + DESCRIPTION.len();
+    for len in 0..before + 100 {
+        let ends = ends_before_chunks(&bytes[..len]).unwrap();
+        assert_eq!(ends, len < before, "{len} bytes");
+    }
+    assert!(!ends_before_chunks(&b"my precious notes\n"[..]).unwrap());
+    assert!(!ends_before_chunks(&[0; 20][..]).unwrap());
+    let mut damaged = bytes[..before - 1].to_vec();
+    damaged[40] ^= 1;
+    assert!(!ends_before_chunks(&damaged[..]).unwrap());
 }
 
 proptest! {

@@ -1,11 +1,12 @@
 //! Backups into files, which are whole or called `FILE.partial`, and go on where they were interrupted.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufReader, Seek, SeekFrom};
+use std::io::{self, BufReader, Seek, SeekFrom};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
+use tempfile::TempPath;
 
 use super::description::Description;
 use super::{BackupOptions, BackupReport, State, Wish};
@@ -152,17 +153,27 @@ impl Partial {
         Ok(state.report(header, &totals, resumed, len.len()))
     }
 
-    /// Reads what is there; `None` where not even the header is whole.
+    /// Reads what is there; `None` where the file is empty, or a backup that was cut off before its first chunk:
+    /// nothing of value is lost then.
+    ///
+    /// # Errors
+    /// Where it is something else, and so nothing of ours to write over.
     fn begun(&self) -> Result<Option<Begun>> {
         let what = || format!("cannot read {}", self.path.display());
         let mut input = &*self.file;
         input.rewind().context(what)?;
-        let mut reader = match Reader::new(BufReader::with_capacity(1 << 20, input)) {
-            Ok(reader) => reader,
-            // A power cut, or a kill, before anything was there.
-            Err(error) if error.kind() == ErrorKind::Corrupt => return Ok(None),
-            Err(error) => return Err(error.context(what())),
-        };
+        // A power cut, or a kill, before anything was there.
+        if vellum_backup::ends_before_chunks(input).context(what)? {
+            return Ok(None);
+        }
+        input.rewind().context(what)?;
+        let reader = Reader::new(BufReader::with_capacity(1 << 20, input));
+        let mut reader = reader.context(|| {
+            format!(
+                "cannot go on with {}, which is left as it is (remove it, or give another name)",
+                self.path.display()
+            )
+        })?;
         let header = reader.header().clone();
         let state = loop {
             interrupt::check()?;
@@ -209,8 +220,23 @@ impl Partial {
     fn finish(&self, target: &Path) -> Result<()> {
         let what = || format!("cannot write {}", target.display());
         self.file.sync_all().context(what)?;
-        check_free(target)?;
-        fs::rename(&self.path, target).context(what)?;
+        name_new(&self.path, target).map_err(|error| {
+            let partial = self.path.display();
+            match error.kind() {
+                // It came while the backup was written.
+                io::ErrorKind::AlreadyExists => taken(
+                    target,
+                    &format!("move it away and give the same command again: the backup is whole in {partial}"),
+                ),
+                _ => Error::io(
+                    format!(
+                        "the backup is whole in {partial}, but cannot be renamed to {}: rename it (`mv -n`)",
+                        target.display()
+                    ),
+                    error,
+                ),
+            }
+        })?;
         let dir = target.parent().filter(|dir| !dir.as_os_str().is_empty());
         File::open(dir.unwrap_or(Path::new(".")))
             .and_then(|dir| dir.sync_all())
@@ -218,28 +244,64 @@ impl Partial {
     }
 }
 
+/// Gives a file a name that nothing has, in one step; where the file system has no such rename, by one more link
+/// to it.
+fn name_new(file: &Path, name: &Path) -> io::Result<()> {
+    TempPath::try_from_path(file)?
+        .persist_noclobber(name)
+        .map_err(|failed| match failed.path.keep() {
+            Ok(_) => failed.error,
+            Err(kept) => kept.error,
+        })
+}
+
+fn taken(target: &Path, remedy: &str) -> Error {
+    let text = format!("there is a file {} already: {remedy}", target.display());
+    Error::new(ErrorKind::AlreadyExists, text)
+}
+
 /// A backup never takes the place of a file.
 fn check_free(target: &Path) -> Result<()> {
-    match fs::symlink_metadata(target) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(Error::io(
-            format!("cannot look for {}", target.display()),
-            error,
-        )),
-        Ok(there) if there.is_file() => Err(Error::new(
-            ErrorKind::AlreadyExists,
-            format!(
-                "there is a file {} already: remove it, or give another name",
-                target.display()
+    let there = match fs::symlink_metadata(target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => {
+            let what = format!("cannot look for {}", target.display());
+            return Err(Error::io(what, error));
+        }
+        Ok(there) => there,
+    };
+    if there.is_file() {
+        return Err(taken(target, "remove it, or give another name"));
+    }
+    let name = target.display();
+    Err(Error::new(
+        ErrorKind::AlreadyExists,
+        match target.is_dir() {
+            true => format!("{name} is a directory: name a file in it"),
+            false => format!(
+                "{name} is no place for a file: give another name, or write to it with `-o - > {name}`"
             ),
-        )),
-        Ok(_) => Err(Error::new(
-            ErrorKind::AlreadyExists,
-            format!(
-                "{} is no place for a file: give another name, or write to it with `-o - > {}`",
-                target.display(),
-                target.display()
-            ),
-        )),
+        },
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_came_to_a_name_meanwhile_stays_and_so_does_what_was_to_have_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let [partial, target] = ["x.vb.partial", "x.vb"].map(|name| dir.path().join(name));
+        fs::write(&partial, "backup").unwrap();
+        fs::write(&target, "mine").unwrap();
+        let refused = name_new(&partial, &target).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read_to_string(&target).unwrap(), "mine");
+        assert_eq!(fs::read_to_string(&partial).unwrap(), "backup");
+        fs::remove_file(&target).unwrap();
+        name_new(&partial, &target).unwrap();
+        assert_eq!(fs::read_to_string(&target).unwrap(), "backup");
+        assert!(!partial.exists());
     }
 }
