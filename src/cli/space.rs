@@ -4,7 +4,7 @@ use super::Context;
 use super::output::{complain, human_size};
 use vellum_base::error::Result;
 use vellum_engine::space::{set_policy, space};
-use vellum_store::{SpacePolicy, StoreSpace, Threshold};
+use vellum_store::{SpacePolicy, Store, StoreSpace, Threshold};
 
 /// Arguments of `space`.
 #[derive(Debug, clap::Args)]
@@ -25,20 +25,25 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         return context.out.print(&space(&context.store()?)?, shown);
     }
     let store = context.store_to_change()?;
-    let old = store.space_policy()?;
-    let set = set_policy(
-        &store,
-        SpacePolicy {
-            warn: args.warn.unwrap_or(old.warn),
-            refuse: args.refuse.unwrap_or(old.refuse),
-            stop: args.stop.unwrap_or(old.stop),
-        },
-    )?;
+    let set = set_policy(&store, wanted(args, &store)?)?;
     context.out.print(&space(&store)?, shown)?;
     for error in &set.failed {
         complain(error);
     }
     Ok(())
+}
+
+/// The policy that is to be. The old one counts where something of it stays, so that a damaged one can be set anew.
+fn wanted(args: &Args, store: &Store) -> Result<SpacePolicy> {
+    if let (Some(warn), Some(refuse), Some(stop)) = (args.warn, args.refuse, args.stop) {
+        return Ok(SpacePolicy { warn, refuse, stop });
+    }
+    let old = store.space_policy()?;
+    Ok(SpacePolicy {
+        warn: args.warn.unwrap_or(old.warn),
+        refuse: args.refuse.unwrap_or(old.refuse),
+        stop: args.stop.unwrap_or(old.stop),
+    })
 }
 
 fn shown(space: &StoreSpace) -> String {

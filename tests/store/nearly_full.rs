@@ -152,3 +152,22 @@ fn the_policy_is_shown_as_it_was_set_and_its_order_is_checked() {
     );
     assert_eq!(store.json(&["space"])["policy"]["refuse"], "off");
 }
+
+#[test]
+fn a_damaged_policy_is_found_by_check_and_set_anew_as_the_message_says() {
+    let store = TestStore::new();
+    let anew = ["space", "--warn", "10%", "--refuse", "5%", "--stop", "off"];
+    store.ok(&anew);
+    fs::write(store.root.join("space.json"), "{").unwrap();
+    let says = "vellum space --warn FREE --refuse FREE --stop FREE";
+    for command in [&["space"][..], &["space", "--warn", "10%"]] {
+        let error = store.fails(command);
+        assert!(error.contains(says), "{command:?}: {error}");
+    }
+    let checked = store.output(&["check"]);
+    let found = String::from_utf8_lossy(&checked.stdout).into_owned();
+    assert!(!checked.status.success() && found.contains(says), "{found}");
+    store.ok(&anew);
+    assert_eq!(store.json(&["space"])["policy"]["warn"], "10%");
+    store.ok(&["check"]);
+}

@@ -208,9 +208,16 @@ impl Store {
     /// The store's policy; the default where none was set.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for one that cannot be read.
+    /// [`ErrorKind::Corrupt`] for one that is damaged, with what to do.
     pub fn space_policy(&self) -> Result<SpacePolicy> {
-        Ok(self.read_json(&self.root.join(FILE))?.unwrap_or_default())
+        let read = self.read_json(&self.root.join(FILE));
+        let read = read.map_err(|error| match error.kind() {
+            ErrorKind::Corrupt => error.context(
+                "the store's space policy (set it anew: `vellum space --warn FREE --refuse FREE --stop FREE`)",
+            ),
+            _ => error,
+        });
+        Ok(read?.unwrap_or_default())
     }
 
     /// Sets the policy for what is opened from now on.

@@ -74,6 +74,7 @@ pub fn check(
     };
     if everything {
         check.damaged_records();
+        check.space_policy();
     }
     let states = check.layers(&layers, watch)?;
     check.stacks(&states)?;
@@ -191,6 +192,20 @@ impl Check<'_> {
                 None,
             ));
         }
+    }
+
+    fn space_policy(&mut self) {
+        let Err(error) = self.store.space_policy() else {
+            return;
+        };
+        self.find(Finding::new(
+            Severity::Error,
+            "space policy",
+            self.store.root(),
+            error.to_string(),
+            "until it is set anew nothing new is made, and nothing of the disk is kept free",
+            None,
+        ));
     }
 
     /// What prune would remove, and what died.
