@@ -501,7 +501,14 @@ fn a_backup_that_does_not_fit_is_refused_by_name_and_leaves_nothing() {
     assert_eq!(layers(), before);
     let (server, _) = other.serve("d");
     let said = other.fails(&["restore", "d", &two]);
-    assert!(said.contains("in use by another process"), "{said}");
+    assert!(said.contains("served over NBD by process"), "{said}");
+    // Nor is a moment of it taken, and the message says what to do.
+    let out = other.arg("served.vb");
+    for command in [&["backup", "d", "-o", &out][..], &["snapshot", "d"]] {
+        let said = other.fails(command);
+        let end = format!("end that server (`kill {}`)", server.0.id());
+        assert!(said.contains(&end), "{command:?}: {said}");
+    }
     server.end();
     other.ok(&["rollback", "d", "one"]);
     other.ok(&["restore", "d", &one, &two]);

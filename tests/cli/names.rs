@@ -147,7 +147,7 @@ fn who_reads_a_disk_over_nbd_does_not_notice_that_its_container_is_renamed() {
     assert_eq!(row["name"], "new");
     assert_eq!(row["serving"]["by"], "nbd");
     let error = store.fails(&["mount", "new"]);
-    assert!(error.contains("in use by another process"), "{error}");
+    assert!(error.contains("served over NBD by process"), "{error}");
     server.end();
     store.mount("new");
     store.ok(&["umount", "new"]);

@@ -6,6 +6,7 @@ use super::device::{Target, attach_spec};
 use super::grow::grow_file_system;
 use super::lock_container;
 use super::mount_point::{self, Mounted, UNMOUNT_TIMEOUT, mounted, unmount_device};
+use super::serving::refuse_served;
 use super::teardown::take_over;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
@@ -80,6 +81,7 @@ fn mount_once(
             ),
         ));
     }
+    refuse_served(store, container)?;
     let run_dir = store.run_dir(container);
     let dir = match dir {
         Some(dir) => mount_point::named_dir(store, dir)?,

@@ -9,7 +9,7 @@ use super::device::Target;
 use super::lock_container;
 use super::mount_point::{Mounted, mounted};
 use super::run::{is_mounted_for_run, unmount_after_run};
-use super::serving::serving;
+use super::serving::refuse_served;
 use super::teardown::{refuse_halted, take_over};
 use super::temporary::TemporaryMount;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -87,9 +87,7 @@ pub(super) fn reach<T>(
     if let Some(mount) = mounted(store, container)? {
         return work(&Reached::mounted(&mount.dir, &run_dir));
     }
-    if let Some(serving) = serving(store, container)? {
-        return Err(serving.refusal(name));
-    }
+    refuse_served(store, container)?;
     let mount = match access {
         Access::Look => TemporaryMount::of_container(store, container)?,
         Access::Change => TemporaryMount::new(store, &Target::of(container))?,

@@ -7,7 +7,7 @@ use super::grow::{grow_file_system, grow_mounted};
 use super::lock_container;
 use super::mount_point::{Mounted, Rights, UNMOUNT_TIMEOUT, mounted, unmount_device};
 use super::run::{Activity, activity};
-use super::serving::serving;
+use super::serving::refuse_served;
 use super::teardown::{refuse_halted, take_over};
 use super::temporary::TemporaryMount;
 use vellum_base::crash_point;
@@ -43,9 +43,7 @@ pub fn resize(store: &Store, name: &str, size: u64) -> Result<Resized> {
     let _busy = lock_container(store, &container)?;
     refuse_halted(&store.run_dir(&container), name)?;
     take_over(store, &container)?;
-    if let Some(serving) = serving(store, &container)? {
-        return Err(serving.refusal(name));
-    }
+    refuse_served(store, &container)?;
     let container = store.settle(name)?;
     check(&container, size)?;
     interrupt::check()?;

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::device::{PREPARE_SEAL, SEAL_TOP, SealTop, SealedTop, Target, forget_ext4_journal};
 use super::mount_point::mounted;
+use super::serving::refuse_served;
 use super::teardown::{refuse_halted, take_over};
 use super::temporary::{TemporaryMount, is_clean};
 use super::wire::encode;
@@ -78,7 +79,10 @@ pub(super) fn seal_container(
             )?;
             how == How::Frozen
         }
-        None => see_to_unmounted(store, container, how)?,
+        None => {
+            refuse_served(store, container)?;
+            see_to_unmounted(store, container, how)?
+        }
     };
     interrupt::check()?;
     // From here on it comes to its end, whatever signal comes: undoing it would take as long.

@@ -56,8 +56,8 @@ impl Serving {
         }
     }
 
-    /// Why the container `name` cannot be unmounted or removed.
-    pub(super) fn refusal(&self, name: &str) -> Error {
+    /// Why nothing else can have the container `name`.
+    fn refusal(&self, name: &str) -> Error {
         let who = match &self.holder {
             Some(holder) => format!("process {holder}"),
             None => "a process of another pid namespace".into(),
@@ -106,6 +106,17 @@ pub fn serving(store: &Store, container: &ContainerRecord) -> Result<Option<Serv
             by: Having::Nbd,
             holder: None,
         })),
+    }
+}
+
+/// Refuses a container that has no device of its own while somebody has it, with what to do.
+///
+/// # Errors
+/// [`ErrorKind::InUse`]; as [`serving`].
+pub(super) fn refuse_served(store: &Store, container: &ContainerRecord) -> Result<()> {
+    match serving(store, container)? {
+        Some(serving) => Err(serving.refusal(&container.name)),
+        None => Ok(()),
     }
 }
 

@@ -5,7 +5,7 @@ use super::lock_container;
 use super::mount_point::{self, mounted, unmount_device};
 use super::run::activity::{Activity, Owner, activity, end_running, forget};
 use super::run::scaffold;
-use super::serving::serving;
+use super::serving::refuse_served;
 use super::temporary::end_dead;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_export::device::{self, DetachOptions};
@@ -52,8 +52,8 @@ pub fn umount(store: &Store, name: &str, force: bool) -> Result<bool> {
     let run_dir = store.run_dir(&container);
     let was_there =
         device::status(&run_dir)?.is_some() || activity(store, &container)? != Activity::Idle;
-    if !was_there && let Some(serving) = serving(store, &container)? {
-        return Err(serving.refusal(name));
+    if !was_there {
+        refuse_served(store, &container)?;
     }
     umount_locked(store, &container, force)?;
     Ok(was_there)

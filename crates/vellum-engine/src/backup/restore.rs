@@ -11,6 +11,7 @@ use crate::complete::finish_layer;
 use crate::lock_container;
 use crate::mount_point::mounted;
 use crate::progress::BlocksWatch;
+use crate::serving::refuse_served;
 use crate::space::follow_policy;
 use crate::teardown::take_over;
 use vellum_backup::{Header, Reader, Totals};
@@ -382,7 +383,8 @@ fn add(
             ),
         ));
     }
-    // Whoever serves it has the layer leased.
+    refuse_served(store, &container)?;
+    // Whoever comes to serve it finds the layer leased.
     let lease = store
         .lease_layer(container.top)
         .context(|| format!("the container {name}"))?;
