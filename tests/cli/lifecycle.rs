@@ -240,6 +240,8 @@ fn names_that_are_taken_bad_or_unknown_are_refused_with_what_to_do() {
     let store = TestStore::new();
     store.small_image("base");
     store.ok(&["create", "base", "--name", "c"]);
+    store.ok(&["snapshot", "c", "s"]);
+    store.ok(&["tag", "base", "hub/b:1"]);
     let root = store.arg("small-root");
     for (command, says) in [
         (&["create", "base", "--name", "c"][..], "vellum rm c"),
@@ -258,6 +260,25 @@ fn names_that_are_taken_bad_or_unknown_are_refused_with_what_to_do() {
             "smaller than the image",
         ),
         (&["import", "new", "/nonexistent"], "/nonexistent"),
+        // What is there, and is something else.
+        (&["cp", "c@s:/file", "."], "vellum fork c NEW --from s"),
+        (&["resize", "c@s", "1G"], "vellum fork c NEW --from s"),
+        (&["trim", "c@s"], "vellum fork c NEW --from s"),
+        (&["rename", "c@s", "b"], "c@s is a snapshot"),
+        (
+            &["trim", "c@never"],
+            "the container c has no snapshot never",
+        ),
+        (&["trim", "none@s"], "cannot be the name of a container"),
+        (&["cp", "base:/file", "."], "vellum create base"),
+        (
+            &["changed", "hub/b:1", "--since", "s"],
+            "hub/b:1 is an image",
+        ),
+        (
+            &["tag", "base", "no such"],
+            "cannot be the name of an image",
+        ),
     ] {
         let error = store.fails(command);
         assert!(error.contains(says), "{command:?}: {error}");
@@ -265,7 +286,7 @@ fn names_that_are_taken_bad_or_unknown_are_refused_with_what_to_do() {
     let usage = store.output(&["create"]);
     assert_eq!(usage.status.code(), Some(2));
     assert_eq!(store.output(&["nonsense"]).status.code(), Some(2));
-    assert_eq!(store.names("images"), ["base"]);
+    assert_eq!(store.names("images"), ["base", "hub/b:1"]);
     assert_eq!(store.names("ps"), ["c"]);
 }
 

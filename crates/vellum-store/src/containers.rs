@@ -6,9 +6,9 @@ use std::time::SystemTime;
 use uuid::Uuid;
 
 use super::container_snapshots::ContainerSnapshot;
-use super::names::check_name;
+use super::names::{check_name, check_reference};
 use super::prune::PruneReport;
-use super::records::{ContainerRecord, DiskInfo, LayerInfo};
+use super::records::{ContainerRecord, DiskInfo, ImageRecord, LayerInfo};
 use super::{Store, StoreGuard};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
@@ -59,18 +59,54 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::NotFound`], with what to do.
     pub fn container(&self, name: &str) -> Result<ContainerRecord> {
-        check_name("container", name).map_err(|error| self.snapshot_hint(name).unwrap_or(error))?;
-        self.named_container(name)?.ok_or_else(|| {
-            if let Some(error) = self.snapshot_hint(name) {
-                return error;
+        let checked = check_name("container", name);
+        if checked.is_ok()
+            && let Some(container) = self.named_container(name)?
+        {
+            return Ok(container);
+        }
+        if let Some(error) = self.snapshot_hint(name) {
+            return Err(error);
+        }
+        let absent = |hint: &str| format!("there is no container {name}: {hint}");
+        let quarantined = self.quarantine_hint("containers", name);
+        let text = match quarantined.map(|hint| absent(&hint)) {
+            None => self.name_of_another_kind(name),
+            quarantined => quarantined,
+        };
+        let (kind, text) = match (checked, text) {
+            (Ok(()), Some(text)) => (ErrorKind::NotFound, text),
+            (Err(bad), Some(text)) => (bad.kind(), text),
+            (Err(bad), None) => return Err(bad),
+            (Ok(()), None) => {
+                let hint = "`vellum ps` lists them, `vellum create` makes one";
+                (ErrorKind::NotFound, absent(hint))
             }
-            let hint = self
-                .quarantine_hint("containers", name)
-                .unwrap_or_else(|| "`vellum ps` lists them, `vellum create` makes one".into());
-            Error::new(
-                ErrorKind::NotFound,
-                format!("there is no container {name}: {hint}"),
-            )
+        };
+        Err(Error::new(kind, text))
+    }
+
+    /// Why a name is none of a container, where it is that of a snapshot of one, or of an image.
+    fn name_of_another_kind(&self, name: &str) -> Option<String> {
+        let is_image = check_reference(name).is_ok()
+            && self
+                .read_json::<ImageRecord>(&self.record_path("images", name))
+                .is_ok_and(|image| image.is_some());
+        if is_image {
+            return Some(format!(
+                "{name} is an image, and a container is wanted: `vellum create {name}` makes one of it"
+            ));
+        }
+        let (owner, snapshot) = name.split_once('@')?;
+        check_name("container", owner).ok()?;
+        let owner = self.named_container(owner).ok()??;
+        Some(match owner.snapshot(snapshot) {
+            Ok(_) => format!(
+                "{name} is a snapshot, and a container is wanted: `vellum fork {} NEW --from {snapshot}` makes one of \
+                 it",
+                owner.name
+            ),
+            Err(no_snapshot) => no_snapshot.to_string(),
         })
     }
 

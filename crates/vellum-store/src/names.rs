@@ -38,10 +38,14 @@ fn check(what: &str, name: &str, extra: &str, allowed: &str) -> Result<()> {
     if starts_well && all_allowed && name.len() <= MAX_NAME {
         return Ok(());
     }
+    let article = match what.starts_with(['a', 'e', 'i', 'o', 'u']) {
+        true => "an",
+        false => "a",
+    };
     Err(Error::new(
         ErrorKind::InvalidInput,
         format!(
-            "{name:?} cannot be the name of a {what}: use at most {MAX_NAME} {allowed}, beginning \
+            "{name:?} cannot be the name of {article} {what}: use at most {MAX_NAME} {allowed}, beginning \
              with a letter or a digit"
         ),
     ))

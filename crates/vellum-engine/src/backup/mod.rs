@@ -134,16 +134,11 @@ impl<'a> Wish<'a> {
             Some((owner, of)) => (owner, Some(of)),
             None => (name, None),
         };
-        let container = store.container(owner).map_err(|no_container| {
-            match store.image(name).is_ok() {
-                true => Error::new(
-                    ErrorKind::InvalidInput,
-                    format!(
-                        "{name} is an image, and containers are backed up: `vellum create {name}` makes one"
-                    ),
-                ),
-                false => no_container,
-            }
+        let container = store.container(owner);
+        let container = container.or_else(|no_container| match store.image(name) {
+            // Its name may have an @ too.
+            Ok(_) => store.container(name),
+            Err(_) => Err(no_container),
         })?;
         let container = store.as_settled(container)?;
         let of = of.map(|of| container.snapshot(of).cloned()).transpose()?;
