@@ -3,7 +3,7 @@
 use super::Context;
 use super::confinement::ConfinementArgs;
 use vellum_base::error::Result;
-use vellum_base::size::parse_size;
+use vellum_base::size::parse_bytes;
 use vellum_fs::ext4::Atime;
 use vellum_store::NewContainer;
 
@@ -16,7 +16,7 @@ pub(super) struct Args {
     #[arg(long)]
     name: Option<String>,
     /// Virtual size, not smaller than the image's; the file system grows at the first mount
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     size: Option<u64>,
     /// When reads change the access times of its files [default: noatime]
     #[arg(long, value_name = "WHEN", value_enum)]

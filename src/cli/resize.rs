@@ -4,7 +4,7 @@ use super::Context;
 use super::output::human_size;
 use vellum_base::crash_point;
 use vellum_base::error::Result;
-use vellum_base::size::parse_size;
+use vellum_base::size::parse_bytes;
 use vellum_engine::resize::resize;
 
 /// Arguments of `resize`.
@@ -13,7 +13,7 @@ pub(super) struct Args {
     /// The container, mounted or not, running or not
     container: String,
     /// Its new virtual size, not smaller than it is
-    #[arg(value_name = "SIZE", value_parser = parse_size)]
+    #[arg(value_name = "SIZE", value_parser = parse_bytes)]
     size: u64,
 }
 

@@ -8,7 +8,7 @@ use super::confinement::ConfinementArgs;
 use super::output::{complain, say};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
-use vellum_base::size::parse_size;
+use vellum_base::size::parse_bytes;
 use vellum_engine::run::{self, CommandOptions, Ended, FAILURE, Failure, RunOptions, parse_volume};
 use vellum_fs::ext4::Atime;
 use vellum_store::NewContainer;
@@ -40,7 +40,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<String>,
     /// Virtual size, not smaller than the image's
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     size: Option<u64>,
     /// When reads change the access times of its files [default: noatime]
     #[arg(long, value_name = "WHEN", value_enum)]

@@ -617,13 +617,6 @@ fn a_backup_takes_no_file_s_place_and_goes_on_with_no_other_one() {
 }
 
 #[test]
-fn a_snapshot_is_backed_up_from_a_store_that_cannot_be_written() {
-    let store = container();
-    store.ok(&["snapshot", "c", "one"]);
-    let (root, saved) = (store.path("read-only"), store.arg("saved.vb"));
-    fs::create_dir(&root).unwrap();
-    let root = root.to_str().unwrap();
-#[test]
 fn what_is_no_backup_that_was_begun_is_left_as_it_is_and_so_is_one_whose_header_is_damaged() {
     let store = container();
     let out = store.arg("out.vb");
@@ -652,6 +645,13 @@ fn what_is_no_backup_that_was_begun_is_left_as_it_is_and_so_is_one_whose_header_
     store.ok(&["restore", "--check", &out]);
 }
 
+#[test]
+fn a_snapshot_is_backed_up_from_a_store_that_cannot_be_written() {
+    let store = container();
+    store.ok(&["snapshot", "c", "one"]);
+    let (root, saved) = (store.path("read-only"), store.arg("saved.vb"));
+    fs::create_dir(&root).unwrap();
+    let root = root.to_str().unwrap();
     run(
         "mount",
         &["-o", "bind,ro", store.root.to_str().unwrap(), root],

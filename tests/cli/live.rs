@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use serde_json::json;
 use vellum_engine::device::Target;
 use vellum_store::Store;
 
@@ -326,9 +327,54 @@ fn a_disk_of_odd_sectors_that_grows_shows_all_of_it() {
         size.trim().parse::<u64>().unwrap()
     };
     assert_eq!(served(), MIB + 512);
-    store.ok(&["resize", "c", "8M"]);
+    let resize = |size: u64| store.json(&["resize", "c", &size.to_string()]);
+    resize(MIB + 512);
+    assert_eq!(served(), MIB + 512);
+    let error = store.fails(&["resize", "c", &MIB.to_string()]);
+    assert!(error.contains("has 1049088 bytes"), "{error}");
+    // The rest of its last block is there already, and not shown.
+    let resized = resize(MIB + 4096);
+    assert_eq!(
+        (&resized["before"], &resized["size"]),
+        (&json!(MIB + 512), &json!(MIB + 4096))
+    );
+    assert_eq!(served(), MIB + 4096);
+    resize(8 * MIB);
     assert_eq!(served(), 8 * MIB);
+    // A new container is as large as is said.
+    for (name, size) in [("d", MIB + 512), ("e", MIB + 4096)] {
+        store.ok(&["create", "odd", "--name", name, "--size", &size.to_string()]);
+        assert_eq!(store.content(name).len() as u64, size);
+    }
     store.ok(&["check"]);
+}
+
+#[test]
+fn an_ext4_on_odd_sectors_mounts_without_complaint_and_gets_its_last_block_while_it_is_mounted() {
+    let store = TestStore::new();
+    let raw = store.arg("odd.img");
+    File::create(&raw).unwrap().set_len(16 * MIB + 512).unwrap();
+    run("mke2fs", &["-q", "-F", "-t", "ext4", "-b", "4096", &raw]);
+    store.ok(&["import", "odd", &raw]);
+    store.ok(&["create", "odd", "--name", "c"]);
+    let mounted = store.output(&["mount", "c"]);
+    let said = String::from_utf8_lossy(&mounted.stderr).into_owned();
+    assert!(
+        mounted.status.success() && !said.contains("stays as large"),
+        "{said}"
+    );
+    let dir = String::from_utf8(mounted.stdout).unwrap();
+    let device = run("findmnt", &["-no", "SOURCE", dir.trim()]);
+    let shown = || run("blockdev", &["--getsize64", device.trim()]);
+    assert_eq!(shown().trim(), (16 * MIB + 512).to_string());
+    let whole = (16 * MIB + 4096).to_string();
+    let before = capacity(Path::new(dir.trim()));
+    store.ok(&["resize", "c", &whole]);
+    assert_eq!(shown().trim(), whole);
+    assert_eq!(capacity(Path::new(dir.trim())), before + 4096);
+    store.ok(&["umount", "c"]);
+    assert_eq!(store.content("c").len().to_string(), whole);
+    store.ok(&["check", "--scrub"]);
 }
 
 // --- Trim ---------------------------------------------------------------------------------------

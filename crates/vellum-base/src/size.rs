@@ -1,12 +1,19 @@
 //! Sizes as people type and read them.
 
+/// As [`parse_bytes`], in whole blocks: the result is a multiple of 4096.
+///
+/// # Errors
+/// As [`parse_bytes`].
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    parse_bytes(text).map(|bytes| bytes.next_multiple_of(4096))
+}
+
 /// Reads `10G`, `512M`, `1.5T`, `4096`: K, M, G, T are powers of 1024, with or without `iB` or `B`.
-/// The result is a multiple of 4096.
 ///
 /// # Errors
 ///
 /// A sentence for the user: text that is no size, or one below 1 byte or above 64 TiB.
-pub fn parse_size(text: &str) -> Result<u64, String> {
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let lower = text.trim().to_ascii_lowercase();
     let digits = lower.trim_end_matches("ib").trim_end_matches('b');
     let (number, shift) = [('k', 10), ('m', 20), ('g', 30), ('t', 40)]
@@ -25,7 +32,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         reason = "bounded just now, and parts of a byte do not count"
     )]
     let bytes = bytes as u64;
-    Ok(bytes.next_multiple_of(4096))
+    Ok(bytes)
 }
 
 /// Bytes as docker prints them: decimal units, three digits.
@@ -50,7 +57,7 @@ pub fn human_size(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{human_size, parse_size};
+    use super::{human_size, parse_bytes, parse_size};
 
     #[test]
     fn sizes_read_as_docker_prints_them() {
@@ -66,6 +73,7 @@ mod tests {
         assert_eq!(parse_size("10G"), Ok(10 << 30));
         assert_eq!(parse_size("1.5GiB"), Ok(3 << 29));
         assert_eq!(parse_size("4097"), Ok(8192));
+        assert_eq!(parse_bytes("4097"), Ok(4097));
         assert_eq!(parse_size("64T"), Ok(64 << 40));
     }
 

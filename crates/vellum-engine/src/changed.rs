@@ -142,7 +142,7 @@ pub fn changed(store: &Store, name: &str, since: &str) -> Result<Changed> {
         }
         None => (&container.disk, changed_now(store, &container, &older)?),
     };
-    let shown = disk.shown(whole);
+    let shown = disk.shown_of(whole);
     let ranges: Vec<ChangedRange> = runs.iter().map(|run| range(run, shown)).collect();
     Ok(Changed {
         schema: CHANGED_SCHEMA,

@@ -113,20 +113,23 @@ pub fn grow_file_system(
 /// Makes the layer behind a device that is served from `run_dir`, the device, and the ext4 on it that is
 /// mounted at `dir`, `size` bytes large. Where this process may not grow a mounted one, `unmount` unmounts
 /// it for a moment, or refuses, before anything is changed; it is mounted again with `options`. The caller
-/// holds the device, which would be detached otherwise.
+/// holds the device, which would be detached otherwise. `note` is called before the first change, and notes
+/// what the layer does not of its size.
 ///
 /// # Errors
-/// As [`grow_device`] and [`grow_file_system`].
+/// As [`grow_device`] and [`grow_file_system`]; what `note` says.
 pub fn grow_mounted(
     run_dir: &RunDir,
     device: LoopDevice,
     dir: &Path,
     size: u64,
     options: ext4::MountOptions,
+    note: impl FnOnce() -> Result<()>,
     unmount: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let path = device.path();
     if ext4::may_grow_mounted()? {
+        note()?;
         grow_device(run_dir, device, size)?;
         return grow_file_system(&path, dir, size, options, unmount);
     }
@@ -134,6 +137,7 @@ pub fn grow_mounted(
     crash_point::here("resize: unmounted");
     let grown = unclaimed(&path)
         .map_err(lacks_right)
+        .and_then(|()| note())
         .and_then(|()| grow_device(run_dir, device, size))
         .and_then(|()| ext4::grow_unmounted(&path));
     crash_point::here("resize: file system grown");

@@ -10,6 +10,7 @@ use super::run::{Activity, activity};
 use super::serving::refuse_served;
 use super::teardown::{refuse_halted, take_over};
 use super::temporary::TemporaryMount;
+use vellum_base::block::BLOCK_SIZE;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
@@ -30,9 +31,10 @@ pub struct Resized {
     pub size: u64,
 }
 
-/// Makes a container `size` bytes large, and its ext4 as large as that, mounted and in use or not. The
-/// header of its layer decides: from there on the file system follows, now, or at the next call or
-/// mount.
+/// Makes a container `size` bytes large, rounded up to whole blocks where that is not what it has, and its
+/// ext4 as large as that, mounted and in use or not. The header of its layer decides (of a disk that ended
+/// within its last block, and gets all of that, its record): from there on the file system follows, now, or
+/// at the next call or mount.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidInput`] for less than it has; [`ErrorKind::Unsupported`] for a file system that
@@ -45,6 +47,10 @@ pub fn resize(store: &Store, name: &str, size: u64) -> Result<Resized> {
     take_over(store, &container)?;
     refuse_served(store, &container)?;
     let container = store.settle(name)?;
+    let size = match size == container.disk.shown() {
+        true => size,
+        false => size.next_multiple_of(BLOCK_SIZE),
+    };
     check(&container, size)?;
     interrupt::check()?;
     // From here on it comes to its end: half of it is what the next command would do.
@@ -60,15 +66,17 @@ pub fn resize(store: &Store, name: &str, size: u64) -> Result<Resized> {
     }
     Ok(Resized {
         name: name.to_owned(),
-        before: container.disk.virtual_size,
+        before: container.disk.shown(),
         size,
     })
 }
 
 /// Refuses what cannot be, before anything is changed.
 fn check(container: &ContainerRecord, size: u64) -> Result<()> {
-    let (name, now) = (&container.name, container.disk.virtual_size);
-    check_size(size)?;
+    let (name, now) = (&container.name, container.disk.shown());
+    if size == now {
+        return Ok(());
+    }
     if size < now {
         return Err(Error::new(
             ErrorKind::InvalidInput,
@@ -79,8 +87,9 @@ fn check(container: &ContainerRecord, size: u64) -> Result<()> {
             ),
         ));
     }
+    check_size(size)?;
     let fixed = container.disk.fs.as_ref().and_then(|fs| fs.fixed.as_ref());
-    match fixed.filter(|_| size > now) {
+    match fixed {
         Some(why) => Err(Error::new(
             ErrorKind::Unsupported,
             format!("the container {name} cannot be made larger than its {now} bytes, since {why}"),
@@ -110,9 +119,18 @@ fn grow_in_use(
     })?;
     let options = Rights::of(&mount).options(container.atime.unwrap_or_default());
     let _held = device.hold()?;
-    grow_mounted(&run_dir, device, &there.dir, size, options, || {
-        unmount_device(&run_dir, false)
-    })
+    let note = || show_last_block(store, container, size);
+    let unmount = || unmount_device(&run_dir, false);
+    grow_mounted(&run_dir, device, &there.dir, size, options, note, unmount)
+}
+
+/// Notes that a disk which ended within its last block gets all of that: no layer says so.
+fn show_last_block(store: &Store, container: &ContainerRecord, size: u64) -> Result<()> {
+    let disk = &container.disk;
+    match disk.device_size.is_some() && size == disk.virtual_size {
+        true => store.show_last_block(&container.name),
+        false => Ok(()),
+    }
 }
 
 /// Refuses a container that cannot be unmounted for a moment, although nobody keeps the mount itself busy:
@@ -156,6 +174,7 @@ fn loop_device(mounted: &Mounted) -> Result<LoopDevice> {
 
 /// Grows a container that nobody uses: its layer, and then the file system in a mount for the purpose.
 fn grow_unused(store: &Store, container: &ContainerRecord, size: u64) -> Result<()> {
+    show_last_block(store, container, size)?;
     if size > container.disk.virtual_size {
         let open = Target::of(container).open(store)?;
         open.chain().grow(size)?;

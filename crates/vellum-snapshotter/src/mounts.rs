@@ -310,7 +310,9 @@ impl Mounts {
             ))
         };
         let options = ext4::MountOptions::default();
-        grow_mounted(&run_dir, device, &mounted, size, options, unmount)?;
+        // The layer has all that there is to note.
+        let note = || Ok(());
+        grow_mounted(&run_dir, device, &mounted, size, options, note, unmount)?;
         crash_point::here("mount: grown");
         Ok(())
     }

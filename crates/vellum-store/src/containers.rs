@@ -10,6 +10,7 @@ use super::names::{check_name, check_reference};
 use super::prune::PruneReport;
 use super::records::{ContainerRecord, DiskInfo, ImageRecord, LayerInfo};
 use super::{Store, StoreGuard};
+use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_base::moment::rfc3339;
@@ -24,7 +25,8 @@ pub struct NewContainer<'a> {
     pub image: &'a str,
     /// The container's name; one is made up where it is `None`.
     pub name: Option<&'a str>,
-    /// Virtual size in bytes; the image's where it is `None`. Never smaller than that.
+    /// Size in bytes, which becomes whole blocks where it is another than the image's; the image's where it is
+    /// `None`. Never smaller than that.
     pub virtual_size: Option<u64>,
     /// What appears in it when it runs.
     pub volumes: Vec<super::VolumeMount>,
@@ -122,25 +124,29 @@ impl Store {
         if let Some(name) = new.name {
             self.check_new_container(name)?;
         }
-        let virtual_size = new.virtual_size.unwrap_or(image.disk.virtual_size);
-        if virtual_size < image.disk.virtual_size {
+        let shown = image.disk.shown();
+        // To name the size that it would have anyhow makes it no larger.
+        let wanted = new.virtual_size.filter(|size| *size != shown);
+        let wanted = wanted.map(|size| size.next_multiple_of(BLOCK_SIZE));
+        let virtual_size = wanted.unwrap_or(image.disk.virtual_size);
+        if virtual_size < shown {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!(
                     "{virtual_size} bytes is smaller than the image {} ({} bytes): a container can \
                      only be larger",
-                    image.name, image.disk.virtual_size
+                    image.name, shown
                 ),
             ));
         }
         let fixed = image.disk.fs.as_ref().and_then(|fs| fs.fixed.as_ref());
-        if let (Some(why), true) = (fixed, virtual_size > image.disk.virtual_size) {
+        if let (Some(why), true) = (fixed, wanted.is_some()) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
                     "the image {} cannot be made larger than its {} bytes, since {why}: leave \
                      --size out",
-                    image.name, image.disk.virtual_size
+                    image.name, shown
                 ),
             ));
         }
@@ -174,10 +180,7 @@ impl Store {
             at: None,
             disk: DiskInfo {
                 virtual_size,
-                device_size: image
-                    .disk
-                    .device_size
-                    .filter(|_| virtual_size == image.disk.virtual_size),
+                device_size: image.disk.device_size.filter(|_| wanted.is_none()),
                 ..image.disk
             },
             config: image.config,
@@ -319,7 +322,19 @@ impl Store {
         Ok(settled)
     }
 
-    /// Bytes of a container's device: what the header of its writable layer says. The record follows it
+    /// Lets the device of a container that ends within its last block show all of that, durably, from when it is
+    /// opened next or [grows](vellum_core::chain::Chain::grow).
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where the container is gone; where the host fails.
+    pub fn show_last_block(&self, name: &str) -> Result<()> {
+        let _lock = self.lock()?;
+        let mut record = self.container(name)?;
+        record.disk.device_size = None;
+        self.write_json(&self.record_path("containers", name), &record)
+    }
+
+    /// Bytes of a container's layers: what the header of its writable layer says. The record follows it
     /// when it is [settled](Store::settle).
     ///
     /// # Errors

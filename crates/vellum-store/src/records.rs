@@ -41,11 +41,16 @@ pub struct DiskInfo {
 impl DiskInfo {
     /// Bytes that the device of a chain shows whose layers have `whole`: those that were noted, unless the
     /// layers have grown since.
-    pub fn shown(&self, whole: u64) -> u64 {
+    pub fn shown_of(&self, whole: u64) -> u64 {
         match self.device_size {
             Some(shown) if whole == self.virtual_size => shown,
             _ => whole,
         }
+    }
+
+    /// Bytes that the device shows.
+    pub fn shown(&self) -> u64 {
+        self.device_size.unwrap_or(self.virtual_size)
     }
 }
 

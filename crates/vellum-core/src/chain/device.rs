@@ -92,7 +92,7 @@ impl Chain {
     }
 
     /// Lets the device show `size` bytes, less than a block short of what its layers have: a disk
-    /// whose size is no multiple of a block has its last sector there. Until it grows.
+    /// whose size is no multiple of a block has its last sector there. Until it [grows](Chain::grow).
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] for another size: whoever noted it meant other layers.
@@ -116,8 +116,9 @@ impl Chain {
         self.top().map_or(Ok(()), |top| top.close())
     }
 
-    /// Makes the device `size` bytes large, durably, by way of its top; it may be in use. What it
-    /// gains reads as zeros.
+    /// Makes the device `size` bytes large, durably, by way of its top; it may be in use. What its layers
+    /// gain reads as zeros. It shows all that they have then, also where that was so large before: whoever
+    /// [noted](Chain::show) another size notes that first.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for less than it has; [`ErrorKind::ReadOnly`] without a top; as
@@ -135,9 +136,7 @@ impl Chain {
         top.grow(size)?;
         // Not before: what it tells of its size must hold after any crash.
         self.size.fetch_max(size, Ordering::AcqRel);
-        if size > before {
-            self.hidden.store(0, Ordering::Release);
-        }
+        self.hidden.store(0, Ordering::Release);
         Ok(())
     }
 

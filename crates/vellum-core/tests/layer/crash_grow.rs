@@ -231,6 +231,16 @@ fn a_growth_that_the_host_refuses_at_any_step_leaves_a_device_that_works_or_says
 }
 
 #[test]
+fn a_device_that_shows_part_of_its_last_block_grows_into_the_rest_of_it() {
+    let storage: Arc<dyn Storage> = Arc::new(disk());
+    let chain = open(&storage);
+    chain.show(BEFORE - 512).unwrap();
+    assert_eq!(chain.size(), BEFORE - 512);
+    chain.grow(BEFORE).unwrap();
+    assert_eq!(chain.size(), BEFORE);
+}
+
+#[test]
 fn a_device_that_is_written_by_others_grows_by_a_segment_and_refuses_to_shrink() {
     let large = 9 << 40;
     let storage: Arc<dyn Storage> = Arc::new(disk());

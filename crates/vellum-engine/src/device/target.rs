@@ -168,7 +168,7 @@ impl Target {
 /// Lets the chain of a container show the bytes that its device has.
 fn show_size(container: &ContainerRecord, open: OpenChain) -> Result<OpenChain> {
     let chain = open.chain();
-    chain.show(container.disk.shown(chain.whole_size()))?;
+    chain.show(container.disk.shown_of(chain.whole_size()))?;
     Ok(open)
 }
 

@@ -231,7 +231,7 @@ impl<'a> Subject<'a> {
     pub fn open_whole(&self) -> Result<OpenChain> {
         let open = self.open(self.whole()?)?;
         let chain = open.chain();
-        chain.show(self.disk.shown(chain.whole_size()))?;
+        chain.show(self.disk.shown_of(chain.whole_size()))?;
         Ok(open)
     }
 
