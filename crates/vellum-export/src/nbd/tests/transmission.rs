@@ -424,7 +424,7 @@ fn more_contexts_than_a_connection_may_have_are_refused() {
         let mut answers = Script::new()
             .structured()
             .option(option, &meta_data("disk", &names[..count]))
-            .run(&[export.clone()]);
+            .run(std::slice::from_ref(&export));
         answers
             .greeting()
             .expect(option::STRUCTURED_REPLY, option_reply::ACK);
