@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use tempfile::{TempDir, tempdir};
 use vellum_base::ErrorKind;
 use vellum_image::{
-    ApplyOptions, Change, ChangeKind, Foreign, apply_layer, copy_tree, diff_trees, diff_trees_but,
-    write_layer_tar,
+    ApplyOptions, Change, ChangeKind, Foreign, LayerTarOptions, apply_layer, copy_tree, diff_trees,
+    diff_trees_but, write_layer_tar,
 };
 
 /// Two copies of a tree, the upper one changed by `script`.
@@ -224,9 +224,23 @@ fn a_file_in_place_changes_with_the_directories_above_it() {
 fn assert_layer_leads(lower: &Path, upper: &Path) -> Vec<u8> {
     let changes = diff_trees(lower, upper).unwrap();
     let mut layer = Vec::new();
-    write_layer_tar(upper, &changes, &mut layer, None).unwrap();
+    write_layer_tar(
+        upper,
+        &changes,
+        &mut layer,
+        LayerTarOptions::default(),
+        None,
+    )
+    .unwrap();
     let mut again = Vec::new();
-    write_layer_tar(upper, &changes, &mut again, None).unwrap();
+    write_layer_tar(
+        upper,
+        &changes,
+        &mut again,
+        LayerTarOptions::default(),
+        None,
+    )
+    .unwrap();
     assert!(layer == again, "the same changes gave different bytes");
     let copy = tempdir().unwrap();
     copy_tree(lower, copy.path(), None).unwrap();
@@ -272,7 +286,14 @@ fn a_layer_keeps_names_together_of_which_one_alone_is_new() {
 fn names_that_mean_deletions_cannot_be_in_a_layer() {
     let (_work, lower, upper) = pair("echo x > etc/.wh.x");
     let changes = diff_trees(&lower, &upper).unwrap();
-    let error = write_layer_tar(&upper, &changes, std::io::sink(), None).unwrap_err();
+    let error = write_layer_tar(
+        &upper,
+        &changes,
+        std::io::sink(),
+        LayerTarOptions::default(),
+        None,
+    )
+    .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.to_string().contains(".wh.x"), "{error}");
 }
@@ -284,9 +305,43 @@ fn a_path_that_vanished_is_named() {
         kind: ChangeKind::Added,
         path: "/gone/file".into(),
     };
-    let error = write_layer_tar(&upper, &[change], std::io::sink(), None).unwrap_err();
+    let error = write_layer_tar(
+        &upper,
+        &[change],
+        std::io::sink(),
+        LayerTarOptions::default(),
+        None,
+    )
+    .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(error.to_string().contains("gone"), "{error}");
+}
+
+#[test]
+fn of_a_tree_that_changes_what_is_gone_again_is_a_deletion_if_it_was_there_before() {
+    let (_work, lower, upper) = pair(
+        "mkdir new; echo x > new/file; echo more >> usr/bin/odd; mkdir -p etc/below; echo x > etc/below/x",
+    );
+    let changes = diff_trees(&lower, &upper).unwrap();
+    shell(&upper, "rm -r new; rm usr/bin/odd; rm -r etc");
+    let mut layer = Vec::new();
+    let options = LayerTarOptions {
+        changing: true,
+        newest: Some(1_000_000_000),
+        ..LayerTarOptions::default()
+    };
+    write_layer_tar(&upper, &changes, &mut layer, options, None).unwrap();
+    let mut archive = tar::Archive::new(&layer[..]);
+    let names: Vec<String> = archive
+        .entries()
+        .unwrap()
+        .map(|entry| {
+            let entry = entry.unwrap();
+            assert!(entry.header().mtime().unwrap() <= 1_000_000_000);
+            entry.path().unwrap().display().to_string()
+        })
+        .collect();
+    assert_eq!(names, [".wh.etc", "usr/", "usr/bin/", "usr/bin/.wh.odd"]);
 }
 
 #[test]
@@ -300,7 +355,14 @@ fn sockets_are_listed_but_not_written() {
             .any(|change| change.to_string() == "A /etc/sock")
     );
     let mut layer = Vec::new();
-    write_layer_tar(&upper, &changes, &mut layer, None).unwrap();
+    write_layer_tar(
+        &upper,
+        &changes,
+        &mut layer,
+        LayerTarOptions::default(),
+        None,
+    )
+    .unwrap();
     assert!(!String::from_utf8_lossy(&layer).contains("sock"));
 }
 

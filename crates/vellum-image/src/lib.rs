@@ -5,7 +5,8 @@
 //! * [`apply_layer`], [`copy_tree`]: one layer, or a whole tree, into a directory.
 //! * [`transfer()`], [`transfer_to_tar`], [`transfer_from_tar`]: single files and directories, into a [`View`]
 //!   of a tree and out of one.
-//! * [`diff_trees`], [`compare_trees`], [`write_layer_tar`], [`write_rootfs_tar`]: the way back.
+//! * [`diff_trees`], [`compare_trees`], [`write_layer_tar`], [`write_blob`],
+//!   [`write_rootfs_tar`]: the way back.
 //! * [`ImageConfig`], [`chain_id`]: what an image says about how to run it, and its identity.
 //!
 //! Nothing here knows of block layers: all of it works on directories and streams. Trees that are compared
@@ -40,6 +41,7 @@ mod tree;
 mod view;
 mod walk;
 mod write;
+mod write_blob;
 mod write_oci;
 
 pub use apply::{ApplyOptions, apply_layer};
@@ -61,7 +63,8 @@ pub use source::{Format, Image, Source, SourceOptions, StreamSource};
 pub use transfer::{Owners, TransferOptions, transfer, transfer_from_tar, transfer_to_tar};
 pub use tree::{Attributes, Directory, MountedTrees, Trees};
 pub use view::View;
-pub use write::{write_layer_tar, write_rootfs_tar, write_rootfs_tar_but};
+pub use write::{LayerTarOptions, write_layer_tar, write_rootfs_tar, write_rootfs_tar_but};
+pub use write_blob::{LayerBlob, write_blob};
 pub use write_oci::OciWriter;
 
 use vellum_base::Error;

@@ -1,6 +1,6 @@
 //! Writes trees as tars: PAX headers, so that every attribute that is read is written too.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
@@ -331,6 +331,19 @@ fn is_empty_lost_found(root: &Path) -> Result<bool> {
     }
 }
 
+/// How to write a layer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LayerTarOptions {
+    /// Programs change the tree meanwhile: what they removed since it was compared is left out, or a
+    /// deletion if it was there before, and a file counts as it is when its turn comes.
+    pub changing: bool,
+    /// Holes of files are written as zeros. The OCI image specification advises against sparse files in
+    /// layers that others read, since not all of them can.
+    pub dense: bool,
+    /// No modification time is later than this one, in seconds since 1970, and deletions have it.
+    pub newest: Option<i64>,
+}
+
 /// Writes `changes`, what [`diff_trees`](super::diff_trees) found at `upper`, to `output` as an
 /// OCI layer: new and changed files whole, deletions as whiteouts.
 ///
@@ -341,17 +354,26 @@ fn is_empty_lost_found(root: &Path) -> Result<bool> {
 /// # Errors
 ///
 /// `Unsupported` for a file whose own name begins with `.wh.`, which a layer cannot hold;
-/// `NotFound` when `upper` changed meanwhile; `Io` when a file cannot be read or `output` fails.
+/// `NotFound` when `upper` changed meanwhile and is not said to; `Io` when a file cannot be read or
+/// `output` fails.
 pub fn write_layer_tar(
     upper: &Path,
     changes: &[Change],
     output: impl Write,
-    mut progress: Option<Progress<'_>>,
+    options: LayerTarOptions,
+    progress: Option<Progress<'_>>,
 ) -> Result<()> {
-    let mut tree = Rooted::open(upper)?;
-    let mut present = BTreeSet::new();
+    let mut layer = LayerTar {
+        upper,
+        tree: Rooted::open(upper)?,
+        tar: TarWriter::new(output),
+        options,
+        progress,
+        links: HashMap::new(),
+        vanished: BTreeSet::new(),
+    };
     // A whiteout sorts by the name it hides.
-    let mut gone = BTreeSet::new();
+    let mut all = BTreeMap::new();
     for change in changes {
         let path = normalise(change.path.as_os_str().as_bytes()).map_err(|why| {
             Error::new(
@@ -359,25 +381,36 @@ pub fn write_layer_tar(
                 format!("path {:?} refused: {why}", change.path),
             )
         })?;
-        match change.kind {
-            ChangeKind::Added | ChangeKind::Changed => present.insert(path),
-            ChangeKind::Deleted => gone.insert(path),
-        };
+        all.insert(path, change.kind);
     }
-    add_other_names(upper, &mut tree, &mut present)?;
-    let mut tar = TarWriter::new(output);
-    let mut links: HashMap<u64, Vec<u8>> = HashMap::new();
-    let all: BTreeSet<&Vec<u8>> = present.iter().chain(&gone).collect();
-    for path in all {
-        if gone.contains(path) {
-            let node = whiteout(path)?;
-            tar.append(&node, 0, &mut NoContent)?;
-            continue;
+    layer.add_other_names(&mut all)?;
+    for (path, kind) in &all {
+        match kind {
+            ChangeKind::Deleted => layer.put_whiteout(path)?,
+            ChangeKind::Added | ChangeKind::Changed => layer.put(path, *kind)?,
         }
+    }
+    layer.tar.finish().map(drop)
+}
+
+/// A layer being written.
+struct LayerTar<'a, W: Write> {
+    upper: &'a Path,
+    tree: Rooted,
+    tar: TarWriter<W>,
+    options: LayerTarOptions,
+    progress: Option<Progress<'a>>,
+    /// The first name of each file with several, by inode.
+    links: HashMap<u64, Vec<u8>>,
+    /// What programs removed since the trees were compared.
+    vanished: BTreeSet<Vec<u8>>,
+}
+
+impl<W: Write> LayerTar<'_, W> {
+    fn put(&mut self, path: &[u8], kind: ChangeKind) -> Result<()> {
         let Some((above, name)) = split(path) else {
-            let root = Level::root(upper)?.own_node()?;
-            append(&mut tar, root, None, &mut progress)?;
-            continue;
+            let root = Level::root(self.upper)?.own_node()?;
+            return self.append(root, None);
         };
         if name.starts_with(WHITEOUT) {
             return Err(Error::new(
@@ -388,22 +421,116 @@ pub fn write_layer_tar(
                 ),
             ));
         }
-        let level = level(&mut tree, above)?;
-        let stat = level.look(name)?.ok_or_else(|| vanished(path))?;
+        let found = match self.level(above)? {
+            Some(level) => level.node_now(name)?,
+            None => None,
+        };
+        let Some((stat, mut node, file)) = found else {
+            return self.put_vanished(path, kind);
+        };
         if !is_directory(&stat) && stat.st_nlink > 1 {
-            if let Some(first) = links.get(&stat.st_ino) {
-                let (mut node, _) = level.node(name, &stat)?;
+            if let Some(first) = self.links.get(&stat.st_ino) {
                 node.kind = Kind::HardLink(first.clone());
                 node.xattrs = Xattrs::new();
-                append(&mut tar, node, None, &mut progress)?;
+                return self.append(node, None);
+            }
+            self.links.insert(stat.st_ino, path.to_vec());
+        }
+        self.append(node, file.as_ref())
+    }
+
+    fn append(&mut self, mut node: Node, file: Option<&File>) -> Result<()> {
+        if let Some(newest) = self.options.newest {
+            let newest = Time {
+                seconds: newest,
+                nanoseconds: 0,
+            };
+            node.mtime = node.mtime.min(newest);
+        }
+        if self.options.dense
+            && let Kind::File { extents, .. } = &mut node.kind
+        {
+            *extents = None;
+        }
+        match self.options.changing {
+            true => append_changing(&mut self.tar, node, file),
+            false => append(&mut self.tar, node, file, &mut self.progress),
+        }
+    }
+
+    /// What the comparison found and is gone. What was there before is a deletion now, unless what it
+    /// lay in is one.
+    fn put_vanished(&mut self, path: &[u8], kind: ChangeKind) -> Result<()> {
+        if !self.options.changing {
+            return Err(vanished(path));
+        }
+        let mut above = split(path);
+        while let Some((directory, _)) = above {
+            if self.vanished.contains(directory) {
+                return Ok(());
+            }
+            above = split(directory);
+        }
+        self.vanished.insert(path.to_vec());
+        match kind {
+            ChangeKind::Changed => self.put_whiteout(path),
+            ChangeKind::Added | ChangeKind::Deleted => Ok(()),
+        }
+    }
+
+    fn put_whiteout(&mut self, path: &[u8]) -> Result<()> {
+        let mut node = whiteout(path)?;
+        node.mtime.seconds = self.options.newest.unwrap_or(0);
+        self.tar.append(&node, 0, &mut NoContent)
+    }
+
+    /// The directory at `path`, if it is there.
+    fn level(&mut self, path: &[u8]) -> Result<Option<Level>> {
+        let Some(directory) = self.tree.find(path)? else {
+            return Ok(None);
+        };
+        let fd = directory
+            .fd
+            .try_clone()
+            .context(|| format!("opening {}", shown(path)))?;
+        Ok(Some(Level::at(fd, path)))
+    }
+
+    /// Adds to `paths` the names outside it of files that it holds some names of.
+    fn add_other_names(&mut self, paths: &mut BTreeMap<Vec<u8>, ChangeKind>) -> Result<()> {
+        let mut names: HashMap<u64, u64> = HashMap::new();
+        let mut missing = HashMap::new();
+        for (path, kind) in paths.iter() {
+            let Some((above, name)) = split(path) else {
+                continue;
+            };
+            if *kind == ChangeKind::Deleted {
                 continue;
             }
-            links.insert(stat.st_ino, path.clone());
+            let level = self.level(above)?;
+            let found = level.map(|level| level.look(name)).transpose()?.flatten();
+            let stat = match found {
+                Some(stat) => stat,
+                // Its turn comes, and says so.
+                None if self.options.changing => continue,
+                None => return Err(vanished(path)),
+            };
+            if !is_directory(&stat) && stat.st_nlink > 1 {
+                let count = names.entry(stat.st_ino).or_default();
+                *count += 1;
+                if *count < stat.st_nlink {
+                    missing.insert(stat.st_ino, ());
+                } else {
+                    missing.remove(&stat.st_ino);
+                }
+            }
         }
-        let (node, file) = level.node(name, &stat)?;
-        append(&mut tar, node, file.as_ref(), &mut progress)?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let root = Level::root(self.upper)?;
+        find_names(&root, &missing, self.options.changing, paths)
     }
-    tar.finish().map(drop)
 }
 
 fn vanished(path: &[u8]) -> Error {
@@ -413,55 +540,31 @@ fn vanished(path: &[u8]) -> Error {
     )
 }
 
-fn level(tree: &mut Rooted, path: &[u8]) -> Result<Level> {
-    let directory = tree.find(path)?.ok_or_else(|| vanished(path))?;
-    let fd = directory
-        .fd
-        .try_clone()
-        .context(|| format!("opening {}", shown(path)))?;
-    Ok(Level::at(fd, path))
-}
-
-/// Adds to `paths` the names outside it of files that it holds some names of.
-fn add_other_names(upper: &Path, tree: &mut Rooted, paths: &mut BTreeSet<Vec<u8>>) -> Result<()> {
-    let mut names: HashMap<u64, u64> = HashMap::new();
-    let mut missing = HashMap::new();
-    for path in paths.iter() {
-        let Some((above, name)) = split(path) else {
-            continue;
-        };
-        let stat = level(tree, above)?
-            .look(name)?
-            .ok_or_else(|| vanished(path))?;
-        if !is_directory(&stat) && stat.st_nlink > 1 {
-            let count = names.entry(stat.st_ino).or_default();
-            *count += 1;
-            if *count < stat.st_nlink {
-                missing.insert(stat.st_ino, ());
-            } else {
-                missing.remove(&stat.st_ino);
-            }
-        }
-    }
-    if missing.is_empty() {
-        return Ok(());
-    }
-    find_names(&Level::root(upper)?, &missing, paths)
-}
-
 fn find_names(
     level: &Level,
     wanted: &HashMap<u64, ()>,
-    paths: &mut BTreeSet<Vec<u8>>,
+    changing: bool,
+    paths: &mut BTreeMap<Vec<u8>, ChangeKind>,
 ) -> Result<()> {
     for name in level.names()? {
         let Some(stat) = level.look(&name)? else {
             continue;
         };
         if is_directory(&stat) {
-            level.descend(&name, |inner| find_names(inner, wanted, paths))?;
+            let below = level.descend(&name, |inner| find_names(inner, wanted, changing, paths));
+            match below {
+                // Removed, or made something else, since it was looked at.
+                Err(error)
+                    if changing && level.look(&name)?.is_none_or(|now| !is_directory(&now)) =>
+                {
+                    tracing::debug!("{error}");
+                }
+                below => below?,
+            }
         } else if wanted.contains_key(&stat.st_ino) {
-            paths.insert(join(&level.path, &name));
+            paths
+                .entry(join(&level.path, &name))
+                .or_insert(ChangeKind::Changed);
         }
     }
     Ok(())

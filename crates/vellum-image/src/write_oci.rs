@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use super::compress::{Compression, Encoder};
+use super::compress::Compression;
 use super::config::ImageConfig;
 use super::install::Content;
 use super::layer::hex;
@@ -20,6 +20,7 @@ use super::oci::{canonical_name, tag_of};
 use super::read_failure;
 use super::slice::Slice;
 use super::write::{TarWriter, plain_file};
+use super::write_blob::{LayerBlob, write_blob};
 use vellum_base::error::ResultExt;
 use vellum_base::{Error, ErrorKind, Result};
 
@@ -69,16 +70,18 @@ impl OciWriter {
         let path = self.spool.path().join("layer");
         let failed = || format!("writing {path:?}");
         let file = File::create(&path).context(failed)?;
-        let blob = Hashed::new(BufWriter::with_capacity(128 * 1024, file));
-        let encoder = Encoder::new(blob, self.compression).context(failed)?;
-        let mut tar = Hashed::new(encoder);
-        write(&mut tar)?;
-        let (encoder, diff, _) = tar.finish();
-        let (blob, digest, size) = encoder.finish().context(failed)?.finish();
-        blob.into_inner()
+        let file = BufWriter::with_capacity(128 * 1024, file);
+        let (file, blob) =
+            write_blob(file, self.compression, write).map_err(|error| error.context(failed()))?;
+        file.into_inner()
             .map_err(|error| Error::io(failed(), error.into_error()))?;
+        let LayerBlob {
+            digest,
+            size,
+            diff_id,
+        } = blob;
         std::fs::rename(&path, self.spool.path().join(&digest)).context(failed)?;
-        let diff_id = format!("sha256:{diff}");
+        let diff_id = format!("sha256:{diff_id}");
         let media_type = format!(
             "application/vnd.oci.image.layer.v1.tar{}",
             self.compression.suffix()
@@ -332,41 +335,6 @@ impl<R: io::Read> Content for Stream<'_, R> {
         self.0
             .read(into)
             .map_err(|error| read_failure("reading a blob", error))
-    }
-}
-
-/// Hashes and counts what is written through it.
-struct Hashed<W> {
-    output: W,
-    hasher: Sha256,
-    written: u64,
-}
-
-impl<W: Write> Hashed<W> {
-    fn new(output: W) -> Self {
-        Hashed {
-            output,
-            hasher: Sha256::new(),
-            written: 0,
-        }
-    }
-
-    /// The output, the digits of the digest and the number of bytes.
-    fn finish(self) -> (W, String, u64) {
-        (self.output, hex(&self.hasher.finalize()), self.written)
-    }
-}
-
-impl<W: Write> Write for Hashed<W> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let count = self.output.write(data)?;
-        self.hasher.update(data.split_at(count).0);
-        self.written += count as u64;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.output.flush()
     }
 }
 

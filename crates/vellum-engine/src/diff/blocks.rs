@@ -22,7 +22,7 @@ use vellum_core::chain::{Chain, Source};
 use vellum_fs::freeze;
 use vellum_fs::unmounted::{self, FileSystem, Replayed, changed};
 use vellum_image::{Comparison, Difference, compare_trees};
-use vellum_store::{ContainerRecord, Store};
+use vellum_store::Store;
 
 /// Writers of a container that is mounted wait for no longer than this: what takes longer is walked.
 const FREEZE_LIMIT: Duration = Duration::from_secs(5);
@@ -48,6 +48,7 @@ pub(super) fn diff(
             resolved = store.resolve(container)?;
             &resolved.sealed
         }
+        Newer::Mounted(state) => &state.layers,
     };
     let task = Task {
         store,
@@ -59,10 +60,11 @@ pub(super) fn diff(
         Newer::Sealed(state) => {
             return task.with_chain(&Target::Sealed(top_of(&state.layers)?).open(store)?);
         }
+        Newer::Mounted(state) => return task.with_mount(state.id, &state.mount),
         Newer::Container(container) => container,
     };
     match mounted(store, container)? {
-        Some(mount) => task.with_mount(container, &mount),
+        Some(mount) => task.with_mount(container.id, &mount),
         None => task.with_chain(&Target::look_at(container).open(store)?),
     }
 }
@@ -90,16 +92,16 @@ impl Task<'_> {
         bytes_of(&differing(&runs_of(self.older), newer, shared))
     }
 
-    /// With a container that is mounted, as it is at one moment: what its programs wrote is written out,
-    /// and they wait until it was compared.
-    fn with_mount(&self, container: &ContainerRecord, mount: &Mounted) -> Result<Vec<Difference>> {
+    /// With what is mounted, as it is at one moment: what its programs wrote is written out, and they wait
+    /// until it was compared.
+    fn with_mount(&self, id: Uuid, mount: &Mounted) -> Result<Vec<Difference>> {
         if mount.given_up {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 "its file system has given up, and is another on its device than its programs see",
             ));
         }
-        let sockets = Sockets::new(self.store, container.id);
+        let sockets = Sockets::new(self.store, id);
         if self.comparison.contents && self.blocks_above(&sockets)? > MAX_FROZEN {
             return Err(Error::new(
                 ErrorKind::Unsupported,

@@ -15,7 +15,7 @@ use std::path::Path;
 use uuid::Uuid;
 
 use super::lock_container;
-use super::mount_point::mounted;
+use super::mount_point::{Mounted, mounted};
 use super::snapshot;
 use super::teardown::take_over;
 use super::temporary::TemporaryMount;
@@ -48,6 +48,19 @@ pub enum Newer<'a> {
     Container(&'a ContainerRecord),
     /// One that never changes.
     Sealed(&'a SealedState),
+    /// That of a device which is served and mounted. The caller keeps its layer from being sealed.
+    Mounted(&'a MountedState),
+}
+
+/// A state that programs change.
+#[derive(Debug, Clone)]
+pub struct MountedState {
+    /// By what its servers are found: the container's, or the snapshot's.
+    pub id: Uuid,
+    /// The sealed layers below its writable one, from the bottom up.
+    pub layers: Vec<Uuid>,
+    /// Where it is mounted.
+    pub mount: Mounted,
 }
 
 /// The paths by which a container, or a snapshot (`C@NAME`), differs from its image or from the container's
@@ -155,11 +168,14 @@ pub fn diff_states(
     newer: Newer<'_>,
     options: DiffOptions,
 ) -> Result<Vec<Difference>> {
+    let plain = Scaffold::default();
     let comparison = Comparison {
         older: foreign(&older.scaffold),
         newer: foreign(match newer {
             Newer::Container(container) => &container.scaffold,
             Newer::Sealed(state) => &state.scaffold,
+            // What is mounted without a container has nothing made in it.
+            Newer::Mounted(_) => &plain,
         }),
         contents: options.contents,
     };
@@ -194,6 +210,7 @@ fn walk(
         Newer::Sealed(state) => {
             compare_then_end(TemporaryMount::of_image(store, top_of(&state.layers)?)?)?
         }
+        Newer::Mounted(state) => compare(&state.mount.dir)?,
     };
     older.end()?;
     Ok(found)

@@ -11,8 +11,8 @@ use super::ExportOptions;
 use super::subject::{State, Subject};
 use vellum_base::error::{Result, ResultExt};
 use vellum_image::{
-    Change, ChangeKind, Compression, Foreign, HistoryEntry, ImageConfig, OciWriter, diff_trees_but,
-    write_layer_tar,
+    Change, ChangeKind, Compression, Foreign, HistoryEntry, ImageConfig, LayerTarOptions,
+    OciWriter, diff_trees_but, write_layer_tar,
 };
 
 /// What was collected of an image, in a directory of its own.
@@ -64,7 +64,10 @@ pub(super) fn collect(
         if index < known || !changes.is_empty() {
             let (name, size) = shown(subject, *state);
             let progress = watch.begin(&name, size);
-            writer.add_layer(|out| write_layer_tar(here.dir(), &changes, out, progress))?;
+            let options = LayerTarOptions::default();
+            let write =
+                |out: &mut dyn Write| write_layer_tar(here.dir(), &changes, out, options, progress);
+            writer.add_layer(write)?;
             watch.done();
             layers += 1;
             if index >= known {
