@@ -15,6 +15,7 @@ use vellum_base::{crash_point, fault};
 use vellum_engine::space::set_policy;
 use vellum_export::unix_socket::{SocketFile, bind_unix};
 use vellum_snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat, check_path};
+use vellum_snapshotter::content::{ContentStore, DEFAULT_CONTAINERD};
 use vellum_snapshotter::{Defaults, Snapshotter, service};
 use vellum_store::Store;
 
@@ -87,7 +88,9 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         mounts: config.mounts,
     };
     let snapshotter = Arc::new(Snapshotter::start(&store, defaults)?);
-    let served = service::serve(&snapshotter, listener, metrics, || {
+    let containerd = config.diff.containerd.as_deref();
+    let content = ContentStore::new(containerd.unwrap_or(Path::new(DEFAULT_CONTAINERD)));
+    let served = service::serve(&snapshotter, listener, metrics, &content, || {
         tracing::info!(address = %address.display(), "serves");
         notify("READY=1");
     });

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use crate::diff;
+use crate::snapshotter_support::client::Client;
 use crate::snapshotter_support::{Area, Daemon, PACKAGES, wait_for};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -30,7 +32,11 @@ impl Stack {
             area.path().display()
         );
         fs::write(area.path().join("containerd.toml"), config).unwrap();
-        let config = "version = 1\ndefault_size = '1G'\n[log]\nlevel = 'debug'\nformat = 'json'\n";
+        let config = format!(
+            "version = 1\ndefault_size = '1G'\n[diff]\ncontainerd = '{}'\n[log]\nlevel = 'debug'\n\
+             format = 'json'\n",
+            area.at("containerd.sock")
+        );
         fs::write(area.path().join("vellum.toml"), config).unwrap();
         let snapshotter = snapshotter(&area);
         let containerd = Daemon::start(
@@ -741,4 +747,105 @@ fn an_image_comes_out_file_by_file_as_with_the_overlayfs_snapshotter() {
         different.is_empty(),
         "(path, overlayfs, ours): {different:#?}"
     );
+}
+
+/// What containerd's differ leaves out and ours does not: attributes other than capabilities, and the
+/// directories of which the time alone changed.
+#[test]
+fn a_layer_in_containerds_store_has_the_entries_that_its_own_differ_finds() {
+    let stack = Stack::start();
+    stack.import();
+    stack.run(&["--detach"], "c", &["/bin/busybox", "sleep", "1000"]);
+    stack.exec(
+        "c",
+        "busybox mkdir -p /new/dir /etc/below; echo x > /new/dir/file; busybox rm /etc/one; echo more >> /etc/two; \
+         busybox ln -s ../etc/two /new/symlink; busybox ln /etc/two /new/link; busybox mknod /new/null c 1 3; \
+         busybox chown 7:8 /new/dir; busybox chmod 4711 /new/dir/file; busybox mkfifo /new/fifo; \
+         busybox dd if=/dev/zero of=/new/holes bs=1 count=1 seek=9000000 2>/dev/null; \
+         busybox truncate -s 20M /new/holes; busybox cp /bin/busybox /new/busybox",
+    );
+    let client = Client::new(stack.area.at("socket/vellum.sock"));
+    let key = |name: &str| {
+        let mut infos = client.list(&[]).unwrap().into_iter();
+        infos.find(|info| info.name.ends_with(name)).unwrap()
+    };
+    let container = key("/c");
+    let mount = client.mounts(&container.name).unwrap();
+    nix::unistd::syncfs(fs::File::open(&mount.source).unwrap()).unwrap();
+    let file = Path::new(&mount.source).join("new/dir/file");
+    let capability: &[u8] = &[
+        1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    ];
+    xattr::set(file, "security.capability", capability).unwrap();
+    // containerd collects what nothing refers to, and removes snapshots that it does not know.
+    let keep = |name: &str| {
+        let label = "containerd.io/gc.root=now";
+        stack.ctr(&["snapshots", "--snapshotter", "vellum", "label", name, label]);
+    };
+    let view_of = |name: &str, of: &str| {
+        stack.ctr(&["snapshots", "--snapshotter", "vellum", "view", name, of]);
+        keep(name);
+        client.mounts(&key(&format!("/{name}")).name).unwrap()
+    };
+    let info = stack.ctr(&["snapshots", "--snapshotter", "vellum", "info", "c"]);
+    let info: Value = serde_json::from_str(&info).unwrap();
+    let parent = view_of("parent", info["Parent"].as_str().unwrap());
+    let stored = |right: &vellum_snapshotter::proto::types::Mount, media_type: &str| {
+        let mut wanted = diff::request(&[&parent], &[right]);
+        wanted.media_type = media_type.into();
+        let found = client.diff(&[], &wanted).unwrap();
+        let listed = stack.ctr(&["content", "ls"]);
+        let line = listed.lines().find(|line| line.contains(&found.digest));
+        let line = line
+            .unwrap_or_else(|| panic!("{}: {listed}", found.digest))
+            .to_owned();
+        let bytes = stack.try_ctr(&["content", "get", &found.digest]).stdout;
+        assert_eq!(bytes.len() as i64, found.size);
+        (bytes, line)
+    };
+    let plain = "application/vnd.oci.image.layer.v1.tar";
+    let walked = |key: &str| {
+        let arguments = [
+            "snapshots",
+            "--snapshotter",
+            "vellum",
+            "diff",
+            "--media-type",
+            plain,
+            key,
+        ];
+        let output = stack.try_ctr(&arguments);
+        assert!(output.status.success(), "{output:?}");
+        diff::entries(&output.stdout)
+    };
+    let (bytes, _) = stored(&mount, plain);
+    let (ours, theirs) = (diff::entries(&bytes), walked("c"));
+    assert!(
+        theirs.len() > 12 && theirs.contains_key("etc/.wh.one"),
+        "{theirs:#?}"
+    );
+    assert!(
+        theirs["new/dir/file"].contains("security.capability"),
+        "{theirs:#?}"
+    );
+    assert_eq!(ours, theirs);
+    let (_, line) = stored(&mount, "");
+    assert!(
+        line.contains("containerd.io/uncompressed=sha256:"),
+        "{line}"
+    );
+    // Committed, it is the same.
+    stack.ctr(&[
+        "snapshots",
+        "--snapshotter",
+        "vellum",
+        "commit",
+        "image",
+        "c",
+    ]);
+    keep("image");
+    let view = view_of("seen", "image");
+    assert_eq!(diff::entries(&stored(&view, plain).0), theirs);
+    assert_eq!(walked("image"), theirs);
+    stack.ctr(&["tasks", "kill", "--signal", "KILL", "c"]);
 }

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 use vellum_snapshotter::config::{Config, DEFAULT_ADDRESS, DEFAULT_SIZE, LogFormat, MountMode};
+use vellum_snapshotter::content::DEFAULT_CONTAINERD;
 
 fn dist(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -216,6 +217,8 @@ fn the_configuration_that_is_shipped_says_the_defaults() {
     assert_eq!(config.size().unwrap(), DEFAULT_SIZE);
     assert_eq!(config.mounts, MountMode::Bind);
     assert_eq!(config.metrics.address, None);
+    let containerd = config.diff.containerd.as_deref();
+    assert_eq!(containerd, Some(Path::new(DEFAULT_CONTAINERD)));
     assert_eq!(config.log.format, LogFormat::Text);
 }
 

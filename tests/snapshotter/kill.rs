@@ -5,7 +5,9 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::diff;
 use crate::snapshotter_support::client::{ALREADY_EXISTS, Client, NOT_FOUND};
+use crate::snapshotter_support::content::FakeContainerd;
 use crate::snapshotter_support::rig::Rig;
 use crate::snapshotter_support::{room, wait_for};
 use vellum_base::crash_point::ALL;
@@ -60,18 +62,51 @@ const REMOVE: [&str; 9] = [
     "retire: layer in the trash",
     "retire: layer discarded",
 ];
+/// Of a Diff.
+const DIFF: [&str; 3] = ["diff: begun", "diff: written", "diff: committed"];
 /// Between writing a record beside its place and the rename, for each record that a call writes.
 const ASIDE: &str = "storage: file written aside";
 
 #[test]
 fn every_place_to_die_at_is_in_one_of_the_tests_below() {
-    let tested: Vec<&str> = [&PREPARE[..], &COMMIT, &COMMIT_UNDER_USERS, &REMOVE, &GROW]
-        .concat()
-        .into_iter()
-        .chain([REMOTE, ASIDE])
-        .collect();
+    let tested: Vec<&str> = [
+        &PREPARE[..],
+        &COMMIT,
+        &COMMIT_UNDER_USERS,
+        &REMOVE,
+        &GROW,
+        &DIFF,
+    ]
+    .concat()
+    .into_iter()
+    .chain([REMOTE, ASIDE])
+    .collect();
     for place in ALL {
         assert!(tested.contains(&place), "{place:?} is not tested");
+    }
+}
+
+#[test]
+fn a_layer_is_stored_whole_or_not_at_all_wherever_a_diff_is_killed() {
+    let containerd = FakeContainerd::start();
+    let mut rig = Rig::new(&containerd.config());
+    rig.committed("base", "", "file", "base");
+    let left = rig.client.view("left", "base", &[]).unwrap();
+    let right = rig.client.prepare("web", "base", &[]).unwrap();
+    fs::write(Path::new(&right.source).join("own"), "x").unwrap();
+    let wanted = diff::request(&[&left], &[&right]);
+    for place in DIFF {
+        containerd.state().blobs.clear();
+        let died = rig.dies_at(place, |client| {
+            client.diff(diff::NAMESPACE, &wanted).is_ok()
+        });
+        assert!(died, "it does not come by {place:?}");
+        let stored = containerd.state().blobs.len();
+        assert_eq!(stored, usize::from(place == "diff: committed"), "{place}");
+        let found = rig.client.diff(diff::NAMESPACE, &wanted).unwrap();
+        let blob = containerd.blob("here", &found.digest).unwrap();
+        assert_eq!(diff::entries(&blob.bytes).len(), 1, "{place}");
+        rig.assert_whole(place);
     }
 }
 

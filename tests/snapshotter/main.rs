@@ -18,6 +18,7 @@ mod snapshotter_support;
 mod api;
 mod containerd;
 mod daemon;
+mod diff;
 mod dist;
 mod docker;
 mod export;

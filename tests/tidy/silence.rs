@@ -34,6 +34,7 @@ const MEANT: &[Meant] = &[
             ("crates/vellum-image/src/docker.rs", 1),
             ("crates/vellum-image/src/records.rs", 1),
             ("crates/vellum-image/src/transfer.rs", 2),
+            ("crates/vellum-snapshotter/src/diff_service.rs", 1),
             ("crates/vellum-snapshotter/src/filter.rs", 3),
             ("crates/vellum-snapshotter/src/operations.rs", 1),
             ("crates/vellum-snapshotter/src/retire.rs", 1),

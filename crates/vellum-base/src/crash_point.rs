@@ -11,7 +11,7 @@ pub const VARIABLE: &str = "VELLUM_CRASH_AT";
 pub const PANIC_VARIABLE: &str = "VELLUM_PANIC_AT";
 
 /// Every place, in the order in which a snapshot comes by them.
-pub const ALL: [&str; 36] = [
+pub const ALL: [&str; 39] = [
     "prepare: key taken",
     "prepare: layer made",
     "prepare: layer published",
@@ -37,6 +37,9 @@ pub const ALL: [&str; 36] = [
     "commit: hidden",
     "commit: record in place",
     "commit: done",
+    "diff: begun",
+    "diff: written",
+    "diff: committed",
     "remove: begun",
     "remove: record gone",
     "remove: hidden",

@@ -35,6 +35,9 @@ pub struct Config {
     /// Where Prometheus finds counters.
     #[serde(default)]
     pub metrics: MetricsConfig,
+    /// Layers that containerd wants of snapshots.
+    #[serde(default)]
+    pub diff: DiffConfig,
     /// The log.
     #[serde(default)]
     pub log: Log,
@@ -57,6 +60,14 @@ pub enum MountMode {
 pub struct MetricsConfig {
     /// Address and port to listen on, without which there is no server: `127.0.0.1:9142`.
     pub address: Option<std::net::SocketAddr>,
+}
+
+/// `[diff]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiffConfig {
+    /// containerd's own socket, in whose content store layers are put.
+    pub containerd: Option<PathBuf>,
 }
 
 /// `[log]`
@@ -109,7 +120,11 @@ impl Config {
                 path.display()
             )));
         }
-        for (key, given) in [("root", &config.root), ("address", &config.address)] {
+        for (key, given) in [
+            ("root", &config.root),
+            ("address", &config.address),
+            ("[diff] containerd", &config.diff.containerd),
+        ] {
             if let Some(given) = given {
                 check_path(key, given).map_err(|error| error.context(path.display()))?;
             }
@@ -169,7 +184,8 @@ mod tests {
         let config = load(
             "version = 1\nroot = '/r'\naddress = '/s'\ndefault_size = '20G'\nmounts = 'device'\n\
              [space]\nrefuse = '5%'\nstop = '1G'\n\
-             [metrics]\naddress = '127.0.0.1:9142'\n[log]\nlevel = 'debug'\nformat = 'json'\n",
+             [metrics]\naddress = '127.0.0.1:9142'\n[diff]\ncontainerd = '/c'\n\
+             [log]\nlevel = 'debug'\nformat = 'json'\n",
         )
         .unwrap();
         assert_eq!(config.root.as_deref(), Some(Path::new("/r")));
@@ -178,6 +194,7 @@ mod tests {
         assert_eq!(config.metrics.address.unwrap().port(), 9142);
         let space = config.space.unwrap().to_string();
         assert_eq!(space, "warn = 5%, refuse = 5%, stop = 1G");
+        assert_eq!(config.diff.containerd.as_deref(), Some(Path::new("/c")));
         assert_eq!(config.log.format, LogFormat::Json);
     }
 
@@ -195,6 +212,7 @@ mod tests {
             ("root = 'store'", "root is \"store\", a relative path"),
             ("address = './v.sock'", "address is"),
             ("address = ''", "address is empty"),
+            ("[diff]\ncontainerd = 'c.sock'", "containerd is \"c.sock\""),
         ] {
             let error = load(text).unwrap_err().to_string();
             assert!(error.contains(word) && error.contains('/'), "{error}");

@@ -1,4 +1,5 @@
-//! Vellum under containerd: a proxy plugin that serves `containerd.services.snapshots.v1`.
+//! Vellum under containerd: a proxy plugin that serves `containerd.services.snapshots.v1`, and
+//! `containerd.services.diff.v1` beside it.
 //!
 //! Each snapshot that can be written is one thin block layer on those of its parent. Prepare makes
 //! the layer, attaches it as a device of its own process, and mounts its ext4 under the store;
@@ -7,8 +8,10 @@
 //! asked of the kernel at each call, never remembered.
 //!
 //! * [`authority`]: connections of clients whose requests name no host.
-//! * [`service`]: gRPC, and nothing else: messages in, messages out.
+//! * [`service`], `diff_service`: gRPC, and nothing else: messages in, messages out.
 //! * [`Snapshotter`]: the operations.
+//! * [`diff`]: what a snapshot changed, as a layer.
+//! * [`content`]: containerd's content store, where layers go.
 //! * [`metadata`]: what containerd knows of snapshots, in memory and on disk.
 //! * [`mounts`]: devices and mounts of snapshots.
 //! * [`retire`]: what comes after an answer: detaching, removing, checksums.
@@ -19,6 +22,9 @@ pub mod authority;
 mod commit;
 pub mod config;
 mod container_metrics;
+pub mod content;
+pub mod diff;
+mod diff_service;
 mod failure;
 pub mod filter;
 mod labels;
@@ -34,7 +40,7 @@ pub use failure::Failure;
 pub use operations::{Defaults, MountSpec, Snapshotter};
 pub use usage::SnapshotUsage;
 
-/// The messages and the server's trait, made from `proto/` by the build script.
+/// The messages, and the traits of servers and clients, made from `proto/` by the build script.
 #[allow(
     missing_docs,
     clippy::all,
@@ -49,6 +55,27 @@ pub mod proto {
     }
     /// `containerd.services.snapshots.v1`
     pub mod services {
+        /// The content store, of which we are a client.
+        pub mod content {
+            /// Version 1.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.content.v1");
+            }
+        }
+        /// The diff service.
+        pub mod diff {
+            /// Version 1.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.diff.v1");
+            }
+        }
+        /// Leases, of which we are a client.
+        pub mod leases {
+            /// Version 1.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.leases.v1");
+            }
+        }
         /// The snapshots service.
         pub mod snapshots {
             /// Version 1.

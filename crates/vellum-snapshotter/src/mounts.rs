@@ -317,6 +317,15 @@ impl Mounts {
         Ok(())
     }
 
+    /// Where a snapshot that is attached is mounted, if it is: below the store, or where containerd mounted
+    /// its device.
+    ///
+    /// # Errors
+    /// Where the host's mounts or the device cannot be found out.
+    pub fn place(&self, record: &SnapshotRecord) -> Result<Option<PathBuf>> {
+        self.mounted_at(record, self.loop_device(record.id)?)
+    }
+
     /// Where the device of a snapshot is mounted: below the store, or where containerd did so.
     fn mounted_at(&self, record: &SnapshotRecord, device: LoopDevice) -> Result<Option<PathBuf>> {
         let dir = self.dir(record.id);

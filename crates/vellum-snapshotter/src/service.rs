@@ -11,9 +11,11 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Code, Request, Response, Status};
 
 use super::authority::Connection;
+use super::content::ContentStore;
 use super::filter::Filters;
 use super::metrics;
 use super::operations::MountSpec;
+use super::proto::services::diff::v1::diff_server::DiffServer;
 use super::proto::services::snapshots::v1 as api;
 use super::proto::types::Mount;
 use super::{Failure, Snapshotter};
@@ -24,7 +26,7 @@ use vellum_store::{SnapshotKind, SnapshotRecord};
 /// Snapshots in one message of a list.
 const LIST_CHUNK: usize = 100;
 
-/// Serves until `stop` is done and the calls under way are answered.
+/// Serves, with layers going to `content`, until `stop` is done and the calls under way are answered.
 ///
 /// # Errors
 /// Where the runtime or the listener fails.
@@ -32,6 +34,7 @@ pub fn serve(
     snapshotter: &Arc<Snapshotter>,
     listener: std::os::unix::net::UnixListener,
     metrics: Option<std::net::TcpListener>,
+    content: &ContentStore,
     ready: impl FnOnce(),
 ) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -50,10 +53,12 @@ pub fn serve(
         ready();
         let service = Service {
             snapshotter: Arc::clone(snapshotter),
+            content: content.clone(),
         };
         let connections = UnixListenerStream::new(listener);
         let connections = connections.map(|stream| stream.map(Connection::new));
         tonic::transport::Server::builder()
+            .add_service(DiffServer::new(service.clone()))
             .add_service(SnapshotsServer::new(service))
             .serve_with_incoming_shutdown(connections, stop)
             .await
@@ -89,13 +94,17 @@ async fn first<T>(
     .await;
 }
 
-struct Service {
+/// What answers the calls of all services.
+#[derive(Debug, Clone)]
+pub(super) struct Service {
     snapshotter: Arc<Snapshotter>,
+    /// Where layers are stored.
+    pub(super) content: ContentStore,
 }
 
 impl Service {
     /// Carries out an operation where it may block, and says what became of it.
-    async fn run<T: Send + 'static>(
+    pub(super) async fn run<T: Send + 'static>(
         &self,
         what: &'static str,
         key: &str,
@@ -137,6 +146,8 @@ fn status(what: &str, key: &str, failure: &Failure) -> Status {
                 ErrorKind::NotFound => Code::NotFound,
                 ErrorKind::InvalidInput => Code::InvalidArgument,
                 ErrorKind::InUse => Code::FailedPrecondition,
+                // Of several plugins for one thing containerd asks the next.
+                ErrorKind::Unsupported => Code::Unimplemented,
                 _ => Code::Unknown,
             };
             (code, error)
@@ -152,6 +163,10 @@ fn status(what: &str, key: &str, failure: &Failure) -> Status {
                 _ => Code::Internal,
             };
             (code, error)
+        }
+        Failure::Containerd(code, error) => {
+            tracing::error!(what, key, %error, "failed");
+            (*code, error)
         }
     };
     Status::new(code, error.to_string())

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use h2::client;
 use prost::Message;
+use vellum_snapshotter::proto::services::diff::v1 as diff;
 use vellum_snapshotter::proto::services::snapshots::v1 as api;
-use vellum_snapshotter::proto::types::Mount;
+use vellum_snapshotter::proto::types::{Descriptor, Mount};
 
 /// gRPC's codes, as far as the tests look at them.
 pub const NOT_FOUND: i32 = 5;
@@ -15,6 +16,11 @@ pub const ALREADY_EXISTS: i32 = 6;
 pub const INVALID_ARGUMENT: i32 = 3;
 pub const RESOURCE_EXHAUSTED: i32 = 8;
 pub const FAILED_PRECONDITION: i32 = 9;
+pub const UNIMPLEMENTED: i32 = 12;
+pub const UNAVAILABLE: i32 = 14;
+
+const SNAPSHOTS: &str = "containerd.services.snapshots.v1.Snapshots";
+const DIFF: &str = "containerd.services.diff.v1.Diff";
 
 /// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,13 +68,25 @@ impl Client {
         method: &str,
         request: &impl Message,
     ) -> Result<Vec<T>, Failure> {
+        self.call_of(SNAPSHOTS, method, &[], request)
+    }
+
+    /// As [`Client::call`], of any service, with these fields in its head.
+    fn call_of<T: Message + Default>(
+        &self,
+        service: &str,
+        method: &str,
+        fields: &[(&str, &str)],
+        request: &impl Message,
+    ) -> Result<Vec<T>, Failure> {
+        let method = format!("{service}/{method}");
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
         let body = request.encode_to_vec();
         let (status, text, bytes) = runtime
-            .block_on(exchange(&self.socket, method, body))
+            .block_on(exchange(&self.socket, &method, fields, body))
             .map_err(Failure::Broken)?;
         if status != 0 {
             return Err(Failure::Status(status, text));
@@ -189,6 +207,20 @@ impl Client {
         self.one("Usage", &request)
     }
 
+    /// Compares with these fields in the request's head.
+    pub fn diff(
+        &self,
+        fields: &[(&str, &str)],
+        request: &diff::DiffRequest,
+    ) -> Result<Descriptor, Failure> {
+        let answers: Vec<diff::DiffResponse> = self.call_of(DIFF, "Diff", fields, request)?;
+        Ok(answers.into_iter().next().unwrap().diff.unwrap())
+    }
+
+    pub fn apply(&self) -> Result<Vec<diff::ApplyResponse>, Failure> {
+        self.call_of(DIFF, "Apply", &[], &diff::ApplyRequest::default())
+    }
+
     pub fn cleanup(&self) -> Result<(), Failure> {
         let request = api::CleanupRequest {
             snapshotter: "vellum".into(),
@@ -201,6 +233,7 @@ impl Client {
 async fn exchange(
     socket: &Path,
     method: &str,
+    fields: &[(&str, &str)],
     message: Vec<u8>,
 ) -> Result<(i32, String, Vec<u8>), String> {
     let broken = |error: &dyn std::fmt::Display| error.to_string();
@@ -212,11 +245,13 @@ async fn exchange(
         .map_err(|error| broken(&error))?;
     let driver = tokio::spawn(connection);
     let mut sender = sender.ready().await.map_err(|error| broken(&error))?;
-    let request = http::Request::builder()
+    let mut request = http::Request::builder()
         .method("POST")
-        .uri(format!(
-            "http://localhost/containerd.services.snapshots.v1.Snapshots/{method}"
-        ))
+        .uri(format!("http://localhost/{method}"));
+    for (name, value) in fields {
+        request = request.header(*name, *value);
+    }
+    let request = request
         .header("content-type", "application/grpc")
         .header("te", "trailers")
         .body(())

@@ -10,6 +10,7 @@
 )]
 
 pub mod client;
+pub mod content;
 pub mod rig;
 
 use std::fs;
