@@ -42,9 +42,11 @@ fn inspect(store: &Store, name: &str) -> Result<Value> {
         let status = status::status(&Known::new(store, &[]), container, true)?;
         return Ok(json!({ "type": "container", "container": status, "layers": layers }));
     }
-    if let Some((snapshot, top)) = find(store, name)? {
-        let layers = layers(store, store.ancestry(Some(top))?.iter());
-        return Ok(json!({ "type": "container snapshot", "snapshot": snapshot, "layers": layers }));
+    if let Some(found) = find(store, name)? {
+        let layers = layers(store, found.layers.iter());
+        return Ok(
+            json!({ "type": "container snapshot", "snapshot": found.snapshot, "layers": layers }),
+        );
     }
     if let Ok(image) = store.image(name) {
         let layers = layers(store, image.layers.iter());

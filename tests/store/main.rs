@@ -17,6 +17,7 @@ mod common;
 
 mod check;
 mod concurrent;
+mod concurrent_live;
 mod crash;
 mod full;
 mod nearly_full;

@@ -125,13 +125,13 @@ pub fn changed(store: &Store, name: &str, since: &str) -> Result<Changed> {
         Some((owner, later)) => (owner, Some(later)),
         None => (name, None),
     };
-    let container = store.container(owner)?;
     let _busy = match later {
         Some(_) => None,
-        None => Some(lock_container(store, &container)?),
+        None => Some(lock_container(store, &store.container(owner)?)?),
     };
+    // Before the record is read, so that the layers which it names stay.
     let _pin = store.pin_layers()?;
-    let container = store.container_by_now(&container)?;
+    let container = store.as_settled(store.container(owner)?)?;
     let base = container.snapshot(since)?;
     let (older, _open) = Older::open(store, &container.snapshot_layers(base.id)?)?;
     let (disk, (runs, whole)) = match later {

@@ -37,8 +37,7 @@ pub fn commit(
     comment: Option<&str>,
 ) -> Result<CommitReport> {
     store.check_new_image(image)?;
-    let container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
+    let (container, _busy) = lock_container(store, &store.container(name)?)?;
     let pin = store.pin_layers()?;
     let sealing = seal_container(store, &container, How::Frozen, None, &pin)?;
     let layer = sealing.layer;

@@ -66,30 +66,39 @@ const SHORT_WAIT: Duration = Duration::from_secs(1);
 const SHORT_PAUSE: Duration = Duration::from_millis(2);
 const LONG_PAUSE: Duration = Duration::from_millis(50);
 
-/// Keeps other processes from mounting, unmounting or committing the same container.
-pub fn lock_container(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
-    let held = lock_renamed(store, container)?;
-    let now = store.find_container(&container.into())?.name;
-    if now == container.name {
-        return Ok(held);
+/// Keeps other processes from mounting, unmounting or committing the same container. Returns its record as
+/// it is from now on: the one that the caller had may be from before others joined its layers, took a
+/// snapshot or made it larger.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] where it was removed or renamed meanwhile.
+pub fn lock_container(
+    store: &Store,
+    container: &ContainerRecord,
+) -> Result<(ContainerRecord, Box<dyn Held>)> {
+    let (now, held) = lock_renamed(store, container)?;
+    if now.name == container.name {
+        return Ok((now, held));
     }
     // Its old name may be another's by now, and what is read by that would be of the wrong one.
     Err(Error::new(
         ErrorKind::NotFound,
         format!(
-            "the container {} was renamed to {now} meanwhile: try again with that name",
-            container.name
+            "the container {} was renamed to {} meanwhile: try again with that name",
+            container.name, now.name
         ),
     ))
 }
 
 /// As [`lock_container`], for who began with it long ago and goes by its id alone: it may have another
 /// name by now.
-fn lock_renamed(store: &Store, container: &ContainerRecord) -> Result<Box<dyn Held>> {
+fn lock_renamed(
+    store: &Store,
+    container: &ContainerRecord,
+) -> Result<(ContainerRecord, Box<dyn Held>)> {
     let held = wait_for_container(store, container)?;
     // While we waited it may have been removed.
-    store.find_container(&container.into())?;
-    Ok(held)
+    Ok((store.find_container(&container.into())?, held))
 }
 
 /// Waits for the lock of a container, and says for whom where that takes long. It asks again and again,

@@ -65,8 +65,7 @@ pub fn merge(
     keep: Option<&[String]>,
     watch: &dyn BlocksWatch,
 ) -> Result<MergeReport> {
-    let container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
+    let (_, _busy) = lock_container(store, &store.container(name)?)?;
     let container = store.settle(name)?;
     let mut report = MergeReport::default();
     if let Some(keep) = keep {
@@ -233,9 +232,14 @@ fn users(store: &Store, name: &str, group: &[Uuid]) -> Result<(Vec<String>, Lock
             .storage()
             .lock(&path, LockMode::Exclusive, false)
             .context(|| format!("cannot lock {}", path.display()))?;
-        if let Some(held) = held {
-            locks.push(held);
-            names.push(container.name);
+        let Some(held) = held else { continue };
+        // By the name that it has until the lock is released: what it was called may be another's by now.
+        match store.find_container(&(&container).into()) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            now => {
+                names.push(now?.name);
+                locks.push(held);
+            }
         }
     }
     Ok((names, locks))

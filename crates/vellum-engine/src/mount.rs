@@ -31,8 +31,7 @@ pub fn mount(
     rights: Rights,
     atime: Option<Atime>,
 ) -> Result<Mounted> {
-    let mut container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
+    let (mut container, _busy) = lock_container(store, &store.container(name)?)?;
     container.atime = atime.or(container.atime);
     mount_locked(store, &container, dir, rights)
 }

@@ -80,7 +80,8 @@ pub(super) fn reach<T>(
         }
         return done;
     }
-    let _busy = lock_container(store, container)?;
+    let (container, _busy) = lock_container(store, container)?;
+    let container = &container;
     let _pin = store.pin_layers()?;
     take_over(store, container)?;
     // Somebody may have mounted it while we waited.

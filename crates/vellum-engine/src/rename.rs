@@ -14,8 +14,7 @@ use vellum_store::{ContainerRecord, Store};
 /// As [`Store::rename_container`]; [`ErrorKind::Unsupported`] where it is mounted, and served by an
 /// earlier version of the program, which finds it by its name.
 pub fn rename(store: &Store, name: &str, new: &str) -> Result<ContainerRecord> {
-    let container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
+    let (container, _busy) = lock_container(store, &store.container(name)?)?;
     refuse_servers_by_name(&store.run_dir(&container), name)?;
     store.rename_container(name, new)
 }

@@ -41,8 +41,7 @@ pub struct Resized {
 /// cannot grow; [`ErrorKind::InUse`] while it is served over NBD, and where this process may not grow
 /// a file system that is in use: nothing is changed then.
 pub fn resize(store: &Store, name: &str, size: u64) -> Result<Resized> {
-    let container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
+    let (container, _busy) = lock_container(store, &store.container(name)?)?;
     refuse_halted(&store.run_dir(&container), name)?;
     take_over(store, &container)?;
     refuse_served(store, &container)?;

@@ -78,15 +78,12 @@ fn exported(store: &Store, name: &str) -> Result<Exported> {
         }
         Err(error) => error,
     };
-    if let Some((snapshot, top)) = snapshot::find(store, name)?
-        && let Some((owner, _)) = name.split_once('@')
-    {
-        let container = store.as_settled(store.container(owner)?)?;
+    if let Some(found) = snapshot::find(store, name)? {
         return Ok(Exported {
-            target: Target::Sealed(top),
+            target: Target::Sealed(found.top()?),
             id: None,
-            shown: snapshot.disk.device_size,
-            container: Some(container),
+            shown: found.snapshot.disk.device_size,
+            container: Some(found.container),
         });
     }
     match store.image(name) {
@@ -97,7 +94,7 @@ fn exported(store: &Store, name: &str) -> Result<Exported> {
             container: None,
         }),
         Err(damaged) if damaged.kind() == ErrorKind::Corrupt => Err(damaged),
-        Err(_) => Err(no_container),
+        Err(_) => Err(snapshot::nothing_called(store, name, no_container)),
     }
 }
 
@@ -108,6 +105,8 @@ fn exported(store: &Store, name: &str) -> Result<Exported> {
 /// [`vellum_base::ErrorKind::NotFound`] for a name that is neither; [`vellum_base::ErrorKind::InUse`] while the
 /// container is mounted or served.
 pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Serving)> {
+    // Until all of them are open, the layers that the record names stay.
+    let _pin = store.pin_layers()?;
     let Exported {
         target,
         id,

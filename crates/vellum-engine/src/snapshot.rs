@@ -42,8 +42,7 @@ pub fn snapshot(
     how: How,
     comment: Option<&str>,
 ) -> Result<SnapshotReport> {
-    let container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
+    let (_, _busy) = lock_container(store, &store.container(name)?)?;
     let pin = store.pin_layers()?;
     let container = store.settle(name)?;
     let called = match snapshot {
@@ -233,8 +232,7 @@ pub fn rollback(
     present: Present,
     force: bool,
 ) -> Result<RollbackReport> {
-    let container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
+    let (container, _busy) = lock_container(store, &store.container(name)?)?;
     let pin = store.pin_layers()?;
     container.snapshot(to)?;
     stop(store, &container, force)?;
@@ -292,8 +290,7 @@ fn stop(store: &Store, container: &ContainerRecord, force: bool) -> Result<()> {
 /// # Errors
 /// [`ErrorKind::NotFound`] without it; [`ErrorKind::InUse`] while something reads it.
 pub fn remove_snapshot(store: &Store, name: &str, snapshot: &str) -> Result<PruneReport> {
-    let container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
+    let (_, _busy) = lock_container(store, &store.container(name)?)?;
     store.settle(name)?;
     store.remove_container_snapshots(name, &[snapshot])
 }
@@ -326,8 +323,7 @@ pub fn prune_snapshots(
             "say what is to be kept, as --keep-last 24 --keep-daily 7: otherwise nothing would be",
         ));
     }
-    let container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
+    let (_, _busy) = lock_container(store, &store.container(name)?)?;
     let container = store.settle(name)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let now = now.map_err(|error| {
@@ -353,12 +349,34 @@ pub fn prune_snapshots(
     })
 }
 
-/// The snapshot that `name` names, as `C@NAME`, and its topmost layer; `None` where it names something else,
-/// such as an image, whose names may have an `@` too.
+/// A snapshot of a container, as the container's record had it at one moment.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// The container.
+    pub container: ContainerRecord,
+    /// The snapshot.
+    pub snapshot: ContainerSnapshot,
+    /// Its layers, from the bottom up.
+    pub layers: Vec<Uuid>,
+}
+
+impl Found {
+    /// Its topmost layer.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Internal`]: a snapshot has layers.
+    pub fn top(&self) -> Result<Uuid> {
+        let top = self.layers.last().copied();
+        top.ok_or_else(|| Error::internal("a snapshot without layers"))
+    }
+}
+
+/// The snapshot that `name` names, as `C@NAME`; `None` where it names something else, such as an image, whose
+/// names may have an `@` too. Whoever opens its layers has them pinned before.
 ///
 /// # Errors
 /// Where the record of the container cannot be read, or is damaged.
-pub fn find(store: &Store, name: &str) -> Result<Option<(ContainerSnapshot, Uuid)>> {
+pub fn find(store: &Store, name: &str) -> Result<Option<Found>> {
     let Some((container, called)) = name.split_once('@') else {
         return Ok(None);
     };
@@ -369,11 +387,25 @@ pub fn find(store: &Store, name: &str) -> Result<Option<(ContainerSnapshot, Uuid
         }
         Err(error) => return Err(error),
     };
-    let Ok(snapshot) = record.snapshot(called) else {
+    let Ok(snapshot) = record.snapshot(called).cloned() else {
         return Ok(None);
     };
-    let layers = record.snapshot_layers(snapshot.id)?;
-    Ok(layers.last().map(|top| (snapshot.clone(), *top)))
+    Ok(Some(Found {
+        layers: record.snapshot_layers(snapshot.id)?,
+        container: record,
+        snapshot,
+    }))
+}
+
+/// Why nothing has this name: of `C@NAME` that there is no such snapshot, or no such container; of others what
+/// the caller was told.
+pub(super) fn nothing_called(store: &Store, name: &str, no_container: Error) -> Error {
+    let Some((container, called)) = name.split_once('@') else {
+        return no_container;
+    };
+    let record = store.container(container);
+    let missing = record.and_then(|record| record.snapshot(called).map(drop));
+    missing.err().unwrap_or(no_container)
 }
 
 /// The time as the name of a snapshot: `20261126T050311Z`.

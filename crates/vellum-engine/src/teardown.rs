@@ -46,8 +46,7 @@ pub(super) fn take_over(store: &Store, container: &ContainerRecord) -> Result<()
 /// [`ErrorKind::InUse`] while something runs in it or a program uses the file system, unless `force`
 /// is given: then it is taken away from under it; and while it is served over NBD.
 pub fn umount(store: &Store, name: &str, force: bool) -> Result<bool> {
-    let container = store.container(name)?;
-    let _busy = lock_container(store, &container)?;
+    let (container, _busy) = lock_container(store, &store.container(name)?)?;
     end_dead(store);
     let run_dir = store.run_dir(&container);
     let was_there =
@@ -151,7 +150,7 @@ pub fn remove(store: &Store, name: &str, options: RemoveOptions) -> Result<Prune
     let RemoveOptions { force, snapshots } = options;
     let container = store.container(name)?;
     let report = {
-        let _busy = lock_container(store, &container)?;
+        let (_, _busy) = lock_container(store, &container)?;
         let container = store.settle(name)?;
         if !snapshots && !container.snapshots.is_empty() {
             return Err(has_snapshots(&container));

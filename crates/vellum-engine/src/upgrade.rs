@@ -151,7 +151,7 @@ pub fn upgrade_server(store: &Store, served: &Served, program: &Path) -> Result<
 fn try_upgrade(store: &Store, served: &Served, program: &Path) -> Result<Upgraded> {
     // A commit or unmount that is at work comes first.
     let _busy = match served.container {
-        true => Some(lock_container(store, &store.container(&served.name)?)?),
+        true => Some(lock_container(store, &store.container(&served.name)?)?.1),
         false => None,
     };
     let run_dir = &served.run_dir;

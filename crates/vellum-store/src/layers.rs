@@ -326,7 +326,9 @@ impl Store {
     }
 
     /// Layers from the bottom up to `layer`, found by the parents that their headers name. A parent that was
-    /// joined with others is not there any more: the records say what took its place.
+    /// joined with others is not there any more: the records say what took its place. Where they do not name
+    /// `layer` any more, since it was joined or its snapshot removed after the caller had pinned it, the layer
+    /// that stands for its parent is looked for among all.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where one is missing, [`ErrorKind::Corrupt`] for a circle.
@@ -344,13 +346,15 @@ impl Store {
             layers.push(layer);
             let header = Header::read(&**self.storage(), &self.layer_dir(layer))?;
             at = header.parent;
-            if let Some(parent) = at
-                && !self.has_layer(parent)?
-                && let Some(below) = self.below_in_records(layer)?
-            {
+            let Some(parent) = at else { break };
+            if self.has_layer(parent)? {
+                continue;
+            }
+            if let Some(below) = self.below_in_records(layer)? {
                 layers.extend(below.iter().rev());
                 break;
             }
+            at = self.standing_for(parent)?.or(at);
         }
         layers.reverse();
         Ok(layers)
@@ -391,6 +395,15 @@ impl Store {
             }
         }
         Ok(None)
+    }
+
+    /// A layer that says what `layer` and those joined with it said.
+    fn standing_for(&self, layer: Uuid) -> Result<Option<Uuid>> {
+        let stands = |there: &Uuid| {
+            let header = Header::read(&*self.storage, &self.layer_dir(*there));
+            header.is_ok_and(|header| header.sealed && header.stands_for == Some(layer))
+        };
+        Ok(self.layers()?.into_iter().find(stands))
     }
 
     /// True while some process has the right to write the layer in `dir`.

@@ -192,7 +192,7 @@ impl<'a> Wish<'a> {
         };
         let _pin = self.store.pin_layers()?;
         // Layers may have been joined since.
-        let container = self.store.container(&self.container.name)?;
+        let container = self.store.find_container(&(&self.container).into())?;
         let container = self.store.as_settled(container)?;
         let of = by_id(&container, of)?.clone();
         let since = self.since.as_ref().map(|since| by_id(&container, since.id));

@@ -369,7 +369,7 @@ fn add(
     report: &mut RestoreReport,
 ) -> Result<()> {
     let name = &container.name;
-    let _busy = lock_container(store, container)?;
+    let (_, _busy) = lock_container(store, container)?;
     let pin = store.pin_layers()?;
     let container = store.settle(name)?;
     check_base(name, Some(&container), true, container.at, &backup)?;

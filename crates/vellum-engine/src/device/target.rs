@@ -6,12 +6,12 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::{OpenChain, layer_options};
-use vellum_base::error::Result;
+use vellum_base::error::{Error, Result};
 use vellum_core::chain::{
-    ChainSpec, ChainStats, look_at_chain, open_counted_chain, open_read_only_chain,
+    Chain, ChainSpec, ChainStats, look_at_chain, open_counted_chain, open_read_only_chain,
 };
 use vellum_export::device::AttachSpec;
-use vellum_store::{ContainerRecord, ContainerRef, Resolved, Store};
+use vellum_store::{ContainerRecord, ContainerRef, LayerLease, Resolved, Store};
 
 /// Which chain to open.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,26 +61,6 @@ impl Target {
         matches!(self, Target::Sealed(_) | Target::Look(_))
     }
 
-    /// Opens a container's chain as it was resolved before.
-    pub(crate) fn open_unsettled(
-        &self,
-        store: &Store,
-        resolved: &Resolved,
-        stats: Arc<ChainStats>,
-    ) -> Result<OpenChain> {
-        if store.is_read_only() {
-            return look(store, resolved, stats);
-        }
-        let lease = store.lease_layer(resolved.top)?;
-        store.check_place()?;
-        let spec = store.chain_spec(resolved, layer_options(store));
-        Ok(OpenChain::new(
-            store,
-            open_counted_chain(store.storage(), &spec, stats)?,
-            Some(lease),
-        ))
-    }
-
     /// Opens the chain. For a container this takes the right to write it.
     ///
     /// # Errors
@@ -97,21 +77,11 @@ impl Target {
     pub fn open_counted(&self, store: &Store, stats: Arc<ChainStats>) -> Result<OpenChain> {
         let options = layer_options(store);
         match self {
-            Target::Container(which) => {
-                let container = store.find_container(which)?;
-                store
-                    .resolve(&container)
-                    .and_then(|resolved| self.open_unsettled(store, &resolved, stats))
-                    .and_then(|open| show_size(&container, open))
-                    .map_err(|error| error.context(format!("the container {}", container.name)))
+            Target::Container(which) if !store.is_read_only() => {
+                open_container(store, which, stats, Store::lease_layer, write)
             }
-            Target::Look(which) => {
-                let container = store.find_container(which)?;
-                store
-                    .resolve(&container)
-                    .and_then(|resolved| look(store, &resolved, stats))
-                    .and_then(|open| show_size(&container, open))
-                    .map_err(|error| error.context(format!("the container {}", container.name)))
+            Target::Container(which) | Target::Look(which) => {
+                open_container(store, which, stats, Store::lease_for_reading, look)
             }
             Target::Staged(layer) => {
                 let top = store.staging_dir(*layer);
@@ -172,13 +142,42 @@ fn show_size(container: &ContainerRecord, open: OpenChain) -> Result<OpenChain> 
     Ok(open)
 }
 
-/// Opens a container's chain to look at, while nobody writes it.
-fn look(store: &Store, resolved: &Resolved, stats: Arc<ChainStats>) -> Result<OpenChain> {
-    let lease = store.lease_for_reading(resolved.top)?;
+/// Opens a container's chain once its top is leased. Not everybody who does has the container's lock: a
+/// snapshot may have put another top in its place between looking and leasing.
+fn open_container(
+    store: &Store,
+    which: &ContainerRef,
+    stats: Arc<ChainStats>,
+    lease: fn(&Store, Uuid) -> Result<LayerLease>,
+    open: fn(&Store, &Resolved, Arc<ChainStats>) -> Result<Chain>,
+) -> Result<OpenChain> {
+    loop {
+        let seen = store.find_container(which)?;
+        let named = |error: Error| error.context(format!("the container {}", seen.name));
+        let top = store.resolve(&seen).map_err(named)?.top;
+        let held = lease(store, top).map_err(named)?;
+        // From here on nobody seals it.
+        let container = store.find_container(which)?;
+        let resolved = store.resolve(&container).map_err(named)?;
+        if resolved.top == top {
+            let chain = open(store, &resolved, stats).map_err(named)?;
+            return show_size(&container, OpenChain::new(store, chain, Some(held))).map_err(named);
+        }
+    }
+}
+
+/// A container's chain, writable.
+fn write(store: &Store, resolved: &Resolved, stats: Arc<ChainStats>) -> Result<Chain> {
+    store.check_place()?;
+    let spec = store.chain_spec(resolved, layer_options(store));
+    open_counted_chain(store.storage(), &spec, stats)
+}
+
+/// A container's chain to look at, while nobody writes it.
+fn look(store: &Store, resolved: &Resolved, stats: Arc<ChainStats>) -> Result<Chain> {
     let sealed = store.layer_dirs(&resolved.sealed);
     let top = store.layer_dir(resolved.top);
-    let chain = open_read_only_chain(store.storage(), &sealed, &top, stats)?;
-    Ok(OpenChain::new(store, chain, Some(lease)))
+    open_read_only_chain(store.storage(), &sealed, &top, stats)
 }
 
 /// The hidden subcommand that serves a device.

@@ -78,35 +78,24 @@ pub fn diff(
     let container = match store.container(name) {
         Ok(container) => container,
         Err(no_container) => {
-            if snapshot::find(store, name)?.is_none() {
-                return Err(no_container);
-            }
-            return diff_snapshot(store, name, from, options);
+            // Before it is looked at, so that what it names stays.
+            let _pin = store.pin_layers()?;
+            let Some(found) = snapshot::find(store, name)? else {
+                return Err(snapshot::nothing_called(store, name, no_container));
+            };
+            check_ext4(name, found.snapshot.disk.fs.is_some())?;
+            let older = older_state(store, &found.container, from)?;
+            let newer = snapshot_state(&found.container, &found.snapshot)?;
+            return diff_states(store, &older, Newer::Sealed(&newer), options);
         }
     };
-    let _busy = lock_container(store, &container)?;
+    let (container, _busy) = lock_container(store, &container)?;
     let _pin = store.pin_layers()?;
-    let container = store.container_by_now(&container)?;
+    let container = store.as_settled(container)?;
     check_ext4(name, container.disk.fs.is_some())?;
     let older = older_state(store, &container, from)?;
     take_over(store, &container)?;
     diff_states(store, &older, Newer::Container(&container), options)
-}
-
-fn diff_snapshot(
-    store: &Store,
-    name: &str,
-    from: Option<&str>,
-    options: DiffOptions,
-) -> Result<Vec<Difference>> {
-    let _pin = store.pin_layers()?;
-    let (owner, snapshot) = name.split_once('@').unwrap_or((name, ""));
-    let container = store.as_settled(store.container(owner)?)?;
-    let snapshot = container.snapshot(snapshot)?;
-    check_ext4(name, snapshot.disk.fs.is_some())?;
-    let older = older_state(store, &container, from)?;
-    let newer = snapshot_state(&container, snapshot)?;
-    diff_states(store, &older, Newer::Sealed(&newer), options)
 }
 
 fn check_ext4(name: &str, is_there: bool) -> Result<()> {

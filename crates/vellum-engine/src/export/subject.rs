@@ -15,8 +15,7 @@ use vellum_base::storage::Held;
 use vellum_core::layer::SealedLayer;
 use vellum_image::{Foreign, ImageConfig};
 use vellum_store::{
-    ContainerRecord, ContainerRef, ContainerSnapshot, DiskInfo, ImageRecord, Scaffold, Store,
-    StoreGuard, now,
+    ContainerRecord, ContainerRef, DiskInfo, ImageRecord, Scaffold, Store, StoreGuard, now,
 };
 
 /// Layers that are exported, which stay as they are meanwhile.
@@ -83,13 +82,13 @@ impl<'a> Subject<'a> {
         };
         // Before it is looked at, so that what it names stays.
         let pin = pin(store)?;
-        if let Some((snapshot, top)) = snapshot::find(store, name)? {
-            return Subject::of_snapshot(store, name, snapshot, top, pin);
+        if let Some(found) = snapshot::find(store, name)? {
+            return Ok(Subject::of_snapshot(store, name, found, pin));
         }
         match store.image(name) {
             Ok(image) => Subject::of_image(store, image, pin),
             Err(damaged) if damaged.kind() == ErrorKind::Corrupt => Err(damaged),
-            Err(_) => Err(no_container),
+            Err(_) => Err(snapshot::nothing_called(store, name, no_container)),
         }
     }
 
@@ -117,26 +116,22 @@ impl<'a> Subject<'a> {
     fn of_snapshot(
         store: &'a Store,
         name: &str,
-        snapshot: ContainerSnapshot,
-        top: Uuid,
+        found: snapshot::Found,
         pin: Option<StoreGuard>,
-    ) -> Result<Subject<'a>> {
-        let container = name.split_once('@').map(|(container, _)| container);
-        let container = container.ok_or_else(|| Error::internal("a snapshot of no container"))?;
-        let container = store.container(container)?;
-        Ok(Subject {
+    ) -> Subject<'a> {
+        Subject {
             store,
             name: name.to_owned(),
-            layers: store.ancestry(Some(top))?,
+            layers: found.layers,
             container: None,
-            config: container.config,
+            config: found.container.config,
             is_image: false,
-            created: snapshot.created,
-            disk: snapshot.disk,
-            scaffold: snapshot.scaffold,
+            created: found.snapshot.created,
+            disk: found.snapshot.disk,
+            scaffold: found.snapshot.scaffold,
             _pin: pin,
             _busy: None,
-        })
+        }
     }
 
     fn of_container(
@@ -148,9 +143,8 @@ impl<'a> Subject<'a> {
             let layers = store.resolve(&container)?.sealed;
             return Ok(Subject::of_record(store, container, layers, None, None));
         }
-        let busy = lock_container(store, &container)?;
+        let (container, busy) = lock_container(store, &container)?;
         let pin = store.pin_layers()?;
-        let container = store.container_by_now(&container)?;
         take_over(store, &container)?;
         if mounted(store, &container)?.is_none() && (!sealed || says_nothing(store, &container)?) {
             let layers = store.resolve(&container)?.sealed;

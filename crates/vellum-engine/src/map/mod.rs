@@ -39,10 +39,14 @@ pub fn map(store: &Store, name: &str) -> Result<BlockMap> {
     let container = match store.container(name) {
         Ok(container) => container,
         Err(no_container) => {
+            // Before it is looked at, so that what it names stays.
+            let _pin = store.pin_layers()?;
             let (top, layers) = match snapshot::find(store, name)? {
-                Some((_, top)) => (top, store.ancestry(Some(top))?),
+                Some(found) => (found.top()?, found.layers),
                 None => {
-                    let image = store.image(name).map_err(|_| no_container)?;
+                    let image = store
+                        .image(name)
+                        .map_err(|_| snapshot::nothing_called(store, name, no_container))?;
                     (image.top()?, image.layers)
                 }
             };
@@ -54,7 +58,7 @@ pub fn map(store: &Store, name: &str) -> Result<BlockMap> {
     let asked = all_runs(|ask| from_server(&Sockets::new(store, container.id), ask));
     let (part, runs) = match asked {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let _busy = lock_container(store, &container)?;
+            let (container, _busy) = lock_container(store, &container)?;
             let open = Target::look_at(&container).open(store)?;
             all_runs(|ask| from_chain(&open, ask))?
         }

@@ -205,7 +205,8 @@ fn run_created(
 /// Mounts a container that nothing runs in, unless it is, runs a command, and puts all back.
 fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Result<Ended> {
     let run_dir = store.run_dir(container);
-    let busy = lock_container(store, container)?;
+    let (container, busy) = lock_container(store, container)?;
+    let container = &container;
     // What a killed command left is in the way of the new one.
     end_for_good(store, container, false)?;
     refuse_halted(&store.run_dir(container), &container.name)?;
@@ -275,7 +276,7 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
 /// Removes what a run left, and unmounts.
 fn put_back(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> Result<()> {
     let _held = interrupt::hold();
-    let _busy = match lock_renamed(store, container) {
+    let (_, _busy) = match lock_renamed(store, container) {
         // Removed by force, mounts and all.
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         other => other?,
@@ -323,7 +324,7 @@ pub(super) fn unmount_after_run(store: &Store, container: &ContainerRecord) -> R
         return Ok(());
     }
     // Whoever ends the run has the lock until it is unmounted, or left to us.
-    let _busy = lock_renamed(store, container)?;
+    let (_, _busy) = lock_renamed(store, container)?;
     match Owner::read(&run_dir)? {
         None if device::status(&run_dir)?.is_some() => unmount_ended(store, container, false),
         _ => Ok(()),
