@@ -362,7 +362,19 @@ impl Store {
         Ok(record)
     }
 
-    /// Replaces a container's record. It keeps the name that it has by now, whatever this one says.
+    /// Notes how a container is run, as this record says; nothing else of its record changes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where it was removed; where the host fails.
+    pub fn configure_container(&self, record: &ContainerRecord) -> Result<()> {
+        let _lock = self.lock()?;
+        let mut now = self.find_locked(&record.into())?;
+        now.config = record.config.clone();
+        self.write_json(&self.record_path("containers", &now.name), &now)
+    }
+
+    /// Replaces a container's record, by whoever has its lock and has read it since. It keeps the name that it
+    /// has by now, whatever this one says.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where it was removed; where the host fails.

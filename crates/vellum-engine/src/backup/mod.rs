@@ -134,6 +134,8 @@ impl<'a> Wish<'a> {
             Some((owner, of)) => (owner, Some(of)),
             None => (name, None),
         };
+        // Until it is known what the record says.
+        let _pin = store.pin_layers()?;
         let container = store.container(owner);
         let container = container.or_else(|no_container| match store.image(name) {
             // Its name may have an @ too.

@@ -192,7 +192,7 @@ fn run_created(
             ),
         ));
     }
-    store.update_container(container)?;
+    store.configure_container(container)?;
     let start = Start {
         args,
         env: Vec::new(),
