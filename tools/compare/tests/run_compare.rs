@@ -203,6 +203,34 @@ fn containers_side_by_side_answer_goals_twice_in_a_row() {
 }
 
 #[test]
+fn a_fork_is_made_in_the_way_of_each_driver_and_has_its_origins_data() {
+    let setup = Setup::new();
+    let drivers = "vellum,overlayfs,fuse-overlayfs,btrfs,xfs-reflink,copy,qcow2";
+    let mut command = setup.command(drivers, "fork");
+    let output = command.args(["--rounds", "1"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(setup.leftovers(), Vec::<String>::new());
+    let report = setup.report();
+    let samples = report["samples"].as_array().unwrap();
+    let figure = |driver: &str, metric: &str| {
+        let mut of = samples.iter().filter(|s| s["metric"] == metric);
+        let sample = of.find(|s| s["driver"] == driver);
+        sample.map(|sample| sample["value"].as_f64().unwrap())
+    };
+    for driver in report["drivers"].as_array().unwrap() {
+        let id = driver["id"].as_str().unwrap();
+        let there = driver["absent"].is_null() && driver["kind"] == "files";
+        assert_eq!(there, figure(id, "fork").is_some(), "{driver}");
+        assert!(figure(id, "first") >= figure(id, "fork"), "{driver}");
+    }
+    // Some copy the data, others everything.
+    let space = |driver: &str| figure(driver, "space").unwrap();
+    assert!(space("overlayfs") >= 4.0);
+    assert!(space("vellum") < space("copy") / 2.0);
+}
+
+#[test]
 fn a_limit_of_time_leaves_out_further_drivers_first_and_says_so() {
     let setup = Setup::new();
     let rounds = |report: &Value, driver: &str| {

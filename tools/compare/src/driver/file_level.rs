@@ -139,6 +139,19 @@ impl Image for Containers {
         Ok(Access::Dir(dir))
     }
 
+    fn fork(&mut self, name: &str, new: &str) -> Result<()> {
+        let own = match self.driver {
+            FileLevel::Copy => "mnt",
+            FileLevel::Overlay | FileLevel::FuseOverlay => {
+                self.create(new)?;
+                "upper"
+            }
+        };
+        let path = |name: &str| self.dir.join(format!("{name}.{own}"));
+        copy_tree(&path(name), &path(new), &["--reflink=never"])?;
+        host::sync_fs(&self.dir)
+    }
+
     fn stop(&mut self, name: &str) -> Result<()> {
         if let Some((mount, server)) = self.started.remove(name) {
             mount.unmount()?;

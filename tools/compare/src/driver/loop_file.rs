@@ -171,6 +171,17 @@ impl Containers {
         }
     }
 
+    /// Makes an overlay on what lies below in the directory.
+    fn overlay(&self, file: &Path, below: &str, format: &str) -> Result<()> {
+        host::run(
+            Command::new("qemu-img")
+                .current_dir(&self.dir)
+                .args(["create", "-q", "-f", "qcow2", "-b", below, "-F", format])
+                .arg(file),
+        )?;
+        Ok(())
+    }
+
     /// The overlay as a raw file, through FUSE.
     fn serve(&self, file: &Path, name: &str) -> Result<(PathBuf, Mount, Server)> {
         let export = self.dir.join(format!("{name}.fuse"));
@@ -205,13 +216,7 @@ impl Image for Containers {
             LoopFile::Raw => copy_sparse(&self.dir.join("base.raw"), &file),
             LoopFile::Qcow2 => {
                 let (top, format) = self.top();
-                host::run(
-                    Command::new("qemu-img")
-                        .current_dir(&self.dir)
-                        .args(["create", "-q", "-f", "qcow2", "-b", &top, "-F", format])
-                        .arg(&file),
-                )?;
-                Ok(())
+                self.overlay(&file, &top, format)
             }
         }
     }
@@ -242,6 +247,23 @@ impl Image for Containers {
         Ok(Access::Dir(dir))
     }
 
+    /// Only of a file system that is unmounted is all in its file.
+    fn fork(&mut self, name: &str, new: &str) -> Result<()> {
+        self.stop(name)?;
+        match self.driver {
+            LoopFile::Raw => copy_sparse(&self.file(name), &self.file(new))?,
+            LoopFile::Qcow2 => {
+                let below = format!("{name}.below");
+                fs::rename(self.file(name), self.dir.join(&below))?;
+                for above in [name, new] {
+                    self.overlay(&self.file(above), &below, "qcow2")?;
+                }
+            }
+        }
+        host::sync_fs(&self.dir)?;
+        self.start(name).map(drop)
+    }
+
     fn stop(&mut self, name: &str) -> Result<()> {
         let Some(started) = self.started.remove(name) else {
             return Ok(());
@@ -257,6 +279,8 @@ impl Image for Containers {
 
     fn remove(&mut self, name: &str) -> Result<()> {
         fs::remove_file(self.file(name))?;
+        // What it was before it was forked; its forks are gone.
+        drop(fs::remove_file(self.dir.join(format!("{name}.below"))));
         drop(fs::remove_file(self.dir.join(format!("{name}.fuse"))));
         drop(fs::remove_dir(self.dir.join(format!("{name}.mnt"))));
         Ok(())

@@ -131,6 +131,12 @@ pub trait Image {
     /// Mounts or serves a container.
     fn start(&mut self, name: &str) -> Result<Access>;
 
+    /// Makes the container `new` of what a started one is now, durably. That one stays started, and is
+    /// removed after its forks.
+    fn fork(&mut self, _name: &str, _new: &str) -> Result<()> {
+        bail!("containers of this driver are not forked")
+    }
+
     /// Unmounts it or stops its server, after which it can be started again.
     fn stop(&mut self, name: &str) -> Result<()>;
 

@@ -162,6 +162,10 @@ impl Image for Containers {
         }
     }
 
+    fn fork(&mut self, name: &str, new: &str) -> Result<()> {
+        self.vellum(&["fork", name, new]).map(drop)
+    }
+
     fn stop(&mut self, name: &str) -> Result<()> {
         if let Some(server) = self.served.remove(name) {
             server.stop()?;

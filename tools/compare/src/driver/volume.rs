@@ -132,6 +132,11 @@ impl Image for Opened {
         Ok(Access::Dir(self.path(&format!("c-{name}"))))
     }
 
+    fn fork(&mut self, name: &str, new: &str) -> Result<()> {
+        self.copy(&format!("c-{name}"), &self.path(&format!("c-{new}")))?;
+        host::sync_fs(self.mount.dir())
+    }
+
     fn stop(&mut self, _name: &str) -> Result<()> {
         Ok(())
     }

@@ -3,6 +3,7 @@
 mod chain;
 mod files;
 mod fio;
+mod fork;
 mod lifecycle;
 mod mariadb;
 mod nbd;
@@ -52,6 +53,8 @@ pub struct Sizes {
     pub swarm_writes: u32,
     /// Writes of each of them that are each synced.
     pub swarm_synced: u32,
+    /// Bytes that a container has written when it is forked.
+    pub fork_data: u64,
     /// Bytes in all layers of a chain together.
     pub chain: u64,
     /// Bytes of the block device behind NBD.
@@ -288,6 +291,7 @@ pub fn all() -> Vec<Box<dyn Workload>> {
         Box::new(files::FirstWrite),
         Box::new(nbd::Nbd),
         Box::new(swarm::Swarm),
+        Box::new(fork::Fork),
         Box::new(chain::Life { depth: 64 }),
     ];
     for depth in [1, 8, 32, 128] {
