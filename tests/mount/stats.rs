@@ -263,7 +263,7 @@ fn a_container_served_over_nbd_has_exact_counters_and_no_socket_is_left() {
     let map = store.json(&["map", "c"]);
     assert_eq!(map["layers"][image as usize + 1]["shown_blocks"], 3);
     let refused = store.fails(&["prewarm", "c", "/db"]);
-    assert!(refused.contains("in use"), "{refused}");
+    assert!(refused.contains("served over NBD by process"), "{refused}");
     server.end();
     assert_eq!(stats(&store, "c")["server"], Value::Null);
     let left: Vec<_> = fs::read_dir(store.root.join("run"))
