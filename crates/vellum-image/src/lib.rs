@@ -5,7 +5,7 @@
 //! * [`apply_layer`], [`copy_tree`]: one layer, or a whole tree, into a directory.
 //! * [`transfer()`], [`transfer_to_tar`], [`transfer_from_tar`]: single files and directories, into a [`View`]
 //!   of a tree and out of one.
-//! * [`diff_trees`], [`compare_trees`], [`write_layer_tar`], [`write_blob`],
+//! * [`diff_trees`], [`compare_trees`], [`write_layer_tar`], [`write_blob()`],
 //!   [`write_rootfs_tar`]: the way back.
 //! * [`ImageConfig`], [`chain_id`]: what an image says about how to run it, and its identity.
 //!
