@@ -493,14 +493,15 @@ fn as_podman_has_it(files: Snapshot) -> Snapshot {
     files
 }
 
-/// podman, with all that it keeps beside the store.
-fn podman(store: &TestStore, arguments: &[&str]) -> String {
+/// podman, with all that it keeps beside the store, but for its running state: the path of that has 50 bytes
+/// at most.
+fn podman(store: &TestStore, running: &Path, arguments: &[&str]) -> String {
     let home = |name: &str| store.arg(&format!("podman/{name}"));
     let own = [
         "--root",
         &home("root"),
         "--runroot",
-        &home("run"),
+        running.to_str().unwrap(),
         "--tmpdir",
         &home("tmp"),
         "--storage-driver",
@@ -518,17 +519,22 @@ fn container_images_are_loaded_by_podman_with_the_same_files() {
     // It copies each layer for the next one, and writes out what are holes.
     let store = prepared_without(&["sparse"]);
     let expected = as_podman_has_it(files_of(&store, "c"));
+    let running = tempfile::Builder::new()
+        .prefix("podman-")
+        .tempdir_in("/run");
+    let running = running.unwrap();
+    let podman = |arguments: &[&str]| podman(&store, running.path(), arguments);
     for (format, more) in [("docker", &[][..]), ("oci", &["--compression", "zstd"])] {
         let tar = store.arg("c.tar");
         let export = ["export", "c", &tar, "--force", "--format", format];
         store.ok(&[&export[..], more].concat());
-        podman(&store, &["load", "--quiet", "--input", &tar]);
-        let dir = podman(&store, &["image", "mount", "c:latest"]);
+        podman(&["load", "--quiet", "--input", &tar]);
+        let dir = podman(&["image", "mount", "c:latest"]);
         let mut found = snapshot(Path::new(dir.trim_end()));
         found.remove(Path::new(""));
         assert_same(&found, &expected);
-        podman(&store, &["image", "unmount", "c:latest"]);
-        podman(&store, &["rmi", "--force", "c:latest"]);
+        podman(&["image", "unmount", "c:latest"]);
+        podman(&["rmi", "--force", "c:latest"]);
     }
 }
 
