@@ -120,6 +120,22 @@ fn what_the_runtime_needs_to_mount_on_is_no_change_and_goes_with_the_run() {
 }
 
 #[test]
+fn exec_in_a_container_that_does_not_run_has_the_user_and_directory_that_it_is_told_and_notes_neither()
+ {
+    with_each(
+        |_| {},
+        |store| {
+            store.must(&["create", "box", "--name", "x"]);
+            let told = ["exec", "-u", "7:logs", "-w", "/etc", "x", "--", "sh", "-c"];
+            let out = store.must(&[&told[..], &["id -u; id -g; pwd"]].concat());
+            assert_eq!(out, "7\n40\n/etc\n");
+            let out = store.must(&["exec", "x", "--", "sh", "-c", "id -u; pwd"]);
+            assert_eq!(out, "0\n/\n");
+        },
+    );
+}
+
+#[test]
 fn environment_directory_user_and_host_name_are_what_was_asked_for() {
     with_each(
         |_| {},

@@ -205,8 +205,12 @@ fn run_created(
 /// Mounts a container that nothing runs in, unless it is, runs a command, and puts all back.
 fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Result<Ended> {
     let run_dir = store.run_dir(container);
-    let (container, busy) = lock_container(store, container)?;
-    let container = &container;
+    let (now, busy) = lock_container(store, container)?;
+    // User, directory and environment are those of this command.
+    let container = &ContainerRecord {
+        config: container.config.clone(),
+        ..now
+    };
     // What a killed command left is in the way of the new one.
     end_for_good(store, container, false)?;
     refuse_halted(&store.run_dir(container), &container.name)?;
