@@ -47,6 +47,7 @@ mod tag;
 mod trim;
 mod upgrade_servers;
 mod verify_durability;
+mod vhost;
 mod volume;
 
 use std::path::{Path, PathBuf};
@@ -173,6 +174,8 @@ enum Command {
     Prewarm(prewarm::Args),
     /// Serve containers and images over NBD until stopped
     Nbd(nbd::Args),
+    /// Serve a container or image as the disk of a virtual machine (vhost-user-blk) until stopped
+    Vhost(vhost::Args),
     /// Check that layers, images and containers are whole
     Check(check::Args),
     /// Remove what crashes left and nothing uses
@@ -358,6 +361,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Map(args) => map::run(&args, context)?,
         Command::Prewarm(args) => prewarm::run(&args, context)?,
         Command::Nbd(args) => nbd::run(&args, context)?,
+        Command::Vhost(args) => vhost::run(&args, context)?,
         Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
         Command::Space(args) => space::run(&args, context)?,

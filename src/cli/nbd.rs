@@ -182,7 +182,7 @@ fn exposure(args: &Args, ip: IpAddr, writable: &[&str]) -> Option<String> {
 }
 
 /// SIGTERM, SIGINT and SIGHUP come to whoever waits for them. Before any thread is started.
-fn block_signals() -> Result<SigSet> {
+pub(super) fn block_signals() -> Result<SigSet> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);

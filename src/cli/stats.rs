@@ -114,6 +114,7 @@ fn one(stats: &Stats, rate: &str) -> String {
     let how = match (stats.server, &stats.mounted) {
         (None, _) => "nobody serves it: its layers alone are known".into(),
         (Some(Server::Nbd), _) => "served over NBD".into(),
+        (Some(Server::Vhost), _) => "served over vhost-user".into(),
         (Some(Server::Device), Some(dir)) => format!("mounted at {}", super::shown(dir)),
         (Some(Server::Device), None) => "attached".into(),
     };

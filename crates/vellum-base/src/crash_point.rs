@@ -90,7 +90,14 @@ pub const LAYER_FILES: [&str; 4] = [
 ];
 
 /// Every place in a server of clients.
-pub const SERVING: [&str; 1] = ["nbd: flush"];
+pub const SERVING: [&str; 6] = [
+    "nbd: flush",
+    "vhost: taken",
+    "vhost: flush",
+    "vhost: done",
+    "vhost: answers",
+    "vhost: answered",
+];
 
 #[cfg(debug_assertions)]
 struct Armed {

@@ -16,7 +16,7 @@ use vellum_fs::run_dir::RunDir;
 use vellum_fs::superblock::Superblock;
 
 /// How long a server may take to make everything durable and write a header.
-const GROW_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const GROW_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long the kernel may take to believe the new size.
 const RESIZE_TIMEOUT: Duration = Duration::from_secs(10);

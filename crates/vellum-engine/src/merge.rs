@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
+use serde_json::Value;
 use uuid::Uuid;
 
 use super::complete::finish_layer;
 use super::device::{REPLACE_SEALED, ReplaceSealed};
 use super::lock_container;
 use super::progress::BlocksWatch;
+use super::serving::served_live;
 use super::wire::encode;
 use vellum_base::block::Blocks;
 use vellum_base::crash_point;
@@ -253,12 +255,28 @@ fn replace_served(store: &Store, name: &str) -> Result<bool> {
     };
     let run_dir = store.run_dir(&container);
     if !device::status(&run_dir)?.is_some_and(|status| status.alive) {
-        // An NBD server has its files open until it ends.
-        return Ok(super::serving::serving(store, &container)?.is_none());
+        return match served_live(store, &container) {
+            Ok(None) => Ok(true),
+            Ok(Some(socket)) => replace(store, container, |args| {
+                control::call_at(&socket, REPLACE_SEALED, args, REPLACE_TIMEOUT)
+            }),
+            // An NBD server has its files open until it ends.
+            Err(error) if error.kind() == ErrorKind::InUse => Ok(false),
+            Err(error) => Err(error),
+        };
     }
-    let ContainerRecord { layers, .. } = store.as_settled(container)?;
-    let args = encode(&ReplaceSealed { layers })?;
-    match control::call(&run_dir, REPLACE_SEALED, args, REPLACE_TIMEOUT) {
+    replace(store, container, |args| {
+        control::call(&run_dir, REPLACE_SEALED, args, REPLACE_TIMEOUT)
+    })
+}
+
+fn replace(
+    store: &Store,
+    container: ContainerRecord,
+    ask: impl FnOnce(Value) -> Result<Value>,
+) -> Result<bool> {
+    let ContainerRecord { layers, name, .. } = store.as_settled(container)?;
+    match ask(encode(&ReplaceSealed { layers })?) {
         Ok(_) => Ok(true),
         // Its successor opens the new ones.
         Err(error) => {

@@ -2,22 +2,25 @@
 
 use serde::Serialize;
 
-use super::device::Target;
-use super::grow::{grow_file_system, grow_mounted};
+use super::device::{GROW, Grow, Target};
+use super::grow::{GROW_TIMEOUT, grow_file_system, grow_mounted};
 use super::lock_container;
 use super::mount_point::{Mounted, Rights, UNMOUNT_TIMEOUT, mounted, unmount_device};
 use super::run::{Activity, activity};
-use super::serving::refuse_served;
+use super::serving::served_live;
 use super::teardown::{refuse_halted, take_over};
 use super::temporary::TemporaryMount;
+use super::wire::encode;
 use vellum_base::block::BLOCK_SIZE;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 use vellum_core::layer::check_size;
+use vellum_export::device::control;
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::ext4;
 use vellum_fs::mountinfo::MountInfo;
+use vellum_fs::run_dir::DirSocket;
 use vellum_store::{ContainerRecord, Store};
 
 /// What a container had, and has.
@@ -32,7 +35,7 @@ pub struct Resized {
 }
 
 /// Makes a container `size` bytes large, rounded up to whole blocks where that is not what it has, and its
-/// ext4 as large as that, mounted and in use or not. The header of its layer decides (of a disk that ended
+/// ext4 as large as that, mounted and in use or not, unless it is the disk of a virtual machine. The header of its layer decides (of a disk that ended
 /// within its last block, and gets all of that, its record): from there on the file system follows, now, or
 /// at the next call or mount.
 ///
@@ -44,7 +47,7 @@ pub fn resize(store: &Store, name: &str, size: u64) -> Result<Resized> {
     let (container, _busy) = lock_container(store, &store.container(name)?)?;
     refuse_halted(&store.run_dir(&container), name)?;
     take_over(store, &container)?;
-    refuse_served(store, &container)?;
+    let served = served_live(store, &container)?;
     let container = store.settle(name)?;
     let size = match size == container.disk.shown() {
         true => size,
@@ -54,14 +57,15 @@ pub fn resize(store: &Store, name: &str, size: u64) -> Result<Resized> {
     interrupt::check()?;
     // From here on it comes to its end: half of it is what the next command would do.
     let _held = interrupt::hold();
-    match mounted(store, &container)? {
-        Some(there) => {
+    match (mounted(store, &container)?, served) {
+        (Some(there), _) => {
             let grown = grow_in_use(store, &container, &there, size);
             // Also where the file system could not follow.
             store.settle(name)?;
             grown.map_err(|error| error.context(format!("{name}: cannot be made larger")))?;
         }
-        None => grow_unused(store, &container, size)?,
+        (None, Some(socket)) => grow_served(store, &container, &socket, size)?,
+        (None, None) => grow_unused(store, &container, size)?,
     }
     Ok(Resized {
         name: name.to_owned(),
@@ -169,6 +173,19 @@ fn loop_device(mounted: &Mounted) -> Result<LoopDevice> {
             mounted.device.display()
         ))
     })
+}
+
+/// Grows the disk of a virtual machine, which is told. Its guest grows what is on it.
+fn grow_served(
+    store: &Store,
+    container: &ContainerRecord,
+    socket: &DirSocket,
+    size: u64,
+) -> Result<()> {
+    show_last_block(store, container, size)?;
+    control::call_at(socket, GROW, encode(&Grow { size })?, GROW_TIMEOUT)?;
+    crash_point::here("resize: layer grown");
+    store.settle(&container.name).map(drop)
 }
 
 /// Grows a container that nobody uses: its layer, and then the file system in a mount for the purpose.

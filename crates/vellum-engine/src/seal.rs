@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::device::{PREPARE_SEAL, SEAL_TOP, SealTop, SealedTop, Target, forget_ext4_journal};
 use super::mount_point::mounted;
-use super::serving::refuse_served;
+use super::serving::served_live;
 use super::teardown::{refuse_halted, take_over};
 use super::temporary::{TemporaryMount, is_clean};
 use super::wire::encode;
@@ -18,7 +18,7 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_export::device::control;
 use vellum_fs::freeze;
-use vellum_fs::run_dir::RunDir;
+use vellum_fs::run_dir::{DirSocket, RunDir};
 use vellum_store::{Consistency, ContainerRecord, ContainerSnapshot, Store, StoreGuard};
 
 /// A frozen file system thaws by itself after this long, whatever happens to us.
@@ -54,8 +54,9 @@ pub(super) struct Sealing {
 /// is one, with what its file system turned out to be.
 ///
 /// # Errors
-/// [`ErrorKind::InUse`] while an NBD server has the container. The container is as before, or goes on
-/// with one layer more below it.
+/// [`ErrorKind::InUse`] while an NBD server has the container, and, for a file system that can be mounted
+/// read-only, while a virtual machine has it. The container is as before, or goes on with one layer more
+/// below it.
 pub(super) fn seal_container(
     store: &Store,
     container: &ContainerRecord,
@@ -67,6 +68,10 @@ pub(super) fn seal_container(
     refuse_halted(&store.run_dir(container), name)?;
     take_over(store, container)?;
     let mount = mounted(store, container)?;
+    let served = match &mount {
+        Some(_) => None,
+        None => served_live(store, container)?,
+    };
     let clean = match &mount {
         // Most of the writing happens before anybody has to wait.
         Some(mount) => {
@@ -79,10 +84,11 @@ pub(super) fn seal_container(
             )?;
             how == How::Frozen
         }
-        None => {
-            refuse_served(store, container)?;
-            see_to_unmounted(store, container, how)?
+        None if served.is_some() => {
+            refuse_frozen(name, how)?;
+            false
         }
+        None => see_to_unmounted(store, container, how)?,
     };
     interrupt::check()?;
     // From here on it comes to its end, whatever signal comes: undoing it would take as long.
@@ -99,15 +105,16 @@ pub(super) fn seal_container(
     let next = record
         .next
         .ok_or_else(|| Error::new(ErrorKind::Corrupt, "a commit without a next layer"))?;
-    let waited = match &mount {
-        Some(mount) => {
+    let waited = match (&mount, &served) {
+        (Some(mount), _) => {
             let run_dir = store.run_dir(&record);
             match how {
                 How::Frozen => Some(seal_frozen(&run_dir, &mount.dir, next)?),
                 How::Crash => seal_synced(&run_dir, &mount.dir, next)?,
             }
         }
-        None => {
+        (None, Some(socket)) => seal_served(socket, next)?,
+        (None, None) => {
             let open = Target::of(&record).open(store)?;
             forget_ext4_journal(&open)?;
             open.seal_top(next)?;
@@ -118,7 +125,7 @@ pub(super) fn seal_container(
         container: store.settle(name)?,
         layer: prepared.top,
         waited,
-        served: mount.is_some(),
+        served: mount.is_some() || served.is_some(),
     })
 }
 
@@ -167,6 +174,36 @@ fn seal_synced(run_dir: &RunDir, dir: &Path, next: Uuid) -> Result<Option<Durati
     prepare(run_dir, dir, &args)?;
     let sealed = control::call(run_dir, SEAL_TOP, args, SEAL_TIMEOUT)?;
     crash_point::here("commit: sealed under users");
+    told(sealed)
+}
+
+/// Only the guest of a machine could freeze the file system that it has mounted.
+fn refuse_frozen(name: &str, how: How) -> Result<()> {
+    match how {
+        How::Crash => Ok(()),
+        How::Frozen => Err(Error::new(
+            ErrorKind::InUse,
+            format!(
+                "the container {name} is the disk of a virtual machine, whose file system cannot be frozen \
+                 from here: `vellum snapshot {name}` or `vellum fork {name} NEW` take it as it is (fsfreeze in \
+                 the guest before); a fork can be committed and exported"
+            ),
+        )),
+    }
+}
+
+/// Seals the disk of a machine between two requests. Returns for how long they waited.
+fn seal_served(socket: &DirSocket, next: Uuid) -> Result<Option<Duration>> {
+    let args = encode(&SealTop { next })?;
+    control::call_at(socket, PREPARE_SEAL, args.clone(), FLUSH_TIMEOUT)?;
+    crash_point::here("commit: synced");
+    let sealed = control::call_at(socket, SEAL_TOP, args, SEAL_TIMEOUT)?;
+    crash_point::here("commit: sealed under users");
+    told(sealed)
+}
+
+/// For how long writers waited, where the server told.
+fn told(sealed: Value) -> Result<Option<Duration>> {
     // A server of an older version says nothing.
     let told: Option<SealedTop> = serde_json::from_value(sealed)
         .map_err(|error| Error::with_source(ErrorKind::Corrupt, "the answer to seal-top", error))?;

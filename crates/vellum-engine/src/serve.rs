@@ -1,4 +1,4 @@
-//! Chains as NBD exports.
+//! Chains as NBD exports, and as disks of virtual machines.
 
 use std::sync::Arc;
 
@@ -6,7 +6,10 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::contexts::contexts;
-use super::device::{COPY_UP, KEEP_FREE, MAP, OpenChain, STATS, Target, counts};
+use super::device::{
+    COPY_UP, GROW, KEEP_FREE, MAP, OpenChain, PREPARE_SEAL, REPLACE_SEALED, SEAL_TOP, STATS,
+    Target, counts,
+};
 use super::serving::WHO;
 use super::snapshot;
 use super::wire::encode;
@@ -16,6 +19,7 @@ use vellum_core::chain::ChainStats;
 use vellum_export::device::ControlHandler;
 use vellum_export::device::control_server::ControlServer;
 use vellum_export::nbd::Export;
+use vellum_export::vhost::{Disk, Server as DiskServer};
 use vellum_store::{ContainerRecord, Store};
 
 /// A chain that is served, and the socket on which others ask for its counters. Both are closed in
@@ -37,17 +41,27 @@ impl Serving {
     }
 }
 
-/// What others may ask an NBD server for: nothing that would end or change what it serves.
-struct Answers(Arc<OpenChain>);
+/// What others may ask an NBD server for: nothing that would end or change what it serves. A disk's they may
+/// ask to go on in another layer, or with another size.
+struct Answers {
+    chain: Arc<OpenChain>,
+    disk: Option<DiskServer>,
+}
 
 impl ControlHandler for Answers {
     fn handle(&self, verb: &str, args: Value) -> Result<Value> {
-        match verb {
-            STATS | MAP | COPY_UP | KEEP_FREE => self.0.handle(verb, args),
-            WHO => encode(&Holder::current()),
+        match (verb, &self.disk) {
+            (STATS | MAP | COPY_UP | KEEP_FREE, _) => self.chain.handle(verb, args),
+            (SEAL_TOP | PREPARE_SEAL | REPLACE_SEALED, Some(_)) => self.chain.handle(verb, args),
+            (GROW, Some(disk)) => {
+                let grown = self.chain.handle(verb, args)?;
+                disk.size_changed();
+                Ok(grown)
+            }
+            (WHO, _) => encode(&Holder::current()),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("an NBD server knows no command {verb:?}"),
+                format!("a server of clients knows no command {verb:?}"),
             )),
         }
     }
@@ -98,6 +112,52 @@ fn exported(store: &Store, name: &str) -> Result<Exported> {
     }
 }
 
+/// A chain that is about to be served.
+struct Opened {
+    chain: OpenChain,
+    exported: Exported,
+}
+
+/// Opens what has a name: a container (to be written, unless the store cannot be), a snapshot or an image.
+fn open(store: &Store, name: &str, read_only: bool) -> Result<Opened> {
+    // Until all of them are open, the layers that the record names stay.
+    let _pin = store.pin_layers()?;
+    let exported = exported(store, name)?;
+    let stats = Arc::new(ChainStats::default().counting(counts()));
+    let chain = match &exported.target {
+        // Who only reads changes no file of it.
+        Target::Container(which) if read_only => Target::Look(which.clone()),
+        other => other.clone(),
+    }
+    .open_counted(store, stats)?;
+    if let Some(size) = exported.shown {
+        chain.chain().show(size)?;
+    }
+    Ok(Opened { chain, exported })
+}
+
+/// Answers others about a container's chain.
+fn answer(
+    store: &Store,
+    id: Option<Uuid>,
+    chain: Arc<OpenChain>,
+    disk: Option<DiskServer>,
+) -> Serving {
+    // In a store that cannot be written there is no place for a socket, and nothing is counted but
+    // reads.
+    let control = id.filter(|_| !store.is_read_only()).and_then(|id| {
+        let socket = store.runs().socket_beside(id);
+        let chain = chain.clone();
+        ControlServer::start(&socket, Arc::new(Answers { chain, disk }))
+            .inspect_err(|error| tracing::warn!(%error, "nobody can ask for counters"))
+            .ok()
+    });
+    Serving {
+        _control: control,
+        chain,
+    }
+}
+
 /// The export of a container (writable, unless the store is not), a snapshot or an image (read-only) under
 /// its name.
 ///
@@ -105,39 +165,33 @@ fn exported(store: &Store, name: &str) -> Result<Exported> {
 /// [`vellum_base::ErrorKind::NotFound`] for a name that is neither; [`vellum_base::ErrorKind::InUse`] while the
 /// container is mounted or served.
 pub fn export(store: &Store, name: &str, read_only: bool) -> Result<(Export, Serving)> {
-    // Until all of them are open, the layers that the record names stay.
-    let _pin = store.pin_layers()?;
-    let Exported {
-        target,
-        id,
-        shown,
-        container,
-    } = exported(store, name)?;
-    let stats = Arc::new(ChainStats::default().counting(counts()));
-    let target = match target {
-        // Who only reads changes no file of it.
-        Target::Container(which) if read_only => Target::Look(which),
-        other => other,
-    };
-    let chain = Arc::new(target.open_counted(store, stats)?);
-    if let Some(size) = shown {
-        chain.chain().show(size)?;
-    }
+    let Opened { chain, exported } = open(store, name, read_only)?;
+    let chain = Arc::new(chain);
     let mut export = Export::new(name, chain.chain().clone());
     export.read_only = read_only;
-    export.contexts = contexts(store, &chain, container.as_ref());
-    // In a store that cannot be written there is no place for a socket, and nothing is counted but
-    // reads.
-    let control = id.filter(|_| !store.is_read_only()).and_then(|id| {
-        let socket = store.runs().socket_beside(id);
-        let answers = Arc::new(Answers(chain.clone()));
-        ControlServer::start(&socket, answers)
-            .inspect_err(|error| tracing::warn!(%error, "nobody can ask for counters"))
-            .ok()
-    });
-    let serving = Serving {
-        _control: control,
-        chain,
+    export.contexts = contexts(store, &chain, exported.container.as_ref());
+    Ok((export, answer(store, exported.id, chain, None)))
+}
+
+/// A server of a container (writable, unless the store is not), a snapshot or an image (read-only) as the disk
+/// of a virtual machine, with so many queues.
+///
+/// # Errors
+/// As [`export`] and [`DiskServer::new`].
+pub fn disk(
+    store: &Store,
+    name: &str,
+    read_only: bool,
+    queues: u16,
+) -> Result<(DiskServer, Serving)> {
+    let Opened { chain, exported } = open(store, name, read_only)?;
+    let chain = Arc::new(chain.for_long());
+    let disk = Disk {
+        device: chain.chain().clone(),
+        serial: exported.target.id().simple().to_string(),
+        read_only,
     };
-    Ok((export, serving))
+    let server = DiskServer::new(disk, queues)?;
+    let serving = answer(store, exported.id, chain, Some(server.clone()));
+    Ok((server, serving))
 }

@@ -8,9 +8,10 @@ use serde_json::Value;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::Holder;
 use vellum_export::device::control;
+use vellum_fs::run_dir::DirSocket;
 use vellum_store::{ContainerRecord, Store};
 
-/// Asks an NBD server which process it is: [`Holder`].
+/// Asks a server of clients which process it is: [`Holder`].
 pub const WHO: &str = "who";
 
 /// How long a server may take to say who it is.
@@ -22,8 +23,23 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 pub enum Having {
     /// `vellum nbd` serves it.
     Nbd,
+    /// `vellum vhost` serves it to a virtual machine.
+    Vhost,
     /// A command works on it, such as `vellum diff`.
     Command,
+}
+
+impl Having {
+    /// How a process with this command line has it.
+    fn of(command: &str) -> Having {
+        let known = |word: &str| match word {
+            "nbd" => Some(Having::Nbd),
+            "vhost" => Some(Having::Vhost),
+            _ => None,
+        };
+        let words = command.split(' ').skip(1);
+        words.into_iter().find_map(known).unwrap_or(Having::Command)
+    }
 }
 
 /// A process that has a container.
@@ -44,7 +60,9 @@ impl Serving {
             return format!("{what} by a process of another pid namespace");
         };
         match (&holder.since, self.by) {
-            (Some(since), Having::Nbd) => format!("{what} by {} since {since}", holder.pid),
+            (Some(since), Having::Nbd | Having::Vhost) => {
+                format!("{what} by {} since {since}", holder.pid)
+            }
             _ => format!("{what} by {holder}"),
         }
     }
@@ -52,6 +70,7 @@ impl Serving {
     fn what(&self) -> &'static str {
         match self.by {
             Having::Nbd => "served over nbd",
+            Having::Vhost => "served over vhost-user",
             Having::Command => "in use",
         }
     }
@@ -62,19 +81,22 @@ impl Serving {
             Some(holder) => format!("process {holder}"),
             None => "a process of another pid namespace".into(),
         };
-        let text = match (self.by, &self.holder) {
-            (Having::Nbd, Some(holder)) => format!(
-                "the container {name} is not mounted, but served over NBD by {who}: end that \
-                 server (`kill {}`)",
-                holder.pid
-            ),
-            (Having::Nbd, None) => format!(
-                "the container {name} is not mounted, but served over NBD by {who}: end that server"
-            ),
-            (Having::Command, _) => {
-                format!("the container {name} is in use by {who}: wait for it, or end it")
+        let over = match self.by {
+            Having::Nbd => "NBD",
+            Having::Vhost => "vhost-user",
+            Having::Command => {
+                let text =
+                    format!("the container {name} is in use by {who}: wait for it, or end it");
+                return Error::new(ErrorKind::InUse, text);
             }
         };
+        let kill = self
+            .holder
+            .as_ref()
+            .map_or(String::new(), |holder| format!(" (`kill {}`)", holder.pid));
+        let text = format!(
+            "the container {name} is not mounted, but served over {over} by {who}: end that server{kill}"
+        );
         Error::new(ErrorKind::InUse, text)
     }
 }
@@ -92,20 +114,51 @@ pub fn serving(store: &Store, container: &ContainerRecord) -> Result<Option<Serv
     let top = store.layer_dir(store.resolve(container)?.top);
     if let Some(holder) = store.layer_holder(&top) {
         // A killed server leaves its socket behind.
-        let is_nbd = holder.command.split(' ').any(|word| word == "nbd");
-        let by = if is_nbd { Having::Nbd } else { Having::Command };
         return Ok(Some(Serving {
-            by,
+            by: Having::of(&holder.command),
             holder: Some(holder),
         }));
     }
     // It may live where its locks cannot be seen from here; the pid that it says is of there.
     match control::call_at(&socket, WHO, Value::Null, TIMEOUT) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        _ => Ok(Some(Serving {
-            by: Having::Nbd,
+        answer => Ok(Some(Serving {
+            by: answer.map_or(Having::Nbd, |answer| having(answer)),
             holder: None,
         })),
+    }
+}
+
+/// How the server has a container that answers this to [`WHO`].
+fn having(answer: Value) -> Having {
+    let told: Option<Holder> = serde_json::from_value(answer).unwrap_or_default();
+    match told.map(|holder| Having::of(&holder.command)) {
+        Some(Having::Vhost) => Having::Vhost,
+        // Servers of other versions do not say.
+        _ => Having::Nbd,
+    }
+}
+
+/// How the server has its container that listens here.
+///
+/// # Errors
+/// As [`control::call_at`].
+pub(super) fn how_served(socket: &DirSocket) -> Result<Having> {
+    control::call_at(socket, WHO, Value::Null, TIMEOUT).map(having)
+}
+
+/// The socket of a server that can go on in other layers and with another size while a machine uses the
+/// container; `None` where nobody has it.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] where somebody else has it; as [`serving`].
+pub(super) fn served_live(store: &Store, container: &ContainerRecord) -> Result<Option<DirSocket>> {
+    match serving(store, container)? {
+        None => Ok(None),
+        Some(Serving {
+            by: Having::Vhost, ..
+        }) => Ok(Some(store.runs().socket_beside(container.id))),
+        Some(serving) => Err(serving.refusal(&container.name)),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Where the servers of a chain are asked: that of a block device, or one of NBD clients.
+//! Where the servers of a chain are asked: that of a block device, or one of clients.
 
 use std::time::Duration;
 
@@ -6,6 +6,7 @@ use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::serving::{Having, how_served};
 use vellum_base::error::{ErrorKind, Result};
 use vellum_export::device::control;
 use vellum_fs::run_dir::{DirSocket, RunDir};
@@ -19,6 +20,8 @@ pub enum Server {
     Device,
     /// `vellum nbd`.
     Nbd,
+    /// `vellum vhost`.
+    Vhost,
 }
 
 /// Where the servers of a chain listen.
@@ -54,8 +57,12 @@ impl Sockets {
         let answer = control::call_again(&self.run_dir, verb, args.clone(), timeout);
         match (answer, &self.beside) {
             (Err(error), Some(beside)) if error.kind() == ErrorKind::NotFound => {
-                control::call_at(beside, verb, args.clone(), timeout)
-                    .map(|answer| (Server::Nbd, answer))
+                let answer = control::call_at(beside, verb, args.clone(), timeout)?;
+                let server = match how_served(beside) {
+                    Ok(Having::Vhost) => Server::Vhost,
+                    _ => Server::Nbd,
+                };
+                Ok((server, answer))
             }
             (answer, _) => answer.map(|answer| (Server::Device, answer)),
         }

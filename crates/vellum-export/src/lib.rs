@@ -1,8 +1,10 @@
-//! The chain device for clients: as a network export or as a local block device.
+//! The chain device for clients: as a network export, as a local block device, or as the disk of a virtual machine.
 
 pub mod device;
 pub mod fuse;
 pub mod loop_device;
 pub mod nbd;
 pub mod opener;
+mod pace;
 pub mod unix_socket;
+pub mod vhost;

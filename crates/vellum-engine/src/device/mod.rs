@@ -95,7 +95,7 @@ pub struct OpenChain {
     /// The layer that [`PREPARE_SEAL`] opened. Without a lease: if whoever wants it dies before it
     /// comes to that, the layer is nobody's.
     next: Mutex<Option<Arc<WritableLayer>>>,
-    /// A device server has it, and lives for long: sealed layers get their checksums there.
+    /// A server has it, and lives for long: sealed layers get their checksums there.
     served: bool,
 }
 
@@ -125,13 +125,19 @@ impl OpenChain {
         &self.chain
     }
 
-    /// For a device server.
-    pub fn into_served(mut self) -> Opened {
+    /// For a server that goes on when layers are sealed: they get their checksums here.
+    pub fn for_long(mut self) -> Self {
         self.served = true;
         self.complete_sealed();
+        self
+    }
+
+    /// For a device server.
+    pub fn into_served(self) -> Opened {
+        let this = self.for_long();
         Opened {
-            device: self.chain.clone(),
-            control: Arc::new(self),
+            device: this.chain.clone(),
+            control: Arc::new(this),
         }
     }
 

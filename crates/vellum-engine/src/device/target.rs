@@ -56,6 +56,14 @@ impl Target {
         }
     }
 
+    /// The container's id, or that of the topmost layer.
+    pub fn id(&self) -> Uuid {
+        match self {
+            Target::Container(which) | Target::Look(which) => which.id,
+            Target::Staged(layer) | Target::Layer(layer) | Target::Sealed(layer) => *layer,
+        }
+    }
+
     /// True when it cannot be written.
     pub fn is_read_only(&self) -> bool {
         matches!(self, Target::Sealed(_) | Target::Look(_))

@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use super::exec::{Buffer, Outcome, Patience, Refusal, Session};
+use super::exec::{Buffer, Outcome, Patience, Refusal, Session, class};
 use super::memory::{Budget, Memory, OWN, Share};
-use super::pace::{Class, Pace};
 use super::protocol::{self as wire, Command, Request};
 use super::stall::{Clock, receiving, torn};
 use super::stream::Stream;
+use crate::pace::{Class, Pace};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// Size of the buffer that requests are received into, in bytes.
@@ -253,7 +253,7 @@ impl<S: Stream> Connection<S> {
             return self.next(reader);
         }
         let long = matches!(command, Command::Read | Command::Write) && len > SHORT;
-        let class = Class::of(command, &request, long);
+        let class = class(command, &request, long);
         let slow = self.pace.is_slow(class);
         if !long {
             let whole = Request::WIRE_LEN + payload_len;

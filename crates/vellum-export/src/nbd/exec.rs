@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use super::handshake::Negotiated;
 use super::protocol::{self as wire, Command, Errno, Request, chunk, command_flag as flag};
 use super::status::{Contexts, clip};
+use crate::pace::Class;
 use vellum_base::block::{BlockDevice, Durability, ExtentKind, ZeroMode};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, Result};
@@ -472,6 +473,21 @@ impl Session {
         let zero = || self.device.write_zeroes(offset, len, mode, durability);
         let done = self.patiently(patience, zero)?;
         Some(done.map_err(Refusal::from))
+    }
+}
+
+/// How long a request may be expected to take; `long`: it has many bytes.
+pub(super) fn class(command: Command, request: &Request, long: bool) -> Class {
+    let durable = request.flags & flag::FUA != 0;
+    match command {
+        Command::Read if long => Class::LongRead,
+        Command::Read => Class::Read,
+        Command::Flush => Class::Durable,
+        Command::Write | Command::Trim | Command::WriteZeroes if durable => Class::Durable,
+        Command::Write if long => Class::LongWrite,
+        Command::Write => Class::Write,
+        Command::Trim | Command::WriteZeroes => Class::Zero,
+        Command::BlockStatus | Command::Cache | Command::Disconnect => Class::Other,
     }
 }
 

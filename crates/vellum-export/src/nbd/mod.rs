@@ -18,7 +18,6 @@ mod exec;
 pub mod handshake;
 mod listen;
 mod memory;
-mod pace;
 pub mod protocol;
 mod server;
 mod session;

@@ -1,16 +1,14 @@
 //! Which requests are slow enough to be worth another thread.
 //!
-//! To serve a request on the thread that reads the socket costs the requests behind it the time
-//! that it takes; to hand the socket to another thread first costs a wake-up. Each class of
+//! To serve a request on the thread that reads the socket, or the queue, costs the requests behind it
+//! the time that it takes; to hand it to another thread first costs a wake-up. Each class of
 //! requests keeps a score of the time lost by not handing over. A page-cache hit takes a few
 //! microseconds, a flush or a read from a disk hundreds.
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
-use super::protocol::{Command, Request, command_flag};
-
-/// About what it costs to hand the socket to another thread.
+/// About what it costs to hand the socket or queue to another thread.
 const HANDOVER: Duration = Duration::from_micros(8);
 /// Requests that take longer count as slow.
 const SLOW: Duration = Duration::from_micros(60);
@@ -21,7 +19,7 @@ const MAX: u32 = 256;
 
 /// Requests that are expected to take about the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Class {
+pub(crate) enum Class {
     Read = 0,
     LongRead = 1,
     Write = 2,
@@ -31,25 +29,9 @@ pub(super) enum Class {
     Other = 6,
 }
 
-impl Class {
-    pub(super) fn of(command: Command, request: &Request, long: bool) -> Class {
-        let durable = request.flags & command_flag::FUA != 0;
-        match command {
-            Command::Read if long => Class::LongRead,
-            Command::Read => Class::Read,
-            Command::Flush => Class::Durable,
-            Command::Write | Command::Trim | Command::WriteZeroes if durable => Class::Durable,
-            Command::Write if long => Class::LongWrite,
-            Command::Write => Class::Write,
-            Command::Trim | Command::WriteZeroes => Class::Zero,
-            Command::BlockStatus | Command::Cache | Command::Disconnect => Class::Other,
-        }
-    }
-}
-
 /// The scores of all classes.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(crate) struct Pace {
     scores: [AtomicU32; 7],
 }
 
@@ -71,12 +53,12 @@ impl Pace {
     }
 
     /// True when requests of that class should be handed over.
-    pub(super) fn is_slow(&self, class: Class) -> bool {
+    pub(crate) fn is_slow(&self, class: Class) -> bool {
         self.score(class).load(Relaxed) > LIMIT
     }
 
     /// Counts a request. Racing updates may get lost, which only delays the verdict.
-    pub(super) fn record(&self, class: Class, took: Duration) {
+    pub(crate) fn record(&self, class: Class, took: Duration) {
         let score = self.score(class);
         let old = score.load(Relaxed);
         let new = if took > SLOW {

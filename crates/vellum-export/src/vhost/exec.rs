@@ -1,0 +1,182 @@
+//! Requests are carried out.
+
+use vellum_base::block::Durability;
+use vellum_base::error::{Error, Result};
+
+use super::Disk;
+use super::chain::{Chain, Malformed, Memory};
+use super::request::{HEADER, ID, Range, Refused, Request, Status};
+use crate::pace::Class;
+
+/// Requests go between guest and device in pieces of this many bytes.
+const PIECE: usize = 1 << 20;
+/// Requests with more bytes than this count as long.
+const SHORT: u64 = 64 << 10;
+
+/// What came of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// The guest gets this answer.
+    Done(Status),
+    /// It waited for room on the host's disk, and the server ends or the machine is paused: whoever comes next
+    /// does it.
+    Left,
+}
+
+/// Carries out a queue's requests.
+pub(super) struct Executor<'a> {
+    pub(super) disk: &'a Disk,
+    pub(super) memory: &'a Memory,
+    /// What a write is when it was answered.
+    pub(super) durability: Durability,
+    /// Nobody is to wait any more.
+    pub(super) ends: &'a dyn Fn() -> bool,
+    /// Bytes on their way; kept from one request to the next.
+    pub(super) buffer: &'a mut Vec<u8>,
+}
+
+/// How long a request may be expected to take.
+pub(super) fn class(request: &Request, durability: Durability) -> Class {
+    match request {
+        Request::Read { len, .. } if *len > SHORT => Class::LongRead,
+        Request::Read { .. } => Class::Read,
+        Request::Flush => Class::Durable,
+        Request::GetId => Class::Other,
+        _ if durability == Durability::Durable => Class::Durable,
+        Request::Write { len, .. } if *len > SHORT => Class::LongWrite,
+        Request::Write { .. } => Class::Write,
+        Request::Discard(_) | Request::WriteZeroes(_) => Class::Zero,
+    }
+}
+
+/// Why a request stops half-way.
+enum Stop {
+    Failed(Error),
+    Refused(Malformed),
+    Left,
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Stop::Failed(error)
+    }
+}
+
+impl From<Malformed> for Stop {
+    fn from(malformed: Malformed) -> Self {
+        Stop::Refused(malformed)
+    }
+}
+
+impl Executor<'_> {
+    /// Carries out a request of a chain.
+    pub(super) fn execute(&mut self, chain: &Chain, request: &Request) -> Outcome {
+        let done = match request {
+            Request::Read { offset, len } => self.read(chain, *offset, *len),
+            Request::Write { offset, len } => self.write(chain, *offset, *len),
+            Request::Flush => self.disk.device.flush().map_err(Stop::from),
+            Request::GetId => self.id(chain),
+            Request::Discard(ranges) | Request::WriteZeroes(ranges) => self.zero(ranges),
+        };
+        match done {
+            Ok(()) => Outcome::Done(Status::Ok),
+            Err(Stop::Left) => Outcome::Left,
+            Err(Stop::Failed(error)) => {
+                tracing::warn!(disk = %self.disk.serial, ?request, "request failed: {error}");
+                Outcome::Done(Status::IoErr)
+            }
+            Err(Stop::Refused(malformed)) => Outcome::Done(refuse(self.disk, malformed.into())),
+        }
+    }
+
+    fn read(&mut self, chain: &Chain, offset: u64, len: u64) -> Result<(), Stop> {
+        for (at, piece) in pieces(len) {
+            let buffer = sized(self.buffer, piece);
+            self.disk.device.read_at(buffer, offset + at)?;
+            chain.write(self.memory, at, buffer)?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, chain: &Chain, offset: u64, len: u64) -> Result<(), Stop> {
+        let device = &self.disk.device;
+        for (at, piece) in pieces(len) {
+            let buffer = sized(self.buffer, piece);
+            // A copy: the guest may change its own while the layer makes checksums of it.
+            chain.read(self.memory, HEADER + at, buffer)?;
+            let last = at + piece as u64 == len;
+            let durability = match last {
+                true => self.durability,
+                false => Durability::Buffered,
+            };
+            patiently(self.disk, self.ends, || {
+                device.write_at(buffer, offset + at, durability)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, ranges: &[Range]) -> Result<(), Stop> {
+        let device = &self.disk.device;
+        for range in ranges {
+            patiently(self.disk, self.ends, || {
+                device.write_zeroes(range.offset, range.len, range.mode, Durability::Buffered)
+            })?;
+        }
+        match self.durability {
+            Durability::Durable => Ok(device.flush()?),
+            Durability::Buffered => Ok(()),
+        }
+    }
+
+    fn id(&self, chain: &Chain) -> Result<(), Stop> {
+        let mut id = [0; ID];
+        for (to, from) in id.iter_mut().zip(self.disk.serial.bytes()) {
+            *to = from;
+        }
+        Ok(chain.write(self.memory, 0, &id)?)
+    }
+}
+
+/// Says why a request is not carried out; what the guest is told.
+pub(super) fn refuse(disk: &Disk, refused: Refused) -> Status {
+    let Refused(status, why) = refused;
+    tracing::debug!(disk = %disk.serial, ?status, "request refused: {why}");
+    status
+}
+
+/// Does what wants space, and again while a full disk may become less so.
+fn patiently(
+    disk: &Disk,
+    ends: &dyn Fn() -> bool,
+    mut work: impl FnMut() -> Result<()>,
+) -> Result<(), Stop> {
+    loop {
+        match work() {
+            Err(error) if error.is_full_disk() => {
+                if ends() {
+                    return Err(Stop::Left);
+                }
+                if !disk.device.wait_for_room() {
+                    return Err(error.into());
+                }
+            }
+            done => return Ok(done?),
+        }
+    }
+}
+
+/// The pieces of `len` bytes, as offset and length.
+fn pieces(len: u64) -> impl Iterator<Item = (u64, usize)> {
+    (0..len)
+        .step_by(PIECE)
+        .map(move |at| (at, (len - at).min(PIECE as u64) as usize))
+}
+
+/// The first `len` bytes of a buffer that grows to that.
+fn sized(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    buffer.split_at_mut(len).0
+}

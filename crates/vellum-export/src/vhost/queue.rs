@@ -1,0 +1,316 @@
+//! The threads of a queue.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::{Mutex, MutexGuard};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+
+use super::Disk;
+use super::chain::{Chain, Memory};
+use super::exec::{Executor, Outcome, class, refuse};
+use super::request::{Refused, Request, Status};
+use super::ring::Ring;
+use crate::pace::Pace;
+use vellum_base::block::Durability;
+use vellum_base::crash_point;
+use vellum_base::error::{Result, ResultExt};
+
+/// Threads of a queue at most, hence its requests that are carried out at once.
+const MAX_THREADS: usize = 16;
+
+/// What a queue is made of beside its rings.
+pub(super) struct Parts {
+    /// Its number.
+    pub(super) index: u16,
+    pub(super) disk: Arc<Disk>,
+    pub(super) memory: GuestMemoryAtomic<Memory>,
+    /// The guest says here that it made a request.
+    pub(super) kick: File,
+    /// The client hears here that the queue is broken.
+    pub(super) broken: Option<File>,
+    /// What a write is when it was answered.
+    pub(super) durability: Durability,
+    /// What cannot be done now is the next server's, which finds it in the inflight region.
+    pub(super) leaves: bool,
+}
+
+/// A queue that is served until it is dropped.
+pub(super) struct RunningQueue {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    parts: Parts,
+    ring: Mutex<Ring>,
+    /// Held by the thread that takes requests.
+    lead: Mutex<()>,
+    /// Threads that wait for the lead.
+    followers: AtomicUsize,
+    pace: Pace,
+    stopping: AtomicBool,
+    /// Readable for ever once the queue stops.
+    stop: EventFd,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl RunningQueue {
+    /// Serves a queue.
+    ///
+    /// # Errors
+    /// Where the process has no file descriptors or threads left.
+    pub(super) fn start(parts: Parts, ring: Ring) -> Result<RunningQueue> {
+        let mut ring = ring;
+        if ring.left() > 0 {
+            tracing::info!(
+                disk = %parts.disk.serial, queue = parts.index, requests = ring.left(),
+                "does again what the server before did not answer"
+            );
+        }
+        // The one before may have died between an answer and its interrupt.
+        ring.interrupt();
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let shared = Arc::new(Shared {
+            parts,
+            ring: Mutex::new(ring),
+            lead: Mutex::default(),
+            followers: AtomicUsize::new(0),
+            pace: Pace::default(),
+            stopping: AtomicBool::new(false),
+            stop: EventFd::from_value_and_flags(0, flags).context(|| "making an eventfd")?,
+            threads: Mutex::default(),
+        });
+        shared
+            .add_thread()
+            .context(|| "starting the thread of a queue")?;
+        Ok(RunningQueue { shared })
+    }
+
+    /// Interrupts the guest by another descriptor from now on.
+    pub(super) fn set_call(&self, call: Option<File>) {
+        self.shared.ring.lock().set_call(call);
+    }
+
+    /// Stops once what was taken is answered; the next entry of the available ring.
+    pub(super) fn stop(&self) -> u16 {
+        let shared = &self.shared;
+        shared.stopping.store(true, SeqCst);
+        // The counter cannot overflow, which is all that could fail.
+        let _ = shared.stop.write(1);
+        // A thread that was there before the flag was set may have started another.
+        loop {
+            let Some(thread) = shared.threads.lock().pop() else {
+                break;
+            };
+            let ended = thread.join();
+            debug_assert!(ended.is_ok(), "a panic ends the process");
+        }
+        shared.ring.lock().next_available()
+    }
+}
+
+impl Drop for RunningQueue {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Shared {
+    fn add_thread(self: &Arc<Self>) -> std::io::Result<()> {
+        let mut threads = self.threads.lock();
+        let shared = Arc::clone(self);
+        let name = format!("vhost-{}.{}", self.parts.index, threads.len());
+        threads.push(
+            thread::Builder::new()
+                .name(name)
+                .spawn(move || shared.serve())?,
+        );
+        Ok(())
+    }
+
+    fn stopping(&self) -> bool {
+        self.stopping.load(SeqCst)
+    }
+
+    /// What a thread does.
+    fn serve(self: &Arc<Self>) {
+        let mut buffer = Vec::new();
+        let mut lead = self.follow();
+        while !self.stopping() {
+            let memory = self.parts.memory.memory();
+            match self.take(&memory) {
+                Ok(Some(head)) => {
+                    let kept = self.carry_out(lead, &memory, head, &mut buffer);
+                    drop(memory);
+                    lead = kept.unwrap_or_else(|| self.follow());
+                }
+                Ok(None) => {
+                    // What the client takes away meanwhile is not to stay mapped.
+                    drop(memory);
+                    self.wait();
+                }
+                Err(error) => {
+                    self.give_up(&error);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn follow(&self) -> MutexGuard<'_, ()> {
+        self.followers.fetch_add(1, SeqCst);
+        let lead = self.lead.lock();
+        self.followers.fetch_sub(1, SeqCst);
+        lead
+    }
+
+    /// Takes a request; `None` where there is none and a kick will tell of the next.
+    fn take(&self, memory: &Memory) -> Result<Option<u16>> {
+        let mut ring = self.ring.lock();
+        loop {
+            if let Some(head) = ring.take(memory)? {
+                ring.want_kicks(memory, false)?;
+                return Ok(Some(head));
+            }
+            if !ring.want_kicks(memory, true)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Waits for a kick, or for the end.
+    fn wait(&self) {
+        let mut fds = [
+            PollFd::new(self.parts.kick.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
+        ];
+        match nix::poll::poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            // It fails for nothing that a client does to its descriptor.
+            Err(errno) => tracing::error!("waiting for a guest: {errno}"),
+        }
+        let [kick, _] = &fds;
+        if kick.any().unwrap_or(false) {
+            // Only this thread reads it, so it does not block.
+            let _ = (&self.parts.kick).read(&mut [0; 8]);
+        }
+    }
+
+    /// The queue is not served any more until the client starts it again.
+    fn give_up(&self, error: &vellum_base::Error) {
+        tracing::warn!(
+            disk = %self.parts.disk.serial, queue = self.parts.index,
+            "{error}: the queue stops until the machine resets it"
+        );
+        self.stopping.store(true, SeqCst);
+        let _ = self.stop.write(1);
+        if let Some(mut file) = self.parts.broken.as_ref() {
+            let _ = file.write(&1u64.to_ne_bytes());
+        }
+    }
+
+    /// Carries out a request. Gives up the lead before, where it may take long.
+    fn carry_out<'a>(
+        self: &'a Arc<Self>,
+        lead: MutexGuard<'a, ()>,
+        memory: &Memory,
+        head: u16,
+        buffer: &mut Vec<u8>,
+    ) -> Option<MutexGuard<'a, ()>> {
+        let parts = &self.parts;
+        let table = self.ring.lock().table();
+        let chain = match Chain::follow(memory, table, head) {
+            Ok(chain) if chain.writable() > 0 => chain,
+            Ok(_) => {
+                self.answer_nothing(memory, head, "it has no byte for the status");
+                return Some(lead);
+            }
+            Err(malformed) => {
+                self.answer_nothing(memory, head, malformed.0);
+                return Some(lead);
+            }
+        };
+        let request = match Request::parse(&chain, memory, &parts.disk) {
+            Ok(request) => request,
+            Err(refused) => {
+                self.answer(memory, head, &chain, refuse(&parts.disk, refused));
+                return Some(lead);
+            }
+        };
+        let class = class(&request, parts.durability);
+        let kept = match self.pace.is_slow(class) {
+            true => {
+                drop(lead);
+                self.want_follower();
+                None
+            }
+            false => Some(lead),
+        };
+        let began = Instant::now();
+        if matches!(request, Request::Flush) {
+            crash_point::here("vhost: flush");
+        }
+        let outcome = Executor {
+            disk: &parts.disk,
+            memory,
+            durability: parts.durability,
+            ends: &|| parts.leaves && self.stopping(),
+            buffer,
+        }
+        .execute(&chain, &request);
+        self.pace.record(class, began.elapsed());
+        match outcome {
+            Outcome::Done(status) => self.answer(memory, head, &chain, status),
+            Outcome::Left => {
+                tracing::info!(head, "a write waits for room, and for the next server")
+            }
+        }
+        if matches!(request, Request::Write { .. } | Request::WriteZeroes(_)) {
+            parts.disk.device.flush_ahead();
+        }
+        kept
+    }
+
+    /// Sees to it that somebody takes requests while this thread does not.
+    fn want_follower(self: &Arc<Self>) {
+        let enough = self.followers.load(SeqCst) > 0
+            || self.stopping()
+            || self.threads.lock().len() >= MAX_THREADS;
+        if enough {
+            return;
+        }
+        if let Err(error) = self.add_thread() {
+            tracing::warn!("a queue has to do with fewer threads: {error}");
+        }
+    }
+
+    fn answer_nothing(&self, memory: &Memory, head: u16, why: &'static str) {
+        refuse(&self.parts.disk, Refused(Status::IoErr, why));
+        self.put(memory, head, 0);
+    }
+
+    fn answer(&self, memory: &Memory, head: u16, chain: &Chain, status: Status) {
+        let len = chain.writable();
+        if let Err(malformed) = chain.write(memory, len - 1, &[status as u8]) {
+            self.answer_nothing(memory, head, malformed.0);
+            return;
+        }
+        crash_point::here("vhost: done");
+        self.put(memory, head, len as u32);
+    }
+
+    fn put(&self, memory: &Memory, head: u16, len: u32) {
+        let answered = self.ring.lock().answer(memory, head, len);
+        if let Err(error) = answered {
+            self.give_up(&error);
+        }
+    }
+}
