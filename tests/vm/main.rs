@@ -1,4 +1,4 @@
-//! Whole virtual machines: growth in use, power cuts.
+//! Whole virtual machines: growth in use, power cuts, disks of machines.
 
 #![allow(
     clippy::too_many_lines,
@@ -17,3 +17,4 @@ mod snapshotter_support;
 
 mod grow;
 mod power;
+mod vhost;

@@ -3,7 +3,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// Runs `tools/vmtest` with this build's program; what it printed, if it succeeded.
-fn vmtest(arguments: &[&str]) -> String {
+pub fn vmtest(arguments: &[&str]) -> String {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/vmtest");
     let output = Command::new(script)
         .args(["--vellum", env!("CARGO_BIN_EXE_vellum")])

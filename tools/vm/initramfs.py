@@ -36,6 +36,20 @@ def libraries(program):
     return [pathlib.Path(path) for path in re.findall(r"(/\S+) \(0x", done.stdout)]
 
 
+def add_program(root, path, directory, name=None):
+    """A program with its libraries."""
+    target = root / directory / (name or path.name)
+    # What is there may be a link to something else.
+    target.unlink(missing_ok=True)
+    shutil.copy(path, target)
+    target.chmod(0o755)
+    for library in libraries(path):
+        place = root / str(library).lstrip("/")
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, place)
+
+
 class Tree:
     """A directory that becomes the archive."""
 
@@ -54,14 +68,29 @@ class Tree:
 
     def program(self, path, directory, name=None):
         """A program with its libraries."""
-        target = self.root / directory / (name or path.name)
-        shutil.copy(path, target)
-        target.chmod(0o755)
-        for library in libraries(path):
-            place = self.root / str(library).lstrip("/")
-            if not place.exists():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(library, place)
+        add_program(self.root, path, directory, name)
+
+    def archive(self, directory, modules, scripts, init):
+        """Adds the modules, in the order of loading, and the scripts, one of which is the first process; packs
+        all, and returns where."""
+        for number, (name, data) in enumerate(modules):
+            (self.root / "modules" / f"{number:02}-{name}.ko").write_bytes(data)
+        shutil.copytree(scripts, self.root / "vm")
+        for script in (self.root / "vm").iterdir():
+            script.chmod(0o755)
+        (self.root / "init").symlink_to(f"/vm/{init}")
+        archive = directory / "initramfs.cpio"
+        # Not compressed: emulated, the guest would take longer to unpack it than to read it.
+        with open(archive, "wb") as out:
+            names = subprocess.run(
+                ["find", ".", "-print0"], cwd=self.root, capture_output=True, check=True
+            ).stdout
+            subprocess.run(
+                ["cpio", "--null", "--create", "--format=newc", "--owner=0:0", "--quiet"],
+                cwd=self.root, input=names, stdout=out, check=True,
+            )
+        shutil.rmtree(self.root)
+        return archive
 
 
 def build(directory, vellum, modules, scripts, test=None):
@@ -82,21 +111,11 @@ def build(directory, vellum, modules, scripts, test=None):
         tool = directory / name
         run("cc", "-O1", "-static", "-o", tool, pathlib.Path(__file__).with_name(source))
         tree.program(tool, "usr/sbin")
-    for number, (name, data) in enumerate(modules):
-        (tree.root / "modules" / f"{number:02}-{name}.ko").write_bytes(data)
-    shutil.copytree(scripts, tree.root / "vm")
-    for script in (tree.root / "vm").iterdir():
-        script.chmod(0o755)
-    (tree.root / "init").symlink_to("/vm/init")
-    archive = directory / "initramfs.cpio"
-    # Not compressed: emulated, the guest would take longer to unpack it than to read it.
-    with open(archive, "wb") as out:
-        names = subprocess.run(
-            ["find", ".", "-print0"], cwd=tree.root, capture_output=True, check=True
-        ).stdout
-        subprocess.run(
-            ["cpio", "--null", "--create", "--format=newc", "--owner=0:0", "--quiet"],
-            cwd=tree.root, input=names, stdout=out, check=True,
-        )
-    shutil.rmtree(tree.root)
-    return archive
+    return tree.archive(directory, modules, scripts, "init")
+
+
+def build_small(directory, modules, scripts):
+    """An archive that only finds the disk of `vellum vhost`."""
+    tree = Tree(directory / "root")
+    tree.program(find("busybox"), "bin", "busybox")
+    return tree.archive(directory, modules, scripts, "vhost-init")

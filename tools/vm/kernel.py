@@ -9,7 +9,8 @@ import shutil
 from .common import Failure, run
 
 # What the guest loads, in this order, each after what it depends on.
-MODULES = ("virtio_pci", "virtio_blk", "loop", "fuse", "nbd")
+DISK_MODULES = ("virtio_pci", "virtio_blk")
+MODULES = (*DISK_MODULES, "loop", "fuse", "nbd")
 META_PACKAGE = "linux-image-cloud-amd64"
 ARCHIVE = "http://deb.debian.org/debian"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -33,7 +34,7 @@ class Kernel:
         if self.modules is None:
             raise Failure(f"{root}: no modules of {self.version} in the package")
 
-    def load_order(self, file_system):
+    def load_order(self, file_system, names=MODULES):
         """The modules' contents as (name, bytes), each after those that it depends on."""
         files = {}
         for path in self.modules.rglob("*.ko*"):
@@ -54,7 +55,7 @@ class Kernel:
                     add(dependency.replace("-", "_"))
             order.append((name, data))
 
-        for name in (*MODULES, file_system):
+        for name in (*names, file_system):
             add(name)
         return order
 

@@ -46,6 +46,15 @@ class Disk:
                 raise Failure(f"nbdkit does not serve: see {directory / 'disk.log'}")
             time.sleep(0.02)
 
+    def drive(self):
+        """How the machine has it."""
+        return [
+            # No cache of qemu's: the guest's flushes reach the disk, and so do its writes.
+            "-blockdev", "driver=nbd,node-name=store,server.type=unix,"
+            f"server.path={self.socket},cache.direct=on,cache.no-flush=off",
+            "-device", "virtio-blk-pci,drive=store,write-cache=on",
+        ]
+
     def cut(self):
         """What became of the cache. The machine is gone by now."""
         deadline = time.monotonic() + 60
@@ -67,7 +76,7 @@ class Disk:
 class Machine:
     """A running guest. The kernel's log goes to a file, the guest's messages to `messages`."""
 
-    def __init__(self, options, kernel, initramfs, disk, console, command_line):
+    def __init__(self, options, kernel, initramfs, drive, console, command_line):
         self.console = console
         self.options = options
         self.messages = queue.Queue()
@@ -85,10 +94,7 @@ class Machine:
             "random.trust_cpu=on no_timer_check rdinit=/init " + command_line,
             "-chardev", f"file,id=console,path={console}", "-serial", "chardev:console",
             "-chardev", "stdio,id=messages,signal=off", "-serial", "chardev:messages",
-            # No cache of qemu's: the guest's flushes reach the disk, and so do its writes.
-            "-blockdev", "driver=nbd,node-name=store,server.type=unix,"
-            f"server.path={disk.socket},cache.direct=on,cache.no-flush=off",
-            "-device", "virtio-blk-pci,drive=store,write-cache=on",
+            *drive,
         ]
         errors = open(console.with_suffix(".qemu"), "wb")
         with errors:

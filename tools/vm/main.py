@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 
-from . import grow, initramfs, kernel, nbd, power
+from . import grow, initramfs, kernel, nbd, power, vhost
 from .common import Failure, fail_on_signals, run, say
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -26,6 +26,7 @@ PACKAGES = {
     "nbdkit": "nbdkit nbdkit-plugin-python",
     "qemu-system-x86_64": "qemu-system-x86",
     "sqlite3": "sqlite3",
+    "fio": "fio",
     "strip": "binutils",
 }
 FSX_VERSION = "0.3.2"
@@ -36,7 +37,8 @@ def arguments():
         prog="vmtest",
         description="Boots a small virtual machine with a Vellum store on a disk that loses what "
         "was not flushed, cuts its power at random moments, and checks that nothing is lost that "
-        "was acknowledged. Then exercises the guest kernel's NBD client against `vellum nbd`.",
+        "was acknowledged. Then exercises the guest kernel's NBD client against `vellum nbd`."
+        " With --vhost: Debian on a disk of `vellum vhost`, whose server is killed.",
         epilog="Needs no root, once these Debian packages are installed: "
         + " ".join(PACKAGES.values()) + ". The kernel comes from Debian's archive, once, and is kept in the "
         "target directory. docs/durability.md says what is checked.",
@@ -65,6 +67,10 @@ def arguments():
     parser.add_argument(
         "--grow", type=pathlib.Path, metavar="PATH",
         help="only run this test program's test of file systems that grow in use (tests/vm/grow.rs)",
+    )
+    parser.add_argument(
+        "--vhost", type=pathlib.Path, metavar="TAR",
+        help="only run a machine with a disk of `vellum vhost`, and Debian from this archive on it",
     )
     parser.add_argument("--seed", type=int, help="draws the moments and what survives [random]")
     parser.add_argument(
@@ -136,9 +142,17 @@ def main():
         vellum = program(options, target)
         guest_kernel = kernel.get(options.kernel, target / "vmtest")
         say(f"kernel {guest_kernel.version}, seed {seed}, files in {directory}")
+        scripts = pathlib.Path(__file__).with_name("guest")
+        if options.vhost:
+            modules = guest_kernel.load_order("ext4", kernel.DISK_MODULES)
+            archive = initramfs.build_small(directory, modules, scripts)
+            vhost.exercise(options, vellum, guest_kernel, archive, target / "vmtest", directory, seed)
+            say("passed")
+            keep = options.keep
+            return 0
         archive = initramfs.build(
             directory, vellum, guest_kernel.load_order(options.fs),
-            pathlib.Path(__file__).with_name("guest"), options.grow,
+            scripts, options.grow,
         )
         guest = power.Guest(options, guest_kernel, archive, directory)
         if options.grow:

@@ -44,7 +44,7 @@ class Guest:
             boot = None
             try:
                 machine = Machine(
-                    self.options, self.kernel, self.initramfs, disk, console,
+                    self.options, self.kernel, self.initramfs, disk.drive(), console,
                     f"vm={what} fs={self.options.fs} boot={self.boots} "
                     f"kills={self.options.kills}",
                 )

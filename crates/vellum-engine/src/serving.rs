@@ -123,7 +123,7 @@ pub fn serving(store: &Store, container: &ContainerRecord) -> Result<Option<Serv
     match control::call_at(&socket, WHO, Value::Null, TIMEOUT) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         answer => Ok(Some(Serving {
-            by: answer.map_or(Having::Nbd, |answer| having(answer)),
+            by: answer.map_or(Having::Nbd, having),
             holder: None,
         })),
     }

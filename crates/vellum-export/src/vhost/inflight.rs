@@ -10,6 +10,7 @@ use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 use super::config::{MAX_QUEUE_SIZE, MAX_QUEUES};
+use super::memory::check_file;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// Bytes before the descriptors of a queue.
@@ -80,6 +81,7 @@ impl Region {
                 format!("an inflight region of {mmap_size} bytes, of which {len} are needed"),
             ));
         }
+        check_file(&file, mmap_offset, len as u64)?;
         let map =
             MmapRegion::from_file(FileOffset::new(file, mmap_offset), len).map_err(|error| {
                 Error::with_source(ErrorKind::InvalidInput, "an inflight region", error)

@@ -8,6 +8,7 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap};
 
 use super::chain::Memory;
+use vellum_base::error::{Error as OwnError, ErrorKind, ResultExt};
 
 /// Regions at most: as many as Linux has for its own virtual machines.
 pub(super) const MAX_REGIONS: usize = 509;
@@ -40,8 +41,24 @@ fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::ReqHandlerError(std::io::Error::other(error))
 }
 
+/// Refuses to map what a file does not have, which would end the process when it is touched.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] then; as fstat(2).
+pub(super) fn check_file(file: &File, offset: u64, len: u64) -> Result<(), OwnError> {
+    let has = file.metadata().context(|| "a client's memory")?.len();
+    match offset.checked_add(len) {
+        Some(end) if end <= has => Ok(()),
+        _ => Err(OwnError::new(
+            ErrorKind::InvalidInput,
+            format!("{len} bytes at {offset} of a file of {has} bytes are no memory"),
+        )),
+    }
+}
+
 impl Region {
     fn map(told: &VhostUserMemoryRegion, file: File) -> Result<Region, Error> {
+        check_file(&file, told.mmap_offset, told.memory_size).map_err(refused)?;
         let mapped =
             GuestRegionMmap::new(told.mmap_region(file)?, GuestAddress(told.guest_phys_addr));
         Ok(Region {

@@ -273,9 +273,6 @@ impl Shared {
                 tracing::info!(head, "a write waits for room, and for the next server")
             }
         }
-        if matches!(request, Request::Write { .. } | Request::WriteZeroes(_)) {
-            parts.disk.device.flush_ahead();
-        }
         kept
     }
 

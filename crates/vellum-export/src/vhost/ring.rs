@@ -95,9 +95,11 @@ impl Ring {
         self.again.len()
     }
 
-    /// Interrupts the guest by another descriptor from now on.
+    /// Interrupts the guest by another descriptor from now on, and once at once: QEMU hands over one that leads
+    /// nowhere first, and requests may have been answered since.
     pub(super) fn set_call(&mut self, call: Option<File>) {
         self.call = call;
+        self.interrupt();
     }
 
     /// The next entry of the available ring.
