@@ -25,6 +25,7 @@ fn debian_tar() -> PathBuf {
 fn debian_on_a_container_outlives_killed_servers_grows_and_is_forked_while_it_works() {
     let tar = debian_tar().display().to_string();
     let said = vmtest(&["--vhost", &tar, "--kills", "10"]);
+    assert!(said.contains("died at 5 places"), "{said}");
     assert!(said.contains("killed 10 times under load"), "{said}");
     assert!(said.contains("grown, "), "{said}");
     assert!(said.contains("the fork boots, "), "{said}");

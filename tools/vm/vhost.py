@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 
@@ -12,13 +13,16 @@ from . import initramfs
 from .common import Failure, end_with_parent, run, say
 from .machine import Machine
 
-BOOT, WORK = 300, 240
-BOOT_ATTEMPTS = 3
+BOOT, WORK = 60, 240
+BOOT_ATTEMPTS = 4
 # What Debian's smallest root lacks.
 PROGRAMS = {"fio": "usr/bin", "sqlite3": "usr/bin", "fstrim": "usr/sbin", "resize2fs": "usr/sbin"}
 DISK_SIZE, GROWN = "1280M", 2 << 30
 # Commits of the guest's database between two kills.
 COMMITS = 3
+# Where a development build dies by itself, at the visit of that number, and how long that may take.
+PLACES = ("vhost: taken", "vhost: flush", "vhost: done", "vhost: answers", "vhost: answered")
+VISIT, DEATH = 9, 60
 
 
 def disk_image(tar, cache):
@@ -51,18 +55,30 @@ class Server:
         self.process = None
         self.start()
 
-    def start(self):
+    def start(self, crash=None):
+        environment = dict(os.environ, VELLUM_CRASH_AT=f"{crash}:{VISIT}") if crash else None
         self.socket.unlink(missing_ok=True)
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [str(word) for word in self.command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                preexec_fn=end_with_parent,
+                preexec_fn=end_with_parent, env=environment,
             )
         deadline = time.monotonic() + 60
         while not self.socket.exists():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise Failure(f"vellum vhost does not serve: see {self.log}")
             time.sleep(0.01)
+
+    def dies(self):
+        """Whether it comes to the place where it is to die."""
+        try:
+            return self.process.wait(DEATH) == -signal.SIGKILL
+        except subprocess.TimeoutExpired:
+            return False
+
+    def done_again(self):
+        """How often a server found requests that the one before had not answered."""
+        return self.log.read_text(encoding="utf-8").count("does again what the server before")
 
     def kill(self):
         self.process.kill()
@@ -155,6 +171,23 @@ def kept(commits, least, what):
     return found
 
 
+def die_at_places(rig, server, commits):
+    """Lets servers die in the middle of requests. Those of release builds do not."""
+    if not rig.options.vellum:
+        return
+    for place in PLACES:
+        server.kill()
+        server.start(place)
+        if not server.dies():
+            raise Failure(f"the server does not come by {place!r}: is {rig.vellum_program} a release build?")
+        server.start()
+        commits.wait(COMMITS)
+    # All of them but the last, which had given its answer.
+    if server.done_again() < len(PLACES) - 1:
+        raise Failure(f"servers died over requests, and the next ones did nothing again: see {server.log}")
+    say(f"vhost: died at {len(PLACES)} places, {server.done_again()} times requests were done again")
+
+
 def work(rig, server, seed):
     """Boots, kills, takes snapshots and forks, grows. Returns what was committed before the fork."""
     machine = rig.boot(server, "load")
@@ -163,6 +196,7 @@ def work(rig, server, seed):
         commits.wait(1)
         system = next((text for text in commits.said if text.startswith("system ")), "no system")
         say(f"vhost: {system.removeprefix('system ')} has its disk from a container")
+        die_at_places(rig, server, commits)
         moments = random.Random(seed)
         for _ in range(rig.options.kills):
             # Not always just after a commit.

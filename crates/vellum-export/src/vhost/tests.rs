@@ -20,7 +20,7 @@ use super::request::{Request, Status};
 use super::ring::{Place, Ring};
 use super::{Disk, Server, config};
 use std::sync::Arc;
-use vellum_base::block::{BlockDevice, Durability, MemoryDevice};
+use vellum_base::block::{Durability, MemoryDevice};
 use vellum_base::error::ErrorKind;
 
 const MIB: u64 = 1 << 20;
