@@ -131,7 +131,7 @@ pub fn serving(store: &Store, container: &ContainerRecord) -> Result<Option<Serv
 
 /// How the server has a container that answers this to [`WHO`].
 fn having(answer: Value) -> Having {
-    let told: Option<Holder> = serde_json::from_value(answer).unwrap_or_default();
+    let told: Option<Holder> = serde_json::from_value(answer).ok().flatten();
     match told.map(|holder| Having::of(&holder.command)) {
         Some(Having::Vhost) => Having::Vhost,
         // Servers of other versions do not say.
