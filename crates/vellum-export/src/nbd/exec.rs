@@ -145,7 +145,7 @@ impl Session {
             read_only: export.is_read_only(),
             device: Arc::clone(&export.device),
             structured: negotiated.structured,
-            contexts: Contexts::of(&negotiated),
+            contexts: Contexts(negotiated.contexts),
             busy,
         }
     }

@@ -4,14 +4,15 @@
 //! reads exactly what it needs: whatever the client sends after the handshake is still in the
 //! stream when it returns.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
-use super::Export;
 use super::protocol::{
     self as wire, InfoRequest, MetaRequest, OptionHeader, info, option, option_reply as reply,
     transmission_flag as flag,
 };
+use super::{Export, MetaContext};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// The longest data of an option that is looked at, in bytes: a name, and room for many queries.
@@ -59,30 +60,35 @@ pub struct Negotiated {
     pub contexts: Vec<Selected>,
 }
 
-/// A metadata context that a client selected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Selected {
-    /// `base:allocation`.
-    Allocation,
-    /// The export's own with this number.
-    Own(usize),
+/// A metadata context that a client selected, and what stands for it in replies.
+#[derive(Clone)]
+pub struct Selected {
+    /// The number.
+    pub id: u32,
+    /// The export's own; `None` for `base:allocation`.
+    pub own: Option<Arc<dyn MetaContext>>,
 }
 
 impl Selected {
-    /// All that an export has, with their names.
-    fn all(export: &Export) -> Vec<(Selected, &str)> {
-        let own = export.contexts.iter().enumerate();
-        let own = own.map(|(number, context)| (Selected::Own(number), context.name()));
-        let base = (Selected::Allocation, wire::BASE_ALLOCATION);
-        std::iter::once(base).chain(own).collect()
+    /// All that an export has.
+    fn all(export: &Export) -> Vec<Selected> {
+        let own = export.contexts.iter().cloned().map(Some);
+        let all = std::iter::once(None).chain(own);
+        let numbered = (wire::BASE_ALLOCATION_ID..).zip(all);
+        numbered.map(|(id, own)| Selected { id, own }).collect()
     }
 
-    /// What stands for it in replies.
-    pub(super) fn id(self) -> u32 {
-        match self {
-            Selected::Allocation => wire::BASE_ALLOCATION_ID,
-            Selected::Own(number) => wire::BASE_ALLOCATION_ID + 1 + number as u32,
+    fn name(&self) -> &str {
+        match &self.own {
+            None => wire::BASE_ALLOCATION,
+            Some(own) => own.name(),
         }
+    }
+}
+
+impl fmt::Debug for Selected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} as {}", self.name(), self.id)
     }
 }
 
@@ -371,23 +377,22 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
             return refuse(reply::ERR_UNKNOWN, "no export has that name");
         };
         let mut chosen = Selected::all(&export);
-        chosen.retain(|(_, name)| match set {
-            true => request.selects(name),
-            false => request.lists(name),
+        chosen.retain(|context| match set {
+            true => request.selects(context.name()),
+            false => request.lists(context.name()),
         });
         if set && chosen.len() > MAX_CONTEXTS {
             let text = format!("a connection has at most {MAX_CONTEXTS} metadata contexts");
             return Answer::Refuse(reply::ERR_TOO_BIG, text);
         }
-        for (context, name) in &chosen {
+        for context in &chosen {
             // Lists carry no number: it means something only once the context is selected.
-            let id = if set { context.id() } else { 0 };
-            let parts: [&[u8]; 2] = [&id.to_be_bytes(), name.as_bytes()];
+            let id = if set { context.id } else { 0 };
+            let parts: [&[u8]; 2] = [&id.to_be_bytes(), context.name().as_bytes()];
             wire::push_option_reply(out, option, reply::META_CONTEXT, &parts);
         }
         if set {
-            let selected = chosen.into_iter().map(|(context, _)| context).collect();
-            self.selected = Some((export.name.clone(), selected));
+            self.selected = Some((export.name.clone(), chosen));
         }
         acknowledge(out, option)
     }

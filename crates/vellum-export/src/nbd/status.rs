@@ -1,32 +1,17 @@
 //! BLOCK_STATUS: what the metadata contexts that a client selected say of a range.
 
-use std::sync::Arc;
-
-use super::MetaContext;
 use super::exec::{Buffer, Refusal, done};
-use super::handshake::{Negotiated, Selected};
+use super::handshake::Selected;
 use super::protocol::{self as wire, Request, chunk, command_flag as flag};
 use vellum_base::block::{BlockDevice, Extent, ExtentKind};
 
 /// The most extents in a reply to BLOCK_STATUS.
 const STATUS_EXTENTS: usize = 4096;
 
-/// What a client may ask of the bytes of its export: by which number, and of whom.
-pub(super) struct Contexts(Vec<(u32, Asked)>);
+/// What a client may ask of the bytes of its export.
+pub(super) struct Contexts(pub(super) Vec<Selected>);
 
 impl Contexts {
-    pub(super) fn of(negotiated: &Negotiated) -> Self {
-        let own = &negotiated.export.contexts;
-        let asked = |selected: &Selected| match *selected {
-            Selected::Allocation => Some((selected.id(), Asked::Allocation)),
-            Selected::Own(number) => {
-                let context = own.get(number)?.clone();
-                Some((selected.id(), Asked::Context(context)))
-            }
-        };
-        Contexts(negotiated.contexts.iter().filter_map(asked).collect())
-    }
-
     /// True when the client selected none.
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -48,12 +33,10 @@ impl Contexts {
         out: &mut Buffer,
     ) -> Result<(), Refusal> {
         let mut answers = Vec::with_capacity(self.0.len());
-        for (id, asked) in &self.0 {
-            let found = match asked {
-                Asked::Allocation => allocation(device, request)?,
-                Asked::Context(context) => {
-                    context.statuses(request.offset, request.len.into(), STATUS_EXTENTS)?
-                }
+        for Selected { id, own } in &self.0 {
+            let found = match own {
+                None => allocation(device, request)?,
+                Some(own) => own.statuses(request.offset, request.len.into(), STATUS_EXTENTS)?,
             };
             answers.push((*id, descriptors(&found, request)));
         }
@@ -73,12 +56,6 @@ impl Contexts {
         }
         Ok(())
     }
-}
-
-/// Who says what a metadata context says.
-enum Asked {
-    Allocation,
-    Context(Arc<dyn MetaContext>),
 }
 
 /// What `base:allocation` says of a request's range.
