@@ -9,8 +9,8 @@ use std::io::{self, Read, Write};
 use std::sync::Arc;
 
 use super::protocol::{
-    self as wire, InfoRequest, MetaRequest, OptionHeader, info, option, option_reply as reply,
-    transmission_flag as flag,
+    self as wire, Headers, InfoRequest, MetaRequest, OptionHeader, info, option,
+    option_reply as reply, transmission_flag as flag,
 };
 use super::{Export, MetaContext};
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -54,8 +54,8 @@ impl Directory for [Arc<Export>] {
 pub struct Negotiated {
     /// The export that the client chose.
     pub export: Arc<Export>,
-    /// Replies to reads are structured.
-    pub structured: bool,
+    /// How requests and replies are framed.
+    pub headers: Headers,
     /// What the client may ask of the export's bytes.
     pub contexts: Vec<Selected>,
 }
@@ -116,7 +116,7 @@ enum Tls {
 pub struct Handshake<'a, D: ?Sized> {
     directory: &'a D,
     tls: Tls,
-    structured: bool,
+    headers: Headers,
     /// What was selected, for the export of a name.
     selected: Option<(String, Vec<Selected>)>,
     no_zeroes: bool,
@@ -134,7 +134,7 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
             } else {
                 Tls::Off
             },
-            structured: false,
+            headers: Headers::Simple,
             selected: None,
             no_zeroes: false,
             options: 0,
@@ -169,7 +169,7 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
     /// on the way could have put it there.
     pub fn secured(&mut self) {
         self.tls = Tls::Active;
-        self.structured = false;
+        self.headers = Headers::Simple;
         self.selected = None;
     }
 
@@ -276,13 +276,30 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
                     Answer::End(Outcome::StartTls)
                 }
             },
-            option::STRUCTURED_REPLY if data.is_empty() => {
-                self.structured = true;
-                acknowledge(out, option)
-            }
-            option::LIST | option::STARTTLS | option::STRUCTURED_REPLY => {
-                refuse(reply::ERR_INVALID, "this option takes no data")
-            }
+            option::STRUCTURED_REPLY if data.is_empty() => match self.headers {
+                Headers::Extended => refuse(
+                    reply::ERR_EXT_HEADER_REQD,
+                    "extended headers were agreed on, which have structured replies",
+                ),
+                Headers::Simple | Headers::Structured => {
+                    self.headers = Headers::Structured;
+                    acknowledge(out, option)
+                }
+            },
+            option::EXTENDED_HEADERS if data.is_empty() => match self.headers {
+                Headers::Extended => refuse(
+                    reply::ERR_INVALID,
+                    "extended headers were agreed on already",
+                ),
+                Headers::Simple | Headers::Structured => {
+                    self.headers = Headers::Extended;
+                    acknowledge(out, option)
+                }
+            },
+            option::LIST
+            | option::STARTTLS
+            | option::STRUCTURED_REPLY
+            | option::EXTENDED_HEADERS => refuse(reply::ERR_INVALID, "this option takes no data"),
             option::INFO | option::GO => self.info(option, data, out),
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta(option, data, out),
             _ => refuse(reply::ERR_UNSUP, "the server does not know this option"),
@@ -363,10 +380,10 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
         if set {
             self.selected = None;
         }
-        if !self.structured {
+        if !self.headers.chunks() {
             return refuse(
                 reply::ERR_INVALID,
-                "metadata contexts need structured replies: send STRUCTURED_REPLY first",
+                "metadata contexts need structured replies: send STRUCTURED_REPLY or EXTENDED_HEADERS first",
             );
         }
         let request = match MetaRequest::parse(data) {
@@ -408,12 +425,14 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
 
     fn negotiated(&self, export: Arc<Export>) -> Negotiated {
         let contexts = match &self.selected {
-            Some((name, selected)) if self.structured && *name == export.name => selected.clone(),
+            Some((name, selected)) if self.headers.chunks() && *name == export.name => {
+                selected.clone()
+            }
             _ => Vec::new(),
         };
         Negotiated {
             contexts,
-            structured: self.structured,
+            headers: self.headers,
             export,
         }
     }
@@ -430,7 +449,7 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
         } else {
             flags |= flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
         }
-        if self.structured {
+        if self.headers.chunks() {
             flags |= flag::SEND_DF;
         }
         flags
