@@ -102,8 +102,8 @@ pub fn attach(run_dir: &RunDir, spec: &AttachSpec) -> Result<Attached> {
             ),
         ));
     }
-    let mut entries = fs::read_dir(run_dir.path()).context(|| run_dir.to_string())?;
-    if entries.next().is_some() {
+    // To look for processes that are left takes its time, and is seldom needed.
+    if run_dir.has_device_files().context(|| run_dir.to_string())? {
         let options = DetachOptions {
             force: true,
             ..DetachOptions::default()
