@@ -135,7 +135,13 @@ fn libnbd_1_22_and_qemu_10_agree_on_extended_headers_and_read_map_and_write() {
     // Zeros of more than 4 GiB, then a copy back by QEMU.
     lab.run(
         "qemu-io",
-        &["-f", "raw", "-c", &format!("write -z -u -n 0 {LARGE}"), &copy],
+        &[
+            "-f",
+            "raw",
+            "-c",
+            &format!("write -z -u -n 0 {LARGE}"),
+            &copy,
+        ],
     );
     let map = lab.json("nbdinfo", &["--map", "--json", &copy]);
     assert_eq!(extent(&map[0]), (0, LARGE, 3), "{map}");
