@@ -28,9 +28,10 @@ use super::opened::{Memory, Open};
 use super::process::{Identity, monotonic_ns};
 use super::watch::PERIOD;
 use crate::fuse::readers::Readers;
-use crate::fuse::server::{Ended, Server};
+use crate::fuse::server::Server;
 use crate::fuse::session;
-use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared};
+use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared, Slot};
+use crate::fuse::transport::{Classic, Ended};
 use vellum_base::error::{Error, Result, ResultExt};
 use vellum_base::fault;
 use vellum_base::storage::{listen_for_waits, note_waits_in};
@@ -133,7 +134,7 @@ fn serving_thread(context: &Arc<Context>, index: usize) -> Result<JoinHandle<Res
             run_before_clients();
             let readers = Arc::clone(&context.readers);
             listen_for_waits(move || readers.relieve());
-            let result = context.server().run(&mut slot);
+            let result = context.server().run(&mut context.classic(&mut slot));
             let _ = context.wake.write(1);
             result
         })
@@ -143,14 +144,21 @@ fn serving_thread(context: &Arc<Context>, index: usize) -> Result<JoinHandle<Res
 impl Context {
     fn server(&self) -> Server<'_> {
         Server {
-            session: &self.worker.session,
             device: &*self.opened.device,
-            readers: &self.readers,
             stop: &self.stop,
-            remember: !self.worker.use_resend,
             failures: &self.failures,
             held: &self.worker.shared.table().held,
             held_at_most: (MAX_THREADS - SERVING_ALWAYS) as u64,
+        }
+    }
+
+    fn classic<'a>(&'a self, slot: &'a mut Slot) -> Classic<'a> {
+        Classic {
+            session: &self.worker.session,
+            slot,
+            readers: &self.readers,
+            stop: &self.stop,
+            remember: !self.worker.use_resend,
         }
     }
 }
@@ -170,7 +178,7 @@ fn recover(context: &Context) -> Result<()> {
     }
     for index in 0..MAX_THREADS {
         let mut slot = context.worker.shared.slot(index)?;
-        context.server().replay(&mut slot)?;
+        context.server().replay(&mut context.classic(&mut slot))?;
     }
     Ok(())
 }

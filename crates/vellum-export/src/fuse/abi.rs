@@ -198,6 +198,11 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(field.try_into().ok()?))
 }
 
+/// What the reply to the request in `bytes` repeats; `None` where they are no request.
+pub fn unique(bytes: &[u8]) -> Option<u64> {
+    u64_at(bytes, 8)
+}
+
 impl<'a> Request<'a> {
     /// Parses one request as read(2) on the FUSE device returned it.
     ///
