@@ -3,6 +3,7 @@
 mod commands;
 mod context;
 mod elders;
+mod ring;
 
 use std::os::fd::AsFd;
 use std::os::unix::thread::JoinHandleExt;
@@ -28,6 +29,7 @@ use super::opened::{Memory, Open};
 use super::process::{Identity, monotonic_ns};
 use super::watch::PERIOD;
 use crate::fuse::readers::Readers;
+use crate::fuse::ring::crew::Crew;
 use crate::fuse::server::Server;
 use crate::fuse::session;
 use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared, Slot};
@@ -75,11 +77,13 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     };
     let wake = EventFd::new().context(|| "an eventfd cannot be made")?;
     let readers = Readers::new(worker.threads);
+    let crew = crew(&worker)?;
     let context = Arc::new(Context {
         worker,
         started,
         opened,
         readers,
+        crew,
         failures: AtomicU64::new(0),
         connections: AtomicUsize::new(0),
         busy: AtomicUsize::new(0),
@@ -88,17 +92,27 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
         wake,
     });
     let mut threads = Vec::new();
-    recover(&context)?;
-    for index in 0..context.worker.threads {
-        threads.push(serving_thread(&context, index)?);
-    }
+    let first = match &context.crew {
+        Some(crew) => ring::start(&context, crew, &mut threads)?,
+        None => {
+            recover(&context)?;
+            for index in 0..context.worker.threads {
+                threads.push(serving_thread(&context, index)?);
+            }
+            context.worker.threads
+        }
+    };
     note_pause(&context.worker);
     report(
         &context.worker,
         &Event::Serving(nix::unistd::getpid().as_raw()),
     );
-    for index in context.worker.threads..MAX_THREADS {
-        match serving_thread(&context, index) {
+    for index in first..MAX_THREADS {
+        let thread = match &context.crew {
+            Some(crew) => ring::spare_thread(&context, crew, index),
+            None => serving_thread(&context, index),
+        };
+        match thread {
             Ok(thread) => threads.push(thread),
             // It serves, with less in flight.
             Err(error) => {
@@ -110,6 +124,9 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     let result = main_loop(&context, &threads);
     context.stop.store(true, Ordering::Release);
     context.readers.close();
+    if let Some(crew) = &context.crew {
+        crew.stop();
+    }
     let ended = join(threads)?;
     result?;
     finish_commands(&context);
@@ -122,6 +139,16 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     let table = context.worker.shared.table();
     table.worker_ended.store(ended, Ordering::Release);
     Ok(())
+}
+
+/// The threads of a ring, where requests come by one.
+fn crew(worker: &Worker) -> Result<Option<Arc<Crew>>> {
+    let Some(memory) = worker.ring.clone() else {
+        return Ok(None);
+    };
+    let session = Arc::clone(&worker.session);
+    let crew = Crew::new(memory, session, worker.resume, worker.guarded)?;
+    Ok(Some(Arc::new(crew)))
 }
 
 /// Starts thread `index` of those that answer requests.

@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::abi::{self, Operation};
-use super::transport::{Body, Classic, Ended, Fetched, Reply, Transport};
+use super::transport::{Body, Classic, Ended, Fetched, Patience, Reply, Transport};
 use vellum_base::block::{BlockDevice, Durability, ExtentKind, ZeroMode};
 use vellum_base::error::{Error, Result};
-use vellum_base::storage::{about_to_wait, waits};
+use vellum_base::storage::{about_to_wait, unless_it_waits, waits};
 
 /// What the threads that serve one session share.
 pub struct Server<'a> {
@@ -28,6 +28,8 @@ enum Outcome {
     Reply(Reply),
     /// Nothing by this process: the server was told to stop, and the next one gets the request.
     Left,
+    /// It has to wait for longer than this thread may.
+    Waits,
 }
 
 fn errno(errno: i32) -> Outcome {
@@ -79,7 +81,7 @@ impl Server<'_> {
                     (operation, Some(errno)) if operation.changes_data() => {
                         Ok(carried_out(operation, errno))
                     }
-                    (operation, _) => self.execute(operation),
+                    (operation, _) => self.execute(operation, transport.patience()),
                 };
                 outcome.unwrap_or_else(|error| self.failed(&error))
             }
@@ -87,9 +89,14 @@ impl Server<'_> {
         };
         let ended = match outcome {
             Outcome::Left => return Ok(Some(Ended::Stopped)),
+            Outcome::Waits => {
+                transport.hand_over(ticket);
+                return Ok(None);
+            }
             Outcome::Reply(reply) => transport.commit(ticket, reply)?,
         };
         if wrote {
+            transport.flush()?;
             self.device.flush_ahead();
         }
         Ok(ended)
@@ -113,45 +120,59 @@ impl Server<'_> {
     ) -> Result<Outcome> {
         let rest = self.device.size().saturating_sub(offset);
         let len = (size as usize).min(usize::try_from(rest).unwrap_or(usize::MAX));
+        let patience = transport.patience();
         let Some(buf) = transport.data(ticket, len) else {
             return Ok(errno(libc::EINVAL));
         };
-        self.device.read_at(buf, offset)?;
+        match patience {
+            Patience::Any | Patience::Host => self.device.read_at(buf, offset)?,
+            Patience::None => match unless_it_waits(|| self.device.read_at(buf, offset)) {
+                Some(read) => read?,
+                None => return Ok(Outcome::Waits),
+            },
+        }
         Ok(Outcome::Reply(Reply::Data(len)))
     }
 
     /// Does what wants space, and holds it for a while where the host's disk is full, since a file
-    /// system that is told so may give up. `None` where the server is told to stop meanwhile.
-    fn patiently<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<Option<T>> {
+    /// system that is told so may give up; `done` is the outcome once there was room.
+    fn patiently(
+        &self,
+        patience: Patience,
+        done: Outcome,
+        mut work: impl FnMut() -> Result<()>,
+    ) -> Result<Outcome> {
         let mut result = work();
         if !result.as_ref().is_err_and(Error::is_full_disk) {
-            return result.map(Some);
+            return result.map(|()| done);
+        }
+        if patience != Patience::Any {
+            return Ok(Outcome::Waits);
         }
         let _held = Held(self.held);
         if self.held.fetch_add(1, Ordering::AcqRel) >= self.held_at_most {
-            return result.map(Some);
+            return result.map(|()| done);
         }
         about_to_wait();
         let _waits = waits();
         while result.as_ref().is_err_and(Error::is_full_disk) && self.device.wait_for_room() {
             if self.stop.load(Ordering::Acquire) {
-                return Ok(None);
+                return Ok(Outcome::Left);
             }
             result = work();
         }
-        result.map(Some)
+        result.map(|()| done)
     }
 
-    fn execute(&self, operation: Operation<'_>) -> Result<Outcome> {
+    fn execute(&self, operation: Operation<'_>, patience: Patience) -> Result<Outcome> {
         let device = self.device;
         Ok(match operation {
             Operation::Write { offset, data } => {
                 let write = || device.write_at(data, offset, Durability::Buffered);
-                match self.patiently(write)? {
-                    Some(()) => body(&abi::write_out(data.len() as u32)),
-                    None => Outcome::Left,
-                }
+                let done = body(&abi::write_out(data.len() as u32));
+                self.patiently(patience, done, write)?
             }
+            Operation::Fsync if patience == Patience::None => Outcome::Waits,
             Operation::Fsync => {
                 device.flush()?;
                 errno(0)
@@ -168,10 +189,7 @@ impl Server<'_> {
                 abi::FALLOC_ZERO_RANGE_KEEP_SIZE => {
                     let mode = ZeroMode::KeepAllocated;
                     let zero = || device.write_zeroes(offset, length, mode, Durability::Buffered);
-                    match self.patiently(zero)? {
-                        Some(()) => errno(0),
-                        None => Outcome::Left,
-                    }
+                    self.patiently(patience, errno(0), zero)?
                 }
                 // Not ENOSYS, after which the kernel would never ask for any mode again.
                 _ => errno(libc::EOPNOTSUPP),
@@ -197,7 +215,9 @@ impl Server<'_> {
                 Err(refused) => errno(refused),
             },
             Operation::Statfs => body(&abi::statfs_out(device.size())),
-            Operation::Flush | Operation::Release | Operation::Destroy => errno(0),
+            Operation::Flush | Operation::Release | Operation::Destroy | Operation::Retrieved => {
+                errno(0)
+            }
             Operation::Forget => Outcome::Reply(Reply::None),
             // ENOSYS makes the kernel stop asking: for interrupts, xattrs, access checks, statx.
             Operation::Init(_)

@@ -34,6 +34,10 @@ pub enum Fetched<T> {
 pub enum Patience {
     /// For anything, also for room on a host's disk that is full: others serve meanwhile.
     Any,
+    /// For the host's disk, since nobody else seems to wait for this thread.
+    Host,
+    /// For nothing: others wait for this thread.
+    None,
 }
 
 /// What to send.
@@ -67,6 +71,15 @@ impl Body {
         let len = body.len();
         bytes[abi::OUT_HEADER_LEN..abi::OUT_HEADER_LEN + len].copy_from_slice(body);
         Body { bytes, len }
+    }
+
+    /// The body alone.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`new` made `bytes` with room for `len`"
+    )]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[abi::OUT_HEADER_LEN..abi::OUT_HEADER_LEN + self.len]
     }
 
     /// The whole reply, `header` in front.
@@ -112,8 +125,18 @@ pub trait Transport {
     /// [`ErrorKind::Io`] where the kernel refuses the reply.
     fn commit(&mut self, ticket: Self::Ticket, reply: Reply) -> Result<Option<Ended>>;
 
+    /// Sees to it that answers are on their way which were committed.
+    ///
+    /// # Errors
+    /// As [`Transport::commit`].
+    fn flush(&mut self) -> Result<()>;
+
     /// What the thread may wait for now.
     fn patience(&self) -> Patience;
+
+    /// Gives a request that has to wait longer than [`Transport::patience`] allows to a thread that may;
+    /// the ticket is spent.
+    fn hand_over(&mut self, ticket: Self::Ticket);
 }
 
 /// read(2) of /dev/fuse for each request, write(2) for each reply.
@@ -229,7 +252,15 @@ impl Transport for Classic<'_> {
         }
     }
 
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     fn patience(&self) -> Patience {
         Patience::Any
+    }
+
+    fn hand_over(&mut self, _: Owed) {
+        assert_ne!(self.patience(), Patience::Any, "it may wait for anything");
     }
 }
