@@ -85,6 +85,7 @@ fn fio_verifies_random_writes_of_every_size_through_a_ring() {
                 "--verify=crc32c",
                 "--do_verify=1",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 "--fsync=64",
             ],
         );
@@ -209,6 +210,7 @@ fn fio_on_the_file(device: &Device) -> Command {
             "--verify=crc32c",
             "--verify_fatal=1",
             "--verify_backlog=64",
+            "--verify_state_save=0",
             "--time_based",
             "--runtime=60",
             "--allow_file_create=0",

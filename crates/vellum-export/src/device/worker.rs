@@ -91,36 +91,13 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
         stop: AtomicBool::new(false),
         wake,
     });
-    let mut threads = Vec::new();
-    let first = match &context.crew {
-        Some(crew) => ring::start(&context, crew, &mut threads)?,
-        None => {
-            recover(&context)?;
-            for index in 0..context.worker.threads {
-                threads.push(serving_thread(&context, index)?);
-            }
-            context.worker.threads
-        }
-    };
+    let mut threads = start(&context)?;
     note_pause(&context.worker);
     report(
         &context.worker,
         &Event::Serving(nix::unistd::getpid().as_raw()),
     );
-    for index in first..MAX_THREADS {
-        let thread = match &context.crew {
-            Some(crew) => ring::spare_thread(&context, crew, index),
-            None => serving_thread(&context, index),
-        };
-        match thread {
-            Ok(thread) => threads.push(thread),
-            // It serves, with less in flight.
-            Err(error) => {
-                tracing::warn!("{error}");
-                break;
-            }
-        }
-    }
+    start_spares(&context, &mut threads);
     let result = main_loop(&context, &threads);
     context.stop.store(true, Ordering::Release);
     context.readers.close();
@@ -149,6 +126,36 @@ fn crew(worker: &Worker) -> Result<Option<Arc<Crew>>> {
     let session = Arc::clone(&worker.session);
     let crew = Crew::new(memory, session, worker.resume, worker.guarded)?;
     Ok(Some(Arc::new(crew)))
+}
+
+/// Starts the threads that it takes to serve, and sees to what the worker before left.
+fn start(context: &Arc<Context>) -> Result<Vec<JoinHandle<Result<Ended>>>> {
+    if let Some(crew) = &context.crew {
+        return ring::start(context, crew);
+    }
+    recover(context)?;
+    let threads = 0..context.worker.threads;
+    threads
+        .map(|index| serving_thread(context, index))
+        .collect()
+}
+
+/// Starts those that serve while others wait.
+fn start_spares(context: &Arc<Context>, threads: &mut Vec<JoinHandle<Result<Ended>>>) {
+    for index in threads.len()..MAX_THREADS {
+        let thread = match &context.crew {
+            Some(crew) => ring::spare_thread(context, crew, index),
+            None => serving_thread(context, index),
+        };
+        match thread {
+            Ok(thread) => threads.push(thread),
+            // It serves, with less in flight.
+            Err(error) => {
+                tracing::warn!("{error}");
+                break;
+            }
+        }
+    }
 }
 
 /// Starts thread `index` of those that answer requests.

@@ -95,7 +95,7 @@ impl Server<'_> {
             }
             Outcome::Reply(reply) => transport.commit(ticket, reply)?,
         };
-        if wrote {
+        if wrote && self.device.expects_flush() {
             transport.flush()?;
             self.device.flush_ahead();
         }

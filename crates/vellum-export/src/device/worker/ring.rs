@@ -13,13 +13,9 @@ use vellum_base::error::{Error, Result, ResultExt};
 
 type Thread = JoinHandle<Result<Ended>>;
 
-/// Starts the threads that have rings, and waits until the kernel has all their entries; returns how many
-/// there are.
-pub(super) fn start(
-    context: &Arc<Context>,
-    crew: &Arc<Crew>,
-    threads: &mut Vec<Thread>,
-) -> Result<usize> {
+/// Starts the threads that have rings, and waits until the kernel has all their entries.
+pub(super) fn start(context: &Arc<Context>, crew: &Arc<Crew>) -> Result<Vec<Thread>> {
+    let mut threads = Vec::new();
     let (tell, told) = mpsc::channel();
     for index in 0..crew.rings() {
         threads.push(ring_thread(context, crew, index, tell.clone())?);
@@ -29,7 +25,7 @@ pub(super) fn start(
     if ready.len() < crew.rings() {
         return Err(Error::internal("a thread of a ring ended before it served"));
     }
-    Ok(crew.rings())
+    Ok(threads)
 }
 
 fn ring_thread(

@@ -365,3 +365,129 @@ impl Drop for RingMemory {
 fn length(queues: usize) -> usize {
     SLOTS_AT + queues * ENTRIES * SLOT_LEN
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const READ: u32 = 15;
+    const WRITE: u32 = 16;
+
+    /// What the kernel does when it copies a request to an entry.
+    fn arrive(memory: &RingMemory, slot: Slot, id: u64, opcode: u32) {
+        memory.set_field(slot, abi::OPCODE, opcode.to_ne_bytes());
+        memory.set_field(slot, abi::OP_IN + 16, 4u32.to_ne_bytes());
+        // SAFETY: nobody has the entry.
+        let payload = unsafe { memory.payload(slot) };
+        payload[..8].copy_from_slice(b"new data");
+        memory.set_field(slot, abi::COMMIT_ID, id.to_ne_bytes());
+    }
+
+    /// The memory as the successor of a killed worker maps it.
+    fn inherited(memory: Arc<RingMemory>) -> Arc<RingMemory> {
+        let fd = memory.fd().try_clone().unwrap();
+        // Two cannot lie at one address.
+        drop(memory);
+        RingMemory::inherit(fd.into()).unwrap()
+    }
+
+    /// What a successor finds of a request whose worker was killed after so many of its steps.
+    fn left_after(steps: usize, opcode: u32) -> (bool, u32, Option<i32>, Vec<u8>) {
+        let memory = RingMemory::create(2).unwrap();
+        let slot = Slot::new(1, ENTRIES - 1);
+        // An earlier request, answered whole.
+        arrive(&memory, slot, 10, WRITE);
+        memory.begin(slot);
+        memory.reply(slot, libc::ENOSPC, 0, None);
+        memory.committed(slot, 10);
+        if steps > 0 {
+            arrive(&memory, slot, 12, opcode);
+        }
+        if steps > 1 {
+            memory.begin(slot);
+        }
+        if steps > 2 {
+            memory.reply(slot, 0, 8, Some(b"RREEPPLL"));
+        }
+        if steps > 3 {
+            memory.committed(slot, 12);
+        }
+        let memory = inherited(memory);
+        let owes = memory.owes(slot);
+        if owes {
+            memory.begin(slot);
+        }
+        // SAFETY: nobody else has the entry.
+        let data = unsafe { memory.payload(slot) }[..8].to_vec();
+        let found = memory.opcode(slot);
+        (owes, found, memory.carried_out(slot).filter(|_| owes), data)
+    }
+
+    #[test]
+    fn a_free_entry_owes_nothing_and_one_that_was_committed_neither() {
+        assert!(!left_after(0, WRITE).0);
+        assert!(!left_after(4, WRITE).0);
+        let memory = RingMemory::create(1).unwrap();
+        assert!(memory.slots_of(0).all(|slot| !memory.owes(slot)));
+    }
+
+    #[test]
+    fn a_request_that_was_copied_or_begun_is_carried_out_with_its_own_data() {
+        for steps in [1, 2] {
+            let expected = (true, WRITE, None, b"new data".to_vec());
+            assert_eq!(left_after(steps, WRITE), expected);
+        }
+    }
+
+    /// Its data are not whole any more, and the client may have written there since.
+    #[test]
+    fn a_write_whose_answer_was_laid_over_it_is_answered_and_not_carried_out_again() {
+        let (owes, opcode, done, _) = left_after(3, WRITE);
+        assert_eq!((owes, opcode, done), (true, WRITE, Some(0)));
+    }
+
+    #[test]
+    fn a_read_whose_answer_was_laid_over_it_is_carried_out_again() {
+        let (owes, opcode, done, _) = left_after(3, READ);
+        assert_eq!((owes, opcode, done), (true, READ, None));
+    }
+
+    #[test]
+    fn an_answer_keeps_its_errno_for_the_successor_and_the_arguments() {
+        let memory = RingMemory::create(1).unwrap();
+        let slot = Slot::new(0, 0);
+        arrive(&memory, slot, 2, WRITE);
+        memory.begin(slot);
+        assert!(memory.oldest_request().is_some());
+        memory.reply(slot, libc::ENOSPC, 0, None);
+        memory.sent(slot);
+        assert_eq!(memory.oldest_request(), None);
+        assert_eq!(memory.carried_out(slot), Some(libc::ENOSPC));
+        assert_eq!(memory.arguments(slot)[16..20], 4u32.to_ne_bytes());
+        let error: [u8; 4] = memory.field(slot, abi::IN_OUT + 4);
+        assert_eq!(i32::from_ne_bytes(error), -libc::ENOSPC);
+    }
+
+    #[test]
+    fn memory_of_another_layout_is_refused_and_not_taken() {
+        let memory = RingMemory::create(1).unwrap();
+        memory.header().layout.store(LAYOUT + 1, Ordering::Release);
+        let fd = memory.fd().try_clone().unwrap();
+        drop(memory);
+        let error = RingMemory::inherit(fd.into()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        let file = tempfile::tempfile().unwrap();
+        let error = RingMemory::inherit(file.into()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn a_queue_is_in_memory_whole_once_it_is_populated() {
+        use std::os::unix::fs::MetadataExt;
+        let memory = RingMemory::create(2).unwrap();
+        let in_memory = || memory.fd().metadata().unwrap().blocks() * 512;
+        let before = in_memory();
+        memory.populate(1).unwrap();
+        assert!(in_memory() >= before + (ENTRIES * SLOT_LEN) as u64);
+    }
+}

@@ -45,8 +45,8 @@ pub struct RingThread<'a> {
     ready: VecDeque<Slot>,
     /// Answers whose submission the kernel has not taken: the entry and the request's id.
     sending: Vec<(Slot, u64)>,
-    /// Named by the submissions that register entries, for as long as those may be read.
-    iovecs: Vec<Box<[libc::iovec; 2]>>,
+    /// Those of each entry, which the submissions that register them name.
+    iovecs: Box<[[libc::iovec; 2]]>,
     /// While it is not 0, requests that would wait are handed over.
     crowd: u32,
     began: Instant,
@@ -81,7 +81,9 @@ impl<'a> RingThread<'a> {
             idle: ManuallyDrop::new(IoUring::new(2).context(what)?),
             ready: VecDeque::new(),
             sending: Vec::new(),
-            iovecs: Vec::new(),
+            iovecs: (0..slots)
+                .map(|index| crew.memory.iovecs(Slot::from_index(index)))
+                .collect(),
             crowd: 0,
             began: Instant::now(),
             over: false,
@@ -152,16 +154,16 @@ impl<'a> RingThread<'a> {
         if self.ring.submission().is_full() {
             self.submit(0)?;
         }
-        // SAFETY: iovecs that an entry names live in `self.iovecs` until the kernel has read them, and
-        // what those name is the memory of the ring, which outlives it; descriptors are the crew's.
+        // SAFETY: iovecs that an entry names live in `self.iovecs` until the kernel has read them, which it
+        // does in the submission, and what those name is the memory of the ring, which outlives it;
+        // descriptors are the crew's.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.map_err(|_| Error::internal("the queue of submissions is full after a submission"))
     }
 
+    #[expect(clippy::indexing_slicing, reason = "a slot is one of the memory's")]
     fn register(&mut self, slot: Slot) -> Result<()> {
-        let iovecs = Box::new(self.crew.memory.iovecs(slot));
-        let command = Command::Register(iovecs.as_ptr() as u64);
-        self.iovecs.push(iovecs);
+        let command = Command::Register((&raw const self.iovecs[slot.index()]) as u64);
         let user_data = REGISTER | slot.index() as u64;
         self.push(command.submission(slot.queue() as u16, user_data))
     }
@@ -188,7 +190,6 @@ impl<'a> RingThread<'a> {
             for (slot, id) in self.sending.drain(..) {
                 self.crew.memory.committed(slot, id);
             }
-            self.iovecs.clear();
         }
         self.reap()
     }
@@ -241,12 +242,17 @@ impl<'a> RingThread<'a> {
         if self.ready.len() < 2 {
             return;
         }
-        let others = self.crew.inboxes.iter().enumerate();
-        let mut idle = others.filter(|(index, inbox)| *index != self.index && inbox.is_asleep());
-        if let Some((_, inbox)) = idle.next() {
+        if let Some(inbox) = self.idle_other() {
             let half = self.ready.split_off(self.ready.len().div_ceil(2));
             inbox.tell(half.into_iter().map(Word::Answer));
         }
+    }
+
+    /// A thread that has nothing to do.
+    fn idle_other(&self) -> Option<&'a super::crew::Inbox> {
+        let others = self.crew.inboxes.iter().enumerate();
+        let mut idle = others.filter(|(index, inbox)| *index != self.index && inbox.is_asleep());
+        idle.next().map(|(_, inbox)| inbox)
     }
 
     fn memory(&self) -> &'a RingMemory {
