@@ -10,6 +10,8 @@ use serde::Serialize;
 
 use crate::run::find_runtime;
 use vellum_base::storage::{FileStorage, Storage};
+use vellum_export::device::ring_self_test;
+use vellum_export::fuse::ring::host::check as ring_check;
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::mountinfo::MountInfo;
 
@@ -89,6 +91,7 @@ pub fn examine(options: &Options) -> Report {
     look.privileges();
     look.kernel();
     look.fuse();
+    look.ring();
     look.loops();
     look.programs();
     look.store(&options.root);
@@ -228,6 +231,19 @@ impl Look {
                 format!("/dev/fuse: {error}"),
                 Some("modprobe fuse; in a container, give it the device (--device /dev/fuse)"),
             ),
+        }
+    }
+
+    fn ring(&mut self) {
+        let check = "FUSE over io_uring";
+        let slower = "flushes and reads of one client at a time are slower without it";
+        match (ring_check(), ring_self_test()) {
+            (Err(error), _) => self.add(check, State::Note, error.to_string(), Some(slower)),
+            (Ok(()), None) => self.add(check, State::Ok, "on; not tried in this boot yet", None),
+            (Ok(()), Some(Ok(()))) => self.ok(check, "on; its self-test passed in this boot"),
+            (Ok(()), Some(Err(error))) => {
+                self.add(check, State::Note, error.to_string(), Some(slower));
+            }
         }
     }
 
