@@ -3,14 +3,13 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
-use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use super::Context;
 use super::output::human_size;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::interrupt::Interruptible;
+use vellum_base::interrupt::{Interruptible, standard_input, standard_output};
 use vellum_engine::cp::{
     Copied, CopyOptions, copy_from_host, copy_from_tar, copy_to_host, copy_to_tar,
 };
@@ -107,10 +106,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             copy_to_host(&store, &name, &path, &target, options)?
         }
         (End::Stream, End::Container(name, path)) => {
-            // Not through the buffer of `Stdin`: what lies in it, poll(2) does not know of.
-            let input = io::stdin().as_fd().try_clone_to_owned();
-            let input = File::from(input.context(|| "standard input")?);
-            copy_from_tar(&store, &name, Interruptible(input), &path)
+            let input = standard_input().context(|| "standard input")?;
+            copy_from_tar(&store, &name, input, &path)
                 .map_err(|error| error.context("standard input"))?
         }
         (End::Host(source), End::Container(name, path)) => {
@@ -122,16 +119,14 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
 }
 
 fn to_stream(store: &Store, name: &str, path: &Path, follow: bool) -> Result<()> {
-    let output = io::stdout();
-    if output.is_terminal() {
+    if io::stdout().is_terminal() {
         return Err(Error::new(
             ErrorKind::InvalidInput,
             "a tar is nothing for a terminal: send standard output to a file or a pipe",
         ));
     }
-    let output = output.as_fd().try_clone_to_owned();
     let mut output = Watched {
-        output: Interruptible(File::from(output.context(|| "standard output")?)),
+        output: standard_output().context(|| "standard output")?,
         broken: false,
     };
     match copy_to_tar(store, name, path, follow, &mut output) {

@@ -83,6 +83,18 @@ pub(super) fn complain(error: &Error) {
     say(&text.replace(char::is_control, "?"));
 }
 
+/// Of several things that were tried: the first failure, after saying the others.
+pub(super) fn first_of(failures: Vec<Error>) -> Result<()> {
+    let mut failures = failures.into_iter();
+    let Some(first) = failures.next() else {
+        return Ok(());
+    };
+    for error in failures {
+        complain(&error);
+    }
+    Err(first)
+}
+
 /// A line on standard error. Where that cannot be written nobody is there to be told.
 pub(super) fn say(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");

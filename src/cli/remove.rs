@@ -1,7 +1,7 @@
 //! `vellum rm C…` and `vellum rmi IMAGE…`
 
 use super::Context;
-use super::output::complain;
+use super::output::first_of;
 use vellum_base::error::{Error, Result};
 use vellum_base::interrupt;
 use vellum_engine::snapshot;
@@ -92,12 +92,5 @@ fn report<'a>(
     context.out.print(&removed, |removed| {
         removed.iter().map(|name| format!("{name}\n")).collect()
     })?;
-    let mut failures = failures.into_iter();
-    let Some(first) = failures.next() else {
-        return Ok(());
-    };
-    for error in failures {
-        complain(&error);
-    }
-    Err(first)
+    first_of(failures)
 }

@@ -1,8 +1,6 @@
 //! `vellum restore NAME FILE...`
 
 use std::fs::File;
-use std::io;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use super::Context;
@@ -10,6 +8,7 @@ use super::bar::Bar;
 use super::output::human_size;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::interrupt::standard_input;
 use vellum_engine::backup::{BackupInfo, RestoreReport, Source, restore, verify};
 
 /// Arguments of `restore`.
@@ -75,11 +74,11 @@ fn sources(files: &[PathBuf]) -> Result<Vec<Source>> {
     }
     let source = |path: &PathBuf| {
         if path.as_os_str() == "-" {
-            let input = io::stdin().as_fd().try_clone_to_owned();
+            let input = standard_input().context(|| "cannot read standard input")?;
             return Ok(Source {
                 name: "standard input".into(),
                 size: None,
-                input: input.context(|| "cannot read standard input")?.into(),
+                input: input.0,
             });
         }
         let what = || format!("cannot read {}", super::shown(path));

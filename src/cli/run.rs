@@ -9,7 +9,9 @@ use super::output::{complain, say};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 use vellum_base::size::parse_bytes;
+use vellum_engine::device::choose_transport;
 use vellum_engine::run::{self, CommandOptions, Ended, FAILURE, Failure, RunOptions, parse_volume};
+use vellum_export::device::TransportChoice;
 use vellum_fs::ext4::Atime;
 use vellum_store::NewContainer;
 
@@ -45,6 +47,16 @@ pub(super) struct Args {
     /// When reads change the access times of its files [default: noatime]
     #[arg(long, value_name = "WHEN", value_enum)]
     atime: Option<Atime>,
+    /// How requests come from the kernel: auto takes io_uring where the host allows it and a self-test
+    /// passed
+    #[arg(
+        long,
+        value_name = "HOW",
+        value_enum,
+        default_value = "auto",
+        env = "VELLUM_TRANSPORT"
+    )]
+    transport: TransportChoice,
     #[command(flatten)]
     process: ProcessArgs,
     #[command(flatten)]
@@ -130,6 +142,7 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
         entrypoint: args.entrypoint.clone(),
         remove: args.rm,
     };
+    choose_transport(args.transport);
     let new = NewContainer {
         image: &args.image,
         name: args.name.as_deref(),

@@ -12,6 +12,7 @@ use super::{Context, DEFAULT_ROOT};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
 use vellum_base::{crash_point, fault};
+use vellum_engine::device::choose_transport;
 use vellum_engine::space::set_policy;
 use vellum_export::unix_socket::{SocketFile, bind_unix};
 use vellum_snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat, check_path};
@@ -55,6 +56,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     for (what, path) in [("--root", root), ("--address", &address)] {
         check_path(what, path)?;
     }
+    choose_transport(config.transport);
     let store = Store::open_or_create(root)?;
     let lock = store.runs().snapshotter_lock();
     let held = store

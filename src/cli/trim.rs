@@ -1,7 +1,7 @@
 //! `vellum trim C…` and `vellum trim --all`
 
 use super::Context;
-use super::output::{complain, human_size};
+use super::output::{first_of, human_size};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 use vellum_engine::trim::{Trimmed, trim, trimmable};
@@ -43,12 +43,5 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         };
         done.iter().map(line).collect()
     })?;
-    let mut failures = failures.into_iter();
-    let Some(first) = failures.next() else {
-        return Ok(());
-    };
-    for error in failures {
-        complain(&error);
-    }
-    Err(first)
+    first_of(failures)
 }

@@ -1,7 +1,7 @@
 //! `vellum upgrade-servers [C…]`
 
 use super::Context;
-use super::output::complain;
+use super::output::first_of;
 use vellum_base::error::{Error, Result};
 use vellum_engine::upgrade::{Upgraded, own_program, served, upgrade_server};
 
@@ -26,14 +26,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     context
         .out
         .print(&done, |done| done.iter().map(line).collect())?;
-    let mut failures = failures.into_iter();
-    let Some(first) = failures.next() else {
-        return Ok(());
-    };
-    for error in failures {
-        complain(&error);
-    }
-    Err(first)
+    first_of(failures)
 }
 
 fn line(row: &Upgraded) -> String {

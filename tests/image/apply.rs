@@ -13,7 +13,7 @@ use tempfile::{TempDir, tempdir};
 use vellum_base::ErrorKind;
 use vellum_image::{
     ApplyOptions, Compression, Foreign, ImageConfig, OciWriter, apply_layer, copy_tree,
-    write_rootfs_tar, write_rootfs_tar_but,
+    write_rootfs_tar,
 };
 
 fn apply(archive: &[u8], target: &Path) {
@@ -148,14 +148,14 @@ fn a_written_rootfs_tar_is_the_same_tree_for_us_and_for_tar() {
     make_rich_tree(source.path());
     fs::create_dir(source.path().join("lost+found")).unwrap();
     let mut archive = Vec::new();
-    write_rootfs_tar(source.path(), &mut archive, None).unwrap();
+    write_rootfs_tar(source.path(), &Foreign::default(), &mut archive, None).unwrap();
     assert!(
         archive.len() < 4 << 20,
         "holes were written: {}",
         archive.len()
     );
     let mut again = Vec::new();
-    write_rootfs_tar(source.path(), &mut again, None).unwrap();
+    write_rootfs_tar(source.path(), &Foreign::default(), &mut again, None).unwrap();
     assert!(archive == again, "the same tree gave different bytes");
 
     fs::remove_dir(source.path().join("lost+found")).unwrap();
@@ -168,7 +168,7 @@ fn a_written_rootfs_tar_is_the_same_tree_for_us_and_for_tar() {
         ],
     );
     let mut archive = Vec::new();
-    write_rootfs_tar(source.path(), &mut archive, None).unwrap();
+    write_rootfs_tar(source.path(), &Foreign::default(), &mut archive, None).unwrap();
     let expected = snapshot(source.path());
     let ours = tempdir().unwrap();
     apply_layer(&archive[..], ours.path(), &ApplyOptions::rootfs()).unwrap();
@@ -219,7 +219,7 @@ fn what_others_made_in_a_tree_is_left_out_of_its_tar_while_it_is_as_it_was_made(
         before: [("/etc".into(), (1000, 7)), ("/used".into(), (1000, 7))].into(),
     };
     let mut archive = Vec::new();
-    write_rootfs_tar_but(root.path(), &foreign, &mut archive, None).unwrap();
+    write_rootfs_tar(root.path(), &foreign, &mut archive, None).unwrap();
     let ours = tempdir().unwrap();
     apply_layer(&archive[..], ours.path(), &ApplyOptions::rootfs()).unwrap();
     let found = snapshot(ours.path());

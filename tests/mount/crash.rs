@@ -9,10 +9,10 @@ use vellum_export::device::{Status, attach, ensure_supervised, find_leaks, upgra
 use vellum_fs::run_dir::RunRoot;
 
 /// fio with checksums and fsync on a mounted device; its end is waited for on drop.
-struct Load(Child);
+pub struct Load(Child);
 
 impl Load {
-    fn start(device: &Device, seconds: u32) -> Load {
+    pub fn start(device: &Device, seconds: u32) -> Load {
         let directory = format!("--directory={}", device.mount_point.display());
         let runtime = format!("--runtime={seconds}");
         let child = Command::new("fio")
@@ -40,11 +40,11 @@ impl Load {
         Load(child)
     }
 
-    fn is_running(&mut self) -> bool {
+    pub fn is_running(&mut self) -> bool {
         self.0.try_wait().unwrap().is_none()
     }
 
-    fn finish(mut self) {
+    pub fn finish(mut self) {
         let child = std::mem::replace(&mut self.0, Command::new("true").spawn().unwrap());
         let output = child.wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned()
@@ -67,7 +67,7 @@ fn worker_pid(device: &Device) -> i32 {
 }
 
 /// Unmounts, checks the file system with e2fsck, detaches and looks for leftovers.
-fn finish(device: &Device) {
+pub fn finish(device: &Device) {
     device.umount();
     run("e2fsck", &["-fn", &device.path()]);
     device.detach();

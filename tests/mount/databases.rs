@@ -97,45 +97,83 @@ fn acknowledged(socket: &Path) -> u64 {
         .count() as u64
 }
 
-#[test]
-fn a_fork_of_a_running_postgresql_holds_every_acknowledged_transaction_and_is_whole() {
-    let store = TestStore::new();
-    std::fs::create_dir_all(store.path("root")).unwrap();
-    store.ok(&["import", "empty", &store.arg("root"), "--size", "2G"]);
-    store.ok(&["create", "empty", "--name", "db"]);
-    // Whoever PostgreSQL runs as walks there.
-    run("chmod", &["755", store.dir.path().to_str().unwrap()]);
-    let (dir, fork_dir) = (store.path("db"), store.path("fork"));
-    for dir in [&dir, &fork_dir] {
-        std::fs::create_dir(dir).unwrap();
-    }
-    store.ok(&["mount", "db", dir.to_str().unwrap()]);
-    let (socket, fork_socket) = (store.path("s1"), store.path("s2"));
-    let origin = Postgres::make(&dir, &socket);
-    origin.query("CREATE TABLE told (n bigint PRIMARY KEY)");
-    let place = socket.display();
-    as_postgres(&format!("pgbench -h '{place}' -q -i -s 2 postgres"));
-    let mut load = origin.background("pgbench -h 'SOCKET' -c 2 -T 600 postgres");
-    let counting = "n=0; while echo \"INSERT INTO told VALUES ($n);\"; do n=$((n+1)); done \
-        | psql -h 'SOCKET' postgres > 'SOCKET/told'";
-    let mut writer = origin.background(&counting.replace("psql", "stdbuf -oL psql"));
-    wait_until("the client is told", || acknowledged(&socket) > 200);
+/// A mounted container `db` whose PostgreSQL works: for pgbench, and for a client that is told of each number
+/// that it inserts.
+struct Working {
+    store: TestStore,
+    socket: PathBuf,
+    origin: Postgres,
+    load: Child,
+    writer: Child,
+}
 
-    let told = acknowledged(&socket);
-    let began = Instant::now();
-    store.ok(&["fork", "db", "fork"]);
-    store.ok(&["mount", "fork", fork_dir.to_str().unwrap()]);
-    let fork = Postgres::recover(&fork_dir, &fork_socket);
-    let found: u64 = fork.query("SELECT count(*) FROM told").parse().unwrap();
-    println!(
-        "{:?} from the command to the answer; {found} of {told}",
-        began.elapsed()
-    );
+impl Working {
+    fn new() -> Self {
+        let store = TestStore::new();
+        std::fs::create_dir_all(store.path("root")).unwrap();
+        store.ok(&["import", "empty", &store.arg("root"), "--size", "2G"]);
+        store.ok(&["create", "empty", "--name", "db"]);
+        let dir = mount_for_postgres(&store, "db");
+        let socket = store.path("socket");
+        let origin = Postgres::make(&dir, &socket);
+        origin.query("CREATE TABLE told (n bigint PRIMARY KEY)");
+        let place = socket.display();
+        as_postgres(&format!("pgbench -h '{place}' -q -i -s 2 postgres"));
+        let load = origin.background("pgbench -h 'SOCKET' -c 2 -T 600 postgres");
+        let writer = origin.background(
+            "n=0; while echo \"INSERT INTO told VALUES ($n);\"; do n=$((n+1)); done \
+             | stdbuf -oL psql -h 'SOCKET' postgres > 'SOCKET/told'",
+        );
+        wait_until("the client is told", || acknowledged(&socket) > 200);
+        Working {
+            store,
+            socket,
+            origin,
+            load,
+            writer,
+        }
+    }
+
+    fn acknowledged(&self) -> u64 {
+        acknowledged(&self.socket)
+    }
+
+    /// Sees that it goes on as if nothing had happened, and ends it.
+    fn end(mut self) -> TestStore {
+        let before = self.acknowledged();
+        wait_until("the origin goes on", || self.acknowledged() > before);
+        assert_eq!(self.load.try_wait().unwrap(), None, "pgbench ended");
+        for child in [&mut self.writer, &mut self.load] {
+            let _ = child.kill();
+        }
+        drop(self.origin);
+        for child in [&mut self.writer, &mut self.load] {
+            let _ = child.wait();
+        }
+        wait_until("the clients have ended", || {
+            self.store.output(&["umount", "db"]).status.success()
+        });
+        self.store
+    }
+}
+
+/// Mounts a container where PostgreSQL, which is not root, can go.
+fn mount_for_postgres(store: &TestStore, name: &str) -> PathBuf {
+    run("chmod", &["755", store.dir.path().to_str().unwrap()]);
+    let dir = store.path(name);
+    std::fs::create_dir(&dir).unwrap();
+    store.ok(&["mount", name, dir.to_str().unwrap()]);
+    dir
+}
+
+/// Checks a copy of a [`Working`] database that was made once `told` transactions were acknowledged.
+fn check_postgres(copy: &Postgres, told: u64) {
+    let found: u64 = copy.query("SELECT count(*) FROM told").parse().unwrap();
     assert!(
         found >= told,
-        "{found} of {told} acknowledged transactions are in the fork"
+        "{found} of {told} acknowledged transactions are in the copy"
     );
-    let whole = fork.query("SELECT max(n) + 1 = count(*) FROM told");
+    let whole = copy.query("SELECT max(n) + 1 = count(*) FROM told");
     assert_eq!(
         whole, "t",
         "a later transaction is there, and an earlier one is not"
@@ -144,30 +182,59 @@ fn a_fork_of_a_running_postgresql_holds_every_acknowledged_transaction_and_is_wh
     let balanced = "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = \
         (SELECT sum(bbalance) FROM pgbench_branches) AND (SELECT sum(bbalance) FROM pgbench_branches) \
         = (SELECT sum(tbalance) FROM pgbench_tellers)";
-    assert_eq!(fork.query(balanced), "t");
-    let check = format!(
+    assert_eq!(copy.query(balanced), "t");
+    as_postgres(&format!(
         "{PROGRAMS}/pg_amcheck -h '{}' --install-missing --heapallindexed postgres",
-        fork_socket.display()
-    );
-    as_postgres(&check);
-    // The origin has seen nothing.
-    let before = acknowledged(&socket);
-    wait_until("the origin goes on", || acknowledged(&socket) > before);
-    assert_eq!(load.try_wait().unwrap(), None, "pgbench ended");
-    for child in [&mut writer, &mut load] {
-        let _ = child.kill();
-    }
+        copy.socket.display()
+    ));
+}
+
+#[test]
+fn a_fork_of_a_running_postgresql_holds_every_acknowledged_transaction_and_is_whole() {
+    let working = Working::new();
+    let store = &working.store;
+    let told = working.acknowledged();
+    let began = Instant::now();
+    store.ok(&["fork", "db", "fork"]);
+    let dir = mount_for_postgres(store, "fork");
+    let fork = Postgres::recover(&dir, &store.path("fork-socket"));
+    fork.query("SELECT 1");
+    println!("{:?} from the command to the answer", began.elapsed());
+    check_postgres(&fork, told);
     drop(fork);
-    drop(origin);
-    for child in [&mut writer, &mut load] {
-        let _ = child.wait();
-    }
-    wait_until("the clients have ended", || {
-        store.output(&["umount", "db"]).status.success()
-    });
     store.ok(&["umount", "fork"]);
+    let store = working.end();
     store.ok(&["prune"]);
     store.ok(&["check", "--scrub"]);
+}
+
+#[test]
+fn a_full_backup_and_a_delta_of_a_running_postgresql_restore_to_databases_that_are_whole() {
+    let (working, other) = (Working::new(), TestStore::new());
+    let store = &working.store;
+    let mut since: Option<&str> = None;
+    for name in ["full", "delta"] {
+        let told = working.acknowledged();
+        wait_until("the database changes", || {
+            working.acknowledged() > told + 50
+        });
+        let told = working.acknowledged();
+        let file = store.arg(name);
+        let mut arguments = vec!["backup", "db", "--snapshot", name, "-o", &file];
+        arguments.extend(since.iter().flat_map(|since| ["--since", *since]));
+        store.ok(&arguments);
+        since = Some(name);
+        other.ok(&["restore", "db", &file]);
+        // A fork of it is started, so that the delta finds what it needs.
+        other.ok(&["fork", "db", name, "--from", name]);
+        let dir = mount_for_postgres(&other, name);
+        let restored = Postgres::recover(&dir, &other.path(&format!("{name}-socket")));
+        check_postgres(&restored, told);
+        drop(restored);
+        other.ok(&["umount", name]);
+    }
+    working.end();
+    other.ok(&["check", "--scrub"]);
 }
 
 /// A sqlite3 that inserts one row after the other into `data.db`, each durable before it is told.

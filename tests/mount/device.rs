@@ -80,6 +80,7 @@ fn fio_verifies_random_writes_of_every_size_on_the_block_device() {
                 "--verify=crc32c",
                 "--do_verify=1",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 "--fsync=64",
             ],
         );

@@ -27,6 +27,7 @@ mod kill_container;
 mod mount_support;
 mod remount;
 mod rename;
+mod ring;
 mod server_support;
 mod servers;
 mod snapshot;

@@ -18,5 +18,6 @@ mod interop;
 mod lab;
 mod listen;
 mod nbd_server;
+mod newer_clients;
 mod restart;
 mod server;

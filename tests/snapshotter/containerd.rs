@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::diff;
 use crate::snapshotter_support::client::Client;
+use crate::snapshotter_support::content::digest;
 use crate::snapshotter_support::{Area, Daemon, PACKAGES, wait_for};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -165,11 +166,6 @@ fn image() -> Vec<u8> {
 
 /// An archive of an OCI image with these layers, plain tars.
 fn archive_of(name: &str, layers: &[Vec<u8>]) -> Vec<u8> {
-    let digest = |bytes: &[u8]| {
-        let digest = Sha256::digest(bytes);
-        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("sha256:{hex}")
-    };
     let config = json!({
         "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
         "os": "linux",

@@ -7,7 +7,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::snapshotter_support::client::{Failure, INVALID_ARGUMENT, UNAVAILABLE, UNIMPLEMENTED};
+use crate::snapshotter_support::client::{
+    DATA_LOSS, Failure, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE, UNIMPLEMENTED,
+};
 use crate::snapshotter_support::content::{Blob, FakeContainerd, Fault, digest};
 use crate::snapshotter_support::rig::Rig;
 use vellum_snapshotter::proto::services::diff::v1::DiffRequest;
@@ -376,12 +378,10 @@ fn a_content_store_that_fails_in_the_middle_leaves_no_layer_and_the_next_try_suc
         .map(|n| (n.wrapping_mul(2_654_435_761) >> 23) as u8)
         .collect();
     fs::write(Path::new(&right.source).join("large"), random).unwrap();
-    const EXHAUSTED: i32 = 8;
-    const DATA_LOSS: i32 = 15;
     for (fault, code) in [
-        (Fault::Refuses(0), EXHAUSTED),
-        (Fault::Refuses(1 << 20), EXHAUSTED),
-        (Fault::Refuses(5 << 20), EXHAUSTED),
+        (Fault::Refuses(0), RESOURCE_EXHAUSTED),
+        (Fault::Refuses(1 << 20), RESOURCE_EXHAUSTED),
+        (Fault::Refuses(5 << 20), RESOURCE_EXHAUSTED),
         (Fault::Ends(0), UNAVAILABLE),
         (Fault::Ends(2 << 20), UNAVAILABLE),
         (Fault::Garbles, DATA_LOSS),

@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 
 use crate::common::{Running, TestStore, run};
 use vellum_base::error::ErrorKind;
-use vellum_base::storage::{FaultStorage, FileStorage, OpKind};
+use vellum_base::storage::{FaultStorage, FileStorage, OpKind, SeededRng};
 use vellum_engine::merge::merge;
-use vellum_engine::progress::BlocksWatch;
 use vellum_engine::seal::How;
 use vellum_engine::serve::export;
 use vellum_engine::snapshot::{remove_snapshot, snapshot};
+use vellum_engine::watch::Quiet;
 use vellum_store::Store;
 
 /// Another run with it does the same commands in each thread: `VELLUM_TEST_SEED=7 cargo nextest run …`.
@@ -59,31 +59,14 @@ const FAULTS: [&str; 6] = [
     "os error 5",
 ];
 
-/// Numbers that depend on the seed alone (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-}
-
 const RECORD: usize = 512;
 
 /// The record of that number: the number, bytes that follow from it, their checksum.
 fn record(number: u64) -> [u8; RECORD] {
     let mut bytes = [0; RECORD];
-    let mut random = Random(number);
+    let mut random = SeededRng::new(number);
     for chunk in bytes.chunks_exact_mut(8) {
-        chunk.copy_from_slice(&random.next().to_le_bytes());
+        chunk.copy_from_slice(&random.bits().to_le_bytes());
     }
     bytes[..8].copy_from_slice(&number.to_le_bytes());
     let sum = crc32fast::hash(&bytes[..RECORD - 4]);
@@ -258,7 +241,7 @@ impl Stage {
 
     /// One command after the other, as the seed says.
     fn act(&self, actor: u64, seed: u64) {
-        let mut random = Random(seed ^ (actor + 1).wrapping_mul(0x1234_5678_9abc_def1));
+        let mut random = SeededRng::new(seed ^ (actor + 1).wrapping_mul(0x1234_5678_9abc_def1));
         let begin = Instant::now();
         for round in 0..ROUNDS {
             if self.ended() || begin.elapsed() > TIME {
@@ -268,7 +251,7 @@ impl Stage {
         }
     }
 
-    fn step(&self, random: &mut Random, step: &str) {
+    fn step(&self, random: &mut SeededRng, step: &str) {
         let number = random.below(WRITTEN as u64) as usize;
         let usual = random.below(6) > 0;
         let c = format!("{}{number}", if usual { "c" } else { "d" });
@@ -447,14 +430,6 @@ fn hooked() -> (TestStore, FaultStorage, Store, Arc<Store>) {
     (fixture, storage, store, Arc::new(others))
 }
 
-struct Unwatched;
-
-impl BlocksWatch for Unwatched {
-    fn begin(&self, _blocks: u64) {}
-    fn read(&self, _blocks: u64) {}
-    fn end(&self) {}
-}
-
 /// Has another process do something once, when the file whose path ends so is opened for the `nth` time.
 fn when_opened(
     storage: &FaultStorage,
@@ -501,7 +476,7 @@ fn layers_that_a_reader_pinned_are_found_after_a_merge_took_them_out_of_the_reco
     snapshot(&others, "c", Some("three"), How::Crash, None).unwrap();
     let join_without = |name: &str| {
         remove_snapshot(&others, "c", name).unwrap();
-        let report = merge(&others, "c", None, &Unwatched).unwrap();
+        let report = merge(&others, "c", None, &Quiet).unwrap();
         assert_eq!(report.joined.len(), 1, "{report:?}");
     };
     // What the snapshot `three` lies on is not there any more; another stands for it.
@@ -543,7 +518,7 @@ fn an_nbd_server_opens_the_layers_that_a_merge_beside_it_joins() {
     let opened = when_opened(&storage, &header, 1, {
         let others = others.clone();
         move || {
-            let report = merge(&others, "c", None, &Unwatched).unwrap();
+            let report = merge(&others, "c", None, &Quiet).unwrap();
             assert_eq!(report.joined.len(), 1, "{report:?}");
         }
     });

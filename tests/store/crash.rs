@@ -24,7 +24,6 @@ use vellum_engine::commit::commit;
 use vellum_engine::device::Target;
 use vellum_engine::import::{ImportOptions, import};
 use vellum_engine::merge::merge;
-use vellum_engine::progress::BlocksWatch;
 use vellum_engine::seal::How;
 use vellum_engine::snapshot::{
     ForkVolumes, Present, fork, remove_snapshot, rollback, snapshot as keep,
@@ -546,7 +545,7 @@ impl Run {
             Op::Rollback(name, kept) => {
                 rollback(store, name, kept, Present::Discard, false)?;
             }
-            Op::Merge(name) => drop(merge(store, name, None, &Silent)?),
+            Op::Merge(name) => drop(merge(store, name, None, &Quiet)?),
             Op::Tag(name, new) => drop(store.tag_image(name, new)?),
             Op::Rename(name, new) => drop(store.rename_container(name, new)?),
             Op::Remove(name) => drop(store.remove_container(name)?),
@@ -675,15 +674,6 @@ fn commit_snapshot(store: &Store, key: &str, tag: u8) -> Result<()> {
 fn forget_all_kept(state: &mut State, container: &str) {
     let prefix = format!("{container}@");
     state.kept.retain(|name, _| !name.starts_with(&prefix));
-}
-
-/// Nobody watches.
-struct Silent;
-
-impl BlocksWatch for Silent {
-    fn begin(&self, _: u64) {}
-    fn read(&self, _: u64) {}
-    fn end(&self) {}
 }
 
 /// One of these, if there is any.

@@ -129,6 +129,41 @@ fn what_is_new_is_refused_and_what_is_there_goes_on() {
 }
 
 #[test]
+fn a_layer_file_that_does_not_fit_is_imported_no_further_than_writers_are_stopped() {
+    let disk = SmallDisk::new("128M");
+    let store = store_on(&disk);
+    store.ok(&["create", "base", "--name", "c"]);
+    let dir = store.mount("c");
+    write_synced(&dir.join("file"), &vec![1; 8 << 20]).unwrap();
+    store.ok(&["commit", "c", "large"]);
+    store.ok(&["umount", "c"]);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let file = elsewhere.path().join("large.layers");
+    let file = file.to_str().unwrap();
+    store.ok(&["export", "large", file, "--format", "layer"]);
+    store.ok(&["rm", "c"]);
+    store.ok(&["rmi", "large"]);
+    store.ok(&["prune"]);
+    let stop = available(&disk.mount_point) - 2 * MIB;
+    store.ok(&[
+        "space",
+        "--warn",
+        "off",
+        "--stop",
+        &format!("{}K", stop >> 10),
+    ]);
+    let error = store.fails(&["import", "large", file]);
+    assert!(
+        error.contains("the host's disk is full, or nearly so"),
+        "{error}"
+    );
+    assert!(available(&disk.mount_point) > stop - MIB);
+    store.ok(&["space", "--stop", "off"]);
+    store.ok(&["import", "large", file]);
+    store.ok(&["check", "--scrub"]);
+}
+
+#[test]
 fn the_policy_is_shown_as_it_was_set_and_its_order_is_checked() {
     let store = TestStore::new();
     let shown = store.ok(&["space"]);

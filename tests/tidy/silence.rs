@@ -26,7 +26,7 @@ const MEANT: &[Meant] = &[
             ("crates/vellum-engine/src/run/user.rs", 2),
             ("crates/vellum-engine/src/run/volume.rs", 1),
             ("crates/vellum-export/src/nbd/exec.rs", 1),
-            ("crates/vellum-export/src/nbd/protocol.rs", 1),
+            ("crates/vellum-export/src/nbd/protocol/mod.rs", 1),
             ("crates/vellum-fs/src/mountinfo.rs", 1),
             ("crates/vellum-image/src/acl.rs", 1),
             ("crates/vellum-image/src/config.rs", 5),
@@ -48,7 +48,7 @@ const MEANT: &[Meant] = &[
         "what /proc, /sys or a host's file does not say is unknown, and then nothing depends on it",
         &[
             ("crates/vellum-base/src/storage/evidence.rs", 2),
-            ("crates/vellum-engine/src/doctor.rs", 1),
+            ("crates/vellum-engine/src/doctor/mod.rs", 1),
             ("crates/vellum-export/src/loop_device.rs", 3),
         ],
     ),

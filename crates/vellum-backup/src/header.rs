@@ -2,15 +2,20 @@
 
 use uuid::Uuid;
 
-use crate::record::{put, u32_at, u64_at};
+use crate::front::Front;
+use crate::record::{corrupt, put, u32_at, u64_at};
 use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE, part};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 pub(crate) const MAGIC: &[u8; 8] = b"VELLUMBK";
+const FRONT: Front = Front {
+    magic: MAGIC,
+    what: "backup",
+    made_by: "`vellum backup`",
+    version: 1,
+    known_incompatible: 0,
+};
 pub(crate) const HEADER_LEN: usize = 256;
-const VERSION: u32 = 1;
-/// Incompatible features that this build knows.
-const KNOWN_INCOMPATIBLE: u64 = 0;
 const CRC_AT: usize = HEADER_LEN - 4;
 
 /// The longest description, in bytes.
@@ -58,7 +63,7 @@ impl Header {
         };
         let mut bytes = vec![0; HEADER_LEN];
         put(&mut bytes, 0, MAGIC);
-        put(&mut bytes, 8, &VERSION.to_le_bytes());
+        put(&mut bytes, 8, &FRONT.version.to_le_bytes());
         put(&mut bytes, 12, &len.to_le_bytes());
         put(&mut bytes, 32, self.backup.as_bytes());
         put(&mut bytes, 48, self.container.as_bytes());
@@ -80,27 +85,7 @@ impl Header {
     /// [`ErrorKind::Unsupported`] for what is no backup, another version or unknown incompatible features;
     /// [`ErrorKind::Corrupt`] for a CRC or a field.
     pub(crate) fn decode(bytes: &[u8; HEADER_LEN]) -> Result<(Self, Described)> {
-        let corrupt = |what: String| Error::new(ErrorKind::Corrupt, what);
-        if !bytes.starts_with(MAGIC) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "not a backup that `vellum backup` wrote (wrong magic)",
-            ));
-        }
-        let version = u32_at(bytes, 8);
-        if version != VERSION {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "backup format version {version}; this build reads version {VERSION}: use the vellum \
-                     that made it"
-                ),
-            ));
-        }
-        if crc32fast::hash(part(bytes, 0, CRC_AT)) != u32_at(bytes, CRC_AT) {
-            return Err(corrupt("the header does not match its CRC".into()));
-        }
-        check_features(u64_at(bytes, 16), KNOWN_INCOMPATIBLE, "backup")?;
+        FRONT.check(bytes)?;
         let uuid = |at| {
             let mut id = [0; 16];
             id.copy_from_slice(part(bytes, at, 16));
@@ -148,22 +133,5 @@ fn check_sizes(virtual_size: u64, device_size: u64, kind: ErrorKind) -> Result<(
     Err(Error::new(
         kind,
         format!("a device of {device_size} bytes in layers of {virtual_size} bytes"),
-    ))
-}
-
-/// Refuses features beyond those that are known.
-pub(crate) fn check_features(incompatible: u64, known: u64, what: &str) -> Result<()> {
-    let unknown = incompatible & !known;
-    if unknown == 0 {
-        return Ok(());
-    }
-    let bits = (0..64).filter(|bit| unknown >> bit & 1 == 1);
-    let bits: Vec<String> = bits.map(|bit| bit.to_string()).collect();
-    Err(Error::new(
-        ErrorKind::Unsupported,
-        format!(
-            "incompatible feature bit(s) {} of the {what} are unknown to this build: use a newer vellum",
-            bits.join(", ")
-        ),
     ))
 }

@@ -2,7 +2,8 @@
 
 use std::io::{Read, Write};
 
-use crate::header::{MAX_DESCRIPTION, check_features};
+use crate::front::Front;
+use crate::header::MAX_DESCRIPTION;
 use crate::read::{self, Chunk};
 use crate::record::{
     Kind, LAYER_FRONT, LAYER_HEADER_LEN, LAYER_PAYLOAD, Totals, corrupt, put, u32_at, u64_at,
@@ -15,9 +16,13 @@ use vellum_base::error::{Error, ErrorKind, Result};
 pub const LAYER_FILE_MAGIC: &[u8; 8] = b"VELLUMLF";
 const HEADER_LEN: usize = 64;
 const CRC_AT: usize = HEADER_LEN - 4;
-const VERSION: u32 = 1;
-/// Incompatible features that this build knows.
-const KNOWN_INCOMPATIBLE: u64 = 0;
+const FRONT: Front = Front {
+    magic: LAYER_FILE_MAGIC,
+    what: LAYER_FILE,
+    made_by: "`vellum export --format layer`",
+    version: 1,
+    known_incompatible: 0,
+};
 /// The most layers of a file.
 const MAX_LAYERS: u32 = 4096;
 /// What a layer file is called in messages.
@@ -124,7 +129,7 @@ impl<W: Write> LayerWriter<W> {
         };
         let mut front = vec![0; HEADER_LEN];
         put(&mut front, 0, LAYER_FILE_MAGIC);
-        put(&mut front, 8, &VERSION.to_le_bytes());
+        put(&mut front, 8, &FRONT.version.to_le_bytes());
         put(&mut front, 12, &len.to_le_bytes());
         put(&mut front, 32, &count.to_le_bytes());
         put(&mut front, 36, &(BLOCK_SIZE as u32).to_le_bytes());
@@ -248,11 +253,6 @@ impl<R: Read> LayerReader<R> {
         &self.description
     }
 
-    /// What was read so far.
-    pub fn totals(&self) -> Totals {
-        self.records.totals()
-    }
-
     /// The next layer or chunk; `None` once the end was read, the digest is right and nothing follows. Before
     /// that what was read may be replaced or cut off, and is to be shown to nobody.
     ///
@@ -285,26 +285,7 @@ impl<R: Read> LayerReader<R> {
 }
 
 fn check_front(front: &[u8; HEADER_LEN]) -> Result<()> {
-    if !front.starts_with(LAYER_FILE_MAGIC) {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "not a layer file that `vellum export --format layer` wrote (wrong magic)",
-        ));
-    }
-    let version = u32_at(front, 8);
-    if version != VERSION {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "layer file format version {version}; this build reads version {VERSION}: use the vellum that \
-                 made it"
-            ),
-        ));
-    }
-    if crc32fast::hash(part(front, 0, CRC_AT)) != u32_at(front, CRC_AT) {
-        return Err(corrupt("the header does not match its CRC"));
-    }
-    check_features(u64_at(front, 16), KNOWN_INCOMPATIBLE, LAYER_FILE)?;
+    FRONT.check(front)?;
     let block = u32_at(front, 36);
     if u64::from(block) != BLOCK_SIZE {
         return Err(corrupt(format!(

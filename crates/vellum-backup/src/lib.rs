@@ -38,6 +38,7 @@
 //! # }
 //! ```
 
+mod front;
 mod header;
 mod layers;
 mod read;

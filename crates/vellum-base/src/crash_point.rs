@@ -1,9 +1,10 @@
 //! Places where a test has this process die, as if it had been killed there, or panic.
 //!
 //! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`], [`RESIZES`], [`BACKUPS`],
-//! [`LAYER_FILES`] or [`SERVING`]; the process that called [`arm`] sends itself SIGKILL when it comes by for the first, or the third, time. With
-//! `VELLUM_PANIC_AT` it panics there. Builds without debug assertions contain nothing of it, and
-//! processes that never call [`arm`], such as device servers, come to no harm.
+//! [`LAYER_FILES`] or [`SERVING`]; the process that called [`arm`] sends itself SIGKILL when it comes by
+//! for the first, or the third, time. With `VELLUM_PANIC_AT` it panics there. Builds without debug
+//! assertions contain nothing of it, and processes that never call [`arm`], such as device servers, come
+//! to no harm.
 
 /// The variable that names the place of a death.
 pub const VARIABLE: &str = "VELLUM_CRASH_AT";

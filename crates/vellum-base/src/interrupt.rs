@@ -9,6 +9,7 @@
 //! A process that does not listen dies of these signals, and [`check`] always passes: the servers
 //! and the snapshotter have ways of their own.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering};
@@ -146,6 +147,24 @@ impl Drop for Held {
 /// for whoever reads what it writes.
 #[derive(Debug)]
 pub struct Interruptible<F>(pub F);
+
+/// Standard input. Not through the buffer of `Stdin`: what lies in it, poll(2) does not know of.
+///
+/// # Errors
+/// Where the process has none.
+pub fn standard_input() -> io::Result<Interruptible<File>> {
+    let input = io::stdin().as_fd().try_clone_to_owned()?;
+    Ok(Interruptible(input.into()))
+}
+
+/// Standard output, without the buffer of `Stdout`.
+///
+/// # Errors
+/// Where the process has none.
+pub fn standard_output() -> io::Result<Interruptible<File>> {
+    let output = io::stdout().as_fd().try_clone_to_owned()?;
+    Ok(Interruptible(output.into()))
+}
 
 impl<F: AsFd> Interruptible<F> {
     /// Whether a call can wait for somebody, for ever: not of files and disks.

@@ -2,6 +2,24 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::error::{Error, ErrorKind, Result};
+
+/// The time since 1970.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for a host whose clock is before that.
+pub fn unix_time() -> Result<Duration> {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_err(|error| {
+            Error::with_source(
+                ErrorKind::InvalidInput,
+                "the host's clock is before 1970",
+                error,
+            )
+        })
+}
+
 /// A moment as RFC 3339 in UTC, to the second.
 ///
 /// Records and answers may name moments that no calendar has: those after the year 9999, or before 1970,

@@ -7,6 +7,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::device::{HOLE, OpenChain, Target, ZERO};
+use super::diff::top_of;
 use super::lock_container;
 use super::map::served_runs;
 use super::mount_point::mounted;
@@ -16,7 +17,7 @@ use super::teardown::take_over;
 use vellum_base::block::{BLOCK_SIZE, Block, BlockState, Blocks, Run, Span, push_run};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::chain::{Chain, Source};
-use vellum_store::{ContainerRecord, ContainerSnapshot, Store};
+use vellum_store::{ContainerRecord, Store};
 
 /// Version of [`Changed`] as JSON: fields may be added, others only change with this number.
 pub const CHANGED_SCHEMA: u32 = 1;
@@ -75,21 +76,18 @@ pub struct Older {
 }
 
 impl Older {
-    /// A sealed state: its layers, from the bottom up. The [default](Older::default) is the state in which
-    /// everything is zero.
-    ///
-    /// # Errors
-    /// Where a layer cannot be opened.
-    pub fn open(store: &Store, layers: &[Uuid]) -> Result<(Self, OpenChain)> {
-        let top = layers.last().copied();
-        let top =
-            top.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a state without layers"))?;
-        let open = Target::Sealed(top).open(store)?;
-        let older = Older {
-            layers: open.chain().base().uuids(),
-            runs: runs_of(open.chain()),
-        };
-        Ok((older, open))
+    /// A sealed state. The [default](Older::default) is the state in which everything is zero.
+    pub fn of(chain: &Chain) -> Self {
+        Older {
+            layers: chain.base().uuids(),
+            runs: runs_of(chain),
+        }
+    }
+
+    /// How many of these layers, from the bottom up, it has too.
+    pub(super) fn shared(&self, layers: &[Uuid]) -> usize {
+        let both = self.layers.iter().zip(layers);
+        both.take_while(|(old, new)| old == new).count()
     }
 
     /// The blocks of a chain that may be others than in this state:
@@ -110,7 +108,7 @@ impl Older {
         };
         let before = self.runs.partition_point(|run| run.end() <= first.start());
         let (_, older) = self.runs.split_at(before);
-        differing(older, newer, shared(&self.layers, layers))
+        differing(older, newer, self.shared(layers))
     }
 }
 
@@ -133,12 +131,14 @@ pub fn changed(store: &Store, name: &str, since: &str) -> Result<Changed> {
     let _pin = store.pin_layers()?;
     let container = store.as_settled(store.container(owner)?)?;
     let base = container.snapshot(since)?;
-    let (older, _open) = Older::open(store, &container.snapshot_layers(base.id)?)?;
+    let open = open_snapshot(store, &container, base.id)?;
+    let older = Older::of(open.chain());
     let (disk, (runs, whole)) = match later {
         Some(later) => {
             let later = container.snapshot(later)?;
-            let (runs, open) = changed_in_snapshot(store, &container, later, &older)?;
-            (&later.disk, (runs, open.chain().whole_size()))
+            let newer = open_snapshot(store, &container, later.id)?;
+            let newer = newer.chain();
+            (&later.disk, (older.changed_in(newer), newer.whole_size()))
         }
         None => (&container.disk, changed_now(store, &container, &older)?),
     };
@@ -156,19 +156,17 @@ pub fn changed(store: &Store, name: &str, since: &str) -> Result<Changed> {
     })
 }
 
-/// What changed up to a snapshot, and its chain, open. The caller holds the pin.
+/// Opens a snapshot of a container. The caller holds the pin.
 ///
 /// # Errors
-/// As [`Older::open`].
-pub(super) fn changed_in_snapshot(
+/// Where it is not there, or a layer of it cannot be opened.
+pub(super) fn open_snapshot(
     store: &Store,
     container: &ContainerRecord,
-    snapshot: &ContainerSnapshot,
-    older: &Older,
-) -> Result<(Vec<Run<BlockState>>, OpenChain)> {
-    let layers = container.snapshot_layers(snapshot.id)?;
-    let (newer, open) = Older::open(store, &layers)?;
-    Ok((older.changed_at(&newer.runs, &newer.layers), open))
+    id: Uuid,
+) -> Result<OpenChain> {
+    let layers = container.snapshot_layers(id)?;
+    Target::Sealed(top_of(&layers)?).open(store)
 }
 
 /// What changed in a container until now, of which the caller has the lock, and the bytes that its layers
@@ -211,7 +209,7 @@ fn range(run: &Run<BlockState>, shown: u64) -> ChangedRange {
 }
 
 /// Where all blocks of a chain come from.
-pub(super) fn runs_of(chain: &Chain) -> Vec<Run<Source>> {
+fn runs_of(chain: &Chain) -> Vec<Run<Source>> {
     let mut runs: Vec<Run<Source>> = Vec::new();
     loop {
         let start = runs.last().map_or(Block::FIRST, Run::end);
@@ -221,12 +219,6 @@ pub(super) fn runs_of(chain: &Chain) -> Vec<Run<Source>> {
         }
         runs.extend(more);
     }
-}
-
-/// How many layers, from the bottom up, are the same in both.
-pub(super) fn shared(older: &[Uuid], newer: &[Uuid]) -> usize {
-    let both = older.iter().zip(newer);
-    both.take_while(|(old, new)| old == new).count()
 }
 
 /// What a server has open: the size, and where all blocks come from.
@@ -261,11 +253,7 @@ pub(super) fn bytes_of(runs: &[Run<BlockState>]) -> Vec<Range<u64>> {
 
 /// The blocks in which a newer state may differ from an older one, in order, by where both have them from, and
 /// whether they are zero in the newer. The first `shared` layers of both are the same.
-pub(super) fn differing(
-    older: &[Run<Source>],
-    newer: &[Run<Source>],
-    shared: usize,
-) -> Vec<Run<BlockState>> {
+fn differing(older: &[Run<Source>], newer: &[Run<Source>], shared: usize) -> Vec<Run<BlockState>> {
     let is_zero = |source: Source| matches!(source, Source::Hole | Source::Zero);
     let same = |old, new| match (old, new) {
         (Source::Sealed(old), Source::Sealed(new)) => old == new && (new as usize) < shared,

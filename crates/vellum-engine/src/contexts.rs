@@ -7,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
-use super::changed::Older;
+use super::changed::{Older, open_snapshot};
 use super::device::OpenChain;
 use vellum_base::block::{Offset, Run};
 use vellum_base::error::Result;
@@ -37,6 +37,7 @@ pub(super) fn contexts(
     let states = Arc::new(States {
         store: store.clone(),
         container: container.clone(),
+        layers: chain.chain().base().uuids(),
         kept: Mutex::default(),
     });
     for snapshot in &container.snapshots {
@@ -98,6 +99,8 @@ impl MetaContext for Depth {
 struct States {
     store: Store,
     container: ContainerRecord,
+    /// Those of the chain that is compared with them: a server of clients is told of no others.
+    layers: Vec<Uuid>,
     kept: Mutex<VecDeque<(Uuid, Arc<Older>)>>,
 }
 
@@ -116,13 +119,10 @@ impl States {
 
     /// Layers may have been joined, and snapshots removed, since the server was started.
     fn open(&self, snapshot: Uuid) -> Result<Older> {
-        let _pin = match self.store.is_read_only() {
-            true => None,
-            false => Some(self.store.pin_layers()?),
-        };
+        let _pin = self.store.pin_layers()?;
         let container = self.store.container_by_now(&self.container)?;
-        let layers = container.snapshot_layers(snapshot)?;
-        Ok(Older::open(&self.store, &layers)?.0)
+        let open = open_snapshot(&self.store, &container, snapshot)?;
+        Ok(Older::of(open.chain()))
     }
 }
 
@@ -141,12 +141,11 @@ impl MetaContext for Dirty {
     fn statuses(&self, offset: u64, len: u64, max: usize) -> Result<Vec<(u64, u32)>> {
         let older = self.states.of(self.snapshot);
         let older = older.map_err(|error| error.context(&self.name))?;
-        let chain = self.chain.chain();
-        let newer = sources(chain, offset, len, max);
+        let newer = sources(self.chain.chain(), offset, len, max);
         let end = newer.last().map_or(offset, |run| run.end().offset().get());
         let mut statuses = Vec::new();
         let mut at = offset;
-        for run in older.changed_at(&newer, &chain.base().uuids()) {
+        for run in older.changed_at(&newer, &self.states.layers) {
             let start = run.start().offset().get().max(offset);
             if at < start {
                 statuses.push((start - at, 0));

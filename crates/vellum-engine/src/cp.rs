@@ -144,13 +144,7 @@ fn bytes(path: &Path) -> &[u8] {
 /// A path of the host from its root, with what it ends with: a slash or a dot there mean something.
 fn absolute(path: &Path) -> Result<PathBuf> {
     let here = std::env::current_dir().context(|| "the working directory")?;
-    let mut full = here.into_os_string();
-    if path.is_absolute() {
-        return Ok(path.to_owned());
-    }
-    full.push("/");
-    full.push(path);
-    Ok(full.into())
+    Ok(here.join(path))
 }
 
 fn read_from<T>(store: &Store, name: &str, work: impl FnOnce(&View) -> Result<T>) -> Result<T> {

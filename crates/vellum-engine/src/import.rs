@@ -9,7 +9,7 @@ use super::complete::finish_layer;
 use super::device::{Target, forget_ext4_journal};
 use super::layer_file;
 use super::raw;
-use super::space::follow_policy;
+use super::staged::open_staged;
 use super::template;
 use super::temporary::TemporaryMount;
 use super::watch::Watch;
@@ -17,7 +17,6 @@ use vellum_backup::LAYER_FILE_MAGIC;
 use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_core::layer::{LayerOptions, WritableLayer};
 use vellum_fs::ext4;
 use vellum_fs::superblock::Superblock;
 use vellum_image::{
@@ -463,9 +462,7 @@ impl Importer<'_> {
             ));
         }
         let staged = self.store.stage_layer(None, virtual_size)?;
-        let storage = self.store.storage().clone();
-        let layer = WritableLayer::open(storage, &staged.dir(), LayerOptions::default())?;
-        follow_policy(self.store, &layer);
+        let layer = open_staged(self.store, &staged)?;
         let shown = disk.path.display().to_string();
         let mut progress = self.watch.begin(&shown, Some(disk.size));
         raw::copy_in(&layer, disk, |bytes| {

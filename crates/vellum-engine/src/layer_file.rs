@@ -10,16 +10,15 @@ use uuid::Uuid;
 
 use super::complete::checksum_layer;
 use super::import::{ImportOptions, LayerOutcome};
+use super::staged::{open_staged, write_run};
 use super::template;
 use super::watch::Watch;
-use vellum_backup::{Chunk, LayerEntry, LayerPart, LayerReader};
-use vellum_base::block::{BLOCK_SIZE, BlockState};
+use vellum_backup::{LayerEntry, LayerPart, LayerReader};
+use vellum_base::block::BLOCK_SIZE;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
-use vellum_core::layer::{
-    Header, LayerOptions, SealedLayer, WritableLayer, check_size, seal_in_place,
-};
+use vellum_core::layer::{Header, SealedLayer, WritableLayer, check_size, seal_in_place};
 use vellum_image::ImageConfig;
 use vellum_store::{DiskInfo, ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
 
@@ -174,7 +173,9 @@ pub(crate) fn receive(
             LayerPart::Chunk(chunk) => {
                 // Of one that is here already, nothing is to be done but to check the file.
                 let Some(open) = &receiver.open else { continue };
-                write(&open.layer, &chunk)?;
+                for (run, bytes) in chunk.pieces() {
+                    write_run(&open.layer, run, bytes)?;
+                }
                 crash_point::here("layer file: piece written");
             }
         }
@@ -191,18 +192,6 @@ pub(crate) fn receive(
         created: now(),
     };
     Ok((image, outcomes))
-}
-
-/// Writes blocks of a file into the layer that they are of.
-fn write(layer: &WritableLayer, chunk: &Chunk<'_>) -> Result<()> {
-    for (run, bytes) in chunk.pieces() {
-        let held = layer.lock_blocks(run.span)?;
-        match run.value {
-            BlockState::Data => drop(layer.write_blocks(&held, run.start(), bytes)?),
-            state => layer.clear_blocks(&held, run.span, state)?,
-        }
-    }
-    Ok(())
 }
 
 /// A layer that is being written.
@@ -262,8 +251,7 @@ impl Receiver<'_> {
             return Err(self.missing(layer, &known));
         } else {
             let staged = self.store.stage_received(&header)?;
-            let storage = self.store.storage().clone();
-            let layer = WritableLayer::open(storage, &staged.dir(), LayerOptions::default())?;
+            let layer = open_staged(self.store, &staged)?;
             self.open = Some(Open {
                 layer,
                 staged,

@@ -35,6 +35,7 @@ pub mod serving;
 pub mod snapshot;
 mod sockets;
 pub mod space;
+mod staged;
 pub mod stats;
 pub mod status;
 pub mod teardown;

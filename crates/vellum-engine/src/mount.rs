@@ -168,11 +168,7 @@ fn mount_grown(
     let options = rights.options(container.atime.unwrap_or_default());
     ext4::mount(device, dir, options)?;
     let grown = store.size_of(container).and_then(|size| {
-        // Unless its layer grew since that was noted.
-        let size = match size == container.disk.virtual_size {
-            true => container.disk.shown(),
-            false => size,
-        };
+        let size = container.disk.shown_of(size);
         grow_file_system(device, dir, size, options, || {
             ext4::unmount(dir, UNMOUNT_TIMEOUT)
         })

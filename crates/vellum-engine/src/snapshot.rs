@@ -1,7 +1,5 @@
 //! Moments of a container: kept as snapshots, made containers of, gone back to. docs/snapshots.md.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -14,6 +12,7 @@ use super::teardown::{take_over, umount_locked};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
+use vellum_base::moment::unix_time;
 use vellum_store::{
     Consistency, ContainerRecord, ContainerSnapshot, Fork, LayerInfo, PruneReport, Store,
     StoreGuard, VolumeMount, now,
@@ -325,15 +324,7 @@ pub fn prune_snapshots(
     }
     let (_, _busy) = lock_container(store, &store.container(name)?)?;
     let container = store.settle(name)?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let now = now.map_err(|error| {
-        Error::with_source(
-            ErrorKind::InvalidInput,
-            "the host's clock is before 1970",
-            error,
-        )
-    })?;
-    let snapshots = judge(&container.snapshots, policy, now)?;
+    let snapshots = judge(&container.snapshots, policy, unix_time()?)?;
     let gone = snapshots
         .iter()
         .filter(|verdict| verdict.kept_by.is_empty());

@@ -275,6 +275,16 @@ impl RunDir {
         ]
     }
 
+    /// Whether anything of a device is there, or may be. Where nothing is, no process of a device is either:
+    /// whoever starts one makes its log first.
+    ///
+    /// # Errors
+    /// Where the directory cannot be read.
+    pub fn has_device_files(&self) -> io::Result<bool> {
+        let files = self.device_files();
+        Ok(files.iter().any(|file| is_there(file)) || !self.unfinished_states()?.is_empty())
+    }
+
     /// Where the device is mounted unless a directory is named.
     pub fn rootfs(&self) -> PathBuf {
         self.path.join("rootfs")
@@ -303,6 +313,14 @@ impl RunDir {
     /// [`RunDir::owner`] before it is locked.
     pub fn unlocked_owner(&self) -> PathBuf {
         self.path.join("owner.tmp")
+    }
+}
+
+/// True unless `path` is known not to be there: a dead FUSE mount answers with an error.
+pub fn is_there(path: &Path) -> bool {
+    match path.symlink_metadata() {
+        Ok(_) => true,
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
 }
 
@@ -438,6 +456,27 @@ mod tests {
         assert!(dir.exists());
         dir.remove_empty().unwrap();
         assert_eq!(runs.dirs().unwrap(), []);
+    }
+
+    #[test]
+    fn what_others_keep_in_a_run_directory_is_nothing_of_a_device() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = RunDir::at(root.path().to_owned());
+        for path in [dir.rootfs(), dir.inner(), dir.etc(), dir.oci()] {
+            fs::create_dir(path).unwrap();
+        }
+        fs::write(dir.owner(), "").unwrap();
+        assert!(!dir.has_device_files().unwrap());
+        for path in dir
+            .device_files()
+            .into_iter()
+            .chain([dir.unfinished_state()])
+        {
+            fs::write(&path, "").unwrap();
+            assert!(dir.has_device_files().unwrap(), "{}", path.display());
+            fs::remove_file(&path).unwrap();
+        }
+        assert!(!dir.has_device_files().unwrap());
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use std::io::Read;
 use std::path::Path;
 
-use super::install::{ApplyStats, Content, Installer};
+use super::content::Content;
+use super::install::{ApplyStats, Installer};
 use super::members::Members;
 use super::node::{Kind, join, split};
 use vellum_base::{Error, ErrorKind, Result};

@@ -51,13 +51,14 @@ impl Compression {
         }
     }
 
-    /// The end of a layer's OCI media type.
-    pub(super) fn suffix(self) -> &'static str {
-        match self {
+    /// The OCI media type of a layer that is compressed so.
+    pub fn layer_media_type(self) -> String {
+        let suffix = match self {
             Compression::None => "",
             Compression::Gzip => "+gzip",
             Compression::Zstd => "+zstd",
-        }
+        };
+        format!("application/vnd.oci.image.layer.v1.tar{suffix}")
     }
 }
 

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::Progress;
-use super::install::{ApplyStats, Content, Installer};
+use super::content::Content;
+use super::install::{ApplyStats, Installer};
 use super::walk::{FileContent, NoContent, walk};
 use vellum_base::error::ResultExt;
 use vellum_base::interrupt;
@@ -56,9 +57,10 @@ pub fn copy_tree(
     tree.finish()
 }
 
-struct Counted<'a, 'p, C> {
-    content: C,
-    progress: &'a mut Option<Progress<'p>>,
+/// Content that is counted, and read until a signal asks for the end.
+pub(super) struct Counted<'a, 'p, C> {
+    pub content: C,
+    pub progress: &'a mut Option<Progress<'p>>,
 }
 
 impl<C: Content> Content for Counted<'_, '_, C> {

@@ -17,6 +17,7 @@ mod apply;
 mod blobs;
 mod compress;
 mod config;
+mod content;
 mod copy;
 mod detect;
 mod diff;
@@ -63,7 +64,7 @@ pub use source::{Format, Image, Source, SourceOptions, StreamSource};
 pub use transfer::{Owners, TransferOptions, transfer, transfer_from_tar, transfer_to_tar};
 pub use tree::{Attributes, Directory, MountedTrees, Trees};
 pub use view::View;
-pub use write::{LayerTarOptions, write_layer_tar, write_rootfs_tar, write_rootfs_tar_but};
+pub use write::{LayerTarOptions, write_layer_tar, write_rootfs_tar};
 pub use write_blob::{LayerBlob, write_blob};
 pub use write_oci::OciWriter;
 

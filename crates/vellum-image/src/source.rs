@@ -7,7 +7,6 @@
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::{self, BufReader, Cursor, Read};
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,7 +23,7 @@ use super::raw;
 use super::slice::Slice;
 use super::{Progress, docker, docker_legacy, oci, qcow2, read_failure};
 use vellum_base::error::ResultExt;
-use vellum_base::interrupt::{self, Interruptible};
+use vellum_base::interrupt::{self, Interruptible, standard_input};
 use vellum_base::{Error, ErrorKind, Result};
 
 /// What a source can be.
@@ -327,13 +326,8 @@ impl Source {
     /// the command that helps; `Corrupt` for a damaged archive.
     pub fn open(spec: &Path, options: &SourceOptions) -> Result<Source> {
         if spec.as_os_str() == "-" {
-            // Not through the buffer of `Stdin`: what lies in it, poll(2) does not know of.
-            let input = io::stdin()
-                .as_fd()
-                .try_clone_to_owned()
-                .context(|| "standard input")?;
-            let input = Box::new(Interruptible(File::from(input)));
-            return from_stream(input, None, options).context(|| "standard input");
+            let input = standard_input().context(|| "standard input")?;
+            return from_stream(Box::new(input), None, options).context(|| "standard input");
         }
         let meta = std::fs::metadata(spec).context(|| format!("opening {spec:?}"))?;
         open_path(spec, &meta, options).context(|| format!("{}", spec.display()))

@@ -1,13 +1,15 @@
 //! Files out of a tree and into one, as `docker cp` moves them: to and from a tar, and between trees.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::path::PathBuf;
 
 use super::apply::MemberContent;
 use super::compress::{Decoder, buffered};
-use super::install::{ApplyStats, Content, Installer};
+use super::content::Content;
+use super::copy::Counted;
+use super::install::{ApplyStats, Installer};
 use super::members::Members;
 use super::node::{CAPABILITY, Kind, Node, join, split, to_path};
 use super::rooted::{file_type, is_directory, look, open_directory};
@@ -131,22 +133,15 @@ pub fn transfer(
     let mut sink = Sink::new(to, into, options.owners, options.devices);
     source.visit(&name, &mut |node, file| match &file {
         Some(file) => {
-            let content = FileContent::of_changing(file, &node);
-            sink.put(node, &mut Watchful(content))
+            let mut content = Counted {
+                content: FileContent::of_changing(file, &node),
+                progress: &mut None,
+            };
+            sink.put(node, &mut content)
         }
         None => sink.put(node, &mut NoContent),
     })?;
     sink.finish(true)
-}
-
-/// Content that is read until a signal asks for the end.
-struct Watchful<C>(C);
-
-impl<C: Content> Content for Watchful<C> {
-    fn read(&mut self, into: &mut [u8]) -> Result<usize> {
-        interrupt::check()?;
-        self.0.read(into)
-    }
 }
 
 /// Where a path lies on the host.
@@ -302,7 +297,7 @@ struct Sink<'a> {
     owners: Owners,
     devices: bool,
     /// One for each tree that something came to, by its number.
-    installers: Vec<(usize, Installer)>,
+    installers: BTreeMap<usize, Installer>,
     /// The last directory that was asked for, and what it is without links.
     known: Option<(Vec<u8>, Vec<u8>)>,
     /// Device nodes that were not made, and their further names.
@@ -316,7 +311,7 @@ impl<'a> Sink<'a> {
             into,
             owners,
             devices,
-            installers: Vec::new(),
+            installers: BTreeMap::new(),
             known: None,
             left_out: BTreeSet::new(),
         }
@@ -406,24 +401,17 @@ impl<'a> Sink<'a> {
     }
 
     fn installer(&mut self, tree: usize) -> Result<&mut Installer> {
-        let there = self.installers.iter().position(|(of, _)| *of == tree);
-        let index = match there {
-            Some(index) => index,
-            None => {
-                let installer = Installer::strict(self.view.rooted(tree)?, true);
-                self.installers.push((tree, installer));
-                self.installers.len() - 1
+        Ok(match self.installers.entry(tree) {
+            btree_map::Entry::Occupied(there) => there.into_mut(),
+            btree_map::Entry::Vacant(place) => {
+                place.insert(Installer::strict(self.view.rooted(tree)?))
             }
-        };
-        let found = self.installers.get_mut(index);
-        found
-            .map(|(_, installer)| installer)
-            .ok_or_else(|| Error::internal("an installer that was just made is not there"))
+        })
     }
 
     fn finish(self, end_marker: bool) -> Result<ApplyStats> {
         let mut all = ApplyStats::default();
-        for (_, installer) in self.installers {
+        for installer in self.installers.into_values() {
             all += installer.finish()?;
         }
         all.end_marker = end_marker;

@@ -14,7 +14,7 @@ use nix::fcntl::readlinkat;
 use nix::sys::stat::{FileStat, SFlag, fstat, major, minor};
 use nix::unistd::{Whence, lseek};
 
-use super::install::Content;
+use super::content::Content;
 use super::node::{Extent, Kind, MAX_DEPTH, Node, PERMISSIONS, Xattrs, join, shown};
 use super::rooted::{
     atime, file_type, is_directory, look, mtime, names, open_directory, open_file, proc_path,
@@ -411,8 +411,9 @@ pub(super) struct FileContent<'a> {
     extents: Vec<Extent>,
     index: usize,
     done: u64,
-    /// It may become shorter while it is read: its name, until that was said.
+    /// It may become shorter while it is read: its name.
     changing: Option<String>,
+    /// It did, and that was said.
     short: bool,
 }
 
@@ -477,13 +478,12 @@ impl Content for FileContent<'_> {
                 self.done += count as u64;
                 return Ok(count);
             }
-            match self.changing.take() {
-                Some(name) => {
-                    tracing::warn!("{name}: became shorter while it was read: zeros fill it up");
-                    self.short = true;
-                }
-                None if !self.short => return Ok(0),
-                None => {}
+            let Some(name) = &self.changing else {
+                return Ok(0);
+            };
+            if !self.short {
+                tracing::warn!("{name}: became shorter while it was read: zeros fill it up");
+                self.short = true;
             }
             into.fill(0);
             self.done += most as u64;

@@ -11,8 +11,8 @@ use tar_core::{EntryBuilder, EntryType, SparseEntry};
 
 use super::Progress;
 use super::apply::WHITEOUT;
+use super::content::Content;
 use super::diff::{Change, ChangeKind, Foreign};
-use super::install::Content;
 use super::node::{Extent, Kind, Node, Time, Xattrs, join, normalise, shown, split, to_path};
 use super::rooted::{Rooted, file_type, is_directory};
 use super::walk::{FileContent, Level, NoContent, walk};
@@ -225,7 +225,7 @@ fn append_read<'f, W: Write>(
     tar.append(&node, length, &mut content).map(|()| length)
 }
 
-/// Writes the tree at `root` as the tar of a root file system to `output`.
+/// Writes the tree at `root`, without what is `foreign` in it, as the tar of a root file system to `output`.
 ///
 /// The order is fixed (directories first, names sorted), so that the same tree gives the same
 /// bytes. Sockets have no place in a tar and are left out, and so is the empty `lost+found`
@@ -236,19 +236,6 @@ fn append_read<'f, W: Write>(
 /// `Io` with the file that could not be read, or when `output` fails; `Unsupported` for an
 /// attribute that a tar cannot hold.
 pub fn write_rootfs_tar(
-    root: &Path,
-    output: impl Write,
-    progress: Option<Progress<'_>>,
-) -> Result<()> {
-    write_rootfs_tar_but(root, &Foreign::default(), output, progress)
-}
-
-/// As [`write_rootfs_tar`], without what is `foreign`.
-///
-/// # Errors
-///
-/// As [`write_rootfs_tar`].
-pub fn write_rootfs_tar_but(
     root: &Path,
     foreign: &Foreign,
     output: impl Write,
@@ -283,11 +270,9 @@ fn as_made(root: &Path, foreign: &Foreign) -> Result<BTreeSet<Vec<u8>>> {
         let Some((above, name)) = split(&path) else {
             continue;
         };
-        let Some(directory) = tree.find(above)? else {
+        let Some(level) = level(&mut tree, above)? else {
             continue;
         };
-        let fd = directory.fd.try_clone();
-        let level = Level::at(fd.context(|| format!("opening {}", shown(above)))?, above);
         let Some(stat) = level.look(name)? else {
             continue;
         };
@@ -421,7 +406,7 @@ impl<W: Write> LayerTar<'_, W> {
                 ),
             ));
         }
-        let found = match self.level(above)? {
+        let found = match level(&mut self.tree, above)? {
             Some(level) => level.node_now(name)?,
             None => None,
         };
@@ -484,18 +469,6 @@ impl<W: Write> LayerTar<'_, W> {
         self.tar.append(&node, 0, &mut NoContent)
     }
 
-    /// The directory at `path`, if it is there.
-    fn level(&mut self, path: &[u8]) -> Result<Option<Level>> {
-        let Some(directory) = self.tree.find(path)? else {
-            return Ok(None);
-        };
-        let fd = directory
-            .fd
-            .try_clone()
-            .context(|| format!("opening {}", shown(path)))?;
-        Ok(Some(Level::at(fd, path)))
-    }
-
     /// Adds to `paths` the names outside it of files that it holds some names of.
     fn add_other_names(&mut self, paths: &mut BTreeMap<Vec<u8>, ChangeKind>) -> Result<()> {
         let mut names: HashMap<u64, u64> = HashMap::new();
@@ -507,7 +480,7 @@ impl<W: Write> LayerTar<'_, W> {
             if *kind == ChangeKind::Deleted {
                 continue;
             }
-            let level = self.level(above)?;
+            let level = level(&mut self.tree, above)?;
             let found = level.map(|level| level.look(name)).transpose()?.flatten();
             let stat = match found {
                 Some(stat) => stat,
@@ -531,6 +504,16 @@ impl<W: Write> LayerTar<'_, W> {
         let root = Level::root(self.upper)?;
         find_names(&root, &missing, self.options.changing, paths)
     }
+}
+
+/// The directory at `path`, if it is there.
+fn level(tree: &mut Rooted, path: &[u8]) -> Result<Option<Level>> {
+    let Some(directory) = tree.find(path)? else {
+        return Ok(None);
+    };
+    let fd = directory.fd.try_clone();
+    let fd = fd.context(|| format!("opening {}", shown(path)))?;
+    Ok(Some(Level::at(fd, path)))
 }
 
 fn vanished(path: &[u8]) -> Error {

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::compress::Compression;
 use super::config::ImageConfig;
-use super::install::Content;
+use super::content::Content;
 use super::layer::hex;
 use super::node::{Kind, Node};
 use super::oci::{canonical_name, tag_of};
@@ -82,10 +82,7 @@ impl OciWriter {
         } = blob;
         std::fs::rename(&path, self.spool.path().join(&digest)).context(failed)?;
         let diff_id = format!("sha256:{diff_id}");
-        let media_type = format!(
-            "application/vnd.oci.image.layer.v1.tar{}",
-            self.compression.suffix()
-        );
+        let media_type = self.compression.layer_media_type();
         self.layers.push(descriptor(&media_type, &digest, size));
         self.blobs.insert(digest, size);
         self.diff_ids.push(diff_id.clone());

@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::size::parse_size;
+use vellum_export::device::TransportChoice;
 use vellum_store::SpacePolicy;
 
 /// Where the file is by default; it need not be there.
@@ -30,6 +31,9 @@ pub struct Config {
     /// How snapshots are handed to containerd.
     #[serde(default)]
     pub mounts: MountMode,
+    /// How requests come from the kernel.
+    #[serde(default)]
+    pub transport: TransportChoice,
     /// What is done while the store's disk is nearly full; `None` leaves it as `vellum space` set it.
     pub space: Option<SpacePolicy>,
     /// Where Prometheus finds counters.

@@ -57,8 +57,6 @@ pub struct Naming {
     pub reference: String,
     /// Labels of the blob.
     pub labels: BTreeMap<String, String>,
-    /// It is compressed: a label says what is in it.
-    pub compressed: bool,
 }
 
 /// The content store of the containerd that listens at a socket.
@@ -88,7 +86,7 @@ impl ContentStore {
         write: impl FnOnce(&mut Upload) -> vellum_base::Result<LayerBlob>,
     ) -> Result<LayerBlob> {
         let mut calls = Calls::connect(&self.address, owner)?;
-        let own_lease = match &calls.lease {
+        let own_lease = match &calls.owner.lease {
             Some(_) => None,
             None => Some(calls.make_lease()?),
         };
@@ -102,22 +100,16 @@ impl ContentStore {
 
 /// A connection to containerd, and in whose name it is used.
 struct Calls {
-    handle: Handle,
     content: ContentClient<Channel>,
     leases: LeasesClient<Channel>,
-    namespace: AsciiMetadataValue,
-    lease: Option<AsciiMetadataValue>,
+    owner: Owner,
 }
 
 /// Waits for an answer, in the words of `doing` where none comes.
-fn wait<T>(
-    handle: &Handle,
-    doing: &str,
-    answer: impl Future<Output = std::result::Result<T, Status>>,
-) -> Result<T> {
+fn wait<T>(doing: &str, answer: impl Future<Output = std::result::Result<T, Status>>) -> Result<T> {
     let late = |_| Status::deadline_exceeded(format!("no answer for {} s", PATIENCE.as_secs()));
     let answer = async { tokio::time::timeout(PATIENCE, answer).await.map_err(late)? };
-    handle.block_on(answer).map_err(|status| {
+    Handle::current().block_on(answer).map_err(|status| {
         let text = format!("containerd, {doing}: {}", status.message());
         containerd(status.code(), text)
     })
@@ -125,7 +117,6 @@ fn wait<T>(
 
 impl Calls {
     fn connect(address: &Path, owner: &Owner) -> Result<Self> {
-        let handle = Handle::current();
         let path = address.to_owned();
         let connector = tower::service_fn(move |_: Uri| {
             let path = path.clone();
@@ -133,7 +124,7 @@ impl Calls {
         });
         // The name means nothing on a unix socket.
         let endpoint = Endpoint::from_static("http://containerd").connect_timeout(PATIENCE);
-        let connected = handle.block_on(endpoint.connect_with_connector(connector));
+        let connected = Handle::current().block_on(endpoint.connect_with_connector(connector));
         let channel = connected.map_err(|error| {
             let cause = std::error::Error::source(&error).map(ToString::to_string);
             let text = format!(
@@ -145,19 +136,17 @@ impl Calls {
             containerd(Code::Unavailable, text)
         })?;
         Ok(Calls {
-            handle,
             content: ContentClient::new(channel.clone()),
             leases: LeasesClient::new(channel),
-            namespace: owner.namespace.clone(),
-            lease: owner.lease.clone(),
+            owner: owner.clone(),
         })
     }
 
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         let metadata = request.metadata_mut();
-        metadata.insert("containerd-namespace", self.namespace.clone());
-        if let Some(lease) = &self.lease {
+        metadata.insert("containerd-namespace", self.owner.namespace.clone());
+        if let Some(lease) = &self.owner.lease {
             metadata.insert("containerd-lease", lease.clone());
         }
         request
@@ -173,16 +162,17 @@ impl Calls {
             id: id.clone(),
             labels: HashMap::from([(EXPIRE.to_owned(), until.to_string())]),
         });
-        wait(&self.handle, "making a lease", self.leases.create(request))?;
+        wait("making a lease", self.leases.create(request))?;
         let value = AsciiMetadataValue::try_from(id.as_str());
-        self.lease = Some(value.map_err(|error| Error::internal(format!("lease {id}: {error}")))?);
+        self.owner.lease =
+            Some(value.map_err(|error| Error::internal(format!("lease {id}: {error}")))?);
         Ok(id)
     }
 
     fn end_lease(&mut self, id: String) {
-        self.lease = None;
+        self.owner.lease = None;
         let request = self.request(leases::DeleteRequest { id, sync: false });
-        let ended = wait(&self.handle, "ending a lease", self.leases.delete(request));
+        let ended = wait("ending a lease", self.leases.delete(request));
         if let Err(failure) = ended {
             tracing::debug!(error = %failure, "a lease of ours stays until it expires");
         }
@@ -201,7 +191,7 @@ impl Calls {
         let done = self.write(&reference, naming, write);
         if done.is_err() && is_ours {
             let request = self.request(api::AbortRequest { r#ref: reference });
-            let aborted = wait(&self.handle, "dropping a blob", self.content.abort(request));
+            let aborted = wait("dropping a blob", self.content.abort(request));
             if let Err(failure) = aborted {
                 tracing::debug!(error = %failure, "what was written of a layer is left to containerd");
             }
@@ -236,19 +226,17 @@ impl Calls {
         };
         let doing = format!("writing {reference:?}");
         let request = self.request(ReceiverStream::new(receiver));
-        let sender = requests.clone();
         let begun = async {
-            let sent = sender.send(first).await;
+            let sent = requests.send(first).await;
             sent.map_err(|_| Status::unavailable("the connection ended"))?;
             let mut answers = self.content.write(request).await?.into_inner();
             next(&mut answers).await?;
             Ok(answers)
         };
-        let answers = wait(&self.handle, &doing, begun)?;
+        let answers = wait(&doing, begun)?;
         Ok(Upload {
-            handle: self.handle.clone(),
             doing,
-            requests: Some(requests),
+            requests,
             answers,
             buffer: Vec::with_capacity(CHUNK),
             written: 0,
@@ -266,7 +254,8 @@ impl Calls {
         let digest = format!("sha256:{}", blob.digest);
         let diff_id = format!("sha256:{}", blob.diff_id);
         let mut labels: HashMap<String, String> = naming.labels.clone().into_iter().collect();
-        if naming.compressed {
+        let compressed = digest != diff_id;
+        if compressed {
             labels.insert(UNCOMPRESSED.to_owned(), diff_id.clone());
         }
         upload.flush_buffer()?;
@@ -275,7 +264,7 @@ impl Calls {
         crash_point::here("diff: committed");
         let request = self.request(api::InfoRequest { digest });
         let doing = "asking for the new layer";
-        let info = wait(&self.handle, doing, self.content.info(request))?.into_inner();
+        let info = wait(doing, self.content.info(request))?.into_inner();
         let nothing = || containerd(Code::DataLoss, "containerd says nothing of the new layer");
         let mut info = info.info.ok_or_else(nothing)?;
         if u64::try_from(info.size) != Ok(blob.size) {
@@ -286,7 +275,7 @@ impl Calls {
             return Err(containerd(Code::DataLoss, text));
         }
         // It may have been there before, from somebody who did not say what is in it.
-        if naming.compressed && !info.labels.contains_key(UNCOMPRESSED) {
+        if compressed && !info.labels.contains_key(UNCOMPRESSED) {
             info.labels.insert(UNCOMPRESSED.to_owned(), diff_id);
             let request = self.request(api::UpdateRequest {
                 info: Some(info),
@@ -294,11 +283,7 @@ impl Calls {
                     paths: vec![format!("labels.{UNCOMPRESSED}")],
                 }),
             });
-            wait(
-                &self.handle,
-                "labelling the layer",
-                self.content.update(request),
-            )?;
+            wait("labelling the layer", self.content.update(request))?;
         }
         Ok(blob)
     }
@@ -313,9 +298,8 @@ async fn next(
 
 /// A blob that is being written.
 pub(super) struct Upload {
-    handle: Handle,
     doing: String,
-    requests: Option<mpsc::Sender<api::WriteContentRequest>>,
+    requests: mpsc::Sender<api::WriteContentRequest>,
     answers: Streaming<api::WriteContentResponse>,
     buffer: Vec<u8>,
     /// Bytes that containerd has.
@@ -332,17 +316,14 @@ impl Upload {
             requests, answers, ..
         } = self;
         let exchanged = async {
-            let sent = match requests {
-                Some(requests) => requests.send(request).await.is_ok(),
-                None => false,
-            };
+            let sent = requests.send(request).await.is_ok();
             // A stream that ended says why.
             match (next(answers).await, sent) {
                 (Ok(_), false) => Err(Status::unavailable("the connection ended")),
                 (answer, _) => answer,
             }
         };
-        wait(&self.handle, &self.doing, exchanged)
+        wait(&self.doing, exchanged)
     }
 
     fn flush_buffer(&mut self) -> Result<()> {
@@ -397,13 +378,19 @@ impl Upload {
 
     /// Gives the reference up, and waits until containerd has seen that: the next who writes under it, such
     /// as another differ, would find it locked.
-    fn end(mut self) {
-        self.requests = None;
+    fn end(self) {
+        let Upload {
+            doing,
+            requests,
+            mut answers,
+            ..
+        } = self;
+        drop(requests);
         let ended = async {
-            while self.answers.message().await?.is_some() {}
+            while answers.message().await?.is_some() {}
             Ok(())
         };
-        if let Err(failure) = wait(&self.handle, &self.doing, ended) {
+        if let Err(failure) = wait(&doing, ended) {
             tracing::debug!(error = %failure, "a blob's writing ended");
         }
     }
@@ -431,7 +418,7 @@ impl io::Write for Upload {
 }
 
 /// A number of bytes as it is in messages.
-fn signed(bytes: u64) -> Result<i64> {
+pub(super) fn signed(bytes: u64) -> Result<i64> {
     let too_large = |_| Error::new(ErrorKind::NoSpace, format!("a layer of {bytes} bytes"));
     Ok(i64::try_from(bytes).map_err(too_large)?)
 }

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use tonic::{Request, Response, Status};
 
-use super::content::Naming;
+use super::content::{Naming, signed};
 use super::diff::WantedLayer;
-use super::failure::{Failure, Result, invalid, not_ours};
+use super::failure::{Failure, Result, not_ours};
 use super::operations::MountSpec;
 use super::proto::services::diff::v1 as api;
 use super::proto::types::{Descriptor, Mount};
@@ -15,19 +15,20 @@ use super::service::Service;
 use api::diff_server::Diff;
 use vellum_image::Compression;
 
-/// What a layer is compressed with when nobody says.
-const DEFAULT_MEDIA_TYPE: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
-
-/// How a layer of this media type is compressed: of those that containerd's own differ makes.
+/// How a layer of this media type is compressed: of those that containerd's own differ makes, which makes
+/// gzip where nobody says.
 fn compression(media_type: &str) -> Result<Compression> {
-    match media_type {
-        "application/vnd.oci.image.layer.v1.tar" => Ok(Compression::None),
-        DEFAULT_MEDIA_TYPE => Ok(Compression::Gzip),
-        "application/vnd.oci.image.layer.v1.tar+zstd" => Ok(Compression::Zstd),
-        other => Err(not_ours(format!(
-            "layers of the type {other:?} are not made here"
-        ))),
+    if media_type.is_empty() {
+        return Ok(Compression::Gzip);
     }
+    [Compression::None, Compression::Gzip, Compression::Zstd]
+        .into_iter()
+        .find(|one| one.layer_media_type() == media_type)
+        .ok_or_else(|| {
+            not_ours(format!(
+                "layers of the type {media_type:?} are not made here"
+            ))
+        })
 }
 
 /// A field of a request's head.
@@ -71,29 +72,23 @@ fn spec(mounts: &[Mount]) -> Result<Option<MountSpec>> {
     }))
 }
 
-fn wanted(metadata: &MetadataMap, request: api::DiffRequest) -> Result<(String, WantedLayer)> {
-    let media_type = match request.media_type.is_empty() {
-        true => DEFAULT_MEDIA_TYPE.to_owned(),
-        false => request.media_type,
-    };
-    let compression = compression(&media_type)?;
+fn wanted(metadata: &MetadataMap, request: api::DiffRequest) -> Result<WantedLayer> {
+    let compression = compression(&request.media_type)?;
     let newer = spec(&request.right)?
         .ok_or_else(|| not_ours("what is compared with nothing is no snapshot from here"))?;
     let labels: BTreeMap<String, String> = request.labels.into_iter().collect();
-    let wanted = WantedLayer {
+    Ok(WantedLayer {
         older: spec(&request.left)?,
         newer,
         compression,
         naming: Naming {
             reference: request.r#ref,
             labels,
-            compressed: compression != Compression::None,
         },
         newest: request.source_date_epoch.map(|time| time.seconds),
         namespace: field(metadata, "containerd-namespace"),
         lease: field(metadata, "containerd-lease"),
-    };
-    Ok((media_type, wanted))
+    })
 }
 
 #[tonic::async_trait]
@@ -117,14 +112,12 @@ impl Diff for Service {
         let wanted = wanted(&metadata, request);
         let content = self.content.clone();
         self.run("diff", &source.unwrap_or_default(), move |snapshotter| {
-            let (media_type, wanted) = wanted?;
+            let wanted = wanted?;
             let blob = snapshotter.diff(&wanted, &content)?;
-            let size = i64::try_from(blob.size);
-            let size = size.map_err(|_| invalid("a layer of more bytes than messages can say"))?;
             let diff = Descriptor {
-                media_type,
+                media_type: wanted.compression.layer_media_type(),
                 digest: format!("sha256:{}", blob.digest),
-                size,
+                size: signed(blob.size)?,
                 annotations: std::collections::HashMap::new(),
             };
             Ok::<_, Failure>(api::DiffResponse { diff: Some(diff) })

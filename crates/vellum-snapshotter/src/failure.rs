@@ -8,7 +8,7 @@ use tonic::Code;
 use vellum_base::error::{Error, ErrorKind};
 
 /// Why an operation failed.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub enum Failure {
     /// What was asked cannot be done; the kind says why, as containerd understands it.
     Request(Error),

@@ -71,6 +71,11 @@ impl ContainerRecord {
         })
     }
 
+    /// Its snapshot with this id.
+    pub fn snapshot_by_id(&self, id: Uuid) -> Option<&ContainerSnapshot> {
+        self.snapshots.iter().find(|kept| kept.id == id)
+    }
+
     /// The sealed layers of a snapshot, from the bottom up.
     ///
     /// # Errors
@@ -87,7 +92,7 @@ impl ContainerRecord {
         let mut seen = HashSet::new();
         let mut at = Some(id);
         while let Some(id) = at {
-            let snapshot = self.snapshots.iter().find(|there| there.id == id);
+            let snapshot = self.snapshot_by_id(id);
             let snapshot = snapshot.ok_or_else(|| damaged("or one below it is not there"))?;
             if !seen.insert(id) {
                 return Err(damaged("is its own ancestor"));

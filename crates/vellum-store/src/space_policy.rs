@@ -226,10 +226,7 @@ impl Store {
     /// [`ErrorKind::InvalidInput`] where it stops writers before it refuses what is new, or refuses
     /// before it warns, on the store's disk.
     pub fn set_space_policy(&self, policy: SpacePolicy) -> Result<()> {
-        let disk = self.storage.disk_space(&self.root);
-        let disk =
-            disk.context(|| format!("cannot ask for the space of {}", self.root.display()))?;
-        let size = disk.map_or(u64::MAX, |disk| disk.size);
+        let size = self.disk_space()?.map_or(u64::MAX, |disk| disk.size);
         let stages = [
             ("warn", policy.warn),
             ("refuse", policy.refuse),
@@ -257,15 +254,19 @@ impl Store {
         self.write_json(&self.root.join(FILE), &policy)
     }
 
+    fn disk_space(&self) -> Result<Option<DiskSpace>> {
+        let root = &self.root;
+        let space = self.storage.disk_space(root);
+        space.context(|| format!("cannot ask for the space of {}", root.display()))
+    }
+
     /// The disk under the store and what the policy makes of it; `None` where the host does not say.
     ///
     /// # Errors
     /// As [`Store::space_policy`]; where the host cannot be asked.
     pub fn space(&self) -> Result<Option<StoreSpace>> {
         let policy = self.space_policy()?;
-        let disk = self.storage.disk_space(&self.root);
-        let disk =
-            disk.context(|| format!("cannot ask for the space of {}", self.root.display()))?;
+        let disk = self.disk_space()?;
         Ok(disk.map(|disk| StoreSpace::new(disk, policy)))
     }
 

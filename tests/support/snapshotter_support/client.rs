@@ -15,6 +15,7 @@ pub const NOT_FOUND: i32 = 5;
 pub const ALREADY_EXISTS: i32 = 6;
 pub const INVALID_ARGUMENT: i32 = 3;
 pub const RESOURCE_EXHAUSTED: i32 = 8;
+pub const DATA_LOSS: i32 = 15;
 pub const FAILED_PRECONDITION: i32 = 9;
 pub const UNIMPLEMENTED: i32 = 12;
 pub const UNAVAILABLE: i32 = 14;

@@ -127,8 +127,14 @@ pub trait BlockDevice: Send + Sync {
     /// Makes every write that completed before the call, on whatever connection, durable.
     fn flush(&self) -> Result<()>;
 
-    /// To be called after a write was answered: begins what the next flush would have to do, where
-    /// the client is one that flushes after every few writes. A hint, which makes nothing durable.
+    /// To be told of each write after it was carried out: true where the client is one that flushes after
+    /// every few writes, and [`BlockDevice::flush_ahead`] worth its while.
+    fn expects_flush(&self) -> bool {
+        false
+    }
+
+    /// To be called after a write was answered: begins what the next flush would have to do. A hint, which
+    /// makes nothing durable.
     fn flush_ahead(&self) {}
 
     /// To be called after a write failed with [`crate::ErrorKind::NoSpace`], by one who can let its

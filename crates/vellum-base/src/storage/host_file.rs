@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::waiting::{about_to_wait, waits};
+use super::waiting::{about_to_wait, refuses_to_wait, waits};
 use super::{Evidence, FileId, Mapping, Proof, StorageFile, end_of, evidence, host_offset};
 use crate::block::part_from;
 
@@ -157,6 +157,9 @@ impl StorageFile for HostFile {
                 Err(error) if cached => {
                     if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
                         self.reads_cached.store(false, Ordering::Relaxed);
+                    }
+                    if refuses_to_wait() {
+                        return Err(io::ErrorKind::WouldBlock.into());
                     }
                     cached = false;
                     about_to_wait();

@@ -12,6 +12,35 @@ use nix::time::{ClockId, clock_gettime};
 thread_local! {
     static LISTENER: RefCell<Option<Box<dyn Fn()>>> = const { RefCell::new(None) };
     static NOTE: Cell<Option<usize>> = const { Cell::new(None) };
+    static REFUSAL: Cell<Refusal> = const { Cell::new(Refusal::Off) };
+}
+
+/// Whether this thread may wait for the disk when it reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refusal {
+    /// It may.
+    Off,
+    /// It may not.
+    On,
+    /// It may not, and would have had to.
+    Refused,
+}
+
+/// Does `work`, in which reads of what the page cache does not hold fail; `None` where one did, after
+/// which the work has to be done again, by whoever may wait. For work that changes nothing.
+pub fn unless_it_waits<T>(work: impl FnOnce() -> T) -> Option<T> {
+    let before = REFUSAL.replace(Refusal::On);
+    let result = work();
+    (REFUSAL.replace(before) != Refusal::Refused).then_some(result)
+}
+
+/// True where a read must fail instead of waiting for the disk.
+pub(super) fn refuses_to_wait() -> bool {
+    let refuses = REFUSAL.get() != Refusal::Off;
+    if refuses {
+        REFUSAL.set(Refusal::Refused);
+    }
+    refuses
 }
 
 /// Where the threads of this process note what they wait for: see [`note_waits_in`].

@@ -276,10 +276,13 @@ impl BlockDevice for Chain {
         guard.as_deref().map_or(Ok(()), |top| self.flush_top(top))
     }
 
+    fn expects_flush(&self) -> bool {
+        let top = self.top.read();
+        top.as_deref().is_some_and(WritableLayer::expects_flush)
+    }
+
     fn flush_ahead(&self) {
-        if let Some(top) = self.top.read().as_deref()
-            && top.expects_flush()
-        {
+        if let Some(top) = self.top.read().as_deref() {
             top.flush_ahead();
         }
     }

@@ -57,16 +57,24 @@ impl Headroom {
         self.keep.load(Ordering::Relaxed)
     }
 
-    /// Whether a write that takes `len` new bytes leaves enough; `available` asks the disk, which may
-    /// not know.
+    /// Whether a write that takes `len` new bytes leaves enough; `need` says which it is, `available` asks
+    /// the disk, which may not know.
     pub(super) fn allows(
         &self,
-        need: Need,
+        need: impl FnOnce() -> Need,
         len: u64,
         available: impl FnOnce() -> Option<u64>,
     ) -> bool {
         let keep = self.kept();
-        if keep == 0 || need == Need::Favoured || self.is_covered(len) {
+        if keep == 0 {
+            return true;
+        }
+        let least = match need() {
+            Need::Favoured => return true,
+            Need::Small => keep / 2,
+            Need::Large => keep,
+        };
+        if self.is_covered(len) {
             return true;
         }
         let Some(available) = available() else {
@@ -76,10 +84,6 @@ impl Headroom {
         let unasked = available.saturating_sub(keep).saturating_sub(len) / PART;
         self.unasked.store(unasked, Ordering::Relaxed);
         self.looked.store(self.now(), Ordering::Relaxed);
-        let least = match need {
-            Need::Large => keep,
-            Need::Small | Need::Favoured => keep / 2,
-        };
         available.saturating_sub(len) >= least
     }
 
@@ -107,7 +111,7 @@ mod tests {
     #[test]
     fn large_writes_leave_all_small_ones_half_and_a_journal_nothing() {
         let headroom = Headroom::new();
-        let allows = |need, available| headroom.allows(need, MIB, || Some(available));
+        let allows = |need, available| headroom.allows(|| need, MIB, || Some(available));
         assert!(allows(Need::Large, 0), "nothing shall stay free");
         headroom.keep(100 * MIB);
         assert!(allows(Need::Large, 101 * MIB));
@@ -125,10 +129,14 @@ mod tests {
         headroom.keep(100 * MIB);
         let asked = Cell::new(0);
         let write = |len| {
-            headroom.allows(Need::Large, len, || {
-                asked.set(asked.get() + 1);
-                Some(165 * MIB)
-            })
+            headroom.allows(
+                || Need::Large,
+                len,
+                || {
+                    asked.set(asked.get() + 1);
+                    Some(165 * MIB)
+                },
+            )
         };
         assert!(write(MIB));
         // A 64th of the 64 MiB that are left.
@@ -145,6 +153,6 @@ mod tests {
     fn a_disk_that_does_not_say_what_is_left_takes_all() {
         let headroom = Headroom::new();
         headroom.keep(u64::MAX);
-        assert!(headroom.allows(Need::Large, MIB, || None));
+        assert!(headroom.allows(|| Need::Large, MIB, || None));
     }
 }

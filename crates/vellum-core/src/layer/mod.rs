@@ -11,6 +11,7 @@ mod codec;
 mod data;
 mod files;
 mod flush;
+mod full;
 mod header;
 mod headroom;
 mod index;

@@ -5,12 +5,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::files::remove_if_there;
+use super::full::{Full, Refuser, TIGHT};
 use super::headroom::{Headroom, Need};
 use vellum_base::block::Offset;
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -34,16 +35,8 @@ const PART: u64 = 16;
 const SMALL: u64 = 128 << 10;
 /// What is given up for one failure at least: a file system takes more than the bytes.
 const STEP: u64 = 256 << 10;
-/// So much more must be free than when the disk refused before writers try again: more than a
-/// neighbour gives up of its reserve for itself, which is not theirs to take.
-const MARGIN: u64 = 8 << 20;
-/// Writers try once in this time where the disk seemed to have room: a quota shows nowhere.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// How often the reserve is made whole again where it is not.
 const TOP_UP: Duration = Duration::from_secs(1);
-/// With less left on the disk, a layer that is closed keeps its reserve, so that it can be opened
-/// again to remove something.
-const TIGHT: u64 = 64 << 20;
 /// How long writers are held by default.
 const HOLD: Duration = Duration::from_secs(20);
 /// A held writer looks again after so long.
@@ -56,34 +49,6 @@ pub(super) enum Claim {
     Own,
     /// A client's write: small ones may take what is not for the layer itself.
     Client,
-}
-
-/// A disk without space, as one layer's writers met it.
-#[derive(Debug)]
-struct Full {
-    since: SystemTime,
-    began: Instant,
-    who: Refuser,
-    tried: Instant,
-}
-
-/// Who refused a write.
-#[derive(Debug, Clone, Copy)]
-enum Refuser {
-    /// The host, with so much free: hosts keep some for themselves.
-    Disk(Option<u64>),
-    /// This layer, which leaves some free, of a write of so many bytes.
-    Headroom(u64),
-}
-
-impl Full {
-    /// The disk refused although there seemed to be room: a quota, or what is kept for others.
-    fn is_unexplained(&self, len: u64) -> bool {
-        match self.who {
-            Refuser::Disk(level) => level.is_none_or(|level| level >= len + TIGHT),
-            Refuser::Headroom(_) => false,
-        }
-    }
 }
 
 #[derive(Debug, Default)]
@@ -192,16 +157,10 @@ impl Space {
         let _ = self.favoured.set(ranges);
     }
 
-    fn need(&self, offset: Offset, len: u64) -> Need {
+    fn is_favoured(&self, offset: Offset, len: u64) -> bool {
         let within = |range: &Range<Offset>| range.start <= offset && offset + len <= range.end;
         let favoured = self.favoured.get();
-        if favoured.is_some_and(|all| all.iter().any(within)) {
-            Need::Favoured
-        } else if len <= SMALL {
-            Need::Small
-        } else {
-            Need::Large
-        }
+        favoured.is_some_and(|all| all.iter().any(within))
     }
 
     /// The next checkpoint takes so many bytes at most.
@@ -340,8 +299,12 @@ impl Space {
         grows: bool,
         work: impl Fn() -> Result<()>,
     ) -> Result<()> {
-        let need = self.need(offset, len);
-        let small = need != Need::Large;
+        let small = len <= SMALL || self.is_favoured(offset, len);
+        let need = || match small {
+            true if self.is_favoured(offset, len) => Need::Favoured,
+            true => Need::Small,
+            false => Need::Large,
+        };
         if grows && !self.headroom.allows(need, len, || self.available()) {
             self.refused(Refuser::Headroom(len));
             return Err(self.refusal());
@@ -386,68 +349,39 @@ impl Space {
 
     /// Whether the disk says that it has room for `len` bytes again.
     fn is_open(&self, state: &State, len: u64) -> bool {
-        let Some(full) = &state.full else {
-            return true;
+        let over = |full: &Full| {
+            let kept = self.headroom.kept();
+            let space = self.space();
+            space.is_some_and(|space| full.is_over(space, kept, len))
         };
-        let Some(space) = self.space() else {
-            return false;
-        };
-        match full.who {
-            Refuser::Disk(Some(level)) => space.free >= level + MARGIN + len,
-            Refuser::Disk(None) => false,
-            Refuser::Headroom(refused) => {
-                let more = len.max(refused);
-                space.available >= self.headroom.kept().saturating_add(more)
-            }
-        }
+        state.full.as_ref().is_none_or(over)
     }
 
     /// Whether a write that wants space should try at all. Without that, writers who wait would take
     /// whatever a neighbour gives up of its own reserve.
     fn may_try(&self, len: u64) -> bool {
         let mut state = self.state.lock();
-        if self.is_open(&state, len) {
-            return true;
-        }
-        match &mut state.full {
-            Some(full) if full.is_unexplained(len) && full.tried.elapsed() >= TRY_AGAIN => {
-                full.tried = Instant::now();
-                true
-            }
-            Some(_) => false,
-            None => true,
-        }
+        self.is_open(&state, len)
+            || state
+                .full
+                .as_mut()
+                .is_none_or(|full| full.may_be_tried(len))
     }
 
     /// A write was refused for want of space.
     fn refused(&self, who: Refuser) {
         let mut state = self.state.lock();
-        let now = Instant::now();
-        match &mut state.full {
-            Some(full) => {
-                full.tried = now;
-                full.who = match (full.who, who) {
-                    (Refuser::Disk(level), Refuser::Disk(now)) => {
-                        Refuser::Disk(level.min(now).or(now))
-                    }
-                    (_, who) => who,
-                };
-            }
-            none => {
-                let dir = self.dir.display();
-                match (who, self.headroom.kept()) {
-                    (Refuser::Disk(_), _) => tracing::warn!(%dir, "the host's disk is full"),
-                    (Refuser::Headroom(_), keep) => {
-                        tracing::warn!(%dir, keep, "the host's disk is nearly full: writes stop");
-                    }
+        if let Some(full) = &mut state.full {
+            full.refused(who);
+        } else {
+            let dir = self.dir.display();
+            match (who, self.headroom.kept()) {
+                (Refuser::Disk(_), _) => tracing::warn!(%dir, "the host's disk is full"),
+                (Refuser::Headroom(_), keep) => {
+                    tracing::warn!(%dir, keep, "the host's disk is nearly full: writes stop");
                 }
-                *none = Some(Full {
-                    since: SystemTime::now(),
-                    began: now,
-                    who,
-                    tried: now,
-                });
             }
+            state.full = Some(Full::new(who));
         }
         self.full.store(true, Ordering::Relaxed);
     }
@@ -468,12 +402,7 @@ impl Space {
     /// says whether it should be tried again. Not any more once the disk has been full for long.
     pub(super) fn wait_for_room(&self) -> bool {
         let hold = Duration::from_millis(self.hold_ms.load(Ordering::Relaxed));
-        let waited = self
-            .state
-            .lock()
-            .full
-            .as_ref()
-            .map(|full| full.began.elapsed());
+        let waited = self.state.lock().full.as_ref().map(Full::lasts);
         match waited {
             Some(waited) if waited < hold => {
                 std::thread::sleep(LOOK.min(hold - waited));
@@ -488,13 +417,9 @@ impl Space {
     pub(super) fn status(&self) -> SpaceStatus {
         let state = self.state.lock();
         let full = state.full.as_ref().filter(|_| !self.is_open(&state, 0));
-        let seconds = |since: SystemTime| {
-            let since = since.duration_since(SystemTime::UNIX_EPOCH);
-            since.map_or(0, |since| since.as_secs())
-        };
         SpaceStatus {
             reserved_bytes: state.len,
-            full_since: full.map(|full| seconds(full.since)),
+            full_since: full.map(Full::since),
         }
     }
 

@@ -219,10 +219,18 @@ fn sums_offset(extents: usize) -> usize {
     (HEADER_LEN + extents * EXTENT_LEN).next_multiple_of(HEADER_LEN)
 }
 
-/// A table that was read and checked. The extents and checksums stay in the page cache.
+/// A seal of up to so many bytes is read into memory, extents and checksums close together: of a chain of a
+/// thousand layers each read would wait for a page or two of its own of each seal.
+const SMALL: u64 = 32 << 10;
+
+/// A table that was read and checked. Extents and checksums of a large one stay in the page cache.
 #[derive(Debug)]
 pub(super) struct Table {
     bytes: Mapping,
+    /// Where the extents are in `bytes`.
+    extents_at: usize,
+    /// Where the checksums are in `bytes`.
+    sums_at: usize,
     /// Of the device that it is for.
     blocks: Blocks,
     extents: usize,
@@ -352,13 +360,28 @@ impl Table {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => other.context(|| format!("cannot open {}", path.display()))?,
         };
-        let bytes = file
-            .len()
-            .and_then(|len| file.map(0, in_memory(len)))
-            .context(|| format!("cannot read {}", path.display()))?;
-        Table::decode(bytes, expected)
-            .map(Some)
-            .context(|| path.display().to_string())
+        let named = || path.display().to_string();
+        let unreadable = || format!("cannot read {}", named());
+        let len = file.len().context(unreadable)?;
+        if len > SMALL {
+            let bytes = file.map(0, in_memory(len)).context(unreadable)?;
+            return Table::decode(bytes, expected).map(Some).context(named);
+        }
+        let mut bytes = vec![0; in_memory(len)];
+        file.read_at(&mut bytes, 0).context(unreadable)?;
+        let table = Table::decode(Mapping::Owned(bytes), expected).context(named)?;
+        Ok(Some(table.compact()))
+    }
+
+    /// The same without what is in front of the extents and between them and the checksums.
+    fn compact(self) -> Self {
+        let bytes = [self.extent_bytes(), self.sum_bytes()].concat();
+        Table {
+            bytes: Mapping::Owned(bytes),
+            extents_at: 0,
+            sums_at: self.extents * EXTENT_LEN,
+            ..self
+        }
     }
 
     /// Reads and checks a table.
@@ -390,6 +413,8 @@ impl Table {
         }
         let table = Table {
             bytes,
+            extents_at: HEADER_LEN,
+            sums_at: sums_offset(extents),
             blocks: Blocks::whole_in(front.virtual_size),
             extents,
             sums,
@@ -419,12 +444,12 @@ impl Table {
     }
 
     fn extent_bytes(&self) -> &[u8] {
-        part(self.bytes.as_ref(), HEADER_LEN, self.extents * EXTENT_LEN)
+        let len = self.extents * EXTENT_LEN;
+        part(self.bytes.as_ref(), self.extents_at, len)
     }
 
     fn sum_bytes(&self) -> &[u8] {
-        let start = sums_offset(self.extents);
-        part(self.bytes.as_ref(), start, self.sums * 4)
+        part(self.bytes.as_ref(), self.sums_at, self.sums * 4)
     }
 
     /// The extent at `at`, of those that there are, with the index of its first checksum.

@@ -8,12 +8,11 @@ pub use file::backup_to_file;
 pub use restore::{BackupInfo, Passed, RestoreReport, RestoredState, Source, restore, verify};
 
 use std::io::Write;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::changed::{Older, changed_in_snapshot};
+use super::changed::{Older, open_snapshot};
 use super::device::OpenChain;
 use super::progress::BlocksWatch;
 use super::seal::How;
@@ -24,6 +23,7 @@ use vellum_base::block::{BlockDevice, BlockState, Blocks, Run};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
+use vellum_base::moment::unix_time;
 use vellum_store::{ContainerRecord, ContainerSnapshot, Store};
 
 /// Blocks that are read at a time.
@@ -194,20 +194,19 @@ impl<'a> Wish<'a> {
         };
         let _pin = self.store.pin_layers()?;
         // Layers may have been joined since.
-        let container = self.store.find_container(&(&self.container).into())?;
-        let container = self.store.as_settled(container)?;
+        let container = self.store.container_by_now(&self.container)?;
         let of = by_id(&container, of)?.clone();
         let since = self.since.as_ref().map(|since| by_id(&container, since.id));
         let since = since.transpose()?.cloned();
         let (older, base) = match &since {
             Some(since) => {
-                let layers = container.snapshot_layers(since.id)?;
-                let (older, open) = Older::open(self.store, &layers)?;
-                (older, Some(open))
+                let open = open_snapshot(self.store, &container, since.id)?;
+                (Older::of(open.chain()), Some(open))
             }
             None => (Older::default(), None),
         };
-        let (changed, open) = changed_in_snapshot(self.store, &container, &of, &older)?;
+        let open = open_snapshot(self.store, &container, of.id)?;
+        let changed = older.changed_in(open.chain());
         Ok(State {
             container,
             of,
@@ -258,8 +257,7 @@ impl<'a> Wish<'a> {
 }
 
 fn by_id(container: &ContainerRecord, id: Uuid) -> Result<&ContainerSnapshot> {
-    let found = container.snapshots.iter().find(|kept| kept.id == id);
-    found.ok_or_else(|| {
+    container.snapshot_by_id(id).ok_or_else(|| {
         Error::new(
             ErrorKind::NotFound,
             format!(
@@ -285,22 +283,14 @@ impl State {
     /// A header of a new backup.
     fn header(&self) -> Result<Header> {
         let virtual_size = self.open.chain().size();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now = now.map_err(|error| {
-            Error::with_source(
-                ErrorKind::InvalidInput,
-                "the host's clock is before 1970",
-                error,
-            )
-        })?;
         Ok(Header {
             backup: Uuid::new_v4(),
             container: self.container.id,
             state: self.of.id,
             base: self.since.as_ref().map(|since| since.id),
             virtual_size,
-            device_size: self.of.disk.device_size.unwrap_or(virtual_size),
-            created: now.as_secs(),
+            device_size: self.of.disk.shown_of(virtual_size),
+            created: unix_time()?.as_secs(),
         })
     }
 

@@ -12,14 +12,14 @@ use crate::lock_container;
 use crate::mount_point::mounted;
 use crate::progress::BlocksWatch;
 use crate::serving::refuse_served;
-use crate::space::follow_policy;
+use crate::staged::{open_staged, write_run};
 use crate::teardown::take_over;
 use vellum_backup::{Header, Reader, Totals};
 use vellum_base::block::{BLOCK_SIZE, BlockState, Run};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt::{self, Interruptible};
-use vellum_core::layer::{LayerOptions, SealedLayer, WritableLayer};
+use vellum_core::layer::SealedLayer;
 use vellum_store::{
     ContainerRecord, ContainerSnapshot, DiskInfo, LayerInfo, Restored, Store, StoreGuard,
     VolumeMount, check_name,
@@ -234,7 +234,7 @@ pub fn restore(
         let there = find(store, name)?;
         let has = there
             .as_ref()
-            .and_then(|there| snapshot_with(there, backup.header.state));
+            .and_then(|there| there.snapshot_by_id(backup.header.state));
         if let Some(has) = has {
             report.passed.push(Passed {
                 file: backup.file,
@@ -266,16 +266,12 @@ fn find(store: &Store, name: &str) -> Result<Option<ContainerRecord>> {
     }
 }
 
-fn snapshot_with(container: &ContainerRecord, state: Uuid) -> Option<&ContainerSnapshot> {
-    container.snapshots.iter().find(|kept| kept.id == state)
-}
-
 /// Makes sure that each backup finds what it needs, in a container that is there or in the backups before it.
 fn check_order(name: &str, there: Option<&ContainerRecord>, backups: &[Backup]) -> Result<()> {
     let mut at = there.and_then(|there| there.at);
     let mut is_there = there.is_some();
     for backup in backups {
-        if there.is_some_and(|there| snapshot_with(there, backup.header.state).is_some()) {
+        if there.is_some_and(|there| there.snapshot_by_id(backup.header.state).is_some()) {
             continue;
         }
         check_base(name, there, is_there, at, backup)?;
@@ -310,7 +306,7 @@ fn check_base(
         return Ok(());
     }
     let needs = backup.needs(base);
-    let kept = there.and_then(|there| snapshot_with(there, base));
+    let kept = there.and_then(|there| there.snapshot_by_id(base));
     Err(match (kept, is_there) {
         (Some(kept), _) => Error::new(
             ErrorKind::InvalidInput,
@@ -418,7 +414,7 @@ fn check_unwritten(store: &Store, container: &ContainerRecord) -> Result<()> {
         return Ok(());
     }
     let name = &container.name;
-    let at = container.at.and_then(|at| snapshot_with(container, at));
+    let at = container.at.and_then(|at| container.snapshot_by_id(at));
     let at = at.map_or("SNAPSHOT", |at| &at.name);
     Err(Error::new(
         ErrorKind::InvalidInput,
@@ -440,15 +436,9 @@ fn receive(
 ) -> Result<Restored> {
     let virtual_size = backup.header.virtual_size;
     let staged = store.stage_layer(below, virtual_size)?;
-    let storage = store.storage().clone();
-    let layer = WritableLayer::open(storage, &staged.dir(), LayerOptions::default())?;
-    follow_policy(store, &layer);
+    let layer = open_staged(store, &staged)?;
     backup.read(watch, |run, bytes| {
-        let held = layer.lock_blocks(run.span)?;
-        match run.value {
-            BlockState::Data => drop(layer.write_blocks(&held, run.start(), bytes)?),
-            state => layer.clear_blocks(&held, run.span, state)?,
-        }
+        write_run(&layer, run, bytes)?;
         crash_point::here("restore: piece written");
         Ok(())
     })?;

@@ -9,7 +9,7 @@ pub use messages::{
     PREPARE_SEAL, REPLACE_SEALED, ReplaceSealed, SEAL, SEAL_TOP, STATS, SealTop, Sealed, SealedTop,
     ZERO,
 };
-pub use target::{SERVER_COMMAND, Target, attach_spec};
+pub use target::{SERVER_COMMAND, Target, attach_spec, choose_transport};
 
 use std::ops::Range;
 use std::sync::Arc;

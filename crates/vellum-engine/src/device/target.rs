@@ -1,7 +1,7 @@
 //! Which chain a device server opens, and how.
 
 use std::ffi::OsString;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use uuid::Uuid;
 
@@ -10,7 +10,7 @@ use vellum_base::error::{Error, Result};
 use vellum_core::chain::{
     Chain, ChainSpec, ChainStats, look_at_chain, open_counted_chain, open_read_only_chain,
 };
-use vellum_export::device::AttachSpec;
+use vellum_export::device::{AttachSpec, TransportChoice};
 use vellum_store::{ContainerRecord, ContainerRef, LayerLease, Resolved, Store};
 
 /// Which chain to open.
@@ -191,6 +191,15 @@ fn look(store: &Store, resolved: &Resolved, stats: Arc<ChainStats>) -> Result<Ch
 /// The hidden subcommand that serves a device.
 pub const SERVER_COMMAND: &str = "device-server";
 
+/// What [`choose_transport`] was told.
+static TRANSPORT: OnceLock<TransportChoice> = OnceLock::new();
+
+/// Says how the requests of the devices come that this process attaches from now on. Only the first word
+/// counts; without one it is found out what the host can.
+pub fn choose_transport(choice: TransportChoice) {
+    let _ = TRANSPORT.set(choice);
+}
+
 /// How to start the server of a target.
 pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
     let mut arguments: Vec<OsString> =
@@ -198,6 +207,7 @@ pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
     arguments.extend(target.arguments());
     AttachSpec {
         read_only: target.is_read_only(),
+        transport: TRANSPORT.get().copied().unwrap_or_default(),
         ..AttachSpec::new(arguments)
     }
 }

@@ -10,15 +10,14 @@ use super::served::Served;
 use super::trees::BlockTrees;
 use super::{Newer, top_of};
 
-use crate::changed::{bytes_of, differing, runs_of, shared};
+use crate::changed::{Older, bytes_of};
 use crate::device::{OpenChain, Target};
 use crate::map::served_runs;
 use crate::mount_point::{Mounted, mounted};
 use crate::seal::sync_file_system;
 use crate::sockets::Sockets;
-use vellum_base::block::Run;
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_core::chain::{Chain, Source};
+use vellum_core::chain::Chain;
 use vellum_fs::freeze;
 use vellum_fs::unmounted::{self, FileSystem, Replayed, changed};
 use vellum_image::{Comparison, Difference, compare_trees};
@@ -53,6 +52,7 @@ pub(super) fn diff(
     let task = Task {
         store,
         older: open.chain(),
+        state: Older::of(open.chain()),
         layers,
         comparison,
     };
@@ -73,6 +73,8 @@ pub(super) fn diff(
 struct Task<'a> {
     store: &'a Store,
     older: &'a Chain,
+    /// Where that has its blocks from.
+    state: Older,
     /// The layers of the newer state, without a top.
     layers: &'a [Uuid],
     comparison: &'a Comparison,
@@ -82,14 +84,8 @@ impl Task<'_> {
     /// With a chain that this process has open.
     fn with_chain(&self, newer: &OpenChain) -> Result<Vec<Difference>> {
         let newer = &**newer.chain();
-        let differing = self.differing(&runs_of(newer), &newer.base().uuids());
+        let differing = bytes_of(&self.state.changed_in(newer));
         diff_devices(self.older, newer, &differing, self.comparison)
-    }
-
-    /// The bytes that may differ in a newer state, which has its blocks from these layers.
-    fn differing(&self, newer: &[Run<Source>], layers: &[Uuid]) -> Vec<Range<u64>> {
-        let shared = shared(&self.older.base().uuids(), layers);
-        bytes_of(&differing(&runs_of(self.older), newer, shared))
     }
 
     /// With what is mounted, as it is at one moment: what its programs wrote is written out, and they wait
@@ -121,7 +117,7 @@ impl Task<'_> {
     /// How many blocks come from layers that the older state does not have.
     fn blocks_above(&self, sockets: &Sockets) -> Result<u64> {
         let (_, runs) = served_runs(sockets)?;
-        let shared = shared(&self.older.base().uuids(), self.layers);
+        let shared = self.state.shared(self.layers);
         let above = |number: i64| usize::try_from(number).is_ok_and(|number| number >= shared);
         let runs = runs.iter().filter(|(_, number)| above(*number));
         Ok(runs.map(|(blocks, _)| blocks).sum())
@@ -135,7 +131,7 @@ impl Task<'_> {
         deadline: Instant,
     ) -> Result<Vec<Difference>> {
         let served = Served::new(self.older, self.layers.len(), sockets, device, deadline)?;
-        let differing = self.differing(served.runs(), self.layers);
+        let differing = bytes_of(&self.state.changed_at(served.runs(), self.layers));
         let served = served.with_differing(&differing);
         diff_devices(self.older, &served, &differing, self.comparison)
     }

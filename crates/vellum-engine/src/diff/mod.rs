@@ -205,7 +205,7 @@ fn walk(
     Ok(found)
 }
 
-fn top_of(layers: &[Uuid]) -> Result<Uuid> {
+pub(super) fn top_of(layers: &[Uuid]) -> Result<Uuid> {
     let top = layers.last().copied();
     top.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a state without layers"))
 }

@@ -15,7 +15,7 @@ use super::watch::Watch;
 use output::Out;
 use subject::Subject;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_image::{Compression, write_rootfs_tar_but};
+use vellum_image::{Compression, write_rootfs_tar};
 use vellum_store::{ImageRecord, Store};
 
 /// Bytes that are written to a file at a time.
@@ -191,7 +191,7 @@ impl Export<'_> {
         let mount = self.subject.mount(self.subject.whole()?)?;
         let mut output = BufWriter::with_capacity(BUFFER, out.writer()?);
         let progress = self.watch.begin(&self.subject.name, None);
-        write_rootfs_tar_but(mount.dir(), &self.subject.foreign(), &mut output, progress)?;
+        write_rootfs_tar(mount.dir(), &self.subject.foreign(), &mut output, progress)?;
         output.flush().context(|| "writing the tar")?;
         self.watch.done();
         mount.end()

@@ -4,7 +4,6 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -13,7 +12,7 @@ use tempfile::{NamedTempFile, TempDir};
 use super::{ExportOptions, Format};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::inherit::result_mode;
-use vellum_base::interrupt::Interruptible;
+use vellum_base::interrupt::{Interruptible, standard_output};
 
 /// Standard output, a pipe or such: written from the first byte to the last.
 pub(super) type Stream = Interruptible<File>;
@@ -83,16 +82,14 @@ impl Out {
 /// [`ErrorKind::InvalidInput`] for a terminal and for what cannot be written so.
 fn stream(target: &Path) -> Result<Option<Stream>> {
     if target.as_os_str() == "-" {
-        let output = io::stdout();
-        if output.is_terminal() {
+        if io::stdout().is_terminal() {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 "standard output is a terminal: name a file, or send it to one or to a program",
             ));
         }
-        let output = output.as_fd().try_clone_to_owned();
-        let output = output.context(|| "opening standard output")?;
-        return Ok(Some(Interruptible(output.into())));
+        let output = standard_output().context(|| "opening standard output")?;
+        return Ok(Some(output));
     }
     let Ok(meta) = fs::metadata(target) else {
         return Ok(None);

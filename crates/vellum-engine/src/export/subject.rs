@@ -47,14 +47,6 @@ pub(super) enum State {
     Now,
 }
 
-/// Keeps layers from being collected, in a store where somebody could.
-fn pin(store: &Store) -> Result<Option<StoreGuard>> {
-    match store.is_read_only() {
-        true => Ok(None),
-        false => store.pin_layers().map(Some),
-    }
-}
-
 /// True where the writable layer of a container that is not mounted says nothing: what lies below is all of it.
 ///
 /// # Errors
@@ -81,7 +73,7 @@ impl<'a> Subject<'a> {
             Err(error) => error,
         };
         // Before it is looked at, so that what it names stays.
-        let pin = pin(store)?;
+        let pin = Some(store.pin_layers()?);
         if let Some(found) = snapshot::find(store, name)? {
             return Ok(Subject::of_snapshot(store, name, found, pin));
         }

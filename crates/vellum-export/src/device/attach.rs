@@ -18,7 +18,9 @@ use super::control;
 use super::detach::{DetachOptions, clean, detach_locked};
 use super::event::Ready;
 use super::lock::RunLock;
+use super::selftest;
 use super::state::{Hint, RunState, Status, hinted_loop, is_listened, status};
+use super::transport::TransportChoice;
 use crate::fuse::session::Features;
 use crate::loop_device::{Lifetime, LoopDevice, LoopHold, LoopOptions};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -38,6 +40,8 @@ pub struct AttachSpec {
     pub lifetime: Lifetime,
     /// Threads that serve.
     pub threads: usize,
+    /// How requests come from the kernel.
+    pub transport: TransportChoice,
     /// How long the device may take to open.
     pub timeout: Duration,
 }
@@ -52,6 +56,7 @@ impl AttachSpec {
             read_only: false,
             lifetime: Lifetime::default(),
             threads: 2,
+            transport: TransportChoice::Classic,
             timeout: Duration::from_secs(30),
         }
     }
@@ -102,14 +107,18 @@ pub fn attach(run_dir: &RunDir, spec: &AttachSpec) -> Result<Attached> {
             ),
         ));
     }
-    let mut entries = fs::read_dir(run_dir.path()).context(|| run_dir.to_string())?;
-    if entries.next().is_some() {
+    // To look for processes that are left takes its time, and is seldom needed.
+    if run_dir.has_device_files().context(|| run_dir.to_string())? {
         let options = DetachOptions {
             force: true,
             ..DetachOptions::default()
         };
         clean(&run_dir, &options)?;
     }
+    let spec = &AttachSpec {
+        transport: selftest::settle(spec),
+        ..spec.clone()
+    };
     let features = match start(&run_dir, spec) {
         Ok(features) => features,
         Err(error) => return Err(give_up(&run_dir, error)),
@@ -156,7 +165,7 @@ fn give_up(run_dir: &RunDir, error: Error) -> Error {
     }
 }
 
-fn start(run_dir: &RunDir, spec: &AttachSpec) -> Result<Features> {
+pub(super) fn start(run_dir: &RunDir, spec: &AttachSpec) -> Result<Features> {
     let log_path = run_dir.log();
     let log = fs::OpenOptions::new()
         .create(true)
@@ -179,6 +188,10 @@ fn start(run_dir: &RunDir, spec: &AttachSpec) -> Result<Features> {
         .stderr(log);
     if spec.read_only {
         command.arg("--read-only");
+    }
+    // An earlier program, to which one may go back, does not know the option.
+    if spec.transport != TransportChoice::Classic {
+        command.arg("--transport").arg(spec.transport.name());
     }
     let what = || format!("{}: the device server", spec.program.display());
     let mut child = command.spawn().context(what)?;

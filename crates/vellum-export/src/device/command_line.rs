@@ -1,7 +1,7 @@
 //! What a process of a device is called and was told: how it is found where nothing can be read from its
 //! run directory.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
@@ -23,17 +23,15 @@ pub(super) fn command_line(pid: i32) -> Option<(RunDir, Vec<OsString>)> {
     let ours = nix::unistd::geteuid().as_raw();
     user_of(pid).filter(|user| *user == ours || *user == 0)?;
     let all = arguments(&line);
-    let mut rest = all.iter();
-    rest.find(|argument| *argument == "--run-dir")?;
-    let run_dir = RunDir::at(PathBuf::from(rest.next()?));
+    let run_dir = RunDir::at(PathBuf::from(argument(&all, "--run-dir")?));
     Some((run_dir, all))
 }
 
 /// What stands behind `option` among arguments.
-pub(super) fn argument(arguments: &[OsString], option: &str) -> Option<String> {
+pub(super) fn argument<'a>(arguments: &'a [OsString], option: &str) -> Option<&'a OsStr> {
     let mut all = arguments.iter();
     all.find(|argument| *argument == option)?;
-    all.next()?.clone().into_string().ok()
+    all.next().map(OsString::as_os_str)
 }
 
 /// The run directory that a device process was told, `None` for any other process.

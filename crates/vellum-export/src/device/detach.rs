@@ -17,7 +17,7 @@ use crate::loop_device::LoopDevice;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::held_dir::Place;
 use vellum_fs::mountinfo::MountInfo;
-use vellum_fs::run_dir::{RunDir, RunRoot};
+use vellum_fs::run_dir::{RunDir, RunRoot, is_there};
 
 /// How to detach.
 #[derive(Debug, Clone)]
@@ -368,14 +368,6 @@ pub struct Leak {
     /// True where its file system is still mounted, so that somebody may look there and see errors.
     /// Anything else the next [`attach`](super::attach()) replaces.
     pub mounted: bool,
-}
-
-/// True unless `path` is known not to be there: a dead FUSE mount answers with an error.
-fn is_there(path: &Path) -> bool {
-    match path.symlink_metadata() {
-        Ok(_) => true,
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
-    }
 }
 
 /// What dead devices of a store left behind.

@@ -18,6 +18,9 @@ pub(super) struct Resume {
     pub session: i32,
     pub listener: i32,
     pub shared: i32,
+    /// The memory of the ring, where requests come by one.
+    #[serde(default)]
+    pub ring: Option<i32>,
     pub events_in: i32,
     pub events_out: i32,
     /// The old program's standby and the pipe that it waits on.

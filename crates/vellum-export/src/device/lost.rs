@@ -26,7 +26,9 @@ pub struct FoundDevice {
 impl FoundDevice {
     /// What its processes were given with an option.
     pub fn argument(&self, option: &str) -> Option<String> {
-        argument(&self.arguments, option)
+        argument(&self.arguments, option)?
+            .to_str()
+            .map(str::to_owned)
     }
 }
 

@@ -35,8 +35,10 @@ mod lock;
 mod lost;
 mod opened;
 mod process;
+mod selftest;
 mod state;
 mod supervisor;
+mod transport;
 mod watch;
 mod worker;
 
@@ -47,8 +49,10 @@ pub use failure::Failure;
 pub use lost::{FoundDevice, end_lost, find_devices};
 pub use opened::{Memory, Open, Opened};
 pub use process::{Identity, boot_id};
+pub use selftest::known as ring_self_test;
 pub use state::{DeviceStatus, RunState, Status, status};
 pub use supervisor::{SupervisorArgs, supervise};
+pub use transport::TransportChoice;
 
 /// Sends what the processes of a device have to say to standard error, which is the device's log.
 /// To be called before [`supervise`], by a program that has no other logging installed.

@@ -208,7 +208,7 @@ impl DeviceStatus {
     /// can be seen.
     pub fn argument(&self, option: &str) -> Option<String> {
         let mut lines = self.state.named().filter_map(|one| command_line(one.pid));
-        lines.find_map(|(_, arguments)| argument(&arguments, option))
+        lines.find_map(|(_, arguments)| argument(&arguments, option)?.to_str().map(str::to_owned))
     }
 }
 

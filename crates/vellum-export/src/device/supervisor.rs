@@ -39,11 +39,13 @@ use super::failure::Failure;
 use super::opened::Open;
 use super::process::Process;
 use super::state::{RunState, Status};
+use super::transport::TransportChoice;
 use super::watch::{Companion, Hang, Limits, PERIOD, Watch};
 use super::worker::{self, Worker};
+use crate::fuse::ring::memory::RingMemory;
 use crate::fuse::session::{self, Features};
 use crate::fuse::slot::{MAX_THREADS, Shared};
-use vellum_base::error::{Error, Result, ResultExt};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Witness;
 use vellum_fs::run_dir::{HeldRunDir, RunDir};
 
@@ -75,6 +77,15 @@ pub struct SupervisorArgs {
     /// Do not use the kernel's resending of requests
     #[arg(long)]
     pub no_resend: bool,
+    /// How requests come from the kernel
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = TransportChoice::Classic)]
+    pub transport: TransportChoice,
+    /// With --probe: the layout of the memory of the ring that is to be taken over
+    #[arg(long, hide = true, value_name = "LAYOUT")]
+    pub ring_layout: Option<u64>,
+    /// Without the guard of a ring, to test that a kill is seen then
+    #[arg(long, hide = true)]
+    pub no_guard: bool,
     /// A worker that makes no progress for so many seconds hangs
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 30)]
     pub hang_after: u64,
@@ -99,6 +110,7 @@ struct Supervisor {
     features: Features,
     listener: UnixListener,
     shared: Arc<Shared>,
+    ring: Option<Arc<RingMemory>>,
     events_in: File,
     events_out: File,
     event_bytes: Vec<u8>,
@@ -136,6 +148,7 @@ struct Held {
     features: Features,
     listener: UnixListener,
     shared: Arc<Shared>,
+    ring: Option<Arc<RingMemory>>,
     events_in: File,
     events_out: File,
     signals: SignalFd,
@@ -152,6 +165,7 @@ struct Held {
 /// What kept the device from being served; the caller of `attach` gets the same text.
 pub fn supervise(args: &SupervisorArgs, open: Open<'_>) -> Result<()> {
     if args.probe {
+        handover::can_take_ring_over(args.ring_layout)?;
         return writeln!(io::stdout(), "{}", handover::PROBE_ANSWER)
             .context(|| "the answer to --probe");
     }
@@ -173,6 +187,8 @@ pub fn supervise(args: &SupervisorArgs, open: Open<'_>) -> Result<()> {
                 use_resend: supervisor.features.resend && !supervisor.args.no_resend,
                 threads: supervisor.args.threads.clamp(1, MAX_THREADS),
                 shared: Arc::clone(&supervisor.shared),
+                ring: supervisor.ring.clone(),
+                guarded: !supervisor.args.no_guard,
                 listener: supervisor.listener,
                 events: Mutex::new(Arc::new(supervisor.events_out)),
                 supervisor: supervisor.state.supervisor,
@@ -243,6 +259,7 @@ impl Supervisor {
             features: held.features,
             listener: held.listener,
             shared: held.shared,
+            ring: held.ring,
             events_in: held.events_in,
             events_out: held.events_out,
             event_bytes: Vec::new(),
@@ -283,12 +300,20 @@ impl Supervisor {
         let signals = block_signals()?;
         let dev = run_dir.dev();
         fs::write(&dev, b"").context(|| dev.display().to_string())?;
-        let session = session::mount_file(&dev, "vellum", args.read_only)?;
+        let ring = args.transport.ring_memory()?;
+        let session = session::mount_file(&dev, "vellum", args.read_only, ring.is_some())?;
+        let ring = ring.filter(|_| session.features.ring);
         namespace::leave(run_dir);
         // What was opened before belongs to the caller's mounts, whose names may go with them.
         let held = hold(run_dir)?;
         state.features = Some(session.features);
-        if !session.features.resend {
+        if args.transport == TransportChoice::Ring && ring.is_none() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "the kernel does not offer FUSE over io_uring for this mount: leave out `--transport ring`",
+            ));
+        }
+        if !session.features.resend && ring.is_none() {
             tracing::warn!(
                 "this kernel cannot resend requests (Linux 6.9 can): a killed server's \
                  unanswered requests are taken from shared memory"
@@ -301,6 +326,7 @@ impl Supervisor {
             features: session.features,
             listener,
             shared,
+            ring,
             events_in,
             events_out,
             signals,

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::process::{Identity, Threads, monotonic_ns};
+use crate::fuse::ring::memory::RingMemory;
 use crate::fuse::slot::{Pulse, Shared};
 
 /// How often a process is looked at, and how often it says itself that it runs.
@@ -129,9 +130,18 @@ impl Watch {
     }
 
     /// Looks at a worker. `queued` says whether the kernel has requests that nobody took.
-    pub(super) fn look(&mut self, pid: i32, serves: bool, queued: bool, shared: &Shared) -> Look {
+    pub(super) fn look(
+        &mut self,
+        pid: i32,
+        serves: bool,
+        queued: bool,
+        shared: &Shared,
+        ring: Option<&RingMemory>,
+    ) -> Look {
         let now = Instant::now();
-        let oldest = shared.oldest_request().map(Duration::from_nanos);
+        let of_ring = ring.and_then(RingMemory::oldest_request);
+        let oldest = shared.oldest_request().max(of_ring);
+        let oldest = oldest.map(Duration::from_nanos);
         let mut look = Look {
             stopped: false,
             serves,

@@ -3,6 +3,7 @@
 mod commands;
 mod context;
 mod elders;
+mod ring;
 
 use std::os::fd::AsFd;
 use std::os::unix::thread::JoinHandleExt;
@@ -28,9 +29,11 @@ use super::opened::{Memory, Open};
 use super::process::{Identity, monotonic_ns};
 use super::watch::PERIOD;
 use crate::fuse::readers::Readers;
-use crate::fuse::server::{Ended, Server};
+use crate::fuse::ring::crew::Crew;
+use crate::fuse::server::Server;
 use crate::fuse::session;
-use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared};
+use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared, Slot};
+use crate::fuse::transport::{Classic, Ended};
 use vellum_base::error::{Error, Result, ResultExt};
 use vellum_base::fault;
 use vellum_base::storage::{listen_for_waits, note_waits_in};
@@ -74,11 +77,13 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     };
     let wake = EventFd::new().context(|| "an eventfd cannot be made")?;
     let readers = Readers::new(worker.threads);
+    let crew = crew(&worker)?;
     let context = Arc::new(Context {
         worker,
         started,
         opened,
         readers,
+        crew,
         failures: AtomicU64::new(0),
         connections: AtomicUsize::new(0),
         busy: AtomicUsize::new(0),
@@ -86,29 +91,19 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
         stop: AtomicBool::new(false),
         wake,
     });
-    let mut threads = Vec::new();
-    recover(&context)?;
-    for index in 0..context.worker.threads {
-        threads.push(serving_thread(&context, index)?);
-    }
+    let mut threads = start(&context)?;
     note_pause(&context.worker);
     report(
         &context.worker,
         &Event::Serving(nix::unistd::getpid().as_raw()),
     );
-    for index in context.worker.threads..MAX_THREADS {
-        match serving_thread(&context, index) {
-            Ok(thread) => threads.push(thread),
-            // It serves, with less in flight.
-            Err(error) => {
-                tracing::warn!("{error}");
-                break;
-            }
-        }
-    }
+    start_spares(&context, &mut threads);
     let result = main_loop(&context, &threads);
     context.stop.store(true, Ordering::Release);
     context.readers.close();
+    if let Some(crew) = &context.crew {
+        crew.stop();
+    }
     let ended = join(threads)?;
     result?;
     finish_commands(&context);
@@ -123,6 +118,46 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     Ok(())
 }
 
+/// The threads of a ring, where requests come by one.
+fn crew(worker: &Worker) -> Result<Option<Arc<Crew>>> {
+    let Some(memory) = worker.ring.clone() else {
+        return Ok(None);
+    };
+    let session = Arc::clone(&worker.session);
+    let crew = Crew::new(memory, session, worker.resume, worker.guarded)?;
+    Ok(Some(Arc::new(crew)))
+}
+
+/// Starts the threads that it takes to serve, and sees to what the worker before left.
+fn start(context: &Arc<Context>) -> Result<Vec<JoinHandle<Result<Ended>>>> {
+    if let Some(crew) = &context.crew {
+        return ring::start(context, crew);
+    }
+    recover(context)?;
+    let threads = 0..context.worker.threads;
+    threads
+        .map(|index| serving_thread(context, index))
+        .collect()
+}
+
+/// Starts those that serve while others wait.
+fn start_spares(context: &Arc<Context>, threads: &mut Vec<JoinHandle<Result<Ended>>>) {
+    for index in threads.len()..MAX_THREADS {
+        let thread = match &context.crew {
+            Some(crew) => ring::spare_thread(context, crew, index),
+            None => serving_thread(context, index),
+        };
+        match thread {
+            Ok(thread) => threads.push(thread),
+            // It serves, with less in flight.
+            Err(error) => {
+                tracing::warn!("{error}");
+                break;
+            }
+        }
+    }
+}
+
 /// Starts thread `index` of those that answer requests.
 fn serving_thread(context: &Arc<Context>, index: usize) -> Result<JoinHandle<Result<Ended>>> {
     let mut slot = context.worker.shared.slot(index)?;
@@ -133,7 +168,7 @@ fn serving_thread(context: &Arc<Context>, index: usize) -> Result<JoinHandle<Res
             run_before_clients();
             let readers = Arc::clone(&context.readers);
             listen_for_waits(move || readers.relieve());
-            let result = context.server().run(&mut slot);
+            let result = context.server().run(&mut context.classic(&mut slot));
             let _ = context.wake.write(1);
             result
         })
@@ -143,14 +178,21 @@ fn serving_thread(context: &Arc<Context>, index: usize) -> Result<JoinHandle<Res
 impl Context {
     fn server(&self) -> Server<'_> {
         Server {
-            session: &self.worker.session,
             device: &*self.opened.device,
-            readers: &self.readers,
             stop: &self.stop,
-            remember: !self.worker.use_resend,
             failures: &self.failures,
             held: &self.worker.shared.table().held,
             held_at_most: (MAX_THREADS - SERVING_ALWAYS) as u64,
+        }
+    }
+
+    fn classic<'a>(&'a self, slot: &'a mut Slot) -> Classic<'a> {
+        Classic {
+            session: &self.worker.session,
+            slot,
+            readers: &self.readers,
+            stop: &self.stop,
+            remember: !self.worker.use_resend,
         }
     }
 }
@@ -170,7 +212,7 @@ fn recover(context: &Context) -> Result<()> {
     }
     for index in 0..MAX_THREADS {
         let mut slot = context.worker.shared.slot(index)?;
-        context.server().replay(&mut slot)?;
+        context.server().replay(&mut context.classic(&mut slot))?;
     }
     Ok(())
 }

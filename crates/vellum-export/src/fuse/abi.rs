@@ -45,6 +45,9 @@ pub const INIT_EXT: u64 = 1 << 30;
 /// INIT: the kernel sends unanswered requests again when told (Linux 6.9, protocol 7.40).
 pub const INIT_HAS_RESEND: u64 = 1 << 39;
 
+/// INIT: requests come by io_uring (Linux 6.14, protocol 7.42).
+pub const INIT_OVER_IO_URING: u64 = 1 << 41;
+
 /// FALLOCATE mode: free the range, which then reads as zeros; the length stays.
 pub const FALLOC_PUNCH_HOLE_KEEP_SIZE: u32 = 0x3;
 /// FALLOCATE mode: the range reads as zeros and stays allocated; the length stays.
@@ -62,10 +65,12 @@ const OP_FLUSH: u32 = 25;
 const OP_INIT: u32 = 26;
 const OP_INTERRUPT: u32 = 36;
 const OP_DESTROY: u32 = 38;
+const OP_NOTIFY_REPLY: u32 = 41;
 const OP_BATCH_FORGET: u32 = 42;
 const OP_FALLOCATE: u32 = 43;
 const OP_LSEEK: u32 = 46;
 
+const NOTIFY_RETRIEVE: i32 = 5;
 const NOTIFY_RESEND: i32 = 7;
 
 /// A request that is not one: the framing between kernel and server is broken.
@@ -164,6 +169,8 @@ pub enum Operation<'a> {
     Forget,
     /// The file system is unmounted.
     Destroy,
+    /// What [`notify_retrieve`] asked for.
+    Retrieved,
     /// An opcode that a single file does not need.
     Other,
 }
@@ -173,6 +180,11 @@ impl Operation<'_> {
     pub fn changes_data(&self) -> bool {
         matches!(self, Operation::Write { .. } | Operation::Fallocate { .. })
     }
+}
+
+/// As [`Operation::changes_data`], of an opcode.
+pub fn changes_data(opcode: u32) -> bool {
+    matches!(opcode, OP_WRITE | OP_FALLOCATE)
 }
 
 /// The arguments of INIT.
@@ -198,6 +210,11 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(field.try_into().ok()?))
 }
 
+/// What the reply to the request in `bytes` repeats; `None` where they are no request.
+pub fn unique(bytes: &[u8]) -> Option<u64> {
+    u64_at(bytes, 8)
+}
+
 impl<'a> Request<'a> {
     /// Parses one request as read(2) on the FUSE device returned it.
     ///
@@ -215,8 +232,43 @@ impl<'a> Request<'a> {
         if len as usize != bytes.len() {
             return Err(ParseError::Length(len, bytes.len()));
         }
+        let (arguments, data) = match opcode {
+            OP_WRITE => arguments
+                .split_at_checked(WRITE_IN_LEN)
+                .ok_or(ParseError::ShortArguments(opcode, unique))?,
+            _ => (arguments, [].as_slice()),
+        };
+        Request::of(opcode, unique, arguments, data)
+    }
+
+    /// A request whose arguments lie apart from its data, of which `data` has at least as many bytes as
+    /// there are: as an entry of a ring holds it.
+    ///
+    /// # Errors
+    /// [`ParseError::ShortArguments`] where a WRITE says that it has more data than `data`.
+    pub fn from_parts(
+        opcode: u32,
+        unique: u64,
+        arguments: &'a [u8],
+        data: &'a [u8],
+    ) -> Result<Request<'a>, ParseError> {
+        let len = match opcode {
+            OP_WRITE => u32_at(arguments, 16).unwrap_or(u32::MAX) as usize,
+            _ => 0,
+        };
+        let data = data.get(..len);
+        let data = data.ok_or(ParseError::ShortArguments(opcode, unique))?;
+        Request::of(opcode, unique, arguments, data)
+    }
+
+    fn of(
+        opcode: u32,
+        unique: u64,
+        arguments: &'a [u8],
+        data: &'a [u8],
+    ) -> Result<Request<'a>, ParseError> {
         let operation =
-            operation(opcode, arguments).ok_or(ParseError::ShortArguments(opcode, unique))?;
+            operation(opcode, arguments, data).ok_or(ParseError::ShortArguments(opcode, unique))?;
         Ok(Request {
             opcode,
             unique,
@@ -225,8 +277,8 @@ impl<'a> Request<'a> {
     }
 }
 
-/// The operation of `opcode`, or `None` where its arguments are cut.
-fn operation(opcode: u32, arguments: &[u8]) -> Option<Operation<'_>> {
+/// The operation of `opcode`, or `None` where its arguments are cut or do not fit its data.
+fn operation<'a>(opcode: u32, arguments: &[u8], data: &'a [u8]) -> Option<Operation<'a>> {
     Some(match opcode {
         OP_INIT => {
             let low = u32_at(arguments, 12)?;
@@ -251,7 +303,6 @@ fn operation(opcode: u32, arguments: &[u8]) -> Option<Operation<'_>> {
         },
         OP_WRITE => {
             let size = u32_at(arguments, 16)? as usize;
-            let data = arguments.get(WRITE_IN_LEN..)?;
             if data.len() != size {
                 return None;
             }
@@ -276,6 +327,7 @@ fn operation(opcode: u32, arguments: &[u8]) -> Option<Operation<'_>> {
         OP_INTERRUPT => Operation::Interrupt,
         OP_FORGET | OP_BATCH_FORGET => Operation::Forget,
         OP_DESTROY => Operation::Destroy,
+        OP_NOTIFY_REPLY => Operation::Retrieved,
         _ => Operation::Other,
     })
 }
@@ -298,8 +350,31 @@ pub fn notify_resend() -> [u8; OUT_HEADER_LEN] {
     bytes.all
 }
 
-/// The body of INIT's reply. `flags` are those of the `INIT_*` that both sides know.
-pub fn init_out(minor: u32, max_readahead: u32, flags: u64) -> [u8; 64] {
+/// The notification that asks for no bytes of the file that the kernel may have cached, which has the
+/// kernel send a request with that id: on the queue of the calling processor, where there are several.
+pub fn notify_retrieve(id: u64) -> [u8; OUT_HEADER_LEN + 32] {
+    let mut bytes = Bytes::<{ OUT_HEADER_LEN + 32 }>::default();
+    bytes.u32((OUT_HEADER_LEN + 32) as u32);
+    bytes.u32(NOTIFY_RETRIEVE as u32);
+    bytes.u64(0);
+    bytes.u64(id);
+    bytes.u64(ROOT_NODE);
+    // Offset, size.
+    bytes.u64(0);
+    bytes.u32(0);
+    bytes.all
+}
+
+/// An id for [`notify_retrieve`] that no request of the kernel's has, nor an earlier one: those of the
+/// kernel count up from 0 in twos, and the lowest bit is its own.
+pub fn kick_id(queue: usize) -> u64 {
+    let now = vellum_base::storage::clock_ns(nix::time::ClockId::CLOCK_MONOTONIC);
+    1 << 62 | (now & ((1 << 54) - 1)) << 7 & !(1 << 63) | (queue as u64) << 1
+}
+
+/// The body of INIT's reply. `flags` are those of the `INIT_*` that both sides know, `max_io` the most
+/// bytes that one READ or WRITE carries.
+pub fn init_out(minor: u32, max_readahead: u32, flags: u64, max_io: usize) -> [u8; 64] {
     let mut bytes = Bytes::<64>::default();
     bytes.u32(MAJOR);
     bytes.u32(minor);
@@ -308,10 +383,10 @@ pub fn init_out(minor: u32, max_readahead: u32, flags: u64) -> [u8; 64] {
     // max_background and congestion_threshold: beyond 64 nothing was gained.
     bytes.u16(64);
     bytes.u16(48);
-    bytes.u32(MAX_IO as u32);
+    bytes.u32(max_io as u32);
     // time_gran: 1 ns.
     bytes.u32(1);
-    bytes.u16((MAX_IO / 4096) as u16);
+    bytes.u16((max_io / 4096) as u16);
     bytes.u16(0);
     bytes.u32((flags >> 32) as u32);
     bytes.all
@@ -491,7 +566,7 @@ mod tests {
         assert_eq!(u32_at(&header, 4), Some(-libc::ENOSPC as u32));
         assert_eq!(u64_at(&header, 8), Some(9));
         assert_eq!(u32_at(&notify_resend(), 4), Some(7));
-        assert_eq!(u32_at(&init_out(MINOR, 0, 0), 20), Some(1 << 20));
+        assert_eq!(u32_at(&init_out(MINOR, 0, 0, MAX_IO), 20), Some(1 << 20));
         assert_eq!(u64_at(&attr_out(4096, 0), 24), Some(4096));
         assert_eq!(u64_at(&attr_out(4096, 0), 32), Some(0));
     }

@@ -9,10 +9,14 @@
 //! * [`session`]: the mount and the handshake; what the process that owns the descriptor does.
 //! * [`slot`]: the buffer of one serving thread, which outlives a killed server.
 //! * [`readers`]: which threads take requests while others wait for the disk.
+//! * [`transport`]: how requests come and answers go, behind one trait.
+//! * [`ring`]: the other way, over io_uring.
 //! * [`server`]: the loop that answers requests from a [`vellum_base::block::BlockDevice`].
 
 pub mod abi;
 pub mod readers;
+pub mod ring;
 pub mod server;
 pub mod session;
 pub mod slot;
+pub mod transport;

@@ -9,6 +9,7 @@ use std::path::Path;
 use nix::mount::{MsFlags, mount};
 
 use super::abi::{self, InitIn, Operation, Request};
+use super::ring::memory;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// The file system type that mountinfo shows for our mounts.
@@ -31,16 +32,20 @@ pub struct Features {
     pub minor: u32,
     /// Unanswered requests can be sent again to a new server (Linux 6.9 or newer).
     pub resend: bool,
+    /// Requests come by io_uring.
+    #[serde(default)]
+    pub ring: bool,
 }
 
 /// Mounts a FUSE file system over the regular file `target` and answers the handshake.
 ///
-/// The mount is one regular file: its root. `source` is what mountinfo shows as its source.
+/// The mount is one regular file: its root. `source` is what mountinfo shows as its source. With `ring`
+/// requests come by io_uring, where the kernel offers that.
 ///
 /// # Errors
 /// [`ErrorKind::Missing`] without FUSE in the kernel, [`ErrorKind::Permission`] without
 /// CAP_SYS_ADMIN.
-pub fn mount_file(target: &Path, source: &str, read_only: bool) -> Result<Session> {
+pub fn mount_file(target: &Path, source: &str, read_only: bool, ring: bool) -> Result<Session> {
     let mut device = OpenOptions::new()
         .read(true)
         .write(true)
@@ -76,14 +81,14 @@ pub fn mount_file(target: &Path, source: &str, read_only: bool) -> Result<Sessio
             target.display()
         )
     })?;
-    let features = handshake(&mut device).inspect_err(|_| {
+    let features = handshake(&mut device, ring).inspect_err(|_| {
         let _ = nix::mount::umount2(target, nix::mount::MntFlags::MNT_DETACH);
     })?;
     Ok(Session { device, features })
 }
 
 /// Reads INIT, which the kernel queued at mount, and answers it.
-fn handshake(device: &mut File) -> Result<Features> {
+fn handshake(device: &mut File, ring: bool) -> Result<Features> {
     let mut buf = vec![0; abi::IN_HEADER_LEN + abi::WRITE_IN_LEN + abi::MAX_IO];
     let read = loop {
         match device.read(&mut buf) {
@@ -105,8 +110,12 @@ fn handshake(device: &mut File) -> Result<Features> {
             ),
         ));
     };
-    let (features, flags) = negotiate(&init)?;
-    let body = abi::init_out(features.minor, init.max_readahead, flags);
+    let (features, flags) = negotiate(&init, ring)?;
+    let max_io = match features.ring {
+        true => memory::PAYLOAD,
+        false => abi::MAX_IO,
+    };
+    let body = abi::init_out(features.minor, init.max_readahead, flags, max_io);
     let mut reply = Vec::with_capacity(abi::OUT_HEADER_LEN + body.len());
     reply.extend(abi::out_header(request.unique, 0, body.len()));
     reply.extend(body);
@@ -117,7 +126,7 @@ fn handshake(device: &mut File) -> Result<Features> {
 }
 
 /// What to answer to the kernel's offer.
-fn negotiate(init: &InitIn) -> Result<(Features, u64)> {
+fn negotiate(init: &InitIn, ring: bool) -> Result<(Features, u64)> {
     if init.major != abi::MAJOR || init.minor < abi::MIN_MINOR {
         return Err(Error::new(
             ErrorKind::Unsupported,
@@ -130,7 +139,9 @@ fn negotiate(init: &InitIn) -> Result<(Features, u64)> {
             ),
         ));
     }
-    let wanted = abi::INIT_ASYNC_READ
+    let ring = if ring { abi::INIT_OVER_IO_URING } else { 0 };
+    let wanted = ring
+        | abi::INIT_ASYNC_READ
         | abi::INIT_BIG_WRITES
         | abi::INIT_ASYNC_DIO
         | abi::INIT_MAX_PAGES
@@ -140,6 +151,7 @@ fn negotiate(init: &InitIn) -> Result<(Features, u64)> {
     let features = Features {
         minor: init.minor.min(abi::MINOR),
         resend: flags & abi::INIT_HAS_RESEND != 0,
+        ring: flags & abi::INIT_OVER_IO_URING != 0,
     };
     Ok((features, flags))
 }
@@ -170,16 +182,29 @@ mod tests {
 
     #[test]
     fn resend_is_agreed_on_only_where_the_kernel_offers_it() {
-        let (features, flags) = negotiate(&offer(44, u64::MAX)).unwrap();
+        let (features, _) = negotiate(&offer(44, u64::MAX), false).unwrap();
         assert!(features.resend);
-        // FUSE over io_uring, bit 41, must never be agreed on: it cannot be taken over.
-        assert_eq!(flags & (1 << 41), 0);
-        assert!(!negotiate(&offer(36, 0xffff_ffff)).unwrap().0.resend);
+        assert!(!negotiate(&offer(36, 0xffff_ffff), false).unwrap().0.resend);
+    }
+
+    /// It cannot be taken back: every request of the session then needs entries in every queue.
+    #[test]
+    fn io_uring_is_agreed_on_only_where_the_server_asked_and_the_kernel_offers_it() {
+        let without = !abi::INIT_OVER_IO_URING;
+        for (asked, offered, agreed) in [
+            (true, u64::MAX, true),
+            (false, u64::MAX, false),
+            (true, without, false),
+        ] {
+            let (features, flags) = negotiate(&offer(44, offered), asked).unwrap();
+            assert_eq!(features.ring, agreed);
+            assert_eq!(flags & abi::INIT_OVER_IO_URING != 0, agreed);
+        }
     }
 
     #[test]
     fn a_kernel_that_is_too_old_is_refused_with_its_version() {
-        let error = negotiate(&offer(26, 0)).unwrap_err();
+        let error = negotiate(&offer(26, 0), false).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains("7.26"), "{error}");
     }

@@ -213,6 +213,20 @@ impl Shared {
         self.table().records.iter().map(sum).sum()
     }
 
+    /// Counts a request that thread `index` answered without a buffer of this memory.
+    pub fn count_served(&self, index: usize) {
+        if let Some(record) = self.table().records.get(index) {
+            record.served.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts one that it found where a dead server had left it.
+    pub fn count_resent(&self, index: usize) {
+        if let Some(record) = self.table().records.get(index) {
+            record.resent.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
     /// How many nanoseconds the oldest request is old that a thread has and has not answered.
     pub fn oldest_request(&self) -> Option<u64> {
         oldest(self.table().records.iter().map(|record| &record.since_ns))
@@ -275,7 +289,7 @@ impl Shared {
 }
 
 /// The age of the oldest of these notes, those that are 0 left out.
-fn oldest<'a>(notes: impl Iterator<Item = &'a AtomicU64>) -> Option<u64> {
+pub(crate) fn oldest<'a>(notes: impl Iterator<Item = &'a AtomicU64>) -> Option<u64> {
     let since = notes.map(|note| note.load(Ordering::Acquire));
     let first = since.filter(|since| *since != 0).min()?;
     Some(monotonic_ns().saturating_sub(first))

@@ -20,16 +20,17 @@ use super::protocol::{self as wire, Command, Request};
 use super::stall::{Clock, receiving, torn};
 use super::stream::Stream;
 use crate::pace::{Class, Pace};
+use vellum_base::block::in_memory;
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// Size of the buffer that requests are received into, in bytes.
 const INPUT: usize = 256 << 10;
 /// Payloads up to this length are received together with other requests, in bytes.
-const SHORT: usize = 64 << 10;
+const SHORT: u64 = 64 << 10;
 /// So many bytes of replies are sent even when there are more requests to serve first.
 const BATCH: usize = 64 << 10;
 /// Payloads up to this length are skipped when their request is refused, in bytes.
-const MAX_SKIPPED: u32 = 2 * wire::MAX_PAYLOAD;
+const MAX_SKIPPED: u64 = 2 * wire::MAX_PAYLOAD as u64;
 
 /// Writes longer than [`OWN`] go to the device in pieces of this many bytes, as they come.
 const PIECE: usize = 1 << 20;
@@ -230,10 +231,12 @@ impl<S: Stream> Connection<S> {
 
     /// Reads one request, and serves it where that is quick.
     fn step(&self, reader: &mut Reader, small: &mut Buffer) -> Result<Step<'_>> {
+        let headers = self.session.headers();
+        let head_len = headers.request_len();
         let request = loop {
-            match Request::parse(reader.available())? {
+            match Request::parse(reader.available(), headers)? {
                 Some(request) => break request,
-                None if !self.fill(reader, Request::WIRE_LEN)? => return Ok(Step::End),
+                None if !self.fill(reader, head_len)? => return Ok(Step::End),
                 None => {}
             }
         };
@@ -241,22 +244,21 @@ impl<S: Stream> Connection<S> {
             Ok(Command::Disconnect) => return Ok(Step::End),
             Ok(command) => command,
             Err(refusal) => {
-                reader.start += Request::WIRE_LEN;
+                reader.start += head_len;
                 self.refuse(reader, &request, &refusal)?;
                 return self.next(reader);
             }
         };
-        let len = request.len as usize;
-        let payload_len = if command == Command::Write { len } else { 0 };
+        let payload_len = in_memory(request.payload_len(headers));
         if payload_len > OWN {
             self.write_in_pieces(reader, &request)?;
             return self.next(reader);
         }
-        let long = matches!(command, Command::Read | Command::Write) && len > SHORT;
+        let long = matches!(command, Command::Read | Command::Write) && request.len > SHORT;
         let class = class(command, &request, long);
         let slow = self.pace.is_slow(class);
         if !long {
-            let whole = Request::WIRE_LEN + payload_len;
+            let whole = head_len + payload_len;
             if reader.available().len() < whole && !self.fill(reader, whole)? {
                 return Err(torn());
             }
@@ -264,7 +266,7 @@ impl<S: Stream> Connection<S> {
         if !long && !slow {
             return self.serve_at_once(reader, command, &request, class);
         }
-        reader.start += Request::WIRE_LEN;
+        reader.start += head_len;
         let cost = self.session.memory(command, &request);
         let share = self.share(reader, cost)?;
         let mut job = Job {
@@ -299,14 +301,12 @@ impl<S: Stream> Connection<S> {
         request: &Request,
         class: Class,
     ) -> Result<Step<'_>> {
-        let len = match command {
-            Command::Write => request.len as usize,
-            _ => 0,
-        };
+        let headers = self.session.headers();
+        let len = in_memory(request.payload_len(headers));
         let Reader {
             input, start, out, ..
         } = reader;
-        let from = *start + Request::WIRE_LEN;
+        let from = *start + headers.request_len();
         *start = from + len;
         let payload = &input[from..*start];
         let serve = |patience, out: &mut Buffer| {
@@ -355,19 +355,19 @@ impl<S: Stream> Connection<S> {
     /// has not sent to its end. One that goes away in between has written a part, as the protocol
     /// lets it be with a write that was not answered.
     fn write_in_pieces(&self, reader: &mut Reader, request: &Request) -> Result<()> {
-        reader.start += Request::WIRE_LEN;
+        reader.start += self.session.headers().request_len();
         let _share = self.share(reader, PIECE)?;
         let mut buffer = self.budget.memory().buffer(PIECE);
         let mut refusal = None;
         let mut done = 0;
         while done < request.len {
-            let len = (request.len - done).min(PIECE as u32);
+            let len = (request.len - done).min(PIECE as u64);
             buffer.truncate(0);
-            let payload = buffer.extend(len as usize);
+            let payload = buffer.extend(in_memory(len));
             self.receive(reader, payload)?;
             // After an error the rest is received and dropped: the next request lies behind it.
             if refusal.is_none() {
-                let offset = request.offset + u64::from(done);
+                let offset = request.offset + done;
                 refusal = self.session.write_piece(payload, offset).err();
             }
             done += len;
@@ -468,16 +468,14 @@ impl<S: Stream> Connection<S> {
     /// Answers a request that cannot be carried out, and skips its payload.
     fn refuse(&self, reader: &mut Reader, request: &Request, refusal: &Refusal) -> Result<()> {
         self.session.refuse(request, refusal, &mut reader.out);
-        if Command::from_wire(request.command) != Some(Command::Write) {
-            return Ok(());
-        }
-        if request.len > MAX_SKIPPED {
+        let payload = request.payload_len(self.session.headers());
+        if payload > MAX_SKIPPED {
             return Err(Error::new(
                 ErrorKind::Protocol,
-                format!("the client announced a write of {} bytes", request.len),
+                format!("the client announced a payload of {payload} bytes"),
             ));
         }
-        let mut rest = request.len as usize;
+        let mut rest = in_memory(payload);
         while rest > 0 {
             if reader.available().is_empty() && !self.fill(reader, 1)? {
                 return Err(torn());

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use super::handshake::Negotiated;
-use super::protocol::{self as wire, Command, Errno, Request, chunk, command_flag as flag};
+use super::protocol::{
+    ChunkHeader, Command, Errno, Headers, Request, chunk, command_flag as flag, simple_reply,
+};
 use super::status::{Contexts, clip};
 use crate::pace::Class;
-use vellum_base::block::{BlockDevice, Durability, ExtentKind, ZeroMode};
+use vellum_base::block::{BlockDevice, Durability, ExtentKind, ZeroMode, in_memory};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, Result};
 
@@ -16,7 +18,7 @@ use vellum_base::error::{Error, Result};
 /// so much memory a long read takes. Shorter chunks cost the client more than they gain.
 const READ_PIECE: usize = 1 << 20;
 /// Reads shorter than this are not searched for holes, in bytes.
-const HOLES_FROM: u32 = 32 << 10;
+const HOLES_FROM: u64 = 32 << 10;
 /// The most extents of a read that are sent apart; what is beyond is sent as data.
 const READ_EXTENTS: usize = 16;
 /// The longest text that goes with an error, in bytes.
@@ -127,7 +129,7 @@ pub(super) struct Session {
     name: String,
     size: u64,
     read_only: bool,
-    structured: bool,
+    headers: Headers,
     contexts: Contexts,
     /// The client has made a request: it is no idle connection that only takes a place.
     busy: Arc<AtomicBool>,
@@ -145,10 +147,15 @@ impl Session {
             size: export.device.size(),
             read_only: export.is_read_only(),
             device: Arc::clone(&export.device),
-            structured: negotiated.structured,
-            contexts: Contexts::of(&negotiated),
+            headers: negotiated.headers,
+            contexts: Contexts(negotiated.contexts),
             busy,
         }
+    }
+
+    /// How the client's requests are framed.
+    pub(super) fn headers(&self) -> Headers {
+        self.headers
     }
 
     /// Decides whether a request can be carried out, before any of it is.
@@ -157,7 +164,7 @@ impl Session {
         let Some(command) = Command::from_wire(request.command) else {
             return inval("the server does not know this command");
         };
-        if request.flags & !command.valid_flags() != 0 {
+        if request.flags & !command.valid_flags(self.headers) != 0 {
             return inval("the request has a flag that its command does not have");
         }
         if command == Command::Disconnect {
@@ -182,14 +189,14 @@ impl Session {
         if command == Command::BlockStatus && self.contexts.is_empty() {
             return inval("no metadata context was selected for this export");
         }
-        if request.flags & flag::DF != 0 && !self.structured {
+        if request.flags & flag::DF != 0 && !self.headers.chunks() {
             return inval("DF needs structured replies");
         }
         if request.len == 0 {
             return inval("the request has length 0");
         }
-        if matches!(command, Command::Read | Command::Write) && request.len > wire::MAX_PAYLOAD {
-            let errno = if command == Command::Read && self.structured {
+        if matches!(command, Command::Read | Command::Write) && request.is_too_long() {
+            let errno = if command == Command::Read && self.headers.chunks() {
                 Errno::Overflow
             } else {
                 Errno::Inval
@@ -199,7 +206,7 @@ impl Session {
                 "the request is longer than the limit of 32 MiB",
             ));
         }
-        let end = request.offset.checked_add(request.len.into());
+        let end = request.offset.checked_add(request.len);
         if end.is_none_or(|end| end > self.size) {
             let errno = match command {
                 Command::Write | Command::WriteZeroes => Errno::NoSpc,
@@ -215,18 +222,17 @@ impl Session {
 
     /// The memory that a checked request takes while it is carried out, in bytes.
     pub(super) fn memory(&self, command: Command, request: &Request) -> usize {
-        let len = request.len as usize;
         match command {
-            Command::Read if self.in_pieces(request) => len.min(READ_PIECE),
-            Command::Read | Command::Write => len,
-            Command::BlockStatus => self.contexts.memory(),
+            Command::Read if self.in_pieces(request) => in_memory(request.len).min(READ_PIECE),
+            Command::Read | Command::Write => in_memory(request.len),
+            Command::BlockStatus => self.contexts.memory(self.headers),
             _ => 0,
         }
     }
 
     /// True when a read may be answered in several chunks.
     fn in_pieces(&self, request: &Request) -> bool {
-        self.structured && request.flags & flag::DF == 0
+        self.headers.chunks() && request.flags & flag::DF == 0
     }
 
     /// Carries out a checked request and appends its reply to `out`, which may go to `sink` in
@@ -251,10 +257,12 @@ impl Session {
         };
         let done = match command {
             Command::Read => return self.read(request, out, sink).map(|()| Outcome::Done),
-            Command::BlockStatus => match self.contexts.answer(&*self.device, request, out) {
-                Ok(()) => return Ok(Outcome::Done),
-                Err(refusal) => Err(refusal),
-            },
+            Command::BlockStatus => {
+                match (self.contexts).answer(&*self.device, request, self.headers, out) {
+                    Ok(()) => return Ok(Outcome::Done),
+                    Err(refusal) => Err(refusal),
+                }
+            }
             Command::Write => {
                 let write = || self.device.write_at(payload, offset, durability);
                 match self.patiently(patience, write) {
@@ -268,7 +276,7 @@ impl Session {
             }
             Command::Trim => self
                 .device
-                .discard(offset, len.into())
+                .discard(offset, len)
                 .and_then(|()| match durability {
                     Durability::Durable => self.device.flush(),
                     Durability::Buffered => Ok(()),
@@ -280,13 +288,13 @@ impl Session {
             },
             // Only a hint: that it went unheard does no harm.
             Command::Cache => {
-                let _ = self.device.prefetch(offset, len.into());
+                let _ = self.device.prefetch(offset, len);
                 Ok(())
             }
             Command::Disconnect => return Ok(Outcome::Done),
         };
         match done {
-            Ok(()) => out.push(&wire::simple_reply(0, request.cookie)),
+            Ok(()) => self.acknowledge(request, out),
             Err(refusal) => self.refuse(request, &refusal, out),
         }
         Ok(Outcome::Done)
@@ -311,6 +319,29 @@ impl Session {
         Some(result)
     }
 
+    /// Appends the reply to a request that was carried out and is not answered with anything else.
+    fn acknowledge(&self, request: &Request, out: &mut Buffer) {
+        match self.headers {
+            Headers::Simple | Headers::Structured => {
+                out.push(&simple_reply(0, request.cookie));
+            }
+            Headers::Extended => self.chunk(true, chunk::NONE, request, 0, out),
+        }
+    }
+
+    /// Appends the header of a chunk with `len` bytes of payload.
+    fn chunk(&self, last: bool, kind: u16, request: &Request, len: usize, out: &mut Buffer) {
+        let flags = done(last);
+        let header = ChunkHeader::new(self.headers, flags, kind, request, len as u32);
+        out.push(header.bytes());
+    }
+
+    /// Appends the header of a chunk of data, and the offset that precedes its bytes.
+    fn data_header(&self, last: bool, request: &Request, at: u64, len: usize, out: &mut Buffer) {
+        self.chunk(last, chunk::OFFSET_DATA, request, len + 8, out);
+        out.push(&at.to_be_bytes());
+    }
+
     /// Appends the error reply to a request.
     pub(super) fn refuse(&self, request: &Request, refusal: &Refusal, out: &mut Buffer) {
         let Refusal { errno, text } = refusal;
@@ -319,18 +350,12 @@ impl Session {
         } else {
             tracing::debug!(export = %self.name, ?request, ?errno, "request refused: {text}");
         }
-        if !self.structured {
-            out.push(&wire::simple_reply(*errno as u32, request.cookie));
+        if !self.headers.chunks() {
+            out.push(&simple_reply(*errno as u32, request.cookie));
             return;
         }
         let text = shorten(text);
-        let len = 6 + text.len();
-        out.push(&wire::chunk_header(
-            chunk::FLAG_DONE,
-            chunk::ERROR,
-            request.cookie,
-            len as u32,
-        ));
+        self.chunk(true, chunk::ERROR, request, 6 + text.len(), out);
         out.push(&(*errno as u32).to_be_bytes());
         out.push(&(text.len() as u16).to_be_bytes());
         out.push(text.as_bytes());
@@ -359,7 +384,7 @@ impl Session {
             None => Ok(()),
         };
         match done {
-            Ok(()) => out.push(&wire::simple_reply(0, request.cookie)),
+            Ok(()) => self.acknowledge(request, out),
             Err(refusal) => self.refuse(request, &refusal, out),
         }
     }
@@ -369,16 +394,11 @@ impl Session {
             return self.read_pieces(request, out, sink);
         }
         let start = out.len();
-        let len = request.len as usize;
-        if self.structured {
-            out.push(&data_header(
-                chunk::FLAG_DONE,
-                request.cookie,
-                request.offset,
-                len,
-            ));
+        let len = in_memory(request.len);
+        if self.headers.chunks() {
+            self.data_header(true, request, request.offset, len, out);
         } else {
-            out.push(&wire::simple_reply(0, request.cookie));
+            out.push(&simple_reply(0, request.cookie));
         }
         // Nothing is sent before all of it is read, so an error can still take its place.
         if let Err(error) = self.device.read_at(out.extend(len), request.offset) {
@@ -390,7 +410,7 @@ impl Session {
 
     /// Answers a read with chunks of data and holes, as they come.
     fn read_pieces(&self, request: &Request, out: &mut Buffer, sink: Sink<'_>) -> Result<()> {
-        let end = request.offset + u64::from(request.len);
+        let end = request.offset + request.len;
         let mut holes = self.holes(request).into_iter();
         let mut hole = holes.next();
         let mut at = request.offset;
@@ -399,21 +419,16 @@ impl Session {
             if let Some((from, len)) = hole.filter(|(from, _)| *from == at) {
                 at += len;
                 hole = holes.next();
-                out.push(&wire::chunk_header(
-                    done(at == end),
-                    chunk::OFFSET_HOLE,
-                    request.cookie,
-                    12,
-                ));
+                self.chunk(at == end, chunk::OFFSET_HOLE, request, 12, out);
                 out.push(&from.to_be_bytes());
-                // A hole lies within the request, whose length has 32 bits.
+                // A hole lies within the request, which is no longer than the limit.
                 out.push(&(len as u32).to_be_bytes());
                 continue;
             }
             let until = hole.map_or(end, |(from, _)| from);
             let len = (until - at).min(READ_PIECE as u64) as usize;
             let last = at + len as u64 == end;
-            out.push(&data_header(done(last), request.cookie, at, len));
+            self.data_header(last, request, at, len, out);
             if let Err(error) = self.device.read_at(out.extend(len), at) {
                 out.truncate(start);
                 self.refuse(request, &error.into(), out);
@@ -437,7 +452,7 @@ impl Session {
         // Where this fails, the read itself will say why.
         let extents = self
             .device
-            .extents(request.offset, request.len.into(), READ_EXTENTS)
+            .extents(request.offset, request.len, READ_EXTENTS)
             .unwrap_or_default();
         for extent in clip(&extents, request) {
             if extent.kind == ExtentKind::Data {
@@ -469,7 +484,7 @@ impl Session {
                 "zeroing without a hole is not faster than writing",
             )));
         }
-        let (offset, len) = (request.offset, request.len.into());
+        let Request { offset, len, .. } = *request;
         let zero = || self.device.write_zeroes(offset, len, mode, durability);
         let done = self.patiently(patience, zero)?;
         Some(done.map_err(Refusal::from))
@@ -493,16 +508,6 @@ pub(super) fn class(command: Command, request: &Request, long: bool) -> Class {
 
 pub(super) fn done(last: bool) -> u16 {
     if last { chunk::FLAG_DONE } else { 0 }
-}
-
-/// A data chunk's header with the offset that precedes its bytes.
-fn data_header(flags: u16, cookie: u64, offset: u64, len: usize) -> [u8; 28] {
-    let header = wire::chunk_header(flags, chunk::OFFSET_DATA, cookie, (len + 8) as u32);
-    let mut bytes = [0; 28];
-    let (head, tail) = bytes.split_at_mut(header.len());
-    head.copy_from_slice(&header);
-    tail.copy_from_slice(&offset.to_be_bytes());
-    bytes
 }
 
 /// Cuts a text for the client to a length that every client reads.

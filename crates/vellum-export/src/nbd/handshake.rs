@@ -4,14 +4,15 @@
 //! reads exactly what it needs: whatever the client sends after the handshake is still in the
 //! stream when it returns.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
-use super::Export;
 use super::protocol::{
-    self as wire, InfoRequest, MetaRequest, OptionHeader, info, option, option_reply as reply,
-    transmission_flag as flag,
+    self as wire, Headers, InfoRequest, MetaRequest, OptionHeader, info, option,
+    option_reply as reply, transmission_flag as flag,
 };
+use super::{Export, MetaContext};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// The longest data of an option that is looked at, in bytes: a name, and room for many queries.
@@ -53,36 +54,41 @@ impl Directory for [Arc<Export>] {
 pub struct Negotiated {
     /// The export that the client chose.
     pub export: Arc<Export>,
-    /// Replies to reads are structured.
-    pub structured: bool,
+    /// How requests and replies are framed.
+    pub headers: Headers,
     /// What the client may ask of the export's bytes.
     pub contexts: Vec<Selected>,
 }
 
-/// A metadata context that a client selected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Selected {
-    /// `base:allocation`.
-    Allocation,
-    /// The export's own with this number.
-    Own(usize),
+/// A metadata context that a client selected, and what stands for it in replies.
+#[derive(Clone)]
+pub struct Selected {
+    /// The number.
+    pub id: u32,
+    /// The export's own; `None` for `base:allocation`.
+    pub own: Option<Arc<dyn MetaContext>>,
 }
 
 impl Selected {
-    /// All that an export has, with their names.
-    fn all(export: &Export) -> Vec<(Selected, &str)> {
-        let own = export.contexts.iter().enumerate();
-        let own = own.map(|(number, context)| (Selected::Own(number), context.name()));
-        let base = (Selected::Allocation, wire::BASE_ALLOCATION);
-        std::iter::once(base).chain(own).collect()
+    /// All that an export has.
+    fn all(export: &Export) -> Vec<Selected> {
+        let own = export.contexts.iter().cloned().map(Some);
+        let all = std::iter::once(None).chain(own);
+        let numbered = (wire::BASE_ALLOCATION_ID..).zip(all);
+        numbered.map(|(id, own)| Selected { id, own }).collect()
     }
 
-    /// What stands for it in replies.
-    pub(super) fn id(self) -> u32 {
-        match self {
-            Selected::Allocation => wire::BASE_ALLOCATION_ID,
-            Selected::Own(number) => wire::BASE_ALLOCATION_ID + 1 + number as u32,
+    fn name(&self) -> &str {
+        match &self.own {
+            None => wire::BASE_ALLOCATION,
+            Some(own) => own.name(),
         }
+    }
+}
+
+impl fmt::Debug for Selected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} as {}", self.name(), self.id)
     }
 }
 
@@ -110,7 +116,7 @@ enum Tls {
 pub struct Handshake<'a, D: ?Sized> {
     directory: &'a D,
     tls: Tls,
-    structured: bool,
+    headers: Headers,
     /// What was selected, for the export of a name.
     selected: Option<(String, Vec<Selected>)>,
     no_zeroes: bool,
@@ -128,7 +134,7 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
             } else {
                 Tls::Off
             },
-            structured: false,
+            headers: Headers::Simple,
             selected: None,
             no_zeroes: false,
             options: 0,
@@ -163,7 +169,7 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
     /// on the way could have put it there.
     pub fn secured(&mut self) {
         self.tls = Tls::Active;
-        self.structured = false;
+        self.headers = Headers::Simple;
         self.selected = None;
     }
 
@@ -270,13 +276,30 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
                     Answer::End(Outcome::StartTls)
                 }
             },
-            option::STRUCTURED_REPLY if data.is_empty() => {
-                self.structured = true;
-                acknowledge(out, option)
-            }
-            option::LIST | option::STARTTLS | option::STRUCTURED_REPLY => {
-                refuse(reply::ERR_INVALID, "this option takes no data")
-            }
+            option::STRUCTURED_REPLY if data.is_empty() => match self.headers {
+                Headers::Extended => refuse(
+                    reply::ERR_EXT_HEADER_REQD,
+                    "extended headers were agreed on, which have structured replies",
+                ),
+                Headers::Simple | Headers::Structured => {
+                    self.headers = Headers::Structured;
+                    acknowledge(out, option)
+                }
+            },
+            option::EXTENDED_HEADERS if data.is_empty() => match self.headers {
+                Headers::Extended => refuse(
+                    reply::ERR_INVALID,
+                    "extended headers were agreed on already",
+                ),
+                Headers::Simple | Headers::Structured => {
+                    self.headers = Headers::Extended;
+                    acknowledge(out, option)
+                }
+            },
+            option::LIST
+            | option::STARTTLS
+            | option::STRUCTURED_REPLY
+            | option::EXTENDED_HEADERS => refuse(reply::ERR_INVALID, "this option takes no data"),
             option::INFO | option::GO => self.info(option, data, out),
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta(option, data, out),
             _ => refuse(reply::ERR_UNSUP, "the server does not know this option"),
@@ -357,10 +380,10 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
         if set {
             self.selected = None;
         }
-        if !self.structured {
+        if !self.headers.chunks() {
             return refuse(
                 reply::ERR_INVALID,
-                "metadata contexts need structured replies: send STRUCTURED_REPLY first",
+                "metadata contexts need structured replies: send STRUCTURED_REPLY or EXTENDED_HEADERS first",
             );
         }
         let request = match MetaRequest::parse(data) {
@@ -371,23 +394,22 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
             return refuse(reply::ERR_UNKNOWN, "no export has that name");
         };
         let mut chosen = Selected::all(&export);
-        chosen.retain(|(_, name)| match set {
-            true => request.selects(name),
-            false => request.lists(name),
+        chosen.retain(|context| match set {
+            true => request.selects(context.name()),
+            false => request.lists(context.name()),
         });
         if set && chosen.len() > MAX_CONTEXTS {
             let text = format!("a connection has at most {MAX_CONTEXTS} metadata contexts");
             return Answer::Refuse(reply::ERR_TOO_BIG, text);
         }
-        for (context, name) in &chosen {
+        for context in &chosen {
             // Lists carry no number: it means something only once the context is selected.
-            let id = if set { context.id() } else { 0 };
-            let parts: [&[u8]; 2] = [&id.to_be_bytes(), name.as_bytes()];
+            let id = if set { context.id } else { 0 };
+            let parts: [&[u8]; 2] = [&id.to_be_bytes(), context.name().as_bytes()];
             wire::push_option_reply(out, option, reply::META_CONTEXT, &parts);
         }
         if set {
-            let selected = chosen.into_iter().map(|(context, _)| context).collect();
-            self.selected = Some((export.name.clone(), selected));
+            self.selected = Some((export.name.clone(), chosen));
         }
         acknowledge(out, option)
     }
@@ -403,12 +425,14 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
 
     fn negotiated(&self, export: Arc<Export>) -> Negotiated {
         let contexts = match &self.selected {
-            Some((name, selected)) if self.structured && *name == export.name => selected.clone(),
+            Some((name, selected)) if self.headers.chunks() && *name == export.name => {
+                selected.clone()
+            }
             _ => Vec::new(),
         };
         Negotiated {
             contexts,
-            structured: self.structured,
+            headers: self.headers,
             export,
         }
     }
@@ -425,7 +449,7 @@ impl<'a, D: Directory + ?Sized> Handshake<'a, D> {
         } else {
             flags |= flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
         }
-        if self.structured {
+        if self.headers.chunks() {
             flags |= flag::SEND_DF;
         }
         flags

@@ -163,10 +163,6 @@ impl Workload for Life {
         BaseKind::Layers(self.depth)
     }
 
-    fn absent(&self, _sizes: &Sizes) -> Option<String> {
-        None
-    }
-
     fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
         let mut measured = Measured::default();
         let mut lives = Vec::new();

@@ -54,10 +54,6 @@ impl Workload for FirstWrite {
         2.0
     }
 
-    fn absent(&self, _sizes: &Sizes) -> Option<String> {
-        None
-    }
-
     fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
         let started = run.container()?;
         let file = started.access.dir()?.join("large");

@@ -50,10 +50,6 @@ impl Workload for Fork {
         2.0
     }
 
-    fn absent(&self, _sizes: &Sizes) -> Option<String> {
-        None
-    }
-
     fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
         let started = run.container()?;
         let data = started.access.dir()?.join("written");
@@ -85,7 +81,7 @@ impl Workload for Fork {
 /// Writes the data; returns what is in the first file.
 fn fill(data: &Path, bytes: u64) -> Result<Vec<u8>> {
     fs::create_dir(data)?;
-    for number in 0..(bytes / FILE).max(1) {
+    for number in 0..bytes / FILE {
         random_file(&data.join(number.to_string()), FILE)?;
     }
     host::sync_fs(data)?;

@@ -270,7 +270,9 @@ pub trait Workload {
     }
 
     /// Why this host cannot do it; none when it can.
-    fn absent(&self, sizes: &Sizes) -> Option<String>;
+    fn absent(&self, _sizes: &Sizes) -> Option<String> {
+        None
+    }
 
     /// Does it once, in a new container.
     fn run(&self, run: &mut Run<'_>) -> Result<Measured>;

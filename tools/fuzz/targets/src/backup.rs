@@ -5,40 +5,11 @@ use vellum_backup::{Header, Reader, Writer};
 use vellum_base::ErrorKind;
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, BlockState, Blocks, Span};
 
-use crate::Seed;
 use crate::input::with_mode;
+use crate::{Seed, fixup};
 
 /// Bit of the first byte: checksums are made to fit.
 const FIX: u8 = 1;
-
-fn u32_at(bytes: &[u8], at: usize) -> usize {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
-}
-
-/// Gives the header, the description and all records their CRCs, as far as they have the lengths for it.
-fn fix(bytes: &mut [u8]) {
-    if bytes.len() < 256 {
-        return;
-    }
-    let described = u32_at(bytes, 12);
-    let front = 256usize.saturating_add(described);
-    if front > bytes.len() {
-        return;
-    }
-    let crc = crc32fast::hash(&bytes[256..front]);
-    bytes[116..120].copy_from_slice(&crc.to_le_bytes());
-    let crc = crc32fast::hash(&bytes[..252]);
-    bytes[252..256].copy_from_slice(&crc.to_le_bytes());
-    let mut rest = &mut bytes[front..];
-    while rest.len() >= 32 {
-        let payload = u32_at(rest, 8).min(rest.len() - 32);
-        let crc = crc32fast::hash(&rest[32..32 + payload]);
-        rest[24..28].copy_from_slice(&crc.to_le_bytes());
-        let crc = crc32fast::hash(&rest[..28]);
-        rest[28..32].copy_from_slice(&crc.to_le_bytes());
-        rest = &mut rest[32 + payload..];
-    }
-}
 
 /// Extents are in order, within the device, and have the bytes that they say. What is damaged or cut off can be
 /// gone on with behind the last good chunk, and is whole then.
@@ -48,7 +19,7 @@ pub fn backup(input: &[u8]) {
     };
     let mut bytes = bytes.to_vec();
     if mode & FIX != 0 {
-        fix(&mut bytes);
+        fixup::backup(&mut bytes);
     }
     let mut reader = match Reader::new(&bytes[..]) {
         Ok(reader) => reader,

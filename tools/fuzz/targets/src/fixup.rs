@@ -26,6 +26,20 @@ fn put_crc(bytes: &mut [u8], range: std::ops::Range<usize>, at: usize) {
     put(bytes, at, &crc.to_le_bytes());
 }
 
+/// A backup (backup.md): its description, its header, and all records as far as they have the lengths for it.
+pub fn backup(bytes: &mut [u8]) {
+    let mut at = 256usize.saturating_add(get_u32(bytes, 12));
+    put_crc(bytes, 256..at, 116);
+    put_crc(bytes, 0..252, 252);
+    while bytes.len().saturating_sub(at) >= 32 {
+        let rest = &mut bytes[at..];
+        let payload = get_u32(rest, 8).min(rest.len() - 32);
+        put_crc(rest, 32..32 + payload, 24);
+        put_crc(rest, 0..28, 28);
+        at += 32 + payload;
+    }
+}
+
 /// A layer's header (format.md, section 1).
 pub fn header(bytes: &mut [u8]) {
     put_crc(bytes, 0..508, 508);

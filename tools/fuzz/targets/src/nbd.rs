@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use vellum_base::block::MemoryDevice;
 use vellum_export::nbd::handshake::{Handshake, Outcome};
-use vellum_export::nbd::protocol::{self as wire, Command, Request, chunk, command_flag, option};
+use vellum_export::nbd::protocol::{
+    self as wire, Command, Headers, Request, chunk, command_flag, option,
+};
 use vellum_export::nbd::{Export, session_over};
 
 use crate::Seed;
@@ -97,7 +99,7 @@ pub fn session(input: &[u8]) {
         Ok(Outcome::Transmit(negotiated)) => {
             let mut check = Replies {
                 rest: replies,
-                structured: negotiated.structured,
+                headers: negotiated.headers,
             };
             let whole = check.follow(&input[read..]);
             assert!(
@@ -112,7 +114,7 @@ pub fn session(input: &[u8]) {
 
 struct Replies<'a> {
     rest: &'a [u8],
-    structured: bool,
+    headers: Headers,
 }
 
 impl<'a> Replies<'a> {
@@ -142,16 +144,15 @@ impl<'a> Replies<'a> {
     /// of one.
     fn follow(&mut self, input: &[u8]) -> Option<()> {
         let mut input = input;
-        while let Ok(Some(request)) = Request::parse(input) {
-            input = &input[Request::WIRE_LEN..];
+        while let Ok(Some(request)) = Request::parse(input, self.headers) {
+            input = &input[self.headers.request_len()..];
             let command = Command::from_wire(request.command);
-            let known = command.is_some_and(|c| request.flags & !c.valid_flags() == 0);
+            let known = command.is_some_and(|c| request.flags & !c.valid_flags(self.headers) == 0);
             if known && command == Some(Command::Disconnect) {
                 break;
             }
-            if command == Some(Command::Write) {
-                input = input.get(request.len as usize..).unwrap_or_default();
-            }
+            let payload = request.payload_len(self.headers) as usize;
+            input = input.get(payload..).unwrap_or_default();
             if self.rest.is_empty() {
                 // The client was cut off within a payload, or announced an absurd one.
                 break;
@@ -163,66 +164,106 @@ impl<'a> Replies<'a> {
 
     fn reply(&mut self, request: &Request, command: Option<Command>) -> Option<()> {
         let read = command == Some(Command::Read);
-        match self.u32()? {
-            wire::SIMPLE_REPLY_MAGIC => {
-                let (error, cookie) = (self.u32()?, self.u64()?);
-                assert_eq!(cookie, request.cookie);
-                check_errno(error, true);
-                assert!(!(read && self.structured), "a simple reply to a read");
-                if read && error == 0 {
-                    self.take(request.len as usize)?;
-                }
+        let magic = self.u32()?;
+        if magic == wire::SIMPLE_REPLY_MAGIC {
+            let (error, cookie) = (self.u32()?, self.u64()?);
+            assert_eq!(cookie, request.cookie);
+            check_errno(error, true);
+            let allowed = match self.headers {
+                Headers::Simple => true,
+                Headers::Structured => !read,
+                Headers::Extended => false,
+            };
+            assert!(allowed, "a simple reply to {request:?}");
+            if read && error == 0 {
+                self.take(request.len as usize)?;
             }
-            wire::STRUCTURED_REPLY_MAGIC => {
-                assert!(self.structured, "a chunk that nobody agreed to");
-                let mut covered = 0;
-                let mut failed = false;
-                loop {
-                    let (flags, kind) = (self.u16()?, self.u16()?);
-                    assert_eq!(self.u64()?, request.cookie);
-                    let len = self.u32()? as usize;
-                    match kind {
-                        chunk::OFFSET_DATA | chunk::OFFSET_HOLE if read => {
-                            assert_eq!(self.u64()?, request.offset + covered);
-                            covered += if kind == chunk::OFFSET_DATA {
-                                self.take(len - 8)?;
-                                len as u64 - 8
-                            } else {
-                                assert_eq!(len, 12);
-                                u64::from(self.u32()?)
-                            };
-                        }
-                        chunk::BLOCK_STATUS => {
-                            assert_eq!(command, Some(Command::BlockStatus));
-                            assert!(len > 4 && (len - 4).is_multiple_of(8));
-                            assert_eq!(self.u32()?, wire::BASE_ALLOCATION_ID);
-                            let mut sum = 0;
-                            for _ in 0..(len - 4) / 8 {
-                                sum += u64::from(self.u32()?);
-                                assert!(self.u32()? <= 3);
-                            }
-                            assert!(sum <= u64::from(request.len));
-                        }
-                        chunk::ERROR => {
-                            check_errno(self.u32()?, false);
-                            let text = usize::from(self.u16()?);
-                            assert_eq!(len, 6 + text);
-                            std::str::from_utf8(self.take(text)?).unwrap();
-                            failed = true;
-                        }
-                        _ => panic!("a chunk of type {kind} for {request:?}"),
-                    }
-                    if flags & chunk::FLAG_DONE != 0 {
-                        break;
-                    }
-                    assert_eq!(self.u32()?, wire::STRUCTURED_REPLY_MAGIC);
-                }
-                if read && !failed {
-                    assert_eq!(covered, u64::from(request.len));
-                }
-            }
-            other => panic!("{other:#x} where a reply to {request:?} begins"),
+            return Some(());
         }
+        let mut magic = magic;
+        let mut covered = 0;
+        let mut failed = false;
+        loop {
+            assert_eq!(magic, self.chunk_magic(), "what begins a chunk");
+            let (flags, kind) = (self.u16()?, self.u16()?);
+            assert_eq!(self.u64()?, request.cookie);
+            let len = if self.headers == Headers::Extended {
+                assert_eq!(self.u64()?, request.offset);
+                self.u64()? as usize
+            } else {
+                self.u32()? as usize
+            };
+            match kind {
+                chunk::OFFSET_DATA | chunk::OFFSET_HOLE if read => {
+                    covered += self.read_chunk(kind, len, request.offset + covered)?;
+                }
+                chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT => {
+                    assert_eq!(command, Some(Command::BlockStatus));
+                    self.status_chunk(kind, len, request)?;
+                }
+                chunk::NONE => {
+                    assert_eq!(self.headers, Headers::Extended);
+                    assert!(!read && len == 0);
+                }
+                chunk::ERROR => {
+                    check_errno(self.u32()?, false);
+                    let text = usize::from(self.u16()?);
+                    assert_eq!(len, 6 + text);
+                    std::str::from_utf8(self.take(text)?).unwrap();
+                    failed = true;
+                }
+                _ => panic!("a chunk of type {kind} for {request:?}"),
+            }
+            if flags & chunk::FLAG_DONE != 0 {
+                break;
+            }
+            magic = self.u32()?;
+        }
+        if read && !failed {
+            assert_eq!(covered, request.len);
+        }
+        Some(())
+    }
+
+    fn chunk_magic(&self) -> u32 {
+        match self.headers {
+            Headers::Simple => panic!("a chunk that nobody agreed to"),
+            Headers::Structured => wire::STRUCTURED_REPLY_MAGIC,
+            Headers::Extended => wire::EXTENDED_REPLY_MAGIC,
+        }
+    }
+
+    /// Takes a chunk of a read; returns how many bytes it is about.
+    fn read_chunk(&mut self, kind: u16, len: usize, at: u64) -> Option<u64> {
+        assert_eq!(self.u64()?, at);
+        if kind == chunk::OFFSET_DATA {
+            self.take(len - 8)?;
+            return Some(len as u64 - 8);
+        }
+        assert_eq!(len, 12);
+        self.u32().map(u64::from)
+    }
+
+    fn status_chunk(&mut self, kind: u16, len: usize, request: &Request) -> Option<()> {
+        assert_eq!(self.u32()?, wire::BASE_ALLOCATION_ID);
+        let mut sum = 0;
+        if kind == chunk::BLOCK_STATUS {
+            assert_eq!(self.headers, Headers::Structured);
+            assert!(len > 4 && (len - 4).is_multiple_of(8));
+            for _ in 0..(len - 4) / 8 {
+                sum += u64::from(self.u32()?);
+                assert!(self.u32()? <= 3);
+            }
+        } else {
+            assert_eq!(self.headers, Headers::Extended);
+            let count = self.u32()? as usize;
+            assert!(count > 0 && len == 8 + 16 * count);
+            for _ in 0..count {
+                sum += self.u64()?;
+                assert!(self.u64()? <= 3);
+            }
+        }
+        assert!(sum <= request.len);
         Some(())
     }
 }
@@ -265,6 +306,39 @@ fn request(command: u16, flags: u16, offset: u64, len: u32, payload: &[u8]) -> V
     out
 }
 
+/// As [`request`], with an extended header.
+fn extended_request(command: u16, flags: u16, offset: u64, len: u64, payload: &[u8]) -> Vec<u8> {
+    let mut out = wire::EXTENDED_REQUEST_MAGIC.to_be_bytes().to_vec();
+    out.extend(flags.to_be_bytes());
+    out.extend(command.to_be_bytes());
+    for field in [offset ^ 0x1234, offset, len] {
+        out.extend(field.to_be_bytes());
+    }
+    out.extend(payload);
+    out
+}
+
+/// A session with extended headers.
+fn extended_session(meta: &[u8]) -> Vec<u8> {
+    let payload = command_flag::PAYLOAD_LEN;
+    [
+        options(&[
+            (option::EXTENDED_HEADERS, vec![]),
+            (option::SET_META_CONTEXT, meta.to_vec()),
+            (option::GO, go("disk")),
+        ]),
+        extended_request(1, payload, 4096, 600, &[7; 600]),
+        extended_request(1, 0, 100, 5, b"hello"),
+        extended_request(0, 0, 0, 8192, &[]),
+        extended_request(0, payload, 0, 3, b"odd"),
+        extended_request(4, 0, 0, 1 << 20, &[]),
+        extended_request(6, 0, 0, 1 << 33, &[]),
+        extended_request(7, 0, 0, 1 << 20, &[]),
+        extended_request(2, 0, 0, 0, &[]),
+    ]
+    .concat()
+}
+
 pub fn session_seeds() -> Vec<Seed> {
     let all_requests = [
         request(1, 0, 4096, 600, &[7; 600]),
@@ -291,7 +365,7 @@ pub fn session_seeds() -> Vec<Seed> {
             option::LIST_META_CONTEXT,
             [string("disk"), vec![0; 4]].concat(),
         ),
-        (option::SET_META_CONTEXT, meta),
+        (option::SET_META_CONTEXT, meta.clone()),
         (option::GO, go("disk")),
     ]);
     let simple = options(&[(option::GO, go("disk"))]);
@@ -321,6 +395,7 @@ pub fn session_seeds() -> Vec<Seed> {
             "structured".into(),
             [structured, all_requests.clone()].concat(),
         ),
+        ("extended".into(), extended_session(&meta)),
         ("simple".into(), [simple, all_requests].concat()),
         (
             "large".into(),

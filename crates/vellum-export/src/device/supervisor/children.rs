@@ -35,6 +35,9 @@ impl Supervisor {
         self.shared.table().worker_ended.store(0, Ordering::Release);
         self.shared.table().worker.beat(0);
         self.shared.forget_notes();
+        if let Some(ring) = &self.ring {
+            ring.forget_requests();
+        }
         self.watch_new_worker();
         if let Some(standby) = self.take_standby() {
             match nix::unistd::write(&standby.go, b"g") {

@@ -21,6 +21,7 @@ use crate::device::failure::Failure;
 use crate::device::handover::{Resume, own_arguments, set_close_on_exec, witness};
 use crate::device::process::Process;
 use crate::device::state::{RunState, Status};
+use crate::fuse::ring::memory::{LAYOUT, RingMemory};
 use crate::fuse::slot::{self, Shared};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Witness;
@@ -77,6 +78,10 @@ impl Supervisor {
             features: resume.features,
             listener: UnixListener::from(adopt_fd(resume.listener)?),
             shared,
+            ring: resume
+                .ring
+                .map(|fd| RingMemory::inherit(adopt_fd(fd)?))
+                .transpose()?,
             events_in: File::from(adopt_fd(resume.events_in)?),
             events_out: File::from(adopt_fd(resume.events_out)?),
             signals: block_signals()?,
@@ -120,7 +125,7 @@ impl Supervisor {
     /// Executes `program` in this process, with the session. Returns only on failure, or when the
     /// worker is to be started again by this program.
     fn upgrade_to(&mut self, program: &Path) -> Result<()> {
-        probe(program, &self.run_dir.now())?;
+        probe(program, &self.run_dir.now(), self.ring.is_some())?;
         if self.standby.is_none() {
             // The old program's standby is what saves the device if the new program fails.
             return Err(Error::new(
@@ -167,10 +172,12 @@ impl Supervisor {
         let [session, listener, shared, events_in, events_out, standby_go] = fds;
         let witness = witness();
         let held = witness.as_ref().map(|(file, _)| file.as_raw_fd());
+        let ring = self.ring.as_ref().map(|ring| ring.fd().as_raw_fd());
         let resume = Resume {
             session,
             listener,
             shared,
+            ring,
             events_in,
             events_out,
             standby: Some((standby.process.pid(), standby_go)),
@@ -182,7 +189,7 @@ impl Supervisor {
             Ok(resume) => resume,
             Err(error) => return Error::internal(format!("the hand-over: {error}")),
         };
-        let fds: Vec<i32> = fds.into_iter().chain(held).collect();
+        let fds: Vec<i32> = fds.into_iter().chain(held).chain(ring).collect();
         set_close_on_exec(&fds, false);
         let error = Command::new(program)
             .arg0(ARG0)
@@ -195,13 +202,27 @@ impl Supervisor {
     }
 }
 
+/// Says whether this program can take a ring over whose memory has that layout. One that knows nothing of
+/// rings refuses the option.
+pub(super) fn can_take_ring_over(layout: Option<u64>) -> Result<()> {
+    match layout {
+        None | Some(LAYOUT) => Ok(()),
+        Some(layout) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("this program knows the ring {LAYOUT:#x} and not {layout:#x}"),
+        )),
+    }
+}
+
 /// Asks `program` whether it can take over.
-fn probe(program: &Path, run_dir: &RunDir) -> Result<()> {
+fn probe(program: &Path, run_dir: &RunDir, ring: bool) -> Result<()> {
     let what = || format!("{}: --probe", program.display());
+    let layout = ring.then(|| format!("--ring-layout={LAYOUT}"));
     let mut child = Command::new(program)
         .arg0(ARG0)
         .args(own_arguments(run_dir))
         .arg("--probe")
+        .args(layout)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()

@@ -40,9 +40,10 @@ impl Supervisor {
         if let (Some(worker), None) = (&self.worker, self.hang) {
             let queued = has_requests(&self.session);
             let pid = worker.pid();
+            let ring = self.ring.as_deref();
             let look = self
                 .watch
-                .look(pid, self.worker_served, queued, &self.shared);
+                .look(pid, self.worker_served, queued, &self.shared, ring);
             if let Some(hang) = self.watch.judge(&look, Instant::now()) {
                 self.kill_hung(hang);
             }

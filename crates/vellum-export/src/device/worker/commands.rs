@@ -141,6 +141,7 @@ fn report_status(context: &Context) -> Value {
         "threads": worker.threads,
         "fuse_minor": worker.features.minor,
         "resend": worker.use_resend,
+        "transport": if worker.ring.is_some() { "ring" } else { "classic" },
         "generation": worker.generation,
         "version": env!("CARGO_PKG_VERSION"),
         // Not every path is text that JSON can carry.

@@ -15,6 +15,8 @@ use crate::device::opened::Opened;
 use crate::device::process::Identity;
 use crate::device::watch::Limits;
 use crate::fuse::readers::Readers;
+use crate::fuse::ring::crew::Crew;
+use crate::fuse::ring::memory::RingMemory;
 use crate::fuse::session::Features;
 use crate::fuse::slot::Shared;
 use vellum_fs::run_dir::HeldRunDir;
@@ -28,6 +30,10 @@ pub(in crate::device) struct Worker {
     /// Threads that take requests at once; more stand by for when they wait for the disk.
     pub threads: usize,
     pub shared: Arc<Shared>,
+    /// The entries of the ring, where requests come by one.
+    pub ring: Option<Arc<RingMemory>>,
+    /// The ring has its guard, as always but in a test.
+    pub guarded: bool,
     pub listener: UnixListener,
     /// The pipe to the supervisor.
     pub events: Mutex<Arc<File>>,
@@ -45,6 +51,8 @@ pub(super) struct Context {
     pub(super) started: Instant,
     pub(super) opened: Opened,
     pub(super) readers: Arc<Readers>,
+    /// The threads that have the entries of a ring.
+    pub(super) crew: Option<Arc<Crew>>,
     pub(super) failures: AtomicU64,
     pub(super) connections: AtomicUsize,
     /// Commands that are being carried out.

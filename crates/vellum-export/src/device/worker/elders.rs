@@ -113,12 +113,15 @@ pub(super) fn adopt(worker: &Worker) -> Result<Value> {
     let &[session, listener, shared, events_read, events_write] = fds.as_slice() else {
         return Err(Error::internal(what()));
     };
+    let ring = worker.ring.as_ref().map(|ring| ring.fd().try_clone());
+    let ring = ring.transpose().context(what)?;
     let witness = witness();
     let held = witness.as_ref().map(|(file, _)| file.as_raw_fd());
     let resume = Resume {
         session,
         listener,
         shared,
+        ring: ring.as_ref().map(AsRawFd::as_raw_fd),
         events_in: events_read,
         events_out: events_write,
         standby: None,
@@ -126,7 +129,7 @@ pub(super) fn adopt(worker: &Worker) -> Result<Value> {
         generation: worker.generation,
         witness: held.zip(witness.as_ref().map(|(_, token)| *token)),
     };
-    fds.extend(held);
+    fds.extend(held.into_iter().chain(resume.ring));
     let resume = serde_json::to_string(&resume)
         .map_err(|error| Error::internal(format!("{}: {error}", what())))?;
     set_close_on_exec(&fds, false);

@@ -348,6 +348,7 @@ fn secure_leg<'a>(
     let answers = Answers {
         bytes: output.into(),
         result: Ok(()),
+        offset: None,
     };
     (outcome, answers)
 }

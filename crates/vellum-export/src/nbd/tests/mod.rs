@@ -1,6 +1,7 @@
 //! Sessions over scripted bytes: what a client sends, and what it must get for it.
 
 mod devices;
+mod extended;
 mod handshake;
 mod transmission;
 
@@ -82,6 +83,17 @@ impl Script {
         self
     }
 
+    /// As [`Script::request`], with an extended header.
+    fn extended_request(mut self, command: u16, flags: u16, offset: u64, len: u64) -> Self {
+        self.input.extend(EXTENDED_REQUEST_MAGIC.to_be_bytes());
+        self.input.extend(flags.to_be_bytes());
+        self.input.extend(command.to_be_bytes());
+        for field in [COOKIE, offset, len] {
+            self.input.extend(field.to_be_bytes());
+        }
+        self
+    }
+
     fn bytes(mut self, bytes: &[u8]) -> Self {
         self.input.extend(bytes);
         self
@@ -99,6 +111,7 @@ impl Script {
         Answers {
             bytes: script.output.into(),
             result: script.result.unwrap(),
+            offset: None,
         }
     }
 
@@ -114,6 +127,8 @@ const COOKIE: u64 = 0x00c0_ffee_0000_0001;
 struct Answers {
     bytes: VecDeque<u8>,
     result: Result<()>,
+    /// What the last extended header said.
+    offset: Option<u64>,
 }
 
 /// A reply in the transmission phase.
@@ -201,6 +216,15 @@ impl Answers {
                 let kind = self.u16();
                 assert_eq!(self.u64(), COOKIE);
                 let len = self.u32() as usize;
+                let data = self.take(len);
+                Reply::Chunk { flags, kind, data }
+            }
+            EXTENDED_REPLY_MAGIC => {
+                let flags = self.u16();
+                let kind = self.u16();
+                assert_eq!(self.u64(), COOKIE);
+                self.offset = Some(self.u64());
+                let len = self.u64() as usize;
                 let data = self.take(len);
                 Reply::Chunk { flags, kind, data }
             }

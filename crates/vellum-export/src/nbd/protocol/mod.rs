@@ -4,6 +4,10 @@
 //! without the `NBD_` prefix. Everything on the wire is big-endian. Nothing in this file does I/O
 //! or allocates more than its input is long, so that all of it can be fuzzed.
 
+mod message;
+
+pub use message::{ChunkHeader, Command, Errno, Headers, Request, simple_reply};
+
 use vellum_base::error::{Error, ErrorKind};
 
 /// First word of the server's greeting, `NBDMAGIC`.
@@ -16,8 +20,13 @@ pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 /// First word of a simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
-/// First word of a chunk of a structured reply.
+/// First word of a chunk of a structured reply with compact headers.
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+
+/// First word of every request with extended headers.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// First word of every chunk with extended headers.
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// The longest string (an export's name, a query) that the protocol allows, in bytes.
 pub const MAX_STRING: usize = 4096;
@@ -58,6 +67,7 @@ pub mod option {
     pub const STRUCTURED_REPLY: u32 = 8;
     pub const LIST_META_CONTEXT: u32 = 9;
     pub const SET_META_CONTEXT: u32 = 10;
+    pub const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// Types of replies to options; those with the top bit set are errors.
@@ -74,6 +84,7 @@ pub mod option_reply {
     pub const ERR_UNKNOWN: u32 = (1 << 31) + 6;
     pub const ERR_SHUTDOWN: u32 = (1 << 31) + 7;
     pub const ERR_TOO_BIG: u32 = (1 << 31) + 9;
+    pub const ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 }
 
 /// Kinds of information in replies to `INFO` and `GO`.
@@ -93,6 +104,7 @@ pub mod command_flag {
     pub const DF: u16 = 1 << 2;
     pub const REQ_ONE: u16 = 1 << 3;
     pub const FAST_ZERO: u16 = 1 << 4;
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// Types of chunks of a structured reply.
@@ -102,6 +114,7 @@ pub mod chunk {
     pub const OFFSET_DATA: u16 = 1;
     pub const OFFSET_HOLE: u16 = 2;
     pub const BLOCK_STATUS: u16 = 5;
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     pub const ERROR: u16 = (1 << 15) + 1;
     /// Flag: the last chunk of its reply.
     pub const FLAG_DONE: u16 = 1 << 0;
@@ -115,87 +128,6 @@ pub const BASE_ALLOCATION_ID: u32 = 1;
 pub const STATE_HOLE: u32 = 1 << 0;
 /// `base:allocation` status bit: reads as zeros.
 pub const STATE_ZERO: u32 = 1 << 1;
-
-/// What a request asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Command {
-    /// Bytes of the export.
-    Read,
-    /// Store the bytes that follow the request.
-    Write,
-    /// The client goes away; no reply.
-    Disconnect,
-    /// Make everything written so far durable.
-    Flush,
-    /// The range is no longer needed.
-    Trim,
-    /// A hint that the range will be read.
-    Cache,
-    /// Make the range read as zeros.
-    WriteZeroes,
-    /// Which parts of the range are data, which are holes.
-    BlockStatus,
-}
-
-impl Command {
-    /// The command of that number, if there is one.
-    pub fn from_wire(number: u16) -> Option<Command> {
-        Some(match number {
-            0 => Command::Read,
-            1 => Command::Write,
-            2 => Command::Disconnect,
-            3 => Command::Flush,
-            4 => Command::Trim,
-            5 => Command::Cache,
-            6 => Command::WriteZeroes,
-            7 => Command::BlockStatus,
-            _ => return None,
-        })
-    }
-
-    /// The flags that a client may set with it, beside FUA, which is valid with all.
-    pub fn valid_flags(self) -> u16 {
-        command_flag::FUA
-            | match self {
-                Command::Read => command_flag::DF,
-                Command::WriteZeroes => command_flag::NO_HOLE | command_flag::FAST_ZERO,
-                Command::BlockStatus => command_flag::REQ_ONE,
-                _ => 0,
-            }
-    }
-}
-
-/// An error number in a reply. The protocol fixes the values, whatever the host's errno are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[repr(u32)]
-pub enum Errno {
-    /// A write to a read-only export.
-    Perm = 1,
-    /// The storage failed.
-    Io = 5,
-    /// No such range, command or flag.
-    Inval = 22,
-    /// The host is full, or a write reaches beyond the end.
-    NoSpc = 28,
-    /// Too long to be answered in one piece.
-    Overflow = 75,
-    /// Understood, but not possible (fast).
-    NotSup = 95,
-    /// The server stops.
-    Shutdown = 108,
-}
-
-impl From<ErrorKind> for Errno {
-    fn from(kind: ErrorKind) -> Errno {
-        match kind {
-            ErrorKind::InvalidInput | ErrorKind::OutOfRange => Errno::Inval,
-            ErrorKind::NoSpace => Errno::NoSpc,
-            ErrorKind::ReadOnly | ErrorKind::Permission => Errno::Perm,
-            ErrorKind::Unsupported => Errno::NotSup,
-            _ => Errno::Io,
-        }
-    }
-}
 
 /// Takes fixed-width fields from the front of a byte slice.
 #[derive(Debug, Clone, Copy)]
@@ -247,95 +179,6 @@ pub fn name(bytes: &[u8]) -> Result<&str, &'static str> {
         return Err("a string holds a NUL byte");
     }
     std::str::from_utf8(bytes).map_err(|_| "a string is not UTF-8")
-}
-
-/// A request's header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Request {
-    /// Bits of [`command_flag`].
-    pub flags: u16,
-    /// Number of the command, known or not.
-    pub command: u16,
-    /// What the client calls the request; the reply repeats it.
-    pub cookie: u64,
-    /// First byte.
-    pub offset: u64,
-    /// Length in bytes.
-    pub len: u32,
-}
-
-impl Request {
-    /// Length of the header on the wire, in bytes.
-    pub const WIRE_LEN: usize = 28;
-
-    /// The header that `bytes` starts with; `None` when they are too few.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Protocol`] for a wrong magic: where the next request begins is then unknown.
-    pub fn parse(bytes: &[u8]) -> Result<Option<Request>, Error> {
-        let mut fields = Fields(bytes);
-        let Some(magic) = fields.u32() else {
-            return Ok(None);
-        };
-        if magic != REQUEST_MAGIC {
-            return Err(Error::new(
-                ErrorKind::Protocol,
-                format!("the client sent {magic:#010x} where a request begins with 0x25609513"),
-            ));
-        }
-        let mut rest = || {
-            Some(Request {
-                flags: fields.u16()?,
-                command: fields.u16()?,
-                cookie: fields.u64()?,
-                offset: fields.u64()?,
-                len: fields.u32()?,
-            })
-        };
-        Ok(rest())
-    }
-}
-
-/// A simple reply's header.
-pub fn simple_reply(error: u32, cookie: u64) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    put(
-        &mut bytes,
-        &[
-            &SIMPLE_REPLY_MAGIC.to_be_bytes(),
-            &error.to_be_bytes(),
-            &cookie.to_be_bytes(),
-        ],
-    );
-    bytes
-}
-
-/// The header of a structured reply's chunk whose payload is `len` bytes.
-pub fn chunk_header(flags: u16, kind: u16, cookie: u64, len: u32) -> [u8; 20] {
-    let mut bytes = [0; 20];
-    put(
-        &mut bytes,
-        &[
-            &STRUCTURED_REPLY_MAGIC.to_be_bytes(),
-            &flags.to_be_bytes(),
-            &kind.to_be_bytes(),
-            &cookie.to_be_bytes(),
-            &len.to_be_bytes(),
-        ],
-    );
-    bytes
-}
-
-/// Copies `fields` one after the other into `bytes`, as far as they fit.
-fn put(bytes: &mut [u8], fields: &[&[u8]]) {
-    let mut rest = bytes;
-    for field in fields {
-        let Some((target, tail)) = rest.split_at_mut_checked(field.len()) else {
-            return;
-        };
-        target.copy_from_slice(field);
-        rest = tail;
-    }
 }
 
 /// An option's header: its number and how long its data is.
@@ -472,47 +315,6 @@ pub fn push_option_reply(out: &mut Vec<u8>, option: u32, kind: u32, data: &[&[u8
 mod tests {
     use super::*;
 
-    fn request(magic: u32) -> Vec<u8> {
-        let mut bytes = magic.to_be_bytes().to_vec();
-        bytes.extend([0, 1, 0, 7]);
-        bytes.extend(0x0102_0304_0506_0708u64.to_be_bytes());
-        bytes.extend(4096u64.to_be_bytes());
-        bytes.extend(512u32.to_be_bytes());
-        bytes
-    }
-
-    #[test]
-    fn a_request_is_parsed_field_by_field() {
-        let parsed = Request::parse(&request(REQUEST_MAGIC)).unwrap().unwrap();
-        assert_eq!(
-            parsed,
-            Request {
-                flags: 1,
-                command: 7,
-                cookie: 0x0102_0304_0506_0708,
-                offset: 4096,
-                len: 512
-            }
-        );
-    }
-
-    #[test]
-    fn every_prefix_of_a_request_asks_for_more() {
-        let bytes = request(REQUEST_MAGIC);
-        for len in 0..bytes.len() {
-            assert_eq!(Request::parse(&bytes[..len]).unwrap(), None, "{len} bytes");
-        }
-    }
-
-    #[test]
-    fn a_wrong_request_magic_is_a_protocol_error_as_soon_as_it_is_there() {
-        let bytes = request(REQUEST_MAGIC ^ 1);
-        for len in 4..=bytes.len() {
-            let error = Request::parse(&bytes[..len]).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Protocol);
-        }
-    }
-
     #[test]
     fn info_requests_with_wrong_counts_or_lengths_are_refused() {
         let good = [0, 0, 0, 1, b'a', 0, 2, 0, 1, 0, 3];
@@ -568,19 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn reply_headers_have_the_protocols_layout() {
-        assert_eq!(
-            simple_reply(28, 0x1122),
-            [
-                0x67, 0x44, 0x66, 0x98, 0, 0, 0, 28, 0, 0, 0, 0, 0, 0, 0x11, 0x22
-            ]
-        );
-        assert_eq!(
-            chunk_header(chunk::FLAG_DONE, chunk::ERROR, 3, 6),
-            [
-                0x66, 0x8e, 0x33, 0xef, 0, 1, 0x80, 1, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 6
-            ]
-        );
+    fn replies_to_options_have_the_protocols_layout() {
         let mut out = Vec::new();
         push_option_reply(&mut out, option::GO, option_reply::ACK, &[b"ab", b"c"]);
         assert_eq!(out.len(), 23);

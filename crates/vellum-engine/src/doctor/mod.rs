@@ -1,14 +1,17 @@
 //! Whether a host has what Vellum needs, and what to do where it has not. Changes nothing.
 
+mod containerd;
+
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::run::find_runtime;
+use crate::run::find_runtime;
 use vellum_base::storage::{FileStorage, Storage};
+use vellum_export::device::ring_self_test;
+use vellum_export::fuse::ring::host::check as ring_check;
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::mountinfo::MountInfo;
 
@@ -88,6 +91,7 @@ pub fn examine(options: &Options) -> Report {
     look.privileges();
     look.kernel();
     look.fuse();
+    look.ring();
     look.loops();
     look.programs();
     look.store(&options.root);
@@ -230,6 +234,19 @@ impl Look {
         }
     }
 
+    fn ring(&mut self) {
+        let check = "FUSE over io_uring";
+        let slower = "flushes and reads of one client at a time are slower without it";
+        match (ring_check(), ring_self_test()) {
+            (Err(error), _) => self.add(check, State::Note, error.to_string(), Some(slower)),
+            (Ok(()), None) => self.add(check, State::Ok, "on; not tried in this boot yet", None),
+            (Ok(()), Some(Ok(()))) => self.ok(check, "on; its self-test passed in this boot"),
+            (Ok(()), Some(Err(error))) => {
+                self.add(check, State::Note, error.to_string(), Some(slower));
+            }
+        }
+    }
+
     fn loops(&mut self) {
         if let Err(error) = OpenOptions::new()
             .read(true)
@@ -278,26 +295,23 @@ impl Look {
                 .map(|dir| Path::new(dir).join(program))
                 .find(|path| path.is_file())
         };
-        for program in ["mke2fs", "resize2fs", "e2fsck"] {
-            match find(program) {
-                Some(path) => self.ok(program, path.display().to_string()),
-                None => self.add(
-                    program,
-                    State::Missing,
-                    "not installed",
-                    Some("apt-get install e2fsprogs"),
-                ),
-            }
-        }
-        match find("qemu-img") {
-            Some(path) => self.ok("qemu-img", path.display().to_string()),
-            None => self.add(
+        const E2FSPROGS: &str = "apt-get install e2fsprogs";
+        for (program, without, found, advice) in [
+            ("mke2fs", State::Missing, "not installed", E2FSPROGS),
+            ("resize2fs", State::Missing, "not installed", E2FSPROGS),
+            ("e2fsck", State::Missing, "not installed", E2FSPROGS),
+            (
                 "qemu-img",
                 State::Note,
                 "not installed: of qcow2 images, those compressed with zstd, with extended L2 entries or not \
                  closed in order cannot be imported",
-                Some("apt-get install qemu-utils"),
+                "apt-get install qemu-utils",
             ),
+        ] {
+            match find(program) {
+                Some(path) => self.ok(program, path.display().to_string()),
+                None => self.add(program, without, found, Some(advice)),
+            }
         }
         match find_runtime() {
             Ok(path) => self.ok("OCI runtime", path.display().to_string()),
@@ -433,114 +447,6 @@ impl Look {
             None => {}
         }
     }
-
-    fn containerd(&mut self, options: &Options) {
-        let Some(config) = self.containerd_config(options) else {
-            return;
-        };
-        let address = options.address.display().to_string();
-        let Some((name, entry)) = plugin(&config, &address) else {
-            self.no_plugin(options, &config, &address);
-            return;
-        };
-        let path = options.containerd_config.display();
-        self.ok("containerd", format!("{path} has proxy_plugins.{name}"));
-        self.exported_root(options, name, entry);
-        match UnixStream::connect(&options.address) {
-            Ok(_) => self.ok("snapshotter", format!("answers on {address}")),
-            Err(error) => self.add(
-                "snapshotter",
-                State::Warning,
-                format!("{address}: {error}"),
-                Some("start it before containerd: systemctl enable --now vellum-snapshotter"),
-            ),
-        }
-    }
-
-    /// containerd's configuration, where it is there and can be read.
-    fn containerd_config(&mut self, options: &Options) -> Option<toml::Table> {
-        let path = options.containerd_config.display();
-        let text = match fs::read_to_string(&options.containerd_config) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                self.add(
-                    "containerd",
-                    State::Note,
-                    format!("{path} is not there: it is needed under containerd alone"),
-                    Some("docs/containerd.md says what belongs into it"),
-                );
-                return None;
-            }
-            Err(error) => {
-                let found = format!("{path}: {error}");
-                self.add("containerd", State::Warning, found, None);
-                return None;
-            }
-        };
-        match text.parse() {
-            Ok(config) => Some(config),
-            Err(error) => {
-                let found = format!("{path}: {}", error.to_string().replace('\n', " "));
-                let advice = Some("containerd would not start: correct it");
-                self.add("containerd", State::Warning, found, advice);
-                None
-            }
-        }
-    }
-
-    /// Says what containerd's configuration lacks.
-    fn no_plugin(&mut self, options: &Options, config: &toml::Table, address: &str) {
-        let path = options.containerd_config.display();
-        let wanted = format!(
-            "add to {path} and restart containerd:\n\
-             [proxy_plugins.vellum]\n  type = \"snapshot\"\n  address = \"{address}\"\n\
-             [proxy_plugins.vellum.exports]\n  root = \"{}\"",
-            options.root.display()
-        );
-        let more = if config.contains_key("imports") {
-            "; its imports were not looked at"
-        } else {
-            ""
-        };
-        self.add(
-            "containerd",
-            State::Warning,
-            format!("{path} has no snapshot plugin with the address {address}{more}"),
-            Some(&wanted),
-        );
-    }
-
-    /// Looks whether the kubelet is told where to count free space.
-    fn exported_root(&mut self, options: &Options, name: &str, entry: &toml::Table) {
-        let exported = entry
-            .get("exports")
-            .and_then(|exports| exports.get("root"))
-            .and_then(toml::Value::as_str);
-        if exported != options.root.to_str() {
-            let found = match exported {
-                None => format!("proxy_plugins.{name}.exports has no root"),
-                Some(other) => format!("proxy_plugins.{name}.exports.root is {other}"),
-            };
-            let advice = format!(
-                "the kubelet counts free space there: [proxy_plugins.{name}.exports] root = \"{}\"",
-                options.root.display()
-            );
-            self.add("exports.root", State::Warning, found, Some(&advice));
-        } else {
-            self.ok("exports.root", options.root.display().to_string());
-        }
-    }
-}
-
-/// The snapshot plugin with this address, and its name.
-fn plugin<'a>(config: &'a toml::Table, address: &str) -> Option<(&'a str, &'a toml::Table)> {
-    let plugins = config.get("proxy_plugins")?.as_table()?;
-    plugins.iter().find_map(|(name, entry)| {
-        let entry = entry.as_table()?;
-        let is =
-            |key: &str, value: &str| entry.get(key).and_then(toml::Value::as_str) == Some(value);
-        (is("type", "snapshot") && is("address", address)).then_some((name.as_str(), entry))
-    })
 }
 
 /// Major and minor version of a kernel's release.
@@ -612,14 +518,5 @@ mod tests {
         let of = |dir: &str| propagation_of(mounts, Path::new(dir));
         assert_eq!(of("/var/lib"), Some(("/var".into(), false)));
         assert_eq!(of("/variable"), Some(("/".into(), true)));
-    }
-
-    #[test]
-    fn a_plugin_is_found_by_type_and_address_whatever_its_name() {
-        let config: toml::Table = "[proxy_plugins.v]\ntype = 'snapshot'\naddress = '/s'\n"
-            .parse()
-            .unwrap();
-        assert_eq!(plugin(&config, "/s").map(|(name, _)| name), Some("v"));
-        assert!(plugin(&config, "/t").is_none());
     }
 }
