@@ -1,4 +1,4 @@
-//! The command line: import, interrupted commands, lives of containers, backups, layer files, `verify-durability`.
+//! The command line: import, interrupted commands, lives of containers, backups, layer files, `verify-durability`, `vhost`.
 
 #![allow(
     clippy::unwrap_used,
@@ -25,3 +25,4 @@ mod lifecycle;
 mod live;
 mod names;
 mod verify_durability;
+mod vhost;

@@ -17,7 +17,8 @@ BOOT, WORK = 60, 240
 BOOT_ATTEMPTS = 4
 # What Debian's smallest root lacks.
 PROGRAMS = {"fio": "usr/bin", "sqlite3": "usr/bin", "fstrim": "usr/sbin", "resize2fs": "usr/sbin"}
-DISK_SIZE, GROWN = "1280M", 2 << 30
+# What the disk has first, what it grows to while no machine is connected, and then while one is.
+DISK_SIZE, GROWN_UNSEEN, GROWN = "1280M", 3 << 29, 2 << 30
 # Commits of the guest's database between two kills.
 COMMITS = 3
 # Where a development build dies by itself, at the visit of that number, and how long that may take.
@@ -141,13 +142,21 @@ class Commits:
             self.said.append(message)
 
     def wait(self, more):
-        """Until there are so many more."""
+        """Until there are so many more from now on."""
+        # What is there already may be of a server that was killed since.
+        while not self.machine.messages.empty():
+            self.hear(self.machine.next(time.monotonic()))
         wanted, deadline = self.last + more, time.monotonic() + WORK
         while self.last < wanted:
             message = self.machine.next(deadline)
             if message is None:
                 raise Failure(f"no commit {wanted} from the guest: see {self.machine.console}")
             self.hear(message)
+
+    def wait_for(self, wanted):
+        """Until the guest says this."""
+        if wanted not in self.said:
+            self.machine.wait_for(wanted, WORK, self.hear)
 
     def found(self):
         """The last transaction that the guest found when it verified."""
@@ -211,6 +220,9 @@ def work(rig, server, seed):
         commits.wait(COMMITS)
         server.kill()
         server.start()
+        # QEMU connects again only each second: it is not there yet, and sees the new size all the same.
+        rig.vellum("resize", "debian", str(GROWN_UNSEEN))
+        commits.wait_for(f"grown {GROWN_UNSEEN // 512}")
         commits.wait(COMMITS)
         rig.vellum("fork", "debian", "later", "--from", "before")
         if "served over vhost-user" not in rig.vellum("ps"):

@@ -59,6 +59,8 @@ pub(super) struct Handler {
     regions: Regions,
     inflight: Option<Region>,
     queues: Vec<Queue>,
+    /// The client has a disk that works by now, and was not told since of which size.
+    untold: bool,
 }
 
 /// What is no part of a disk.
@@ -87,7 +89,13 @@ impl Handler {
             queues: std::iter::repeat_with(Queue::default)
                 .take(queues.into())
                 .collect(),
+            untold: false,
         }
+    }
+
+    /// Whether it is time to tell the client to look at the configuration; true once each time.
+    pub(super) fn take_untold(&mut self) -> bool {
+        std::mem::take(&mut self.untold)
     }
 
     /// Stops all queues.
@@ -260,6 +268,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         queue.call = fd;
         if let Some(running) = &queue.running {
             running.set_call(duplicate(queue.call.as_ref())?);
+            // QEMU does this last, with every connection. Told earlier, its 7.2 would ask for the configuration
+            // while it waits for another answer, and take one for the other.
+            self.untold = true;
         }
         Ok(())
     }

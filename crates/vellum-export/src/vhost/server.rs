@@ -95,15 +95,9 @@ impl Server {
         Ok(())
     }
 
-    /// Tells the client that the disk has another size by now.
+    /// Tells the client that the disk has another size by now. One that connects later is told then.
     pub fn size_changed(&self) {
-        let state = self.shared.state.lock();
-        let Some(channel) = &state.channel else {
-            return;
-        };
-        if let Err(error) = channel.config_changed() {
-            tracing::warn!(%error, "the machine was not told that its disk grew");
-        }
+        self.shared.tell_size();
     }
 
     /// Stops: no new clients, and the present one is disconnected once what was taken is answered.
@@ -120,6 +114,16 @@ impl Server {
 }
 
 impl Shared {
+    fn tell_size(&self) {
+        let state = self.state.lock();
+        let Some(channel) = &state.channel else {
+            return;
+        };
+        if let Err(error) = channel.config_changed() {
+            tracing::warn!(%error, "the machine was not told that its disk grew");
+        }
+    }
+
     /// The next client; `None` once the server stops.
     fn accept(&self, listener: &UnixListener) -> Result<Option<UnixStream>> {
         loop {
@@ -186,7 +190,16 @@ impl Shared {
         loop {
             match peek(&ours).map_err(|errno| VhostError::SocketError(errno.into()))? {
                 Next::End => return Ok(()),
-                Next::Other => messages.handle_request()?,
+                Next::Other => {
+                    messages.handle_request()?;
+                    // It may have grown while nobody was connected, of which QEMU does not ask.
+                    if handler
+                        .lock()
+                        .is_ok_and(|mut handler| handler.take_untold())
+                    {
+                        self.tell_size();
+                    }
+                }
                 Next::Channel(channel) => {
                     messages.handle_request()?;
                     self.state.lock().channel = Some(channel);
