@@ -126,9 +126,9 @@ impl Machine {
         };
         frontend.set_vring_addr(0, &rings).unwrap();
         frontend.set_vring_base(0, 0).unwrap();
+        frontend.set_vring_call(0, &self.call).unwrap();
         frontend.set_vring_kick(0, &self.kick).unwrap();
         frontend.set_vring_enable(0, true).unwrap();
-        frontend.set_vring_call(0, &self.call).unwrap();
     }
 
     fn put<T: vm_memory::ByteValued>(&self, value: T, at: u64) {

@@ -59,7 +59,7 @@ pub(super) struct Handler {
     regions: Regions,
     inflight: Option<Region>,
     queues: Vec<Queue>,
-    /// The client has a disk that works by now, and was not told since of which size.
+    /// The first queue is served, and the client was not told since to look at the disk's size.
     untold: bool,
 }
 
@@ -158,6 +158,9 @@ impl Handler {
         let ring = Ring::new(place, &memory.memory(), inflight, call).map_err(failed)?;
         let running = RunningQueue::start(parts, ring).map_err(failed)?;
         self.queue(index)?.running = Some(running);
+        // Not earlier: QEMU 7.2 would ask for the configuration while it waits for another answer, and take one
+        // for the other. From here on it waits for none.
+        self.untold |= index == 0;
         Ok(())
     }
 
@@ -268,9 +271,6 @@ impl VhostUserBackendReqHandlerMut for Handler {
         queue.call = fd;
         if let Some(running) = &queue.running {
             running.set_call(duplicate(queue.call.as_ref())?);
-            // QEMU does this last, with every connection. Told earlier, its 7.2 would ask for the configuration
-            // while it waits for another answer, and take one for the other.
-            self.untold = true;
         }
         Ok(())
     }
