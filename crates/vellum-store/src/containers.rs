@@ -404,7 +404,7 @@ impl Store {
                 return Err(Error::new(
                     ErrorKind::InUse,
                     format!(
-                        "the container {name} is in use by another process{}: stop its NBD server or unmount it first (`vellum umount {name}`)",
+                        "the container {name} is in use by another process{}: stop its server or unmount it first (`vellum umount {name}`)",
                         self.lease_holder(&top)
                     ),
                 ));

@@ -160,7 +160,7 @@ impl Store {
             return Err(Error::new(
                 ErrorKind::InUse,
                 format!(
-                    "the image {name} is in use by another process{}: stop its NBD server, or \
+                    "the image {name} is in use by another process{}: stop its server, or \
                      wait for the `vellum diff` that reads it",
                     top.map_or(String::new(), |top| self.reader(top))
                 ),
