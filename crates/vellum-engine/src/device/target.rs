@@ -187,7 +187,7 @@ pub const SERVER_COMMAND: &str = "device-server";
 static TRANSPORT: OnceLock<TransportChoice> = OnceLock::new();
 
 /// Says how the requests of the devices come that this process attaches from now on. Only the first word
-/// counts; without one it is found out what the host can.
+/// counts; without one they come in the classic way.
 pub fn choose_transport(choice: TransportChoice) {
     let _ = TRANSPORT.set(choice);
 }
