@@ -199,7 +199,9 @@ pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
     arguments.extend(target.arguments());
     AttachSpec {
         read_only: target.is_read_only(),
-        transport: TRANSPORT.get().copied().unwrap_or_default(),
+        transport: TRANSPORT
+            .get()
+            .map_or(TransportChoice::Classic, |choice| *choice),
         ..AttachSpec::new(arguments)
     }
 }
