@@ -33,7 +33,7 @@ pub(super) struct MountArgs {
         long,
         value_name = "HOW",
         value_enum,
-        default_value = "auto",
+        default_value = "classic",
         env = "VELLUM_TRANSPORT"
     )]
     transport: TransportChoice,

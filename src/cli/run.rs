@@ -53,7 +53,7 @@ pub(super) struct Args {
         long,
         value_name = "HOW",
         value_enum,
-        default_value = "auto",
+        default_value = "classic",
         env = "VELLUM_TRANSPORT"
     )]
     transport: TransportChoice,

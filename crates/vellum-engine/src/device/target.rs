@@ -195,7 +195,7 @@ pub const SERVER_COMMAND: &str = "device-server";
 static TRANSPORT: OnceLock<TransportChoice> = OnceLock::new();
 
 /// Says how the requests of the devices come that this process attaches from now on. Only the first word
-/// counts; without one it is found out what the host can.
+/// counts; without one they come in the classic way.
 pub fn choose_transport(choice: TransportChoice) {
     let _ = TRANSPORT.set(choice);
 }
@@ -207,7 +207,9 @@ pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
     arguments.extend(target.arguments());
     AttachSpec {
         read_only: target.is_read_only(),
-        transport: TRANSPORT.get().copied().unwrap_or_default(),
+        transport: TRANSPORT
+            .get()
+            .map_or(TransportChoice::Classic, |choice| *choice),
         ..AttachSpec::new(arguments)
     }
 }

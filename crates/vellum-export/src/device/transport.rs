@@ -11,9 +11,9 @@ use vellum_base::error::Result;
 #[serde(rename_all = "lowercase")]
 pub enum TransportChoice {
     /// By io_uring where the host allows it and this boot's self-test passed, otherwise by /dev/fuse
-    #[default]
     Auto,
     /// By read and write on /dev/fuse
+    #[default]
     Classic,
     /// By io_uring, or not at all
     Ring,
