@@ -1,5 +1,7 @@
-//! The chain device for clients: as a network export, as a local block device, or as the disk of a virtual machine.
+//! The chain device for clients: as a network export, as a local block device, or as the disk of a virtual
+//! machine.
 
+mod accept;
 pub mod device;
 pub mod fuse;
 pub mod loop_device;

@@ -2,17 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{self, Shutdown, SockFlag, sockopt};
+use nix::sys::socket::{self, Shutdown, sockopt};
 use parking_lot::{Condvar, Mutex};
 
 use super::Export;
@@ -23,6 +21,7 @@ use super::handshake::{Directory, Handshake, Negotiated, Outcome};
 use super::memory::Memory;
 use super::stream::{Deadline, Socket};
 use super::tls::{self, TlsStream};
+use crate::accept::accept;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// How long the listener rests after it had to turn a client away, so that a flood of them does
@@ -276,36 +275,13 @@ impl Shared {
     fn accept(self: &Arc<Self>, listener: BorrowedFd<'_>, setup: fn(BorrowedFd<'_>)) -> Result<()> {
         self.state.lock().listeners += 1;
         let _listening = Listening(self);
-        loop {
-            let mut fds = [
-                PollFd::new(listener, PollFlags::POLLIN),
-                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
-            ];
-            match nix::poll::poll(&mut fds, PollTimeout::NONE) {
-                Err(Errno::EINTR) => continue,
-                result => result.context(|| "waiting for clients")?,
-            };
-            if self.state.lock().stopping {
-                return Ok(());
-            }
-            match socket::accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
-                Ok(fd) => {
-                    // SAFETY: accept4 has just made the descriptor, and nothing else owns it.
-                    let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) };
-                    setup(fd.as_fd());
-                    if !self.receive(fd) {
-                        thread::sleep(REST);
-                    }
-                }
-                // The client gave up, or was another listener's.
-                Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNABORTED | Errno::EPROTO) => {}
-                Err(errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)) => {
-                    tracing::warn!("cannot accept an NBD client: {errno}");
-                    thread::sleep(Duration::from_millis(50));
-                }
-                Err(errno) => return Err(errno).context(|| "accepting an NBD client"),
+        while let Some(fd) = accept(listener, &self.stop, || self.state.lock().stopping)? {
+            setup(fd.as_fd());
+            if !self.receive(fd) {
+                thread::sleep(REST);
             }
         }
+        Ok(())
     }
 
     /// Starts a thread for a new client, or closes its socket. False when somebody had to go.

@@ -1,14 +1,11 @@
 //! The server: one client after the other.
 
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{self, SockFlag};
 use parking_lot::Mutex;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
@@ -16,6 +13,7 @@ use super::Disk;
 use super::channel::{Channel, Next, peek};
 use super::config::MAX_QUEUES;
 use super::handler::Handler;
+use crate::accept::accept;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// A vhost-user-blk server of one disk. Clones are handles to the same server.
@@ -89,8 +87,10 @@ impl Server {
         listener
             .set_nonblocking(true)
             .context(|| "setting up the listener")?;
-        while let Some(client) = self.shared.accept(&listener)? {
-            self.shared.visit(client);
+        let shared = &self.shared;
+        let stopping = || shared.state.lock().stopping;
+        while let Some(client) = accept(listener.as_fd(), &shared.stop, stopping)? {
+            shared.visit(UnixStream::from(client));
         }
         Ok(())
     }
@@ -121,33 +121,6 @@ impl Shared {
         };
         if let Err(error) = channel.config_changed() {
             tracing::warn!(%error, "the machine was not told that its disk grew");
-        }
-    }
-
-    /// The next client; `None` once the server stops.
-    fn accept(&self, listener: &UnixListener) -> Result<Option<UnixStream>> {
-        loop {
-            let mut fds = [
-                PollFd::new(listener.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
-            ];
-            match nix::poll::poll(&mut fds, PollTimeout::NONE) {
-                Err(Errno::EINTR) => continue,
-                result => result.context(|| "waiting for clients")?,
-            };
-            if self.state.lock().stopping {
-                return Ok(None);
-            }
-            match socket::accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
-                Ok(fd) => {
-                    // SAFETY: accept4 has just made the descriptor, and nothing else owns it.
-                    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-                    return Ok(Some(UnixStream::from(fd)));
-                }
-                // The client gave up.
-                Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNABORTED) => {}
-                Err(errno) => return Err(errno).context(|| "accepting a vhost-user client"),
-            }
         }
     }
 
