@@ -35,9 +35,9 @@ pub struct Resized {
 }
 
 /// Makes a container `size` bytes large, rounded up to whole blocks where that is not what it has, and its
-/// ext4 as large as that, mounted and in use or not, unless it is the disk of a virtual machine. The header of its layer decides (of a disk that ended
-/// within its last block, and gets all of that, its record): from there on the file system follows, now, or
-/// at the next call or mount.
+/// ext4 as large as that, mounted and in use or not, unless it is the disk of a virtual machine. The header of
+/// its layer decides (of a disk that ended within its last block, and gets all of that, its record): from there
+/// on the file system follows, now, or at the next call or mount.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidInput`] for less than it has; [`ErrorKind::Unsupported`] for a file system that

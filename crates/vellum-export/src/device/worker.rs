@@ -161,14 +161,25 @@ fn start_spares(context: &Arc<Context>, threads: &mut Vec<JoinHandle<Result<Ende
 /// Starts thread `index` of those that answer requests.
 fn serving_thread(context: &Arc<Context>, index: usize) -> Result<JoinHandle<Result<Ended>>> {
     let mut slot = context.worker.shared.slot(index)?;
+    spawn(context, format!("fuse-{index}"), move |context| {
+        let readers = Arc::clone(&context.readers);
+        listen_for_waits(move || readers.relieve());
+        context.server().run(&mut context.classic(&mut slot))
+    })
+}
+
+/// Starts a thread that serves, whose end wakes the main loop.
+fn spawn(
+    context: &Arc<Context>,
+    name: String,
+    serve: impl FnOnce(&Context) -> Result<Ended> + Send + 'static,
+) -> Result<JoinHandle<Result<Ended>>> {
     let context = Arc::clone(context);
     std::thread::Builder::new()
-        .name(format!("fuse-{index}"))
+        .name(name)
         .spawn(move || {
             run_before_clients();
-            let readers = Arc::clone(&context.readers);
-            listen_for_waits(move || readers.relieve());
-            let result = context.server().run(&mut context.classic(&mut slot));
+            let result = serve(&context);
             let _ = context.wake.write(1);
             result
         })

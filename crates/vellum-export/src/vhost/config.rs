@@ -3,6 +3,7 @@
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
 use super::Disk;
+use vellum_base::block::part_mut;
 
 /// Bytes of a sector, in which the protocol counts whatever the size of a block.
 pub(super) const SECTOR: u64 = 512;
@@ -76,10 +77,8 @@ pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
 /// The configuration space of a disk with so many queues; zeros after the fields.
 pub(super) fn space(disk: &Disk, queues: u16) -> [u8; CONFIG_LEN] {
     let mut space = [0; CONFIG_LEN];
-    let mut put = |at: usize, bytes: &[u8]| {
-        for (to, from) in space.iter_mut().skip(at).zip(bytes) {
-            *to = *from;
-        }
+    let mut put = |at, bytes: &[u8]| {
+        part_mut(&mut space, at, bytes.len()).copy_from_slice(bytes);
     };
     put(0, &(disk.device.size() / SECTOR).to_le_bytes());
     put(12, &SEG_MAX.to_le_bytes());

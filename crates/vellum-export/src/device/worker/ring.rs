@@ -5,11 +5,11 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use super::context::Context;
-use super::run_before_clients;
+use super::spawn;
 use crate::fuse::ring::crew::Crew;
 use crate::fuse::ring::thread::{RingThread, SpareThread};
 use crate::fuse::transport::Ended;
-use vellum_base::error::{Error, Result, ResultExt};
+use vellum_base::error::{Error, Result};
 
 type Thread = JoinHandle<Result<Ended>>;
 
@@ -34,26 +34,20 @@ fn ring_thread(
     index: usize,
     tell: mpsc::Sender<Result<()>>,
 ) -> Result<Thread> {
-    let (context, crew) = (Arc::clone(context), Arc::clone(crew));
-    std::thread::Builder::new()
-        .name(format!("ring-{index}"))
-        .spawn(move || {
-            run_before_clients();
-            let made = RingThread::new(&crew, &context.worker.shared, index);
-            let mut ring = match made {
-                Ok(ring) => ring,
-                Err(error) => {
-                    let _ = tell.send(Err(error.clone()));
-                    return Err(error);
-                }
-            };
-            let _ = tell.send(Ok(()));
-            drop(tell);
-            let result = context.server().run(&mut ring);
-            let _ = context.wake.write(1);
-            result
-        })
-        .context(|| "a serving thread cannot be started")
+    let crew = Arc::clone(crew);
+    spawn(context, format!("ring-{index}"), move |context| {
+        let made = RingThread::new(&crew, &context.worker.shared, index);
+        let mut ring = match made {
+            Ok(ring) => ring,
+            Err(error) => {
+                let _ = tell.send(Err(error.clone()));
+                return Err(error);
+            }
+        };
+        let _ = tell.send(Ok(()));
+        drop(tell);
+        context.server().run(&mut ring)
+    })
 }
 
 /// Starts a thread for requests that wait.
@@ -62,14 +56,8 @@ pub(super) fn spare_thread(
     crew: &Arc<Crew>,
     index: usize,
 ) -> Result<Thread> {
-    let (context, crew) = (Arc::clone(context), Arc::clone(crew));
-    std::thread::Builder::new()
-        .name(format!("spare-{index}"))
-        .spawn(move || {
-            run_before_clients();
-            let result = context.server().run(&mut SpareThread::new(&crew));
-            let _ = context.wake.write(1);
-            result
-        })
-        .context(|| "a serving thread cannot be started")
+    let crew = Arc::clone(crew);
+    spawn(context, format!("spare-{index}"), move |context| {
+        context.server().run(&mut SpareThread::new(&crew))
+    })
 }

@@ -5,6 +5,8 @@
 
 use io_uring::squeue::Entry128;
 
+use vellum_base::block::part_mut;
+
 /// Bytes of `fuse_uring_req_header`.
 pub const HEADER_LEN: usize = 288;
 /// Where in it the request's header is, and afterwards the reply's.
@@ -40,10 +42,8 @@ impl Command {
             Command::CommitAndFetch(id) => (2, 0, 0, id),
         };
         let mut bytes = [0u8; 128];
-        let mut put = |at: usize, field: &[u8]| {
-            for (to, from) in bytes.iter_mut().skip(at).zip(field) {
-                *to = *from;
-            }
+        let mut put = |at, field: &[u8]| {
+            part_mut(&mut bytes, at, field.len()).copy_from_slice(field);
         };
         put(0, &[IORING_OP_URING_CMD, IOSQE_FIXED_FILE]);
         // The file at 4 is number 0, the command's own bytes begin at 48: flags, commit_id, qid.

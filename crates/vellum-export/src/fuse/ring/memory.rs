@@ -15,6 +15,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use super::abi;
 use crate::fuse::abi as fuse;
 use crate::fuse::slot::oldest;
+use vellum_base::block::part_mut;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::monotonic_ns;
 
@@ -318,9 +319,7 @@ impl RingMemory {
             // SAFETY: the caller has the entry's request and does not commit it before this returns; the
             // slices that it had of it are gone, since the answer is there.
             let payload = unsafe { self.payload(slot) };
-            for (to, from) in payload.iter_mut().zip(body) {
-                *to = *from;
-            }
+            part_mut(payload, 0, body.len()).copy_from_slice(body);
         }
         self.set_field(slot, abi::IN_OUT, fuse::out_header(id, errno, len));
         self.set_field(slot, abi::PAYLOAD_LEN, (len as u32).to_ne_bytes());
