@@ -4,13 +4,12 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use super::output::write_out;
+use super::transport::TransportArgs;
 use super::{Context, shown};
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_engine::device::choose_transport;
 use vellum_engine::lost;
 use vellum_engine::mount::{Rights, mount as mount_container};
 use vellum_engine::teardown::umount as umount_container;
-use vellum_export::device::TransportChoice;
 use vellum_fs::ext4::Atime;
 use vellum_store::Store;
 
@@ -27,16 +26,8 @@ pub(super) struct MountArgs {
     /// Let device nodes of the container open the host's devices
     #[arg(long)]
     dev: bool,
-    /// How requests come from the kernel: auto takes io_uring where the host allows it and a self-test
-    /// passed
-    #[arg(
-        long,
-        value_name = "HOW",
-        value_enum,
-        default_value = "classic",
-        env = "VELLUM_TRANSPORT"
-    )]
-    transport: TransportChoice,
+    #[command(flatten)]
+    transport: TransportArgs,
     /// When reads change the access times of its files [default: as it was made, or noatime]
     #[arg(long, value_name = "WHEN", value_enum)]
     atime: Option<Atime>,
@@ -66,7 +57,7 @@ pub(super) fn mount(args: &MountArgs, context: &Context) -> Result<()> {
         suid: args.suid,
         dev: args.dev,
     };
-    choose_transport(args.transport);
+    args.transport.choose();
     let store = context.store_to_change()?;
     let dir = args.dir.as_deref();
     let mounted = mount_container(&store, &args.container, dir, rights, args.atime)?;

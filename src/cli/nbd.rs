@@ -5,19 +5,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use nix::sys::signal::{SigSet, Signal};
-
 use super::Context;
+use super::server::prepare;
 use vellum_base::error::{Error, Result, ResultExt};
-use vellum_base::{crash_point, fault};
 use vellum_engine::serve::export;
 use vellum_export::nbd::{
     ClientCertificates, Server, ServerConfig, SocketFile, TlsConfig, bind_tcp, bind_unix,
 };
-
-/// What is said after a panic, whose own message comes before it.
-const FAULT: &str = "vellum: this is a fault of Vellum's own, and the server ends: nothing that was \
-    acknowledged is lost. Start it again, and please report the lines above";
 
 /// Arguments of `nbd`.
 #[derive(Debug, clap::Args)]
@@ -54,16 +48,8 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
-    crash_point::arm()?;
-    fault::abort_on_panic(FAULT);
-    let store = context.store()?;
-    let signals = block_signals()?;
+    let (store, signals) = prepare(context, args.read_only)?;
     let server = Arc::new(Server::new(config(args)?)?);
-    if store.is_read_only() && !args.read_only {
-        context
-            .out
-            .note("the store cannot be written, so what is served is read-only");
-    }
     // Closed after the server's last request.
     let mut chains = Vec::new();
     let mut writable = Vec::new();
@@ -179,14 +165,4 @@ fn exposure(args: &Args, ip: IpAddr, writable: &[&str]) -> Option<String> {
              and change it: {cure}"
         )),
     }
-}
-
-/// SIGTERM, SIGINT and SIGHUP come to whoever waits for them. Before any thread is started.
-pub(super) fn block_signals() -> Result<SigSet> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGHUP);
-    signals.thread_block().context(|| "cannot block signals")?;
-    Ok(signals)
 }

@@ -6,12 +6,11 @@ use std::process::ExitCode;
 use super::Context;
 use super::confinement::ConfinementArgs;
 use super::output::{complain, say};
+use super::transport::TransportArgs;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 use vellum_base::size::parse_bytes;
-use vellum_engine::device::choose_transport;
 use vellum_engine::run::{self, CommandOptions, Ended, FAILURE, Failure, RunOptions, parse_volume};
-use vellum_export::device::TransportChoice;
 use vellum_fs::ext4::Atime;
 use vellum_store::NewContainer;
 
@@ -47,16 +46,8 @@ pub(super) struct Args {
     /// When reads change the access times of its files [default: noatime]
     #[arg(long, value_name = "WHEN", value_enum)]
     atime: Option<Atime>,
-    /// How requests come from the kernel: auto takes io_uring where the host allows it and a self-test
-    /// passed
-    #[arg(
-        long,
-        value_name = "HOW",
-        value_enum,
-        default_value = "classic",
-        env = "VELLUM_TRANSPORT"
-    )]
-    transport: TransportChoice,
+    #[command(flatten)]
+    transport: TransportArgs,
     #[command(flatten)]
     process: ProcessArgs,
     #[command(flatten)]
@@ -142,7 +133,7 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
         entrypoint: args.entrypoint.clone(),
         remove: args.rm,
     };
-    choose_transport(args.transport);
+    args.transport.choose();
     let new = NewContainer {
         image: &args.image,
         name: args.name.as_deref(),

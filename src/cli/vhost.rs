@@ -3,15 +3,10 @@
 use std::path::PathBuf;
 
 use super::Context;
-use super::nbd::block_signals;
+use super::server::prepare;
 use vellum_base::error::{Error, Result, ResultExt};
-use vellum_base::{crash_point, fault};
 use vellum_engine::serve::disk;
 use vellum_export::vhost::{DEFAULT_QUEUES, MAX_QUEUES, bind_unix};
-
-/// What is said after a panic, whose own message comes before it.
-const FAULT: &str = "vellum: this is a fault of Vellum's own, and the server ends: nothing that was \
-    acknowledged is lost. Start it again, and please report the lines above";
 
 /// Arguments of `vhost`.
 #[derive(Debug, clap::Args)]
@@ -42,15 +37,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
-    crash_point::arm()?;
-    fault::abort_on_panic(FAULT);
-    let store = context.store()?;
-    let signals = block_signals()?;
-    if store.is_read_only() && !args.read_only {
-        context
-            .out
-            .note("the store cannot be written, so what is served is read-only");
-    }
+    let (store, signals) = prepare(context, args.read_only)?;
     let name = &args.name;
     let (server, chain) = disk(&store, name, args.read_only, args.queues)?;
     let (listener, socket_file) = bind_unix(&args.socket)?;

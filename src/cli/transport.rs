@@ -1,0 +1,26 @@
+//! What `mount` and `run` share: how requests come from the kernel.
+
+use vellum_engine::device::choose_transport;
+use vellum_export::device::TransportChoice;
+
+/// Of the devices that the command attaches.
+#[derive(Debug, clap::Args)]
+pub(super) struct TransportArgs {
+    /// How requests come from the kernel: auto takes io_uring where the host allows it and a self-test
+    /// passed
+    #[arg(
+        long,
+        value_name = "HOW",
+        value_enum,
+        default_value = "classic",
+        env = "VELLUM_TRANSPORT"
+    )]
+    transport: TransportChoice,
+}
+
+impl TransportArgs {
+    /// Has the devices served so that this process attaches from now on.
+    pub(super) fn choose(&self) {
+        choose_transport(self.transport);
+    }
+}
