@@ -208,6 +208,17 @@ fn a_fork_of_a_running_postgresql_holds_every_acknowledged_transaction_and_is_wh
     store.ok(&["check", "--scrub"]);
 }
 
+/// Backs the container `db` up, as a delta since a snapshot where one is named, restores that in another store,
+/// and forks it there: a fork is used, so that the next delta finds what it needs.
+fn carry_over(from: &TestStore, to: &TestStore, name: &str, since: Option<&str>) {
+    let file = from.arg(name);
+    let mut arguments = vec!["backup", "db", "--snapshot", name, "-o", &file];
+    arguments.extend(since.iter().flat_map(|since| ["--since", *since]));
+    from.ok(&arguments);
+    to.ok(&["restore", "db", &file]);
+    to.ok(&["fork", "db", name, "--from", name]);
+}
+
 #[test]
 fn a_full_backup_and_a_delta_of_a_running_postgresql_restore_to_databases_that_are_whole() {
     let (working, other) = (Working::new(), TestStore::new());
@@ -219,14 +230,7 @@ fn a_full_backup_and_a_delta_of_a_running_postgresql_restore_to_databases_that_a
             working.acknowledged() > told + 50
         });
         let told = working.acknowledged();
-        let file = store.arg(name);
-        let mut arguments = vec!["backup", "db", "--snapshot", name, "-o", &file];
-        arguments.extend(since.iter().flat_map(|since| ["--since", *since]));
-        store.ok(&arguments);
-        since = Some(name);
-        other.ok(&["restore", "db", &file]);
-        // A fork of it is started, so that the delta finds what it needs.
-        other.ok(&["fork", "db", name, "--from", name]);
+        carry_over(store, &other, name, since.replace(name));
         let dir = mount_for_postgres(&other, name);
         let restored = Postgres::recover(&dir, &other.path(&format!("{name}-socket")));
         check_postgres(&restored, told);
@@ -322,14 +326,7 @@ fn backups_of_a_working_sqlite_restore_to_databases_with_every_acknowledged_row(
     let mut since: Option<&str> = None;
     for name in ["full", "first", "second"] {
         let acknowledged = writer.wait_for_more();
-        let file = store.arg(name);
-        let mut arguments = vec!["backup", "db", "--snapshot", name, "-o", &file];
-        arguments.extend(since.iter().flat_map(|since| ["--since", *since]));
-        store.ok(&arguments);
-        since = Some(name);
-        other.ok(&["restore", "db", &file]);
-        // A fork of it is looked at, so that the next delta finds what it needs.
-        other.ok(&["fork", "db", name, "--from", name]);
+        carry_over(&store, &other, name, since.replace(name));
         check_sqlite(&other, name, acknowledged);
     }
     writer.end();

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::mount_support::{Device, kill_together, run, try_run, wait_until};
+use crate::mount_support::{Device, kill_together, run, wait_until};
 use vellum_base::ErrorKind;
 use vellum_export::device::{DetachOptions, detach};
 use vellum_export::loop_device::Lifetime;
@@ -63,29 +63,7 @@ fn attach_mount_umount_detach_takes_a_small_part_of_the_container_budget() {
 #[test]
 fn fio_verifies_random_writes_of_every_size_on_the_block_device() {
     let device = Device::attached(64 << 20);
-    let filename = format!("--filename={}", device.path());
-    for (engine, range) in [("libaio", "512-128k"), ("psync", "4k-1m")] {
-        run(
-            "fio",
-            &[
-                "--name=verify",
-                &filename,
-                "--direct=1",
-                "--rw=randwrite",
-                &format!("--ioengine={engine}"),
-                &format!("--bsrange={range}"),
-                "--bs_unaligned=0",
-                "--iodepth=16",
-                "--size=32m",
-                "--verify=crc32c",
-                "--do_verify=1",
-                "--verify_fatal=1",
-                "--verify_state_save=0",
-                "--fsync=64",
-            ],
-        );
-    }
-    assert_eq!(device.call("status")["failures"], 0);
+    device.verify_with_fio(&[("libaio", "512-128k"), ("psync", "4k-1m")]);
     device.detach();
     device.assert_nothing_left();
 }
@@ -93,18 +71,7 @@ fn fio_verifies_random_writes_of_every_size_on_the_block_device() {
 #[test]
 fn file_system_exerciser_finds_no_difference_on_a_mounted_device() {
     let device = Device::attached(256 << 20);
-    device.mkfs();
-    device.mount();
-    let file = device.mount_point.join("fsx");
-    let output = try_run("fsx", &["-N", "3000", "-S", "7", file.to_str().unwrap()]);
-    assert!(
-        output.status.success(),
-        "fsx: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    device.umount();
-    run("e2fsck", &["-fn", &device.path()]);
+    device.exercise_its_file_system();
     device.detach();
     device.assert_nothing_left();
 }

@@ -13,7 +13,7 @@ use vellum_export::device::{Attached, TransportChoice, attach};
 
 use crate::common::{Running, TestStore};
 use crate::crash::{Load, finish};
-use crate::mount_support::{Device, kill, run, try_run, wait_until};
+use crate::mount_support::{Device, kill, run, wait_until};
 use crate::server_support::{Container, row};
 
 const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
@@ -64,33 +64,11 @@ fn attached(size: u64, more: &[&str]) -> Device {
 #[test]
 fn fio_verifies_random_writes_of_every_size_through_a_ring() {
     let device = attached(64 << 20, &[]);
-    let filename = format!("--filename={}", device.path());
-    for (engine, range) in [
+    device.verify_with_fio(&[
         ("libaio", "512-128k"),
         ("psync", "4k-1m"),
         ("libaio", "256k-1m"),
-    ] {
-        run(
-            "fio",
-            &[
-                "--name=verify",
-                &filename,
-                "--direct=1",
-                "--rw=randwrite",
-                &format!("--ioengine={engine}"),
-                &format!("--bsrange={range}"),
-                "--bs_unaligned=0",
-                "--iodepth=16",
-                "--size=32m",
-                "--verify=crc32c",
-                "--do_verify=1",
-                "--verify_fatal=1",
-                "--verify_state_save=0",
-                "--fsync=64",
-            ],
-        );
-    }
-    assert_eq!(device.call("status")["failures"], 0);
+    ]);
     device.detach();
     device.assert_nothing_left();
 }
@@ -98,18 +76,7 @@ fn fio_verifies_random_writes_of_every_size_through_a_ring() {
 #[test]
 fn file_system_exerciser_finds_no_difference_on_a_device_of_a_ring() {
     let device = attached(256 << 20, &[]);
-    device.mkfs();
-    device.mount();
-    let file = device.mount_point.join("fsx");
-    let output = try_run("fsx", &["-N", "3000", "-S", "7", file.to_str().unwrap()]);
-    assert!(
-        output.status.success(),
-        "fsx: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    device.umount();
-    run("e2fsck", &["-fn", &device.path()]);
+    device.exercise_its_file_system();
     device.detach();
     device.assert_nothing_left();
 }

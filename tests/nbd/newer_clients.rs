@@ -1,12 +1,13 @@
 //! The NBD server against clients of a newer Debian, which speak extended headers: libnbd 1.22, QEMU 10.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 use std::thread;
 
 use serde_json::Value;
 use vellum_base::block::{BlockDevice, Durability, MemoryDevice};
 use vellum_export::nbd::{Export, Server, ServerConfig, bind_tcp};
+
+use crate::common::run;
 
 const MIB: u64 = 1 << 20;
 /// More than 32 bits hold.
@@ -49,12 +50,9 @@ impl Lab {
 
     /// Runs a program of the root; it must succeed.
     fn run(&self, program: &str, arguments: &[&str]) -> String {
-        let mut command = Command::new("chroot");
-        command.arg(self.root()).arg(program).args(arguments);
-        text(
-            command.output().unwrap(),
-            &format!("{program} {arguments:?}"),
-        )
+        let root = self.root();
+        let all = [&[root.to_str().unwrap(), program], arguments].concat();
+        run("chroot", &all)
     }
 
     fn json(&self, program: &str, arguments: &[&str]) -> Value {
@@ -73,25 +71,13 @@ impl Drop for Lab {
     }
 }
 
-fn text(output: Output, what: &str) -> String {
-    assert!(
-        output.status.success(),
-        "{what}: {}\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout).unwrap()
-}
-
 fn make_root(root: &Path) {
     let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools");
     let script = ". \"$1/packages\"; . \"$1/debian-root\"; \
                   need_packages mmdebstrap debian-archive-keyring; \
                   make_debian_root \"$2\" trixie 1 libnbd-bin qemu-utils";
-    let mut command = Command::new("bash");
-    command.args(["-euc", script, "bash"]).arg(tools).arg(root);
-    text(command.output().unwrap(), "making a root of Debian 13");
+    let (tools, root) = (tools.to_str().unwrap(), root.to_str().unwrap());
+    run("bash", &["-euc", script, "bash", tools, root]);
 }
 
 /// 1 MiB of data within zeros, at a place that 32 bits do not hold.

@@ -73,6 +73,49 @@ pub struct Device {
 }
 
 impl Device {
+    /// Has fio write at random and verify what it wrote, in each of these ways (engine, range of sizes).
+    pub fn verify_with_fio(&self, ways: &[(&str, &str)]) {
+        let filename = format!("--filename={}", self.path());
+        for (engine, range) in ways {
+            run(
+                "fio",
+                &[
+                    "--name=verify",
+                    &filename,
+                    "--direct=1",
+                    "--rw=randwrite",
+                    &format!("--ioengine={engine}"),
+                    &format!("--bsrange={range}"),
+                    "--bs_unaligned=0",
+                    "--iodepth=16",
+                    "--size=32m",
+                    "--verify=crc32c",
+                    "--do_verify=1",
+                    "--verify_fatal=1",
+                    "--verify_state_save=0",
+                    "--fsync=64",
+                ],
+            );
+        }
+        assert_eq!(self.call("status")["failures"], 0);
+    }
+
+    /// Makes an ext4 on it, in which fsx finds no difference and e2fsck afterwards nothing to mend.
+    pub fn exercise_its_file_system(&self) {
+        self.mkfs();
+        self.mount();
+        let file = self.mount_point.join("fsx");
+        let output = try_run("fsx", &["-N", "3000", "-S", "7", file.to_str().unwrap()]);
+        assert!(
+            output.status.success(),
+            "fsx: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        self.umount();
+        run("e2fsck", &["-fn", &self.path()]);
+    }
+
     /// A sparse file of `size` bytes below `parent` (or the system's temporary directory), not
     /// attached yet.
     pub fn new_in(parent: Option<&Path>, size: u64) -> Device {
