@@ -6,8 +6,8 @@ use vellum_export::device::TransportChoice;
 /// Of the devices that the command attaches.
 #[derive(Debug, clap::Args)]
 pub(super) struct TransportArgs {
-    /// How requests come from the kernel: auto takes io_uring where the host allows it and a self-test
-    /// passed
+    /// How requests come from the kernel: auto takes ublk where the kernel has it, else FUSE by io_uring
+    /// where the host allows it and a self-test passed, else classic FUSE
     #[arg(
         long,
         value_name = "HOW",

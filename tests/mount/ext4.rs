@@ -9,6 +9,7 @@ use crate::mount_support::{Device, kill, need_root, run, try_run, wait_until};
 use uuid::Uuid;
 use vellum_base::ErrorKind;
 use vellum_export::device::command::FileDevice;
+use vellum_export::local_disk::LocalDisk;
 use vellum_fs::ext4::{self, MakeOptions, MountOptions};
 use vellum_fs::freeze::freeze;
 use vellum_fs::superblock::Superblock;
@@ -237,7 +238,7 @@ fn device_and_file_system_grow() {
         .unwrap();
     let attached = device.loop_device.unwrap();
     attached.resize().unwrap();
-    assert_eq!(attached.size().unwrap(), size);
+    assert_eq!(LocalDisk::from(attached).size().unwrap(), size);
     match ext4::grow(&device.mount_point, size) {
         Ok(()) => {}
         // Root of this host lacks CAP_SYS_RESOURCE: the other way must work.

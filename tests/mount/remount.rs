@@ -11,6 +11,7 @@ use std::process::Command;
 use crate::common::{TestStore, run, wait_until};
 use crate::nbd_client::{Client, FLUSH};
 use crate::server_support::{Container, row};
+use vellum_export::local_disk::LocalDisk;
 use vellum_export::loop_device::LoopDevice;
 
 const BLOCK: usize = 4096;
@@ -182,15 +183,15 @@ fn in_a_mount(kind: &'static str) {
     }
     // The container's own file system writes back, and flushes nothing.
     write_logs_back(&store);
-    let device = row(&store, "c")["device"]["loop_device"].clone();
+    let device = row(&store, "c")["device"]["disk"].clone();
     let device = LoopDevice::from_path(Path::new(device.as_str().unwrap())).unwrap();
-    let diskseq = device.diskseq();
+    let diskseq = LocalDisk::from(device).diskseq();
     disk.shut_down();
     assert!(store.kill_all());
     disk.unmount();
     // The note of it may be lost with the page cache, and the name of its backing file is.
     wait_until("the loop device went with its mount", || {
-        device.backing_file().is_none() || device.diskseq() != diskseq
+        device.backing_file().is_none() || LocalDisk::from(device).diskseq() != diskseq
     });
     disk.mount();
     let mounted = store.mount("c");

@@ -18,6 +18,7 @@ use crate::server_support::{Container, Load, fsck, row, wait_long};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use vellum_export::device::control;
+use vellum_export::local_disk::LocalDisk;
 use vellum_export::loop_device::LoopDevice;
 
 // --- Upgrade ------------------------------------------------------------------------------------
@@ -419,14 +420,14 @@ fn processes_of_other_users_that_pretend_to_be_a_devices_are_neither_killed_nor_
 
 /// The loop device of a container, and which of its attachments it is.
 fn attachment(store: &TestStore, name: &str) -> (LoopDevice, Option<u64>) {
-    let path = row(store, name)["device"]["loop_device"].clone();
+    let path = row(store, name)["device"]["disk"].clone();
     let device = LoopDevice::from_path(Path::new(path.as_str().unwrap())).unwrap();
-    (device, device.diskseq())
+    (device, LocalDisk::from(device).diskseq())
 }
 
 /// Fails where the device is attached as it was.
 fn assert_detached((device, diskseq): (LoopDevice, Option<u64>)) {
-    let there = || device.backing_file().is_some() && device.diskseq() == diskseq;
+    let there = || device.backing_file().is_some() && LocalDisk::from(device).diskseq() == diskseq;
     // The kernel detaches when the last who looks at it is gone.
     wait_until("the loop device is detached", || !there());
 }

@@ -17,4 +17,5 @@ mod snapshotter_support;
 
 mod grow;
 mod power;
+mod ublk;
 mod vhost;

@@ -10,7 +10,7 @@ from .common import Failure, run
 
 # What the guest loads, in this order, each after what it depends on.
 DISK_MODULES = ("virtio_pci", "virtio_blk")
-MODULES = (*DISK_MODULES, "loop", "fuse", "nbd")
+MODULES = (*DISK_MODULES, "loop", "fuse", "nbd", "ublk_drv")
 META_PACKAGE = "linux-image-cloud-amd64"
 ARCHIVE = "http://deb.debian.org/debian"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 
-from . import grow, initramfs, kernel, nbd, power, vhost
+from . import grow, initramfs, kernel, nbd, power, ublk, vhost
 from .common import Failure, fail_on_signals, run, say
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -71,6 +71,14 @@ def arguments():
     parser.add_argument(
         "--vhost", type=pathlib.Path, metavar="TAR",
         help="only run a machine with a disk of `vellum vhost`, and Debian from this archive on it",
+    )
+    parser.add_argument(
+        "--ublk", action="store_true",
+        help="only run containers on ublk devices (`--kernel trixie` or newer), whose servers are killed",
+    )
+    parser.add_argument(
+        "--attaches", type=int, default=10, metavar="N",
+        help="with --ublk: how often a container is mounted and unmounted [10]",
     )
     parser.add_argument("--seed", type=int, help="draws the moments and what survives [random]")
     parser.add_argument(
@@ -157,6 +165,8 @@ def main():
         guest = power.Guest(options, guest_kernel, archive, directory)
         if options.grow:
             grow.exercise(guest, seed)
+        elif options.ublk:
+            ublk.exercise(guest, seed)
         else:
             if options.cuts or not options.no_control:
                 power.exercise(guest, seed)

@@ -46,7 +46,7 @@ class Guest:
                 machine = Machine(
                     self.options, self.kernel, self.initramfs, disk.drive(), console,
                     f"vm={what} fs={self.options.fs} boot={self.boots} "
-                    f"kills={self.options.kills}",
+                    f"kills={self.options.kills} attaches={self.options.attaches}",
                 )
                 boot = Boot(machine, disk)
                 if machine.comes_up(BOOT):

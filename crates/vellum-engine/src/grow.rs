@@ -10,7 +10,7 @@ use super::wire::encode;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_export::device::control;
-use vellum_export::loop_device::LoopDevice;
+use vellum_export::local_disk::LocalDisk;
 use vellum_fs::ext4;
 use vellum_fs::run_dir::RunDir;
 use vellum_fs::superblock::Superblock;
@@ -26,7 +26,7 @@ const RESIZE_TIMEOUT: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] where the server is of a version that cannot; where the host refuses.
-pub fn grow_device(run_dir: &RunDir, device: LoopDevice, size: u64) -> Result<()> {
+pub fn grow_device(run_dir: &RunDir, device: LocalDisk, size: u64) -> Result<()> {
     if device.size()? >= size {
         return Ok(());
     }
@@ -36,7 +36,7 @@ pub fn grow_device(run_dir: &RunDir, device: LoopDevice, size: u64) -> Result<()
     // under a writer it takes a few attempts.
     let deadline = Instant::now() + RESIZE_TIMEOUT;
     loop {
-        device.resize()?;
+        device.resize(size)?;
         let now = device.size()?;
         if now >= size {
             break;
@@ -120,7 +120,7 @@ pub fn grow_file_system(
 /// As [`grow_device`] and [`grow_file_system`]; what `note` says.
 pub fn grow_mounted(
     run_dir: &RunDir,
-    device: LoopDevice,
+    device: LocalDisk,
     dir: &Path,
     size: u64,
     options: ext4::MountOptions,
@@ -152,7 +152,7 @@ fn lacks_right(error: Error) -> Error {
 /// Waits until no mount has a device that was unmounted here. One in another mount namespace, such as that of
 /// a container that runs, may keep it.
 fn unclaimed(device: &Path) -> Result<()> {
-    match LoopDevice::from_path(device) {
+    match LocalDisk::from_path(device) {
         Some(device) if !device.wait_unclaimed(UNMOUNT_TIMEOUT)? => {
             Err(Error::new(ErrorKind::InUse, device.user()))
         }

@@ -11,7 +11,7 @@ use super::teardown::take_over;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 use vellum_export::device::{self, DetachOptions};
-use vellum_export::loop_device::LoopDevice;
+use vellum_export::local_disk::LocalDisk;
 use vellum_fs::ext4::{self, Atime};
 use vellum_fs::mountinfo::MountInfo;
 use vellum_store::{ContainerRecord, Store};
@@ -140,8 +140,8 @@ pub(super) fn mount_anew(
              {name}`"
         ))
     };
-    let device = LoopDevice::from_path(&there.device);
-    let _held = device.map(LoopDevice::hold).transpose()?;
+    let device = LocalDisk::from_path(&there.device);
+    let _held = device.map(LocalDisk::hold).transpose()?;
     unmount_device(&store.run_dir(container), false).map_err(in_use)?;
     if let Some(device) = device
         && !device.wait_unclaimed(UNMOUNT_TIMEOUT)?

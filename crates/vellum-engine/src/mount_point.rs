@@ -10,7 +10,7 @@ use nix::mount::MsFlags;
 
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_export::device;
-use vellum_export::loop_device::LoopDevice;
+use vellum_export::local_disk::LocalDisk;
 use vellum_fs::ext4::{self, Atime};
 use vellum_fs::mountinfo::MountInfo;
 use vellum_fs::run_dir::RunDir;
@@ -94,15 +94,15 @@ pub(super) fn named_dir(store: &Store, dir: &Path) -> Result<PathBuf> {
     ))
 }
 
-/// Unmounts everything that is mounted from a loop device, and nothing else.
+/// Unmounts everything that is mounted from a block device, and nothing else.
 ///
 /// # Errors
 /// [`ErrorKind::InUse`] while something else is mounted on top of it or below it, `force` or not;
 /// and, unless `force` is given, while a program uses it.
-pub(super) fn unmount_all(device: LoopDevice, force: bool) -> Result<()> {
+pub(super) fn unmount_all(device: LocalDisk, force: bool) -> Result<()> {
     let number = device.major_minor();
     let mounts = MountInfo::read()?;
-    let ours = |mount: &&MountInfo| mount.major_minor == number;
+    let ours = |mount: &&MountInfo| Some(mount.major_minor) == number;
     for mount in mounts.iter().filter(ours) {
         mount.check_uncovered(&mounts)?;
     }
@@ -206,15 +206,15 @@ pub fn remove(dir: &Path) -> Result<()> {
     fs::remove_dir_all(dir).context(what)
 }
 
-/// Unmounts everything that is mounted from the loop device of a run directory.
+/// Unmounts everything that is mounted from the block device of a run directory.
 ///
 /// # Errors
 /// As [`unmount_all`].
 pub fn unmount_device(run_dir: &RunDir, force: bool) -> Result<()> {
-    let Some(device) = device::status(run_dir)?.and_then(|status| status.loop_device) else {
+    let Some(device) = device::status(run_dir)?.and_then(|status| status.disk) else {
         return Ok(());
     };
-    match LoopDevice::from_path(&device) {
+    match LocalDisk::from_path(&device) {
         Some(device) => unmount_all(device, force),
         None => Ok(()),
     }
@@ -240,10 +240,10 @@ pub fn mounted(store: &Store, container: &ContainerRecord) -> Result<Option<Moun
     let Some(status) = device::status(&store.run_dir(container))? else {
         return Ok(None);
     };
-    let Some(device) = status.loop_device else {
+    let Some(device) = status.disk else {
         return Ok(None);
     };
-    let Some(number) = LoopDevice::from_path(&device).map(LoopDevice::major_minor) else {
+    let Some(number) = LocalDisk::from_path(&device).and_then(LocalDisk::major_minor) else {
         return Ok(None);
     };
     let mounts = MountInfo::read()?;

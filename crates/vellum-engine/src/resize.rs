@@ -17,7 +17,7 @@ use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 use vellum_core::layer::check_size;
 use vellum_export::device::control;
-use vellum_export::loop_device::LoopDevice;
+use vellum_export::local_disk::{self, LocalDisk};
 use vellum_fs::ext4;
 use vellum_fs::mountinfo::MountInfo;
 use vellum_fs::run_dir::DirSocket;
@@ -109,7 +109,7 @@ fn grow_in_use(
     size: u64,
 ) -> Result<()> {
     let run_dir = store.run_dir(container);
-    let device = loop_device(there)?;
+    let device = local_disk::at(&there.device)?;
     if !ext4::may_grow_mounted()? {
         refuse_users(store, container, there, device)?;
     }
@@ -142,7 +142,7 @@ fn refuse_users(
     store: &Store,
     container: &ContainerRecord,
     there: &Mounted,
-    device: LoopDevice,
+    device: LocalDisk,
 ) -> Result<()> {
     let name = &container.name;
     let refuse = |why: String| {
@@ -156,7 +156,8 @@ fn refuse_users(
     }
     let number = device.major_minor();
     let mounts = MountInfo::read()?;
-    let also = |mount: &&MountInfo| mount.major_minor == number && mount.target != there.dir;
+    let also =
+        |mount: &&MountInfo| Some(mount.major_minor) == number && mount.target != there.dir;
     match mounts.iter().find(also) {
         Some(mount) => refuse(format!(
             "{name} is also mounted at {}: unmount that first",
@@ -164,15 +165,6 @@ fn refuse_users(
         )),
         None => Ok(()),
     }
-}
-
-fn loop_device(mounted: &Mounted) -> Result<LoopDevice> {
-    LoopDevice::from_path(&mounted.device).ok_or_else(|| {
-        Error::internal(format!(
-            "{}: what a container is mounted from is no loop device",
-            mounted.device.display()
-        ))
-    })
 }
 
 /// Grows the disk of a virtual machine, which is told. Its guest grows what is on it.

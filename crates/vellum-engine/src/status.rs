@@ -129,6 +129,12 @@ fn describe(
                 None => format!("failed: {why}"),
             })
         }
+        _ if device.abandoned => Some(match name {
+            Some(name) => format!(
+                "failed: its server is dead, and who uses it waits: `vellum umount --force {name}`"
+            ),
+            None => "failed: its server is dead, and who uses it waits".into(),
+        }),
         _ if !device.alive => Some(match name {
             Some(name) => format!("failed: its server is dead: `vellum umount {name}` cleans up"),
             None => "failed: its server is dead".into(),

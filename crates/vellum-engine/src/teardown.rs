@@ -109,10 +109,17 @@ fn see_to_halted(run_dir: &RunDir, name: &str, force: bool) -> Result<()> {
     }
 }
 
-/// Refuses to go on where all processes of a device are stopped: whoever touches it waits in the kernel
-/// then, and cannot even be killed.
+/// Refuses to go on where all processes of a device are stopped, or dead and the kernel keeps it: whoever
+/// touches it waits in the kernel then, and cannot even be killed.
 pub(super) fn refuse_halted(run_dir: &RunDir, name: &str) -> Result<()> {
     match device::status(run_dir)? {
+        Some(status) if status.abandoned => Err(Error::new(
+            ErrorKind::Timeout,
+            format!(
+                "all processes of the server of {name} are dead, and who uses it waits: `vellum umount --force \
+                 {name}` gives them I/O errors and keeps what was flushed"
+            ),
+        )),
         Some(status) if status.halted => Err(Error::new(
             ErrorKind::Timeout,
             format!(

@@ -18,7 +18,7 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_base::storage::{Held, Holder, LockMode};
 use vellum_export::device::{self, DetachOptions};
-use vellum_export::loop_device::LoopDevice;
+use vellum_export::local_disk::LocalDisk;
 use vellum_fs::ext4;
 use vellum_fs::run_dir::RunDir;
 use vellum_fs::superblock::Superblock;
@@ -136,10 +136,10 @@ impl TemporaryMount {
     ///
     /// # Errors
     /// Where that cannot be told.
-    pub(super) fn device(&self) -> Result<LoopDevice> {
+    pub(super) fn device(&self) -> Result<LocalDisk> {
         let status = device::status(&self.run_dir)?;
-        let path = status.and_then(|status| status.loop_device);
-        path.and_then(|path| LoopDevice::from_path(&path))
+        let path = status.and_then(|status| status.disk);
+        path.and_then(|path| LocalDisk::from_path(&path))
             .ok_or_else(|| {
                 let dir = &self.run_dir;
                 Error::internal(format!("{dir}: what is mounted has no device"))

@@ -2,11 +2,15 @@
 //! machine.
 
 mod accept;
+mod block_node;
 pub mod device;
 pub mod fuse;
+mod inbox;
+pub mod local_disk;
 pub mod loop_device;
 pub mod nbd;
 pub mod opener;
 mod pace;
+mod ublk;
 pub mod unix_socket;
 pub mod vhost;

@@ -3,7 +3,7 @@
 //! The kernel detaches it at its last close (AUTOCLEAR): once nobody has it mounted or open, whatever
 //! became of the commands and servers, and of the files in which its number was noted. Between
 //! attaching and mounting other programs (resize2fs, e2fsck) open and close it, so it is
-//! [held](LoopHold) meanwhile. One that others mount and open when they like [stays](Lifetime).
+//! [held](DiskHold) meanwhile. One that others mount and open when they like [stays](Lifetime).
 //!
 //! What a crash leaves behind is found by what the kernel shows in sysfs: the name of the backing file,
 //! and how often the device was attached. The ioctl that says more (LOOP_GET_STATUS64) asks the backing
@@ -17,11 +17,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::block_node::{BlockNode, DiskHold, is_detaching};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_fs::mountinfo::MountInfo;
-
-/// Documentation/admin-guide/devices.txt.
-const LOOP_MAJOR: u32 = 7;
 
 const CONTROL: &str = "/dev/loop-control";
 /// Loop numbers that a racing process may take from us before we give up.
@@ -91,7 +88,7 @@ mod ioctl {
 /// When a loop device is detached.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Lifetime {
-    /// By the kernel, once nobody has it mounted, open or [held](LoopHold).
+    /// By the kernel, once nobody has it mounted, open or [held](DiskHold).
     #[default]
     LastClose,
     /// By [`LoopDevice::detach`] alone.
@@ -106,11 +103,6 @@ pub struct LoopOptions {
     /// When it is detached.
     pub lifetime: Lifetime,
 }
-
-/// Keeps a loop device attached that nobody has mounted or open at the moment. It is no exclusive
-/// opener: others can mount the device meanwhile, but [`LoopDevice::detach`] waits for its end.
-#[derive(Debug)]
-pub struct LoopHold(#[expect(dead_code, reason = "held open for its Drop")] File);
 
 /// One loop device, by its number. Dropping it does not detach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -132,16 +124,16 @@ impl LoopDevice {
 
     /// Its device node.
     pub fn path(self) -> PathBuf {
-        PathBuf::from(format!("/dev/loop{}", self.number))
-    }
-
-    /// Its device number, major and minor, as mounts on it show it.
-    pub fn major_minor(self) -> (u32, u32) {
-        (LOOP_MAJOR, self.number)
+        self.node().path()
     }
 
     fn sysfs(self) -> PathBuf {
-        PathBuf::from(format!("/sys/block/loop{}", self.number))
+        self.node().sysfs()
+    }
+
+    /// What it is to those who do not care what makes it.
+    pub(crate) fn node(self) -> BlockNode {
+        BlockNode::new(format!("loop{}", self.number))
     }
 
     /// Attaches a free loop device to `backing`: direct I/O, 512-byte sectors (so that any ext4
@@ -152,7 +144,7 @@ impl LoopDevice {
     /// [`ErrorKind::Missing`] without loop devices in the kernel, [`ErrorKind::InUse`] when other
     /// processes take every free one, [`ErrorKind::Unsupported`] where the backing file refuses
     /// direct I/O.
-    pub fn attach(backing: &Path, options: &LoopOptions) -> Result<(LoopDevice, LoopHold)> {
+    pub fn attach(backing: &Path, options: &LoopOptions) -> Result<(LoopDevice, DiskHold)> {
         let file = OpenOptions::new()
             .read(true)
             .write(!options.read_only)
@@ -185,13 +177,13 @@ impl LoopDevice {
             let device = LoopDevice {
                 number: number as u32,
             };
-            let node = device.open(!options.read_only, 0)?;
+            let node = device.node().open(!options.read_only, 0)?;
             // SAFETY: `config` is a loop_config that outlives the call, and the kernel only
             // reads it.
             match unsafe { ioctl::loop_configure(node.as_raw_fd(), &config) } {
                 Ok(_) => {
                     device.tune(&node)?;
-                    return Ok((device, LoopHold(node)));
+                    return Ok((device, DiskHold::new(node)));
                 }
                 // Another process was faster with this number.
                 Err(nix::errno::Errno::EBUSY) => {}
@@ -250,67 +242,6 @@ impl LoopDevice {
         Ok(())
     }
 
-    fn open(self, write: bool, flags: i32) -> Result<File> {
-        OpenOptions::new()
-            .read(true)
-            .write(write)
-            .custom_flags(libc::O_CLOEXEC | flags)
-            .open(self.path())
-            .map_err(|error| match error.raw_os_error() {
-                // A container's own /dev does not show what the kernel makes.
-                Some(libc::ENOENT) if self.sysfs().exists() => Error::with_source(
-                    ErrorKind::Missing,
-                    format!(
-                        "{0}: the kernel has this device, but /dev shows no node for it: `mknod {0} b \
-                         {LOOP_MAJOR} {1}`, or, in a container, give it the host's /dev",
-                        self.path().display(),
-                        self.number
-                    ),
-                    error,
-                ),
-                _ => Error::io(format!("{}: cannot be opened", self.path().display()), error),
-            })
-    }
-
-    /// Keeps the device attached until the answer is dropped, as between an unmount and a mount.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`] where it cannot be opened.
-    pub fn hold(self) -> Result<LoopHold> {
-        self.open(false, 0).map(LoopHold)
-    }
-
-    /// True while a mount in whatever namespace, or another exclusive opener, has the device.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`] where it cannot be opened.
-    pub fn is_claimed(self) -> Result<bool> {
-        match self.open(false, libc::O_EXCL) {
-            Ok(_) => Ok(false),
-            Err(error) if error.kind() == ErrorKind::InUse => Ok(true),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Waits until no mount and no other exclusive opener has the device; false when `timeout` passed
-    /// first. A copy of a mount may be in a mount namespace that was made at that moment, as by a
-    /// server that starts, and goes soon: while it is there, another mount gives the same file system.
-    ///
-    /// # Errors
-    /// As [`LoopDevice::is_claimed`].
-    pub fn wait_unclaimed(self, timeout: Duration) -> Result<bool> {
-        let deadline = Instant::now() + timeout;
-        let mut pause = Duration::from_micros(200);
-        while self.is_claimed()? {
-            if Instant::now() >= deadline {
-                return Ok(false);
-            }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
-        }
-        Ok(true)
-    }
-
     /// The path of the backing file as the kernel shows it, or `None` when it is not attached.
     pub fn backing_file(self) -> Option<PathBuf> {
         let mut bytes = fs::read(self.sysfs().join("loop/backing_file")).ok()?;
@@ -318,13 +249,6 @@ impl LoopDevice {
             bytes.pop();
         }
         Some(PathBuf::from(std::ffi::OsStr::from_bytes(&bytes)))
-    }
-
-    /// A number that no other attachment of a loop device has in this boot, nor this one when it is
-    /// attached again; `None` before Linux 5.15.
-    pub fn diskseq(self) -> Option<u64> {
-        let text = fs::read_to_string(self.sysfs().join("diskseq")).ok()?;
-        text.trim().parse().ok()
     }
 
     /// Every loop device that is attached to `backing`, lowest first.
@@ -366,25 +290,11 @@ impl LoopDevice {
         if let Some(backing) = self.backing_file() {
             let _ = fs::metadata(backing);
         }
-        let node = self.open(false, 0)?;
+        let node = self.node().open(false, 0)?;
         // SAFETY: the ioctl takes no argument and the descriptor is open.
         unsafe { ioctl::loop_set_capacity(node.as_raw_fd()) }
             .context(|| format!("{}: the new size is refused", self.path().display()))?;
         Ok(())
-    }
-
-    /// Size in bytes.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`] where sysfs has no such device.
-    pub fn size(self) -> Result<u64> {
-        let path = self.sysfs().join("size");
-        let text = fs::read_to_string(&path).context(|| path.display().to_string())?;
-        let sectors: u64 = text
-            .trim()
-            .parse()
-            .map_err(|error| Error::with_source(ErrorKind::Io, "a size in sysfs", error))?;
-        Ok(sectors * 512)
     }
 
     /// Detaches, waiting at most `timeout` for openers that come and go (udev). One that is not
@@ -397,7 +307,7 @@ impl LoopDevice {
         let mut pause = Duration::from_micros(200);
         loop {
             // An exclusive open fails while a mount of any mount namespace holds the device.
-            match self.open(false, libc::O_EXCL) {
+            match self.node().open(false, libc::O_EXCL) {
                 Ok(node) => {
                     // SAFETY: the ioctl takes no argument and the descriptor is open.
                     match unsafe { ioctl::loop_clr_fd(node.as_raw_fd()) } {
@@ -422,7 +332,7 @@ impl LoopDevice {
             if Instant::now() >= deadline {
                 return Err(Error::new(
                     ErrorKind::InUse,
-                    format!("{}: {}", self.path().display(), self.user()),
+                    format!("{}: {}", self.path().display(), self.node().user()),
                 ));
             }
             std::thread::sleep(pause);
@@ -430,58 +340,12 @@ impl LoopDevice {
         }
     }
 
-    /// Who keeps the device from being detached, as far as can be found out, and what to do.
-    pub fn user(&self) -> String {
-        let (path, number) = (self.path(), self.major_minor());
-        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let own = fs::read_link("/proc/self/ns/mnt").ok();
-        // A server of ours keeps the namespace that it was started in, and what is mounted there.
-        let mut kept = None;
-        for process in processes {
-            let name = process.file_name();
-            let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
-                continue;
-            };
-            let dir = process.path();
-            let comm = fs::read_to_string(dir.join("comm")).unwrap_or_default();
-            let comm = comm.trim_end();
-            let mounts = fs::read(dir.join("mountinfo")).unwrap_or_default();
-            let mounts = MountInfo::parse(&mounts);
-            if let Some(mount) = mounts.iter().find(|mount| mount.major_minor == number) {
-                let target = mount.target.display();
-                if fs::read_link(dir.join("ns/mnt")).ok() == own {
-                    return format!("it is mounted at {target}: unmount that first");
-                }
-                let place =
-                    format!("it is mounted at {target} in the mount namespace of process {pid}");
-                let enter = format!("`nsenter -t {pid} -m umount {target}`");
-                if comm.starts_with("vellum-") {
-                    kept.get_or_insert_with(|| {
-                        format!(
-                            "{place} ({comm}), where its server was started: {enter} unmounts it"
-                        )
-                    });
-                    continue;
-                }
-                return format!("{place} ({comm}): end that, or {enter}");
-            }
-            let files = fs::read_dir(dir.join("fd")).into_iter().flatten().flatten();
-            if files
-                .filter_map(|file| fs::read_link(file.path()).ok())
-                .any(|file| file == path)
-            {
-                return format!("process {pid} ({comm}) has it open");
-            }
-        }
-        kept.unwrap_or_else(|| "it is mounted or open somewhere (see findmnt and fuser)".into())
-    }
-
     /// Detaches as soon as the last opener is gone, which may be now.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] where the kernel refuses.
     pub fn detach_lazily(self) -> Result<()> {
-        let node = match self.open(false, 0) {
+        let node = match self.node().open(false, 0) {
             Ok(node) => node,
             Err(_) if self.backing_file().is_none() => return Ok(()),
             Err(error) if is_detaching(&error) => return Ok(()),
@@ -507,7 +371,7 @@ impl LoopDevice {
                     format!(
                         "{}: detaches when it is closed, but {}",
                         self.path().display(),
-                        self.user()
+                        self.node().user()
                     ),
                 ));
             }
@@ -516,13 +380,6 @@ impl LoopDevice {
         }
         Ok(())
     }
-}
-
-/// True of what the kernel says to an opener while it detaches a device after its last close.
-fn is_detaching(error: &Error) -> bool {
-    let source = std::error::Error::source(error);
-    let source = source.and_then(|source| source.downcast_ref::<io::Error>());
-    source.and_then(io::Error::raw_os_error) == Some(libc::ENXIO)
 }
 
 fn open_control() -> Result<File> {

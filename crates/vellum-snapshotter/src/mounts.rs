@@ -20,7 +20,8 @@ use vellum_engine::seal::seal_frozen;
 use vellum_engine::stats::device_stats;
 use vellum_engine::wire::decode;
 use vellum_export::device::{self, DetachOptions, DeviceStatus, Status, control};
-use vellum_export::loop_device::{Lifetime, LoopDevice};
+use vellum_export::local_disk::LocalDisk;
+use vellum_export::loop_device::Lifetime;
 use vellum_export::opener::process_with_open;
 use vellum_fs::ext4;
 use vellum_fs::mountinfo::MountInfo;
@@ -83,7 +84,7 @@ impl Mounts {
         let works = status.filter(|status| {
             status.alive && !matches!(status.state.status, Status::Failed | Status::Ended)
         });
-        Ok(works.and_then(|status| status.loop_device))
+        Ok(works.and_then(|status| status.disk))
     }
 
     /// What state the device of a snapshot is in, `None` without one.
@@ -144,7 +145,7 @@ impl Mounts {
     /// False where somebody still has it mounted or uses it: the same device gives the same file
     /// system again then.
     fn mount_anew(&self, record: &SnapshotRecord) -> Result<bool> {
-        let device = self.loop_device(record.id)?;
+        let device = self.disk(record.id)?;
         let _held = device.hold()?;
         if !self.unmount_unshared(record.id, REVIVE_TIMEOUT)? {
             return Ok(false);
@@ -157,7 +158,7 @@ impl Mounts {
 
     /// Bytes that programs wrote and that have no blocks of the snapshot yet.
     pub fn delayed_bytes(&self, id: Uuid) -> u64 {
-        let device = self.loop_device(id);
+        let device = self.disk(id);
         device.map_or(0, |device| ext4::delayed_bytes(&device.path()))
     }
 
@@ -242,7 +243,7 @@ impl Mounts {
         if is_mount_point(&dir) {
             return Ok(());
         }
-        let device = self.loop_device(record.id)?;
+        let device = self.disk(record.id)?;
         if let Some(pid) = process_with_open(&device.path())? {
             return Err(Error::new(
                 ErrorKind::InUse,
@@ -280,7 +281,7 @@ impl Mounts {
         if record.kind != SnapshotKind::Active || base.virtual_size >= size {
             return Ok(());
         }
-        let device = self.loop_device(record.id)?;
+        let device = self.disk(record.id)?;
         let path = device.path();
         if device.size()? >= size && is_filled(&path, size)? {
             return Ok(());
@@ -323,11 +324,11 @@ impl Mounts {
     /// # Errors
     /// Where the host's mounts or the device cannot be found out.
     pub fn place(&self, record: &SnapshotRecord) -> Result<Option<PathBuf>> {
-        self.mounted_at(record, self.loop_device(record.id)?)
+        self.mounted_at(record, self.disk(record.id)?)
     }
 
     /// Where the device of a snapshot is mounted: below the store, or where containerd did so.
-    fn mounted_at(&self, record: &SnapshotRecord, device: LoopDevice) -> Result<Option<PathBuf>> {
+    fn mounted_at(&self, record: &SnapshotRecord, device: LocalDisk) -> Result<Option<PathBuf>> {
         let dir = self.dir(record.id);
         if is_mount_point(&dir) {
             return Ok(Some(dir));
@@ -335,7 +336,7 @@ impl Mounts {
         let number = device.major_minor();
         let mut mounts = MountInfo::read()?.into_iter();
         Ok(mounts
-            .find(|mount| mount.major_minor == number)
+            .find(|mount| Some(mount.major_minor) == number)
             .map(|mount| mount.target))
     }
 
@@ -368,11 +369,11 @@ impl Mounts {
         device::detach(&self.run_dir(id), &options)
     }
 
-    fn loop_device(&self, id: Uuid) -> Result<LoopDevice> {
+    fn disk(&self, id: Uuid) -> Result<LocalDisk> {
         let status = device::status(&self.run_dir(id))?;
-        let device = status.and_then(|status| status.loop_device);
+        let device = status.and_then(|status| status.disk);
         device
-            .and_then(|path| LoopDevice::from_path(&path))
+            .and_then(|path| LocalDisk::from_path(&path))
             .ok_or_else(|| Error::new(ErrorKind::Io, format!("the loop device of {id} is gone")))
     }
 
@@ -383,11 +384,11 @@ impl Mounts {
     /// Where the host fails.
     pub fn unmount_unshared(&self, id: Uuid, patience: Duration) -> Result<bool> {
         let dir = self.dir(id);
-        let device = self.loop_device(id)?;
+        let device = self.disk(id)?;
         let _held = device.hold()?;
         let number = device.major_minor();
         let mounts = MountInfo::read()?;
-        if mounts.iter().filter(|m| m.major_minor == number).count() != 1 {
+        if mounts.iter().filter(|m| Some(m.major_minor) == number).count() != 1 {
             return Ok(false);
         }
         match ext4::unmount(&dir, Duration::ZERO) {

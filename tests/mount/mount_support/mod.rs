@@ -18,7 +18,8 @@ use serde_json::Value;
 use vellum_export::device::{
     AttachSpec, DetachOptions, RunState, Status, attach, control, detach, status,
 };
-use vellum_export::loop_device::{LoopDevice, LoopHold};
+use vellum_export::local_disk::DiskHold;
+use vellum_export::loop_device::LoopDevice;
 use vellum_fs::run_dir::RunDir;
 
 /// Runs a program to its end and fails the test, with its output, unless it succeeds.
@@ -69,7 +70,7 @@ pub struct Device {
     pub mount_point: PathBuf,
     pub loop_device: Option<LoopDevice>,
     /// What keeps the loop device attached while nothing is mounted.
-    hold: Mutex<Option<LoopHold>>,
+    hold: Mutex<Option<DiskHold>>,
 }
 
 impl Device {
@@ -168,7 +169,7 @@ impl Device {
 
     pub fn attach_as(&mut self, spec: &AttachSpec) {
         let attached = attach(&self.run_dir, spec).unwrap();
-        self.loop_device = Some(attached.device);
+        self.loop_device = LoopDevice::from_path(&attached.device.path());
         *self.hold.lock().unwrap() = Some(attached.hold);
     }
 

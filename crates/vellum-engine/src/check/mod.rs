@@ -318,6 +318,17 @@ impl Check<'_> {
                 None,
             ));
         }
+        if status.as_ref().is_some_and(|status| status.abandoned) {
+            self.find(Finding::new(
+                Severity::Warning,
+                format!("container {}", container.name),
+                run_dir.path(),
+                "all processes of its server are dead, and the kernel keeps its ublk device: whoever \
+                 uses it waits for ever",
+                "`vellum umount --force` gives them I/O errors; what was flushed is safe",
+                None,
+            ));
+        }
         if status.is_some_and(|status| status.alive && !status.supervised) {
             self.find(Finding::new(
                 Severity::Warning,

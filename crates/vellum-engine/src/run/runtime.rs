@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::inherit;
 use vellum_export::fuse::session::FS_TYPE;
-use vellum_export::loop_device::LoopDevice;
+use vellum_export::local_disk::LocalDisk;
 use vellum_fs::mountinfo::MountInfo;
 
 /// The exit status for a failure before the command started, as docker has it.
@@ -174,12 +174,9 @@ fn leave_mounts(keep: Option<&Path>) -> Result<()> {
         if Some(mount.target.as_path()) == keep {
             return false;
         }
-        let (major, minor) = mount.major_minor;
         mount.fs_type == FS_TYPE
-            || (major == 7
-                && LoopDevice::from_number(minor)
-                    .backing_file()
-                    .is_some_and(|file| served.contains(&file.as_path())))
+            || LocalDisk::from_major_minor(mount.major_minor)
+                .is_some_and(|disk| disk.is_served_by_vellum(&served))
     };
     for mount in mounts.iter().rev().filter(|mount| is_other(mount)) {
         // One that stays does no harm beyond a slower unmount.

@@ -1,4 +1,4 @@
-//! From nothing to a loop device: starts the supervisor, waits until the worker serves.
+//! From nothing to a block device: starts the supervisor, waits until the worker serves.
 
 use std::ffi::OsString;
 use std::fs;
@@ -19,10 +19,12 @@ use super::detach::{DetachOptions, clean, detach_locked};
 use super::event::Ready;
 use super::lock::RunLock;
 use super::selftest;
-use super::state::{Hint, RunState, Status, hinted_loop, is_listened, status};
+use super::state::{Hint, RunState, Status, hinted_disk, is_listened, status};
 use super::transport::TransportChoice;
 use crate::fuse::session::Features;
-use crate::loop_device::{Lifetime, LoopDevice, LoopHold, LoopOptions};
+use crate::local_disk::{DiskHold, LocalDisk};
+use crate::loop_device::{Lifetime, LoopDevice, LoopOptions};
+use crate::ublk::disk::UblkDisk;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::run_dir::RunDir;
 
@@ -67,15 +69,15 @@ impl AttachSpec {
 pub struct Attached {
     /// Its run directory, as an absolute path without links.
     pub run_dir: RunDir,
-    /// The loop device.
-    pub device: LoopDevice,
+    /// The block device.
+    pub device: LocalDisk,
     /// Keeps it attached until the caller has mounted it.
-    pub hold: LoopHold,
+    pub hold: DiskHold,
     /// What kernel and server agreed on.
     pub features: Features,
 }
 
-/// Serves a device from processes of its own, which outlive the caller, and puts a loop device on
+/// Serves a device from processes of its own, which outlive the caller, and puts a block device on
 /// it. `run_dir` is made; what an earlier, dead device left there is cleaned up.
 ///
 /// # Errors
@@ -123,11 +125,7 @@ pub fn attach(run_dir: &RunDir, spec: &AttachSpec) -> Result<Attached> {
         Ok(features) => features,
         Err(error) => return Err(give_up(&run_dir, error)),
     };
-    let options = LoopOptions {
-        read_only: spec.read_only,
-        lifetime: spec.lifetime,
-    };
-    match LoopDevice::attach(&run_dir.dev(), &options) {
+    match show(&run_dir, spec, features) {
         Ok((device, hold)) => {
             Hint::write(&run_dir, device);
             Ok(Attached {
@@ -141,10 +139,28 @@ pub fn attach(run_dir: &RunDir, spec: &AttachSpec) -> Result<Attached> {
     }
 }
 
+/// The block device of what is served, and what keeps it there.
+fn show(
+    run_dir: &RunDir,
+    spec: &AttachSpec,
+    features: Features,
+) -> Result<(LocalDisk, DiskHold)> {
+    if let Some(id) = features.ublk {
+        let disk = UblkDisk(id);
+        return Ok((disk.into(), disk.hold_when_shown()?));
+    }
+    let options = LoopOptions {
+        read_only: spec.read_only,
+        lifetime: spec.lifetime,
+    };
+    let (device, hold) = LoopDevice::attach(&run_dir.dev(), &options)?;
+    Ok((device.into(), hold))
+}
+
 /// Who uses the device of `run_dir`, where that is somebody: a mount may lie in a mount namespace that
 /// nobody here sees.
 fn user_elsewhere(run_dir: &RunDir) -> String {
-    match hinted_loop(run_dir) {
+    match hinted_disk(run_dir) {
         Some(device) if device.is_claimed().unwrap_or(false) => format!(": {}", device.user()),
         _ => String::new(),
     }

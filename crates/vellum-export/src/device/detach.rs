@@ -11,9 +11,9 @@ use nix::sys::signal::Signal;
 use super::command_line::run_dir_of;
 use super::lock::RunLock;
 use super::process::{Identity, Process};
-use super::state::{self, RunState, Status, is_listened, loops};
+use super::state::{self, RunState, Status, is_listened, disks};
 use crate::fuse::session::FS_TYPE;
-use crate::loop_device::LoopDevice;
+use crate::local_disk::LocalDisk;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::held_dir::Place;
 use vellum_fs::mountinfo::MountInfo;
@@ -37,7 +37,7 @@ impl Default for DetachOptions {
     }
 }
 
-/// Removes the loop device, the session, the processes and the run directory of a device, in
+/// Removes the block device, the session, the processes and the run directory of a device, in
 /// whatever state a crash left them. A device that is not there is fine.
 ///
 /// # Errors
@@ -84,14 +84,14 @@ pub(super) fn clean(run_dir: &RunDir, options: &DetachOptions) -> Result<()> {
         // Nobody answers any more, or nobody shall: with the last process the session is aborted,
         // so that nothing below can wait for an answer.
         kill_all(run_dir, options.timeout)?;
-        for device in loops(run_dir)? {
-            unmount_all(device)?;
+        for device in disks(run_dir)? {
+            take_from_users(device)?;
             device.detach_lazily()?;
         }
         unmount_session(run_dir)?;
         return Ok(());
     }
-    for device in loops(run_dir)? {
+    for device in disks(run_dir)? {
         let mounts = mounts_of(device)?;
         if let Some(mount) = mounts.first() {
             return Err(Error::new(
@@ -109,23 +109,52 @@ pub(super) fn clean(run_dir: &RunDir, options: &DetachOptions) -> Result<()> {
     stop(run_dir, options.timeout)
 }
 
-fn mounts_of(device: LoopDevice) -> Result<Vec<PathBuf>> {
-    let path = device.path();
+fn mounts_of(device: LocalDisk) -> Result<Vec<PathBuf>> {
+    let (path, number) = (device.path(), device.major_minor());
     let mounts = MountInfo::read()?;
     Ok(mounts
         .into_iter()
-        .filter(|mount| mount.major_minor == device.major_minor() || mount.source == path)
+        .filter(|mount| Some(mount.major_minor) == number || mount.source == path)
         .map(|mount| mount.target)
         .collect())
 }
 
-fn unmount_all(device: LoopDevice) -> Result<()> {
+/// Sees to it that nobody waits for a device whose processes are all dead: a ublk device is deleted, and its
+/// mounts go. Others give errors by themselves.
+///
+/// # Errors
+/// [`ErrorKind::Io`] where the kernel refuses.
+fn abandon(run_dir: &RunDir) -> Result<()> {
+    if is_listened(run_dir) {
+        return Ok(());
+    }
+    let waits = |disk: &LocalDisk| disk.outlives_its_server();
+    for disk in disks(run_dir)?.into_iter().filter(waits) {
+        tracing::warn!(
+            "{}: its server is dead: whoever uses it gets I/O errors",
+            disk.path().display()
+        );
+        take_from_users(disk)?;
+    }
+    Ok(())
+}
+
+/// Takes the mounts of a device away that nobody serves.
+fn take_from_users(device: LocalDisk) -> Result<()> {
+    // Before it is gone.
+    let number = device.major_minor();
+    // An unmount would wait for an answer.
+    device.abort()?;
+    unmount_all(number)
+}
+
+fn unmount_all(number: Option<(u32, u32)>) -> Result<()> {
     // The last mounted is the first to go.
     let mounts = MountInfo::read()?;
     let ours = mounts
         .iter()
         .rev()
-        .filter(|mount| mount.major_minor == device.major_minor());
+        .filter(|mount| Some(mount.major_minor) == number);
     for mount in ours {
         // Others' mounts are not ours to take away.
         mount.check_uncovered(&mounts)?;
@@ -196,15 +225,15 @@ fn stop(run_dir: &RunDir, timeout: Duration) -> Result<()> {
     kill_all(run_dir, timeout)
 }
 
-/// Sees to it that a device answers again whose processes are all stopped, before it is taken away
-/// from those who use it: whoever unmounts it waits in the kernel otherwise. They go on; where
-/// something, as a debugger, keeps them, they are killed.
+/// Sees to it that a device answers again whose processes are all stopped, or dead, before it is taken away
+/// from those who use it: whoever unmounts it waits in the kernel otherwise. Stopped ones go on; where
+/// something, as a debugger, keeps them, they are killed. For dead ones the kernel answers, with errors.
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`] where they do not die.
 pub fn wake(run_dir: &RunDir) -> Result<()> {
     if !state::is_halted(run_dir) {
-        return Ok(());
+        return abandon(run_dir);
     }
     let run_dir = run_dir.canonical().context(|| run_dir.to_string())?;
     for process in open_all(processes(&run_dir)?)? {
@@ -400,13 +429,13 @@ pub fn find_leaks(runs: &RunRoot) -> Result<Vec<Leak>> {
         }];
         let mut mounted = false;
         let dev = run_dir.dev();
-        for device in loops(&run_dir)? {
+        for device in disks(&run_dir)? {
             what.push(format!("{} is still attached", device.path().display()));
-            let before = what.len();
+            let (before, number) = (what.len(), device.major_minor());
             what.extend(
                 mounts
                     .iter()
-                    .filter(|mount| mount.major_minor == device.major_minor())
+                    .filter(|mount| Some(mount.major_minor) == number)
                     .map(|mount| format!("{} is still mounted", mount.target.display())),
             );
             mounted |= what.len() > before;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use super::command_line::{argument, command_line};
 use super::detach::{DetachOptions, clean, remove_files};
 use crate::fuse::session::FS_TYPE;
+use crate::local_disk::LocalDisk;
 use crate::loop_device::LoopDevice;
 use vellum_base::error::{Result, ResultExt};
 use vellum_fs::mountinfo::MountInfo;
@@ -79,8 +80,10 @@ pub fn find_devices(runs: &RunRoot) -> Result<Vec<FoundDevice>> {
             continue;
         };
         if let Some(dir) = RunDir::of_dev(&backing) {
-            let number = device.major_minor();
-            let on_it = mounts.iter().filter(|mount| mount.major_minor == number);
+            let number = LocalDisk::from(device).major_minor();
+            let on_it = mounts
+                .iter()
+                .filter(|mount| Some(mount.major_minor) == number);
             add(
                 dir,
                 Vec::new(),

@@ -68,11 +68,13 @@ pub fn known() -> Option<Result<()>> {
     Outcome::read(&Path::new(DIR).join(RESULT)).map(Outcome::into_result)
 }
 
-/// What a device is served by: what was asked for, unless that is to be found out and the answer is that a
-/// ring cannot be used.
+/// What a device is served by: what was asked for, unless that is to be found out.
 pub(super) fn settle(spec: &AttachSpec) -> TransportChoice {
     if spec.transport != TransportChoice::Auto {
         return spec.transport;
+    }
+    if TransportChoice::Ublk.ublk_control().is_ok() {
+        return TransportChoice::Ublk;
     }
     if host::check().is_err() {
         return TransportChoice::Classic;

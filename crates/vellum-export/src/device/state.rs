@@ -11,7 +11,9 @@ use super::command_line::{argument, command_line};
 use super::failure::Failure;
 use super::process::{Identity, boot_id, namespaces};
 use crate::fuse::session::Features;
+use crate::local_disk::LocalDisk;
 use crate::loop_device::LoopDevice;
+use crate::ublk::disk::{Mark, UblkDisk};
 use crate::unix_socket;
 use vellum_base::error::{Error, Result, ResultExt};
 use vellum_fs::held_dir::Place;
@@ -199,8 +201,10 @@ pub struct DeviceStatus {
     pub stopped: Vec<i32>,
     /// True where none of its processes runs, since all are stopped: whoever uses the device waits.
     pub halted: bool,
-    /// The loop device on it.
-    pub loop_device: Option<PathBuf>,
+    /// True where all its processes are dead and the kernel keeps the device: whoever uses it waits.
+    pub abandoned: bool,
+    /// The block device that shows it.
+    pub disk: Option<PathBuf>,
 }
 
 impl DeviceStatus {
@@ -220,16 +224,18 @@ pub fn status(run_dir: &RunDir) -> Result<Option<DeviceStatus>> {
     let Some(state) = RunState::read(run_dir)? else {
         return Ok(None);
     };
-    let device = hinted_loop(run_dir).map(LoopDevice::path);
+    let disk = hinted_disk(run_dir);
+    let listened = is_listened(run_dir);
     let alive: Vec<Identity> = state.named().filter(|one| one.is_alive()).collect();
     let stopped = alive.iter().filter(|one| one.is_stopped());
     let stopped: Vec<i32> = stopped.map(|one| one.pid).collect();
     Ok(Some(DeviceStatus {
-        alive: is_listened(run_dir),
+        alive: listened,
+        abandoned: !listened && disk.is_some_and(LocalDisk::outlives_its_server),
         supervised: state.is_supervised(),
         halted: !stopped.is_empty() && stopped.len() == alive.len(),
         stopped,
-        loop_device: device,
+        disk: disk.map(LocalDisk::path),
         state,
     }))
 }
@@ -268,9 +274,9 @@ pub(super) fn stopped(run_dir: &RunDir) -> Option<String> {
     })
 }
 
-/// Which loop device is the one of a run directory, as `attach` noted it.
+/// Which block device is the one of a run directory, as `attach` noted it.
 ///
-/// The number alone says little: a loop device is attached again and again. The kernel counts that
+/// The number alone says little: it is given to one device after the other. The kernel counts that
 /// (diskseq, Linux 5.15), so number and count name one attachment, also where the backing file has
 /// lost its name: its FUSE file was unmounted, or went with a mount namespace. The directory's inode
 /// keeps a copy of it from being taken for the original.
@@ -285,7 +291,7 @@ pub(super) struct Hint {
 impl Hint {
     /// Notes the device of `run_dir`. It need not survive a power cut. Best effort: without it the
     /// device is found by its backing file.
-    pub(super) fn write(run_dir: &RunDir, device: LoopDevice) {
+    pub(super) fn write(run_dir: &RunDir, device: LocalDisk) {
         let (Ok(place), Ok(boot_id)) = (run_dir.place(), boot_id()) else {
             return;
         };
@@ -312,42 +318,43 @@ impl Hint {
     }
 
     /// The device, if it is attached as it was then.
-    fn device(&self, run_dir: &RunDir) -> Option<LoopDevice> {
+    fn device(&self, run_dir: &RunDir) -> Option<LocalDisk> {
         if !self.is_about(run_dir) {
             return None;
         }
-        let device = LoopDevice::from_path(&self.device)?;
-        let backing = device.backing_file()?;
+        let device = LocalDisk::from_path(&self.device)?;
         let same = match self.diskseq {
             Some(diskseq) => device.diskseq() == Some(diskseq),
             // A kernel that does not count.
-            None => backing == run_dir.dev(),
+            None => device.is_backed_by(&run_dir.dev()),
         };
         same.then_some(device)
     }
 }
 
-/// The loop device that the hint names, if it is still the device's.
-pub fn hinted_loop(run_dir: &RunDir) -> Option<LoopDevice> {
+/// The block device that the hint names, if it is still the device's.
+pub fn hinted_disk(run_dir: &RunDir) -> Option<LocalDisk> {
     if let Some(hint) = Hint::read(run_dir) {
         return hint.device(run_dir);
     }
     // As earlier versions wrote it: the path alone.
     let text = fs::read_to_string(run_dir.loop_hint()).ok()?;
-    let device = LoopDevice::from_path(Path::new(text.trim()))?;
-    (device.backing_file()? == run_dir.dev()).then_some(device)
+    let device = LocalDisk::from_path(Path::new(text.trim()))?;
+    device.is_backed_by(&run_dir.dev()).then_some(device)
 }
 
-/// The loop devices of `run_dir`. No other device is asked for anything: what lies below one may
+/// The block devices of `run_dir`. No other device is asked for anything: what lies below one may
 /// hang, and whoever asks the kernel for more than the name of its backing file hangs with it.
 ///
 /// # Errors
 /// [`Io`](vellum_base::ErrorKind::Io) where sysfs cannot be read.
-pub(super) fn loops(run_dir: &RunDir) -> Result<Vec<LoopDevice>> {
-    match hinted_loop(run_dir) {
-        Some(device) => Ok(vec![device]),
-        None => LoopDevice::find(&run_dir.dev()),
+pub(super) fn disks(run_dir: &RunDir) -> Result<Vec<LocalDisk>> {
+    if let Some(disk) = hinted_disk(run_dir) {
+        return Ok(vec![disk]);
     }
+    let loops = LoopDevice::find(&run_dir.dev())?.into_iter();
+    let ublk = UblkDisk::find(Mark::of(run_dir))?;
+    Ok(loops.map(LocalDisk::from).chain(ublk.into_iter().map(LocalDisk::from)).collect())
 }
 
 #[cfg(test)]
@@ -383,7 +390,7 @@ mod tests {
         fs::copy(first.state(), copy.state()).unwrap();
         assert!(RunState::read(&first).unwrap().is_some());
         assert!(RunState::read(&copy).unwrap().is_none());
-        Hint::write(&first, LoopDevice::from_number(7));
+        Hint::write(&first, LoopDevice::from_number(7).into());
         let moved = at("moved");
         let note = || Hint::read(&moved).unwrap();
         fs::rename(first.path(), moved.path()).unwrap();

@@ -43,8 +43,9 @@ use super::transport::TransportChoice;
 use super::watch::{Companion, Hang, Limits, PERIOD, Watch};
 use super::worker::{self, Worker};
 use crate::fuse::ring::memory::RingMemory;
-use crate::fuse::session::{self, Features};
+use crate::fuse::session::{self, Features, Session};
 use crate::fuse::slot::{MAX_THREADS, Shared};
+use crate::ublk::disk::Mark;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Witness;
 use vellum_fs::run_dir::{HeldRunDir, RunDir};
@@ -203,6 +204,30 @@ pub fn supervise(args: &SupervisorArgs, open: Open<'_>) -> Result<()> {
     }
 }
 
+/// Makes what requests come by, and the memory for it where a ring is.
+fn begin_session(args: &SupervisorArgs) -> Result<(Session, Option<Arc<RingMemory>>)> {
+    if let Some(control) = args.transport.ublk_control()? {
+        let id = control.add(Mark::of(&args.run_dir).bits())?;
+        let session = Session {
+            device: control.into_file(),
+            features: Features::of_ublk(id),
+        };
+        return Ok((session, None));
+    }
+    let dev = args.run_dir.dev();
+    fs::write(&dev, b"").context(|| dev.display().to_string())?;
+    let ring = args.transport.ring_memory()?;
+    let session = session::mount_file(&dev, "vellum", args.read_only, ring.is_some())?;
+    let ring = ring.filter(|_| session.features.ring);
+    if args.transport == TransportChoice::Ring && ring.is_none() {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "the kernel does not offer FUSE over io_uring for this mount: leave out `--transport ring`",
+        ));
+    }
+    Ok((session, ring))
+}
+
 /// Opens the run directory for as long as the device lives.
 fn hold(run_dir: &RunDir) -> Result<HeldRunDir> {
     let held = run_dir.hold();
@@ -298,21 +323,11 @@ impl Supervisor {
         state.write(run_dir)?;
         let (events_in, events_out) = event_pipe()?;
         let signals = block_signals()?;
-        let dev = run_dir.dev();
-        fs::write(&dev, b"").context(|| dev.display().to_string())?;
-        let ring = args.transport.ring_memory()?;
-        let session = session::mount_file(&dev, "vellum", args.read_only, ring.is_some())?;
-        let ring = ring.filter(|_| session.features.ring);
+        let (session, ring) = begin_session(args)?;
         namespace::leave(run_dir);
         // What was opened before belongs to the caller's mounts, whose names may go with them.
         let held = hold(run_dir)?;
         state.features = Some(session.features);
-        if args.transport == TransportChoice::Ring && ring.is_none() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "the kernel does not offer FUSE over io_uring for this mount: leave out `--transport ring`",
-            ));
-        }
         if !session.features.resend && ring.is_none() {
             tracing::warn!(
                 "this kernel cannot resend requests (Linux 6.9 can): a killed server's \

@@ -4,19 +4,23 @@ use std::sync::Arc;
 
 use crate::fuse::ring::host;
 use crate::fuse::ring::memory::RingMemory;
+use crate::ublk::control::Control;
 use vellum_base::error::Result;
 
 /// Which way the requests of a device come from the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TransportChoice {
-    /// By io_uring where the host allows it and this boot's self-test passed, otherwise by /dev/fuse
+    /// A ublk device where the kernel has it; else FUSE by io_uring where the host allows it and this
+    /// boot's self-test passed; else FUSE by /dev/fuse
     Auto,
     /// By read and write on /dev/fuse
     #[default]
     Classic,
     /// By io_uring, or not at all
     Ring,
+    /// As a ublk device, without loop and FUSE, or not at all
+    Ublk,
 }
 
 impl TransportChoice {
@@ -26,13 +30,26 @@ impl TransportChoice {
             TransportChoice::Auto => "auto",
             TransportChoice::Classic => "classic",
             TransportChoice::Ring => "ring",
+            TransportChoice::Ublk => "ublk",
         }
+    }
+
+    /// The kernel's control device, where a ublk device is what is wanted and the host can.
+    pub(super) fn ublk_control(self) -> Result<Option<Control>> {
+        if self != TransportChoice::Ublk {
+            return Ok(None);
+        }
+        let control = Control::open()?;
+        control.check()?;
+        Ok(Some(control))
     }
 
     /// The memory for a session by io_uring, where that is what is wanted and the host can.
     pub(super) fn ring_memory(self) -> Result<Option<Arc<RingMemory>>> {
         match (self, host::check()) {
-            (TransportChoice::Classic, _) | (TransportChoice::Auto, Err(_)) => Ok(None),
+            (TransportChoice::Classic | TransportChoice::Ublk, _) | (TransportChoice::Auto, Err(_)) => {
+                Ok(None)
+            }
             (TransportChoice::Ring, Err(error)) => Err(error),
             (_, Ok(())) => RingMemory::create(host::possible_processors()).map(Some),
         }

@@ -4,6 +4,7 @@ mod commands;
 mod context;
 mod elders;
 mod ring;
+mod ublk;
 
 use std::os::fd::AsFd;
 use std::os::unix::thread::JoinHandleExt;
@@ -20,7 +21,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use commands::{accept, finish_commands};
 pub(super) use context::Worker;
-use context::{Context, report};
+use context::{Context, Way, report};
 use elders::{Elders, adopt_alone};
 
 use super::event::Event;
@@ -34,7 +35,7 @@ use crate::fuse::server::Server;
 use crate::fuse::session;
 use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared, Slot};
 use crate::fuse::transport::{Classic, Ended};
-use vellum_base::error::{Error, Result, ResultExt};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::fault;
 use vellum_base::storage::{listen_for_waits, note_waits_in};
 
@@ -77,13 +78,22 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     };
     let wake = EventFd::new().context(|| "an eventfd cannot be made")?;
     let readers = Readers::new(worker.threads);
-    let crew = crew(&worker)?;
+    let way = match way(&worker) {
+        // It was deleted while nobody served it.
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            tracing::info!("{error}");
+            let table = worker.shared.table();
+            table.worker_ended.store(ENDED_SESSION_OVER, Ordering::Release);
+            return opened.device.flush();
+        }
+        way => way?,
+    };
     let context = Arc::new(Context {
         worker,
         started,
         opened,
         readers,
-        crew,
+        way,
         failures: AtomicU64::new(0),
         connections: AtomicUsize::new(0),
         busy: AtomicUsize::new(0),
@@ -101,9 +111,7 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     let result = main_loop(&context, &threads);
     context.stop.store(true, Ordering::Release);
     context.readers.close();
-    if let Some(crew) = &context.crew {
-        crew.stop();
-    }
+    context.way.stop();
     let ended = join(threads)?;
     result?;
     finish_commands(&context);
@@ -118,20 +126,25 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The threads of a ring, where requests come by one.
-fn crew(worker: &Worker) -> Result<Option<Arc<Crew>>> {
+/// How requests come.
+fn way(worker: &Worker) -> Result<Way> {
+    if let Some(id) = worker.features.ublk {
+        return ublk::take_over(worker, id).map(Way::Ublk);
+    }
     let Some(memory) = worker.ring.clone() else {
-        return Ok(None);
+        return Ok(Way::Classic);
     };
     let session = Arc::clone(&worker.session);
     let crew = Crew::new(memory, session, worker.resume, worker.guarded)?;
-    Ok(Some(Arc::new(crew)))
+    Ok(Way::Ring(Arc::new(crew)))
 }
 
 /// Starts the threads that it takes to serve, and sees to what the worker before left.
 fn start(context: &Arc<Context>) -> Result<Vec<JoinHandle<Result<Ended>>>> {
-    if let Some(crew) = &context.crew {
-        return ring::start(context, crew);
+    match &context.way {
+        Way::Ring(crew) => return ring::start(context, crew),
+        Way::Ublk(crew) => return ublk::start(context, crew),
+        Way::Classic => {}
     }
     recover(context)?;
     let threads = 0..context.worker.threads;
@@ -143,9 +156,10 @@ fn start(context: &Arc<Context>) -> Result<Vec<JoinHandle<Result<Ended>>>> {
 /// Starts those that serve while others wait.
 fn start_spares(context: &Arc<Context>, threads: &mut Vec<JoinHandle<Result<Ended>>>) {
     for index in threads.len()..MAX_THREADS {
-        let thread = match &context.crew {
-            Some(crew) => ring::spare_thread(context, crew, index),
-            None => serving_thread(context, index),
+        let thread = match &context.way {
+            Way::Ring(crew) => ring::spare_thread(context, crew, index),
+            Way::Ublk(crew) => ublk::spare_thread(context, crew, index),
+            Way::Classic => serving_thread(context, index),
         };
         match thread {
             Ok(thread) => threads.push(thread),

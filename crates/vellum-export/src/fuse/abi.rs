@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use vellum_base::block::Durability;
+
 /// The protocol's major version, unchanged since 2006.
 pub const MAJOR: u32 = 7;
 /// The newest minor version that this code was written against.
@@ -138,6 +140,8 @@ pub enum Operation<'a> {
         offset: u64,
         /// What to write.
         data: &'a [u8],
+        /// When it has to be durable.
+        durability: Durability,
     },
     /// close(2) of one descriptor.
     Flush,
@@ -309,6 +313,7 @@ fn operation<'a>(opcode: u32, arguments: &[u8], data: &'a [u8]) -> Option<Operat
             Operation::Write {
                 offset: u64_at(arguments, 8)?,
                 data,
+                durability: Durability::Buffered,
             }
         }
         OP_FALLOCATE => Operation::Fallocate {
@@ -516,7 +521,8 @@ mod tests {
             request.operation,
             Operation::Write {
                 offset: 8192,
-                data: b"abc"
+                data: b"abc",
+                durability: Durability::Buffered,
             }
         );
     }

@@ -167,8 +167,17 @@ impl Server<'_> {
     fn execute(&self, operation: Operation<'_>, patience: Patience) -> Result<Outcome> {
         let device = self.device;
         Ok(match operation {
-            Operation::Write { offset, data } => {
-                let write = || device.write_at(data, offset, Durability::Buffered);
+            Operation::Write { durability, .. }
+                if patience == Patience::None && durability == Durability::Durable =>
+            {
+                Outcome::Waits
+            }
+            Operation::Write {
+                offset,
+                data,
+                durability,
+            } => {
+                let write = || device.write_at(data, offset, durability);
                 let done = body(&abi::write_out(data.len() as u32));
                 self.patiently(patience, done, write)?
             }

@@ -10,6 +10,7 @@ use nix::mount::{MsFlags, mount};
 
 use super::abi::{self, InitIn, Operation, Request};
 use super::ring::memory;
+use crate::ublk::DeviceId;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// The file system type that mountinfo shows for our mounts.
@@ -35,6 +36,21 @@ pub struct Features {
     /// Requests come by io_uring.
     #[serde(default)]
     pub ring: bool,
+    /// They come from this ublk device, and not from a FUSE file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ublk: Option<DeviceId>,
+}
+
+impl Features {
+    /// Those of a ublk device.
+    pub(crate) fn of_ublk(id: DeviceId) -> Features {
+        Features {
+            minor: 0,
+            resend: true,
+            ring: false,
+            ublk: Some(id),
+        }
+    }
 }
 
 /// Mounts a FUSE file system over the regular file `target` and answers the handshake.
@@ -152,6 +168,7 @@ fn negotiate(init: &InitIn, ring: bool) -> Result<(Features, u64)> {
         minor: init.minor.min(abi::MINOR),
         resend: flags & abi::INIT_HAS_RESEND != 0,
         ring: flags & abi::INIT_OVER_IO_URING != 0,
+        ublk: None,
     };
     Ok((features, flags))
 }

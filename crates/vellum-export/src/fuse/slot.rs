@@ -213,6 +213,28 @@ impl Shared {
         self.table().records.iter().map(sum).sum()
     }
 
+    /// Notes that thread `index` has a request, without a buffer of this memory.
+    pub fn begun(&self, index: usize) {
+        self.since(index, monotonic_ns());
+    }
+
+    /// Notes that it gave the request to another thread.
+    pub fn handed_over(&self, index: usize) {
+        self.since(index, 0);
+    }
+
+    /// Notes and counts that it answered.
+    pub fn served_one(&self, index: usize) {
+        self.since(index, 0);
+        self.count_served(index);
+    }
+
+    fn since(&self, index: usize, now_ns: u64) {
+        if let Some(record) = self.table().records.get(index) {
+            record.since_ns.store(now_ns, Ordering::Release);
+        }
+    }
+
     /// Counts a request that thread `index` answered without a buffer of this memory.
     pub fn count_served(&self, index: usize) {
         if let Some(record) = self.table().records.get(index) {

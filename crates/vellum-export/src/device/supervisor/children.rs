@@ -17,6 +17,7 @@ use crate::device::process::{Identity, Process, monotonic_ns};
 use crate::device::state::Status;
 use crate::device::watch::{Companion, Hang};
 use crate::fuse::slot::{self, Shared};
+use crate::ublk::disk::{Mark, UblkDisk};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// The process that waits to be the next worker, or the next supervisor.
@@ -248,6 +249,7 @@ impl Supervisor {
             let _ = standby.process.wait(STOP_TIMEOUT);
             reap(standby.process.pid());
         }
+        self.delete_ublk_device();
         self.state.status = status;
         self.state.worker = None;
         self.state.standby = None;
@@ -257,6 +259,17 @@ impl Supervisor {
             send_ready(&mut ready, &Ready::Failed(Failure::from(error)));
         }
         Role::End(error.map_or(Ok(()), Err))
+    }
+}
+
+impl Supervisor {
+    /// The kernel keeps a ublk device for a server that will not come, and lets those who use it wait.
+    fn delete_ublk_device(&self) {
+        let Some(id) = self.features.ublk else { return };
+        let deleted = UblkDisk(id).delete_marked(Mark::of(&self.run_dir.now()));
+        if let Err(error) = deleted {
+            tracing::error!("{error}");
+        }
     }
 }
 

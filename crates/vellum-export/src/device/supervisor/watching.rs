@@ -14,6 +14,7 @@ use super::{Role, Supervisor};
 use crate::device::process::{Identity, kill, monotonic_ns};
 use crate::device::state::Status;
 use crate::device::watch::{Companion, Hang, PERIOD, Watch};
+use crate::ublk::disk::UblkDisk;
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// Workers in a row that hung soon, after which the device is given up: then the next one would hang
@@ -38,7 +39,10 @@ impl Supervisor {
     pub(super) fn look_around(&mut self) {
         self.look_at = Instant::now() + PERIOD;
         if let (Some(worker), None) = (&self.worker, self.hang) {
-            let queued = has_requests(&self.session);
+            let queued = match self.features.ublk {
+                Some(id) => UblkDisk(id).has_requests(),
+                None => has_requests(&self.session),
+            };
             let pid = worker.pid();
             let ring = self.ring.as_deref();
             let look = self

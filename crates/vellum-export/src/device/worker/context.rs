@@ -19,6 +19,7 @@ use crate::fuse::ring::crew::Crew;
 use crate::fuse::ring::memory::RingMemory;
 use crate::fuse::session::Features;
 use crate::fuse::slot::Shared;
+use crate::ublk;
 use vellum_fs::run_dir::HeldRunDir;
 
 /// What a worker gets from the process that it was forked from.
@@ -45,14 +46,34 @@ pub(in crate::device) struct Worker {
     pub limits: Limits,
 }
 
+/// How requests come, and what its threads share.
+pub(super) enum Way {
+    /// By /dev/fuse.
+    Classic,
+    /// By the entries of a ring.
+    Ring(Arc<Crew>),
+    /// By a ublk device.
+    Ublk(Arc<ublk::crew::Crew>),
+}
+
+impl Way {
+    /// Ends the threads.
+    pub(super) fn stop(&self) {
+        match self {
+            Way::Classic => {}
+            Way::Ring(crew) => crew.stop(),
+            Way::Ublk(crew) => crew.stop(),
+        }
+    }
+}
+
 /// What control connections and the main thread share.
 pub(super) struct Context {
     pub(super) worker: Worker,
     pub(super) started: Instant,
     pub(super) opened: Opened,
     pub(super) readers: Arc<Readers>,
-    /// The threads that have the entries of a ring.
-    pub(super) crew: Option<Arc<Crew>>,
+    pub(super) way: Way,
     pub(super) failures: AtomicU64,
     pub(super) connections: AtomicUsize,
     /// Commands that are being carried out.

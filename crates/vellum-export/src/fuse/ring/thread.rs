@@ -17,6 +17,7 @@ use super::crew::{Crew, Word};
 use super::memory::{ENTRIES, PAYLOAD, RingMemory, Slot};
 use crate::fuse::abi::{self as fuse, ParseError, Request};
 use crate::fuse::slot::Shared;
+use crate::inbox::Inbox;
 use crate::fuse::transport::{Ended, Fetched, Patience, Reply, Transport};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
@@ -146,7 +147,7 @@ impl<'a> RingThread<'a> {
     }
 
     #[expect(clippy::indexing_slicing, reason = "`Crew::rings` counts the inboxes")]
-    fn inbox(&self) -> &'a super::crew::Inbox {
+    fn inbox(&self) -> &'a Inbox<Word> {
         &self.crew.inboxes[self.index]
     }
 
@@ -249,7 +250,7 @@ impl<'a> RingThread<'a> {
     }
 
     /// A thread that has nothing to do.
-    fn idle_other(&self) -> Option<&'a super::crew::Inbox> {
+    fn idle_other(&self) -> Option<&'a Inbox<Word>> {
         let others = self.crew.inboxes.iter().enumerate();
         let mut idle = others.filter(|(index, inbox)| *index != self.index && inbox.is_asleep());
         idle.next().map(|(_, inbox)| inbox)
