@@ -19,6 +19,8 @@ PROGRAMS = {
     "nbd-client": "usr/sbin",
     "fsx": "usr/bin",
 }
+# What is large, and needed for measuring alone.
+BENCH_PROGRAMS = {"fio": "usr/bin", "losetup": "sbin"}
 # Where programs are that no login shell has put on the PATH.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -93,11 +95,11 @@ class Tree:
         return archive
 
 
-def build(directory, vellum, modules, scripts, test=None):
+def build(directory, vellum, modules, scripts, test=None, bench=False):
     """Makes the archive in a directory and returns its path. `modules` are in the order of loading;
     `test` is a program to be tested with."""
     tree = Tree(directory / "root")
-    for name, place in PROGRAMS.items():
+    for name, place in {**PROGRAMS, **(BENCH_PROGRAMS if bench else {})}.items():
         tree.program(find(name), place, name)
     stripped = directory / "vellum"
     # Debug information is most of a development build.

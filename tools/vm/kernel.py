@@ -21,11 +21,14 @@ class Kernel:
 
     def __init__(self, root):
         self.root = root
-        images = sorted((root / "boot").glob("vmlinuz-*"))
+        beside = sorted((root / "usr/lib/modules").glob("*/vmlinuz"))
+        images = sorted((root / "boot").glob("vmlinuz-*")) + beside
         if len(images) != 1:
             raise Failure(f"{root}: {len(images)} kernels in the package, one is wanted")
         self.image = images[0]
-        self.version = self.image.name.removeprefix("vmlinuz-")
+        # Since 2026 Debian has it beside the modules.
+        name = self.image.parent.name if beside else self.image.name
+        self.version = name.removeprefix("vmlinuz-")
         # Debian 13 has its modules below usr/lib.
         candidates = [root / "lib/modules", root / "usr/lib/modules"]
         self.modules = next(
@@ -70,14 +73,14 @@ def read_module(path):
 
 
 def get(which, cache):
-    """The kernel of a Debian release (bookworm, trixie, ...), or of a package file."""
+    """The kernel of a Debian release (bookworm, trixie, trixie-backports, ...), or of a package file."""
     cache.mkdir(parents=True, exist_ok=True)
     if which.endswith(".deb"):
         package = pathlib.Path(which).resolve()
         if not package.is_file():
             raise Failure(f"no such package: {which}")
         name = package.stem
-    elif re.fullmatch("[a-z]+", which):
+    elif re.fullmatch("[a-z]+(-backports)?", which):
         package, name = None, which
     else:
         raise Failure(f"--kernel {which}: neither a Debian release nor a .deb")
@@ -88,16 +91,16 @@ def get(which, cache):
         if not (target / "complete").exists():
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
-            fetched = package or download(which, target)
-            run("dpkg-deb", "-x", fetched, target)
-            if package is None:
-                fetched.unlink()
+            for fetched in [package] if package else download(which, target):
+                run("dpkg-deb", "-x", fetched, target)
+                if package is None:
+                    fetched.unlink()
             (target / "complete").touch()
     return Kernel(target)
 
 
 def download(release, directory):
-    """Fetches the package from Debian's archive, with apt state of its own: any release will do,
+    """Fetches the packages from Debian's archive, with apt state of its own: any release will do,
     and nothing of the host's changes."""
     state = directory / "apt"
     for path in ("lists/partial", "cache/archives/partial"):
@@ -121,14 +124,16 @@ def download(release, directory):
     ]
     flags = [part for option in options for part in ("-o", option)]
     run("apt-get", *flags, "-qq", "update")
-    # The meta package depends on the kernel of the day.
+    # The meta package depends on the kernel of the day, and that, since 2026, on the packages that have it.
     shown = run("apt-cache", *flags, "depends", META_PACKAGE)
     names = re.findall(r"Depends: (linux-image-\S+)", shown)
     if not names:
         raise Failure(f"{META_PACKAGE} of {release} names no kernel:\n{shown}")
-    run("apt-get", *flags, "-qq", "download", names[0], cwd=directory)
+    parts = run("apt-cache", *flags, "depends", names[0])
+    wanted = {names[0], *re.findall(r"Depends: (linux-(?:binary|modules)-\S+)", parts)}
+    run("apt-get", *flags, "-qq", "download", *sorted(wanted), cwd=directory)
     packages = sorted(directory.glob("*.deb"))
-    if len(packages) != 1:
-        raise Failure(f"apt-get download {names[0]} left {len(packages)} packages")
+    if len(packages) != len(wanted):
+        raise Failure(f"apt-get download {' '.join(sorted(wanted))} left {len(packages)} packages")
     shutil.rmtree(state)
-    return packages[0]
+    return packages

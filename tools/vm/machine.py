@@ -88,7 +88,7 @@ class Machine:
             # Emulated by qemu 7.2, cmpxchg16b may leave wrong flags, and Linux 6.12 crashes; page
             # tables of five levels cost time.
             "-cpu", "host" if options.kvm else "max,cx16=off,la57=off",
-            "-smp", str(options.cpus), "-m", "768",
+            "-smp", str(options.cpus), "-m", "3072" if options.bench else "768",
             "-kernel", kernel.image, "-initrd", initramfs,
             "-append", "console=ttyS0 loglevel=5 panic=-1 nokaslr mitigations=off "
             "random.trust_cpu=on no_timer_check rdinit=/init " + command_line,

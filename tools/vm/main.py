@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 
-from . import grow, initramfs, kernel, nbd, power, ublk, vhost
+from . import bench, grow, initramfs, kernel, nbd, power, ublk, vhost
 from .common import Failure, fail_on_signals, run, say
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -77,8 +77,22 @@ def arguments():
         help="only run containers on ublk devices (`--kernel trixie` or newer), whose servers are killed",
     )
     parser.add_argument(
+        "--bench", action="store_true",
+        help="only measure ublk against FUSE and loop, and against a file (`--kernel trixie` or newer)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="with --bench: rounds of each work [5]"
+    )
+    parser.add_argument(
+        "--seconds", type=int, default=3, metavar="N", help="with --bench: for each work [3]"
+    )
+    parser.add_argument(
         "--attaches", type=int, default=10, metavar="N",
         help="with --ublk: how often a container is mounted and unmounted [10]",
+    )
+    parser.add_argument(
+        "--transport", default="classic", metavar="HOW",
+        help="how requests come to the containers' servers: classic, ublk, ... [classic]",
     )
     parser.add_argument("--seed", type=int, help="draws the moments and what survives [random]")
     parser.add_argument(
@@ -160,13 +174,15 @@ def main():
             return 0
         archive = initramfs.build(
             directory, vellum, guest_kernel.load_order(options.fs),
-            scripts, options.grow,
+            scripts, options.grow, options.bench,
         )
         guest = power.Guest(options, guest_kernel, archive, directory)
         if options.grow:
             grow.exercise(guest, seed)
         elif options.ublk:
             ublk.exercise(guest, seed)
+        elif options.bench:
+            bench.exercise(guest, options)
         else:
             if options.cuts or not options.no_control:
                 power.exercise(guest, seed)

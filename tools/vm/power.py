@@ -46,7 +46,9 @@ class Guest:
                 machine = Machine(
                     self.options, self.kernel, self.initramfs, disk.drive(), console,
                     f"vm={what} fs={self.options.fs} boot={self.boots} "
-                    f"kills={self.options.kills} attaches={self.options.attaches}",
+                    f"kills={self.options.kills} attaches={self.options.attaches} "
+                    f"transport={self.options.transport} rounds={self.options.rounds} "
+                    f"seconds={self.options.seconds}",
                 )
                 boot = Boot(machine, disk)
                 if machine.comes_up(BOOT):

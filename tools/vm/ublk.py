@@ -2,6 +2,7 @@
 
 from .common import say
 
+# And ten for each kill and each mount.
 SECONDS = 1800
 
 
@@ -9,7 +10,9 @@ def exercise(guest, seed):
     """Runs guest/ublk on an empty disk."""
     guest.format()
     with guest.boot("ublk", seed) as boot:
-        boot.machine.wait_for("off", SECONDS, seen=tell)
+        options = guest.options
+        seconds = SECONDS + 10 * (options.kills + options.attaches)
+        boot.machine.wait_for("off", seconds, seen=tell)
         boot.machine.wait_off(SECONDS)
         boot.machine.check_console()
         guest.forget_log(boot)

@@ -156,8 +156,7 @@ fn refuse_users(
     }
     let number = device.major_minor();
     let mounts = MountInfo::read()?;
-    let also =
-        |mount: &&MountInfo| Some(mount.major_minor) == number && mount.target != there.dir;
+    let also = |mount: &&MountInfo| Some(mount.major_minor) == number && mount.target != there.dir;
     match mounts.iter().find(also) {
         Some(mount) => refuse(format!(
             "{name} is also mounted at {}: unmount that first",

@@ -187,7 +187,6 @@ impl LocalDisk {
 /// # Errors
 /// An internal error for another path.
 pub fn at(path: &Path) -> Result<LocalDisk> {
-    LocalDisk::from_path(path).ok_or_else(|| {
-        Error::internal(format!("{}: no block device of ours", path.display()))
-    })
+    LocalDisk::from_path(path)
+        .ok_or_else(|| Error::internal(format!("{}: no block device of ours", path.display())))
 }

@@ -388,7 +388,12 @@ impl Mounts {
         let _held = device.hold()?;
         let number = device.major_minor();
         let mounts = MountInfo::read()?;
-        if mounts.iter().filter(|m| Some(m.major_minor) == number).count() != 1 {
+        if mounts
+            .iter()
+            .filter(|m| Some(m.major_minor) == number)
+            .count()
+            != 1
+        {
             return Ok(false);
         }
         match ext4::unmount(&dir, Duration::ZERO) {

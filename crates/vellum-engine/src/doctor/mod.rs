@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::run::find_runtime;
 use vellum_base::storage::{FileStorage, Storage};
-use vellum_export::device::ring_self_test;
+use vellum_export::device::{ring_self_test, ublk_check};
 use vellum_export::fuse::ring::host::check as ring_check;
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::mountinfo::MountInfo;
@@ -92,6 +92,7 @@ pub fn examine(options: &Options) -> Report {
     look.kernel();
     look.fuse();
     look.ring();
+    look.ublk();
     look.loops();
     look.programs();
     look.store(&options.root);
@@ -244,6 +245,18 @@ impl Look {
             (Ok(()), Some(Err(error))) => {
                 self.add(check, State::Note, error.to_string(), Some(slower));
             }
+        }
+    }
+
+    fn ublk(&mut self) {
+        match ublk_check() {
+            Ok(()) => self.ok("ublk", "/dev/ublk-control"),
+            Err(error) => self.add(
+                "ublk",
+                State::Note,
+                error.to_string(),
+                Some("containers are served by FUSE and a loop device without it, which is slower"),
+            ),
         }
     }
 

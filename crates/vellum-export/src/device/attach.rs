@@ -140,11 +140,7 @@ pub fn attach(run_dir: &RunDir, spec: &AttachSpec) -> Result<Attached> {
 }
 
 /// The block device of what is served, and what keeps it there.
-fn show(
-    run_dir: &RunDir,
-    spec: &AttachSpec,
-    features: Features,
-) -> Result<(LocalDisk, DiskHold)> {
+fn show(run_dir: &RunDir, spec: &AttachSpec, features: Features) -> Result<(LocalDisk, DiskHold)> {
     if let Some(id) = features.ublk {
         let disk = UblkDisk(id);
         return Ok((disk.into(), disk.hold_when_shown()?));

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use super::command_line::run_dir_of;
 use super::lock::RunLock;
 use super::process::{Identity, Process};
-use super::state::{self, RunState, Status, is_listened, disks};
+use super::state::{self, RunState, Status, disks, is_listened};
 use crate::fuse::session::FS_TYPE;
 use crate::local_disk::LocalDisk;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};

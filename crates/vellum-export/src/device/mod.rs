@@ -52,7 +52,7 @@ pub use process::{Identity, boot_id};
 pub use selftest::known as ring_self_test;
 pub use state::{DeviceStatus, RunState, Status, status};
 pub use supervisor::{SupervisorArgs, supervise};
-pub use transport::TransportChoice;
+pub use transport::{TransportChoice, ublk_check};
 
 /// Sends what the processes of a device have to say to standard error, which is the device's log.
 /// To be called before [`supervise`], by a program that has no other logging installed.

@@ -354,7 +354,10 @@ pub(super) fn disks(run_dir: &RunDir) -> Result<Vec<LocalDisk>> {
     }
     let loops = LoopDevice::find(&run_dir.dev())?.into_iter();
     let ublk = UblkDisk::find(Mark::of(run_dir))?;
-    Ok(loops.map(LocalDisk::from).chain(ublk.into_iter().map(LocalDisk::from)).collect())
+    Ok(loops
+        .map(LocalDisk::from)
+        .chain(ublk.into_iter().map(LocalDisk::from))
+        .collect())
 }
 
 #[cfg(test)]

@@ -23,6 +23,14 @@ pub enum TransportChoice {
     Ublk,
 }
 
+/// Whether this host can serve by ublk, and if not, why and what to do.
+///
+/// # Errors
+/// [`Unsupported`](vellum_base::ErrorKind::Unsupported).
+pub fn ublk_check() -> Result<()> {
+    TransportChoice::Ublk.ublk_control().map(drop)
+}
+
 impl TransportChoice {
     /// As it stands on the command line.
     pub fn name(self) -> &'static str {
@@ -47,9 +55,8 @@ impl TransportChoice {
     /// The memory for a session by io_uring, where that is what is wanted and the host can.
     pub(super) fn ring_memory(self) -> Result<Option<Arc<RingMemory>>> {
         match (self, host::check()) {
-            (TransportChoice::Classic | TransportChoice::Ublk, _) | (TransportChoice::Auto, Err(_)) => {
-                Ok(None)
-            }
+            (TransportChoice::Classic | TransportChoice::Ublk, _)
+            | (TransportChoice::Auto, Err(_)) => Ok(None),
             (TransportChoice::Ring, Err(error)) => Err(error),
             (_, Ok(())) => RingMemory::create(host::possible_processors()).map(Some),
         }

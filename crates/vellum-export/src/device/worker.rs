@@ -83,7 +83,9 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             tracing::info!("{error}");
             let table = worker.shared.table();
-            table.worker_ended.store(ENDED_SESSION_OVER, Ordering::Release);
+            table
+                .worker_ended
+                .store(ENDED_SESSION_OVER, Ordering::Release);
             return opened.device.flush();
         }
         way => way?,

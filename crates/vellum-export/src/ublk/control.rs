@@ -129,7 +129,9 @@ impl Control {
         let mut pause = Duration::from_micros(100);
         loop {
             let info = self.info(id)?;
-            let Some(info) = info else { return Err(gone(id)) };
+            let Some(info) = info else {
+                return Err(gone(id));
+            };
             let begun = match info.waits_for_a_server() {
                 true => self.begin_recovery(id)?,
                 false => false,
@@ -265,7 +267,9 @@ impl Control {
         let mut ring: IoUring<Entry128, cqueue::Entry> = IoUring::builder().build(1)?;
         let fd = types::Fd(self.0.as_raw_fd());
         let command = control_command(id, addr, len, number);
-        let entry = opcode::UringCmd80::new(fd, verb as u32).cmd(command).build();
+        let entry = opcode::UringCmd80::new(fd, verb as u32)
+            .cmd(command)
+            .build();
         // SAFETY: the caller's memory outlives the command.
         let pushed = unsafe { ring.submission().push(&entry) };
         pushed.map_err(io::Error::other)?;
@@ -285,8 +289,7 @@ impl Control {
             let args = types::SubmitArgs::new().timespec(&time);
             match ring.submitter().submit_with_args(1, &args) {
                 Ok(_) => {}
-                Err(error)
-                    if matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME)) => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME)) => {}
                 Err(error) => return Err(error),
             }
         }

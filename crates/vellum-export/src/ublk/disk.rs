@@ -44,7 +44,9 @@ impl Mark {
         // Any odd number spreads the bits; this is 2^64 divided by the golden ratio.
         const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
         let mix = |hash: u64, word: u64| (hash ^ word).wrapping_mul(SPREAD).rotate_left(29);
-        let name = name.iter().fold(0, |hash, byte| mix(hash, u64::from(*byte)));
+        let name = name
+            .iter()
+            .fold(0, |hash, byte| mix(hash, u64::from(*byte)));
         let bits = Mark::MAGIC | (name >> 40) << 24;
         match place {
             Some(place) => Mark {

@@ -71,7 +71,11 @@ fn ublk_thread(
 }
 
 /// Starts a thread for requests that wait or are large.
-pub(super) fn spare_thread(context: &Arc<Context>, crew: &Arc<Crew>, index: usize) -> Result<Thread> {
+pub(super) fn spare_thread(
+    context: &Arc<Context>,
+    crew: &Arc<Crew>,
+    index: usize,
+) -> Result<Thread> {
     let crew = Arc::clone(crew);
     spawn(context, format!("spare-{index}"), move |context| {
         let mut thread = SpareThread::new(&crew, &context.worker.shared, index)?;

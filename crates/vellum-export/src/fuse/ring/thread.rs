@@ -17,8 +17,8 @@ use super::crew::{Crew, Word};
 use super::memory::{ENTRIES, PAYLOAD, RingMemory, Slot};
 use crate::fuse::abi::{self as fuse, ParseError, Request};
 use crate::fuse::slot::Shared;
-use crate::inbox::Inbox;
 use crate::fuse::transport::{Ended, Fetched, Patience, Reply, Transport};
+use crate::inbox::Inbox;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// A request that takes longer has waited for the host.
