@@ -50,7 +50,9 @@ const MEANT: &[Meant] = &[
             ("crates/vellum-base/src/storage/evidence.rs", 2),
             ("crates/vellum-engine/src/doctor/mod.rs", 1),
             ("crates/vellum-export/src/fuse/ring/host.rs", 1),
-            ("crates/vellum-export/src/loop_device.rs", 3),
+            ("crates/vellum-export/src/block_node.rs", 2),
+            ("crates/vellum-export/src/loop_device.rs", 1),
+            ("crates/vellum-export/src/ublk/disk.rs", 1),
         ],
     ),
     (

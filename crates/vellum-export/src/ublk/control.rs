@@ -239,7 +239,10 @@ impl Control {
         patience: Duration,
     ) -> Result<()> {
         let what = || format!("{PATH}: {verb:?}");
-        let mut own: Box<[u8]> = buffer.as_deref().unwrap_or_default().into();
+        let mut own: Box<[u8]> = match &buffer {
+            Some(buffer) => (**buffer).into(),
+            None => Box::default(),
+        };
         let addr = match own.is_empty() {
             true => 0,
             false => own.as_mut_ptr() as u64,

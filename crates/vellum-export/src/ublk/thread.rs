@@ -16,7 +16,7 @@ use crate::fuse::abi::{
 };
 use crate::fuse::slot::Shared;
 use crate::fuse::transport::{Ended, Fetched, Patience, Reply, Transport};
-use vellum_base::block::Durability;
+use vellum_base::block::{Durability, part};
 use vellum_base::error::{Error, Result, ResultExt};
 
 /// A request that takes longer has waited for the host.
@@ -75,7 +75,7 @@ impl InHand {
             },
             Op::Write => Operation::Write {
                 offset,
-                data: self.data.get(..len as usize).unwrap_or_default(),
+                data: part(&self.data, 0, len as usize),
                 durability: match self.asked.fua {
                     true => Durability::Durable,
                     false => Durability::Buffered,
@@ -115,7 +115,7 @@ impl InHand {
             Reply::Errno(errno) => -*errno,
             Reply::Body(_) => self.asked.len as i32,
             Reply::Data(len) => {
-                match crew.give_data(tag, self.data.get(..*len).unwrap_or_default())? {
+                match crew.give_data(tag, part(&self.data, 0, *len))? {
                     Taken::All => *len as i32,
                     // Nobody waits for it any more.
                     Taken::Gone => -libc::EIO,
