@@ -6,6 +6,8 @@
 //! up. Before it serves a request of a slow class it gives up the reader's role, so that another
 //! thread reads on.
 
+mod aside;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -14,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 
+use self::aside::{Job, Served};
 use super::exec::{Buffer, Outcome, Patience, Refusal, Session, class};
 use super::memory::{Budget, Memory, OWN, Share};
 use super::protocol::{self as wire, Command, Request};
@@ -95,9 +98,6 @@ pub(super) struct Connection<S> {
     ends: Arc<AtomicBool>,
 }
 
-/// Threads of a connection that never wait for room on the host's disk.
-const SERVING_ALWAYS: usize = 2;
-
 /// What belongs to whoever reads.
 struct Reader {
     input: Vec<u8>,
@@ -105,18 +105,9 @@ struct Reader {
     end: usize,
     /// Replies that have not been sent yet.
     out: Buffer,
+    /// What was written last is likely to be flushed next, and nothing was done ahead of that yet.
+    expects_flush: bool,
     ended: Option<Result<()>>,
-}
-
-/// A request that may be served while others are read.
-struct Job<'c> {
-    command: Command,
-    request: Request,
-    class: Class,
-    payload: Buffer,
-    share: Share<'c>,
-    /// Found the host's disk full before.
-    wants_room: bool,
 }
 
 /// What came of reading a request.
@@ -139,6 +130,7 @@ impl<S: Stream> Connection<S> {
                 start: 0,
                 end: 0,
                 out: Buffer::default(),
+                expects_flush: false,
                 ended: None,
             }),
             writer: Mutex::new(()),
@@ -283,11 +275,15 @@ impl<S: Stream> Connection<S> {
         }
         self.send(&mut reader.out)?;
         if slow {
+            reader.expects_flush = false;
             return Ok(Step::HandOver(job));
         }
         match self.run(job, small)? {
-            Some(job) => Ok(Step::HandOver(job)),
-            None => Ok(Step::Next),
+            Served::WantsRoom(job) => Ok(Step::HandOver(job)),
+            Served::Done { expects_flush } => {
+                reader.learn(expects_flush);
+                Ok(Step::Next)
+            }
         }
     }
 
@@ -315,13 +311,9 @@ impl<S: Stream> Connection<S> {
                 .execute(command, request, payload, patience, out, sink)
         };
         let began = Instant::now();
-        let patience = if self.limits.threads > SERVING_ALWAYS {
-            Patience::Return
-        } else {
-            Patience::Refuse
-        };
-        if serve(patience, out)? != Outcome::WantsRoom {
+        if serve(self.first_patience(), out)? != Outcome::WantsRoom {
             self.pace.record(class, began.elapsed());
+            reader.learn(self.session.expects_flush(command, request));
             return self.next(reader);
         }
         let Some(share) = self.budget.try_take(len) else {
@@ -385,86 +377,6 @@ impl<S: Stream> Connection<S> {
         Ok(Step::Next)
     }
 
-    /// Serves a request that was set apart, on a thread that does not read: it may wait.
-    fn run_patiently(&self, job: Job<'_>, small: &mut Buffer) -> Result<()> {
-        let job = if job.wants_room {
-            Some(job)
-        } else {
-            self.run(job, small)?
-        };
-        let Some(mut job) = job else {
-            return Ok(());
-        };
-        job.wants_room = true;
-        let bytes = job.payload.len();
-        let held = self.held.fetch_add(1, Relaxed) + 1 + SERVING_ALWAYS;
-        let held_bytes = self.held_bytes.fetch_add(bytes, Relaxed) + bytes;
-        // Others have to get a thread and memory meanwhile.
-        let few = held <= self.limits.threads && held_bytes <= self.limits.bytes_in_flight / 2;
-        let patience = if few {
-            Patience::Wait(&self.ends)
-        } else {
-            Patience::Refuse
-        };
-        let done = self.serve_job(job, patience, small).map(drop);
-        self.held.fetch_sub(1, Relaxed);
-        self.held_bytes.fetch_sub(bytes, Relaxed);
-        done
-    }
-
-    /// Serves a request that was set apart and sends its reply. Gives it back where it wants room on
-    /// the host's disk.
-    fn run<'c>(&self, job: Job<'c>, small: &mut Buffer) -> Result<Option<Job<'c>>> {
-        let patience = if self.limits.threads > SERVING_ALWAYS {
-            Patience::Return
-        } else {
-            Patience::Refuse
-        };
-        self.serve_job(job, patience, small)
-    }
-
-    fn serve_job<'c>(
-        &self,
-        job: Job<'c>,
-        patience: Patience<'_>,
-        small: &mut Buffer,
-    ) -> Result<Option<Job<'c>>> {
-        let mut long = match job.command {
-            Command::Read => Some(self.budget.memory().buffer(job.share.cost())),
-            _ => None,
-        };
-        let out = long.as_mut().unwrap_or(small);
-        out.truncate(0);
-        let began = Instant::now();
-        let mut took = None;
-        let done = self.session.execute(
-            job.command,
-            &job.request,
-            job.payload.filled(),
-            patience,
-            out,
-            &mut |out| {
-                took.get_or_insert_with(|| began.elapsed());
-                self.send(out)
-            },
-        );
-        if matches!(done, Ok(Outcome::WantsRoom)) {
-            return Ok(Some(job));
-        }
-        // How long the client takes to receive says nothing about the device, nor a full disk.
-        if !job.wants_room {
-            self.pace
-                .record(job.class, took.unwrap_or_else(|| began.elapsed()));
-        }
-        let sent = done.and_then(|_| self.send(out));
-        let memory = self.budget.memory();
-        if let Some(buffer) = long {
-            memory.keep(buffer);
-        }
-        memory.keep(job.payload);
-        sent.map(|()| None)
-    }
-
     /// Answers a request that cannot be carried out, and skips its payload.
     fn refuse(&self, reader: &mut Reader, request: &Request, refusal: &Refusal) -> Result<()> {
         self.session.refuse(request, refusal, &mut reader.out);
@@ -499,6 +411,7 @@ impl<S: Stream> Connection<S> {
         if reader.start == reader.end {
             reader.start = 0;
             reader.end = 0;
+            self.flush_ahead(reader);
         } else if reader.input.len() - reader.start < want {
             reader.input.copy_within(reader.start..reader.end, 0);
             reader.end -= reader.start;
@@ -522,6 +435,15 @@ impl<S: Stream> Connection<S> {
             clock.check(self.limits.stall, want)?;
         }
         Ok(true)
+    }
+
+    /// Begins what the next flush would have to do, where one is likely to come next and nothing else is
+    /// to be done for the client.
+    fn flush_ahead(&self, reader: &mut Reader) {
+        if reader.expects_flush && self.budget.is_idle() && !self.stream.has_input() {
+            reader.expects_flush = false;
+            self.session.flush_ahead();
+        }
     }
 
     /// Fills `target` with the input's next bytes.
@@ -572,6 +494,11 @@ impl Reader {
     )]
     fn available(&self) -> &[u8] {
         &self.input[self.start..self.end]
+    }
+
+    /// Keeps what [`Session::expects_flush`] said.
+    fn learn(&mut self, expects_flush: Option<bool>) {
+        self.expects_flush = expects_flush.unwrap_or(self.expects_flush);
     }
 }
 

@@ -61,6 +61,10 @@ impl<S: Read + Write> Stream for Local<S> {
         }
     }
 
+    fn has_input(&self) -> bool {
+        false
+    }
+
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
         let mut stream = self.0.borrow_mut();
         stream.write_all(bytes)?;

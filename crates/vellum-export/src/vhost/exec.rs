@@ -1,6 +1,6 @@
 //! Requests are carried out.
 
-use vellum_base::block::Durability;
+use vellum_base::block::{BlockDevice, Durability};
 use vellum_base::error::{Error, Result};
 
 use super::Disk;
@@ -46,6 +46,21 @@ pub(super) fn class(request: &Request, durability: Durability) -> Class {
         Request::Write { len, .. } if *len > SHORT => Class::LongWrite,
         Request::Write { .. } => Class::Write,
         Request::Discard(_) | Request::WriteZeroes(_) => Class::Zero,
+    }
+}
+
+/// To be asked after each request: `Some` where it says something of whether a flush comes next.
+pub(super) fn expects_flush(
+    device: &dyn BlockDevice,
+    request: &Request,
+    durability: Durability,
+) -> Option<bool> {
+    match request {
+        Request::Write { .. } if durability == Durability::Buffered => Some(device.expects_flush()),
+        Request::Write { .. } | Request::Flush => Some(false),
+        Request::Read { .. } | Request::GetId | Request::Discard(_) | Request::WriteZeroes(_) => {
+            None
+        }
     }
 }
 

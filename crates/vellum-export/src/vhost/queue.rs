@@ -16,7 +16,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use super::Disk;
 use super::chain::{Chain, Memory};
-use super::exec::{Executor, Outcome, class, refuse};
+use super::exec::{Executor, Outcome, class, expects_flush, refuse};
 use super::request::{Refused, Request, Status};
 use super::ring::Ring;
 use crate::pace::Pace;
@@ -56,6 +56,8 @@ struct Shared {
     /// Threads that wait for the lead.
     followers: AtomicUsize,
     pace: Pace,
+    /// What was written last is likely to be flushed next, and nothing was done ahead of that yet.
+    expects_flush: AtomicBool,
     stopping: AtomicBool,
     /// Readable for ever once the queue stops.
     stop: EventFd,
@@ -84,6 +86,7 @@ impl RunningQueue {
             lead: Mutex::default(),
             followers: AtomicUsize::new(0),
             pace: Pace::default(),
+            expects_flush: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             stop: EventFd::from_value_and_flags(0, flags).context(|| "making an eventfd")?,
             threads: Mutex::default(),
@@ -150,11 +153,15 @@ impl Shared {
                 Ok(Some(head)) => {
                     let kept = self.carry_out(lead, &memory, head, &mut buffer);
                     drop(memory);
-                    lead = kept.unwrap_or_else(|| self.follow());
+                    lead = kept.unwrap_or_else(|| {
+                        self.flush_ahead();
+                        self.follow()
+                    });
                 }
                 Ok(None) => {
                     // What the client takes away meanwhile is not to stay mapped.
                     drop(memory);
+                    self.flush_ahead();
                     self.wait();
                 }
                 Err(error) => {
@@ -162,6 +169,17 @@ impl Shared {
                     return;
                 }
             }
+        }
+    }
+
+    /// Begins what the next flush would have to do, where one is likely to come next and nothing else is
+    /// to be done for the guest.
+    fn flush_ahead(&self) {
+        if self.expects_flush.load(SeqCst)
+            && self.ring.lock().is_idle()
+            && self.expects_flush.swap(false, SeqCst)
+        {
+            self.parts.disk.device.flush_ahead();
         }
     }
 
@@ -268,7 +286,13 @@ impl Shared {
         .execute(&chain, &request);
         self.pace.record(class, began.elapsed());
         match outcome {
-            Outcome::Done(status) => self.answer(memory, head, &chain, status),
+            Outcome::Done(status) => {
+                let device = &*parts.disk.device;
+                if let Some(expected) = expects_flush(device, &request, parts.durability) {
+                    self.expects_flush.store(expected, SeqCst);
+                }
+                self.answer(memory, head, &chain, status);
+            }
             Outcome::Left => {
                 tracing::info!(head, "a write waits for room, and for the next server")
             }

@@ -141,6 +141,11 @@ impl Ring {
         Ok(Some(head))
     }
 
+    /// True while nothing was taken that is not answered.
+    pub(super) fn is_idle(&self) -> bool {
+        self.taken.is_empty()
+    }
+
     /// Asks the guest for kicks, or not. When asked for: whether there is a request by now.
     ///
     /// # Errors
