@@ -18,6 +18,7 @@ mod flush_ahead;
 mod interop;
 mod lab;
 mod listen;
+mod many;
 mod nbd_server;
 mod newer_clients;
 mod raw;

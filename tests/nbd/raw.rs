@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -47,10 +47,7 @@ impl Running {
     }
 
     pub fn silent(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.path).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        stream
+        connect(&self.path)
     }
 
     pub fn client(&self) -> Client {
@@ -58,7 +55,7 @@ impl Running {
     }
 
     pub fn try_client(&self) -> io::Result<Client> {
-        Client::go(self.silent())
+        Client::go(self.silent(), "disk")
     }
 
     /// Waits until so many clients are served.
@@ -92,15 +89,23 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn go(mut stream: UnixStream) -> io::Result<Client> {
+    /// Of an export of the server at `socket`.
+    pub fn of(socket: &Path, export: &str) -> io::Result<Client> {
+        Client::go(connect(socket), export)
+    }
+
+    /// Of an export, by a stream on which nothing was said yet.
+    pub fn go(mut stream: UnixStream, export: &str) -> io::Result<Client> {
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting)?;
-        stream.write_all(&go_script())?;
+        stream.write_all(&go_script(export))?;
         // The reply to GO: INFO with the size and flags, and ACK.
         let mut reply = [0; 20];
         stream.read_exact(&mut reply)?;
         if reply[12..16] != 3u32.to_be_bytes() {
-            return Err(io::Error::other("GO was refused"));
+            let mut why = vec![0; u32::from_be_bytes(reply[16..].try_into().unwrap()) as usize];
+            stream.read_exact(&mut why)?;
+            return Err(io::Error::other(String::from_utf8(why).unwrap()));
         }
         stream.read_exact(&mut [0; 12 + 20])?;
         Ok(Client { stream })
@@ -147,6 +152,13 @@ impl Client {
     }
 }
 
+fn connect(socket: &Path) -> UnixStream {
+    let stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
 pub fn closed(stream: &mut impl Read) {
     let mut sink = [0; 4096];
     loop {
@@ -159,13 +171,15 @@ pub fn closed(stream: &mut impl Read) {
     }
 }
 
-pub fn go_script() -> Vec<u8> {
+/// Asks for an export.
+pub fn go_script(export: &str) -> Vec<u8> {
     let mut script = vec![0, 0, 0, 3];
     script.extend(b"IHAVEOPT");
     script.extend(7u32.to_be_bytes());
-    script.extend(10u32.to_be_bytes());
-    script.extend(4u32.to_be_bytes());
-    script.extend(b"disk\0\0");
+    script.extend((4 + export.len() as u32 + 2).to_be_bytes());
+    script.extend((export.len() as u32).to_be_bytes());
+    script.extend(export.as_bytes());
+    script.extend([0, 0]);
     script
 }
 

@@ -12,7 +12,7 @@ use vellum_base::ErrorKind;
 use vellum_base::block::BlockDevice;
 use vellum_export::nbd::{Export, Server, ServerConfig, bind_tcp};
 
-use crate::lab::{Lab, PATIENCE};
+use crate::lab::{Lab, PATIENCE, SIZE};
 use crate::raw::{
     Client, DISC, FLUSH, READ, Running, TRIM, WRITE, closed, go_script, header, memory,
 };
@@ -290,7 +290,7 @@ fn clients_that_are_silent_or_slow_in_the_handshake_are_dropped_in_time() {
     thread::scope(|scope| {
         scope.spawn(move || {
             // A byte now and then does not buy time.
-            for byte in go_script() {
+            for byte in go_script("disk") {
                 if dripping.write_all(&[byte]).is_err() {
                     return;
                 }
@@ -459,6 +459,11 @@ fn clients_that_stall_within_a_request_are_dropped_and_others_not() {
         stalling.stream.write_all(&bytes[..cut]).unwrap();
         stalling.closed();
     }
+    // And within the payload of one that is refused.
+    let mut stalling = running.client();
+    stalling.send(WRITE, 0, 1, SIZE, 100_000);
+    stalling.stream.write_all(&[1; 50_000]).unwrap();
+    stalling.closed();
     running.await_connections(1);
     served.write(0, 8192, &[2; 512]);
     assert_eq!(served.read(0, 4096), [0; 4096]);
@@ -543,7 +548,7 @@ fn tcp_serves_on_loopback() {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.read_exact(&mut [0; 18]).unwrap();
-    stream.write_all(&go_script()).unwrap();
+    stream.write_all(&go_script("disk")).unwrap();
     stream.read_exact(&mut [0; 52]).unwrap();
     stream.write_all(&header(FLUSH, 0, 3, 0, 0)).unwrap();
     let mut reply = [0; 16];

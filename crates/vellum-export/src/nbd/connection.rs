@@ -7,16 +7,19 @@
 //! thread reads on.
 
 mod aside;
+mod crew;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::thread::{self, Scope};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use self::aside::{Job, Served};
+pub(super) use self::crew::Helpers;
+use self::crew::{Alone, Crew, Scoped, Stays, Threads};
 use super::exec::{Buffer, Outcome, Patience, Refusal, Session, class};
 use super::memory::{Budget, Memory, OWN, Share};
 use super::protocol::{self as wire, Command, Request};
@@ -35,6 +38,9 @@ const BATCH: usize = 64 << 10;
 /// Payloads up to this length are skipped when their request is refused, in bytes.
 const MAX_SKIPPED: u64 = 2 * wire::MAX_PAYLOAD as u64;
 
+/// They are received in pieces of this many bytes.
+const SCRAP: usize = 64 << 10;
+
 /// Writes longer than [`OWN`] go to the device in pieces of this many bytes, as they come.
 const PIECE: usize = 1 << 20;
 
@@ -43,40 +49,14 @@ const PIECE: usize = 1 << 20;
 pub(super) struct Limits {
     /// Threads, at least 1.
     pub(super) threads: usize,
+    /// Those that other connections want, too.
+    pub(super) helpers: Arc<Helpers>,
     /// Bytes of long requests in flight; one request is always let through.
     pub(super) bytes_in_flight: usize,
     /// What they count against together with those of other connections.
     pub(super) memory: Arc<Memory>,
     /// How long a client may stall in the middle of a request.
     pub(super) stall: Duration,
-}
-
-/// A source of threads for a connection.
-pub(super) trait Crew<'c, S> {
-    /// Starts another thread on the connection; false when there is none to be had.
-    fn hire(&self, connection: &'c Connection<S>) -> bool;
-}
-
-/// No other threads: everything is served by the caller.
-pub(super) struct Alone;
-
-impl<'c, S> Crew<'c, S> for Alone {
-    fn hire(&self, _: &'c Connection<S>) -> bool {
-        false
-    }
-}
-
-/// Threads that end with a scope.
-struct Threads<'scope, 'env>(&'scope Scope<'scope, 'env>);
-
-impl<'c: 'scope, 'scope, S: Stream + Sync> Crew<'c, S> for Threads<'scope, '_> {
-    fn hire(&self, connection: &'c Connection<S>) -> bool {
-        let scope = self.0;
-        thread::Builder::new()
-            .name("nbd-helper".into())
-            .spawn_scoped(scope, move || connection.work(&Threads(scope)))
-            .is_ok()
-    }
 }
 
 /// A client in its transmission phase.
@@ -88,8 +68,8 @@ pub(super) struct Connection<S> {
     writer: Mutex<()>,
     pace: Pace,
     budget: Budget,
-    threads: AtomicUsize,
-    /// Threads that wait to become the reader.
+    threads: Threads,
+    /// Threads that wait to become the reader, but for one that was claimed.
     idle: AtomicUsize,
     /// Requests that wait for room on the host's disk, and the bytes of their payloads.
     held: AtomicUsize,
@@ -107,6 +87,8 @@ struct Reader {
     out: Buffer,
     /// What was written last is likely to be flushed next, and nothing was done ahead of that yet.
     expects_flush: bool,
+    /// One of the threads that wait was promised the role.
+    claimed: bool,
     ended: Option<Result<()>>,
 }
 
@@ -131,13 +113,14 @@ impl<S: Stream> Connection<S> {
                 end: 0,
                 out: Buffer::default(),
                 expects_flush: false,
+                claimed: false,
                 ended: None,
             }),
             writer: Mutex::new(()),
             pace: Pace::default(),
             budget: Budget::new(Arc::clone(&limits.memory), limits.bytes_in_flight),
+            threads: Threads::new(limits.threads, Arc::clone(&limits.helpers)),
             limits,
-            threads: AtomicUsize::new(1),
             idle: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
             held_bytes: AtomicUsize::new(0),
@@ -155,13 +138,13 @@ impl<S: Stream> Connection<S> {
     where
         S: Sync,
     {
-        thread::scope(|scope| self.work(&Threads(scope)));
+        thread::scope(|scope| self.work(&Scoped(scope), Stays::Always));
         self.finish()
     }
 
     /// Serves the client on this thread alone.
     pub(super) fn serve_alone(self) -> Result<()> {
-        self.work(&Alone);
+        self.work(&Alone, Stays::Always);
         self.finish()
     }
 
@@ -171,29 +154,23 @@ impl<S: Stream> Connection<S> {
     }
 
     /// Reads and serves until the connection ends.
-    fn work<'c>(&'c self, crew: &impl Crew<'c, S>) {
+    fn work<'c>(&'c self, crew: &impl Crew<'c, S>, stays: Stays) {
         let _abort = AbortOnPanic(&self.stream);
         let mut small = Buffer::default();
-        let Some(mut reader) = self.lead() else {
+        let Some(mut reader) = self.lead(stays) else {
             return;
         };
         loop {
             match self.step(&mut reader, &mut small) {
                 Ok(Step::Next) => {}
                 Ok(Step::HandOver(job)) => {
-                    if self.idle.load(Relaxed) == 0
-                        && self.threads.load(Relaxed) < self.limits.threads
-                        && crew.hire(self)
-                    {
-                        self.threads.fetch_add(1, Relaxed);
-                    }
-                    drop(reader);
-                    let done = self.run_patiently(job, &mut small);
+                    let relieved = self.relieve(reader, crew);
+                    let done = self.run_patiently(job, relieved, &mut small);
                     if done.is_err() {
                         // Wakes the reader, which then ends the connection.
                         self.stream.abort();
                     }
-                    match self.lead() {
+                    match self.lead(stays) {
                         Some(again) => reader = again,
                         None => return,
                     }
@@ -211,14 +188,6 @@ impl<S: Stream> Connection<S> {
                 }
             }
         }
-    }
-
-    /// Waits to become the reader; `None` once the connection has ended.
-    fn lead(&self) -> Option<MutexGuard<'_, Reader>> {
-        self.idle.fetch_add(1, Relaxed);
-        let reader = self.reader.lock();
-        self.idle.fetch_sub(1, Relaxed);
-        reader.ended.is_none().then_some(reader)
     }
 
     /// Reads one request, and serves it where that is quick.
@@ -387,14 +356,10 @@ impl<S: Stream> Connection<S> {
                 format!("the client announced a payload of {payload} bytes"),
             ));
         }
-        let mut rest = in_memory(payload);
-        while rest > 0 {
-            if reader.available().is_empty() && !self.fill(reader, 1)? {
-                return Err(torn());
-            }
-            let piece = rest.min(reader.available().len());
-            reader.start += piece;
-            rest -= piece;
+        let mut scrap = vec![0; in_memory(payload).min(SCRAP)];
+        for at in (0..in_memory(payload)).step_by(SCRAP) {
+            let (piece, _) = scrap.split_at_mut((in_memory(payload) - at).min(SCRAP));
+            self.receive(reader, piece)?;
         }
         Ok(())
     }
@@ -418,6 +383,7 @@ impl<S: Stream> Connection<S> {
             reader.start = 0;
         }
         let mut clock = Clock::default();
+        let mut silent = false;
         while reader.available().len() < want {
             let between = reader.start == reader.end;
             let room = &mut reader.input[reader.end..];
@@ -427,7 +393,11 @@ impl<S: Stream> Connection<S> {
                 Ok(len) => reader.end += len,
                 // Between two requests a client may be silent as long as it likes.
                 Err(error) if between && error.kind() == io::ErrorKind::WouldBlock => {
-                    self.budget.memory().forget();
+                    if !silent {
+                        silent = true;
+                        reader.forget();
+                        self.budget.memory().forget();
+                    }
                     continue;
                 }
                 Err(error) => return Err(receiving(error)),
@@ -494,6 +464,13 @@ impl Reader {
     )]
     fn available(&self) -> &[u8] {
         &self.input[self.start..self.end]
+    }
+
+    /// Gives the memory of a client that is silent back to the system.
+    fn forget(&mut self) {
+        // Fresh memory is not there before it is used.
+        self.input = vec![0; INPUT];
+        self.out = Buffer::default();
     }
 
     /// Keeps what [`Session::expects_flush`] said.

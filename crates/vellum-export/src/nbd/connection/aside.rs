@@ -34,15 +34,21 @@ pub(super) enum Served<'c> {
 }
 
 impl<S: Stream> Connection<S> {
-    /// Serves a request that was set apart, on a thread that does not read: it may wait.
-    pub(super) fn run_patiently(&self, job: Job<'_>, small: &mut Buffer) -> Result<()> {
+    /// Serves a request that was set apart, on a thread that does not read: it may wait for room, where
+    /// another was `relieved` to read meanwhile.
+    pub(super) fn run_patiently(
+        &self,
+        job: Job<'_>,
+        relieved: bool,
+        small: &mut Buffer,
+    ) -> Result<()> {
         let mut served = if job.wants_room {
             Served::WantsRoom(job)
         } else {
             self.run(job, small)?
         };
         if let Served::WantsRoom(job) = served {
-            served = self.wait_for_room(job, small)?;
+            served = self.wait_for_room(job, relieved, small)?;
         }
         let expects_flush = match served {
             Served::Done { expects_flush } => expects_flush == Some(true),
@@ -54,14 +60,19 @@ impl<S: Stream> Connection<S> {
         Ok(())
     }
 
-    fn wait_for_room<'c>(&self, mut job: Job<'c>, small: &mut Buffer) -> Result<Served<'c>> {
+    fn wait_for_room<'c>(
+        &self,
+        mut job: Job<'c>,
+        relieved: bool,
+        small: &mut Buffer,
+    ) -> Result<Served<'c>> {
         job.wants_room = true;
         let bytes = job.payload.len();
         let held = self.held.fetch_add(1, Relaxed) + 1 + SERVING_ALWAYS;
         let held_bytes = self.held_bytes.fetch_add(bytes, Relaxed) + bytes;
         // Others have to get a thread and memory meanwhile.
         let few = held <= self.limits.threads && held_bytes <= self.limits.bytes_in_flight / 2;
-        let patience = if few {
+        let patience = if relieved && few {
             Patience::Wait(&self.ends)
         } else {
             Patience::Refuse
