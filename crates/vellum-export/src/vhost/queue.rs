@@ -15,9 +15,9 @@ use parking_lot::{Mutex, MutexGuard};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use super::Disk;
-use super::chain::{Chain, Memory};
-use super::exec::{Executor, Outcome, class, expects_flush, refuse};
-use super::request::{Refused, Request, Status};
+use super::chain::Memory;
+use super::exec::{Executor, Outcome, Understood, answer, class, expects_flush, understand};
+use super::request::Request;
 use super::ring::Ring;
 use crate::pace::Pace;
 use vellum_base::block::Durability;
@@ -245,21 +245,10 @@ impl Shared {
     ) -> Option<MutexGuard<'a, ()>> {
         let parts = &self.parts;
         let table = self.ring.lock().table();
-        let chain = match Chain::follow(memory, table, head) {
-            Ok(chain) if chain.writable() > 0 => chain,
-            Ok(_) => {
-                self.answer_nothing(memory, head, "it has no byte for the status");
-                return Some(lead);
-            }
-            Err(malformed) => {
-                self.answer_nothing(memory, head, malformed.0);
-                return Some(lead);
-            }
-        };
-        let request = match Request::parse(&chain, memory, &parts.disk) {
-            Ok(request) => request,
-            Err(refused) => {
-                self.answer(memory, head, &chain, refuse(&parts.disk, refused));
+        let (chain, request) = match understand(&parts.disk, memory, table, head) {
+            Understood::Request(chain, request) => (chain, request),
+            Understood::Answered(len) => {
+                self.put(memory, head, len);
                 return Some(lead);
             }
         };
@@ -291,7 +280,8 @@ impl Shared {
                 if let Some(expected) = expects_flush(device, &request, parts.durability) {
                     self.expects_flush.store(expected, SeqCst);
                 }
-                self.answer(memory, head, &chain, status);
+                let len = answer(&parts.disk, memory, &chain, status);
+                self.put(memory, head, len);
             }
             Outcome::Left => {
                 tracing::info!(head, "a write waits for room, and for the next server")
@@ -311,21 +301,6 @@ impl Shared {
         if let Err(error) = self.add_thread() {
             tracing::warn!("a queue has to do with fewer threads: {error}");
         }
-    }
-
-    fn answer_nothing(&self, memory: &Memory, head: u16, why: &'static str) {
-        refuse(&self.parts.disk, Refused(Status::IoErr, why));
-        self.put(memory, head, 0);
-    }
-
-    fn answer(&self, memory: &Memory, head: u16, chain: &Chain, status: Status) {
-        let len = chain.writable();
-        if let Err(malformed) = chain.write(memory, len - 1, &[status as u8]) {
-            self.answer_nothing(memory, head, malformed.0);
-            return;
-        }
-        crash_point::here("vhost: done");
-        self.put(memory, head, len as u32);
     }
 
     fn put(&self, memory: &Memory, head: u16, len: u32) {

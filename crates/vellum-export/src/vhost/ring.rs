@@ -16,17 +16,19 @@ use vellum_base::error::{Error, ErrorKind, Result};
 
 /// Where a queue is, and where it is at.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Place {
+pub struct Place {
     /// Entries.
-    pub(super) size: u16,
-    /// Guest addresses.
-    pub(super) descriptors: u64,
-    pub(super) available: u64,
-    pub(super) used: u64,
+    pub size: u16,
+    /// The guest's address of the table of descriptors.
+    pub descriptors: u64,
+    /// That of the ring of requests.
+    pub available: u64,
+    /// That of the ring of answers.
+    pub used: u64,
     /// The next entry of the available ring, where no inflight region says it.
-    pub(super) next_available: u16,
+    pub next_available: u16,
     /// Interrupts are asked for by index.
-    pub(super) event_idx: bool,
+    pub event_idx: bool,
 }
 
 /// The rings of a queue that is served.
