@@ -15,11 +15,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use self::aside::{Job, Served};
 pub(super) use self::crew::Helpers;
-use self::crew::{Alone, Crew, Scoped, Stays, Threads};
+use self::crew::{Alone, Crew, Role, Scoped, Stays, Threads};
 use super::exec::{Buffer, Outcome, Patience, Refusal, Session, class};
 use super::memory::{Budget, Memory, OWN, Share};
 use super::protocol::{self as wire, Command, Request};
@@ -64,13 +64,13 @@ pub(super) struct Connection<S> {
     stream: S,
     session: Session,
     limits: Limits,
-    reader: Mutex<Reader>,
+    role: Mutex<Role>,
+    /// Somebody gave up the reader's role.
+    free: Condvar,
     writer: Mutex<()>,
     pace: Pace,
     budget: Budget,
     threads: Threads,
-    /// Threads that wait to become the reader, but for one that was claimed.
-    idle: AtomicUsize,
     /// Requests that wait for room on the host's disk, and the bytes of their payloads.
     held: AtomicUsize,
     held_bytes: AtomicUsize,
@@ -87,9 +87,6 @@ struct Reader {
     out: Buffer,
     /// What was written last is likely to be flushed next, and nothing was done ahead of that yet.
     expects_flush: bool,
-    /// One of the threads that wait was promised the role.
-    claimed: bool,
-    ended: Option<Result<()>>,
 }
 
 /// What came of reading a request.
@@ -107,21 +104,19 @@ impl<S: Stream> Connection<S> {
         Connection {
             stream,
             session,
-            reader: Mutex::new(Reader {
+            role: Mutex::new(Role::new(Reader {
                 input: vec![0; INPUT],
                 start: 0,
                 end: 0,
                 out: Buffer::default(),
                 expects_flush: false,
-                claimed: false,
-                ended: None,
-            }),
+            })),
+            free: Condvar::new(),
             writer: Mutex::new(()),
             pace: Pace::default(),
             budget: Budget::new(Arc::clone(&limits.memory), limits.bytes_in_flight),
             threads: Threads::new(limits.threads, Arc::clone(&limits.helpers)),
             limits,
-            idle: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
             held_bytes: AtomicUsize::new(0),
             ends,
@@ -150,12 +145,12 @@ impl<S: Stream> Connection<S> {
 
     fn finish(self) -> Result<()> {
         self.stream.finish();
-        self.reader.into_inner().ended.unwrap_or(Ok(()))
+        self.role.into_inner().ended().unwrap_or(Ok(()))
     }
 
     /// Reads and serves until the connection ends.
     fn work<'c>(&'c self, crew: &impl Crew<'c, S>, stays: Stays) {
-        let _abort = AbortOnPanic(&self.stream);
+        let _abort = AbortOnPanic(self);
         let mut small = Buffer::default();
         let Some(mut reader) = self.lead(stays) else {
             return;
@@ -177,14 +172,12 @@ impl<S: Stream> Connection<S> {
                 }
                 Ok(Step::End) => {
                     let sent = self.send(&mut reader.out);
-                    reader.ended = Some(sent);
-                    return;
+                    return self.end(sent);
                 }
                 Err(error) => {
                     // What was served before may still be welcome, as far as it goes.
                     let _ = self.send(&mut reader.out);
-                    reader.ended = Some(Err(error));
-                    return;
+                    return self.end(Err(error));
                 }
             }
         }
@@ -479,13 +472,17 @@ impl Reader {
     }
 }
 
-/// Ends the stream when its thread panics, so that the client is not left waiting.
-struct AbortOnPanic<'a, S: Stream>(&'a S);
+/// Ends the connection when one of its threads panics, so that neither the client nor the other threads are
+/// left waiting.
+struct AbortOnPanic<'a, S: Stream>(&'a Connection<S>);
 
 impl<S: Stream> Drop for AbortOnPanic<'_, S> {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0.abort();
+            self.0.stream.abort();
+            self.0.end(Err(Error::internal(
+                "a thread of an NBD connection panicked",
+            )));
         }
     }
 }

@@ -1,19 +1,18 @@
 //! The threads of a connection: who reads next, and how many there are.
 //!
-//! A thread that waits to read is *idle*. The reader claims one of them before it gives up its role,
-//! or else starts another thread; which of those that wait then comes first does not matter. One
-//! that has waited for long ends, unless it was claimed.
+//! A thread that waits to read is *idle*. The reader wakes one of them when it gives up its role, or
+//! else starts another thread. One that has waited for long ends.
 
-use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread::{self, Scope};
 use std::time::Duration;
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use super::super::stream::Stream;
 use super::{Connection, Reader};
+use vellum_base::error::Result;
 
 /// Threads that a connection may have whatever others have: one that reads and one that serves.
 const OWN: usize = 2;
@@ -131,43 +130,70 @@ pub(super) enum Stays {
     AWhile,
 }
 
-impl<S: Stream> Connection<S> {
-    /// Waits to become the reader; `None` once the connection has ended, or this thread may.
-    pub(super) fn lead(&self, stays: Stays) -> Option<MutexGuard<'_, Reader>> {
-        self.idle.fetch_add(1, Relaxed);
-        let mut reader = match stays {
-            Stays::Always => self.reader.lock(),
-            Stays::AWhile => match self.reader.try_lock_for(IDLE) {
-                Some(reader) => reader,
-                None if self.take_idle() => {
-                    self.threads.remove();
-                    return None;
-                }
-                // Claimed: whoever did that is about to give up the role.
-                None => self.reader.lock(),
-            },
-        };
-        // Of a thread that was claimed nobody counts as idle any more.
-        if !mem::take(&mut reader.claimed) {
-            self.idle.fetch_sub(1, Relaxed);
+/// The role of the reader, and who waits for it.
+pub(super) struct Role {
+    /// There while nobody has it.
+    reader: Option<Box<Reader>>,
+    /// Threads that wait for it.
+    idle: usize,
+    /// How the connection ended; nobody reads any more.
+    ended: Option<Result<()>>,
+}
+
+impl Role {
+    /// Of a connection that nobody reads yet.
+    pub(super) fn new(reader: Reader) -> Self {
+        Role {
+            reader: Some(Box::new(reader)),
+            idle: 0,
+            ended: None,
         }
-        reader.ended.is_none().then_some(reader)
     }
 
-    /// Counts one thread less among the idle ones; false where there is none.
-    fn take_idle(&self) -> bool {
-        let less = |idle: usize| idle.checked_sub(1);
-        self.idle.fetch_update(Relaxed, Relaxed, less).is_ok()
+    /// How the connection ended, once all its threads have.
+    pub(super) fn ended(self) -> Option<Result<()>> {
+        self.ended
+    }
+}
+
+impl<S: Stream> Connection<S> {
+    /// Waits to become the reader; `None` once the connection has ended, or this thread may.
+    pub(super) fn lead(&self, stays: Stays) -> Option<Box<Reader>> {
+        let mut role = self.role.lock();
+        role.idle += 1;
+        let mut waited = false;
+        while role.reader.is_none() && role.ended.is_none() && !waited {
+            match stays {
+                Stays::Always => self.free.wait(&mut role),
+                Stays::AWhile => waited = self.free.wait_for(&mut role, IDLE).timed_out(),
+            }
+        }
+        role.idle -= 1;
+        if role.ended.is_some() {
+            return None;
+        }
+        let reader = role.reader.take();
+        if reader.is_none() {
+            self.threads.remove();
+        }
+        reader
     }
 
     /// Gives up the reader's role; false where nobody takes it over until the caller leads again.
-    pub(super) fn relieve<'c>(
-        &'c self,
-        reader: MutexGuard<'c, Reader>,
-        crew: &impl Crew<'c, S>,
-    ) -> bool {
-        let mut reader = reader;
-        reader.claimed = self.take_idle();
-        reader.claimed || self.threads.add(|| crew.hire(self))
+    pub(super) fn relieve<'c>(&'c self, reader: Box<Reader>, crew: &impl Crew<'c, S>) -> bool {
+        let mut role = self.role.lock();
+        role.reader = Some(reader);
+        let somebody = role.idle > 0;
+        drop(role);
+        if somebody {
+            self.free.notify_one();
+        }
+        somebody || self.threads.add(|| crew.hire(self))
+    }
+
+    /// Nobody is to read any more.
+    pub(super) fn end(&self, ended: Result<()>) {
+        self.role.lock().ended = Some(ended);
+        self.free.notify_all();
     }
 }
