@@ -412,6 +412,7 @@ fn own_contexts() -> Vec<u8> {
     .concat()
 }
 
+#[expect(clippy::too_many_lines, reason = "a list")]
 pub fn session_seeds() -> Vec<Seed> {
     let all_requests = [
         request(1, 0, 4096, 600, &[7; 600]),
