@@ -95,6 +95,10 @@ fn config(args: &Args) -> Result<ServerConfig> {
         .transpose()?;
     Ok(ServerConfig {
         max_connections: args.max_connections,
+        // All of them come back at once when the server was started again.
+        max_handshakes: ServerConfig::default()
+            .max_handshakes
+            .max(args.max_connections),
         memory: usize::try_from(args.memory).unwrap_or(usize::MAX),
         tls,
         ..ServerConfig::default()

@@ -224,6 +224,27 @@ fn a_machine_writes_a_container_and_only_reads_its_snapshot_or_what_is_served_re
     store.assert_nothing_runs();
 }
 
+/// The journal's record is written while the guest thinks.
+#[test]
+fn a_guest_that_flushes_after_each_write_finds_its_record_written() {
+    let store = TestStore::new();
+    store.small_image("base");
+    store.ok(&["create", "base", "--name", "c"]);
+    let server = serve(&store, "c", &[]);
+    let mut machine = Machine::connect(&store);
+    for round in 0..20 {
+        assert_eq!(machine.write(round * 8, 1), OK);
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(machine.request(FLUSH, 0, &mut [0; 8]), OK);
+    }
+    let stats = store.json(&["stats", "c"]);
+    let flushes = &stats[0]["counters"]["flushes"];
+    let ahead = flushes["records_ahead"].as_u64().unwrap();
+    assert!(ahead >= 10, "{flushes}");
+    drop(machine);
+    server.end();
+}
+
 #[test]
 fn a_machine_hears_that_its_disk_grew_whether_it_was_connected_then_or_not() {
     let store = TestStore::new();

@@ -36,6 +36,10 @@ pub struct Lab {
     pub full: AtomicBool,
     /// How often a write that found none waited for room.
     pub waited: AtomicUsize,
+    /// A flush is expected after each write.
+    pub flushes_soon: AtomicBool,
+    /// Calls that began what a flush would do; like flushes they wait for [`Lab::let_go`].
+    pub ahead: AtomicUsize,
     /// Writes from this offset on fail.
     fails_from: u64,
 }
@@ -56,6 +60,8 @@ impl Lab {
             panics: AtomicBool::new(false),
             full: AtomicBool::new(false),
             waited: AtomicUsize::new(0),
+            flushes_soon: AtomicBool::new(false),
+            ahead: AtomicUsize::new(0),
             fails_from: SIZE,
         }
     }
@@ -83,6 +89,13 @@ impl Lab {
     pub fn let_go(&self) {
         *self.open.lock().unwrap() = true;
         self.opened.notify_all();
+    }
+
+    fn await_open(&self) {
+        let mut open = self.open.lock().unwrap();
+        while !*open {
+            open = self.opened.wait(open).unwrap();
+        }
     }
 
     pub fn await_flushing(&self, wanted: usize) {
@@ -144,13 +157,19 @@ impl BlockDevice for Lab {
 
     fn flush(&self) -> Result<()> {
         self.flushing.fetch_add(1, SeqCst);
-        let mut open = self.open.lock().unwrap();
-        while !*open {
-            open = self.opened.wait(open).unwrap();
-        }
+        self.await_open();
         self.flushing.fetch_sub(1, SeqCst);
         self.flushed.fetch_add(1, SeqCst);
         Ok(())
+    }
+
+    fn expects_flush(&self) -> bool {
+        self.flushes_soon.load(SeqCst)
+    }
+
+    fn flush_ahead(&self) {
+        self.ahead.fetch_add(1, SeqCst);
+        self.await_open();
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {

@@ -14,10 +14,13 @@ mod common;
 mod nbd_client;
 
 mod contexts;
+mod flush_ahead;
 mod interop;
 mod lab;
 mod listen;
+mod many;
 mod nbd_server;
 mod newer_clients;
+mod raw;
 mod restart;
 mod server;

@@ -1,189 +1,21 @@
 //! The NBD server against raw clients: concurrency, limits, and clients that misbehave.
 
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vellum_base::block::{BlockDevice, MemoryDevice};
-use vellum_base::{ErrorKind, Result};
-use vellum_export::nbd::{Export, Server, ServerConfig, SocketFile, bind_tcp, bind_unix};
+use vellum_base::ErrorKind;
+use vellum_base::block::BlockDevice;
+use vellum_export::nbd::{Export, Server, ServerConfig, bind_tcp};
 
 use crate::lab::{Lab, PATIENCE, SIZE};
-
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISC: u16 = 2;
-const FLUSH: u16 = 3;
-const TRIM: u16 = 4;
-
-/// A server on a unix socket in a directory of its own; stops when dropped.
-struct Running {
-    server: Server,
-    path: PathBuf,
-    listener: Option<thread::JoinHandle<Result<()>>>,
-    _socket: SocketFile,
-    _dir: tempfile::TempDir,
-}
-
-impl Running {
-    fn new(config: ServerConfig, device: Arc<dyn BlockDevice>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("nbd.sock");
-        let (listener, socket) = bind_unix(&path).unwrap();
-        let server = Server::new(config).unwrap();
-        server.add_export(Export::new("disk", device)).unwrap();
-        let serving = server.clone();
-        let listener = Some(thread::spawn(move || serving.serve_unix(listener)));
-        Running {
-            server,
-            path,
-            listener,
-            _socket: socket,
-            _dir: dir,
-        }
-    }
-
-    fn silent(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.path).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        stream
-    }
-
-    fn client(&self) -> Client {
-        self.try_client().unwrap()
-    }
-
-    fn try_client(&self) -> io::Result<Client> {
-        Client::go(self.silent())
-    }
-
-    /// Waits until so many clients are served.
-    fn await_connections(&self, wanted: usize) {
-        let began = Instant::now();
-        while self.server.connections("disk") != Some(wanted) {
-            assert!(
-                began.elapsed() < PATIENCE,
-                "{:?} connections, not {wanted}",
-                self.server.connections("disk")
-            );
-            thread::sleep(Duration::from_millis(2));
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let stopped = self.server.shutdown();
-        let listened = self.listener.take().map(thread::JoinHandle::join);
-        if !thread::panicking() {
-            stopped.unwrap();
-            listened.unwrap().unwrap().unwrap();
-        }
-    }
-}
-
-/// A client in its transmission phase, with simple replies.
-struct Client {
-    stream: UnixStream,
-}
-
-impl Client {
-    fn go(mut stream: UnixStream) -> io::Result<Client> {
-        let mut greeting = [0; 18];
-        stream.read_exact(&mut greeting)?;
-        stream.write_all(&go_script())?;
-        // The reply to GO: INFO with the size and flags, and ACK.
-        let mut reply = [0; 20];
-        stream.read_exact(&mut reply)?;
-        if reply[12..16] != 3u32.to_be_bytes() {
-            return Err(io::Error::other("GO was refused"));
-        }
-        stream.read_exact(&mut [0; 12 + 20])?;
-        Ok(Client { stream })
-    }
-
-    fn send(&mut self, command: u16, flags: u16, cookie: u64, offset: u64, len: u32) {
-        self.stream
-            .write_all(&header(command, flags, cookie, offset, len))
-            .unwrap();
-    }
-
-    fn send_write(&mut self, flags: u16, cookie: u64, offset: u64, data: &[u8]) {
-        self.send(WRITE, flags, cookie, offset, data.len() as u32);
-        self.stream.write_all(data).unwrap();
-    }
-
-    /// The next reply's error and cookie.
-    fn reply(&mut self) -> io::Result<(u32, u64)> {
-        let mut bytes = [0; 16];
-        self.stream.read_exact(&mut bytes)?;
-        assert_eq!(bytes[..4], 0x6744_6698u32.to_be_bytes());
-        Ok((
-            u32::from_be_bytes(bytes[4..8].try_into().unwrap()),
-            u64::from_be_bytes(bytes[8..].try_into().unwrap()),
-        ))
-    }
-
-    fn write(&mut self, flags: u16, offset: u64, data: &[u8]) {
-        self.send_write(flags, 1, offset, data);
-        assert_eq!(self.reply().unwrap(), (0, 1));
-    }
-
-    fn read(&mut self, offset: u64, len: u32) -> Vec<u8> {
-        self.send(READ, 0, 2, offset, len);
-        assert_eq!(self.reply().unwrap(), (0, 2));
-        let mut data = vec![0; len as usize];
-        self.stream.read_exact(&mut data).unwrap();
-        data
-    }
-
-    /// Asserts that the server has closed the connection, in whatever way.
-    fn closed(&mut self) {
-        closed(&mut self.stream);
-    }
-}
-
-fn closed(stream: &mut impl Read) {
-    let mut sink = [0; 4096];
-    loop {
-        match stream.read(&mut sink) {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return,
-            Err(error) => panic!("not closed: {error}"),
-        }
-    }
-}
-
-fn go_script() -> Vec<u8> {
-    let mut script = vec![0, 0, 0, 3];
-    script.extend(b"IHAVEOPT");
-    script.extend(7u32.to_be_bytes());
-    script.extend(10u32.to_be_bytes());
-    script.extend(4u32.to_be_bytes());
-    script.extend(b"disk\0\0");
-    script
-}
-
-fn header(command: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
-    let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
-    bytes.extend(flags.to_be_bytes());
-    bytes.extend(command.to_be_bytes());
-    bytes.extend(cookie.to_be_bytes());
-    bytes.extend(offset.to_be_bytes());
-    bytes.extend(len.to_be_bytes());
-    bytes
-}
-
-fn memory() -> Arc<MemoryDevice> {
-    Arc::new(MemoryDevice::new(SIZE))
-}
+use crate::raw::{
+    Client, DISC, FLUSH, READ, Running, TRIM, WRITE, closed, go_script, header, memory,
+};
 
 #[test]
 fn a_flush_that_takes_long_does_not_hold_up_reads_and_writes() {
@@ -458,7 +290,7 @@ fn clients_that_are_silent_or_slow_in_the_handshake_are_dropped_in_time() {
     thread::scope(|scope| {
         scope.spawn(move || {
             // A byte now and then does not buy time.
-            for byte in go_script() {
+            for byte in go_script("disk") {
                 if dripping.write_all(&[byte]).is_err() {
                     return;
                 }
@@ -627,6 +459,11 @@ fn clients_that_stall_within_a_request_are_dropped_and_others_not() {
         stalling.stream.write_all(&bytes[..cut]).unwrap();
         stalling.closed();
     }
+    // And within the payload of one that is refused.
+    let mut stalling = running.client();
+    stalling.send(WRITE, 0, 1, SIZE, 100_000);
+    stalling.stream.write_all(&[1; 50_000]).unwrap();
+    stalling.closed();
     running.await_connections(1);
     served.write(0, 8192, &[2; 512]);
     assert_eq!(served.read(0, 4096), [0; 4096]);
@@ -711,7 +548,7 @@ fn tcp_serves_on_loopback() {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.read_exact(&mut [0; 18]).unwrap();
-    stream.write_all(&go_script()).unwrap();
+    stream.write_all(&go_script("disk")).unwrap();
     stream.read_exact(&mut [0; 52]).unwrap();
     stream.write_all(&header(FLUSH, 0, 3, 0, 0)).unwrap();
     let mut reply = [0; 16];

@@ -9,10 +9,11 @@ use super::tls::TlsConfig;
 pub struct ServerConfig {
     /// Clients served at once, over all exports. One more takes the place of a client that was let
     /// in longer ago than a handshake may take and has asked for nothing since; where there is
-    /// none, it is turned away.
+    /// none, it is refused with a message when it asks for an export.
     pub max_connections: usize,
     /// Clients in their handshake at once. When there are more, the one that has taken longest
-    /// is dropped: real clients are through in milliseconds.
+    /// is dropped: real clients are through in milliseconds. Best not fewer than `max_connections`, since
+    /// all of those connect again at the same moment when the server was started again.
     pub max_handshakes: usize,
     /// How long a handshake may take in all.
     pub handshake_timeout: Duration,
@@ -24,6 +25,9 @@ pub struct ServerConfig {
     pub drain_timeout: Duration,
     /// Threads of one connection, at least 1, hence its requests in flight.
     pub threads_per_connection: usize,
+    /// Threads of all connections together, beyond two that each may have. A connection that gets none
+    /// serves its slow requests with those two.
+    pub helpers: usize,
     /// Bytes of requests longer than 64 KiB that one connection may have in flight. A single
     /// request of up to 32 MiB is served whatever this says.
     pub bytes_in_flight: usize,
@@ -39,11 +43,12 @@ impl Default for ServerConfig {
     fn default() -> Self {
         ServerConfig {
             max_connections: 256,
-            max_handshakes: 32,
+            max_handshakes: 256,
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(10),
             threads_per_connection: 16,
+            helpers: 256,
             bytes_in_flight: 16 << 20,
             memory: 256 << 20,
             tls: None,

@@ -6,14 +6,20 @@
 //! up. Before it serves a request of a slow class it gives up the reader's role, so that another
 //! thread reads on.
 
+mod aside;
+mod crew;
+
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::thread::{self, Scope};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex};
 
+use self::aside::{Job, Served};
+pub(super) use self::crew::Helpers;
+use self::crew::{Alone, Crew, Role, Scoped, Stays, Threads};
 use super::exec::{Buffer, Outcome, Patience, Refusal, Session, class};
 use super::memory::{Budget, Memory, OWN, Share};
 use super::protocol::{self as wire, Command, Request};
@@ -32,6 +38,9 @@ const BATCH: usize = 64 << 10;
 /// Payloads up to this length are skipped when their request is refused, in bytes.
 const MAX_SKIPPED: u64 = 2 * wire::MAX_PAYLOAD as u64;
 
+/// They are received in pieces of this many bytes.
+const SCRAP: usize = 64 << 10;
+
 /// Writes longer than [`OWN`] go to the device in pieces of this many bytes, as they come.
 const PIECE: usize = 1 << 20;
 
@@ -40,6 +49,8 @@ const PIECE: usize = 1 << 20;
 pub(super) struct Limits {
     /// Threads, at least 1.
     pub(super) threads: usize,
+    /// Those that other connections want, too.
+    pub(super) helpers: Arc<Helpers>,
     /// Bytes of long requests in flight; one request is always let through.
     pub(super) bytes_in_flight: usize,
     /// What they count against together with those of other connections.
@@ -48,55 +59,24 @@ pub(super) struct Limits {
     pub(super) stall: Duration,
 }
 
-/// A source of threads for a connection.
-pub(super) trait Crew<'c, S> {
-    /// Starts another thread on the connection; false when there is none to be had.
-    fn hire(&self, connection: &'c Connection<S>) -> bool;
-}
-
-/// No other threads: everything is served by the caller.
-pub(super) struct Alone;
-
-impl<'c, S> Crew<'c, S> for Alone {
-    fn hire(&self, _: &'c Connection<S>) -> bool {
-        false
-    }
-}
-
-/// Threads that end with a scope.
-struct Threads<'scope, 'env>(&'scope Scope<'scope, 'env>);
-
-impl<'c: 'scope, 'scope, S: Stream + Sync> Crew<'c, S> for Threads<'scope, '_> {
-    fn hire(&self, connection: &'c Connection<S>) -> bool {
-        let scope = self.0;
-        thread::Builder::new()
-            .name("nbd-helper".into())
-            .spawn_scoped(scope, move || connection.work(&Threads(scope)))
-            .is_ok()
-    }
-}
-
 /// A client in its transmission phase.
 pub(super) struct Connection<S> {
     stream: S,
     session: Session,
     limits: Limits,
-    reader: Mutex<Reader>,
+    role: Mutex<Role>,
+    /// Somebody gave up the reader's role.
+    free: Condvar,
     writer: Mutex<()>,
     pace: Pace,
     budget: Budget,
-    threads: AtomicUsize,
-    /// Threads that wait to become the reader.
-    idle: AtomicUsize,
+    threads: Threads,
     /// Requests that wait for room on the host's disk, and the bytes of their payloads.
     held: AtomicUsize,
     held_bytes: AtomicUsize,
     /// The server ends: nothing is held any more.
     ends: Arc<AtomicBool>,
 }
-
-/// Threads of a connection that never wait for room on the host's disk.
-const SERVING_ALWAYS: usize = 2;
 
 /// What belongs to whoever reads.
 struct Reader {
@@ -105,18 +85,8 @@ struct Reader {
     end: usize,
     /// Replies that have not been sent yet.
     out: Buffer,
-    ended: Option<Result<()>>,
-}
-
-/// A request that may be served while others are read.
-struct Job<'c> {
-    command: Command,
-    request: Request,
-    class: Class,
-    payload: Buffer,
-    share: Share<'c>,
-    /// Found the host's disk full before.
-    wants_room: bool,
+    /// What was written last is likely to be flushed next, and nothing was done ahead of that yet.
+    expects_flush: bool,
 }
 
 /// What came of reading a request.
@@ -134,19 +104,19 @@ impl<S: Stream> Connection<S> {
         Connection {
             stream,
             session,
-            reader: Mutex::new(Reader {
+            role: Mutex::new(Role::new(Reader {
                 input: vec![0; INPUT],
                 start: 0,
                 end: 0,
                 out: Buffer::default(),
-                ended: None,
-            }),
+                expects_flush: false,
+            })),
+            free: Condvar::new(),
             writer: Mutex::new(()),
             pace: Pace::default(),
             budget: Budget::new(Arc::clone(&limits.memory), limits.bytes_in_flight),
+            threads: Threads::new(limits.threads, Arc::clone(&limits.helpers)),
             limits,
-            threads: AtomicUsize::new(1),
-            idle: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
             held_bytes: AtomicUsize::new(0),
             ends,
@@ -163,70 +133,54 @@ impl<S: Stream> Connection<S> {
     where
         S: Sync,
     {
-        thread::scope(|scope| self.work(&Threads(scope)));
+        thread::scope(|scope| self.work(&Scoped(scope), Stays::Always));
         self.finish()
     }
 
     /// Serves the client on this thread alone.
     pub(super) fn serve_alone(self) -> Result<()> {
-        self.work(&Alone);
+        self.work(&Alone, Stays::Always);
         self.finish()
     }
 
     fn finish(self) -> Result<()> {
         self.stream.finish();
-        self.reader.into_inner().ended.unwrap_or(Ok(()))
+        self.role.into_inner().ended().unwrap_or(Ok(()))
     }
 
     /// Reads and serves until the connection ends.
-    fn work<'c>(&'c self, crew: &impl Crew<'c, S>) {
-        let _abort = AbortOnPanic(&self.stream);
+    fn work<'c>(&'c self, crew: &impl Crew<'c, S>, stays: Stays) {
+        let _abort = AbortOnPanic(self);
         let mut small = Buffer::default();
-        let Some(mut reader) = self.lead() else {
+        let Some(mut reader) = self.lead(stays) else {
             return;
         };
         loop {
             match self.step(&mut reader, &mut small) {
                 Ok(Step::Next) => {}
                 Ok(Step::HandOver(job)) => {
-                    if self.idle.load(Relaxed) == 0
-                        && self.threads.load(Relaxed) < self.limits.threads
-                        && crew.hire(self)
-                    {
-                        self.threads.fetch_add(1, Relaxed);
-                    }
-                    drop(reader);
-                    let done = self.run_patiently(job, &mut small);
+                    let relieved = self.relieve(reader, crew);
+                    let done = self.run_patiently(job, relieved, &mut small);
                     if done.is_err() {
                         // Wakes the reader, which then ends the connection.
                         self.stream.abort();
                     }
-                    match self.lead() {
+                    match self.lead(stays) {
                         Some(again) => reader = again,
                         None => return,
                     }
                 }
                 Ok(Step::End) => {
                     let sent = self.send(&mut reader.out);
-                    reader.ended = Some(sent);
-                    return;
+                    return self.end(sent);
                 }
                 Err(error) => {
                     // What was served before may still be welcome, as far as it goes.
                     let _ = self.send(&mut reader.out);
-                    reader.ended = Some(Err(error));
-                    return;
+                    return self.end(Err(error));
                 }
             }
         }
-    }
-
-    /// Waits to become the reader; `None` once the connection has ended.
-    fn lead(&self) -> Option<MutexGuard<'_, Reader>> {
-        self.idle.fetch_add(1, Relaxed);
-        let reader = self.reader.lock();
-        self.idle.fetch_sub(1, Relaxed);
-        reader.ended.is_none().then_some(reader)
     }
 
     /// Reads one request, and serves it where that is quick.
@@ -283,11 +237,15 @@ impl<S: Stream> Connection<S> {
         }
         self.send(&mut reader.out)?;
         if slow {
+            reader.expects_flush = false;
             return Ok(Step::HandOver(job));
         }
         match self.run(job, small)? {
-            Some(job) => Ok(Step::HandOver(job)),
-            None => Ok(Step::Next),
+            Served::WantsRoom(job) => Ok(Step::HandOver(job)),
+            Served::Done { expects_flush } => {
+                reader.learn(expects_flush);
+                Ok(Step::Next)
+            }
         }
     }
 
@@ -315,13 +273,9 @@ impl<S: Stream> Connection<S> {
                 .execute(command, request, payload, patience, out, sink)
         };
         let began = Instant::now();
-        let patience = if self.limits.threads > SERVING_ALWAYS {
-            Patience::Return
-        } else {
-            Patience::Refuse
-        };
-        if serve(patience, out)? != Outcome::WantsRoom {
+        if serve(self.first_patience(), out)? != Outcome::WantsRoom {
             self.pace.record(class, began.elapsed());
+            reader.learn(self.session.expects_flush(command, request));
             return self.next(reader);
         }
         let Some(share) = self.budget.try_take(len) else {
@@ -385,86 +339,6 @@ impl<S: Stream> Connection<S> {
         Ok(Step::Next)
     }
 
-    /// Serves a request that was set apart, on a thread that does not read: it may wait.
-    fn run_patiently(&self, job: Job<'_>, small: &mut Buffer) -> Result<()> {
-        let job = if job.wants_room {
-            Some(job)
-        } else {
-            self.run(job, small)?
-        };
-        let Some(mut job) = job else {
-            return Ok(());
-        };
-        job.wants_room = true;
-        let bytes = job.payload.len();
-        let held = self.held.fetch_add(1, Relaxed) + 1 + SERVING_ALWAYS;
-        let held_bytes = self.held_bytes.fetch_add(bytes, Relaxed) + bytes;
-        // Others have to get a thread and memory meanwhile.
-        let few = held <= self.limits.threads && held_bytes <= self.limits.bytes_in_flight / 2;
-        let patience = if few {
-            Patience::Wait(&self.ends)
-        } else {
-            Patience::Refuse
-        };
-        let done = self.serve_job(job, patience, small).map(drop);
-        self.held.fetch_sub(1, Relaxed);
-        self.held_bytes.fetch_sub(bytes, Relaxed);
-        done
-    }
-
-    /// Serves a request that was set apart and sends its reply. Gives it back where it wants room on
-    /// the host's disk.
-    fn run<'c>(&self, job: Job<'c>, small: &mut Buffer) -> Result<Option<Job<'c>>> {
-        let patience = if self.limits.threads > SERVING_ALWAYS {
-            Patience::Return
-        } else {
-            Patience::Refuse
-        };
-        self.serve_job(job, patience, small)
-    }
-
-    fn serve_job<'c>(
-        &self,
-        job: Job<'c>,
-        patience: Patience<'_>,
-        small: &mut Buffer,
-    ) -> Result<Option<Job<'c>>> {
-        let mut long = match job.command {
-            Command::Read => Some(self.budget.memory().buffer(job.share.cost())),
-            _ => None,
-        };
-        let out = long.as_mut().unwrap_or(small);
-        out.truncate(0);
-        let began = Instant::now();
-        let mut took = None;
-        let done = self.session.execute(
-            job.command,
-            &job.request,
-            job.payload.filled(),
-            patience,
-            out,
-            &mut |out| {
-                took.get_or_insert_with(|| began.elapsed());
-                self.send(out)
-            },
-        );
-        if matches!(done, Ok(Outcome::WantsRoom)) {
-            return Ok(Some(job));
-        }
-        // How long the client takes to receive says nothing about the device, nor a full disk.
-        if !job.wants_room {
-            self.pace
-                .record(job.class, took.unwrap_or_else(|| began.elapsed()));
-        }
-        let sent = done.and_then(|_| self.send(out));
-        let memory = self.budget.memory();
-        if let Some(buffer) = long {
-            memory.keep(buffer);
-        }
-        memory.keep(job.payload);
-        sent.map(|()| None)
-    }
-
     /// Answers a request that cannot be carried out, and skips its payload.
     fn refuse(&self, reader: &mut Reader, request: &Request, refusal: &Refusal) -> Result<()> {
         self.session.refuse(request, refusal, &mut reader.out);
@@ -475,14 +349,10 @@ impl<S: Stream> Connection<S> {
                 format!("the client announced a payload of {payload} bytes"),
             ));
         }
-        let mut rest = in_memory(payload);
-        while rest > 0 {
-            if reader.available().is_empty() && !self.fill(reader, 1)? {
-                return Err(torn());
-            }
-            let piece = rest.min(reader.available().len());
-            reader.start += piece;
-            rest -= piece;
+        let mut scrap = vec![0; in_memory(payload).min(SCRAP)];
+        for at in (0..in_memory(payload)).step_by(SCRAP) {
+            let (piece, _) = scrap.split_at_mut((in_memory(payload) - at).min(SCRAP));
+            self.receive(reader, piece)?;
         }
         Ok(())
     }
@@ -499,12 +369,14 @@ impl<S: Stream> Connection<S> {
         if reader.start == reader.end {
             reader.start = 0;
             reader.end = 0;
+            self.flush_ahead(reader);
         } else if reader.input.len() - reader.start < want {
             reader.input.copy_within(reader.start..reader.end, 0);
             reader.end -= reader.start;
             reader.start = 0;
         }
         let mut clock = Clock::default();
+        let mut silent = false;
         while reader.available().len() < want {
             let between = reader.start == reader.end;
             let room = &mut reader.input[reader.end..];
@@ -514,7 +386,11 @@ impl<S: Stream> Connection<S> {
                 Ok(len) => reader.end += len,
                 // Between two requests a client may be silent as long as it likes.
                 Err(error) if between && error.kind() == io::ErrorKind::WouldBlock => {
-                    self.budget.memory().forget();
+                    if !silent {
+                        silent = true;
+                        reader.forget();
+                        self.budget.memory().forget();
+                    }
                     continue;
                 }
                 Err(error) => return Err(receiving(error)),
@@ -522,6 +398,15 @@ impl<S: Stream> Connection<S> {
             clock.check(self.limits.stall, want)?;
         }
         Ok(true)
+    }
+
+    /// Begins what the next flush would have to do, where one is likely to come next and nothing else is
+    /// to be done for the client.
+    fn flush_ahead(&self, reader: &mut Reader) {
+        if reader.expects_flush && self.budget.is_idle() && !self.stream.has_input() {
+            reader.expects_flush = false;
+            self.session.flush_ahead();
+        }
     }
 
     /// Fills `target` with the input's next bytes.
@@ -573,15 +458,31 @@ impl Reader {
     fn available(&self) -> &[u8] {
         &self.input[self.start..self.end]
     }
+
+    /// Gives the memory of a client that is silent back to the system.
+    fn forget(&mut self) {
+        // Fresh memory is not there before it is used.
+        self.input = vec![0; INPUT];
+        self.out = Buffer::default();
+    }
+
+    /// Keeps what [`Session::expects_flush`] said.
+    fn learn(&mut self, expects_flush: Option<bool>) {
+        self.expects_flush = expects_flush.unwrap_or(self.expects_flush);
+    }
 }
 
-/// Ends the stream when its thread panics, so that the client is not left waiting.
-struct AbortOnPanic<'a, S: Stream>(&'a S);
+/// Ends the connection when one of its threads panics, so that neither the client nor the other threads are
+/// left waiting.
+struct AbortOnPanic<'a, S: Stream>(&'a Connection<S>);
 
 impl<S: Stream> Drop for AbortOnPanic<'_, S> {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0.abort();
+            self.0.stream.abort();
+            self.0.end(Err(Error::internal(
+                "a thread of an NBD connection panicked",
+            )));
         }
     }
 }

@@ -300,6 +300,21 @@ impl Session {
         Ok(Outcome::Done)
     }
 
+    /// To be asked after each request: `Some` where it says something of whether a flush comes next, and
+    /// [`Session::flush_ahead`] is worth its while then.
+    pub(super) fn expects_flush(&self, command: Command, request: &Request) -> Option<bool> {
+        match command {
+            Command::Write if request.flags & flag::FUA == 0 => Some(self.device.expects_flush()),
+            Command::Write | Command::Flush => Some(false),
+            _ => None,
+        }
+    }
+
+    /// Begins what the next flush would have to do; for when nobody waits for an answer.
+    pub(super) fn flush_ahead(&self) {
+        self.device.flush_ahead();
+    }
+
     /// Does what wants space as `patience` says; `None`: it is to be tried again.
     fn patiently(
         &self,

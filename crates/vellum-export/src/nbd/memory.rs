@@ -131,6 +131,11 @@ impl Budget {
         &self.memory
     }
 
+    /// True while the connection has nothing in flight.
+    pub(super) fn is_idle(&self) -> bool {
+        self.used.lock().requests == 0
+    }
+
     /// Takes `cost` bytes where they are free.
     pub(super) fn try_take(&self, cost: usize) -> Option<Share<'_>> {
         self.attempt(&mut self.memory.state.lock(), cost)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::Export;
 use super::config::ServerConfig;
-use super::connection::{Connection, Limits};
+use super::connection::{Connection, Helpers, Limits};
 use super::exec::Session;
 use super::handshake::{Directory, Handshake, Negotiated, Outcome};
 use super::memory::Memory;
@@ -59,7 +59,10 @@ pub struct Server {
 struct Shared {
     config: ServerConfig,
     memory: Arc<Memory>,
+    helpers: Arc<Helpers>,
     state: Mutex<State>,
+    /// Clients that found no place so far, so that many of them do not fill the log.
+    refused: AtomicU64,
     /// A connection or a listener has ended.
     ended: Condvar,
     /// Readable for ever once the server stops.
@@ -132,8 +135,10 @@ impl Server {
         Ok(Server {
             shared: Arc::new(Shared {
                 memory: Arc::new(Memory::new(config.memory)),
+                helpers: Arc::new(Helpers::new(config.helpers)),
                 config,
                 state: Mutex::default(),
+                refused: AtomicU64::new(0),
                 ended: Condvar::new(),
                 stop,
                 ends: Arc::default(),
@@ -299,15 +304,13 @@ impl Shared {
         }
         let served = state.served();
         let others = state.clients.len() - served;
-        let max_handshakes = self.config.max_handshakes;
-        if state.stopping
-            || served >= self.config.max_connections
-            || others >= max_handshakes.saturating_mul(2)
-        {
+        if state.stopping || others >= self.config.max_handshakes.saturating_mul(2) {
             tracing::debug!(served, others, "turning an NBD client away");
             return false;
         }
-        let calm = self.make_room(&mut state);
+        // Where there is no place for it, its handshake says so.
+        let full = served >= self.config.max_connections;
+        let calm = self.make_room(&mut state) && !full;
         let id = state.next;
         state.next += 1;
         let client = Client {
@@ -329,6 +332,20 @@ impl Shared {
             tracing::warn!("cannot start a thread for an NBD client: {error}");
         }
         calm && started.is_ok()
+    }
+
+    /// Says that there is no place for a client, to it and to whoever reads the log.
+    fn refuse(&self, served: usize) -> String {
+        let why = format!("the server serves {served} clients already, its limit");
+        let refused = self.refused.fetch_add(1, Relaxed) + 1;
+        // Each of the first ones, then ever fewer.
+        if refused.is_power_of_two() {
+            tracing::warn!(
+                refused,
+                "an NBD client was refused: {why} (--max-connections)"
+            );
+        }
+        why
     }
 
     /// Drops the client that has been longest in its handshake when there are too many. True
@@ -444,6 +461,7 @@ impl Visit {
         handshake.greet(&mut stream)?;
         let limits = Limits {
             threads: config.threads_per_connection,
+            helpers: Arc::clone(&self.shared.helpers),
             bytes_in_flight: config.bytes_in_flight,
             memory: Arc::clone(&self.shared.memory),
             stall: config.stall_timeout,
@@ -520,9 +538,7 @@ impl Directory for Visit {
         }
         let served = state.served();
         if served >= self.shared.config.max_connections {
-            return Err(format!(
-                "the server serves {served} clients already, its limit"
-            ));
+            return Err(self.shared.refuse(served));
         }
         match state.clients.get_mut(&self.id) {
             Some(client) if matches!(client.phase, Phase::Handshake) => {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Export;
-use super::connection::{Connection, Limits};
+use super::connection::{Connection, Helpers, Limits};
 use super::exec::Session;
 use super::handshake::{Handshake, Outcome};
 use super::memory::Memory;
@@ -31,6 +31,7 @@ pub fn session_over(stream: impl Read + Write, exports: &[Arc<Export>]) -> Resul
     };
     let limits = Limits {
         threads: 1,
+        helpers: Arc::new(Helpers::new(0)),
         bytes_in_flight: 0,
         memory: Arc::new(Memory::new(0)),
         stall: Duration::from_secs(3600),
@@ -59,6 +60,10 @@ impl<S: Read + Write> Stream for Local<S> {
                 result => return result,
             }
         }
+    }
+
+    fn has_input(&self) -> bool {
+        false
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<()> {

@@ -21,6 +21,9 @@ pub(super) trait Stream {
         self.recv(buf)
     }
 
+    /// Whether there is something to be received already, as far as can be told without waiting.
+    fn has_input(&self) -> bool;
+
     /// All of `bytes`, or an error after which nothing more can be sent.
     fn send(&self, bytes: &[u8]) -> io::Result<()>;
 
@@ -115,6 +118,11 @@ impl Stream for Socket {
         self.recv_with(buf, MsgFlags::empty())
     }
 
+    fn has_input(&self) -> bool {
+        let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        nix::poll::poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
         let mut rest = bytes;
         let mut started = None;
@@ -151,6 +159,10 @@ impl Stream for Arc<Socket> {
 
     fn recv_whole(&self, buf: &mut [u8]) -> io::Result<usize> {
         self.as_ref().recv_with(buf, MsgFlags::MSG_WAITALL)
+    }
+
+    fn has_input(&self) -> bool {
+        self.as_ref().has_input()
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<()> {

@@ -206,6 +206,14 @@ impl Stream for TlsStream {
         }
     }
 
+    fn has_input(&self) -> bool {
+        let decrypted = {
+            let incoming = self.incoming.lock();
+            incoming.start == incoming.end
+        };
+        !decrypted || self.socket.has_input()
+    }
+
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
         let mut session = self.session.lock();
         let mut rest = bytes;

@@ -1,10 +1,11 @@
 //! Requests are carried out.
 
-use vellum_base::block::Durability;
+use vellum_base::block::{BlockDevice, Durability};
+use vellum_base::crash_point;
 use vellum_base::error::{Error, Result};
 
 use super::Disk;
-use super::chain::{Chain, Malformed, Memory};
+use super::chain::{Chain, Malformed, Memory, Table};
 use super::request::{HEADER, ID, Range, Refused, Request, Status};
 use crate::pace::Class;
 
@@ -35,6 +36,43 @@ pub(super) struct Executor<'a> {
     pub(super) buffer: &'a mut Vec<u8>,
 }
 
+/// What a head stands for.
+pub(super) enum Understood {
+    /// To be carried out, and answered by [`answer`].
+    Request(Chain, Request),
+    /// No request that can be carried out; its answer has so many bytes, which are written.
+    Answered(u32),
+}
+
+/// Follows a head of a queue's table to what it asks for.
+pub(super) fn understand(disk: &Disk, memory: &Memory, table: Table, head: u16) -> Understood {
+    let chain = match Chain::follow(memory, table, head) {
+        Ok(chain) if chain.writable() > 0 => chain,
+        Ok(_) => return answer_nothing(disk, Malformed("it has no byte for the status")),
+        Err(malformed) => return answer_nothing(disk, malformed),
+    };
+    match Request::parse(&chain, memory, disk) {
+        Ok(request) => Understood::Request(chain, request),
+        Err(refused) => Understood::Answered(answer(disk, memory, &chain, refuse(disk, refused))),
+    }
+}
+
+fn answer_nothing(disk: &Disk, malformed: Malformed) -> Understood {
+    refuse(disk, malformed.into());
+    Understood::Answered(0)
+}
+
+/// Writes the status of a chain, which has a byte for it; how many bytes the answer has.
+pub(super) fn answer(disk: &Disk, memory: &Memory, chain: &Chain, status: Status) -> u32 {
+    let len = chain.writable();
+    if let Err(malformed) = chain.write(memory, len - 1, &[status as u8]) {
+        refuse(disk, malformed.into());
+        return 0;
+    }
+    crash_point::here("vhost: done");
+    len as u32
+}
+
 /// How long a request may be expected to take.
 pub(super) fn class(request: &Request, durability: Durability) -> Class {
     match request {
@@ -46,6 +84,21 @@ pub(super) fn class(request: &Request, durability: Durability) -> Class {
         Request::Write { len, .. } if *len > SHORT => Class::LongWrite,
         Request::Write { .. } => Class::Write,
         Request::Discard(_) | Request::WriteZeroes(_) => Class::Zero,
+    }
+}
+
+/// To be asked after each request: `Some` where it says something of whether a flush comes next.
+pub(super) fn expects_flush(
+    device: &dyn BlockDevice,
+    request: &Request,
+    durability: Durability,
+) -> Option<bool> {
+    match request {
+        Request::Write { .. } if durability == Durability::Buffered => Some(device.expects_flush()),
+        Request::Write { .. } | Request::Flush => Some(false),
+        Request::Read { .. } | Request::GetId | Request::Discard(_) | Request::WriteZeroes(_) => {
+            None
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 //! * [`inflight`]: which requests were taken and not answered, for the next server.
 //! * [`ring`]: a queue's rings; [`queue`]: the threads that serve them.
 //! * [`handler`]: the vhost-user protocol, by way of the crate `vhost`; [`channel`]: messages to the monitor.
+//! * [`session`](serve_memory): the requests in some bytes of memory, without threads: for fuzzing.
 //! * [`Server`]: one client after the other.
 //!
 //! As in an NBD connection, of a queue's threads one at a time takes requests, serves the cheap ones itself, and
@@ -22,13 +23,16 @@ mod queue;
 mod request;
 mod ring;
 mod server;
+mod session;
 
 use std::fmt;
 use std::sync::Arc;
 
 pub use super::unix_socket::{SocketFile, bind_unix};
 pub use config::{DEFAULT_QUEUES, MAX_QUEUES};
+pub use ring::Place;
 pub use server::Server;
+pub use session::serve_memory;
 
 use vellum_base::block::BlockDevice;
 

@@ -15,9 +15,9 @@ use parking_lot::{Mutex, MutexGuard};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use super::Disk;
-use super::chain::{Chain, Memory};
-use super::exec::{Executor, Outcome, class, refuse};
-use super::request::{Refused, Request, Status};
+use super::chain::Memory;
+use super::exec::{Executor, Outcome, Understood, answer, class, expects_flush, understand};
+use super::request::Request;
 use super::ring::Ring;
 use crate::pace::Pace;
 use vellum_base::block::Durability;
@@ -56,6 +56,8 @@ struct Shared {
     /// Threads that wait for the lead.
     followers: AtomicUsize,
     pace: Pace,
+    /// What was written last is likely to be flushed next, and nothing was done ahead of that yet.
+    expects_flush: AtomicBool,
     stopping: AtomicBool,
     /// Readable for ever once the queue stops.
     stop: EventFd,
@@ -84,6 +86,7 @@ impl RunningQueue {
             lead: Mutex::default(),
             followers: AtomicUsize::new(0),
             pace: Pace::default(),
+            expects_flush: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             stop: EventFd::from_value_and_flags(0, flags).context(|| "making an eventfd")?,
             threads: Mutex::default(),
@@ -150,11 +153,15 @@ impl Shared {
                 Ok(Some(head)) => {
                     let kept = self.carry_out(lead, &memory, head, &mut buffer);
                     drop(memory);
-                    lead = kept.unwrap_or_else(|| self.follow());
+                    lead = kept.unwrap_or_else(|| {
+                        self.flush_ahead();
+                        self.follow()
+                    });
                 }
                 Ok(None) => {
                     // What the client takes away meanwhile is not to stay mapped.
                     drop(memory);
+                    self.flush_ahead();
                     self.wait();
                 }
                 Err(error) => {
@@ -162,6 +169,17 @@ impl Shared {
                     return;
                 }
             }
+        }
+    }
+
+    /// Begins what the next flush would have to do, where one is likely to come next and nothing else is
+    /// to be done for the guest.
+    fn flush_ahead(&self) {
+        if self.expects_flush.load(SeqCst)
+            && self.ring.lock().is_idle()
+            && self.expects_flush.swap(false, SeqCst)
+        {
+            self.parts.disk.device.flush_ahead();
         }
     }
 
@@ -227,21 +245,10 @@ impl Shared {
     ) -> Option<MutexGuard<'a, ()>> {
         let parts = &self.parts;
         let table = self.ring.lock().table();
-        let chain = match Chain::follow(memory, table, head) {
-            Ok(chain) if chain.writable() > 0 => chain,
-            Ok(_) => {
-                self.answer_nothing(memory, head, "it has no byte for the status");
-                return Some(lead);
-            }
-            Err(malformed) => {
-                self.answer_nothing(memory, head, malformed.0);
-                return Some(lead);
-            }
-        };
-        let request = match Request::parse(&chain, memory, &parts.disk) {
-            Ok(request) => request,
-            Err(refused) => {
-                self.answer(memory, head, &chain, refuse(&parts.disk, refused));
+        let (chain, request) = match understand(&parts.disk, memory, table, head) {
+            Understood::Request(chain, request) => (chain, request),
+            Understood::Answered(len) => {
+                self.put(memory, head, len);
                 return Some(lead);
             }
         };
@@ -268,7 +275,14 @@ impl Shared {
         .execute(&chain, &request);
         self.pace.record(class, began.elapsed());
         match outcome {
-            Outcome::Done(status) => self.answer(memory, head, &chain, status),
+            Outcome::Done(status) => {
+                let device = &*parts.disk.device;
+                if let Some(expected) = expects_flush(device, &request, parts.durability) {
+                    self.expects_flush.store(expected, SeqCst);
+                }
+                let len = answer(&parts.disk, memory, &chain, status);
+                self.put(memory, head, len);
+            }
             Outcome::Left => {
                 tracing::info!(head, "a write waits for room, and for the next server")
             }
@@ -287,21 +301,6 @@ impl Shared {
         if let Err(error) = self.add_thread() {
             tracing::warn!("a queue has to do with fewer threads: {error}");
         }
-    }
-
-    fn answer_nothing(&self, memory: &Memory, head: u16, why: &'static str) {
-        refuse(&self.parts.disk, Refused(Status::IoErr, why));
-        self.put(memory, head, 0);
-    }
-
-    fn answer(&self, memory: &Memory, head: u16, chain: &Chain, status: Status) {
-        let len = chain.writable();
-        if let Err(malformed) = chain.write(memory, len - 1, &[status as u8]) {
-            self.answer_nothing(memory, head, malformed.0);
-            return;
-        }
-        crash_point::here("vhost: done");
-        self.put(memory, head, len as u32);
     }
 
     fn put(&self, memory: &Memory, head: u16, len: u32) {

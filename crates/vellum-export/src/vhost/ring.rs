@@ -16,17 +16,19 @@ use vellum_base::error::{Error, ErrorKind, Result};
 
 /// Where a queue is, and where it is at.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Place {
+pub struct Place {
     /// Entries.
-    pub(super) size: u16,
-    /// Guest addresses.
-    pub(super) descriptors: u64,
-    pub(super) available: u64,
-    pub(super) used: u64,
+    pub size: u16,
+    /// The guest's address of the table of descriptors.
+    pub descriptors: u64,
+    /// That of the ring of requests.
+    pub available: u64,
+    /// That of the ring of answers.
+    pub used: u64,
     /// The next entry of the available ring, where no inflight region says it.
-    pub(super) next_available: u16,
+    pub next_available: u16,
     /// Interrupts are asked for by index.
-    pub(super) event_idx: bool,
+    pub event_idx: bool,
 }
 
 /// The rings of a queue that is served.
@@ -139,6 +141,11 @@ impl Ring {
         }
         crash_point::here("vhost: taken");
         Ok(Some(head))
+    }
+
+    /// True while nothing was taken that is not answered.
+    pub(super) fn is_idle(&self) -> bool {
+        self.taken.is_empty()
     }
 
     /// Asks the guest for kicks, or not. When asked for: whether there is a request by now.

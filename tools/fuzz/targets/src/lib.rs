@@ -26,6 +26,7 @@ pub mod mutate;
 mod nbd;
 mod store;
 mod text;
+mod vhost;
 
 use peak_alloc::PeakAlloc;
 
@@ -117,6 +118,15 @@ pub const TARGETS: &[Target] = &[
         memory_per_byte: 4096,
         run: nbd::session,
         seeds: nbd::session_seeds,
+    },
+    Target {
+        name: "vhost_queue",
+        max_len: 16 << 10,
+        // The disk, and a piece of a request.
+        memory: 8 * MIB,
+        memory_per_byte: 256,
+        run: vhost::queue,
+        seeds: vhost::queue_seeds,
     },
     Target {
         name: "image_tar",

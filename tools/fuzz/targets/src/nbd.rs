@@ -1,5 +1,6 @@
 //! The NBD server: what a client sends, from its first byte to its last.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use vellum_export::nbd::handshake::{Handshake, Outcome};
 use vellum_export::nbd::protocol::{
     self as wire, Command, Headers, Request, chunk, command_flag, option,
 };
-use vellum_export::nbd::{Export, session_over};
+use vellum_export::nbd::{Export, MetaContext, session_over};
 
 use crate::Seed;
 
@@ -60,8 +61,54 @@ impl Write for Client<'_> {
     }
 }
 
+/// A context of an export's own, in which every other stripe of so many bytes has another number.
+struct Stripes {
+    name: &'static str,
+    bytes: u64,
+    numbers: [u32; 2],
+}
+
+impl MetaContext for Stripes {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn statuses(&self, offset: u64, len: u64, max: usize) -> vellum_base::Result<Vec<(u64, u32)>> {
+        let mut runs = Vec::new();
+        let mut at = offset;
+        while at < offset + len && runs.len() < max {
+            let stripe = at / self.bytes;
+            let end = (stripe + 1) * self.bytes;
+            runs.push((end - at, self.numbers[stripe as usize % 2]));
+            at = end;
+        }
+        Ok(runs)
+    }
+}
+
+/// The numbers that a context has, by its own name; `None` is `base:allocation`.
+fn numbers(own: Option<&str>) -> &'static [u64] {
+    match own {
+        None => &[0, 1, 2, 3],
+        Some("qemu:dirty-bitmap:monday") => &[0, 1],
+        Some("qemu:allocation-depth") => &[2, 7],
+        Some(other) => panic!("a context {other}"),
+    }
+}
+
 fn exports() -> Vec<Arc<Export>> {
-    let disk = Export::new("disk", Arc::new(MemoryDevice::new(1 << 20)));
+    let monday = Stripes {
+        name: "qemu:dirty-bitmap:monday",
+        bytes: 4096,
+        numbers: [0, 1],
+    };
+    let depth = Stripes {
+        name: "qemu:allocation-depth",
+        bytes: 100_000,
+        numbers: [2, 7],
+    };
+    let mut disk = Export::new("disk", Arc::new(MemoryDevice::new(1 << 20)));
+    disk.contexts = vec![Arc::new(monday), Arc::new(depth)];
     let mut described = Export::new("large", Arc::new(MemoryDevice::new(40 << 20)));
     described.description = "forty MiB".into();
     let fixed = Export::new("fixed", Arc::new(MemoryDevice::new(8 << 10).read_only()));
@@ -97,9 +144,14 @@ pub fn session(input: &[u8]) {
     let replies = replies.expect("the handshake says something else in a session");
     match outcome {
         Ok(Outcome::Transmit(negotiated)) => {
+            let own = |own: &Arc<dyn MetaContext>| numbers(Some(own.name()));
+            let contexts = negotiated.contexts.iter();
             let mut check = Replies {
                 rest: replies,
                 headers: negotiated.headers,
+                contexts: contexts
+                    .map(|it| (it.id, it.own.as_ref().map_or(numbers(None), own)))
+                    .collect(),
             };
             let whole = check.follow(&input[read..]);
             assert!(
@@ -115,6 +167,8 @@ pub fn session(input: &[u8]) {
 struct Replies<'a> {
     rest: &'a [u8],
     headers: Headers,
+    /// Those that the client selected, and what numbers each has.
+    contexts: BTreeMap<u32, &'static [u64]>,
 }
 
 impl<'a> Replies<'a> {
@@ -183,6 +237,7 @@ impl<'a> Replies<'a> {
         let mut magic = magic;
         let mut covered = 0;
         let mut failed = false;
+        let mut answered = BTreeSet::new();
         loop {
             assert_eq!(magic, self.chunk_magic(), "what begins a chunk");
             let (flags, kind) = (self.u16()?, self.u16()?);
@@ -199,7 +254,8 @@ impl<'a> Replies<'a> {
                 }
                 chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT => {
                     assert_eq!(command, Some(Command::BlockStatus));
-                    self.status_chunk(kind, len, request)?;
+                    let id = self.status_chunk(kind, len, request)?;
+                    assert!(answered.insert(id), "context {id} twice");
                 }
                 chunk::NONE => {
                     assert_eq!(self.headers, Headers::Extended);
@@ -221,6 +277,9 @@ impl<'a> Replies<'a> {
         }
         if read && !failed {
             assert_eq!(covered, request.len);
+        }
+        if command == Some(Command::BlockStatus) && !failed {
+            assert_eq!(answered.len(), self.contexts.len());
         }
         Some(())
     }
@@ -244,15 +303,17 @@ impl<'a> Replies<'a> {
         self.u32().map(u64::from)
     }
 
-    fn status_chunk(&mut self, kind: u16, len: usize, request: &Request) -> Option<()> {
-        assert_eq!(self.u32()?, wire::BASE_ALLOCATION_ID);
+    /// Takes what one context says of a range; returns which.
+    fn status_chunk(&mut self, kind: u16, len: usize, request: &Request) -> Option<u32> {
+        let id = self.u32()?;
+        let numbers = *self.contexts.get(&id).expect("a context that was selected");
         let mut sum = 0;
         if kind == chunk::BLOCK_STATUS {
             assert_eq!(self.headers, Headers::Structured);
             assert!(len > 4 && (len - 4).is_multiple_of(8));
             for _ in 0..(len - 4) / 8 {
                 sum += u64::from(self.u32()?);
-                assert!(self.u32()? <= 3);
+                assert!(numbers.contains(&self.u32()?.into()));
             }
         } else {
             assert_eq!(self.headers, Headers::Extended);
@@ -260,11 +321,11 @@ impl<'a> Replies<'a> {
             assert!(count > 0 && len == 8 + 16 * count);
             for _ in 0..count {
                 sum += self.u64()?;
-                assert!(self.u64()? <= 3);
+                assert!(numbers.contains(&self.u64()?));
             }
         }
         assert!(sum <= request.len);
-        Some(())
+        Some(id)
     }
 }
 
@@ -339,6 +400,19 @@ fn extended_session(meta: &[u8]) -> Vec<u8> {
     .concat()
 }
 
+/// Asks for all contexts of the export.
+fn own_contexts() -> Vec<u8> {
+    [
+        string("disk"),
+        vec![0, 0, 0, 3],
+        string("base:allocation"),
+        string("qemu:allocation-depth"),
+        string("qemu:dirty-bitmap:monday"),
+    ]
+    .concat()
+}
+
+#[expect(clippy::too_many_lines, reason = "a list")]
 pub fn session_seeds() -> Vec<Seed> {
     let all_requests = [
         request(1, 0, 4096, 600, &[7; 600]),
@@ -369,6 +443,7 @@ pub fn session_seeds() -> Vec<Seed> {
         (option::GO, go("disk")),
     ]);
     let simple = options(&[(option::GO, go("disk"))]);
+    let own = own_contexts();
     let large = options(&[
         (option::STRUCTURED_REPLY, vec![]),
         (option::GO, go("large")),
@@ -396,6 +471,22 @@ pub fn session_seeds() -> Vec<Seed> {
             [structured, all_requests.clone()].concat(),
         ),
         ("extended".into(), extended_session(&meta)),
+        (
+            "own-contexts".into(),
+            [
+                options(&[
+                    (option::STRUCTURED_REPLY, vec![]),
+                    (option::LIST_META_CONTEXT, own.clone()),
+                    (option::SET_META_CONTEXT, own.clone()),
+                    (option::GO, go("disk")),
+                ]),
+                request(7, 0, 1000, 200_000, &[]),
+                request(7, command_flag::REQ_ONE, 99_999, 5, &[]),
+                request(2, 0, 0, 0, &[]),
+            ]
+            .concat(),
+        ),
+        ("own-contexts-extended".into(), extended_session(&own)),
         ("simple".into(), [simple, all_requests].concat()),
         (
             "large".into(),

@@ -99,6 +99,7 @@ smoke!(
     layer_open,
     store_records,
     nbd_session,
+    vhost_queue,
     image_tar,
     image_archive,
     image_qcow2,
