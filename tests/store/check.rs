@@ -149,7 +149,7 @@ fn a_flipped_bit_in_a_layer_that_only_a_snapshot_uses_is_an_error_of_the_snapsho
     };
     opened.prepare_snapshots().unwrap();
     let pin = opened.pin_layers().unwrap();
-    opened.put_snapshot(&record, &pin).unwrap();
+    opened.put_snapshot(&record, None, &pin).unwrap();
     drop(pin);
     // As containerd owns the truth there, the image and its container go by the store itself.
     opened.remove_container("on-app").unwrap();

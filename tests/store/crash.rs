@@ -635,14 +635,20 @@ fn prepare(store: &Store, key: &str, parent: Option<&str>) -> Result<()> {
     };
     let layer = store
         .stage_layer(Some(base), SIZE)?
-        .publish(&LayerInfo::default(), &pin)?;
+        .place(&LayerInfo::default(), &pin)?;
+    // The mount of the snapshotter does not wait for layer and record: what it writes is what was there.
+    let open = Target::Layer(layer.uuid).open(store)?;
+    let mut block = [0; BLOCK_SIZE as usize];
+    open.chain().read_at(&mut block, 0)?;
+    open.chain().write_at(&block, 0, Durability::Buffered)?;
+    open.chain().flush()?;
     let record = SnapshotRecord {
         key: key.into(),
         id: Uuid::new_v4(),
         kind: SnapshotKind::Active,
         parent: parent.map(Into::into),
         base,
-        layers: vec![layer],
+        layers: vec![layer.uuid],
         virtual_size: SIZE,
         bytes: 0,
         base_inodes: None,
@@ -652,7 +658,7 @@ fn prepare(store: &Store, key: &str, parent: Option<&str>) -> Result<()> {
         created: SystemTime::now(),
         updated: SystemTime::now(),
     };
-    store.put_snapshot(&record, &pin)
+    store.put_snapshot(&record, Some(&layer), &pin)
 }
 
 fn commit_snapshot(store: &Store, key: &str, tag: u8) -> Result<()> {
@@ -664,7 +670,7 @@ fn commit_snapshot(store: &Store, key: &str, tag: u8) -> Result<()> {
     drop(open);
     let pin = store.pin_layers()?;
     record.kind = SnapshotKind::Committed;
-    store.put_snapshot(&record, &pin)?;
+    store.put_snapshot(&record, None, &pin)?;
     drop(pin);
     // The snapshotter does this in the background.
     let dir = store.layer_dir(record.top());

@@ -24,3 +24,4 @@ mod nearly_full;
 mod places;
 mod scale;
 mod small_disk;
+mod waits;

@@ -209,7 +209,7 @@ enum Received {
     There { layer: Uuid, info: LayerInfo },
     /// Sealed and checked, in `staging`.
     Staged {
-        staged: StagedLayer,
+        staged: Box<StagedLayer>,
         digest: [u8; 32],
         info: LayerInfo,
     },
@@ -300,7 +300,7 @@ impl Receiver<'_> {
         }
         let info = known.info(&staged.header, bytes);
         self.layers.push(Received::Staged {
-            staged,
+            staged: Box::new(staged),
             digest,
             info,
         });

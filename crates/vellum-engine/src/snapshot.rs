@@ -251,13 +251,9 @@ pub fn rollback(
     let kept_at = container.snapshot(to)?;
     let layers = container.snapshot_layers(kept_at.id)?;
     let staged = store.stage_layer(layers.last().copied(), kept_at.disk.virtual_size)?;
-    let info = LayerInfo {
-        origin: "writable layer".into(),
-        ..LayerInfo::default()
-    };
-    let new = staged.publish(&info, &pin)?;
+    let new = staged.place(&LayerInfo::writable(), &pin)?;
     crash_point::here("rollback: layer published");
-    let container = store.put_back(name, to, new, &pin)?;
+    let container = store.put_back(name, to, &new, &pin)?;
     crash_point::here("rollback: put back");
     drop((lease, pin));
     store.discard_layer(top)?;

@@ -37,13 +37,15 @@ impl Snapshotter {
             return Ok(false);
         }
         let pin = self.store.pin_layers()?;
-        if ended {
-            layers.push(self.add_layer(top, record.virtual_size, &pin)?);
-        }
+        let added = match ended {
+            true => Some(self.add_layer(top, record.virtual_size, &pin)?),
+            false => None,
+        };
+        layers.extend(added.as_ref().map(|layer| layer.uuid));
         if layers != record.layers {
             tracing::warn!(key = %record.key, "a commit was cut off: goes on as before");
             record.layers = layers;
-            self.store.put_snapshot(record, &pin)?;
+            self.store.put_snapshot(record, added.as_ref(), &pin)?;
             self.index.show(record.clone(), None);
             self.retirer.push(Job {
                 discard: dropped,
@@ -134,17 +136,17 @@ impl Snapshotter {
             // Written first: once the top is sealed, its users are in the next.
             let next = self.add_layer(record.top(), size, &pin)?;
             crash_point::here("commit: next layer published");
-            record.layers.push(next);
-            self.store.put_snapshot(record, &pin)?;
+            record.layers.push(next.uuid);
+            self.store.put_snapshot(record, Some(&next), &pin)?;
             self.index.show(record.clone(), None);
             crash_point::here("commit: next layer recorded");
-            let waited = self.mounts.seal_under_users(id, next)?;
+            let waited = self.mounts.seal_under_users(id, next.uuid)?;
             self.metrics.frozen(waited);
             self.mounts.hide(id)?;
             crash_point::here("commit: hidden");
         }
         committed.bytes = self.sealed_bytes(&committed.layers)?;
-        self.store.put_snapshot(committed, &pin)?;
+        self.store.put_snapshot(committed, None, &pin)?;
         Ok(())
     }
 }

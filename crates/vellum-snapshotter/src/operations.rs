@@ -17,7 +17,7 @@ use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind};
 use vellum_core::layer::{Header, SealedLayer, check_size};
 use vellum_engine::template;
-use vellum_store::{LayerInfo, SnapshotKind, SnapshotRecord, Store};
+use vellum_store::{LayerInfo, PlacedLayer, SnapshotKind, SnapshotRecord, Store};
 
 /// The name that a remote snapshot would have: one that we have already need not be unpacked.
 const REF_LABEL: &str = "containerd.io/snapshot.ref";
@@ -203,6 +203,7 @@ impl Snapshotter {
         record: &mut SnapshotRecord,
         pin: &vellum_store::StoreGuard,
     ) -> Result<MountSpec> {
+        let mut added = None;
         if record.kind == SnapshotKind::Active {
             if self.adopt_remote(record, pin)? {
                 return Err(Failure::Request(Error::new(
@@ -210,18 +211,16 @@ impl Snapshotter {
                     format!("target snapshot {:?}: already exists", record.key),
                 )));
             }
-            let layer = self.place_layer(record.base, record.virtual_size, pin)?;
-            record.layers.push(layer);
+            let layer = self.add_layer(record.base, record.virtual_size, pin)?;
+            crash_point::here("prepare: layer published");
+            record.layers.push(layer.uuid);
+            added = Some(layer);
         }
         let record = &*record;
-        // What is written here is durable before the answer, not before the mount: that takes as
-        // long, and what no record names is cleared away like any other rest.
+        // Layer and record are durable before the answer, not before the mount: that takes as long, and
+        // what no record names is cleared away like any other rest.
         let write = || -> vellum_base::Result<()> {
-            if record.kind == SnapshotKind::Active {
-                self.store.sync_layers()?;
-                crash_point::here("prepare: layer published");
-            }
-            self.store.put_snapshot(record, pin)?;
+            self.store.put_snapshot(record, added.as_ref(), pin)?;
             crash_point::here("prepare: record in place");
             Ok(())
         };
@@ -271,7 +270,7 @@ impl Snapshotter {
             ..record.clone()
         };
         request(self.index.reserve(&shared))?;
-        if let Err(error) = self.store.put_snapshot(&shared, pin) {
+        if let Err(error) = self.store.put_snapshot(&shared, None, pin) {
             self.index.forget(&shared.key);
             return Err(error.into());
         }
@@ -286,32 +285,20 @@ impl Snapshotter {
         Ok(true)
     }
 
-    /// Makes an empty layer that a record may name.
+    /// Makes an empty layer, which is durable with the record that names it.
     pub(super) fn add_layer(
         &self,
         parent: Uuid,
         virtual_size: u64,
         pin: &vellum_store::StoreGuard,
-    ) -> vellum_base::Result<Uuid> {
-        let layer = self.place_layer(parent, virtual_size, pin)?;
-        self.store.sync_layers()?;
-        Ok(layer)
-    }
-
-    /// Makes an empty layer that a record may name after [`Store::sync_layers`].
-    fn place_layer(
-        &self,
-        parent: Uuid,
-        virtual_size: u64,
-        pin: &vellum_store::StoreGuard,
-    ) -> vellum_base::Result<Uuid> {
+    ) -> vellum_base::Result<PlacedLayer> {
         let info = LayerInfo {
             origin: "containerd snapshot".into(),
             ..LayerInfo::default()
         };
-        let staged = self.store.stage_described(parent, virtual_size, &info)?;
+        let staged = self.store.stage_layer(Some(parent), virtual_size)?;
         crash_point::here("prepare: layer made");
-        staged.place(pin)
+        staged.place(&info, pin)
     }
 
     /// Takes back what a failed [`Snapshotter::prepare`] did.
@@ -469,7 +456,7 @@ impl Snapshotter {
 
     fn put(&self, record: &SnapshotRecord) -> Result<()> {
         let pin = self.store.pin_layers()?;
-        self.store.put_snapshot(record, &pin)?;
+        self.store.put_snapshot(record, None, &pin)?;
         self.index.show(record.clone(), None);
         Ok(())
     }

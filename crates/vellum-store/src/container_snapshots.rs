@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::names::check_name;
 use super::prune::PruneReport;
 use super::records::{ContainerRecord, DiskInfo, Scaffold};
-use super::{Store, StoreGuard, now};
+use super::{PlacedLayer, Store, StoreGuard, now};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// In what state a snapshot's file system is.
@@ -287,20 +287,20 @@ impl Store {
         &self,
         name: &str,
         snapshot: &str,
-        top: Uuid,
+        top: &PlacedLayer,
         _pin: &StoreGuard,
     ) -> Result<ContainerRecord> {
         let _lock = self.lock()?;
         let mut record = self.container(name)?;
         let kept = record.snapshot(snapshot)?.clone();
         record.layers = record.snapshot_layers(kept.id)?;
-        record.top = top;
+        record.top = top.uuid;
         record.next = None;
         record.next_snapshot = None;
         record.at = Some(kept.id);
         record.disk = kept.disk;
         record.scaffold = kept.scaffold;
-        self.write_json(&self.record_path("containers", name), &record)?;
+        self.write_json_naming(&self.record_path("containers", name), &record, Some(top))?;
         Ok(record)
     }
 

@@ -151,13 +151,9 @@ impl Store {
             ));
         }
         let staged = self.stage_layer(Some(image.top()?), virtual_size)?;
-        let info = LayerInfo {
-            origin: "writable layer".into(),
-            ..LayerInfo::default()
-        };
         // Later the layer would be left to prune.
         interrupt::check()?;
-        let top = staged.publish(&info, &pin)?;
+        let placed = staged.place(&LayerInfo::writable(), &pin)?;
 
         let _lock = self.lock()?;
         // It may have been removed meanwhile.
@@ -173,7 +169,7 @@ impl Store {
             image: image.name,
             image_id: image.id,
             layers: image.layers,
-            top,
+            top: placed.uuid,
             next: None,
             next_snapshot: None,
             snapshots: Vec::new(),
@@ -190,7 +186,8 @@ impl Store {
             confinement: new.confinement.clone(),
             created: now(),
         };
-        self.write_json(&self.record_path("containers", &record.name), &record)?;
+        let path = self.record_path("containers", &record.name);
+        self.write_json_naming(&path, &record, Some(&placed))?;
         Ok(record)
     }
 
@@ -281,18 +278,14 @@ impl Store {
     ) -> Result<(ContainerRecord, Resolved)> {
         let mut record = self.settle(name)?;
         let staged = self.stage_layer(Some(record.top), record.disk.virtual_size)?;
-        let info = LayerInfo {
-            origin: "writable layer".into(),
-            ..LayerInfo::default()
-        };
-        let next = staged.publish(&info, pin)?;
+        let next = staged.place(&LayerInfo::writable(), pin)?;
         let _lock = self.lock()?;
         if snapshot.is_some() {
             self.allow_snapshots()?;
         }
-        record.next = Some(next);
+        record.next = Some(next.uuid);
         record.next_snapshot = snapshot;
-        self.write_json(&self.record_path("containers", name), &record)?;
+        self.write_json_naming(&self.record_path("containers", name), &record, Some(&next))?;
         let resolved = self.resolve(&record)?;
         Ok((record, resolved))
     }

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use super::records::{ContainerRecord, DiskInfo, LayerInfo, Scaffold, VolumeMount};
-use super::{ContainerSnapshot, StagedLayer, Store, StoreGuard, now};
+use super::{ContainerSnapshot, PlacedLayer, StagedLayer, Store, StoreGuard, now};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 
@@ -89,24 +89,20 @@ impl Store {
                 Error::new(ErrorKind::Corrupt, "a container without a sealed layer")
             })?;
         self.check_new_containers(names)?;
-        let info = LayerInfo {
-            origin: "writable layer".into(),
-            ..LayerInfo::default()
-        };
         let stage = |_| {
             interrupt::check()?;
-            self.stage_described(below, fork.disk.virtual_size, &info)
+            self.stage_layer(Some(below), fork.disk.virtual_size)
         };
         let staged: Result<Vec<StagedLayer>> = names.iter().map(stage).collect();
-        let place = |staged: StagedLayer| staged.place(pin);
-        let tops: Result<Vec<Uuid>> = staged?.into_iter().map(place).collect();
-        self.sync_layers()?;
+        let place = |staged: StagedLayer| staged.place(&LayerInfo::writable(), pin);
+        let placed: Result<Vec<PlacedLayer>> = staged?.into_iter().map(place).collect();
         let _lock = self.lock()?;
         self.check_new_containers(names)?;
         let mut records = Vec::new();
-        for (name, top) in names.iter().zip(tops?) {
-            let record = fork.record(name, top);
-            self.write_json(&self.record_path("containers", name), &record)?;
+        for (name, top) in names.iter().zip(placed?) {
+            let record = fork.record(name, top.uuid);
+            let path = self.record_path("containers", name);
+            self.write_json_naming(&path, &record, Some(&top))?;
             records.push(record);
         }
         Ok(records)

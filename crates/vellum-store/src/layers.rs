@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::records::{LayerInfo, TemplateRecord};
 use super::{Store, StoreGuard, record_bytes};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::storage::{Held, Holder, LockMode, OpenMode, by};
+use vellum_base::storage::{Held, Holder, LockMode, Unsynced, by};
 use vellum_core::layer::{Header, WritableLayer};
 
 const INFO_FILE: &str = "info.json";
@@ -28,8 +28,21 @@ pub struct StagedLayer {
     dir: PathBuf,
     /// It has its place in the store: there is nothing left to remove.
     placed: bool,
+    /// What is not durable of its files, but for their names.
+    unsynced: Vec<Unsynced>,
     /// Tells [`Store::prune`] that somebody works on it.
     _lease: LayerLease,
+}
+
+/// A layer that has its place in the store, and is durable with the first record that names it: a crash
+/// before may leave any part of it, which is nobody's.
+#[derive(Debug)]
+#[must_use = "no record may name it before it is durable"]
+pub struct PlacedLayer {
+    /// Its identity.
+    pub uuid: Uuid,
+    /// What is not durable of it.
+    pub(super) unsynced: Vec<Unsynced>,
 }
 
 /// The right to write a layer: no other process has it until this is dropped.
@@ -48,28 +61,59 @@ impl StagedLayer {
     ///
     /// # Errors
     /// Where the host fails; nothing is visible then.
-    pub fn publish(self, info: &LayerInfo, pin: &StoreGuard) -> Result<Uuid> {
-        self.store.write_json(&self.dir().join(INFO_FILE), info)?;
-        let store = self.store.clone();
-        let uuid = self.place(pin)?;
-        store.sync_layers()?;
+    pub fn publish(mut self, info: &LayerInfo, _pin: &StoreGuard) -> Result<Uuid> {
+        self.describe(info)?;
+        let store = &self.store;
+        let mut unsynced = self.unsynced.clone();
+        unsynced.push(Unsynced::Names(self.dir.clone()));
+        // Before it has its place: whoever finds it there by what it says may build on it.
+        store
+            .storage
+            .sync_together(&unsynced)
+            .context(|| format!("cannot sync the layer {}", self.dir.display()))?;
+        let (uuid, _) = self.rename()?;
+        let dir = self.store.layers_dir();
+        self.store
+            .storage
+            .sync_dir(&dir)
+            .context(|| format!("cannot sync {}", dir.display()))?;
         Ok(uuid)
     }
 
-    /// Gives the layer its place in the store: it can be opened from now on, but its name is durable
-    /// only after [`Store::sync_layers`], before which no record may name it.
+    /// Gives a layer that is still empty its place in the store: it can be opened from now on, but is durable
+    /// only with the first record that names it.
     ///
     /// # Errors
     /// Where the host fails; nothing is visible then.
-    pub fn place(mut self, _pin: &StoreGuard) -> Result<Uuid> {
+    pub fn place(mut self, info: &LayerInfo, _pin: &StoreGuard) -> Result<PlacedLayer> {
+        self.describe(info)?;
+        let (uuid, dir) = self.rename()?;
+        let mut unsynced = std::mem::take(&mut self.unsynced);
+        unsynced.push(Unsynced::Names(dir));
+        Ok(PlacedLayer { uuid, unsynced })
+    }
+
+    fn describe(&mut self, info: &LayerInfo) -> Result<()> {
+        let path = self.dir.join(INFO_FILE);
+        let file = self
+            .store
+            .storage
+            .create_file(&path, &record_bytes(info)?)
+            .context(|| format!("cannot write {}", path.display()))?;
+        self.unsynced.push(file);
+        Ok(())
+    }
+
+    /// Gives the layer its name, and the place that this is.
+    fn rename(&mut self) -> Result<(Uuid, PathBuf)> {
         let uuid = self.header.uuid;
         let target = self.store.layer_dir(uuid);
         self.store
             .storage
-            .rename(&self.dir(), &target)
+            .rename(&self.dir, &target)
             .context(|| format!("cannot publish the layer {}", target.display()))?;
         self.placed = true;
-        Ok(uuid)
+        Ok((uuid, target))
     }
 }
 
@@ -83,9 +127,14 @@ impl Drop for StagedLayer {
 }
 
 impl Store {
+    /// The directory of all published layers.
+    pub(super) fn layers_dir(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
     /// The directory of a published layer.
     pub fn layer_dir(&self, layer: Uuid) -> PathBuf {
-        self.root.join("layers").join(layer.to_string())
+        self.layers_dir().join(layer.to_string())
     }
 
     /// The directory of a layer that is being made.
@@ -98,10 +147,10 @@ impl Store {
         layers.iter().map(|layer| self.layer_dir(*layer)).collect()
     }
 
-    /// Makes an empty writable layer in `staging`.
+    /// Makes an empty writable layer in `staging`, which is not durable.
     ///
     /// # Errors
-    /// As [`Header::read`] of the parent, [`Header::new`] and [`WritableLayer::create`].
+    /// As [`Header::read`] of the parent, [`Header::new`] and [`WritableLayer::create_unsynced`].
     pub fn stage_layer(&self, parent: Option<Uuid>, virtual_size: u64) -> Result<StagedLayer> {
         self.stage(self.header_on(parent, virtual_size)?)
     }
@@ -121,7 +170,7 @@ impl Store {
     /// same layer is in nobody's way.
     ///
     /// # Errors
-    /// As [`WritableLayer::create`].
+    /// As [`WritableLayer::create_unsynced`].
     pub fn stage_received(&self, header: &Header) -> Result<StagedLayer> {
         let header = Header {
             sealed: false,
@@ -136,66 +185,15 @@ impl Store {
     }
 
     fn stage_in(&self, header: Header, dir: PathBuf) -> Result<StagedLayer> {
-        WritableLayer::create(&*self.storage, &dir, &header).inspect_err(|error| {
+        let created = WritableLayer::create_unsynced(&*self.storage, &dir, &header);
+        let mut unsynced = created.inspect_err(|error| {
             // Made in part; whoever is in the way by that name made it.
             if error.kind() != ErrorKind::AlreadyExists {
                 let _ = self.storage.remove_tree(&dir);
             }
         })?;
-        self.staged(header, dir)
-    }
-
-    /// As [`Store::stage_layer`], an empty layer that will take the place of several on each other, from the
-    /// lowest to the uppermost.
-    ///
-    /// # Errors
-    /// As [`Store::stage_layer`].
-    pub fn stage_joined(&self, lowest: &Header, uppermost: &Header) -> Result<StagedLayer> {
-        self.stage(Header {
-            stands_for: Some(uppermost.known_as()),
-            ..Header::new(lowest.parent, uppermost.virtual_size)?
-        })
-    }
-
-    /// As [`Store::stage_layer`], with its description, in fewer syncs than by
-    /// [`StagedLayer::publish`]: to be [placed](StagedLayer::place).
-    ///
-    /// # Errors
-    /// As [`Store::stage_layer`].
-    pub fn stage_described(
-        &self,
-        parent: Uuid,
-        virtual_size: u64,
-        info: &LayerInfo,
-    ) -> Result<StagedLayer> {
-        let header = self.header_on(Some(parent), virtual_size)?;
-        let dir = self.staging_dir(header.uuid);
-        let bytes = record_bytes(info)?;
-        WritableLayer::create_beside(&*self.storage, &dir, &header, || {
-            let path = dir.join(INFO_FILE);
-            let write = || {
-                let file = self.storage.open(&path, OpenMode::CreateNew)?;
-                file.write_at(&bytes, 0)?;
-                file.sync()
-            };
-            write().context(|| format!("cannot write {}", path.display()))
-        })?;
-        self.staged(header, dir)
-    }
-
-    /// Makes the names of placed layers durable.
-    ///
-    /// # Errors
-    /// Where the host fails.
-    pub fn sync_layers(&self) -> Result<()> {
-        let dir = self.root.join("layers");
-        self.storage
-            .sync_dir(&dir)
-            .context(|| format!("cannot sync {}", dir.display()))
-    }
-
-    /// Takes hold of a layer that was made in `dir`.
-    fn staged(&self, header: Header, dir: PathBuf) -> Result<StagedLayer> {
+        // Its names are made durable where it has its place.
+        unsynced.retain(|one| matches!(one, Unsynced::File(_)));
         let lease = match self.try_lease(&dir) {
             Ok(Some(lease)) => lease,
             other => {
@@ -212,7 +210,20 @@ impl Store {
             header,
             dir,
             placed: false,
+            unsynced,
             _lease: lease,
+        })
+    }
+
+    /// As [`Store::stage_layer`], an empty layer that will take the place of several on each other, from the
+    /// lowest to the uppermost.
+    ///
+    /// # Errors
+    /// As [`Store::stage_layer`].
+    pub fn stage_joined(&self, lowest: &Header, uppermost: &Header) -> Result<StagedLayer> {
+        self.stage(Header {
+            stands_for: Some(uppermost.known_as()),
+            ..Header::new(lowest.parent, uppermost.virtual_size)?
         })
     }
 
@@ -438,7 +449,7 @@ impl Store {
     /// # Errors
     /// Where the directory cannot be read.
     pub fn layers(&self) -> Result<Vec<Uuid>> {
-        let entries = self.list(&self.root.join("layers"))?;
+        let entries = self.list(&self.layers_dir())?;
         Ok(entries
             .iter()
             .filter_map(|entry| Uuid::parse_str(&entry.name).ok())

@@ -18,8 +18,9 @@
 //! ```
 //!
 //! Everything is built under `staging`, synced, renamed into place, and only then named by a
-//! record, which is replaced atomically. Removal goes the other way round. So what a crash leaves
-//! is never visible, and [`Store::prune`] collects it.
+//! record, which is replaced atomically. An empty layer is synced when it has its place, together with
+//! the bytes of its record, before that record gets its name. Removal goes the other way round. So what
+//! a crash leaves is never visible, and [`Store::prune`] collects it.
 //!
 //! Two locks: `lock` is held exclusively while records are read and changed together; `gc.lock` is
 //! shared by whoever has layers that no record names yet, and exclusive for removing such layers.
@@ -46,7 +47,7 @@ pub use confinement::{Confinement, Network, PidsLimit, Seccomp};
 pub use container_snapshots::{Consistency, ContainerSnapshot};
 pub use containers::{NewContainer, Resolved, now};
 pub use forks::Fork;
-pub use layers::{LayerLease, StagedLayer};
+pub use layers::{LayerLease, PlacedLayer, StagedLayer};
 pub use names::{check_name, check_reference};
 pub use prune::{Orphans, PruneReport};
 pub use quarantine::{Quarantined, Records};
@@ -68,7 +69,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::storage::{Entry, FileStorage, Held, LockMode, Storage};
+use vellum_base::storage::{Entry, FileStorage, Held, LockMode, Storage, Unsynced};
 use vellum_fs::mountinfo::MountInfo;
 use vellum_fs::run_dir::{RUN, RunDir, RunRoot};
 
@@ -393,9 +394,25 @@ impl Store {
 
     /// Replaces the record at `path`, durably.
     fn write_json<T: Serialize>(&self, path: &Path, record: &T) -> Result<()> {
+        self.write_json_naming(path, record, None)
+    }
+
+    /// As [`Store::write_json`], for a record that is the first to name `layer`: that becomes durable
+    /// together with the record's bytes, before the record has its name.
+    fn write_json_naming<T: Serialize>(
+        &self,
+        path: &Path,
+        record: &T,
+        layer: Option<&PlacedLayer>,
+    ) -> Result<()> {
         let bytes = record_bytes(record)?;
+        let before = layer.map_or_else(Vec::new, |layer| {
+            let mut unsynced = layer.unsynced.clone();
+            unsynced.push(Unsynced::Names(self.layers_dir()));
+            unsynced
+        });
         self.storage
-            .write_atomic(path, &bytes)
+            .write_atomic_after(path, &bytes, before)
             .context(|| format!("cannot write {}", path.display()))
     }
 

@@ -73,6 +73,16 @@ pub struct LayerInfo {
     pub damaged: Option<String>,
 }
 
+impl LayerInfo {
+    /// Of a container's writable layer.
+    pub fn writable() -> Self {
+        LayerInfo {
+            origin: "writable layer".into(),
+            ..LayerInfo::default()
+        }
+    }
+}
+
 /// An empty file system that images of one size begin with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TemplateRecord {

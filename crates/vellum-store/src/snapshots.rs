@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Store, StoreGuard};
+use super::{PlacedLayer, Store, StoreGuard};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 const DIRECTORY: &str = "snapshots";
@@ -140,13 +140,18 @@ impl Store {
         ))
     }
 
-    /// Adds or replaces the record of a snapshot, durably. Its layers are published, and `_pin`
-    /// has kept them.
+    /// Adds or replaces the record of a snapshot, durably. Its layers are published, but for `added`, which it
+    /// is the first to name, and which is durable with it; `_pin` has kept them.
     ///
     /// # Errors
     /// Where the host fails.
-    pub fn put_snapshot(&self, record: &SnapshotRecord, _pin: &StoreGuard) -> Result<()> {
-        self.write_json(&self.snapshot_path(record.id), record)
+    pub fn put_snapshot(
+        &self,
+        record: &SnapshotRecord,
+        added: Option<&PlacedLayer>,
+        _pin: &StoreGuard,
+    ) -> Result<()> {
+        self.write_json_naming(&self.snapshot_path(record.id), record, added)
     }
 
     /// Removes the record of a snapshot, durably. Its layers are nobody's then: discard them.

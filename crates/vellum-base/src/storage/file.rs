@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use super::host_file::HostFile;
 use super::shared_mapping::SharedMapping;
-use super::waiting::waits;
+use super::waiting::{about_to_wait, waits};
 use super::{
-    DiskSpace, Entry, Held, Holder, LockMode, OpenMode, SharedFile, Storage, StorageFile,
+    DiskSpace, Entry, Held, Holder, LockMode, OpenMode, SharedFile, Storage, StorageFile, Unsynced,
     names_nothing,
 };
 use crate::interrupt;
@@ -111,6 +111,47 @@ impl Storage for FileStorage {
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         let _waits = waits();
         File::open(path)?.sync_all()
+    }
+
+    fn sync_together(&self, unsynced: &[Unsynced]) -> io::Result<()> {
+        let Some((first, others)) = unsynced.split_first() else {
+            return Ok(());
+        };
+        about_to_wait();
+        let _waits = waits();
+        // Where all of it has its place in the file system first, one commit of its journal has all.
+        for one in unsynced {
+            if let Unsynced::File(file) = one {
+                file.start_writing_back();
+            }
+        }
+        let sync = |one: &Unsynced| match one {
+            Unsynced::File(file) => file.sync(),
+            Unsynced::Names(dir) => self.sync_dir(dir),
+        };
+        std::thread::scope(|scope| {
+            let begun: Vec<_> = others
+                .iter()
+                .map(|one| {
+                    (
+                        one,
+                        std::thread::Builder::new().spawn_scoped(scope, || sync(one)),
+                    )
+                })
+                .collect();
+            let mut outcome = sync(first);
+            for (one, thread) in begun {
+                let synced = match thread {
+                    Ok(thread) => thread
+                        .join()
+                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                    // Where there is no thread it is done in turn.
+                    Err(_) => sync(one),
+                };
+                outcome = outcome.and(synced);
+            }
+            outcome
+        })
     }
 
     fn open_shared(&self, path: &Path, len: u64) -> io::Result<Box<dyn SharedFile>> {
@@ -221,3 +262,27 @@ struct FileLock {
 }
 
 impl Held for FileLock {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_synced_together_fails_where_any_of_it_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = |name: &str| {
+            let path = dir.path().join(name);
+            FileStorage.create_file(&path, b"content").unwrap()
+        };
+        let names = |name: &str| Unsynced::Names(dir.path().join(name));
+        let good = [made("a"), names("."), made("b")];
+        FileStorage.sync_together(&good).unwrap();
+        FileStorage.sync_together(&[]).unwrap();
+        for place in 0..=good.len() {
+            let mut all = good.to_vec();
+            all.insert(place, names("missing"));
+            let error = FileStorage.sync_together(&all).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        }
+    }
+}

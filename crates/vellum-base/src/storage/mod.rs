@@ -97,6 +97,15 @@ fn names_nothing(error: &io::Error) -> bool {
     )
 }
 
+/// Something of a storage that is not durable yet: see [`Storage::sync_together`].
+#[derive(Debug, Clone)]
+pub enum Unsynced {
+    /// A file's content and metadata.
+    File(Arc<dyn StorageFile>),
+    /// The names in a directory.
+    Names(PathBuf),
+}
+
 /// A tree of files. Names become durable with [`Storage::sync_dir`], contents with
 /// [`StorageFile::sync`].
 pub trait Storage: Send + Sync + std::fmt::Debug {
@@ -124,6 +133,14 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     }
     /// Makes the names in a directory durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
+    /// Makes all of it durable, in whatever order: where the storage can, side by side, so that it
+    /// takes about as long as one sync. After an error any of it may be.
+    fn sync_together(&self, unsynced: &[Unsynced]) -> io::Result<()> {
+        unsynced.iter().try_for_each(|one| match one {
+            Unsynced::File(file) => file.sync(),
+            Unsynced::Names(dir) => self.sync_dir(dir),
+        })
+    }
 
     /// Locks the file `path` (made where it is missing) against other processes until the answer is
     /// dropped, also by their death; `None` where it is taken and `wait` is false. A storage of
@@ -165,6 +182,17 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// Replaces the file `path` by `bytes` so that after any crash it holds the old or the new
     /// content whole: a temporary file beside it, synced, renamed, and the directory synced.
     fn write_atomic(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.write_atomic_after(path, bytes, Vec::new())
+    }
+
+    /// As [`Storage::write_atomic`], and makes `before` durable with it: after any crash in which the
+    /// new content is there, so is all of that.
+    fn write_atomic_after(
+        &self,
+        path: &Path,
+        bytes: &[u8],
+        before: Vec<Unsynced>,
+    ) -> io::Result<()> {
         let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         };
@@ -175,8 +203,10 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
             let file = self.open(&tmp, OpenMode::Create)?;
             file.set_len(0)?;
             file.write_at(bytes, 0)?;
-            file.sync()?;
-            drop(file);
+            let mut unsynced = before;
+            unsynced.push(Unsynced::File(file));
+            self.sync_together(&unsynced)?;
+            drop(unsynced);
             crash_point::here("storage: file written aside");
             self.rename(&tmp, path)?;
             self.sync_dir(dir)
@@ -185,6 +215,13 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
             // On a full disk the space counts; where it is not there any more all is well.
             let _ = self.remove_file(&tmp);
         })
+    }
+
+    /// Makes a new file with this content, which is not durable yet, nor is its name.
+    fn create_file(&self, path: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
+        let file = self.open(path, OpenMode::CreateNew)?;
+        file.write_at(bytes, 0)?;
+        Ok(Unsynced::File(file))
     }
 
     /// The whole content of a file of at most `limit` bytes.

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use super::header::{Header, SEGMENT_SHIFT};
 use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE, Offset, Span, in_memory, part, part_mut};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::storage::{FileId, OpenMode, Storage, StorageFile};
+use vellum_base::storage::{FileId, OpenMode, Storage, StorageFile, Unsynced};
 
 /// Bytes of a segment.
 const SEGMENT_LEN: u64 = BLOCK_SIZE << SEGMENT_SHIFT;
@@ -118,18 +118,22 @@ pub(super) fn layout(virtual_size: u64) -> impl Iterator<Item = (u64, u64)> {
 }
 
 impl DataFiles {
-    /// Makes the segments of a new layer: all hole.
-    pub(super) fn create(storage: &dyn Storage, dir: &Path, virtual_size: u64) -> Result<()> {
-        for (segment, len) in layout(virtual_size) {
+    /// Makes the segments of a new layer: all hole, and not durable yet, nor are their names.
+    pub(super) fn create(
+        storage: &dyn Storage,
+        dir: &Path,
+        virtual_size: u64,
+    ) -> Result<Vec<Unsynced>> {
+        let make = |(segment, len)| {
             let path = dir.join(segment_name(segment));
-            let make = || {
+            let make = || -> std::io::Result<Unsynced> {
                 let file = storage.open(&path, OpenMode::CreateNew)?;
                 file.set_len(len)?;
-                file.sync()
+                Ok(Unsynced::File(file))
             };
-            make().context(|| format!("cannot make {} of {len} bytes (sparse)", path.display()))?;
-        }
-        Ok(())
+            make().context(|| format!("cannot make {} of {len} bytes (sparse)", path.display()))
+        };
+        layout(virtual_size).map(make).collect()
     }
 
     /// Opens the segments and checks their lengths. One that is longer than a layer that is not

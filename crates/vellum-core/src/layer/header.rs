@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::codec::{Reader, Writer, count};
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Blocks, MAX_VIRTUAL_SIZE};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::storage::Storage;
+use vellum_base::storage::{Storage, Unsynced};
 
 /// The header's file name within the layer's directory.
 pub const HEADER_FILE: &str = "layer";
@@ -188,6 +188,14 @@ impl Header {
             .read_all(&path, HEADER_LEN as u64)
             .context(|| format!("cannot read {}", path.display()))?;
         Header::decode(&bytes).context(|| path.display().to_string())
+    }
+
+    /// Writes the header of a new layer, which is not durable yet, nor is its name.
+    pub(super) fn create(&self, storage: &dyn Storage, dir: &Path) -> Result<Unsynced> {
+        let path = dir.join(HEADER_FILE);
+        storage
+            .create_file(&path, &self.encode())
+            .context(|| format!("cannot write {}", path.display()))
     }
 
     /// Replaces the header of the layer in `dir`, durably.

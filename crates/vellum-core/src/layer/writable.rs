@@ -21,7 +21,7 @@ use super::space::{Claim, Space, SpaceStatus};
 use super::stats::{LayerCounters, LayerStats, StatsHandle};
 use vellum_base::block::{Block, BlockState, Blocks, Offset, Run, Span};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::storage::{OpenMode, Storage};
+use vellum_base::storage::{OpenMode, Storage, Unsynced};
 
 /// A client that flushed within this time is expected to do it again.
 const FLUSHES_WITHIN: Duration = Duration::from_secs(15);
@@ -37,32 +37,35 @@ pub struct WritableLayer {
 
 impl WritableLayer {
     /// Makes the directory `dir` with an empty layer in it, durable but for the entry of `dir` in
-    /// its own parent directory.
+    /// its own parent directory. A crash before may leave part of it.
     ///
     /// # Errors
     /// [`ErrorKind::AlreadyExists`] where `dir` is there.
     pub fn create(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<()> {
-        WritableLayer::create_beside(storage, dir, header, || Ok(()))
+        let unsynced = WritableLayer::create_unsynced(storage, dir, header)?;
+        storage
+            .sync_together(&unsynced)
+            .context(|| format!("cannot sync the layer {}", dir.display()))
     }
 
-    /// As [`WritableLayer::create`], with further files in `dir`, whose content `beside` makes
-    /// durable; their names are with the layer's own.
+    /// As [`WritableLayer::create`], for one who makes it durable later, together with other things: what
+    /// is returned, that is. It may be opened and written before that, but what is flushed there
+    /// is durable only after it.
     ///
     /// # Errors
-    /// As [`WritableLayer::create`], and what `beside` says.
-    pub fn create_beside(
+    /// As [`WritableLayer::create`].
+    pub fn create_unsynced(
         storage: &dyn Storage,
         dir: &Path,
         header: &Header,
-        beside: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
+    ) -> Result<Vec<Unsynced>> {
         storage
             .create_dir(dir)
             .context(|| format!("cannot make the layer {}", dir.display()))?;
-        DataFiles::create(storage, dir, header.virtual_size)?;
-        beside()?;
-        // Last, and it syncs the directory: a layer with a header is whole.
-        header.write(storage, dir)
+        let mut unsynced = DataFiles::create(storage, dir, header.virtual_size)?;
+        unsynced.push(header.create(storage, dir)?);
+        unsynced.push(Unsynced::Names(dir.to_owned()));
+        Ok(unsynced)
     }
 
     /// Opens a writable layer and recovers it where it was not closed.

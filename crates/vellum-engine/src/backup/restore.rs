@@ -449,13 +449,9 @@ fn receive(
     let bytes = layer.data_blocks().bytes();
     let layer = finish_layer(staged, layer, info, pin)?;
     crash_point::here("restore: layer published");
-    let empty = LayerInfo {
-        origin: "writable layer".into(),
-        ..LayerInfo::default()
-    };
     let top = store
         .stage_layer(Some(layer), virtual_size)?
-        .publish(&empty, pin)?;
+        .publish(&LayerInfo::writable(), pin)?;
     let Backup {
         header,
         description,

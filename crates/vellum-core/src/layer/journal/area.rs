@@ -8,7 +8,7 @@ use crate::layer::files::remove_if_there;
 use crate::layer::options::MAX_AREA;
 use vellum_base::block::in_memory;
 use vellum_base::error::{Error, Result, ResultExt};
-use vellum_base::storage::{OpenMode, Storage, StorageFile};
+use vellum_base::storage::{OpenMode, Storage, StorageFile, Unsynced};
 
 /// The largest area that is read.
 const MAX_AREA_READ: u64 = 2 * MAX_AREA;
@@ -46,8 +46,8 @@ impl Area {
                 file.write_at(piece_of_zeros, at)?;
                 at += piece;
             }
-            file.sync()?;
-            storage.sync_dir(dir)?;
+            let unsynced = [Unsynced::File(file.clone()), Unsynced::Names(dir.into())];
+            storage.sync_together(&unsynced)?;
             Ok(file)
         };
         let file = make()
