@@ -68,7 +68,9 @@ impl Crew {
         let map = map.ok_or_else(|| Error::internal("a request came before all was mapped"))?;
         assert!(tag.0 < DEPTH, "the kernel names a request that cannot be");
         let mut bytes = [0; DESCRIPTOR_LEN];
-        let from = map.as_ptr().wrapping_add(usize::from(tag.0) * DESCRIPTOR_LEN);
+        let from = map
+            .as_ptr()
+            .wrapping_add(usize::from(tag.0) * DESCRIPTOR_LEN);
         // SAFETY: the mapping has a descriptor for each of DEPTH requests, and the kernel does not write
         // this one between its fetch and its commit.
         unsafe { from.copy_to_nonoverlapping(bytes.as_mut_ptr(), DESCRIPTOR_LEN) };
