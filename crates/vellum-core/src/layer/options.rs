@@ -19,6 +19,9 @@ pub struct LayerOptions {
     /// Bytes by which the file `map` may grow by changes before it is written anew as a table; half
     /// of the table where that is more.
     pub map_log: u64,
+    /// Bytes of space that may be taken on the host ahead of first touches, where these are dense; a
+    /// tenth of what the layer holds where that is more (at most 256 MiB). 0 turns that off.
+    pub preallocate: u64,
     /// Free a full journal area in a thread of its own, while flushes go on in the other area.
     pub background: bool,
 }
@@ -30,6 +33,7 @@ impl Default for LayerOptions {
             journal_start: 256 << 10,
             journal_max: 8 << 20,
             map_log: 256 << 10,
+            preallocate: 16 << 20,
             background: true,
         }
     }

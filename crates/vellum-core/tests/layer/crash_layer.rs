@@ -83,6 +83,7 @@ fn options(journal_blocks: usize, journal_start: u64, journal_max: u64) -> Layer
         journal_max,
         // Some segments, then a table again.
         map_log: 12 << 10,
+        preallocate: 1 << 20,
         background: false,
     }
 }

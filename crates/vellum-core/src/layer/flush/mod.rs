@@ -123,6 +123,7 @@ impl Flusher {
                 journal.remove()?;
             }
             self.shared.end_log();
+            self.shared.give_back_preallocated();
             self.shared.space.give_back();
             Ok(())
         })
@@ -130,7 +131,10 @@ impl Flusher {
 
     /// As [`super::WritableLayer::prepare_seal`].
     pub(super) fn prepare_seal(&self) -> Result<()> {
-        self.lead(|journal| self.leave_nothing_in_journal(journal))
+        self.lead(|journal| {
+            self.shared.give_back_preallocated();
+            self.leave_nothing_in_journal(journal)
+        })
     }
 
     /// Flushes so that no block is in the journal alone, and waits for its thread.
@@ -149,6 +153,7 @@ impl Flusher {
         self.lead(|journal| {
             self.leave_nothing_in_journal(journal)?;
             let shared = &*self.shared;
+            shared.give_back_preallocated();
             let header = Header {
                 sealed: true,
                 ..shared.header()
@@ -220,7 +225,9 @@ impl Flusher {
         let mut covered = false;
         if !is_written(ask, work, &status) {
             let space = &self.shared.space;
-            space.look_after();
+            if space.look_after() {
+                self.shared.mind_low_space();
+            }
             space.map_is(self.shared.checkpoint_room());
             if may_carry(ask, work) {
                 // After a power cut they want space that the data files may not have by then.
