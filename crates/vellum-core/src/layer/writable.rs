@@ -444,16 +444,11 @@ impl WritableLayer {
         self.blocks_were_written(span)
     }
 
-    /// More new blocks than these are not carried in a journal record.
-    fn carried_at_most(&self) -> Blocks {
-        Blocks::new(self.options.journal_blocks as u64)
-    }
-
     fn blocks_were_written(&self, span: Span) -> Result<Blocks> {
         let mut map = self.shared.map.write();
         let written = Noted::Becomes(BlockState::Data);
         let allocated = self.shared.become_data(&mut map, span, written)?;
-        map.wrote(span, self.carried_at_most());
+        map.wrote(span, self.options.carried_at_most());
         let due = map.write_back_due();
         drop(map);
         // A client that does not flush gains nothing by it.
@@ -476,7 +471,7 @@ impl WritableLayer {
         );
         self.shared.check_writable()?;
         self.shared.write_data(buf, offset, false)?;
-        let limit = self.carried_at_most();
+        let limit = self.options.carried_at_most();
         self.shared.map.write().wrote(touched, limit);
         Ok(())
     }
@@ -534,7 +529,7 @@ impl WritableLayer {
             })?;
         let mut map = self.shared.map.write();
         self.shared.become_data(&mut map, span, Noted::Reserved)?;
-        map.wrote(span, self.carried_at_most());
+        map.wrote(span, self.options.carried_at_most());
         Ok(())
     }
 

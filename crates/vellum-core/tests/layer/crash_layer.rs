@@ -116,6 +116,17 @@ fn power_cuts_lose_nothing_flushed_with_the_default_journal() {
 }
 
 #[test]
+fn power_cuts_lose_nothing_flushed_with_many_scattered_blocks_in_the_journal() {
+    prove(
+        "power_cuts_lose_nothing_flushed_with_many_scattered_blocks_in_the_journal",
+        LayerOptions {
+            background: true,
+            ..options(2, 16 << 10, 1 << 20)
+        },
+    );
+}
+
+#[test]
 fn power_cuts_lose_nothing_flushed_while_areas_are_freed_in_the_background() {
     prove(
         "power_cuts_lose_nothing_flushed_while_areas_are_freed_in_the_background",
