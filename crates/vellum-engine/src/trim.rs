@@ -5,10 +5,11 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::device::GIVE_BACK;
 use super::reach::{Access, Reached, reach};
 use super::seal::sync_file_system;
 use super::serving::serving;
-use vellum_base::error::Result;
+use vellum_base::error::{ErrorKind, Result};
 use vellum_export::device::control;
 use vellum_fs::ext4;
 use vellum_store::{ContainerRecord, Store};
@@ -68,6 +69,11 @@ fn trim_mounted(
     sync_file_system(reached.dir)?;
     let before = store.layer_bytes_on_host(top);
     let free_bytes = ext4::trim(reached.dir)?;
+    match control::call(reached.run_dir, GIVE_BACK, Value::Null, FLUSH_TIMEOUT) {
+        // A server of an older version takes nothing ahead.
+        Err(error) if error.kind() == ErrorKind::Unsupported => {}
+        other => drop(other?),
+    }
     control::call(reached.run_dir, "flush", Value::Null, FLUSH_TIMEOUT)?;
     let after = store.layer_bytes_on_host(top);
     Ok(Trimmed {

@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -228,6 +229,16 @@ impl StorageFile for HostFile {
 
     fn allocated(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    fn visit_allocated(&self, each: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+        let _waits = waits();
+        for extent in fiemap::Fiemap::new(&self.file) {
+            let extent = extent?;
+            let end = extent.fe_logical.saturating_add(extent.fe_length);
+            each(extent.fe_logical..end);
+        }
+        Ok(())
     }
 
     fn start_writing_back(&self) {

@@ -31,6 +31,7 @@ pub use waiting::{about_to_wait, clock_ns, monotonic_ns, unless_it_waits, waits}
 pub use waiting::{listen as listen_for_waits, note_waits_in};
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -331,6 +332,11 @@ pub trait StorageFile: Send + Sync + std::fmt::Debug {
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Bytes that the file takes on the host.
     fn allocated(&self) -> io::Result<u64>;
+    /// Calls `each` with the ranges of bytes that take space on the host, written or only reserved, in
+    /// order. With none where the storage cannot tell.
+    fn visit_allocated(&self, _each: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+        Ok(())
+    }
     /// A hint that what was written should begin its way to the disk, without waiting for it: the
     /// next sync has less to do then. It says nothing of whether that went well.
     fn start_writing_back(&self) {}

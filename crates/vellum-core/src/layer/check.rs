@@ -22,8 +22,10 @@ use vellum_base::storage::{OpenMode, Storage};
 /// Blocks read at a time: 1 MiB.
 const READ: Blocks = Blocks::new(256);
 
-/// Space beyond the blocks of a layer that is not worth a word: the host's own blocks.
+/// Space beyond the blocks of a layer that is not worth a word: the host's own blocks, and what a layer
+/// in use takes ahead of first touches.
 const SLACK: u64 = 1 << 20;
+const SLACK_WRITABLE: u64 = 17 << 20;
 
 /// How bad a [`Finding`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -277,7 +279,12 @@ impl Check<'_> {
         }
         let allocated = DataFiles::open(self.storage, self.dir, header, OpenMode::Read)
             .and_then(|data| data.allocated());
-        self.space(data_blocks(&loaded.index), allocated);
+        self.space(
+            data_blocks(&loaded.index),
+            allocated,
+            SLACK_WRITABLE,
+            "a crash may have left it; the next unmount, or the end of what serves it, gives it back",
+        );
         if read {
             self.read_blocks(header, &loaded.index);
         }
@@ -315,7 +322,13 @@ impl Check<'_> {
                 Some(Repair::MakeSeal),
             );
         }
-        self.space(layer.data_blocks(), layer.allocated_bytes());
+        self.space(
+            layer.data_blocks(),
+            layer.allocated_bytes(),
+            SLACK,
+            "discards before a crash may not have reached the disk; flattening or copying the layer \
+             gives the space back",
+        );
         if !read {
             return;
         }
@@ -349,17 +362,22 @@ impl Check<'_> {
     }
 
     /// Space that the data files take for blocks that the layer does not hold.
-    fn space(&mut self, held_blocks: Blocks, allocated: Result<u64>) {
+    fn space(
+        &mut self,
+        held_blocks: Blocks,
+        allocated: Result<u64>,
+        slack: u64,
+        advice: &'static str,
+    ) {
         let held = held_blocks.bytes();
         if let Ok(allocated) = allocated
-            && allocated > held + held / 8 + SLACK
+            && allocated > held + held / 8 + slack
         {
             self.add(
                 Severity::Note,
                 "data",
                 format!("{allocated} bytes taken for {held} bytes of blocks"),
-                "discards before a crash may not have reached the disk; flattening or copying the \
-                 layer gives the space back",
+                advice,
                 None,
             );
         }

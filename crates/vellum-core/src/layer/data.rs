@@ -316,6 +316,38 @@ impl DataFiles {
         })
     }
 
+    /// Has the blocks take their space on the host, without a change of what they hold.
+    pub(super) fn preallocate(&self, span: Span) -> Result<()> {
+        self.split(span.offset(), span.bytes(), |piece| {
+            let taken = piece.segment.file.allocate(piece.within, piece.len);
+            piece.context("preallocating", taken)
+        })
+    }
+
+    /// Gives the space of blocks back that hold nothing: no sync needs to know.
+    pub(super) fn release(&self, span: Span) -> Result<()> {
+        self.split(span.offset(), span.bytes(), |piece| {
+            let punched = piece.segment.file.punch_hole(piece.within, piece.len);
+            piece.context("punching", punched)
+        })
+    }
+
+    /// Calls `each` with the blocks that take space on the host, in order.
+    pub(super) fn visit_allocated(&self, mut each: impl FnMut(Span)) -> Result<()> {
+        for (first, segment) in (0..).step_by(in_memory(SEGMENT_LEN)).zip(self.segments()) {
+            let mut visit = |range: std::ops::Range<u64>| {
+                let start = Offset::new(first + range.start).block();
+                let end = Offset::new(first + range.end.min(SEGMENT_LEN)).block_from();
+                if start < end {
+                    each(Span::between(start, end));
+                }
+            };
+            let what = || format!("looking what {} takes", segment.path.display());
+            segment.file.visit_allocated(&mut visit).context(what)?;
+        }
+        Ok(())
+    }
+
     /// Makes everything written so far durable; returns how many syncs that took. Fails for ever
     /// once a sync has failed.
     pub(super) fn sync(&self) -> Result<u64> {

@@ -3,6 +3,7 @@
 
 use super::index::Index;
 use super::live::{Live, LiveChange};
+use super::prealloc::Windows;
 use vellum_base::block::{
     BLOCK_SIZE, Block, BlockState, Blocks, MAX_VIRTUAL_SIZE, Run, Span, push_run,
 };
@@ -140,6 +141,7 @@ pub(super) struct MapState {
     data_blocks: Blocks,
     /// Changes ever since the layer was opened.
     changed: u64,
+    preallocated: Windows,
     /// The log of changes, for our successor: of those that are not durable.
     log: Option<Live>,
 }
@@ -161,6 +163,15 @@ impl MapState {
 
     pub(super) fn data_blocks(&self) -> Blocks {
         self.data_blocks
+    }
+
+    /// What takes space on the host and is not data.
+    pub(super) fn preallocated(&self) -> &Windows {
+        &self.preallocated
+    }
+
+    pub(super) fn preallocated_mut(&mut self) -> &mut Windows {
+        &mut self.preallocated
     }
 
     /// Changes ever since the layer was opened.
@@ -356,6 +367,7 @@ impl MapState {
         }
         if new == BlockState::Data {
             self.data_blocks += run.len();
+            self.preallocated.became_data(run.span);
         }
         // A sequential writer makes one change of many.
         let before = self.changes.len();

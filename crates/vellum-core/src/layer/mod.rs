@@ -20,6 +20,7 @@ mod live;
 mod map_file;
 mod map_state;
 mod options;
+mod prealloc;
 mod range_lock;
 mod recovery;
 mod sealed;

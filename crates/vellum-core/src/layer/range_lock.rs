@@ -13,6 +13,16 @@ pub struct RangeLock {
 }
 
 impl RangeLock {
+    /// As [`RangeLock::lock`], where no block of `span` is held.
+    pub(super) fn try_lock(&self, span: Span) -> Option<RangeGuard<'_>> {
+        let mut held = self.held.lock();
+        let free = !held.iter().any(|other| other.overlaps(span));
+        free.then(|| {
+            held.push(span);
+            RangeGuard { lock: self, span }
+        })
+    }
+
     /// Waits until no block of `span` is held, then holds all of it.
     pub fn lock(&self, span: Span) -> RangeGuard<'_> {
         let mut held = self.held.lock();
@@ -33,6 +43,11 @@ pub struct RangeGuard<'a> {
 }
 
 impl RangeGuard<'_> {
+    /// The blocks that are held.
+    pub(super) fn span(&self) -> Span {
+        self.span
+    }
+
     /// Checks that blocks may be changed whose lock is `lock`.
     ///
     /// # Panics

@@ -183,14 +183,16 @@ impl Space {
         }
     }
 
-    /// As [`Space::top_up`], for one who calls it often.
-    pub(super) fn look_after(&self) {
+    /// As [`Space::top_up`], for one who calls it often; false where it was done a moment ago.
+    pub(super) fn look_after(&self) -> bool {
         let now = millis(self.opened.elapsed());
         let last = self.looked_after.load(Ordering::Relaxed);
-        if now >= last + millis(TOP_UP) {
+        let due = now >= last + millis(TOP_UP);
+        if due {
             self.looked_after.store(now, Ordering::Relaxed);
             self.top_up();
         }
+        due
     }
 
     /// Reserves what is missing, where there is room, and not all the time.
@@ -333,6 +335,12 @@ impl Space {
             ),
             std::io::Error::from_raw_os_error(libc::ENOSPC),
         )
+    }
+
+    /// Whether the disk has room for what may never be written.
+    pub(super) fn has_plenty(&self) -> bool {
+        let enough = |available| available >= self.headroom.kept().saturating_add(LOW);
+        !self.full.load(Ordering::Relaxed) && self.available().is_none_or(enough)
     }
 
     fn space(&self) -> Option<DiskSpace> {

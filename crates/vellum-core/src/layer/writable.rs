@@ -13,6 +13,7 @@ use super::live::{self, Left, Live, Noted};
 use super::map_file::drop_map_cache;
 use super::map_state::MapState;
 use super::options::LayerOptions;
+use super::prealloc;
 use super::range_lock::RangeGuard;
 use super::recovery;
 use super::sealed::{SEAL_FILE, SealedLayer};
@@ -144,6 +145,9 @@ impl WritableLayer {
             Left::Stale { .. } => live::remove(&*storage, dir)?,
             Left::Nothing => {}
         }
+        let leftover = prealloc::leftover(data.allocated(), map.data_blocks());
+        let at_least = Blocks::whole_in(options.preallocate);
+        map.preallocated_mut().begin(at_least, leftover);
         let shared = Arc::new(Shared::new(
             storage,
             dir,
@@ -202,12 +206,19 @@ impl WritableLayer {
         self.shared.checkpoint_room()
     }
 
-    /// Bytes that the data files take on the host.
+    /// Bytes that the data files take on the host, without what they take for no block.
     ///
     /// # Errors
     /// Where the host cannot tell.
     pub fn allocated_bytes(&self) -> Result<u64> {
-        self.shared.data.allocated()
+        let preallocated = self.shared.map.read().preallocated().blocks().bytes();
+        Ok(self.shared.data.allocated()?.saturating_sub(preallocated))
+    }
+
+    /// Gives back the space on the host that was taken ahead of first touches, and what a process
+    /// before left. To be called with no blocks held.
+    pub fn give_back_preallocated(&self) {
+        self.shared.give_back_preallocated();
     }
 
     /// The run of blocks of one state at the front of `span`, as long as can be.
@@ -357,7 +368,10 @@ impl WritableLayer {
 
     /// How the layer stands with the host's space.
     pub fn space(&self) -> SpaceStatus {
-        self.shared.space.status()
+        let preallocated = self.shared.map.read().preallocated().blocks();
+        let mut status = self.shared.space.status();
+        status.reserved_bytes += preallocated.bytes();
+        status
     }
 
     /// For how long after the host's disk was found full [`WritableLayer::wait_for_room`] says that
@@ -376,6 +390,7 @@ impl WritableLayer {
     /// To be called after a write failed with [`ErrorKind::NoSpace`], with nothing locked: waits a
     /// moment, and says whether to make it again.
     pub fn wait_for_room(&self) -> bool {
+        self.shared.mind_low_space();
         self.shared.space.wait_for_room()
     }
 
@@ -408,7 +423,8 @@ impl WritableLayer {
         let span = Span::of_buffer(start, buf);
         held.assert_holds(&self.shared.locks, span);
         self.shared.check_writable()?;
-        let grows = self.first_run(span) != Run::new(span, BlockState::Data);
+        let (grows, want) = self.shared.before_write(span);
+        self.shared.prepare_write(held, want);
         self.shared.write_data(buf, start.offset(), grows)?;
         self.blocks_were_written(span)
     }
@@ -431,16 +447,11 @@ impl WritableLayer {
         self.blocks_were_written(span)
     }
 
-    /// More new blocks than these are not carried in a journal record.
-    fn carried_at_most(&self) -> Blocks {
-        Blocks::new(self.options.journal_blocks as u64)
-    }
-
     fn blocks_were_written(&self, span: Span) -> Result<Blocks> {
         let mut map = self.shared.map.write();
         let written = Noted::Becomes(BlockState::Data);
         let allocated = self.shared.become_data(&mut map, span, written)?;
-        map.wrote(span, self.carried_at_most());
+        map.wrote(span, self.options.carried_at_most());
         let due = map.write_back_due();
         drop(map);
         // A client that does not flush gains nothing by it.
@@ -463,7 +474,7 @@ impl WritableLayer {
         );
         self.shared.check_writable()?;
         self.shared.write_data(buf, offset, false)?;
-        let limit = self.carried_at_most();
+        let limit = self.options.carried_at_most();
         self.shared.map.write().wrote(touched, limit);
         Ok(())
     }
@@ -482,8 +493,10 @@ impl WritableLayer {
             }
         });
         self.shared.ensure_log()?;
-        self.shared
-            .change(&mut self.shared.map.write(), span, Noted::Becomes(state))?;
+        let mut map = self.shared.map.write();
+        self.shared.change(&mut map, span, Noted::Becomes(state))?;
+        data.extend(map.preallocated_mut().take(span));
+        drop(map);
         // After the change of state, so that a reader never takes a hole for data.
         for run in data {
             let punch = || self.shared.data.punch(run);
@@ -509,6 +522,7 @@ impl WritableLayer {
         self.shared.check_writable()?;
         self.shared.ensure_log()?;
         self.shared.note_emptied(span)?;
+        self.shared.map.write().preallocated_mut().take(span);
         let allocate = || self.shared.data.allocate_zeroed(span);
         self.shared
             .space
@@ -518,7 +532,7 @@ impl WritableLayer {
             })?;
         let mut map = self.shared.map.write();
         self.shared.become_data(&mut map, span, Noted::Reserved)?;
-        map.wrote(span, self.carried_at_most());
+        map.wrote(span, self.options.carried_at_most());
         Ok(())
     }
 

@@ -214,6 +214,7 @@ fn small_journal() -> LayerOptions {
         journal_max: 64 << 10,
         journal_blocks: 4,
         map_log: 12 << 10,
+        preallocate: 1 << 20,
         ..Default::default()
     }
 }

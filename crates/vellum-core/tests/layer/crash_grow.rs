@@ -23,6 +23,7 @@ fn options() -> LayerOptions {
         journal_start: 16 << 10,
         journal_max: 32 << 10,
         map_log: 12 << 10,
+        preallocate: 1 << 20,
         background: false,
     }
 }

@@ -83,6 +83,7 @@ fn options(journal_blocks: usize, journal_start: u64, journal_max: u64) -> Layer
         journal_max,
         // Some segments, then a table again.
         map_log: 12 << 10,
+        preallocate: 1 << 20,
         background: false,
     }
 }
@@ -110,6 +111,17 @@ fn power_cuts_lose_nothing_flushed_with_the_default_journal() {
         LayerOptions {
             background: false,
             ..LayerOptions::default()
+        },
+    );
+}
+
+#[test]
+fn power_cuts_lose_nothing_flushed_with_many_scattered_blocks_in_the_journal() {
+    prove(
+        "power_cuts_lose_nothing_flushed_with_many_scattered_blocks_in_the_journal",
+        LayerOptions {
+            background: true,
+            ..options(2, 16 << 10, 1 << 20)
         },
     );
 }

@@ -132,6 +132,34 @@ fn a_flush_of_many_blocks_costs_one_sync_and_one_record() {
     assert_eq!(cost(&storage, &chain), (1, 0, 0));
 }
 
+/// A sync of the data file would have the disk write each of them by itself.
+#[test]
+fn a_flush_of_many_scattered_blocks_costs_one_synchronous_write_and_no_sync() {
+    let (_, storage, chain) = device(LayerOptions::default());
+    write(&chain, 0, 1, 1).unwrap();
+    chain.flush().unwrap();
+    let scattered = |count, value| {
+        for at in 0..count {
+            write(&chain, 3 * at + 1, 1, value).unwrap();
+        }
+    };
+    // The first makes a larger area for them.
+    scattered(80, 1);
+    chain.flush().unwrap();
+    scattered(80, 2);
+    assert_eq!(cost(&storage, &chain), (0, 1, 0));
+    // What lies together is written in one go either way.
+    write(&chain, 0, 200, 3).unwrap();
+    assert_eq!(cost(&storage, &chain).0, 1);
+    (0..4).for_each(|value| scattered(80, value));
+    assert_eq!(cost(&storage, &chain).0, 1, "more than 256");
+    // A block that was written again and again is one.
+    for value in 0..250 {
+        write(&chain, 5, 1, value).unwrap();
+    }
+    assert_eq!(cost(&storage, &chain), (0, 1, 0));
+}
+
 /// Everything that takes space on the host.
 const GROWTH: [OpKind; 5] = [
     OpKind::Create,

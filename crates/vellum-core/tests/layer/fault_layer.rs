@@ -34,6 +34,7 @@ fn tiny(journal_blocks: usize, background: bool) -> LayerOptions {
         journal_start: 8 << 10,
         journal_max: 32 << 10,
         map_log: 8 << 10,
+        preallocate: 1 << 20,
         background,
     }
 }

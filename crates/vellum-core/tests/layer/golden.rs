@@ -41,6 +41,7 @@ fn options() -> LayerOptions {
         journal_start: 64 << 10,
         journal_max: 64 << 10,
         map_log: 32 << 10,
+        preallocate: 1 << 20,
         background: false,
     }
 }

@@ -32,6 +32,7 @@ fn options() -> LayerOptions {
         journal_start: 32 << 10,
         journal_max: 32 << 10,
         map_log: 32 << 10,
+        preallocate: 1 << 20,
         background: false,
     }
 }

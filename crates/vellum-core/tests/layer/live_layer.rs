@@ -32,6 +32,7 @@ fn small(journal_blocks: usize) -> LayerOptions {
         journal_start: 8 << 10,
         journal_max: 32 << 10,
         map_log: 12 << 10,
+        preallocate: 1 << 20,
         background: false,
     }
 }

@@ -23,4 +23,5 @@ mod format_page;
 mod golden;
 mod hostile_layer;
 mod live_layer;
+mod preallocate;
 mod stress_layer;

@@ -24,6 +24,7 @@ fn tiny() -> LayerOptions {
         journal_start: 16 << 10,
         journal_max: 64 << 10,
         map_log: 32 << 10,
+        preallocate: 1 << 20,
         background: true,
     }
 }
@@ -159,6 +160,7 @@ fn a_flush_too_large_for_the_journal_waits_for_the_checkpoint_in_the_background(
         journal_start: 8 << 10,
         journal_max: 8 << 10,
         map_log: 0,
+        preallocate: 1 << 20,
         background: true,
     };
     let (disk, storage, chain) = simulated(options);

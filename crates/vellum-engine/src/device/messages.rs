@@ -28,6 +28,8 @@ pub const GROW: &str = "grow";
 
 /// Tells a server how much of the host's disk its writers leave free: [`KeepFree`].
 pub const KEEP_FREE: &str = "keep-free";
+/// Gives back the space that the top layer took ahead of first touches.
+pub const GIVE_BACK: &str = "give-back";
 
 /// Runs in one answer about the map, so that it fits a line of the control socket.
 const MAX_RUNS: usize = 16 << 10;

@@ -5,9 +5,9 @@ mod messages;
 mod target;
 
 pub use messages::{
-    AskMap, COPY_UP, CopyUp, DeviceStats, GROW, Grow, HOLE, KEEP_FREE, KeepFree, MAP, MapPart,
-    PREPARE_SEAL, REPLACE_SEALED, ReplaceSealed, SEAL, SEAL_TOP, STATS, SealTop, Sealed, SealedTop,
-    ZERO,
+    AskMap, COPY_UP, CopyUp, DeviceStats, GIVE_BACK, GROW, Grow, HOLE, KEEP_FREE, KeepFree, MAP,
+    MapPart, PREPARE_SEAL, REPLACE_SEALED, ReplaceSealed, SEAL, SEAL_TOP, STATS, SealTop, Sealed,
+    SealedTop, ZERO,
 };
 pub use target::{SERVER_COMMAND, Target, attach_spec, choose_transport};
 
@@ -64,6 +64,8 @@ fn layer_options(store: &Store) -> LayerOptions {
     if memory {
         // A sync costs nothing there, so copying blocks to avoid one only costs.
         options.journal_blocks = 0;
+        // Space ahead would be memory at once.
+        options.preallocate = 0;
     }
     options
 }
@@ -330,6 +332,12 @@ impl ControlHandler for OpenChain {
                 let args: KeepFree = parse(args, "keep-free wants bytes")?;
                 if let Some(top) = self.chain.top() {
                     top.keep_free(args.bytes);
+                }
+                Ok(Value::Null)
+            }
+            GIVE_BACK => {
+                if let Some(top) = self.chain.top() {
+                    top.give_back_preallocated();
                 }
                 Ok(Value::Null)
             }

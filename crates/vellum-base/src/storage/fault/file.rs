@@ -1,6 +1,7 @@
 //! A file of a storage that fails: short writes, and syncs that lose what was written.
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -264,6 +265,10 @@ impl StorageFile for FaultFile {
 
     fn allocated(&self) -> io::Result<u64> {
         self.run(OpKind::Look, || self.inner.allocated())
+    }
+
+    fn visit_allocated(&self, each: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+        self.run(OpKind::Look, || self.inner.visit_allocated(each))
     }
 
     fn prefetch(&self, offset: u64, len: u64) {

@@ -1,11 +1,12 @@
 //! Files of a simulated disk.
 
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use super::SimStorage;
 use super::image::SimContent;
-use super::tree::NodeId;
+use super::tree::{NodeId, Tree};
 use crate::storage::op::OpKind;
 use crate::storage::{Evidence, FileId, Mapping, Proof, StorageFile, end_of};
 
@@ -102,6 +103,13 @@ impl StorageFile for SimFile {
         self.storage.look(OpKind::Look, |tree| {
             Ok(tree.file(self.node)?.live.allocated())
         })
+    }
+
+    fn visit_allocated(&self, each: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+        let look = |tree: &Tree| Ok(tree.file(self.node)?.live.allocated_pages());
+        let pages = self.storage.look(OpKind::Look, look)?;
+        pages.into_iter().for_each(each);
+        Ok(())
     }
 
     fn id(&self) -> io::Result<FileId> {

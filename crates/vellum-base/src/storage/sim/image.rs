@@ -1,6 +1,7 @@
 //! The bytes of one simulated file, and what was done to them that is not durable yet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use bitvec::vec::BitVec;
@@ -19,7 +20,7 @@ const PAGE_LEN: usize = 4096;
 #[derive(Debug, Clone, Default)]
 pub(super) struct Image {
     pages: BTreeMap<u64, Arc<[u8; PAGE_LEN]>>,
-    /// Pages whose space was taken ahead, by first page and number. A hole does not give them back.
+    /// Pages whose space was taken ahead, by first page and number.
     reserved: Vec<(u64, u64)>,
     pub(super) len: u64,
 }
@@ -130,6 +131,24 @@ impl Image {
         self.reserved.push((first, end - first));
     }
 
+    /// Gives the space of whole pages back that was taken ahead.
+    fn unreserve(&mut self, offset: u64, len: u64) {
+        let (first, end) = (offset.div_ceil(PAGE), (offset + len) / PAGE);
+        if first >= end {
+            return;
+        }
+        let before = std::mem::take(&mut self.reserved);
+        for (there, count) in before {
+            let (left, right) = (first.min(there + count), end.max(there));
+            if there < left {
+                self.reserved.push((there, left - there));
+            }
+            if right < there + count {
+                self.reserved.push((right, there + count - right));
+            }
+        }
+    }
+
     fn is_reserved(&self, page: u64) -> bool {
         let mut all = self.reserved.iter();
         all.any(|(first, count)| (*first..first + count).contains(&page))
@@ -142,6 +161,15 @@ impl Image {
             pages += count - self.pages.range(*first..first + count).count() as u64;
         }
         pages * PAGE
+    }
+
+    /// The bytes of the pages that [`Image::allocated`] counts.
+    pub(super) fn allocated_pages(&self) -> Vec<Range<u64>> {
+        let reserved = self.reserved.iter();
+        let reserved = reserved.flat_map(|(first, count)| *first..first + count);
+        let pages: BTreeSet<u64> = self.pages.keys().copied().chain(reserved).collect();
+        let bytes = |page| page * PAGE..(page + 1) * PAGE;
+        pages.into_iter().map(bytes).collect()
     }
 
     /// Bytes that writing a range would take.
@@ -222,6 +250,7 @@ impl SimContent {
         }
         self.write(offset, &vec![0; in_memory(first - offset)]);
         self.live.zero(first, last - first);
+        self.live.unreserve(first, last - first);
         self.pending.push(Change::Zero {
             sector: first / SECTOR,
             open: BitVec::repeat(true, in_memory((last - first) / SECTOR)),

@@ -20,11 +20,22 @@ use self::plan::{Ask, Commit, Content, Place, Plan, Work, is_written, may_carry,
 use self::queue::{FlushQueue, Leading, Turn};
 use super::header::Header;
 use super::journal::{Journal, RecordBody, Room, Standing, When};
-use super::map_state::Frozen;
+use super::map_state::{Frozen, Written};
 use super::options::LayerOptions;
 use super::shared::Shared;
 use super::space::Claim;
+use vellum_base::block::{Block, Blocks};
 use vellum_base::error::{ErrorKind, Result};
+
+/// Blocks are scattered whose runs are no longer than this on average.
+const SCATTERED_RUN: u64 = 4;
+/// Many blocks take no more than this part of an area, so that it is not full at once.
+const PART_OF_AREA: u64 = 4;
+
+/// Whether two blocks lie next to each other.
+fn touch(pair: &[Block]) -> bool {
+    matches!(pair, [first, second] if *first + Blocks::ONE == *second)
+}
 
 /// What makes a layer durable: one leader at a time has its journal.
 #[derive(Debug)]
@@ -32,8 +43,8 @@ pub(super) struct Flusher {
     shared: Arc<Shared>,
     journal: Mutex<Journal>,
     queue: FlushQueue,
-    /// Records may carry blocks.
-    carries: bool,
+    /// Records may carry so many blocks wherever they lie.
+    few: Blocks,
 }
 
 impl Flusher {
@@ -43,7 +54,7 @@ impl Flusher {
             journal: Mutex::new(Journal::new(shared.clone(), options, covered)),
             shared,
             queue: FlushQueue::default(),
-            carries: options.journal_blocks > 0,
+            few: options.few(),
         }
     }
 
@@ -63,7 +74,7 @@ impl Flusher {
 
     /// As [`super::WritableLayer::expects_flush`].
     pub(super) fn expects_flush(&self) -> bool {
-        self.carries && self.queue.wrote()
+        !self.few.is_none() && self.queue.wrote()
     }
 
     /// As [`super::WritableLayer::flush_ahead`].
@@ -123,6 +134,7 @@ impl Flusher {
                 journal.remove()?;
             }
             self.shared.end_log();
+            self.shared.give_back_preallocated();
             self.shared.space.give_back();
             Ok(())
         })
@@ -130,7 +142,10 @@ impl Flusher {
 
     /// As [`super::WritableLayer::prepare_seal`].
     pub(super) fn prepare_seal(&self) -> Result<()> {
-        self.lead(|journal| self.leave_nothing_in_journal(journal))
+        self.lead(|journal| {
+            self.shared.give_back_preallocated();
+            self.leave_nothing_in_journal(journal)
+        })
     }
 
     /// Flushes so that no block is in the journal alone, and waits for its thread.
@@ -149,6 +164,7 @@ impl Flusher {
         self.lead(|journal| {
             self.leave_nothing_in_journal(journal)?;
             let shared = &*self.shared;
+            shared.give_back_preallocated();
             let header = Header {
                 sealed: true,
                 ..shared.header()
@@ -190,7 +206,7 @@ impl Flusher {
         drop(changes);
         let work = Work {
             changes: body.changes.len(),
-            written: frozen.written(body.carried()),
+            written: self.worth_carrying(frozen.written(body.carried()), &body.blocks, journal),
         };
         let plan = self.plan(ask, work, journal);
         let outcome = self.carry_out(plan, journal, body, ask);
@@ -209,9 +225,29 @@ impl Flusher {
             return Some(map.freeze());
         }
         let (changes, written) = map.pending();
+        let written = match written {
+            // How they lie is not known yet.
+            Written::Few(blocks) if blocks > self.few => Written::Many,
+            other => other,
+        };
         let work = Work { changes, written };
         let plan = plan(ask, work, &journal.status(), true);
         (plan != Plan::NOTHING).then(|| map.freeze_ahead())
+    }
+
+    /// What was written, as far as a record had better carry it. Scattered blocks cost a sync of the data
+    /// files a write each, and the journal one for all; what lies together is written once by the former.
+    fn worth_carrying(&self, written: Written, blocks: &[Block], journal: &Journal) -> Written {
+        let Written::Few(count) = written else {
+            return written;
+        };
+        let fits = count.bytes() <= journal.status().longest / PART_OF_AREA;
+        let runs = 1 + blocks.windows(2).filter(|pair| !touch(pair)).count() as u64;
+        let is_scattered = runs * SCATTERED_RUN >= count.get();
+        match count <= self.few || fits && is_scattered {
+            true => written,
+            false => Written::Many,
+        }
     }
 
     /// Makes the plan, with what it wants to know of the host's space.
@@ -220,7 +256,9 @@ impl Flusher {
         let mut covered = false;
         if !is_written(ask, work, &status) {
             let space = &self.shared.space;
-            space.look_after();
+            if space.look_after() {
+                self.shared.mind_low_space();
+            }
             space.map_is(self.shared.checkpoint_room());
             if may_carry(ask, work) {
                 // After a power cut they want space that the data files may not have by then.

@@ -91,6 +91,7 @@ fn options(journal_blocks: usize) -> LayerOptions {
         journal_start: 8 << 10,
         journal_max: 16 << 10,
         map_log: 12 << 10,
+        preallocate: LayerOptions::default().preallocate,
         background: false,
     }
 }

@@ -38,6 +38,7 @@ pub(super) fn spec(sealed: bool) -> ChainSpec {
             journal_start: 32 << 10,
             journal_max: 32 << 10,
             map_log: 32 << 10,
+            preallocate: 1 << 20,
             background: false,
         },
     }
