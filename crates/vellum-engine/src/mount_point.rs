@@ -212,7 +212,7 @@ pub fn remove(dir: &Path) -> Result<()> {
 /// As [`unmount_all`].
 pub fn unmount_device(run_dir: &RunDir, force: bool) -> Result<()> {
     let Some(device) = device::status(run_dir)?.and_then(|status| status.disk) else {
-        return Ok(());
+        return device::unmount_deleted(run_dir);
     };
     match LocalDisk::from_path(&device) {
         Some(device) => unmount_all(device, force),

@@ -13,4 +13,5 @@ pub mod opener;
 mod pace;
 mod ublk;
 pub mod unix_socket;
+mod uring;
 pub mod vhost;

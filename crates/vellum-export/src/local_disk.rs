@@ -7,8 +7,9 @@ use std::time::Duration;
 use crate::block_node::BlockNode;
 pub use crate::block_node::DiskHold;
 use crate::loop_device::LoopDevice;
-use crate::ublk::disk::UblkDisk;
+use crate::ublk::disk::{Mark, UblkDisk};
 use vellum_base::error::{Error, Result};
+use vellum_fs::run_dir::RunDir;
 
 /// One block device, there or not. Dropping it does not take it away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -120,38 +121,40 @@ impl LocalDisk {
         }
     }
 
-    /// Takes it away, waiting at most `timeout` for openers that come and go (udev). One that is not there
-    /// is fine.
+    /// Takes the device of `run_dir` away, waiting at most `timeout` for openers that come and go (udev).
+    /// One that is not there is fine.
     ///
     /// # Errors
     /// [`InUse`](vellum_base::ErrorKind::InUse) while it is mounted or held open; nothing is changed then.
-    pub fn detach(self, timeout: Duration) -> Result<()> {
+    pub(crate) fn detach(self, run_dir: &RunDir, timeout: Duration) -> Result<()> {
         match self.0 {
             Kind::Loop(device) => device.detach(timeout),
-            Kind::Ublk(disk) => disk.detach(timeout),
+            Kind::Ublk(disk) => disk.detach(Mark::of(run_dir), timeout),
         }
     }
 
-    /// Takes it away as soon as nobody has it open; a ublk device now, whose users get I/O errors.
+    /// Takes it away as soon as nobody has it open; a ublk device goes by [`LocalDisk::abort`] alone, since its
+    /// number may be another's then.
     ///
     /// # Errors
     /// [`Io`](vellum_base::ErrorKind::Io) where the kernel refuses.
-    pub fn detach_lazily(self) -> Result<()> {
+    pub(crate) fn detach_lazily(self) -> Result<()> {
         match self.0 {
             Kind::Loop(device) => device.detach_lazily(),
-            Kind::Ublk(disk) => disk.detach_lazily(),
+            Kind::Ublk(_) => Ok(()),
         }
     }
 
-    /// Fails the requests that wait for a server which will not come. The device is gone then.
+    /// Fails the requests to the device of `run_dir` that wait for a server which will not come. It is gone
+    /// then.
     ///
     /// # Errors
     /// [`Io`](vellum_base::ErrorKind::Io) where the kernel refuses.
-    pub(crate) fn abort(self) -> Result<()> {
+    pub(crate) fn abort(self, run_dir: &RunDir) -> Result<()> {
         match self.0 {
             // What is below it fails them.
             Kind::Loop(_) => Ok(()),
-            Kind::Ublk(disk) => disk.detach_lazily(),
+            Kind::Ublk(disk) => disk.delete_marked(Mark::of(run_dir)),
         }
     }
 

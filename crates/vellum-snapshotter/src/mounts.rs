@@ -75,7 +75,7 @@ impl Mounts {
         self.store.runs().dir(id)
     }
 
-    /// The loop device of a snapshot whose server works; `None` where a crash or a reboot took it.
+    /// The block device of a snapshot whose server works; `None` where a crash or a reboot took it.
     ///
     /// # Errors
     /// Where the run directory cannot be read.
@@ -374,7 +374,15 @@ impl Mounts {
         let device = status.and_then(|status| status.disk);
         device
             .and_then(|path| LocalDisk::from_path(&path))
-            .ok_or_else(|| Error::new(ErrorKind::Io, format!("the loop device of {id} is gone")))
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Io,
+                    format!(
+                        "the block device of {id} is gone (its server died?): `vellum check` says what is left \
+                         of it; containerd makes the mount again at the next use"
+                    ),
+                )
+            })
     }
 
     /// Unmounts a snapshot if nobody else has it mounted, in whatever mount namespace, for longer than

@@ -85,9 +85,9 @@ pub(super) fn clean(run_dir: &RunDir, options: &DetachOptions) -> Result<()> {
         // so that nothing below can wait for an answer.
         kill_all(run_dir, options.timeout)?;
         for device in disks(run_dir)? {
-            take_from_users(device)?;
-            device.detach_lazily()?;
+            take_from_users(run_dir, device)?;
         }
+        unmount_deleted(run_dir)?;
         unmount_session(run_dir)?;
         return Ok(());
     }
@@ -103,7 +103,7 @@ pub(super) fn clean(run_dir: &RunDir, options: &DetachOptions) -> Result<()> {
                 ),
             ));
         }
-        device.detach(options.timeout)?;
+        device.detach(run_dir, options.timeout)?;
     }
     unmount_session(run_dir)?;
     stop(run_dir, options.timeout)
@@ -125,39 +125,59 @@ fn mounts_of(device: LocalDisk) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// [`ErrorKind::Io`] where the kernel refuses.
 fn abandon(run_dir: &RunDir) -> Result<()> {
-    if is_listened(run_dir) {
+    // Where no directory is there is no device, and one of the same name is another store's.
+    let run_dir = match run_dir.canonical() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.context(|| run_dir.to_string())?,
+    };
+    if is_listened(&run_dir) {
         return Ok(());
     }
     let waits = |disk: &LocalDisk| disk.outlives_its_server();
-    for disk in disks(run_dir)?.into_iter().filter(waits) {
+    for disk in disks(&run_dir)?.into_iter().filter(waits) {
         tracing::warn!(
             "{}: its server is dead: whoever uses it gets I/O errors",
             disk.path().display()
         );
-        take_from_users(disk)?;
+        take_from_users(&run_dir, disk)?;
     }
-    Ok(())
+    unmount_deleted(&run_dir)
 }
 
-/// Takes the mounts of a device away that nobody serves.
-fn take_from_users(device: LocalDisk) -> Result<()> {
-    // Before it is gone.
+/// Takes a device that nobody serves away, and its mounts.
+fn take_from_users(run_dir: &RunDir, device: LocalDisk) -> Result<()> {
     let number = device.major_minor();
-    // An unmount would wait for an answer.
-    device.abort()?;
-    unmount_all(number)
+    let ours = |mount: &MountInfo| Some(mount.major_minor) == number;
+    // An unmount would wait for the answer of a server that will not come.
+    unmount_all(ours, || device.abort(run_dir))?;
+    device.detach_lazily()
 }
 
-fn unmount_all(number: Option<(u32, u32)>) -> Result<()> {
-    // The last mounted is the first to go.
+/// Unmounts what is mounted from a device of `run_dir` that was deleted under it.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] where others mounted something on it.
+pub fn unmount_deleted(run_dir: &RunDir) -> Result<()> {
+    let Some(deleted) = state::deleted_disk(run_dir) else {
+        return Ok(());
+    };
+    unmount_all(|mount| deleted.has(mount), || Ok(()))
+}
+
+/// Unmounts the mounts that are `ours`, after `before`, which is done where all of them can be.
+fn unmount_all(
+    ours: impl Fn(&MountInfo) -> bool,
+    before: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    // Others' mounts are not ours to take away.
     let mounts = MountInfo::read()?;
-    let ours = mounts
-        .iter()
-        .rev()
-        .filter(|mount| Some(mount.major_minor) == number);
-    for mount in ours {
-        // Others' mounts are not ours to take away.
+    let found = || mounts.iter().filter(|mount| ours(mount));
+    for mount in found() {
         mount.check_uncovered(&mounts)?;
+    }
+    before()?;
+    // The last mounted is the first to go.
+    for mount in found().rev() {
         let target = &mount.target;
         tracing::warn!("{}: unmounted, since its device is gone", target.display());
         lazily_unmount(target)?;

@@ -44,7 +44,7 @@ mod worker;
 
 pub use attach::{AttachSpec, Attached, attach, ensure_supervised, upgrade};
 pub use control::ControlHandler;
-pub use detach::{DetachOptions, Leak, detach, find_leaks, wake};
+pub use detach::{DetachOptions, Leak, detach, find_leaks, unmount_deleted, wake};
 pub use failure::Failure;
 pub use lost::{FoundDevice, end_lost, find_devices};
 pub use opened::{Memory, Open, Opened};

@@ -5,7 +5,7 @@
 //! its entries. So it is not believed, but seen.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,6 +23,7 @@ use super::state::{RunState, Status};
 use super::transport::TransportChoice;
 use crate::fuse::ring::host;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_fs::mountinfo::MountInfo;
 use vellum_fs::run_dir::RunDir;
 
 /// Where the result is kept: it is about this boot.
@@ -73,7 +74,7 @@ pub(super) fn settle(spec: &AttachSpec) -> TransportChoice {
     if spec.transport != TransportChoice::Auto {
         return spec.transport;
     }
-    if TransportChoice::Ublk.ublk_control().is_ok() {
+    if shows_new_devices() && TransportChoice::Ublk.ublk_control().is_ok() {
         return TransportChoice::Ublk;
     }
     if host::check().is_err() {
@@ -86,6 +87,17 @@ pub(super) fn settle(spec: &AttachSpec) -> TransportChoice {
             TransportChoice::Classic
         }
     }
+}
+
+/// True where a device that the kernel makes is to be seen in /dev, and pids are those that it knows: not in
+/// most containers.
+fn shows_new_devices() -> bool {
+    // include/uapi/linux/nsfs.h: PID_NS_INIT_INO.
+    const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+    let pids = fs::metadata("/proc/self/ns/pid").map(|namespace| namespace.ino());
+    let dev = MountInfo::at(Path::new("/dev"));
+    matches!(pids, Ok(FIRST_PID_NAMESPACE))
+        && matches!(dev, Ok(Some(mount)) if mount.fs_type == "devtmpfs")
 }
 
 /// Runs the self-test with the servers of `program`, unless it was run in this boot.

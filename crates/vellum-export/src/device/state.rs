@@ -17,6 +17,7 @@ use crate::ublk::disk::{Mark, UblkDisk};
 use crate::unix_socket;
 use vellum_base::error::{Error, Result, ResultExt};
 use vellum_fs::held_dir::Place;
+use vellum_fs::mountinfo::MountInfo;
 use vellum_fs::run_dir::{HeldRunDir, RunDir};
 
 const VERSION: u32 = 1;
@@ -284,6 +285,9 @@ pub(super) fn stopped(run_dir: &RunDir) -> Option<String> {
 pub(super) struct Hint {
     device: PathBuf,
     diskseq: Option<u64>,
+    /// Major and minor, which mounts of a device show that was deleted.
+    #[serde(default)]
+    number: Option<(u32, u32)>,
     boot_id: String,
     run_dir: Place,
 }
@@ -298,6 +302,7 @@ impl Hint {
         let hint = Hint {
             device: device.path(),
             diskseq: device.diskseq(),
+            number: device.major_minor(),
             boot_id,
             run_dir: place,
         };
@@ -330,6 +335,31 @@ impl Hint {
         };
         same.then_some(device)
     }
+}
+
+/// A ublk device that was deleted, perhaps under its mounts: as long as one is there, no other device gets its
+/// number.
+pub(super) struct DeletedDisk {
+    device: PathBuf,
+    number: (u32, u32),
+}
+
+impl DeletedDisk {
+    /// True of a mount of it.
+    pub(super) fn has(&self, mount: &MountInfo) -> bool {
+        mount.major_minor == self.number && mount.source == self.device
+    }
+}
+
+/// The device that the hint of `run_dir` names, if it was deleted.
+pub(super) fn deleted_disk(run_dir: &RunDir) -> Option<DeletedDisk> {
+    let hint = Hint::read(run_dir).filter(|hint| hint.is_about(run_dir))?;
+    let disk = LocalDisk::from_path(&hint.device)?;
+    let deleted = disk.outlives_its_server() && disk.diskseq() != hint.diskseq;
+    deleted.then_some(DeletedDisk {
+        device: hint.device,
+        number: hint.number?,
+    })
 }
 
 /// The block device that the hint names, if it is still the device's.

@@ -323,8 +323,16 @@ impl Supervisor {
         state.write(run_dir)?;
         let (events_in, events_out) = event_pipe()?;
         let signals = block_signals()?;
+        // The kernel makes threads for the commands to ublk, which stay in the namespace of the first; a FUSE
+        // file is mounted in the caller's.
+        let by_ublk = args.transport == TransportChoice::Ublk;
+        if by_ublk {
+            namespace::leave(run_dir);
+        }
         let (session, ring) = begin_session(args)?;
-        namespace::leave(run_dir);
+        if !by_ublk {
+            namespace::leave(run_dir);
+        }
         // What was opened before belongs to the caller's mounts, whose names may go with them.
         let held = hold(run_dir)?;
         state.features = Some(session.features);

@@ -72,7 +72,7 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     let opened = match open(memory, &worker.run_dir.now()) {
         Ok(opened) => opened,
         Err(error) => {
-            report(&worker, &Event::OpenFailed(Failure::from(&error)));
+            cannot_serve(&worker, &error);
             return Err(error);
         }
     };
@@ -88,7 +88,7 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
                 .store(ENDED_SESSION_OVER, Ordering::Release);
             return opened.device.flush();
         }
-        way => way?,
+        way => way.inspect_err(|error| cannot_serve(&worker, error))?,
     };
     let context = Arc::new(Context {
         worker,
@@ -103,7 +103,8 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
         stop: AtomicBool::new(false),
         wake,
     });
-    let mut threads = start(&context)?;
+    let started = start(&context);
+    let mut threads = started.inspect_err(|error| cannot_serve(&context.worker, error))?;
     note_pause(&context.worker);
     report(
         &context.worker,
@@ -126,6 +127,11 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
     let table = context.worker.shared.table();
     table.worker_ended.store(ended, Ordering::Release);
     Ok(())
+}
+
+/// Has the supervisor know why this worker does not serve.
+fn cannot_serve(worker: &Worker, error: &Error) {
+    report(worker, &Event::OpenFailed(Failure::from(error)));
 }
 
 /// How requests come.

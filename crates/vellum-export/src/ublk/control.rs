@@ -12,6 +12,7 @@ use io_uring::{IoUring, cqueue, opcode, types};
 use super::abi::{
     ANY_ID, DeviceId, DeviceInfo, INFO_LEN, NEEDED, Verb, control_command, feature, parameters,
 };
+use super::disk::Mark;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// The kernel's control device.
@@ -21,7 +22,7 @@ pub(crate) const PATH: &str = "/dev/ublk-control";
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the kernel may take to notice that a server is dead. Where every request that a device can have
 /// was with it, the kernel looks once a second.
-const NOTICE: Duration = Duration::from_secs(40);
+const NOTICE: Duration = Duration::from_secs(25);
 
 /// What to say of a command that is not answered.
 const HUNG: &str = "no answer: another program may hang in ublk (`ps -eo pid,stat,wchan:20,comm` shows who waits \
@@ -84,7 +85,18 @@ impl Control {
         match self.command(Verb::Features, ANY_ID, Some(&mut bytes), 0, PATIENCE) {
             Ok(()) => Ok(u64::from_ne_bytes(bytes)),
             // Before Linux 6.5 it cannot be asked.
-            Err(error) if !is_hang(&error) => Ok(0),
+            Err(error)
+                if matches!(
+                    errno(&error),
+                    Some(libc::ENODEV | libc::EINVAL | libc::EOPNOTSUPP)
+                ) =>
+            {
+                Ok(0)
+            }
+            Err(error) if error.kind() == ErrorKind::Permission => Err(error.context(
+                "io_uring cannot be used here (sysctl kernel.io_uring_disabled must be 0 or 1; in a container, \
+                 its seccomp profile must allow it)",
+            )),
             Err(error) => Err(error),
         }
     }
@@ -123,12 +135,13 @@ impl Control {
     /// next one, which then fetches.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`], and [`ErrorKind::NotFound`] where the device was deleted.
-    pub(crate) fn start_recovery(&self, id: DeviceId) -> Result<()> {
+    /// [`ErrorKind::Timeout`], and [`ErrorKind::NotFound`] where the device was deleted: one of that number
+    /// without the mark is another's.
+    pub(crate) fn start_recovery(&self, id: DeviceId, mark: Mark) -> Result<()> {
         let deadline = Instant::now() + NOTICE;
         let mut pause = Duration::from_micros(100);
         loop {
-            let info = self.info(id)?;
+            let info = self.info(id)?.filter(|info| mark.matches(info.mark));
             let Some(info) = info else {
                 return Err(gone(id));
             };

@@ -64,7 +64,8 @@ impl Mark {
         self.bits
     }
 
-    fn matches(self, bits: u64) -> bool {
+    /// True where a device is marked so.
+    pub(super) fn matches(self, bits: u64) -> bool {
         bits & self.mask == self.bits & self.mask
     }
 }
@@ -129,11 +130,18 @@ impl UblkDisk {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
-        let control = Control::open()?;
+        let control = match Control::open() {
+            // A container's own /dev may lack it.
+            Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(Vec::new()),
+            other => other?,
+        };
         let mut found = Vec::new();
         for id in ids {
-            if control.mark(id)?.is_some_and(|bits| mark.matches(bits)) {
-                found.push(UblkDisk(id));
+            match control.mark(id) {
+                Ok(Some(bits)) if mark.matches(bits) => found.push(UblkDisk(id)),
+                Err(error) if error.kind() == ErrorKind::Timeout => return Err(error),
+                // Of one that a user without rights made the kernel does not tell.
+                _ => {}
             }
         }
         Ok(found)
@@ -151,21 +159,22 @@ impl UblkDisk {
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] while it is mounted or held open; nothing is changed then.
-    pub(crate) fn detach(self, timeout: Duration) -> Result<()> {
+    pub(crate) fn detach(self, mark: Mark, timeout: Duration) -> Result<()> {
         match self.node().wait_unclaimed(timeout) {
-            Ok(true) => self.detach_lazily(),
+            Ok(true) => self.delete_marked(mark),
             Ok(false) => Err(Error::new(
                 ErrorKind::InUse,
                 format!("{}: {}", self.node().path().display(), self.node().user()),
             )),
             Err(error) if is_detaching(&error) || error.kind() == ErrorKind::NotFound => {
-                self.detach_lazily()
+                self.delete_marked(mark)
             }
             Err(error) => Err(error),
         }
     }
 
-    /// Deletes it where it has this mark; the number may be another's by now.
+    /// Deletes it where it has this mark, now: whoever has it open gets I/O errors. The number may be
+    /// another's by now.
     ///
     /// # Errors
     /// As [`Control::delete`].
@@ -175,14 +184,6 @@ impl UblkDisk {
             Some(bits) if mark.matches(bits) => control.delete(self.0),
             _ => Ok(()),
         }
-    }
-
-    /// Deletes it now: whoever has it open gets I/O errors.
-    ///
-    /// # Errors
-    /// As [`Control::delete`].
-    pub(crate) fn detach_lazily(self) -> Result<()> {
-        Control::open()?.delete(self.0)
     }
 }
 

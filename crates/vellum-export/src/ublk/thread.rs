@@ -4,7 +4,6 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use memmap2::MmapMut;
@@ -16,13 +15,10 @@ use crate::fuse::abi::{
 };
 use crate::fuse::slot::Shared;
 use crate::fuse::transport::{Ended, Fetched, Patience, Reply, Transport};
+use crate::uring::{Crowd, is_passing};
 use vellum_base::block::{Durability, part};
 use vellum_base::error::{Error, Result, ResultExt};
 
-/// A request that takes longer has waited for the host.
-const SLOW: Duration = Duration::from_micros(100);
-/// So many requests that may have to wait are handed over after one that kept others waiting.
-const CROWD: u32 = 64;
 /// A request of this many bytes is carried out by another thread where others wait: copying takes longer
 /// than waking.
 const LARGE: u64 = 128 << 10;
@@ -132,9 +128,7 @@ pub(crate) struct UblkThread<'a> {
     ring: IoUring,
     ready: VecDeque<Tag>,
     hand: InHand,
-    /// While it is not 0, requests that would wait are handed over.
-    crowd: u32,
-    began: Instant,
+    crowd: Crowd,
     over: bool,
 }
 
@@ -161,8 +155,7 @@ impl<'a> UblkThread<'a> {
             ring,
             ready: VecDeque::new(),
             hand: InHand::new()?,
-            crowd: 0,
-            began: Instant::now(),
+            crowd: Crowd::new(),
             over: false,
         };
         thread.listen()?;
@@ -234,14 +227,6 @@ impl<'a> UblkThread<'a> {
     }
 }
 
-/// True for what a later call may not say again.
-fn is_passing(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME)
-    )
-}
-
 impl Transport for UblkThread<'_> {
     type Ticket = Tag;
 
@@ -260,7 +245,7 @@ impl Transport for UblkThread<'_> {
                     continue;
                 }
                 self.shared.begun(0);
-                self.began = Instant::now();
+                self.crowd.begin();
                 if self.hand.take(self.crew, tag)? == Taken::Gone {
                     return Ok(Fetched::Over(Ended::SessionOver));
                 }
@@ -292,11 +277,7 @@ impl Transport for UblkThread<'_> {
 
     fn commit(&mut self, tag: Tag, reply: Reply) -> Result<Option<Ended>> {
         let result = self.hand.result(self.crew, tag, &reply)?;
-        self.crowd = self.crowd.saturating_sub(1);
-        // Others came while it waited.
-        if self.began.elapsed() > SLOW && self.ring.submission().taskrun() {
-            self.crowd = CROWD;
-        }
+        self.crowd.done(|| self.ring.submission().taskrun());
         self.shared.served_one(0);
         self.send(tag, result)?;
         Ok(None)
@@ -307,7 +288,7 @@ impl Transport for UblkThread<'_> {
     }
 
     fn patience(&self) -> Patience {
-        if self.crowd == 0 && !self.has_others() {
+        if self.crowd.is_calm() && !self.has_others() {
             Patience::Host
         } else {
             Patience::None
@@ -315,7 +296,7 @@ impl Transport for UblkThread<'_> {
     }
 
     fn hand_over(&mut self, tag: Tag) {
-        self.crowd = self.crowd.saturating_sub(1);
+        self.crowd.handed_over();
         self.shared.handed_over(0);
         self.crew.jobs.put(tag);
     }

@@ -10,7 +10,7 @@ use crate::fuse::transport::Ended;
 use crate::ublk::DeviceId;
 use crate::ublk::control::Control;
 use crate::ublk::crew::Crew;
-use crate::ublk::disk::UblkDisk;
+use crate::ublk::disk::{Mark, UblkDisk};
 use crate::ublk::thread::{SpareThread, UblkThread};
 use vellum_base::error::{Error, Result};
 
@@ -22,7 +22,7 @@ type Thread = JoinHandle<Result<Ended>>;
 /// [`NotFound`](vellum_base::ErrorKind::NotFound) where the device was deleted.
 pub(super) fn take_over(worker: &Worker, id: DeviceId) -> Result<Arc<Crew>> {
     if worker.resume {
-        Control::open()?.start_recovery(id)?;
+        Control::open()?.start_recovery(id, Mark::of(&worker.run_dir.now()))?;
     }
     Ok(Arc::new(Crew::new(id)?))
 }

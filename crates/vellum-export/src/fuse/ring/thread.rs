@@ -5,7 +5,6 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
@@ -19,12 +18,8 @@ use crate::fuse::abi::{self as fuse, ParseError, Request};
 use crate::fuse::slot::Shared;
 use crate::fuse::transport::{Ended, Fetched, Patience, Reply, Transport};
 use crate::inbox::Inbox;
+use crate::uring::{Crowd, is_passing};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-
-/// A request that takes longer has waited for the host.
-const SLOW: Duration = Duration::from_micros(100);
-/// So many requests that may have to wait are handed over after one that kept others waiting.
-const CROWD: u32 = 64;
 
 /// What a completion is about, in the upper half of its user data; the entry is in the lower.
 const REGISTER: u64 = 1 << 32;
@@ -48,9 +43,7 @@ pub struct RingThread<'a> {
     sending: Vec<(Slot, u64)>,
     /// Those of each entry, which the submissions that register them name.
     iovecs: Box<[[libc::iovec; 2]]>,
-    /// While it is not 0, requests that would wait are handed over.
-    crowd: u32,
-    began: Instant,
+    crowd: Crowd,
     /// The session is over.
     over: bool,
 }
@@ -85,8 +78,7 @@ impl<'a> RingThread<'a> {
             iovecs: (0..slots)
                 .map(|index| crew.memory.iovecs(Slot::from_index(index)))
                 .collect(),
-            crowd: 0,
-            began: Instant::now(),
+            crowd: Crowd::new(),
             over: false,
         };
         thread.begin()?;
@@ -261,14 +253,6 @@ impl<'a> RingThread<'a> {
     }
 }
 
-/// True for what a later call may not say again.
-fn is_passing(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME)
-    )
-}
-
 /// Keeps the calling thread on these processors. Best effort: it is for speed, and a control group may not
 /// have them.
 fn pin(processors: impl IntoIterator<Item = usize>) {
@@ -291,7 +275,7 @@ impl Transport for RingThread<'_> {
             self.listen_to_others()?;
             if let Some(slot) = self.ready.pop_front() {
                 self.memory().begin(slot);
-                self.began = Instant::now();
+                self.crowd.begin();
                 return Ok(Fetched::Request(slot));
             }
             if self.over {
@@ -322,11 +306,7 @@ impl Transport for RingThread<'_> {
 
     fn commit(&mut self, slot: Slot, reply: Reply) -> Result<Option<Ended>> {
         lay(self.memory(), slot, &reply);
-        self.crowd = self.crowd.saturating_sub(1);
-        // Others came while it waited.
-        if self.began.elapsed() > SLOW && self.ring.submission().taskrun() {
-            self.crowd = CROWD;
-        }
+        self.crowd.done(|| self.ring.submission().taskrun());
         let owner = self.crew.owner(slot.queue());
         if owner != self.index && self.crew.is_alone(slot) {
             // Its client has one request at a time: its entries go home, where it runs.
@@ -344,7 +324,7 @@ impl Transport for RingThread<'_> {
     }
 
     fn patience(&self) -> Patience {
-        if self.crowd == 0 && self.ready.is_empty() && !self.inbox().has_any() {
+        if self.crowd.is_calm() && self.ready.is_empty() && !self.inbox().has_any() {
             Patience::Host
         } else {
             Patience::None
@@ -352,7 +332,7 @@ impl Transport for RingThread<'_> {
     }
 
     fn hand_over(&mut self, slot: Slot) {
-        self.crowd = self.crowd.saturating_sub(1);
+        self.crowd.handed_over();
         self.crew.hand_over((slot, self.index));
     }
 }
