@@ -20,6 +20,8 @@ fn containers_on_ublk_devices_outlive_killed_servers_and_leave_nothing_behind() 
         "ublk: a container ran",
         "ublk: attached and detached 10 times",
         "ublk: a server dies with all requests that a device can have",
+        "ublk: unmounted after its device was deleted",
+        "ublk: namespaces that end and copies of the store do no harm",
         "ublk: done",
     ] {
         assert!(said.contains(wanted), "{wanted:?} is missing: {said}");
