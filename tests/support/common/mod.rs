@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vellum_export::loop_device::LoopDevice;
+use vellum_fs::run_dir::RunDir;
 
 /// The binary under test.
 pub const VELLUM: &str = env!("CARGO_BIN_EXE_vellum");
@@ -232,12 +233,22 @@ impl TestStore {
         let deadline = Instant::now() + Duration::from_secs(120);
         loop {
             let all = self.processes();
-            if all.is_empty() || Instant::now() > deadline {
-                return all.is_empty();
+            let dead = all.is_empty() && !self.has_dying_servers();
+            if dead || Instant::now() > deadline {
+                return dead;
             }
             all.iter().for_each(|(pid, _)| kill(*pid));
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// True while a device's process that has no command line any more still holds its files.
+    fn has_dying_servers(&self) -> bool {
+        let dirs = fs::read_dir(self.root.join("run")).into_iter().flatten();
+        dirs.flatten().any(|dir| {
+            let status = vellum_export::device::status(&RunDir::at(dir.path()));
+            matches!(status, Ok(Some(status)) if status.alive)
+        })
     }
 
     /// Serves a container or an image over NBD; returns the server and its socket.
