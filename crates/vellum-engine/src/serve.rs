@@ -19,6 +19,7 @@ use vellum_core::chain::ChainStats;
 use vellum_export::device::ControlHandler;
 use vellum_export::device::control_server::ControlServer;
 use vellum_export::nbd::Export;
+use vellum_export::space_thread::SpaceThread;
 use vellum_export::vhost::{Disk, Server as DiskServer};
 use vellum_store::{ContainerRecord, Store};
 
@@ -26,7 +27,8 @@ use vellum_store::{ContainerRecord, Store};
 /// order when it is dropped, after the server's shutdown.
 #[derive(Debug)]
 pub struct Serving {
-    // First, since it holds the chain too.
+    // These two first, since they hold the chain too. The thread is there where it can be written.
+    space: Option<SpaceThread>,
     _control: Option<ControlServer>,
     chain: Arc<OpenChain>,
 }
@@ -37,6 +39,7 @@ impl Serving {
     /// # Errors
     /// Where what was written could not be made durable, or something is left to recover.
     pub fn close(self) -> Result<()> {
+        drop(self.space);
         self.chain.close()
     }
 }
@@ -152,7 +155,9 @@ fn answer(
             .inspect_err(|error| tracing::warn!(%error, "nobody can ask for counters"))
             .ok()
     });
+    let writable = chain.chain().top().is_some();
     Serving {
+        space: writable.then(|| SpaceThread::start(chain.chain().clone())),
         _control: control,
         chain,
     }

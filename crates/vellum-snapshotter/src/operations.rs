@@ -304,16 +304,15 @@ impl Snapshotter {
     /// Takes back what a failed [`Snapshotter::prepare`] did.
     fn undo(&self, record: &SnapshotRecord) {
         self.retirer.announce(&record.layers);
-        match self.store.remove_snapshot(record.id) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                tracing::warn!(%error, "the record of a failed snapshot stays");
-            }
-            _ => {}
+        let removed = self.store.remove_snapshot(record.id);
+        let discard = to_discard(record, removed);
+        if discard.is_empty() {
+            self.retirer.retract(&record.layers);
         }
         self.index.forget(&record.key);
         self.retirer.push(Job {
             id: Some(record.id),
-            discard: record.layers.clone(),
+            discard,
             ..Job::default()
         });
     }
@@ -527,6 +526,17 @@ impl Snapshotter {
     }
 }
 
+/// The layers of a failed snapshot that no record names. A record that stays names whole layers.
+fn to_discard(record: &SnapshotRecord, removed: vellum_base::Result<()>) -> Vec<Uuid> {
+    match removed {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            tracing::warn!(%error, "the record of a failed snapshot stays, and its layer");
+            Vec::new()
+        }
+        _ => record.layers.clone(),
+    }
+}
+
 fn mount_spec(record: &SnapshotRecord, source: PathBuf) -> MountSpec {
     MountSpec {
         source,
@@ -539,4 +549,37 @@ fn has_checksums(store: &Store, layer: Uuid) -> bool {
     // One that cannot be opened says so when it is used.
     SealedLayer::open(&**store.storage(), &store.layer_dir(layer))
         .map_or(true, |layer| layer.is_checksummed())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_snapshot_keeps_its_layers_where_its_record_stays() {
+        let layer = Uuid::from_u128(1);
+        let record = SnapshotRecord {
+            key: "key".into(),
+            id: Uuid::from_u128(2),
+            kind: SnapshotKind::Active,
+            parent: None,
+            base: Uuid::from_u128(3),
+            layers: vec![layer],
+            virtual_size: 1 << 20,
+            bytes: 0,
+            base_inodes: None,
+            inodes: None,
+            device: false,
+            labels: BTreeMap::new(),
+            created: SystemTime::UNIX_EPOCH,
+            updated: SystemTime::UNIX_EPOCH,
+        };
+        let failed = |kind| Err(Error::new(kind, "a test's"));
+        assert!(to_discard(&record, failed(ErrorKind::Io)).is_empty());
+        let gone = to_discard(&record, failed(ErrorKind::NotFound));
+        assert_eq!(
+            (gone, to_discard(&record, Ok(()))),
+            (vec![layer], vec![layer])
+        );
+    }
 }

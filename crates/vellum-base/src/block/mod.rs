@@ -144,6 +144,10 @@ pub trait BlockDevice: Send + Sync {
         false
     }
 
+    /// To be called every few seconds by who serves the device, also where no request comes: gives back space
+    /// on the host that was taken ahead and is not used, or is wanted by others. May wait for the host.
+    fn look_after_space(&self) {}
+
     /// Makes the range read as zeros and gives its space back. Whole blocks become durable zeros
     /// at the next flush; the unaligned ends are written as zeros.
     fn discard(&self, offset: u64, len: u64) -> Result<()>;

@@ -292,6 +292,13 @@ impl BlockDevice for Chain {
         self.top().is_some_and(|top| top.wait_for_room())
     }
 
+    fn look_after_space(&self) {
+        // Not under the lock, which a commit wants.
+        if let Some(top) = self.top() {
+            top.look_after_space();
+        }
+    }
+
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.write_zeroes(offset, len, ZeroMode::MayUnmap, Durability::Buffered)
     }

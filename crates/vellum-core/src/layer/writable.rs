@@ -125,6 +125,7 @@ impl WritableLayer {
             data.drop_cache()?;
             drop_map_cache(&*storage, dir)?;
         }
+        let closed = prealloc::was_closed(&*storage, dir, &left)?;
         let trusted = matches!(left, Left::Trusted(_));
         let space = Space::open(&storage, dir);
         let recovered = recovery::recover(&*storage, dir, &header, &data, &space, trusted)?;
@@ -145,7 +146,7 @@ impl WritableLayer {
             Left::Stale { .. } => live::remove(&*storage, dir)?,
             Left::Nothing => {}
         }
-        let leftover = prealloc::leftover(data.allocated(), map.data_blocks());
+        let leftover = prealloc::leftover(data.allocated(), map.data_blocks(), closed);
         let at_least = Blocks::whole_in(options.preallocate);
         map.preallocated_mut().begin(at_least, leftover);
         let shared = Arc::new(Shared::new(
@@ -157,6 +158,8 @@ impl WritableLayer {
             map_file,
             StatsHandle(counters),
         ));
+        // It would count within the bounds for as long as the layer is open.
+        shared.give_back_leftover();
         let options = options.within_bounds();
         Ok(Arc::new(WritableLayer {
             flusher: Flusher::new(shared.clone(), options, recovered.generation),
@@ -215,10 +218,16 @@ impl WritableLayer {
         Ok(self.shared.data.allocated()?.saturating_sub(preallocated))
     }
 
-    /// Gives back the space on the host that was taken ahead of first touches, and what a process
-    /// before left. To be called with no blocks held.
+    /// Gives back the space on the host that was taken ahead of first touches, and whatever else takes
+    /// space and is not data. To be called with no blocks held.
     pub fn give_back_preallocated(&self) {
         self.shared.give_back_preallocated();
+        self.shared.look_for_leftover();
+    }
+
+    /// As [`vellum_base::block::BlockDevice::look_after_space`]. To be called with no blocks held.
+    pub fn look_after_space(&self) {
+        self.shared.look_after_preallocated();
     }
 
     /// The run of blocks of one state at the front of `span`, as long as can be.
@@ -382,9 +391,10 @@ impl WritableLayer {
 
     /// Clients' writes that want space leave so many bytes of the host's disk available, small ones
     /// half as many, and [favoured](Self::favour) ones none; others fail with
-    /// [`ErrorKind::NoSpace`]. 0 ends that.
+    /// [`ErrorKind::NoSpace`]. 0 ends that. To be called with no blocks held.
     pub fn keep_free(&self, bytes: u64) {
         self.shared.space.keep_free(bytes);
+        self.shared.mind_low_space();
     }
 
     /// To be called after a write failed with [`ErrorKind::NoSpace`], with nothing locked: waits a

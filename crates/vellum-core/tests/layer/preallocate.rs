@@ -223,24 +223,126 @@ fn a_discard_gives_back_what_was_preallocated_beside_it_and_later_writes_take_it
 }
 
 #[test]
-fn what_a_process_before_left_is_counted_and_given_back_at_the_next_close() {
-    let (disk, _, rig) = simulated();
+fn what_a_killed_process_left_is_given_back_when_the_layer_is_opened() {
+    // Also less than the host's file system may have for itself.
+    for windows in [1, 3] {
+        let (disk, _, rig) = simulated();
+        let chain = rig.open();
+        for window in 0..windows {
+            write(&chain, window * WINDOW, 8, 1);
+        }
+        chain.flush().unwrap();
+        // The server is killed; and the power goes once all was written back.
+        std::mem::forget(chain);
+        for disk in [disk.clone(), disk.remount(1, Some("data"))] {
+            assert_eq!(taken(&disk, &rig.top), windows * WINDOW);
+            let chain = rig.open_on(Arc::new(disk.clone()));
+            assert_eq!(taken(&disk, &rig.top), windows * 8);
+            let top = chain.top().unwrap();
+            assert_eq!(top.allocated_bytes().unwrap(), windows * 8 * BLOCK_SIZE);
+            assert_eq!(value(&chain, 0), 1);
+            assert_eq!(value(&chain, 8), BELOW);
+            // Nothing of it counts within the bounds.
+            let before = reserved(&chain);
+            write(&chain, 3 * WINDOW + 100, 8, 1);
+            assert_eq!(reserved(&chain) - before, (WINDOW - 8) * BLOCK_SIZE);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_given_back_when_the_layer_is_opened_counts_and_goes_at_its_close() {
+    let (disk, storage, rig) = simulated();
     let chain = rig.open();
     write(&chain, 0, 8, 1);
-    write(&chain, WINDOW, 8, 1);
-    write(&chain, 3 * WINDOW, 8, 1);
     chain.flush().unwrap();
-    // The server is killed; and the power goes once all was written back.
     std::mem::forget(chain);
-    for disk in [disk.clone(), disk.remount(1, Some("data"))] {
-        let chain = rig.open_on(Arc::new(disk.clone()));
-        assert_eq!(taken(&disk, &rig.top), 3 * WINDOW);
-        let top = chain.top().unwrap();
-        assert_eq!(top.allocated_bytes().unwrap(), 24 * BLOCK_SIZE);
-        assert!(reserved(&chain) >= (3 * WINDOW - 24) * BLOCK_SIZE);
-        top.close().unwrap();
-        assert_eq!(taken(&disk, &rig.top), 24);
-        assert_eq!(top.allocated_bytes().unwrap(), 24 * BLOCK_SIZE);
+    storage.fail(refused_punches(libc::EIO, true));
+    let chain = rig.open();
+    assert_eq!(taken(&disk, &rig.top), WINDOW);
+    assert!(reserved(&chain) >= (WINDOW - 8) * BLOCK_SIZE);
+    storage.heal();
+    chain.top().unwrap().close().unwrap();
+    assert_eq!(taken(&disk, &rig.top), 8);
+}
+
+#[test]
+fn a_trim_finds_what_takes_space_and_is_not_data_however_little_it_is() {
+    let (disk, _, rig) = simulated();
+    rig.open().close().unwrap();
+    let file = disk
+        .open(&rig.top.join("data"), vellum_base::storage::OpenMode::Write)
+        .unwrap();
+    file.allocate(50 * BLOCK_SIZE, 100 * BLOCK_SIZE).unwrap();
+    let chain = rig.open();
+    assert_eq!(taken(&disk, &rig.top), 100);
+    chain.top().unwrap().give_back_preallocated();
+    assert_eq!(taken(&disk, &rig.top), 0);
+}
+
+fn refused_punches(errno: i32, lasting: bool) -> FaultPlan {
+    FaultPlan {
+        kinds: vec![OpKind::Punch],
+        nth: 1,
+        fault: Fault::Errno(errno),
+        lasting,
+    }
+}
+
+#[test]
+fn a_full_host_that_wants_a_block_for_a_hole_has_it_of_the_reserve() {
+    for killed in [false, true] {
+        let (disk, storage, rig) = simulated();
+        let mut chain = rig.open();
+        write(&chain, 0, 8, 1);
+        chain.flush().unwrap();
+        let plan = refused_punches(libc::ENOSPC, false);
+        if killed {
+            std::mem::forget(chain);
+            storage.fail(plan);
+            chain = rig.open();
+        } else {
+            storage.fail(plan);
+            chain.top().unwrap().give_back_preallocated();
+        }
+        assert_eq!(taken(&disk, &rig.top), 8, "killed: {killed}");
+        drop(chain);
+    }
+}
+
+#[test]
+fn space_that_the_host_does_not_take_back_is_not_tried_at_each_look() {
+    let (disk, storage, rig) = simulated();
+    disk.limit(2 << 30);
+    let chain = rig.open();
+    write(&chain, 0, 8, 1);
+    disk.limit(512 << 20);
+    storage.fail(refused_punches(libc::EIO, true));
+    chain.look_after_space();
+    let before = storage.counts();
+    for _ in 0..5 {
+        chain.look_after_space();
+    }
+    assert_eq!(storage.counts().since(&before).of(OpKind::Punch), 0);
+    assert_eq!(taken(&disk, &rig.top), WINDOW);
+}
+
+#[test]
+fn an_idle_container_gives_back_where_others_fill_the_disk_or_the_policy_keeps_more_free() {
+    for policy in [false, true] {
+        let (disk, _, rig) = simulated();
+        disk.limit(2 << 30);
+        let chain = rig.open();
+        write(&chain, 0, 8, 1);
+        chain.look_after_space();
+        assert_eq!(taken(&disk, &rig.top), WINDOW);
+        if policy {
+            chain.top().unwrap().keep_free(3 << 29);
+        } else {
+            disk.limit(512 << 20);
+            chain.look_after_space();
+        }
+        assert_eq!(taken(&disk, &rig.top), 8, "policy: {policy}");
     }
 }
 

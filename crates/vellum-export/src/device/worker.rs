@@ -35,6 +35,7 @@ use crate::fuse::server::Server;
 use crate::fuse::session;
 use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared, Slot};
 use crate::fuse::transport::{Classic, Ended};
+use crate::space_thread::SpaceThread;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::fault;
 use vellum_base::storage::{listen_for_waits, note_waits_in};
@@ -111,11 +112,15 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
         &Event::Serving(nix::unistd::getpid().as_raw()),
     );
     start_spares(&context, &mut threads);
+    let space = SpaceThread::start(Arc::clone(&context.opened.device));
     let result = main_loop(&context, &threads);
     context.stop.store(true, Ordering::Release);
     context.readers.close();
     context.way.stop();
-    let ended = join(threads)?;
+    let ended = join(threads);
+    // No request is under way, so it waits for none.
+    drop(space);
+    let ended = ended?;
     result?;
     finish_commands(&context);
     // What was answered is in the kernel; this makes it durable too before the device closes.

@@ -5,32 +5,51 @@
 
 mod windows;
 
+use std::path::Path;
 use std::time::Duration;
 
 use self::windows::WINDOW;
 pub(super) use self::windows::{Want, Windows};
+use super::journal::has_journal;
+use super::live::Left;
 use super::range_lock::RangeGuard;
 use super::shared::Shared;
+use super::space::{Claim, RESERVE_FILE};
 use vellum_base::block::{Block, BlockState, Blocks, Run, Span};
-use vellum_base::error::{ErrorKind, Result};
+use vellum_base::error::{ErrorKind, Result, ResultExt};
+use vellum_base::storage::Storage;
 
 /// After the host refused, or had little left, nothing is preallocated for so long.
 const PAUSE: Duration = Duration::from_secs(10);
-/// What a process before may have left is looked for from so many blocks on, beside one for so many of
-/// data: the host's file system takes some for itself.
+/// In a layer that was closed in order, what may have been left all the same is looked for from so many
+/// blocks on, beside one for so many of data: the host's file system takes some for itself.
 const LEFTOVER: Blocks = Blocks::new(256);
 const OVERHEAD: u64 = 64;
 
-/// Blocks that take space on the host, by what it says, beyond those of data.
-pub(super) fn leftover(allocated: Result<u64>, data: Blocks) -> Blocks {
+/// Whether the process before closed the layer, as far as its files tell before anything is recovered.
+///
+/// # Errors
+/// Where the host cannot look.
+pub(super) fn was_closed(storage: &dyn Storage, dir: &Path, left: &Left) -> Result<bool> {
+    let reserve = dir.join(RESERVE_FILE);
+    let is_reserved = || {
+        let found = storage.exists(&reserve);
+        found.context(|| format!("cannot look at {}", reserve.display()))
+    };
+    Ok(*left == Left::Nothing && !has_journal(storage, dir)? && !is_reserved()?)
+}
+
+/// Blocks that take space on the host, by what it says, beyond those of data; in a layer that was `closed`
+/// none where the host's file system may have them for itself.
+pub(super) fn leftover(allocated: Result<u64>, data: Blocks, closed: bool) -> Blocks {
     // A host that does not tell has none to give back either.
     let Ok(allocated) = allocated else {
         return Blocks::NONE;
     };
     let beyond = Blocks::whole_in(allocated).get().saturating_sub(data.get());
-    match beyond >= LEFTOVER.get() + data.get() / OVERHEAD {
-        true => Blocks::new(beyond),
-        false => Blocks::NONE,
+    match closed && beyond < LEFTOVER.get() + data.get() / OVERHEAD {
+        true => Blocks::NONE,
+        false => Blocks::new(beyond),
     }
 }
 
@@ -109,13 +128,19 @@ impl Shared {
     fn release(&self, span: Span) {
         let taken = self.map.write().preallocated_mut().take(span);
         for run in taken {
-            if let Err(error) = self.data.release(run) {
+            if let Err(error) = self.punch(run) {
                 tracing::debug!(%error, "preallocated space is not given back");
                 let mut map = self.map.write();
                 let left = map.preallocated().leftover() + run.len();
                 map.preallocated_mut().set_leftover(left);
             }
         }
+    }
+
+    /// Punches blocks that hold nothing. That may want a block of the host's own just where it has none.
+    fn punch(&self, run: Span) -> Result<()> {
+        let space = &self.space;
+        space.within(Claim::Own, 0, || self.data.release(run))
     }
 
     /// As [`Shared::release`], of those that nobody holds.
@@ -127,19 +152,26 @@ impl Shared {
         }
     }
 
-    /// Gives back all space that is preallocated, also what a process before left. Waits for writers,
-    /// so no blocks may be held.
+    /// Gives back all space that is preallocated, also what a process before is known to have left. Waits
+    /// for writers, so no blocks may be held.
     pub(super) fn give_back_preallocated(&self) {
-        let map = self.map.read();
-        let (spans, leftover) = (map.preallocated().spans(), map.preallocated().leftover());
-        drop(map);
+        let spans = self.map.read().preallocated().spans();
         for span in spans {
             let _held = self.locks.lock(span);
             self.release(span);
         }
-        if leftover.is_none() {
-            return;
+        self.give_back_leftover();
+    }
+
+    /// Gives back what a process before is known to have left.
+    pub(super) fn give_back_leftover(&self) {
+        if !self.map.read().preallocated().leftover().is_none() {
+            self.look_for_leftover();
         }
+    }
+
+    /// Gives back what takes space and is not data, also where nothing is known of it.
+    pub(super) fn look_for_leftover(&self) {
         match self.release_leftover() {
             Ok(()) => self
                 .map
@@ -160,20 +192,37 @@ impl Shared {
             let _held = self.locks.lock(span);
             let still = not_data(self.map.read().index().cover(span));
             for run in still {
-                self.data.release(run)?;
+                self.punch(run)?;
             }
         }
         Ok(())
     }
 
     /// To be called now and then with no blocks held: gives preallocated space back where the host has
-    /// little left.
+    /// little left. What it could not give back it leaves alone for a while.
     pub(super) fn mind_low_space(&self) {
-        let none = self.map.read().preallocated().blocks().is_none();
-        if !none && !self.space.has_plenty() {
-            self.map.write().preallocated_mut().pause(PAUSE);
+        let nothing = {
+            let map = self.map.read();
+            let preallocated = map.preallocated();
+            preallocated.blocks().is_none() || preallocated.was_given_back_within(PAUSE)
+        };
+        if !nothing && !self.space.has_plenty() {
+            let mut map = self.map.write();
+            map.preallocated_mut().pause(PAUSE);
+            map.preallocated_mut().gives_back();
+            drop(map);
             self.give_back_preallocated();
         }
+    }
+
+    /// To be called every few seconds with no blocks held, whether or not requests come: gives back what
+    /// no write comes to, and all of it where the host has little left.
+    pub(super) fn look_after_preallocated(&self) {
+        if self.map.read().preallocated().may_sweep() {
+            let idle = self.map.write().preallocated_mut().sweep();
+            self.release_free(idle);
+        }
+        self.mind_low_space();
     }
 }
 

@@ -16,7 +16,7 @@ const TOUCHES: u64 = 8;
 const LARGE: Blocks = WINDOW;
 /// Windows at most, for the memory that each takes.
 const WINDOWS_AT_MOST: usize = 4096;
-/// Where nothing more may be taken, what no write came to for this long goes back.
+/// What no write came to for this long goes back when it is looked for.
 const IDLE: Duration = Duration::from_secs(10);
 /// Of what a layer holds so much may be preallocated beside it,
 const PART: u64 = 10;
@@ -88,6 +88,8 @@ pub(in crate::layer) struct Windows {
     resume: Option<Instant>,
     unsupported: bool,
     swept: Option<Instant>,
+    /// When all of it was last to go back, for want of space.
+    given_back: Option<Instant>,
 }
 
 fn window_of(block: Block) -> u64 {
@@ -190,7 +192,8 @@ impl Windows {
         })
     }
 
-    fn may_sweep(&self) -> bool {
+    /// Whether the last sweep is so long ago that what no write came to since then is idle.
+    pub(super) fn may_sweep(&self) -> bool {
         self.swept.is_none_or(|swept| swept.elapsed() >= IDLE)
     }
 
@@ -287,6 +290,16 @@ impl Windows {
     /// Takes no more space for so long.
     pub(super) fn pause(&mut self, time: Duration) {
         self.resume = Some(Instant::now() + time);
+    }
+
+    /// All of it goes back now, for want of space.
+    pub(super) fn gives_back(&mut self) {
+        self.given_back = Some(Instant::now());
+    }
+
+    /// Whether that was tried within this time.
+    pub(super) fn was_given_back_within(&self, time: Duration) -> bool {
+        self.given_back.is_some_and(|at| at.elapsed() < time)
     }
 
     /// The host cannot preallocate.
