@@ -135,7 +135,11 @@ fn a_flush_of_many_blocks_costs_one_sync_and_one_record() {
 /// A sync of the data file would have the disk write each of them by itself.
 #[test]
 fn a_flush_of_many_scattered_blocks_costs_one_synchronous_write_and_no_sync() {
-    let (_, storage, chain) = device(LayerOptions::default());
+    // What frees the smaller area would sync at any time.
+    let (_, storage, chain) = device(LayerOptions {
+        background: false,
+        ..LayerOptions::default()
+    });
     write(&chain, 0, 1, 1).unwrap();
     chain.flush().unwrap();
     let scattered = |count, value| {
@@ -143,10 +147,12 @@ fn a_flush_of_many_scattered_blocks_costs_one_synchronous_write_and_no_sync() {
             write(&chain, 3 * at + 1, 1, value).unwrap();
         }
     };
-    // The first makes a larger area for them.
-    scattered(80, 1);
-    chain.flush().unwrap();
-    scattered(80, 2);
+    // The first makes a larger area for them, the second frees the smaller one.
+    for value in [1, 2] {
+        scattered(80, value);
+        chain.flush().unwrap();
+    }
+    scattered(80, 3);
     assert_eq!(cost(&storage, &chain), (0, 1, 0));
     // What lies together is written in one go either way.
     write(&chain, 0, 200, 3).unwrap();
