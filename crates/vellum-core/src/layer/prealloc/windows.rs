@@ -153,6 +153,11 @@ impl Windows {
         if self.at_least.is_none() || self.unsupported || span.is_empty() {
             return Want::Nothing;
         }
+        // A write that is smaller than a window wants at least the rest of one. Most writes end here once
+        // there is no room.
+        if span.len() < WINDOW && !self.has_room(WINDOW - span.len(), data) && !self.may_sweep() {
+            return Want::Nothing;
+        }
         let windows = windows_of(span);
         let is_wanted =
             |window: &u64| !self.windows.contains_key(window) && self.will_be_dense(*window, span);
@@ -203,9 +208,7 @@ impl Windows {
             return;
         }
         let (first, last) = windows_of(span).into_inner();
-        if !self.windows.is_empty() {
-            self.take(span);
-        }
+        self.clear(span, |_| {});
         self.count_touches(first, span);
         // What is in the middle is full, and a whole layer may become data at once.
         if last != first {
@@ -238,42 +241,46 @@ impl Windows {
     /// Takes out those of `span` that are preallocated, and says which, in order.
     pub(in crate::layer) fn take(&mut self, span: Span) -> Vec<Span> {
         let mut taken: Vec<Span> = Vec::new();
+        self.clear(span, |block| match taken.last_mut() {
+            Some(last) if last.end() == block => *last = last.longer_by(Blocks::ONE),
+            _ => taken.push(Span::of(block)),
+        });
+        taken
+    }
+
+    /// Takes out those of `span` that are preallocated; each is told of, in order.
+    fn clear(&mut self, span: Span, mut each: impl FnMut(Block)) {
         if self.windows.is_empty() || span.is_empty() {
-            return taken;
+            return;
         }
         let windows = windows_of(span);
-        let mut there: Vec<u64> = match windows.end() - windows.start() < self.windows.len() as u64
-        {
-            true => windows.collect(),
-            false => self
-                .windows
-                .keys()
-                .copied()
-                .filter(|window| windows.contains(window))
-                .collect(),
-        };
+        if windows.end() - windows.start() < self.windows.len() as u64 {
+            windows.for_each(|number| self.clear_window(number, span, &mut each));
+            return;
+        }
+        let there = self.windows.keys().copied();
+        let mut there: Vec<u64> = there.filter(|window| windows.contains(window)).collect();
         there.sort_unstable();
         for number in there {
-            let Some(window) = self.windows.get_mut(&number) else {
-                continue;
-            };
-            window.in_use = true;
-            let part = span_of(number).intersection(span);
-            for block in part.into_iter().flat_map(Span::blocks) {
-                if !window.set(block, false) {
-                    continue;
-                }
+            self.clear_window(number, span, &mut each);
+        }
+    }
+
+    fn clear_window(&mut self, number: u64, span: Span, each: &mut impl FnMut(Block)) {
+        let Some(window) = self.windows.get_mut(&number) else {
+            return;
+        };
+        window.in_use = true;
+        let part = span_of(number).intersection(span);
+        for block in part.into_iter().flat_map(Span::blocks) {
+            if window.set(block, false) {
                 self.blocks -= Blocks::ONE;
-                match taken.last_mut() {
-                    Some(last) if last.end() == block => *last = last.longer_by(Blocks::ONE),
-                    _ => taken.push(Span::of(block)),
-                }
-            }
-            if window.count().is_none() {
-                self.windows.remove(&number);
+                each(block);
             }
         }
-        taken
+        if window.count().is_none() {
+            self.windows.remove(&number);
+        }
     }
 
     /// The windows that no write came to since the last sweep. From then on they have to be written to
