@@ -10,7 +10,6 @@ WAYS = ("ublk", "classic", "raw")
 
 def exercise(guest, options):
     """Runs guest/bench and prints its ratios."""
-    guest.format()
     seen = {}
 
     def tell(message):
@@ -22,10 +21,7 @@ def exercise(guest, options):
                 say(message)
 
     seconds = 600 + (options.rounds + 1) * len(WORKS) * len(WAYS) * (options.seconds + 20)
-    with guest.boot("bench") as boot:
-        boot.machine.wait_for("off", seconds, seen=tell)
-        boot.machine.wait_off(seconds)
-        boot.machine.check_console()
+    guest.run("bench", seconds, seen=tell)
     report(seen)
 
 

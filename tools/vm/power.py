@@ -64,6 +64,20 @@ class Guest:
             say(f"the machine does not come up (attempt {attempt}): see {console}")
         raise Failure(f"the machine does not come up: see {console}")
 
+    def run(self, what, seconds, seed=0, seen=None):
+        """Does what guest/WHAT says from its beginning to its end, on an empty disk. What the guest says of
+        how far it is goes to `seen`, or is passed on."""
+        def tell(message):
+            if message.startswith(f"{what}: "):
+                say(message)
+
+        self.format()
+        with self.boot(what, seed) as boot:
+            boot.machine.wait_for("off", seconds, seen or tell)
+            boot.machine.wait_off(seconds)
+            boot.machine.check_console()
+            self.forget_log(boot)
+
     def forget_log(self, boot):
         """A long run needs no log of boots that went well."""
         if not self.options.keep:
