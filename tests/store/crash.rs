@@ -625,6 +625,26 @@ fn template(store: &Store, pin: &vellum_store::StoreGuard) -> Result<Uuid> {
     Ok(layer)
 }
 
+/// Of a snapshot that is written to, on `base`.
+pub fn snapshot_record(key: &str, parent: Option<&str>, base: Uuid, layer: Uuid) -> SnapshotRecord {
+    SnapshotRecord {
+        key: key.into(),
+        id: Uuid::new_v4(),
+        kind: SnapshotKind::Active,
+        parent: parent.map(Into::into),
+        base,
+        layers: vec![layer],
+        virtual_size: SIZE,
+        bytes: 0,
+        base_inodes: None,
+        inodes: None,
+        device: false,
+        labels: BTreeMap::new(),
+        created: SystemTime::now(),
+        updated: SystemTime::now(),
+    }
+}
+
 /// As the snapshotter's, without the mount.
 fn prepare(store: &Store, key: &str, parent: Option<&str>) -> Result<()> {
     store.prepare_snapshots()?;
@@ -642,22 +662,7 @@ fn prepare(store: &Store, key: &str, parent: Option<&str>) -> Result<()> {
     open.chain().read_at(&mut block, 0)?;
     open.chain().write_at(&block, 0, Durability::Buffered)?;
     open.chain().flush()?;
-    let record = SnapshotRecord {
-        key: key.into(),
-        id: Uuid::new_v4(),
-        kind: SnapshotKind::Active,
-        parent: parent.map(Into::into),
-        base,
-        layers: vec![layer.uuid],
-        virtual_size: SIZE,
-        bytes: 0,
-        base_inodes: None,
-        inodes: None,
-        device: false,
-        labels: BTreeMap::new(),
-        created: SystemTime::now(),
-        updated: SystemTime::now(),
-    };
+    let record = snapshot_record(key, parent, base, layer.uuid);
     store.put_snapshot(&record, Some(&layer), &pin)
 }
 

@@ -8,9 +8,9 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 use vellum_base::storage::{Moment, Observer, OpKind, SimStorage, Storage};
 use vellum_core::layer::{LayerOptions, WritableLayer};
-use vellum_store::{
-    DiskInfo, Fork, ImageRecord, LayerInfo, NewContainer, SnapshotKind, SnapshotRecord, Store,
-};
+use vellum_store::{DiskInfo, Fork, ImageRecord, LayerInfo, NewContainer, SnapshotRecord, Store};
+
+use crate::crash::snapshot_record;
 
 const ROOT: &str = "/vellum-simulated-store";
 const SIZE: u64 = 1 << 20;
@@ -122,22 +122,9 @@ fn a_snapshot_of_containerds_is_durable_after_two_waits_and_its_layer_is_there_b
     let layer = staged.place(&LayerInfo::default(), &pin).unwrap();
     assert!(store.has_layer(layer.uuid).unwrap());
     assert_eq!(waits(&changes), Vec::<Vec<String>>::new());
-    let now = std::time::SystemTime::now();
     let record = SnapshotRecord {
-        key: "k".into(),
-        id: Uuid::new_v4(),
-        kind: SnapshotKind::Active,
-        parent: None,
-        base,
-        layers: vec![layer.uuid],
         virtual_size: SIZE,
-        bytes: 0,
-        base_inodes: None,
-        inodes: None,
-        device: false,
-        labels: std::collections::BTreeMap::default(),
-        created: now,
-        updated: now,
+        ..snapshot_record("k", None, base, layer.uuid)
     };
     store.put_snapshot(&record, Some(&layer), &pin).unwrap();
     assert_eq!(waits(&changes), of_one_layer("UUID.json.tmp", "snapshots"));
