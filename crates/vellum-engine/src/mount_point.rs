@@ -211,12 +211,9 @@ pub fn remove(dir: &Path) -> Result<()> {
 /// # Errors
 /// As [`unmount_all`].
 pub fn unmount_device(run_dir: &RunDir, force: bool) -> Result<()> {
-    let Some(device) = device::status(run_dir)?.and_then(|status| status.disk) else {
-        return device::unmount_deleted(run_dir);
-    };
-    match LocalDisk::from_path(&device) {
+    match device::status(run_dir)?.and_then(|status| status.disk) {
         Some(device) => unmount_all(device, force),
-        None => Ok(()),
+        None => device::unmount_deleted(run_dir),
     }
 }
 
@@ -243,7 +240,7 @@ pub fn mounted(store: &Store, container: &ContainerRecord) -> Result<Option<Moun
     let Some(device) = status.disk else {
         return Ok(None);
     };
-    let Some(number) = LocalDisk::from_path(&device).and_then(LocalDisk::major_minor) else {
+    let Some(number) = device.major_minor() else {
         return Ok(None);
     };
     let mounts = MountInfo::read()?;
@@ -251,6 +248,6 @@ pub fn mounted(store: &Store, container: &ContainerRecord) -> Result<Option<Moun
     Ok(first.map(|mount| Mounted {
         given_up: ext4::has_given_up(&mount),
         dir: mount.target,
-        device,
+        device: device.path(),
     }))
 }

@@ -27,8 +27,8 @@ use vellum_store::{ContainerRecord, Store};
 /// order when it is dropped, after the server's shutdown.
 #[derive(Debug)]
 pub struct Serving {
-    // These two first, since they hold the chain too. The thread is there where it can be written.
-    space: Option<SpaceThread>,
+    // These two first, since they hold the chain too.
+    space: SpaceThread,
     _control: Option<ControlServer>,
     chain: Arc<OpenChain>,
 }
@@ -155,9 +155,8 @@ fn answer(
             .inspect_err(|error| tracing::warn!(%error, "nobody can ask for counters"))
             .ok()
     });
-    let writable = chain.chain().top().is_some();
     Serving {
-        space: writable.then(|| SpaceThread::start(chain.chain().clone())),
+        space: SpaceThread::start(chain.chain().clone()),
         _control: control,
         chain,
     }

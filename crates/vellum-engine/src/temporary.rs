@@ -138,12 +138,11 @@ impl TemporaryMount {
     /// Where that cannot be told.
     pub(super) fn device(&self) -> Result<LocalDisk> {
         let status = device::status(&self.run_dir)?;
-        let path = status.and_then(|status| status.disk);
-        path.and_then(|path| LocalDisk::from_path(&path))
-            .ok_or_else(|| {
-                let dir = &self.run_dir;
-                Error::internal(format!("{dir}: what is mounted has no device"))
-            })
+        let disk = status.and_then(|status| status.disk);
+        disk.ok_or_else(|| {
+            let dir = &self.run_dir;
+            Error::internal(format!("{dir}: what is mounted has no device"))
+        })
     }
 
     /// The root of the file system.

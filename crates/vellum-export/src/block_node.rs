@@ -1,7 +1,6 @@
 //! A block device of the host, by its name: what is the same whatever driver makes it.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -180,7 +179,5 @@ impl BlockNode {
 
 /// True of what the kernel says to an opener while it takes a device away after its last close.
 pub(crate) fn is_detaching(error: &Error) -> bool {
-    let source = std::error::Error::source(error);
-    let source = source.and_then(|source| source.downcast_ref::<io::Error>());
-    source.and_then(io::Error::raw_os_error) == Some(libc::ENXIO)
+    error.raw_os_error() == Some(libc::ENXIO)
 }

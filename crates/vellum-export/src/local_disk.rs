@@ -4,6 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::{Serialize, Serializer};
+
 use crate::block_node::BlockNode;
 pub use crate::block_node::DiskHold;
 use crate::loop_device::LoopDevice;
@@ -19,6 +21,13 @@ pub struct LocalDisk(Kind);
 enum Kind {
     Loop(LoopDevice),
     Ublk(UblkDisk),
+}
+
+/// As the path of its node.
+impl Serialize for LocalDisk {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        self.path().serialize(serializer)
+    }
 }
 
 impl From<LoopDevice> for LocalDisk {
@@ -161,6 +170,14 @@ impl LocalDisk {
     /// True where the kernel keeps it, and lets its users wait, when its server is dead.
     pub(crate) fn outlives_its_server(self) -> bool {
         matches!(self.0, Kind::Ublk(_))
+    }
+
+    /// True while the kernel has it attached.
+    pub(crate) fn is_attached(self) -> bool {
+        match self.0 {
+            Kind::Loop(device) => device.backing_file().is_some(),
+            Kind::Ublk(disk) => disk.node().sysfs().exists(),
+        }
     }
 
     /// Whether the kernel's notes about the device show that it is still what `backing` was attached to;

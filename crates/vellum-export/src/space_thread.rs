@@ -16,9 +16,12 @@ const EVERY: Duration = Duration::from_secs(5);
 pub struct SpaceThread(Option<(Sender<()>, JoinHandle<()>)>);
 
 impl SpaceThread {
-    /// Calls [`BlockDevice::look_after_space`] every five seconds. Where the host refuses a thread, nobody
-    /// does.
+    /// Calls [`BlockDevice::look_after_space`] every five seconds, of a device that can be written. Where the
+    /// host refuses a thread, nobody does.
     pub fn start(device: Arc<dyn BlockDevice>) -> Self {
+        if device.is_read_only() {
+            return SpaceThread(None);
+        }
         SpaceThread::start_every(EVERY, move || device.look_after_space())
     }
 

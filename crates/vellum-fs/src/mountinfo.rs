@@ -194,6 +194,12 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
+/// True where /dev shows by itself what devices the kernel makes: not in most containers.
+pub fn shows_devices() -> bool {
+    let dev = MountInfo::at(Path::new("/dev"));
+    dev.is_ok_and(|mount| mount.is_some_and(|mount| mount.fs_type == "devtmpfs"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -84,7 +84,7 @@ impl Mounts {
         let works = status.filter(|status| {
             status.alive && !matches!(status.state.status, Status::Failed | Status::Ended)
         });
-        Ok(works.and_then(|status| status.disk))
+        Ok(works.and_then(|status| status.disk).map(LocalDisk::path))
     }
 
     /// What state the device of a snapshot is in, `None` without one.
@@ -371,18 +371,15 @@ impl Mounts {
 
     fn disk(&self, id: Uuid) -> Result<LocalDisk> {
         let status = device::status(&self.run_dir(id))?;
-        let device = status.and_then(|status| status.disk);
-        device
-            .and_then(|path| LocalDisk::from_path(&path))
-            .ok_or_else(|| {
-                Error::new(
-                    ErrorKind::Io,
-                    format!(
-                        "the block device of {id} is gone (its server died?): `vellum check` says what is left \
-                         of it; containerd makes the mount again at the next use"
-                    ),
-                )
-            })
+        status.and_then(|status| status.disk).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Io,
+                format!(
+                    "the block device of {id} is gone (its server died?): `vellum check` says what is left of it; \
+                     containerd makes the mount again at the next use"
+                ),
+            )
+        })
     }
 
     /// Unmounts a snapshot if nobody else has it mounted, in whatever mount namespace, for longer than

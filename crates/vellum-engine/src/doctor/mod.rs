@@ -13,7 +13,7 @@ use vellum_base::storage::{FileStorage, Storage};
 use vellum_export::device::{ring_self_test, ublk_check};
 use vellum_export::fuse::ring::host::check as ring_check;
 use vellum_export::loop_device::LoopDevice;
-use vellum_fs::mountinfo::MountInfo;
+use vellum_fs::mountinfo::{MountInfo, shows_devices};
 
 /// Where programs are looked for, as where they are started.
 const PROGRAM_DIRS: [&str; 6] = [
@@ -277,9 +277,8 @@ impl Look {
         match LoopDevice::attached() {
             Ok(attached) => {
                 // Whether more can be made: a container's /dev may not show new ones.
-                let devtmpfs = is_devtmpfs(Path::new("/dev"));
                 let found = format!("{} in use", attached.len());
-                if devtmpfs {
+                if shows_devices() {
                     self.ok("loop devices", found);
                 } else {
                     self.add(
@@ -473,10 +472,6 @@ fn existing(path: &Path) -> Option<PathBuf> {
     let path = std::path::absolute(path).ok()?;
     let mut above = path.ancestors();
     above.find(|dir| dir.is_dir()).map(Path::to_owned)
-}
-
-fn is_devtmpfs(path: &Path) -> bool {
-    MountInfo::at(path).is_ok_and(|mount| mount.is_some_and(|mount| mount.fs_type == "devtmpfs"))
 }
 
 /// The mount that `dir` lies on, and whether it is shared with other mount namespaces.

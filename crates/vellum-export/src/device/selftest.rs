@@ -23,7 +23,7 @@ use super::state::{RunState, Status};
 use super::transport::TransportChoice;
 use crate::fuse::ring::host;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_fs::mountinfo::MountInfo;
+use vellum_fs::mountinfo::shows_devices;
 use vellum_fs::run_dir::RunDir;
 
 /// Where the result is kept: it is about this boot.
@@ -95,9 +95,7 @@ fn shows_new_devices() -> bool {
     // include/uapi/linux/nsfs.h: PID_NS_INIT_INO.
     const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
     let pids = fs::metadata("/proc/self/ns/pid").map(|namespace| namespace.ino());
-    let dev = MountInfo::at(Path::new("/dev"));
-    matches!(pids, Ok(FIRST_PID_NAMESPACE))
-        && matches!(dev, Ok(Some(mount)) if mount.fs_type == "devtmpfs")
+    matches!(pids, Ok(FIRST_PID_NAMESPACE)) && shows_devices()
 }
 
 /// Runs the self-test with the servers of `program`, unless it was run in this boot.

@@ -205,7 +205,7 @@ pub struct DeviceStatus {
     /// True where all its processes are dead and the kernel keeps the device: whoever uses it waits.
     pub abandoned: bool,
     /// The block device that shows it.
-    pub disk: Option<PathBuf>,
+    pub disk: Option<LocalDisk>,
 }
 
 impl DeviceStatus {
@@ -236,7 +236,7 @@ pub fn status(run_dir: &RunDir) -> Result<Option<DeviceStatus>> {
         supervised: state.is_supervised(),
         halted: !stopped.is_empty() && stopped.len() == alive.len(),
         stopped,
-        disk: disk.map(LocalDisk::path),
+        disk,
         state,
     }))
 }
@@ -327,7 +327,7 @@ impl Hint {
         if !self.is_about(run_dir) {
             return None;
         }
-        let device = LocalDisk::from_path(&self.device)?;
+        let device = LocalDisk::from_path(&self.device).filter(|disk| disk.is_attached())?;
         let same = match self.diskseq {
             Some(diskseq) => device.diskseq() == Some(diskseq),
             // A kernel that does not count.
@@ -407,6 +407,26 @@ mod tests {
         assert!(RunState::read(&run_dir).unwrap().is_some());
         assert_eq!(fs::read(&half).unwrap(), b"{\"version\"");
         assert_eq!(run_dir.unfinished_states().unwrap(), [half]);
+    }
+
+    /// Its diskseq may be the same for as long as it is not attached again.
+    #[test]
+    fn a_loop_device_that_is_not_attached_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::at(dir.path().to_owned());
+        let attached = LoopDevice::attached().unwrap();
+        let numbers = fs::read_dir("/sys/block").unwrap().filter_map(|entry| {
+            let name = entry.unwrap().file_name();
+            name.to_str()?.strip_prefix("loop")?.parse().ok()
+        });
+        let free = numbers
+            .map(LoopDevice::from_number)
+            .filter(|device| !attached.contains(device))
+            .max()
+            .expect("a free loop device: modprobe loop");
+        Hint::write(&run_dir, free.into());
+        assert!(Hint::read(&run_dir).unwrap().diskseq.is_some());
+        assert!(hinted_disk(&run_dir).is_none());
     }
 
     /// A backup program copies what it finds, also of what runs.

@@ -10,6 +10,7 @@ use std::os::fd::AsFd;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -211,6 +212,12 @@ fn spawn(
             result
         })
         .context(|| "a serving thread cannot be started")
+}
+
+/// Tells whether a thread's way to the kernel could be made in it.
+fn made<T>(tell: mpsc::Sender<Result<()>>, made: Result<T>) -> Result<T> {
+    let _ = tell.send(made.as_ref().map(drop).map_err(Error::clone));
+    made
 }
 
 impl Context {

@@ -87,7 +87,7 @@ impl Control {
             // Before Linux 6.5 it cannot be asked.
             Err(error)
                 if matches!(
-                    errno(&error),
+                    error.raw_os_error(),
                     Some(libc::ENODEV | libc::EINVAL | libc::EOPNOTSUPP)
                 ) =>
             {
@@ -170,9 +170,9 @@ impl Control {
         match self.command(Verb::StartRecovery, id.0, None, 0, PATIENCE) {
             Ok(()) => Ok(true),
             // The dead server's descriptor is not closed yet.
-            Err(error) if errno(&error) == Some(libc::EBUSY) => Ok(false),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(false),
             // A server between the two died before it fetched: all is ready.
-            Err(error) if errno(&error) == Some(libc::EINVAL) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(true),
             Err(error) => Err(error),
         }
     }
@@ -209,7 +209,7 @@ impl Control {
         let mut bytes = [0; INFO_LEN];
         match self.command(Verb::Info, id.0, Some(&mut bytes), 0, PATIENCE) {
             Ok(()) => Ok(Some(DeviceInfo::parse(&bytes))),
-            Err(error) if errno(&error) == Some(libc::ENODEV) => Ok(None),
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -230,13 +230,13 @@ impl Control {
     pub(crate) fn delete(&self, id: DeviceId) -> Result<()> {
         let mut result = self.command(Verb::DeleteAsync, id.0, None, 0, PATIENCE);
         // Before Linux 6.9 it waits, which need not be to the end.
-        if errno_of(&result) == Some(libc::EOPNOTSUPP) {
+        if result.as_ref().err().and_then(Error::raw_os_error) == Some(libc::EOPNOTSUPP) {
             result = self.command(Verb::Delete, id.0, None, 0, Duration::from_secs(1));
             if result.as_ref().is_err_and(is_hang) {
                 return Ok(());
             }
         }
-        match errno_of(&result) {
+        match result.as_ref().err().and_then(Error::raw_os_error) {
             Some(libc::ENODEV) => Ok(()),
             _ => result,
         }
@@ -321,13 +321,4 @@ fn gone(id: DeviceId) -> Error {
 
 fn is_hang(error: &Error) -> bool {
     error.kind() == ErrorKind::Timeout
-}
-
-fn errno(error: &Error) -> Option<i32> {
-    let source = std::error::Error::source(error)?;
-    source.downcast_ref::<io::Error>()?.raw_os_error()
-}
-
-fn errno_of<T>(result: &Result<T>) -> Option<i32> {
-    result.as_ref().err().and_then(errno)
 }

@@ -78,15 +78,15 @@ impl Crew {
     }
 
     /// Copies what a WRITE brings.
-    pub(super) fn take_data(&self, tag: Tag, data: &mut [u8]) -> Result<Taken> {
+    pub(super) fn take_data(&self, tag: Tag, data: &mut [u8]) -> Result<Moved> {
         let read = self.device.read_exact_at(data, abi::data_offset(tag));
-        Taken::from(read).context(|| "the data of a request cannot be read")
+        Moved::from(read).context(|| "the data of a request cannot be read")
     }
 
     /// Gives a READ what it wants.
-    pub(super) fn give_data(&self, tag: Tag, data: &[u8]) -> Result<Taken> {
+    pub(super) fn give_data(&self, tag: Tag, data: &[u8]) -> Result<Moved> {
         let wrote = self.device.write_all_at(data, abi::data_offset(tag));
-        Taken::from(wrote).context(|| "the data of a request cannot be handed over")
+        Moved::from(wrote).context(|| "the data of a request cannot be handed over")
     }
 
     /// Ends the threads: what they have and did not commit the kernel sends to the next worker.
@@ -98,17 +98,17 @@ impl Crew {
 
 /// What became of the data of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Taken {
+pub(super) enum Moved {
     All,
     /// The device was deleted, and the request with it.
     Gone,
 }
 
-impl Taken {
-    fn from(done: io::Result<()>) -> io::Result<Taken> {
+impl Moved {
+    fn from(done: io::Result<()>) -> io::Result<Moved> {
         match done.map_err(|error| (error.raw_os_error(), error)) {
-            Ok(()) => Ok(Taken::All),
-            Err((Some(libc::EACCES | libc::ENODEV), _)) => Ok(Taken::Gone),
+            Ok(()) => Ok(Moved::All),
+            Err((Some(libc::EACCES | libc::ENODEV), _)) => Ok(Moved::Gone),
             Err((_, error)) => Err(error),
         }
     }

@@ -9,7 +9,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use memmap2::MmapMut;
 
 use super::abi::{DEPTH, Descriptor, IoVerb, MAX_IO, Op, Tag, io_command};
-use super::crew::{Crew, Taken};
+use super::crew::{Crew, Moved};
 use crate::fuse::abi::{
     FALLOC_PUNCH_HOLE_KEEP_SIZE, FALLOC_ZERO_RANGE_KEEP_SIZE, Operation, ParseError, Request,
 };
@@ -27,14 +27,21 @@ const LARGE: u64 = 128 << 10;
 const WAKE: u64 = 1 << 32;
 
 /// A request that a thread has, its data in the thread's buffer.
-struct InHand {
+struct InHand<'a> {
+    crew: &'a Crew,
+    shared: &'a Shared,
+    /// The thread's number among those of the device.
+    index: usize,
     data: MmapMut,
     asked: Descriptor,
 }
 
-impl InHand {
-    fn new() -> Result<InHand> {
+impl<'a> InHand<'a> {
+    fn new(crew: &'a Crew, shared: &'a Shared, index: usize) -> Result<InHand<'a>> {
         Ok(InHand {
+            crew,
+            shared,
+            index,
             data: MmapMut::map_anon(MAX_IO).context(|| "a buffer for requests")?,
             asked: Descriptor {
                 op: Op::Flush,
@@ -47,17 +54,20 @@ impl InHand {
     }
 
     /// Takes a request in hand, and what it brings.
-    fn take(&mut self, crew: &Crew, tag: Tag) -> Result<Taken> {
-        self.asked = crew.descriptor(tag)?;
-        if self.asked.op == Op::Write {
-            let len = self.asked.len as usize;
-            let data = self.data.get_mut(..len);
-            let data = data.ok_or_else(|| {
-                Error::internal(format!("the kernel sends a request of {len} bytes"))
-            })?;
-            return crew.take_data(tag, data);
+    fn take(&mut self, tag: Tag) -> Result<Fetched<Tag>> {
+        self.shared.begun(self.index);
+        self.asked = self.crew.descriptor(tag)?;
+        if self.asked.op != Op::Write {
+            return Ok(Fetched::Request(tag));
         }
-        Ok(Taken::All)
+        let len = self.asked.len as usize;
+        let data = self.data.get_mut(..len);
+        let data = data
+            .ok_or_else(|| Error::internal(format!("the kernel sends a request of {len} bytes")))?;
+        Ok(match self.crew.take_data(tag, data)? {
+            Moved::All => Fetched::Request(tag),
+            Moved::Gone => Fetched::Over(Ended::SessionOver),
+        })
     }
 
     fn request(&self, tag: Tag) -> std::result::Result<Request<'_>, ParseError> {
@@ -105,29 +115,28 @@ impl InHand {
     }
 
     /// Hands over what a READ gets, and says what to commit.
-    fn result(&self, crew: &Crew, tag: Tag, reply: &Reply) -> Result<i32> {
-        Ok(match reply {
+    fn finish(&self, tag: Tag, reply: &Reply) -> Result<i32> {
+        let result = match reply {
             Reply::None => 0,
             Reply::Errno(errno) => -*errno,
             Reply::Body(_) => self.asked.len as i32,
-            Reply::Data(len) => {
-                match crew.give_data(tag, part(&self.data, 0, *len))? {
-                    Taken::All => *len as i32,
-                    // Nobody waits for it any more.
-                    Taken::Gone => -libc::EIO,
-                }
-            }
-        })
+            Reply::Data(len) => match self.crew.give_data(tag, part(&self.data, 0, *len))? {
+                Moved::All => *len as i32,
+                // Nobody waits for it any more.
+                Moved::Gone => -libc::EIO,
+            },
+        };
+        self.shared.served_one(self.index);
+        Ok(result)
     }
 }
 
 /// The thread with the ring; [`Transport`] for it.
 pub(crate) struct UblkThread<'a> {
     crew: &'a Crew,
-    shared: &'a Shared,
     ring: IoUring,
     ready: VecDeque<Tag>,
-    hand: InHand,
+    hand: InHand<'a>,
     crowd: Crowd,
     over: bool,
 }
@@ -151,10 +160,9 @@ impl<'a> UblkThread<'a> {
         ring.submitter().register_files(&device).context(what)?;
         let mut thread = UblkThread {
             crew,
-            shared,
             ring,
             ready: VecDeque::new(),
-            hand: InHand::new()?,
+            hand: InHand::new(crew, shared, 0)?,
             crowd: Crowd::new(),
             over: false,
         };
@@ -244,12 +252,8 @@ impl Transport for UblkThread<'_> {
                     self.crew.jobs.put(tag);
                     continue;
                 }
-                self.shared.begun(0);
                 self.crowd.begin();
-                if self.hand.take(self.crew, tag)? == Taken::Gone {
-                    return Ok(Fetched::Over(Ended::SessionOver));
-                }
-                return Ok(Fetched::Request(tag));
+                return self.hand.take(tag);
             }
             if self.over {
                 return Ok(Fetched::Over(Ended::SessionOver));
@@ -276,9 +280,8 @@ impl Transport for UblkThread<'_> {
     }
 
     fn commit(&mut self, tag: Tag, reply: Reply) -> Result<Option<Ended>> {
-        let result = self.hand.result(self.crew, tag, &reply)?;
+        let result = self.hand.finish(tag, &reply)?;
         self.crowd.done(|| self.ring.submission().taskrun());
-        self.shared.served_one(0);
         self.send(tag, result)?;
         Ok(None)
     }
@@ -297,7 +300,7 @@ impl Transport for UblkThread<'_> {
 
     fn hand_over(&mut self, tag: Tag) {
         self.crowd.handed_over();
-        self.shared.handed_over(0);
+        self.hand.shared.handed_over(self.hand.index);
         self.crew.jobs.put(tag);
     }
 }
@@ -305,9 +308,7 @@ impl Transport for UblkThread<'_> {
 /// A thread without a ring, for requests that wait or are large.
 pub(crate) struct SpareThread<'a> {
     crew: &'a Crew,
-    shared: &'a Shared,
-    index: usize,
-    hand: InHand,
+    hand: InHand<'a>,
 }
 
 impl<'a> SpareThread<'a> {
@@ -318,9 +319,7 @@ impl<'a> SpareThread<'a> {
     pub(crate) fn new(crew: &'a Crew, shared: &'a Shared, index: usize) -> Result<SpareThread<'a>> {
         Ok(SpareThread {
             crew,
-            shared,
-            index,
-            hand: InHand::new()?,
+            hand: InHand::new(crew, shared, index)?,
         })
     }
 }
@@ -332,11 +331,7 @@ impl Transport for SpareThread<'_> {
         let Some(tag) = self.crew.jobs.next() else {
             return Ok(Fetched::Over(Ended::Stopped));
         };
-        self.shared.begun(self.index);
-        Ok(match self.hand.take(self.crew, tag)? {
-            Taken::All => Fetched::Request(tag),
-            Taken::Gone => Fetched::Over(Ended::SessionOver),
-        })
+        self.hand.take(tag)
     }
 
     fn request(&self, tag: Tag) -> Result<std::result::Result<Request<'_>, ParseError>> {
@@ -352,8 +347,7 @@ impl Transport for SpareThread<'_> {
     }
 
     fn commit(&mut self, tag: Tag, reply: Reply) -> Result<Option<Ended>> {
-        let result = self.hand.result(self.crew, tag, &reply)?;
-        self.shared.served_one(self.index);
+        let result = self.hand.finish(tag, &reply)?;
         self.crew.inbox.tell([(tag, result)]);
         Ok(None)
     }

@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use super::context::Context;
-use super::spawn;
+use super::{made, spawn};
 use crate::fuse::ring::crew::Crew;
 use crate::fuse::ring::thread::{RingThread, SpareThread};
 use crate::fuse::transport::Ended;
@@ -36,16 +36,8 @@ fn ring_thread(
 ) -> Result<Thread> {
     let crew = Arc::clone(crew);
     spawn(context, format!("ring-{index}"), move |context| {
-        let made = RingThread::new(&crew, &context.worker.shared, index);
-        let mut ring = match made {
-            Ok(ring) => ring,
-            Err(error) => {
-                let _ = tell.send(Err(error.clone()));
-                return Err(error);
-            }
-        };
-        let _ = tell.send(Ok(()));
-        drop(tell);
+        let ring = RingThread::new(&crew, &context.worker.shared, index);
+        let mut ring = made(tell, ring)?;
         context.server().run(&mut ring)
     })
 }

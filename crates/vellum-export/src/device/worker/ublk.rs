@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use super::context::{Context, Worker};
-use super::spawn;
+use super::{made, spawn};
 use crate::fuse::transport::Ended;
 use crate::ublk::DeviceId;
 use crate::ublk::control::Control;
@@ -57,15 +57,7 @@ fn ublk_thread(
 ) -> Result<Thread> {
     let crew = Arc::clone(crew);
     spawn(context, "ublk-0".to_owned(), move |context| {
-        let mut thread = match UblkThread::new(&crew, &context.worker.shared) {
-            Ok(thread) => thread,
-            Err(error) => {
-                let _ = tell.send(Err(error.clone()));
-                return Err(error);
-            }
-        };
-        let _ = tell.send(Ok(()));
-        drop(tell);
+        let mut thread = made(tell, UblkThread::new(&crew, &context.worker.shared))?;
         context.server().run(&mut thread)
     })
 }
