@@ -17,6 +17,7 @@ fn containers_on_ublk_devices_outlive_killed_servers_and_leave_nothing_behind() 
         "ublk: mounted, fsx, trimmed, unmounted, mounted again",
         "ublk: 20 kills under load",
         "ublk: snapshot, commit and upgrade while it works",
+        "transactions under 3 kills, all kept",
         "ublk: a container ran",
         "ublk: attached and detached 10 times",
         "ublk: a server dies with all requests that a device can have",

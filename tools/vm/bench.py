@@ -4,7 +4,7 @@ import statistics
 
 from .common import Failure, say
 
-WORKS = ("fsync", "read1", "read16", "write16", "large", "many")
+WORKS = ("fsync", "read1", "read16", "write16", "large", "many", "pgbench")
 WAYS = ("ublk", "classic", "raw")
 
 
@@ -26,7 +26,7 @@ def exercise(guest, options):
 
 
 def report(seen):
-    """A line for each work: requests a second and processor time for each, ublk against the others."""
+    """A line for each work: requests (of pgbench: transactions) a second and processor time for each, ublk against the others."""
     print("in an emulated machine, on a tmpfs; medians of the rounds (lowest-highest)")
     print(f"{'':10}{'ublk ÷ FUSE + loop':>24}{'ublk ÷ raw file':>24}{'CPU, ÷ FUSE + loop':>24}")
     for work in WORKS:

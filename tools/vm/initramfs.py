@@ -21,6 +21,11 @@ PROGRAMS = {
 }
 # What is large, and needed for measuring alone.
 BENCH_PROGRAMS = {"fio": "usr/bin", "losetup": "sbin"}
+# Debian's PostgreSQL, which finds its files from where its programs are.
+POSTGRES = pathlib.Path("/usr/lib/postgresql/15")
+POSTGRES_PROGRAMS = ("postgres", "initdb", "pg_ctl", "pgbench", "psql")
+POSTGRES_LIBRARIES = ("plpgsql.so", "dict_snowball.so")
+POSTGRES_FILES = pathlib.Path("/usr/share/postgresql/15")
 # Where programs are that no login shell has put on the PATH.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -58,12 +63,14 @@ class Tree:
     def __init__(self, root):
         self.root = root
         for name in (
-            "bin sbin usr/bin usr/sbin dev proc sys run tmp etc root mnt modules "
+            "bin sbin usr/bin usr/sbin usr/lib dev proc sys run tmp etc root mnt modules "
             "var/lib/vellum var/log"
         ).split():
             (root / name).mkdir(parents=True)
-        (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n", encoding="utf-8")
-        (root / "etc/group").write_text("root:x:0:\n", encoding="utf-8")
+        (root / "etc/passwd").write_text(
+            "root:x:0:0:root:/root:/bin/sh\npostgres:x:100:100::/tmp:/bin/sh\n", encoding="utf-8"
+        )
+        (root / "etc/group").write_text("root:x:0:\npostgres:x:100:\n", encoding="utf-8")
         (root / "etc/hosts").write_text("127.0.0.1 localhost\n", encoding="utf-8")
         # mke2fs warns without one.
         (root / "etc/mtab").symlink_to("/proc/mounts")
@@ -71,6 +78,22 @@ class Tree:
     def program(self, path, directory, name=None):
         """A program with its libraries."""
         add_program(self.root, path, directory, name)
+
+    def postgres(self):
+        """PostgreSQL, at its place."""
+        for part in ("bin", "lib"):
+            (self.root / str(POSTGRES / part).lstrip("/")).mkdir(parents=True, exist_ok=True)
+        for name in POSTGRES_PROGRAMS:
+            program = POSTGRES / "bin" / name
+            if not program.exists():
+                raise Failure(f"{program} is missing: apt-get install --no-install-recommends postgresql-15")
+            self.program(program, str(POSTGRES / "bin").lstrip("/"))
+        for name in POSTGRES_LIBRARIES:
+            self.program(POSTGRES / "lib" / name, str(POSTGRES / "lib").lstrip("/"))
+        shutil.copytree(
+            POSTGRES_FILES, self.root / str(POSTGRES_FILES).lstrip("/"), ignore_dangling_symlinks=True,
+            ignore=shutil.ignore_patterns("man"),
+        )
 
     def archive(self, directory, modules, scripts, init):
         """Adds the modules, in the order of loading, and the scripts, one of which is the first process; packs
@@ -95,12 +118,14 @@ class Tree:
         return archive
 
 
-def build(directory, vellum, modules, scripts, test=None, bench=False):
+def build(directory, vellum, modules, scripts, test=None, bench=False, postgres=False):
     """Makes the archive in a directory and returns its path. `modules` are in the order of loading;
     `test` is a program to be tested with."""
     tree = Tree(directory / "root")
     for name, place in {**PROGRAMS, **(BENCH_PROGRAMS if bench else {})}.items():
         tree.program(find(name), place, name)
+    if postgres:
+        tree.postgres()
     stripped = directory / "vellum"
     # Debug information is most of a development build.
     run("strip", "-o", stripped, vellum)

@@ -73,6 +73,13 @@ class Disk:
         self.log.close()
 
 
+def memory(options):
+    """MiB that the guest has: its programs are in memory too, and what is measured."""
+    if options.bench:
+        return "3584"
+    return "1024" if options.ublk else "768"
+
+
 class Machine:
     """A running guest. The kernel's log goes to a file, the guest's messages to `messages`."""
 
@@ -88,7 +95,7 @@ class Machine:
             # Emulated by qemu 7.2, cmpxchg16b may leave wrong flags, and Linux 6.12 crashes; page
             # tables of five levels cost time.
             "-cpu", "host" if options.kvm else "max,cx16=off,la57=off",
-            "-smp", str(options.cpus), "-m", "3072" if options.bench else "768",
+            "-smp", str(options.cpus), "-m", memory(options),
             "-kernel", kernel.image, "-initrd", initramfs,
             "-append", "console=ttyS0 loglevel=5 panic=-1 nokaslr mitigations=off "
             "random.trust_cpu=on no_timer_check rdinit=/init " + command_line,

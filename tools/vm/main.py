@@ -24,6 +24,7 @@ PACKAGES = {
     "mkfs.xfs": "xfsprogs",
     "nbd-client": "nbd-client",
     "nbdkit": "nbdkit nbdkit-plugin-python",
+    "pgbench": "postgresql-15",
     "qemu-system-x86_64": "qemu-system-x86",
     "sqlite3": "sqlite3",
     "fio": "fio",
@@ -176,7 +177,7 @@ def main():
             return 0
         archive = initramfs.build(
             directory, vellum, guest_kernel.load_order(options.fs),
-            scripts, options.grow, options.bench,
+            scripts, options.grow, options.bench, options.bench or options.ublk,
         )
         guest = power.Guest(options, guest_kernel, archive, directory)
         if options.grow:
