@@ -127,7 +127,7 @@ impl Crew {
 }
 
 /// Processors that run now.
-fn online() -> usize {
+pub(super) fn online() -> usize {
     // SAFETY: the call takes a number and returns one.
     let online = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
     usize::try_from(online).unwrap_or(1)

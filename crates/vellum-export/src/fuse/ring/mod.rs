@@ -7,10 +7,12 @@
 //! * [`abi`]: the bytes of the kernel's protocol.
 //! * [`memory`]: the entries and what is noted of them, in memory that outlives a killed worker.
 //! * [`crew`]: what the threads share, and how they hand requests to each other.
+//! * [`place`]: on which processors they run.
 //! * [`thread`]: those that have a ring, and those that wait for the disk in their place.
 
 pub mod abi;
 pub mod crew;
 pub mod host;
 pub mod memory;
+mod place;
 pub mod thread;

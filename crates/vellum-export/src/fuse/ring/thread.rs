@@ -6,19 +6,17 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 
-use io_uring::squeue::Entry128;
-use io_uring::{IoUring, cqueue, opcode, types};
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
-
 use super::abi::Command;
-use super::crew::{Crew, Word};
+use super::crew::{self, Crew, Word};
 use super::memory::{ENTRIES, PAYLOAD, RingMemory, Slot};
+use super::place::Place;
 use crate::fuse::abi::{self as fuse, ParseError, Request};
 use crate::fuse::slot::Shared;
 use crate::fuse::transport::{Ended, Fetched, Patience, Reply, Transport};
 use crate::inbox::Inbox;
 use crate::uring::{Crowd, is_passing};
+use io_uring::squeue::Entry128;
+use io_uring::{IoUring, cqueue, opcode, types};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// What a completion is about, in the upper half of its user data; the entry is in the lower.
@@ -44,6 +42,7 @@ pub struct RingThread<'a> {
     /// Those of each entry, which the submissions that register them name.
     iovecs: Box<[[libc::iovec; 2]]>,
     crowd: Crowd,
+    place: Place,
     /// The session is over.
     over: bool,
 }
@@ -56,7 +55,7 @@ impl<'a> RingThread<'a> {
     /// [`ErrorKind::Io`] where the kernel refuses.
     pub fn new(crew: &'a Crew, shared: &'a Shared, index: usize) -> Result<RingThread<'a>> {
         let what = || "a ring cannot be set up";
-        pin(crew.queues_of(index));
+        let place = Place::new(crew.queues_of(index), crew::online());
         let slots = crew.memory.queues() * ENTRIES;
         let ring = IoUring::<Entry128, cqueue::Entry>::builder()
             .setup_single_issuer()
@@ -79,6 +78,7 @@ impl<'a> RingThread<'a> {
                 .map(|index| crew.memory.iovecs(Slot::from_index(index)))
                 .collect(),
             crowd: Crowd::new(),
+            place,
             over: false,
         };
         thread.begin()?;
@@ -121,14 +121,14 @@ impl<'a> RingThread<'a> {
     /// Has the kernel send a request of its own to a queue. What waits there for an entry is fetched only
     /// by the commit of another request, so without it a client could wait for ever.
     fn kick(&self, queue: usize) {
-        pin([queue]);
-        let id = fuse::kick_id(queue);
-        // A processor that is off has no clients. Of a session that is over, the ring says so.
-        let sent = nix::unistd::write(self.crew.session_fd(), &fuse::notify_retrieve(id));
-        if let Err(errno) = sent {
-            tracing::debug!("queue {queue} is not kicked: {errno}");
-        }
-        pin(self.crew.queues_of(self.index));
+        self.place.at(queue, || {
+            let id = fuse::kick_id(queue);
+            // A processor that is off has no clients. Of a session that is over, the ring says so.
+            let sent = nix::unistd::write(self.crew.session_fd(), &fuse::notify_retrieve(id));
+            if let Err(errno) = sent {
+                tracing::debug!("queue {queue} is not kicked: {errno}");
+            }
+        });
     }
 
     /// Asks to be woken when the others have something to say.
@@ -253,16 +253,6 @@ impl<'a> RingThread<'a> {
     }
 }
 
-/// Keeps the calling thread on these processors. Best effort: it is for speed, and a control group may not
-/// have them.
-fn pin(processors: impl IntoIterator<Item = usize>) {
-    let mut set = CpuSet::new();
-    for processor in processors {
-        let _ = set.set(processor);
-    }
-    let _ = sched_setaffinity(Pid::from_raw(0), &set);
-}
-
 impl Transport for RingThread<'_> {
     type Ticket = Slot;
 
@@ -281,6 +271,7 @@ impl Transport for RingThread<'_> {
             if self.over {
                 return Ok(Fetched::Over(Ended::SessionOver));
             }
+            self.place.look();
             if self.inbox().lie_down() {
                 let submitted = self.submit(1);
                 self.inbox().get_up();
