@@ -12,7 +12,7 @@ pub(super) struct TransportArgs {
         long,
         value_name = "HOW",
         value_enum,
-        default_value = "classic",
+        default_value = "auto",
         env = "VELLUM_TRANSPORT"
     )]
     transport: TransportChoice,

@@ -294,15 +294,17 @@ fn a_host_that_does_not_offer_it_refuses_a_ring_with_what_to_set_and_auto_is_cla
 
 #[test]
 fn auto_takes_the_ring_after_a_self_test_that_is_run_once_a_boot() {
-    let _offered = Offered::new("Y");
     let result = Path::new("/run/vellum/ring-self-test.json");
     let _ = fs::remove_file(result);
     let store = TestStore::new();
+    let not_offered = Offered::new("N");
     let container = Container::mounted(&store, "c");
+    drop(not_offered);
+    let _offered = Offered::new("Y");
     assert_eq!(container.call("status")["transport"], "classic");
     store.ok(&["umount", "c"]);
     assert!(!result.exists(), "a self-test that nobody wanted");
-    store.ok(&["mount", "c", "--transport", "auto"]);
+    store.ok(&["mount", "c"]);
     assert_eq!(
         row(&store, "c")["device"]["state"]["features"]["ring"],
         true
@@ -312,6 +314,9 @@ fn auto_takes_the_ring_after_a_self_test_that_is_run_once_a_boot() {
     fs::write(container.data().join("file"), "written").unwrap();
     container.kill_worker();
     assert_eq!(fs::read(container.data().join("file")).unwrap(), b"written");
+    store.ok(&["umount", "c"]);
+    store.ok(&["mount", "c", "--transport", "classic"]);
+    assert_eq!(container.call("status")["transport"], "classic");
     store.ok(&["umount", "c"]);
     store.ok(&["mount", "c", "--transport", "auto"]);
     assert_eq!(fs::metadata(result).unwrap().modified().unwrap(), tested);

@@ -195,7 +195,7 @@ pub const SERVER_COMMAND: &str = "device-server";
 static TRANSPORT: OnceLock<TransportChoice> = OnceLock::new();
 
 /// Says how the requests of the devices come that this process attaches from now on. Only the first word
-/// counts; without one they come in the classic way.
+/// counts; without one the host decides.
 pub fn choose_transport(choice: TransportChoice) {
     let _ = TRANSPORT.set(choice);
 }
@@ -207,9 +207,7 @@ pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
     arguments.extend(target.arguments());
     AttachSpec {
         read_only: target.is_read_only(),
-        transport: TRANSPORT
-            .get()
-            .map_or(TransportChoice::Classic, |choice| *choice),
+        transport: TRANSPORT.get().copied().unwrap_or_default(),
         ..AttachSpec::new(arguments)
     }
 }

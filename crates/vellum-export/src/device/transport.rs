@@ -13,9 +13,9 @@ use vellum_base::error::Result;
 pub enum TransportChoice {
     /// A ublk device where the kernel has it; else FUSE by io_uring where the host allows it and this
     /// boot's self-test passed; else FUSE by /dev/fuse
+    #[default]
     Auto,
     /// By read and write on /dev/fuse
-    #[default]
     Classic,
     /// By io_uring, or not at all
     Ring,
