@@ -207,7 +207,7 @@ pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
     arguments.extend(target.arguments());
     AttachSpec {
         read_only: target.is_read_only(),
-        transport: TRANSPORT.get().copied().unwrap_or_default(),
+        transport: *TRANSPORT.get().unwrap_or(&TransportChoice::Auto),
         ..AttachSpec::new(arguments)
     }
 }
