@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::canonical;
 use super::complete::finish_layer;
 use super::device::{Target, forget_ext4_journal};
 use super::layer_file;
@@ -370,13 +371,17 @@ impl Importer<'_> {
         fill(mount.dir()).map_err(|error| self.name_the_limit(error, mount.dir(), ground))?;
         mount.end()?;
         let open = target.open(self.store)?;
-        forget_ext4_journal(&open)?;
-        let layer = open
-            .chain()
-            .top()
-            .ok_or_else(|| Error::internal("a layer that is being made has no top"))?;
-        let bytes = layer.data_blocks().bytes();
+        let (staged, layer) = match canonical::lay_out(self.store, ground.top(), &open)? {
+            Some(laid) => laid,
+            None => {
+                forget_ext4_journal(&open)?;
+                let layer = open.chain().top();
+                let none = || Error::internal("a layer that is being made has no top");
+                (staged, layer.ok_or_else(none)?)
+            }
+        };
         drop(open);
+        let bytes = layer.data_blocks().bytes();
         let info = LayerInfo {
             origin,
             diff_id: diff_id.clone(),
