@@ -112,6 +112,11 @@ impl Sink for Writer<'_> {
         if !goes_on || self.bytes.len() + bytes.len() > BATCH {
             self.write()?;
         }
+        if bytes.len() == BATCH {
+            let start = Block::new(first);
+            let held = self.layer.lock_blocks(Span::of_buffer(start, bytes))?;
+            return self.layer.write_blocks(&held, start, bytes).map(drop);
+        }
         if self.bytes.is_empty() {
             self.first = first;
         }

@@ -10,6 +10,7 @@ use super::complete::finish_layer;
 use super::device::{Target, forget_ext4_journal};
 use super::layer_file;
 use super::raw;
+use super::seal::sync_file_system;
 use super::staged::open_staged;
 use super::template;
 use super::temporary::TemporaryMount;
@@ -375,9 +376,11 @@ impl Importer<'_> {
             Some(laid) => laid,
             None => {
                 forget_ext4_journal(&open)?;
-                let layer = open.chain().top();
-                let none = || Error::internal("a layer that is being made has no top");
-                (staged, layer.ok_or_else(none)?)
+                open.close()?;
+                // It was not to stay, so nothing of it is durable yet.
+                sync_file_system(&staged.dir())?;
+                let layer = open_staged(self.store, &staged)?;
+                (staged, layer)
             }
         };
         drop(open);

@@ -321,7 +321,8 @@ pub(super) fn open_file(parent: &impl AsFd, name: &[u8]) -> nix::Result<File> {
 
 /// Removes `name` in `directory` and everything below it, without leaving it.
 ///
-/// `keep(inode of directory, name)` spares a node; a directory with something spared in it stays.
+/// `keep(inode of directory, name)` spares a node; a directory with something spared in it stays, and keeps its
+/// times.
 /// Returns whether `name` is gone.
 pub(super) fn remove(
     directory: &impl AsFd,
@@ -350,6 +351,8 @@ pub(super) fn remove(
         empty &= remove(&inner, stat.st_ino, &child, keep, depth + 1)?;
     }
     if spared || !empty {
+        // What was removed in it leaves no trace of when that was.
+        futimens(&inner, &atime(&stat).spec(), &mtime(&stat).spec())?;
         return Ok(false);
     }
     drop(inner);

@@ -10,7 +10,7 @@ use super::form::INODE;
 use super::{Laying, directory};
 use crate::fields::{put_u16, put_u32, u32_at};
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, in_memory, part, part_mut};
-use vellum_base::error::Result;
+use vellum_base::error::{Result, ResultExt};
 
 mod at {
     pub const SIZE: usize = 0x04;
@@ -192,15 +192,33 @@ impl Laying<'_> {
                 }
                 let len = (extent.len - done).min(run.end - run.start).min(BATCH);
                 let logical = extent.logical + done;
-                let mut bytes = self.newer.blocks(extent.physical + done, len)?;
-                clear_tail(&mut bytes, logical, inode.size());
-                self.sink.put(run.start, &bytes)?;
+                self.copy(extent.physical + done, len, run.start, |bytes| {
+                    clear_tail(bytes, logical, inode.size());
+                })?;
                 extents::push(&mut pieces, logical as u32, run.start, len);
                 run.start += len;
                 done += len;
             }
         }
         self.mapped(&pieces, count, seed)
+    }
+
+    /// Copies blocks of the newer state to `to`, once `change` has had them.
+    fn copy(
+        &mut self,
+        from: u64,
+        len: u64,
+        to: u64,
+        change: impl FnOnce(&mut [u8]),
+    ) -> Result<()> {
+        self.buffer.resize(in_memory(BATCH * BLOCK_SIZE), 0);
+        let bytes = part_mut(&mut self.buffer, 0, in_memory(len * BLOCK_SIZE));
+        self.newer
+            .source
+            .fill(bytes, from * BLOCK_SIZE)
+            .context(|| format!("reading {len} blocks of an ext4 from {from}"))?;
+        change(bytes);
+        self.sink.put(to, bytes)
     }
 
     /// Puts an inode together: what the file is from `new`, its identity from `old`, where there is one.

@@ -77,6 +77,7 @@ pub fn lay_out(
         order: Vec::new(),
         inodes: BTreeMap::new(),
         shared: Shared::default(),
+        buffer: Vec::new(),
         sink,
     };
     laying.release(&changes)?;
@@ -109,6 +110,8 @@ struct Laying<'a> {
     /// Bytes of changed inodes.
     inodes: BTreeMap<u32, Vec<u8>>,
     shared: Shared,
+    /// Content on its way.
+    buffer: Vec<u8>,
     sink: &'a mut dyn Sink,
 }
 
