@@ -98,7 +98,9 @@ impl<'a> Writer<'a> {
     fn write(&mut self) -> Result<()> {
         if !self.bytes.is_empty() {
             let start = Block::new(self.first);
-            let held = self.layer.lock_blocks(Span::of_buffer(start, &self.bytes))?;
+            let held = self
+                .layer
+                .lock_blocks(Span::of_buffer(start, &self.bytes))?;
             self.layer.write_blocks(&held, start, &self.bytes)?;
             self.bytes.clear();
         }

@@ -186,9 +186,9 @@ pub(super) fn value_hash(seed: u32, value: &[u8]) -> u32 {
 }
 
 fn entry_hash(name: &[u8], value: &[u8]) -> u32 {
-    let of_name = name.iter().fold(0u32, |hash, byte| {
-        hash.rotate_left(5) ^ u32::from(*byte)
-    });
+    let of_name = name
+        .iter()
+        .fold(0u32, |hash, byte| hash.rotate_left(5) ^ u32::from(*byte));
     let words = value.chunks_exact(4).map(|word| u32_at(word, 0));
     words.fold(of_name, |hash, word| hash.rotate_left(16) ^ word)
 }

@@ -4,8 +4,8 @@
 //! leaves them.
 
 use super::super::checksum::crc;
-use super::hash::Hasher;
 use super::super::unknown;
+use super::hash::Hasher;
 use crate::fields::{put_u16, put_u32};
 use vellum_base::block::{BLOCK_LEN, part, part_mut};
 use vellum_base::error::Result;
@@ -97,7 +97,12 @@ pub(super) fn make(
             blocks.push(node(entries, seed));
         }
     }
-    let root = root(&dots, if levels > 0 { &above } else { &below }, levels as u8, seed);
+    let root = root(
+        &dots,
+        if levels > 0 { &above } else { &below },
+        levels as u8,
+        seed,
+    );
     if let Some(first) = blocks.first_mut() {
         *first = root;
     }

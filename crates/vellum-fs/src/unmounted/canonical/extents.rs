@@ -128,7 +128,10 @@ mod tests {
         push(&mut pieces, 5, 105, 3);
         push(&mut pieces, 8, 200, 1);
         push(&mut pieces, 10, 201, 0x8001);
-        let found: Vec<_> = pieces.iter().map(|p| (p.logical, p.physical, p.len)).collect();
+        let found: Vec<_> = pieces
+            .iter()
+            .map(|p| (p.logical, p.physical, p.len))
+            .collect();
         assert_eq!(
             found,
             [

@@ -7,6 +7,7 @@ use super::attributes::{EXTRA_SIZE, IN_INODE_AT, value_hash};
 use super::changes::{Listing, MAP_AT};
 use super::extents::{self, Piece};
 use super::form::INODE;
+use super::space::ALIGNED;
 use super::{Laying, directory};
 use crate::fields::{put_u16, put_u32, u32_at};
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, in_memory, part, part_mut};
@@ -147,7 +148,11 @@ impl Laying<'_> {
         let mut done = 0;
         for run in self.space.take_blocks(count)? {
             let len = run.end - run.start;
-            let bytes = part(bytes, in_memory(done * BLOCK_SIZE), in_memory(len * BLOCK_SIZE));
+            let bytes = part(
+                bytes,
+                in_memory(done * BLOCK_SIZE),
+                in_memory(len * BLOCK_SIZE),
+            );
             self.sink.put(run.start, bytes)?;
             extents::push(&mut pieces, done as u32, run.start, len);
             done += len;
@@ -180,7 +185,10 @@ impl Laying<'_> {
         for extent in &mut extents {
             extent.len = extent.len.min(end - extent.logical);
         }
-        let count = extents.iter().map(|extent| extent.len).sum();
+        let count: u64 = extents.iter().map(|extent| extent.len).sum();
+        if count >= ALIGNED {
+            self.space.align();
+        }
         let mut free = self.space.take_blocks(count)?.into_iter();
         let mut run = 0..0;
         let mut pieces = Vec::new();
@@ -204,13 +212,7 @@ impl Laying<'_> {
     }
 
     /// Copies blocks of the newer state to `to`, once `change` has had them.
-    fn copy(
-        &mut self,
-        from: u64,
-        len: u64,
-        to: u64,
-        change: impl FnOnce(&mut [u8]),
-    ) -> Result<()> {
+    fn copy(&mut self, from: u64, len: u64, to: u64, change: impl FnOnce(&mut [u8])) -> Result<()> {
         self.buffer.resize(in_memory(BATCH * BLOCK_SIZE), 0);
         let bytes = part_mut(&mut self.buffer, 0, in_memory(len * BLOCK_SIZE));
         self.newer

@@ -60,7 +60,9 @@ impl Form {
                 && u64::from(u16_at(&superblock, at::DESCRIPTOR_SIZE)) * PER_BLOCK == BLOCK_SIZE
                 && part(&superblock, at::HASH_VERSION, 1) == [HALF_MD4];
             if !fits {
-                return Err(unknown("it is made in another way than the driver makes them"));
+                return Err(unknown(
+                    "it is made in another way than the driver makes them",
+                ));
             }
         }
         if older.layout != newer.layout {

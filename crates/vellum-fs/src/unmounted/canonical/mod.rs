@@ -18,7 +18,7 @@ mod release;
 mod shared;
 mod space;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ops::Range;
 
 use super::changed::Ranges;
@@ -29,12 +29,15 @@ use form::{Form, INODE};
 use hash::Hasher;
 use shared::Shared;
 use space::Space;
-use vellum_base::block::{BLOCK_LEN, part_mut};
+use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, part_mut};
 use vellum_base::error::Result;
 use vellum_base::interrupt;
 
 /// Inodes in a block.
 const PER_BLOCK: u32 = (BLOCK_LEN / INODE) as u32;
+
+/// Blocks in files of a directory from which on they begin on a border of their own: 512 KiB.
+const LARGE: u64 = 128;
 
 /// Where blocks are written to.
 pub trait Sink {
@@ -75,6 +78,7 @@ pub fn lay_out(
         space: Space::new(older, &form, seed),
         numbers: HashMap::new(),
         order: Vec::new(),
+        aligned: HashSet::new(),
         inodes: BTreeMap::new(),
         shared: Shared::default(),
         buffer: Vec::new(),
@@ -86,7 +90,14 @@ pub fn lay_out(
         interrupt::check()?;
         laying.keep(*number, kept)?;
     }
-    for before in std::mem::take(&mut laying.order) {
+    // Directories hold numbers, which are others where a file is added: they lie apart from contents.
+    let order = std::mem::take(&mut laying.order);
+    let is_directory = |before: &u32| {
+        let fresh = changes.fresh.get(before);
+        fresh.is_some_and(|fresh| fresh.listing.is_some())
+    };
+    let (directories, others): (Vec<u32>, Vec<u32>) = order.into_iter().partition(is_directory);
+    for before in directories.into_iter().chain(others) {
         interrupt::check()?;
         laying.make(before, &changes)?;
     }
@@ -107,6 +118,8 @@ struct Laying<'a> {
     numbers: HashMap<u32, u32>,
     /// New inodes by their numbers in the newer state, in the order in which they get theirs.
     order: Vec<u32>,
+    /// Those of them that are the first file of a large directory.
+    aligned: HashSet<u32>,
     /// Bytes of changed inodes.
     inodes: BTreeMap<u32, Vec<u8>>,
     shared: Shared,
@@ -123,15 +136,23 @@ impl Laying<'_> {
         let mut waiting: VecDeque<_> = listed.collect();
         while let Some(listing) = waiting.pop_front() {
             interrupt::check()?;
+            let (mut blocks, mut first) = (0, None);
             for name in &listing.names {
                 let fresh = changes.fresh.get(&name.inode);
                 let Some(fresh) = fresh.filter(|_| !self.numbers.contains_key(&name.inode)) else {
                     continue;
                 };
+                if fresh.inode.is_file() {
+                    blocks += fresh.inode.size().div_ceil(BLOCK_SIZE);
+                    first = first.or(Some(name.inode));
+                }
                 let number = self.space.take_inode(fresh.inode.is_directory())?;
                 self.numbers.insert(name.inode, number);
                 self.order.push(name.inode);
                 waiting.extend(&fresh.listing);
+            }
+            if blocks >= LARGE {
+                self.aligned.extend(first);
             }
         }
         if self.order.len() != changes.fresh.len() {
@@ -195,6 +216,9 @@ impl Laying<'_> {
         let Some(fresh) = changes.fresh.get(&before) else {
             return Ok(());
         };
+        if self.aligned.contains(&before) {
+            self.space.align();
+        }
         let number = self.number_of(before);
         let seed = file::fresh_seed(self.seed, number);
         let content = match &fresh.listing {

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::super::inode::Inode;
 use super::super::corrupt;
+use super::super::inode::Inode;
 use super::attributes::{references, set_references};
 use super::changes::Changes;
 use super::form::INODE;

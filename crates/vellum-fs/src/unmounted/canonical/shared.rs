@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::super::inode::Inode;
+use super::Laying;
 use super::attributes::{MAX_REFERENCES, arrange, set_references};
 use super::file::{self, Attached};
-use super::Laying;
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE};
 use vellum_base::error::{Error, Result};
 

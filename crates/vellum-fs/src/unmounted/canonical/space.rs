@@ -1,5 +1,5 @@
-//! The room of a file system: its free blocks and inodes, of which the lowest are taken first, and what its
-//! bitmaps, descriptors and superblock say of them.
+//! The room of a file system: its free blocks, which are taken upwards, and inodes, of which the lowest are
+//! taken first, and what its bitmaps, descriptors and superblock say of them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -17,8 +17,9 @@ use vellum_base::error::{Error, ErrorKind, Result};
 
 /// Blocks that are looked for side by side: 32 MiB. A longer file is put together of such runs.
 const LONGEST_RUN: u64 = 8192;
-/// Sizes of runs whose beginnings are remembered, by their powers of two.
-const CLASSES: usize = LONGEST_RUN.ilog2() as usize + 1;
+/// What begins on a border of so many blocks, 128 KiB, does not move by less when something in front of it
+/// grows: chunks of layers of that size stay the same.
+pub(super) const ALIGNED: u64 = 32;
 /// Bytes of a group descriptor.
 const DESCRIPTOR: usize = 64;
 
@@ -47,8 +48,8 @@ pub(super) struct Space<'a> {
     blocks: BTreeMap<usize, Bits>,
     inodes: BTreeMap<usize, Bits>,
     deltas: BTreeMap<usize, Delta>,
-    /// In front of this block no run of so many blocks (a power of two) is free.
-    cursors: [u64; CLASSES],
+    /// Where the next blocks are looked for.
+    next_block: u64,
     /// In front of this inode none is free.
     next_inode: u32,
 }
@@ -71,7 +72,7 @@ impl<'a> Space<'a> {
             blocks: BTreeMap::new(),
             inodes: BTreeMap::new(),
             deltas: BTreeMap::new(),
-            cursors: [0; CLASSES],
+            next_block: 0,
             next_inode: files.layout.first_inode,
         }
     }
@@ -120,7 +121,13 @@ impl<'a> Space<'a> {
         Ok(())
     }
 
-    /// Takes `count` blocks: side by side where there are so many, else in pieces, in their order.
+    /// Has the blocks that are taken next begin on a border of [`ALIGNED`] blocks.
+    pub fn align(&mut self) {
+        self.next_block = self.next_block.next_multiple_of(ALIGNED);
+    }
+
+    /// Takes `count` blocks behind those that were taken before: side by side where there are so many, else
+    /// in pieces. What is left out on the way is taken when the end was reached.
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`].
@@ -130,7 +137,11 @@ impl<'a> Space<'a> {
         let mut want = left.min(LONGEST_RUN);
         while left > 0 {
             want = want.min(left);
-            let Some(run) = self.find(want)? else {
+            let found = match self.find(want, self.next_block)? {
+                None if self.next_block > 0 => self.find(want, 0)?,
+                found => found,
+            };
+            let Some(run) = found else {
                 if want == 1 {
                     return Err(full("blocks"));
                 }
@@ -143,6 +154,7 @@ impl<'a> Space<'a> {
                 bits.put(block - range.start, true);
             }
             self.deltas.entry(number).or_default().blocks -= want.cast_signed();
+            self.next_block = run.end;
             left -= want;
             match taken.last_mut() {
                 Some(last) if last.end == run.start => last.end = run.end,
@@ -152,34 +164,21 @@ impl<'a> Space<'a> {
         Ok(taken)
     }
 
-    /// The first `want` free blocks that lie side by side in a group.
-    fn find(&mut self, want: u64) -> Result<Option<Range<u64>>> {
-        let class = want.ilog2();
-        let cursor = |cursors: &mut [u64; CLASSES], to: u64| {
-            if let Some(cursor) = cursors.get_mut(class as usize) {
-                *cursor = to;
-            }
-        };
-        let mut at = self.cursors.get(class as usize).copied().unwrap_or(0);
-        let mut moves = true;
+    /// The first `want` free blocks from `from` on that lie side by side in a group.
+    fn find(&mut self, want: u64, from: u64) -> Result<Option<Range<u64>>> {
+        let mut at = from;
         while at < self.files.layout.blocks {
             let (number, range) = self.group_of(at);
             let bits = self.block_bits(number, &range)?;
-            let (next, len) = match bits.next_clear(at - range.start) {
-                Some(bit) => (range.start + bit, bits.clear_run(bit, want)),
-                None => (range.end, 0),
+            let Some(bit) = bits.next_clear(at - range.start) else {
+                at = range.end;
+                continue;
             };
+            let (start, len) = (range.start + bit, bits.clear_run(bit, want));
             if len >= want {
-                if moves {
-                    cursor(&mut self.cursors, next);
-                }
-                return Ok(Some(next..next + want));
+                return Ok(Some(start..start + want));
             }
-            at = next + len;
-            moves &= len < 1 << class;
-            if moves {
-                cursor(&mut self.cursors, at);
-            }
+            at = start + len;
         }
         Ok(None)
     }
@@ -191,7 +190,9 @@ impl<'a> Space<'a> {
             let bits = if u16_at(&descriptor, 0x12) & group_flag::INODES_UNUSED != 0 {
                 Bits::new(vec![0; in_memory(layout.block_size)], len.into())
             } else {
-                let bytes = self.files.blocks(self.files.group(number)?.inode_bitmap, 1)?;
+                let bytes = self
+                    .files
+                    .blocks(self.files.group(number)?.inode_bitmap, 1)?;
                 let sum = crc(self.seed, part(&bytes, 0, len as usize / 8));
                 let high = u32::from(u16_at(&descriptor, 0x3A)) << 16;
                 if sum != high | u32::from(u16_at(&descriptor, 0x1A)) {
@@ -208,10 +209,7 @@ impl<'a> Space<'a> {
     /// The group of an inode, and its place there.
     pub fn place_of(&self, inode: u32) -> (usize, u32) {
         let per_group = self.files.layout.inodes_per_group;
-        (
-            ((inode - 1) / per_group) as usize,
-            (inode - 1) % per_group,
-        )
+        (((inode - 1) / per_group) as usize, (inode - 1) % per_group)
     }
 
     /// Frees an inode. All are freed before the first is taken.
@@ -257,7 +255,9 @@ impl<'a> Space<'a> {
     fn descriptor(&self, number: usize) -> Result<Vec<u8>> {
         let per_block = in_memory(self.files.block_size()) / DESCRIPTOR;
         let layout = &self.files.layout;
-        let at = self.form.descriptor_block(layout, (number / per_block) as u64);
+        let at = self
+            .form
+            .descriptor_block(layout, (number / per_block) as u64);
         let block = self.files.blocks(at, 1)?;
         Ok(part(&block, number % per_block * DESCRIPTOR, DESCRIPTOR).to_vec())
     }
@@ -314,7 +314,9 @@ impl<'a> Space<'a> {
             halves(&mut bytes, 0x1A, 0x3A, crc(self.seed, covered));
             let slots = (0..u64::from(layout.inodes_per_group)).rev();
             let last = slots.into_iter().find(|slot| bits.is_set(*slot));
-            let used = last.map_or(0, |last| last as u32 + 1).max(group.inodes_used);
+            let used = last
+                .map_or(0, |last| last as u32 + 1)
+                .max(group.inodes_used);
             halves(&mut bytes, 0x1C, 0x32, layout.inodes_per_group - used);
         }
         put_u16(&mut bytes, 0x12, flags);
