@@ -35,7 +35,8 @@ fn whole_disk(store: &TestStore, image: &str) -> Vec<u8> {
 }
 
 /// An image of three layers: one of everything and a large directory; then files that are replaced, deleted,
-/// linked and added, and attributes that are; then a directory whose older content is hidden.
+/// linked and added, and attributes that are; then a directory whose older content is hidden. All have one
+/// time: umoci keeps whole seconds alone.
 fn layered(store: &TestStore) -> String {
     shell(
         store.dir.path(),
@@ -65,7 +66,9 @@ fn layered(store: &TestStore) -> String {
     );
     shell(
         store.dir.path(),
-        "umoci repack --image layout:one bundle
+        "even() { find bundle/rootfs -depth -exec touch -h -d '2010-01-01' {} +; }
+         even
+         umoci repack --refresh-bundle --image layout:one bundle
          cd bundle/rootfs
          rm many/a-name-that-is-rather-long-1*
          rm many/file4 many/file1 etc/empty
@@ -77,10 +80,12 @@ fn layered(store: &TestStore) -> String {
          mkdir new; echo new > new/file
          rm -r few/inner; ln -s elsewhere few/inner
          cd ../..
+         even
          umoci repack --refresh-bundle --image layout:two bundle
          cd bundle/rootfs
          rm -r many; mkdir many; echo alone > many/alone
          cd ../..
+         even
          umoci repack --image layout:three bundle",
     );
     store.arg("layout")
