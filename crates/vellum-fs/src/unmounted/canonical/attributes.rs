@@ -156,7 +156,9 @@ fn fill(
         put_u32(bytes, at + 8, one.value.len() as u32);
         part_mut(bytes, at + ENTRY, one.name.len()).copy_from_slice(one.name);
         if one.apart {
-            put_u32(bytes, at + 4, holders.next().copied().unwrap_or_default());
+            let holder = holders.next();
+            assert!(holder.is_some(), "each value apart has an inode");
+            put_u32(bytes, at + 4, holder.map_or(0, |holder| *holder));
             hash = entry_hash(one.name, &value_hash(seed, one.value).to_le_bytes());
         } else {
             let len = one.value.len().next_multiple_of(4);

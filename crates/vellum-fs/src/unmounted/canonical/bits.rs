@@ -25,10 +25,8 @@ impl Bits {
     }
 
     fn byte(&self, bit: u64) -> u8 {
-        part(&self.bytes, (bit / 8) as usize, 1)
-            .first()
-            .copied()
-            .unwrap_or_default()
+        let byte = part(&self.bytes, (bit / 8) as usize, 1);
+        byte.iter().fold(0, |_, byte| *byte)
     }
 
     pub fn is_set(&self, bit: u64) -> bool {

@@ -85,8 +85,8 @@ fn transform(state: &mut [u32; 4], words: &[u32; 8]) {
     ];
     let [mut a, mut b, mut c, mut d] = *state;
     for (mix, constant, order, shifts) in rounds {
-        for (word, shift) in order.iter().zip(shifts.iter().cycle()) {
-            let word = words.get(usize::from(*word)).copied().unwrap_or_default();
+        for (place, shift) in order.into_iter().zip(shifts.iter().cycle()) {
+            let word: u32 = words.iter().skip(place.into()).take(1).sum();
             let sum = a
                 .wrapping_add(mix(b, c, d))
                 .wrapping_add(word)
