@@ -24,5 +24,6 @@ mod layer_file;
 mod lifecycle;
 mod live;
 mod names;
+mod same_bytes;
 mod verify_durability;
 mod vhost;

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::canonical;
 use super::complete::finish_layer;
 use super::device::{Target, forget_ext4_journal};
 use super::layer_file;
 use super::raw;
+use super::seal::sync_file_system;
 use super::staged::open_staged;
 use super::template;
 use super::temporary::TemporaryMount;
@@ -370,13 +372,19 @@ impl Importer<'_> {
         fill(mount.dir()).map_err(|error| self.name_the_limit(error, mount.dir(), ground))?;
         mount.end()?;
         let open = target.open(self.store)?;
-        forget_ext4_journal(&open)?;
-        let layer = open
-            .chain()
-            .top()
-            .ok_or_else(|| Error::internal("a layer that is being made has no top"))?;
-        let bytes = layer.data_blocks().bytes();
+        let (staged, layer) = match canonical::lay_out(self.store, ground.top(), &open)? {
+            Some(laid) => laid,
+            None => {
+                forget_ext4_journal(&open)?;
+                open.close()?;
+                // It was not to stay, so nothing of it is durable yet.
+                sync_file_system(&staged.dir())?;
+                let layer = open_staged(self.store, &staged)?;
+                (staged, layer)
+            }
+        };
         drop(open);
+        let bytes = layer.data_blocks().bytes();
         let info = LayerInfo {
             origin,
             diff_id: diff_id.clone(),

@@ -2,6 +2,7 @@
 //! snapshotter call these; nothing here prints.
 
 pub mod backup;
+mod canonical;
 pub mod changed;
 pub mod check;
 pub mod commit;

@@ -11,8 +11,9 @@ use vellum_fs::ext4::{self, MakeOptions};
 use vellum_image::DiskImage;
 use vellum_store::{FsInfo, LayerInfo, Store, StoreGuard, TemplateRecord};
 
-/// Changes whenever the options of the file system do, so that old and new layers do not mix.
-const VERSION: u32 = 2;
+/// Changes whenever the options of the file system do, or how layers are written on it, so that old and new
+/// layers do not mix. From 3 on they are [laid out](vellum_fs::unmounted::lay_out).
+const VERSION: u32 = 3;
 
 /// The beginning of every template's key. The keys of image layers go on from there with a slash.
 const KEY: &str = "ext4-v";

@@ -120,6 +120,7 @@ impl TemporaryMount {
         interrupt::check()?;
         let options = ext4::MountOptions {
             read_only,
+            scratch: matches!(target, Target::Staged(_)),
             ..ext4::MountOptions::default()
         };
         ext4::mount(&attached.device.path(), &mount.dir, options)?;

@@ -166,6 +166,9 @@ pub struct MountOptions {
     pub no_dev: bool,
     /// Access times.
     pub atime: Atime,
+    /// What is written is thrown away after a crash: nothing waits for the device to make it durable, nor
+    /// does the device hear what becomes free.
+    pub scratch: bool,
 }
 
 impl MountOptions {
@@ -189,6 +192,8 @@ impl MountOptions {
     pub fn data(self) -> &'static str {
         if self.read_only {
             "errors=remount-ro,noinit_itable"
+        } else if self.scratch {
+            "errors=remount-ro,noinit_itable,nobarrier,data=writeback"
         } else {
             "errors=remount-ro,noinit_itable,discard"
         }

@@ -1,6 +1,6 @@
 //! Little-endian numbers in bytes from a disk.
 
-use vellum_base::block::part;
+use vellum_base::block::{part, part_mut};
 
 /// Bytes of which nothing is known but that they may hold numbers.
 #[derive(Clone, Copy)]
@@ -31,6 +31,16 @@ pub(crate) fn u16_at(bytes: &[u8], at: usize) -> u16 {
 /// The number of 32 bits at `at` of bytes that are known to have it. Asserts that.
 pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
+}
+
+/// Puts a number of 16 bits at `at` into bytes that are known to have room for it. Asserts that.
+pub(crate) fn put_u16(bytes: &mut [u8], at: usize, number: u16) {
+    part_mut(bytes, at, 2).copy_from_slice(&number.to_le_bytes());
+}
+
+/// As [`put_u16`], a number of 32 bits.
+pub(crate) fn put_u32(bytes: &mut [u8], at: usize, number: u32) {
+    part_mut(bytes, at, 4).copy_from_slice(&number.to_le_bytes());
 }
 
 #[cfg(test)]

@@ -90,7 +90,9 @@ pub(super) struct Installer {
 impl Installer {
     /// Starts on the tree at `target`; `devices` says whether device nodes may be made.
     pub fn new(target: &Path, devices: bool) -> Result<Installer> {
-        Ok(Installer::on(Rooted::open(target)?, devices))
+        let mut tree = Rooted::open(target)?;
+        tree.keep_times();
+        Ok(Installer::on(tree, devices))
     }
 
     /// As [`Installer::new`], for one who changes the tree and does not add a layer to it: a file never

@@ -17,7 +17,7 @@ use std::rc::Rc;
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
-use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, futimens, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::node::{MAX_DEPTH, Time, join, shown, split, to_path};
@@ -29,6 +29,13 @@ const OPEN_DIRECTORIES: usize = 128;
 
 /// How many links are followed on the way to a directory that does not exist yet.
 const MAX_LINKS: usize = 40;
+
+/// The times of a directory of which nobody says any: the first second of 2020, as the empty file system has
+/// it for its root.
+const UNSAID: Time = Time {
+    seconds: 1_577_836_800,
+    nanoseconds: 0,
+};
 
 /// A directory in the tree, open.
 #[derive(Debug)]
@@ -53,6 +60,9 @@ pub(super) struct Rooted {
     root: OwnedFd,
     /// Names may lead into what is mounted in it.
     crosses: bool,
+    /// A directory that is made since a name leads through it has [`UNSAID`] as its times, and the one that
+    /// it is made in keeps its own.
+    keeps_times: bool,
     open: HashMap<Vec<u8>, Rc<Directory>>,
 }
 
@@ -67,6 +77,7 @@ impl Rooted {
         Ok(Rooted {
             root: root.into(),
             crosses: false,
+            keeps_times: false,
             open: HashMap::new(),
         })
     }
@@ -74,6 +85,11 @@ impl Rooted {
     /// Lets names lead into what others have mounted in the tree.
     pub fn cross_mounts(&mut self) {
         self.crosses = true;
+    }
+
+    /// Has directories that are made on the way leave no trace of when that was.
+    pub fn keep_times(&mut self) {
+        self.keeps_times = true;
     }
 
     /// The same tree once more, with nothing of it known yet.
@@ -84,6 +100,7 @@ impl Rooted {
                 .try_clone()
                 .context(|| "opening the root of a tree")?,
             crosses: self.crosses,
+            keeps_times: self.keeps_times,
             open: HashMap::new(),
         })
     }
@@ -169,11 +186,11 @@ impl Rooted {
             above = match self.resolve(&here) {
                 Ok(fd) => fd,
                 Err(Errno::ENOENT) => {
+                    let before = fstat(&above).map_err(fail)?;
                     match mkdirat(&above, name, Mode::from_bits_truncate(0o755)) {
                         Ok(()) => {
                             let made = self.resolve(&here).map_err(fail)?;
-                            // Whatever the process's umask took away.
-                            fchmod(&made, Mode::from_bits_truncate(0o755)).map_err(fail)?;
+                            self.settle(&made, &above, &before).map_err(fail)?;
                             made
                         }
                         Err(Errno::EEXIST) => {
@@ -194,6 +211,17 @@ impl Rooted {
             done = here;
         }
         Ok(above)
+    }
+
+    /// Gives a directory that was just made in `above` its mode and times, and that one those of `before`.
+    fn settle(&self, made: &OwnedFd, above: &OwnedFd, before: &FileStat) -> nix::Result<()> {
+        // Whatever the process's umask took away.
+        fchmod(made, Mode::from_bits_truncate(0o755))?;
+        if self.keeps_times {
+            futimens(made, &UNSAID.spec(), &UNSAID.spec())?;
+            futimens(above, &atime(before).spec(), &mtime(before).spec())?;
+        }
+        Ok(())
     }
 
     /// Forgets every open directory: something on a path may have changed.
@@ -293,7 +321,8 @@ pub(super) fn open_file(parent: &impl AsFd, name: &[u8]) -> nix::Result<File> {
 
 /// Removes `name` in `directory` and everything below it, without leaving it.
 ///
-/// `keep(inode of directory, name)` spares a node; a directory with something spared in it stays.
+/// `keep(inode of directory, name)` spares a node; a directory with something spared in it stays, and keeps its
+/// times.
 /// Returns whether `name` is gone.
 pub(super) fn remove(
     directory: &impl AsFd,
@@ -322,6 +351,8 @@ pub(super) fn remove(
         empty &= remove(&inner, stat.st_ino, &child, keep, depth + 1)?;
     }
     if spared || !empty {
+        // What was removed in it leaves no trace of when that was.
+        futimens(&inner, &atime(&stat).spec(), &mtime(&stat).spec())?;
         return Ok(false);
     }
     drop(inner);

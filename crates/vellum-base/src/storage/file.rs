@@ -21,32 +21,7 @@ pub struct FileStorage;
 
 impl Storage for FileStorage {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
-        let _waits = waits();
-        let mut options = OpenOptions::new();
-        options
-            .read(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
-        match mode {
-            OpenMode::Read => {}
-            OpenMode::Write => {
-                options.write(true);
-            }
-            OpenMode::CreateNew => {
-                options.write(true).create_new(true);
-            }
-            OpenMode::Create => {
-                options.write(true).create(true);
-            }
-        }
-        let file = options.open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "not a regular file",
-            ));
-        }
-        Ok(Arc::new(HostFile::new(file)))
+        Ok(Arc::new(HostFile::new(open_plain(path, mode)?)))
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
@@ -233,6 +208,36 @@ impl Storage for FileStorage {
     fn holder(&self, path: &Path) -> Option<Holder> {
         Holder::of_lock(path)
     }
+}
+
+/// Opens a plain file.
+pub(super) fn open_plain(path: &Path, mode: OpenMode) -> io::Result<File> {
+    let _waits = waits();
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+    match mode {
+        OpenMode::Read => {}
+        OpenMode::Write => {
+            options.write(true);
+        }
+        OpenMode::CreateNew => {
+            options.write(true).create_new(true);
+        }
+        OpenMode::Create => {
+            options.write(true).create(true);
+        }
+    }
+    let file = options.open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a regular file",
+        ));
+    }
+    Ok(file)
 }
 
 /// The id of the running boot. Where it cannot be told it is one of this process alone: then no

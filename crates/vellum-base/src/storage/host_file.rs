@@ -35,6 +35,8 @@ pub(super) struct HostFile {
     direct: Direct,
     /// The file system can say that a read would wait.
     reads_cached: AtomicBool,
+    /// Whether what is said to be durable is: not in a file that is thrown away.
+    durable: bool,
 }
 
 impl HostFile {
@@ -43,6 +45,15 @@ impl HostFile {
             file,
             direct: Direct::default(),
             reads_cached: AtomicBool::new(true),
+            durable: true,
+        }
+    }
+
+    /// As [`HostFile::new`], a file that is thrown away before anybody could miss it.
+    pub(super) fn scratch(file: File) -> Self {
+        HostFile {
+            durable: false,
+            ..HostFile::new(file)
         }
     }
 
@@ -177,20 +188,32 @@ impl StorageFile for HostFile {
     }
 
     fn write_durable(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        if !self.durable {
+            return self.write_at(buf, offset);
+        }
         self.write_past_cache(buf, offset, libc::RWF_DSYNC)
     }
 
     fn write_direct(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        if !self.durable {
+            return self.write_at(buf, offset);
+        }
         self.write_past_cache(buf, offset, 0)
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        if !self.durable {
+            return Ok(());
+        }
         about_to_wait();
         let _waits = waits();
         self.file.sync_data()
     }
 
     fn sync(&self) -> io::Result<()> {
+        if !self.durable {
+            return Ok(());
+        }
         about_to_wait();
         let _waits = waits();
         self.file.sync_all()
@@ -242,6 +265,9 @@ impl StorageFile for HostFile {
     }
 
     fn start_writing_back(&self) {
+        if !self.durable {
+            return;
+        }
         // SAFETY: the descriptor is open for the call, which takes integers alone. It neither waits
         // for what it starts nor takes note of errors, so those are still the next sync's to tell.
         unsafe { libc::sync_file_range(self.file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };

@@ -11,6 +11,7 @@ mod needs;
 #[cfg(feature = "sim")]
 mod op;
 mod rng;
+mod scratch;
 mod shared_mapping;
 #[cfg(feature = "sim")]
 mod sim;
@@ -25,6 +26,7 @@ pub use host_file::write_dsync;
 #[cfg(feature = "sim")]
 pub use op::{OpCounts, OpKind};
 pub use rng::SeededRng;
+pub use scratch::ScratchStorage;
 #[cfg(feature = "sim")]
 pub use sim::{Moment, Observer, PowerCut, SimStorage, is_power_cut};
 pub use waiting::{about_to_wait, clock_ns, monotonic_ns, unless_it_waits, waits};

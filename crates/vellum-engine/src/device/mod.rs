@@ -62,12 +62,19 @@ fn layer_options(store: &Store) -> LayerOptions {
         .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC);
     let mut options = LayerOptions::default();
     if memory {
-        // A sync costs nothing there, so copying blocks to avoid one only costs.
-        options.journal_blocks = 0;
+        options = layer_options_without_syncs();
         // Space ahead would be memory at once.
         options.preallocate = 0;
     }
     options
+}
+
+/// How a layer trades where a sync costs nothing: copying blocks to avoid one only costs.
+fn layer_options_without_syncs() -> LayerOptions {
+    LayerOptions {
+        journal_blocks: 0,
+        ..LayerOptions::default()
+    }
 }
 
 /// False with `VELLUM_STATS=off` in the environment, which is there to find out what counting costs.

@@ -5,8 +5,9 @@ use std::sync::{Arc, OnceLock};
 
 use uuid::Uuid;
 
-use super::{OpenChain, layer_options};
+use super::{OpenChain, layer_options, layer_options_without_syncs};
 use vellum_base::error::{Error, Result};
+use vellum_base::storage::{ScratchStorage, Storage};
 use vellum_core::chain::{
     Chain, ChainSpec, ChainStats, look_at_chain, open_counted_chain, open_read_only_chain,
 };
@@ -20,7 +21,8 @@ pub enum Target {
     Container(ContainerRef),
     /// A container's, to look at: no file of it is changed, and nobody writes it meanwhile.
     Look(ContainerRef),
-    /// A layer in `staging` on its parents, writable. Whoever staged it keeps it leased.
+    /// A layer in `staging` on its parents, writable. Whoever staged it keeps it leased. It is thrown away:
+    /// nothing of it becomes durable ([`ScratchStorage`]).
     Staged(Uuid),
     /// A published layer on its parents: writable until it is sealed.
     Layer(Uuid),
@@ -98,12 +100,13 @@ impl Target {
                 let spec = ChainSpec {
                     sealed,
                     top: Some(top),
-                    options,
+                    options: layer_options_without_syncs(),
                 };
+                let storage: Arc<dyn Storage> = Arc::new(ScratchStorage);
                 Ok(OpenChain::new(
                     store,
                     // Of one who looks at a container through it the parent may not be sealed.
-                    look_at_chain(store.storage(), &spec, stats)?,
+                    look_at_chain(&storage, &spec, stats)?,
                     None,
                 ))
             }

@@ -73,7 +73,9 @@ pub fn changed(
     let blocks = Ranges::of_bytes(differing, newer.block_size());
     let mut found = Found::default();
     for number in 0..newer.groups.len() {
-        find_inodes(older, newer, number, &blocks, &mut found)?;
+        changed_inodes(older, newer, number, &blocks, &mut |inode, old, new| {
+            found.add(newer, inode, older, old, new)
+        })?;
     }
     let mut rest = blocks.clone();
     rest.remove(found.owned);
@@ -116,13 +118,14 @@ struct Found {
     owned: Vec<Range<u64>>,
 }
 
-/// Compares the inodes of a group as far as their blocks differ.
-fn find_inodes(
+/// Compares the inodes of a group as far as their blocks differ. Calls `each` with the number of each that
+/// differs, as it was and as it is; `None` where it is not in use.
+pub(super) fn changed_inodes(
     older: &FileSystem<'_>,
     newer: &FileSystem<'_>,
     number: usize,
     blocks: &Ranges,
-    found: &mut Found,
+    each: &mut dyn FnMut(u32, Option<Inode>, Option<Inode>) -> Result<()>,
 ) -> Result<()> {
     let (before, group) = (older.groups.get(number), newer.group(number)?);
     if before.is_some_and(|before| before.inode_table != group.inode_table) {
@@ -149,7 +152,7 @@ fn find_inodes(
                 let inode = first + slot;
                 let old = is_old.then(|| older.parse_inode(inode, old)).transpose()?;
                 let new = is_new.then(|| newer.parse_inode(inode, new)).transpose()?;
-                found.add(newer, inode, older, old.flatten(), new.flatten())?;
+                each(inode, old.flatten(), new.flatten())?;
             }
         }
     }
@@ -250,7 +253,7 @@ fn free_blocks(files: &FileSystem<'_>, blocks: &Ranges) -> Result<Vec<Range<u64>
 }
 
 /// The block bitmap of a group: a bit for each block, set where somebody has it.
-fn bitmap_of(files: &FileSystem<'_>, group: &Group) -> Result<Vec<u8>> {
+pub(super) fn bitmap_of(files: &FileSystem<'_>, group: &Group) -> Result<Vec<u8>> {
     let bitmap = files.blocks(group.block_bitmap, 1)?;
     let Some(seed) = files.layout.seed else {
         return Ok(bitmap);
@@ -290,7 +293,7 @@ pub(super) fn count_names(
     wanted: &mut BTreeMap<u32, u32>,
 ) -> Result<bool> {
     let mut some = false;
-    files.each_entry(directory, &mut |_, inode| {
+    files.each_entry(directory, &mut |_, inode, _| {
         if let Some(left) = wanted.get_mut(&inode) {
             some = true;
             *left -= 1;
@@ -315,11 +318,11 @@ fn climb(files: &FileSystem<'_>, directory: u32, to: &mut HashSet<u32>) -> Resul
 
 /// Numbers of blocks, as ranges in order that do not touch.
 #[derive(Debug, Clone, Default)]
-struct Ranges(Vec<Range<u64>>);
+pub(super) struct Ranges(Vec<Range<u64>>);
 
 impl Ranges {
     /// The blocks of `size` bytes in which some of these bytes lie.
-    fn of_bytes(bytes: &[Range<u64>], size: u64) -> Self {
+    pub(super) fn of_bytes(bytes: &[Range<u64>], size: u64) -> Self {
         let blocks = bytes.iter();
         let blocks = blocks.map(|range| range.start / size..range.end.div_ceil(size));
         Ranges(joined(blocks.collect()))
@@ -330,7 +333,7 @@ impl Ranges {
     }
 
     /// The ranges that have some of `range`, cut to it.
-    fn common(&self, range: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    pub(super) fn common(&self, range: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let first = self.0.partition_point(|own| own.end <= range.start);
         let from = self.0.iter().skip(first);
         let inside = from.take_while({
@@ -341,7 +344,7 @@ impl Ranges {
         inside.map(move |own| own.start.max(range.start)..own.end.min(range.end))
     }
 
-    fn meets(&self, range: &Range<u64>) -> bool {
+    pub(super) fn meets(&self, range: &Range<u64>) -> bool {
         self.common(range).next().is_some()
     }
 

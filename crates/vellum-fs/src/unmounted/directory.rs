@@ -32,7 +32,7 @@ impl FileSystem<'_> {
     /// list; as [`super::Source::fill`].
     pub fn list(&self, directory: &Inode) -> Result<Vec<Entry>> {
         let mut entries = Vec::new();
-        self.each_entry(directory, &mut |name, inode| {
+        self.each_entry(directory, &mut |name, inode, _| {
             if name != b"." && name != b".." {
                 let name = name.to_vec();
                 entries.push(Entry { name, inode });
@@ -54,7 +54,7 @@ impl FileSystem<'_> {
         let first = first.ok_or_else(|| bad(directory, "it begins with a hole"))?;
         let block = self.blocks(first.physical, 1)?;
         let mut parent = None;
-        self.parse_block(directory, &block, &mut |name, inode| {
+        self.parse_block(directory, &block, &mut |name, inode, _| {
             if name == b".." {
                 parent = Some(inode);
             }
@@ -62,11 +62,11 @@ impl FileSystem<'_> {
         parent.ok_or_else(|| bad(directory, "it does not say where it lies"))
     }
 
-    /// Calls `each` with all names, `.` and `..` among them, and their inodes, as they lie.
+    /// Calls `each` with all names, `.` and `..` among them, their inodes and types, as they lie.
     pub(super) fn each_entry(
         &self,
         directory: &Inode,
-        each: &mut dyn FnMut(&[u8], u32),
+        each: &mut dyn FnMut(&[u8], u32, u8),
     ) -> Result<()> {
         if !directory.is_directory() {
             return Err(bad(directory, "it is none"));
@@ -104,7 +104,7 @@ impl FileSystem<'_> {
         &self,
         directory: &Inode,
         block: &[u8],
-        each: &mut dyn FnMut(&[u8], u32),
+        each: &mut dyn FnMut(&[u8], u32, u8),
     ) -> Result<()> {
         let out_of_place = || bad(directory, "an entry is out of place");
         self.check_block(directory, block)?;
@@ -126,7 +126,8 @@ impl FileSystem<'_> {
                 continue;
             }
             let name_len = Fields(entry).u8(6).ok_or_else(out_of_place)?;
-            if !self.layout.typed_entries && Fields(entry).u8(7) != Some(0) {
+            let file_type = Fields(entry).u8(7).ok_or_else(out_of_place)?;
+            if !self.layout.typed_entries && file_type != 0 {
                 return Err(out_of_place());
             }
             let name = entry.get(HEAD..HEAD + usize::from(name_len));
@@ -137,7 +138,7 @@ impl FileSystem<'_> {
             if inode > self.layout.inodes {
                 return Err(bad(directory, "a name of no inode"));
             }
-            each(name, inode);
+            each(name, inode, file_type);
         }
         Ok(())
     }

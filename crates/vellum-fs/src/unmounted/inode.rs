@@ -58,6 +58,11 @@ impl Inode {
         self.number
     }
 
+    /// Its bytes.
+    pub(super) fn raw(&self) -> &[u8] {
+        &self.raw
+    }
+
     /// Type and permissions, as stat(2) has them.
     pub fn mode(&self) -> u32 {
         u16_at(&self.raw, 0).into()

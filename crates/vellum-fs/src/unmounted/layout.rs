@@ -7,7 +7,7 @@ use crate::superblock::Superblock;
 use vellum_base::error::{Result, ResultExt};
 
 const SUPERBLOCK_AT: u64 = 1024;
-const SUPERBLOCK_LEN: usize = 1024;
+pub(super) const SUPERBLOCK_LEN: usize = 1024;
 
 /// Block groups that are looked at: 128 TiB in blocks of 4 KiB.
 const MAX_GROUPS: u64 = 1 << 20;
@@ -312,7 +312,7 @@ fn read_groups(
 }
 
 /// Where the block of group descriptors with this number lies.
-fn descriptor_block(
+pub(super) fn descriptor_block(
     superblock: &[u8; SUPERBLOCK_LEN],
     layout: &Layout,
     per_block: u64,
@@ -328,7 +328,7 @@ fn descriptor_block(
 }
 
 /// Whether a group begins with a copy of the superblock.
-fn has_superblock(superblock: &[u8; SUPERBLOCK_LEN], group: u64) -> bool {
+pub(super) fn has_superblock(superblock: &[u8; SUPERBLOCK_LEN], group: u64) -> bool {
     if group == 0 {
         return true;
     }

@@ -8,6 +8,7 @@
 //! Source: the kernel's Documentation/filesystems/ext4. The crates that read ext4 (`ext4-view`, `ext4`)
 //! read by path: they know neither where a file lies nor what two states of a file system share.
 
+mod canonical;
 mod changed;
 mod checksum;
 mod content;
@@ -19,6 +20,7 @@ mod layout;
 mod parents;
 mod xattrs;
 
+pub use canonical::{Sink, lay_out};
 pub use changed::{Changed, changed};
 pub use content::{Contents, differences};
 pub use directory::Entry;

@@ -6,6 +6,7 @@ use super::checksum::{crc, crc_but};
 use super::inode::Inode;
 use super::{FileSystem, corrupt};
 use crate::fields::Fields;
+use vellum_base::block::part_from;
 use vellum_base::error::Result;
 
 /// Values by full names (`user.x`, `security.capability`). Those of access control lists are in the
@@ -64,31 +65,42 @@ impl FileSystem<'_> {
         found: &mut Xattrs,
     ) -> Result<()> {
         let cut = || bad(inode, "they are cut");
-        let mut rest = entries;
-        // Four zero bytes end the list; in an inode that is full, its end does.
-        while !matches!(Fields(rest).u32(0), Some(0) | None) {
-            let fields = Fields(rest);
-            let name_len = usize::from(fields.u8(0).ok_or_else(cut)?);
-            let index = fields.u8(1).ok_or_else(cut)?;
-            let offset = usize::from(fields.u16(2).ok_or_else(cut)?);
-            let holder = fields.u32(4).ok_or_else(cut)?;
-            let size = fields.u32(8).ok_or_else(cut)?;
-            let name = rest.get(ENTRY..ENTRY + name_len).ok_or_else(cut)?;
-            let next = (ENTRY + name_len).next_multiple_of(4);
-            rest = rest.get(next..).ok_or_else(cut)?;
-            let Some(name) = full_name(index, name) else {
-                continue;
+        each_entry(inode, entries, &mut |entry| {
+            let Some(name) = full_name(entry.index, entry.name) else {
+                return Ok(());
             };
-            let value = if holder != 0 {
-                self.value_of(inode, holder, size)?
+            let value = if entry.holder != 0 {
+                self.value_of(inode, entry.holder, entry.size)?
             } else {
-                let end = offset.checked_add(size as usize).ok_or_else(cut)?;
-                values.get(offset..end).ok_or_else(cut)?.to_vec()
+                let end = entry.offset.checked_add(entry.size as usize);
+                let value = values.get(entry.offset..end.ok_or_else(cut)?);
+                value.ok_or_else(cut)?.to_vec()
             };
             // One that is in the inode hides one in the block, which there should not be.
             found.entry(name).or_insert(value);
+            Ok(())
+        })
+    }
+
+    /// The inodes that hold values of an inode's own attributes, or of those in its block.
+    pub(super) fn holders(&self, inode: &Inode, in_block: bool) -> Result<Vec<u32>> {
+        let mut holders = Vec::new();
+        let mut each = |entry: Entry<'_>| {
+            holders.extend(Some(entry.holder).filter(|holder| *holder != 0));
+            Ok(())
+        };
+        if in_block {
+            if let Some(number) = inode.xattr_block() {
+                let block = self.blocks(number, 1)?;
+                each_entry(inode, part_from(&block, BLOCK_HEAD), &mut each)?;
+            }
+        } else {
+            let own = inode.own_xattrs()?;
+            if Fields(own).u32(0) == Some(MAGIC) {
+                each_entry(inode, part_from(own, INODE_HEAD), &mut each)?;
+            }
         }
-        Ok(())
+        Ok(holders)
     }
 
     /// A value that has an inode of its own.
@@ -100,6 +112,45 @@ impl FileSystem<'_> {
         }
         self.content(&value)
     }
+}
+
+/// An entry as it lies there.
+struct Entry<'a> {
+    /// What its name begins with.
+    index: u8,
+    name: &'a [u8],
+    /// Where its value lies.
+    offset: usize,
+    /// The inode that holds its value; 0 where none does.
+    holder: u32,
+    /// Bytes of its value.
+    size: u32,
+}
+
+/// Calls `each` with all entries of a list.
+fn each_entry(
+    inode: &Inode,
+    entries: &[u8],
+    each: &mut dyn FnMut(Entry<'_>) -> Result<()>,
+) -> Result<()> {
+    let cut = || bad(inode, "they are cut");
+    let mut rest = entries;
+    // Four zero bytes end the list; in an inode that is full, its end does.
+    while !matches!(Fields(rest).u32(0), Some(0) | None) {
+        let fields = Fields(rest);
+        let name_len = usize::from(fields.u8(0).ok_or_else(cut)?);
+        let entry = Entry {
+            index: fields.u8(1).ok_or_else(cut)?,
+            name: rest.get(ENTRY..ENTRY + name_len).ok_or_else(cut)?,
+            offset: usize::from(fields.u16(2).ok_or_else(cut)?),
+            holder: fields.u32(4).ok_or_else(cut)?,
+            size: fields.u32(8).ok_or_else(cut)?,
+        };
+        let next = (ENTRY + name_len).next_multiple_of(4);
+        rest = rest.get(next..).ok_or_else(cut)?;
+        each(entry)?;
+    }
+    Ok(())
 }
 
 /// The name that the kernel shows; `None` for one that it does not.
