@@ -20,3 +20,4 @@ mod faults;
 mod login;
 mod plain;
 mod push;
+mod tls;

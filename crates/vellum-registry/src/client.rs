@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use reqwest::header::{AUTHORIZATION, HeaderMap, WWW_AUTHENTICATE};
 use reqwest::{Client, RequestBuilder, Response, StatusCode, Url};
-use rustls::{ClientConfig, RootCertStore};
 use tokio::sync::Mutex;
 
 use super::auth::authorization;
@@ -14,6 +13,7 @@ use super::credentials::Credential;
 use super::failure::Failure;
 use super::reference::{host_of, is_local};
 use super::retry::{retried, unless_stalled};
+use super::tls;
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// How long a connection may take to come about.
@@ -49,7 +49,7 @@ impl Http {
             .user_agent(concat!("vellum/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT)
             .pool_idle_timeout(IDLE)
-            .tls_backend_preconfigured(tls()?);
+            .tls_backend_preconfigured(tls::config(registry)?);
         if local {
             builder = builder.no_proxy();
         }
@@ -113,23 +113,6 @@ impl Http {
         };
         unless_stalled(doing, &moved, read).await
     }
-}
-
-/// TLS with the roots of this host.
-fn tls() -> Result<ClientConfig> {
-    let found = rustls_native_certs::load_native_certs();
-    for error in &found.errors {
-        tracing::warn!("a root certificate of this host cannot be read: {error}");
-    }
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(found.certs);
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| Error::with_source(ErrorKind::Io, "TLS cannot be set up", error))?;
-    let mut config = config.with_root_certificates(roots).with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
 }
 
 /// A repository of a registry, with the right to it.

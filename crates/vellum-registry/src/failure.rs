@@ -11,8 +11,14 @@ use vellum_base::error::{Error, ErrorKind};
 const MAX_PAUSE: Duration = Duration::from_secs(300);
 /// Bytes of an answer that are read for its words.
 const MAX_WORDS: usize = 16 << 10;
-/// What glibc says of a host that is not there, rather than not to be found for the moment (EAI_NONAME).
-const NO_SUCH_NAME: &str = "Name or service not known";
+/// What glibc says of a host that is not there, rather than not to be found for the moment (EAI_NONAME), and rustls of
+/// a certificate that is not believed and of a server that does not speak TLS. The layers between keep their kinds to
+/// themselves.
+const STAYS: [&str; 3] = [
+    "Name or service not known",
+    "invalid peer certificate",
+    "received corrupt message",
+];
 /// Characters of a registry's words that are shown.
 const SHOWN: usize = 300;
 
@@ -66,9 +72,10 @@ impl Failure {
         };
         let text = format!("{doing}: no answer from {host}: {causes}{advice}");
         Failure {
-            // A request that cannot be made, a redirection without an end and a name that nobody has stay what
-            // they are.
-            passes: !error.is_builder() && !error.is_redirect() && !causes.contains(NO_SUCH_NAME),
+            // A request that cannot be made and a redirection without an end stay what they are.
+            passes: !error.is_builder()
+                && !error.is_redirect()
+                && !STAYS.iter().any(|words| causes.contains(words)),
             ..Error::new(ErrorKind::Io, text).into()
         }
     }

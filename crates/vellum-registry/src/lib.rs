@@ -22,6 +22,7 @@ mod failure;
 mod reference;
 mod retry;
 mod session;
+mod tls;
 mod upload;
 
 pub use credentials::{Stored, login, logout};
