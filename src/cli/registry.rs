@@ -36,8 +36,12 @@ pub(super) struct PushArgs {
     /// An image, a container or a snapshot (C@NAME); a container that is mounted is sealed as by a commit, and
     /// goes on
     name: String,
-    /// Where it goes: HOST[:PORT]/REPOSITORY[:TAG]
-    #[arg(value_name = "REF")]
+    /// Where it goes
+    // Not as above: rustdoc takes brackets for links.
+    #[arg(
+        value_name = "REF",
+        help = "Where it goes: HOST[:PORT]/REPOSITORY[:TAG]"
+    )]
     reference: String,
     /// What to push
     #[arg(long, value_enum, default_value = "both")]
@@ -100,8 +104,11 @@ Examples:
 
 Credentials are docker's and podman's, see `vellum login`.")]
 pub(super) struct PullArgs {
-    /// The image: [HOST[:PORT]/]REPOSITORY[:TAG|@DIGEST]; without a host, Docker Hub's
-    #[arg(value_name = "REF")]
+    /// What is fetched
+    #[arg(
+        value_name = "REF",
+        help = "The image: [HOST[:PORT]/]REPOSITORY[:TAG|@DIGEST]; without a host, Docker Hub's"
+    )]
     reference: String,
     /// What it is called here [default: REF]
     name: Option<String>,
@@ -123,8 +130,9 @@ Examples:
   vellum login registry.example
   echo $TOKEN | vellum login ghcr.io -u me --password-stdin")]
 pub(super) struct LoginArgs {
-    /// The registry: HOST[:PORT] [default: Docker Hub]
+    /// The registry
     #[arg(default_value = "docker.io", hide_default_value = true)]
+    #[arg(help = "The registry: HOST[:PORT] [default: Docker Hub]")]
     registry: String,
     /// The name [default: asked for]
     #[arg(short, long, value_name = "USER")]
@@ -139,8 +147,9 @@ pub(super) struct LoginArgs {
 /// Arguments of `logout`.
 #[derive(Debug, clap::Args)]
 pub(super) struct LogoutArgs {
-    /// The registry: HOST[:PORT] [default: Docker Hub]
+    /// The registry
     #[arg(default_value = "docker.io", hide_default_value = true)]
+    #[arg(help = "The registry: HOST[:PORT] [default: Docker Hub]")]
     registry: String,
 }
 

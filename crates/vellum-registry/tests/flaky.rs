@@ -32,11 +32,10 @@ struct Request {
 impl Request {
     fn header(&self, name: &str) -> Option<&str> {
         let mut lines = self.headers.lines();
-        let found = lines.find_map(|line| {
+        lines.find_map(|line| {
             let (key, value) = line.split_once(':')?;
             key.eq_ignore_ascii_case(name).then(|| value.trim())
-        });
-        found
+        })
     }
 }
 

@@ -52,7 +52,7 @@ pub struct PullReport {
 ///
 /// # Errors
 /// [`ErrorKind::AlreadyExists`] for the name; as [`Session::find`], [`Session::fetch`] and
-/// [`import`](super::super::import::import).
+/// [`import`].
 pub fn pull(
     store: &Store,
     reference: &Reference,
