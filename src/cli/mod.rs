@@ -33,6 +33,7 @@ mod prewarm;
 mod progress;
 mod prune;
 mod ps;
+mod registry;
 mod remove;
 mod rename;
 mod resize;
@@ -96,6 +97,14 @@ enum Command {
     Import(import::Args),
     /// Write an image, container or snapshot to a file: raw, qcow2, tar, OCI, Docker, or its layers for another store
     Export(export::Args),
+    /// Fetch an image from a registry
+    Pull(registry::PullArgs),
+    /// Send an image, container or snapshot to a registry, for everybody
+    Push(registry::PushArgs),
+    /// Give a registry a name and a password, and keep them where docker does
+    Login(registry::LoginArgs),
+    /// Forget a registry's name and password
+    Logout(registry::LogoutArgs),
     /// List images
     Images(images::Args),
     /// Show the steps that made an image
@@ -301,6 +310,8 @@ impl Command {
             self,
             Command::Import(_)
                 | Command::Export(_)
+                | Command::Pull(_)
+                | Command::Push(_)
                 | Command::Create(_)
                 | Command::Rm(_)
                 | Command::Rmi(_)
@@ -332,6 +343,10 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
     match command {
         Command::Import(args) => import::run(&args, context)?,
         Command::Export(args) => export::run(&args, context)?,
+        Command::Pull(args) => registry::run_pull(&args, context)?,
+        Command::Push(args) => registry::run_push(&args, context)?,
+        Command::Login(args) => registry::run_login(&args, context)?,
+        Command::Logout(args) => registry::run_logout(&args, context)?,
         Command::Images(args) => images::run(&args, context)?,
         Command::History(args) => history::run(&args, context)?,
         Command::Inspect(args) => inspect::run(&args, context)?,

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use super::Context;
 use super::confinement::ConfinementArgs;
 use super::output::{complain, say};
+use super::registry::{AccessArgs, pull_absent};
 use super::transport::TransportArgs;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
@@ -26,7 +27,7 @@ or not the interpreter that it needs, 126 when it cannot be executed, 125 when v
 
 The OCI runtime is crun or runc, whichever is installed; VELLUM_RUNTIME names another.")]
 pub(super) struct Args {
-    /// The image
+    /// The image; one that the store does not have is pulled from its registry
     image: String,
     /// The container's name [default: made from the image's]
     #[arg(long)]
@@ -52,6 +53,8 @@ pub(super) struct Args {
     process: ProcessArgs,
     #[command(flatten)]
     confinement: ConfinementArgs,
+    #[command(flatten)]
+    access: AccessArgs,
     /// Say more on standard error; twice for still more
     // In place of the global one, whose short form is the volume's here.
     #[arg(long, action = clap::ArgAction::Count)]
@@ -142,7 +145,9 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
         atime: args.atime,
         confinement: args.confinement.confinement()?,
     };
-    run::run(&context.store_to_change()?, &new, &options)
+    let store = context.store_to_change()?;
+    pull_absent(&store, &args.image, context, args.access)?;
+    run::run(&store, &new, &options)
 }
 
 /// The command's exit status, or why there is none.

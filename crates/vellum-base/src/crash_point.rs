@@ -1,7 +1,7 @@
 //! Places where a test has this process die, as if it had been killed there, or panic.
 //!
 //! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`], [`RESIZES`], [`BACKUPS`],
-//! [`LAYER_FILES`] or [`SERVING`]; the process that called [`arm`] sends itself SIGKILL when it comes by
+//! [`LAYER_FILES`], [`PULLS`] or [`SERVING`]; the process that called [`arm`] sends itself SIGKILL when it comes by
 //! for the first, or the third, time. With `VELLUM_PANIC_AT` it panics there. Builds without debug
 //! assertions contain nothing of it, and processes that never call [`arm`], such as device servers, come
 //! to no harm.
@@ -90,6 +90,15 @@ pub const LAYER_FILES: [&str; 4] = [
     "layer file: record in place",
 ];
 
+/// Every place that a pull from a registry has; one of tars has those of an import besides.
+pub const PULLS: [&str; 5] = [
+    "pull: tables fetched",
+    "pull: blobs fetched",
+    "pull: layer staged",
+    "pull: layer published",
+    "pull: record in place",
+];
+
 /// Every place in a server of clients.
 pub const SERVING: [&str; 6] = [
     "nbd: flush",
@@ -144,7 +153,8 @@ pub fn arm() -> crate::Result<()> {
 #[cfg(debug_assertions)]
 fn is_place(name: &str) -> bool {
     let places = ALL.iter().chain(&SNAPSHOTS).chain(&RESIZES);
-    let mut places = places.chain(&BACKUPS).chain(&LAYER_FILES).chain(&SERVING);
+    let places = places.chain(&BACKUPS).chain(&LAYER_FILES);
+    let mut places = places.chain(&PULLS).chain(&SERVING);
     places.any(|place| *place == name)
 }
 

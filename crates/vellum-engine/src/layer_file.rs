@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::complete::checksum_layer;
 use super::import::{ImportOptions, LayerOutcome};
-use super::staged::{open_staged, write_run};
+use super::staged::{open_staged, seal_as, write_run};
 use super::template;
 use super::watch::Watch;
 use vellum_backup::{LayerEntry, LayerPart, LayerReader};
@@ -18,7 +18,7 @@ use vellum_base::block::BLOCK_SIZE;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
-use vellum_core::layer::{Header, SealedLayer, WritableLayer, check_size, seal_in_place};
+use vellum_core::layer::{Header, SealedLayer, WritableLayer, check_size};
 use vellum_image::ImageConfig;
 use vellum_store::{DiskInfo, ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
 
@@ -65,7 +65,7 @@ impl Known {
 
     /// What is believed of it. A chain key by which an import would find the layer is not: the file may say
     /// anything, and the layer would be taken for one that its maker did not make.
-    fn info(self, header: &Header, bytes: u64) -> LayerInfo {
+    pub fn info(self, header: &Header, bytes: u64) -> LayerInfo {
         let template = self.template.filter(|key| template::is_key(key));
         LayerInfo {
             origin: self.origin,
@@ -90,25 +90,33 @@ impl Description {
 
     fn decode(bytes: &[u8]) -> Result<Self> {
         let description: Description = decode(bytes)?;
-        let disk = &description.disk;
-        check_size(disk.virtual_size)
-            .map_err(|error| Error::new(ErrorKind::Corrupt, error.to_string()))?;
-        if let Some(shown) = disk.device_size {
-            let hidden = disk.virtual_size.checked_sub(shown);
-            if hidden.is_none_or(|hidden| hidden >= BLOCK_SIZE) {
-                let size = disk.virtual_size;
-                let text = format!("a device of {shown} bytes in layers of {size} bytes");
-                return Err(Error::new(ErrorKind::Corrupt, text));
-            }
-        }
-        if let Some(fs) = &disk.fs
-            && !matches!(&fs.kind[..], "ext2" | "ext3" | "ext4")
-        {
-            let text = format!("its file system is of the kind {:?}, not an ext4", fs.kind);
-            return Err(Error::new(ErrorKind::Unsupported, text));
-        }
+        check_disk(&description.disk)?;
         Ok(description)
     }
+}
+
+/// Makes sure that what a file or an artifact says of its disk is possible.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`]; [`ErrorKind::Unsupported`] for a file system that is not known.
+pub(crate) fn check_disk(disk: &DiskInfo) -> Result<()> {
+    check_size(disk.virtual_size)
+        .map_err(|error| Error::new(ErrorKind::Corrupt, error.to_string()))?;
+    if let Some(shown) = disk.device_size {
+        let hidden = disk.virtual_size.checked_sub(shown);
+        if hidden.is_none_or(|hidden| hidden >= BLOCK_SIZE) {
+            let size = disk.virtual_size;
+            let text = format!("a device of {shown} bytes in layers of {size} bytes");
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        }
+    }
+    if let Some(fs) = &disk.fs
+        && !matches!(&fs.kind[..], "ext2" | "ext3" | "ext4")
+    {
+        let text = format!("its file system is of the kind {:?}, not an ext4", fs.kind);
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    Ok(())
 }
 
 fn encode(value: &impl Serialize) -> Result<Vec<u8>> {
@@ -290,14 +298,7 @@ impl Receiver<'_> {
             return Ok(());
         };
         let bytes = layer.data_blocks().bytes();
-        layer.seal()?;
-        drop(layer);
-        let uuid = staged.header.uuid;
-        let found = seal_in_place(&**self.store.storage(), &staged.dir(), |_| {})?;
-        if found != digest {
-            let text = format!("the blocks of the layer {uuid} do not match its digest (SHA-256)");
-            return Err(Error::new(ErrorKind::Corrupt, text));
-        }
+        seal_as(self.store, &staged, layer, &digest)?;
         let info = known.info(&staged.header, bytes);
         self.layers.push(Received::Staged {
             staged: Box::new(staged),

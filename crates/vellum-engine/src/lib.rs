@@ -26,6 +26,7 @@ pub mod prewarm;
 pub mod progress;
 pub mod raw;
 mod reach;
+pub mod registry;
 pub mod rename;
 pub mod resize;
 pub mod retention;

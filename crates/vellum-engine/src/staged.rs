@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use vellum_base::block::{BlockState, Run};
-use vellum_base::error::Result;
-use vellum_core::layer::{LayerOptions, WritableLayer};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_core::layer::{LayerOptions, WritableLayer, seal_in_place};
 use vellum_store::{StagedLayer, Store};
 
 use super::space::follow_policy;
@@ -30,4 +30,25 @@ pub(super) fn write_run(layer: &WritableLayer, run: Run<BlockState>, bytes: &[u8
         BlockState::Data => layer.write_blocks(&held, run.start(), bytes).map(drop),
         state => layer.clear_blocks(&held, run.span, state),
     }
+}
+
+/// Seals a staged layer that came from elsewhere, and makes sure that it is the one that it was there.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] where its blocks have another digest.
+pub(super) fn seal_as(
+    store: &Store,
+    staged: &StagedLayer,
+    layer: Arc<WritableLayer>,
+    digest: &[u8; 32],
+) -> Result<()> {
+    layer.seal()?;
+    drop(layer);
+    let found = seal_in_place(&**store.storage(), &staged.dir(), |_| {})?;
+    if found == *digest {
+        return Ok(());
+    }
+    let uuid = staged.header.uuid;
+    let text = format!("the blocks of the layer {uuid} do not match its digest (SHA-256)");
+    Err(Error::new(ErrorKind::Corrupt, text))
 }

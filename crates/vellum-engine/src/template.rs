@@ -36,9 +36,22 @@ pub fn is_key(key: &str) -> bool {
     key.starts_with(KEY) && !key.contains('/')
 }
 
+/// The key of the template for file systems of `size` bytes.
+pub fn key(size: u64) -> String {
+    format!("{KEY}{VERSION}-{size}")
+}
+
+/// The template for file systems of `size` bytes, if the store has it.
+///
+/// # Errors
+/// Where its record is damaged.
+pub fn find(store: &Store, size: u64) -> Result<Option<TemplateRecord>> {
+    store.template(&key(size))
+}
+
 /// The template for file systems of `size` bytes; made where the store has none.
 pub fn get(store: &Store, size: u64, pin: &StoreGuard) -> Result<TemplateRecord> {
-    let key = format!("{KEY}{VERSION}-{size}");
+    let key = key(size);
     // One process makes it, the others wait and find it.
     let lock_path = store.root().join("templates").join("lock");
     let _lock = store

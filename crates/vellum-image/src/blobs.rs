@@ -264,8 +264,12 @@ impl Blobs {
     }
 }
 
-/// Where an OCI layout keeps the blob `digest`.
-pub(super) fn blob_name(digest: &str) -> Result<String> {
+/// Where an OCI layout keeps the blob `digest`: `blobs/sha256/…`.
+///
+/// # Errors
+///
+/// `Corrupt` for what is not a SHA-256 or SHA-512 digest.
+pub fn blob_name(digest: &str) -> Result<String> {
     let (algorithm, digits) = parse_digest(digest)?;
     Ok(format!("blobs/{algorithm}/{digits}"))
 }

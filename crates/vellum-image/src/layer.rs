@@ -23,13 +23,20 @@ pub struct LayerRef {
 }
 
 /// A digest being computed.
-pub(super) enum Hasher {
+#[derive(Debug)]
+pub enum Hasher {
+    /// What nearly everything has.
     Sha256(Sha256),
+    /// What the specification allows as well.
     Sha512(Sha512),
 }
 
 impl Hasher {
     /// For the algorithm of `digest` (`sha256:…`).
+    ///
+    /// # Errors
+    ///
+    /// `Corrupt` for what is not a SHA-256 or SHA-512 digest.
     pub fn like(digest: &str) -> Result<Hasher> {
         match parse_digest(digest)?.0 {
             "sha512" => Ok(Hasher::Sha512(Sha512::new())),
@@ -42,6 +49,7 @@ impl Hasher {
         Hasher::Sha256(Sha256::new())
     }
 
+    /// Adds bytes.
     pub fn update(&mut self, data: &[u8]) {
         match self {
             Hasher::Sha256(hasher) => hasher.update(data),

@@ -46,6 +46,7 @@ mod write_blob;
 mod write_oci;
 
 pub use apply::{ApplyOptions, apply_layer};
+pub use blobs::blob_name;
 pub use compress::Compression;
 pub use config::{HistoryEntry, HistoryStep, ImageConfig, RunConfig, chain_id, chain_ids};
 pub use copy::copy_tree;
@@ -55,7 +56,7 @@ pub use diff::{
 };
 pub use disk::DiskImage;
 pub use install::ApplyStats;
-pub use layer::{LayerReader, LayerRef};
+pub use layer::{Hasher, LayerReader, LayerRef};
 pub use measure::Measure;
 pub use platform::Platform;
 pub use qcow2::{Qcow2Writer, cluster_size};

@@ -58,6 +58,16 @@ impl Platform {
         self
     }
 
+    /// Which of several images runs best here, chosen as containerd chooses; `None` where none does.
+    pub fn best<'a>(&self, images: impl IntoIterator<Item = &'a Platform>) -> Option<usize> {
+        let ranked = images.into_iter().enumerate();
+        let ranked = ranked.filter_map(|(index, image)| Some((self.rank(image)?, index)));
+        // Of equals the first.
+        ranked
+            .max_by(|one, other| one.0.cmp(&other.0).then(other.1.cmp(&one.1)))
+            .map(|(_, index)| index)
+    }
+
     /// How well an image for `image` runs here, chosen as containerd chooses; `None` not at all.
     pub(super) fn rank(&self, image: &Platform) -> Option<Rank> {
         if self.os != image.os {

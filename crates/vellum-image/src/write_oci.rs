@@ -33,6 +33,8 @@ pub struct OciWriter {
     diff_ids: Vec<String>,
     /// Blobs by digits of their digest: size in bytes.
     blobs: BTreeMap<String, u64>,
+    /// What the manifest says besides.
+    annotations: BTreeMap<String, String>,
 }
 
 impl OciWriter {
@@ -53,6 +55,7 @@ impl OciWriter {
             layers: Vec::new(),
             diff_ids: Vec::new(),
             blobs: BTreeMap::new(),
+            annotations: BTreeMap::new(),
         })
     }
 
@@ -89,6 +92,11 @@ impl OciWriter {
         Ok(diff_id)
     }
 
+    /// Has the manifest say something: an annotation.
+    pub fn annotate(&mut self, name: &str, value: &str) {
+        self.annotations.insert(name.to_owned(), value.to_owned());
+    }
+
     /// Adds a JSON document. Returns its digest, and what describes it.
     fn add_json(&mut self, media_type: &str, data: &[u8]) -> Result<(String, Value)> {
         let digest = hex(&Sha256::digest(data));
@@ -113,12 +121,15 @@ impl OciWriter {
             &config.to_json()?,
         )?;
         let manifest_type = "application/vnd.oci.image.manifest.v1+json";
-        let manifest = json!({
+        let mut manifest = json!({
             "schemaVersion": 2,
             "mediaType": manifest_type,
             "config": config,
             "layers": self.layers,
         });
+        if !self.annotations.is_empty() {
+            manifest["annotations"] = json!(self.annotations);
+        }
         let (digest, mut manifest) =
             self.add_json(manifest_type, manifest.to_string().as_bytes())?;
         manifest["platform"] = platform;

@@ -13,6 +13,7 @@
 //! ROOT/staging/UUID/         being made; ROOT/trash/ being removed
 //! ROOT/reserve               room for commands while the disk is full
 //! ROOT/space.json            what is done before it is full; made when it is set
+//! ROOT/registry-blobs.json   which repositories have which blobs: a hint
 //! ROOT/quarantine/            records whose layers are damaged; made when needed
 //! ROOT/run/CONTAINER/        mounts and processes of the running system
 //! ```
@@ -25,6 +26,7 @@
 //! Two locks: `lock` is held exclusively while records are read and changed together; `gc.lock` is
 //! shared by whoever has layers that no record names yet, and exclusive for removing such layers.
 
+mod blob_places;
 mod confinement;
 mod container_snapshots;
 mod containers;

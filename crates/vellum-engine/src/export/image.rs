@@ -7,8 +7,8 @@ use std::path::Path;
 use super::super::template;
 use super::super::temporary::TemporaryMount;
 use super::super::watch::Watch;
-use super::ExportOptions;
 use super::subject::{State, Subject};
+use uuid::Uuid;
 use vellum_base::error::{Result, ResultExt};
 use vellum_image::{
     Change, ChangeKind, Compression, Foreign, HistoryEntry, ImageConfig, LayerTarOptions,
@@ -16,23 +16,25 @@ use vellum_image::{
 };
 
 /// What was collected of an image, in a directory of its own.
-pub(super) struct Collected {
+pub(crate) struct Collected {
     writer: OciWriter,
     config: ImageConfig,
     name: String,
     /// How many layers it has.
     pub layers: usize,
+    /// The diff_ids of sealed layers.
+    pub diff_ids: Vec<(Uuid, String)>,
 }
 
 /// Writes the layers of the subject into `spool`, compressed.
 ///
 /// # Errors
 /// Where one cannot be mounted, read or written.
-pub(super) fn collect(
+pub(crate) fn collect(
     subject: &Subject<'_>,
     spool: &Path,
     compression: Compression,
-    options: &ExportOptions,
+    name: Option<&str>,
     watch: &dyn Watch,
 ) -> Result<Collected> {
     let mut writer = OciWriter::new(spool, compression)?;
@@ -52,6 +54,7 @@ pub(super) fn collect(
         None => None,
     };
     let mut layers = 0;
+    let mut diff_ids = Vec::new();
     for (index, state) in states.iter().enumerate() {
         let here = subject.mount(*state)?;
         let foreign = match index + 1 == states.len() {
@@ -62,12 +65,15 @@ pub(super) fn collect(
         let changes = changes(lower, here.dir(), &foreign, below.is_none())?;
         // A container that changed nothing is its image.
         if index < known || !changes.is_empty() {
-            let (name, size) = shown(subject, *state);
-            let progress = watch.begin(&name, size);
+            let (shown, size) = shown(subject, *state);
+            let progress = watch.begin(&shown, size);
             let options = LayerTarOptions::default();
             let write =
                 |out: &mut dyn Write| write_layer_tar(here.dir(), &changes, out, options, progress);
-            writer.add_layer(write)?;
+            let diff_id = writer.add_layer(write)?;
+            if let State::Sealed(layer) = state {
+                diff_ids.push((*layer, diff_id));
+            }
             watch.done();
             layers += 1;
             if index >= known {
@@ -84,8 +90,9 @@ pub(super) fn collect(
     Ok(Collected {
         writer,
         config,
-        name: options.name.clone().unwrap_or_else(|| subject.name.clone()),
+        name: name.unwrap_or(&subject.name).to_owned(),
         layers,
+        diff_ids,
     })
 }
 
@@ -153,6 +160,11 @@ fn step(subject: &Subject<'_>, state: State) -> Result<HistoryEntry> {
 }
 
 impl Collected {
+    /// Has the image's manifest say something.
+    pub fn annotate(&mut self, name: &str, value: &str) {
+        self.writer.annotate(name, value);
+    }
+
     /// Writes an OCI layout into a directory that is empty. Returns the manifest's digest.
     pub fn layout(self, dir: &Path) -> Result<String> {
         self.writer.write_layout(self.config, Some(&self.name), dir)

@@ -19,7 +19,7 @@ use vellum_store::{ImageRecord, Store, now};
 const PIECE: Blocks = Blocks::new(256);
 
 /// What was written.
-pub(super) struct Written {
+pub(crate) struct Written {
     /// Layers whose blocks are in it.
     pub layers: usize,
     /// Bytes of data in these.
@@ -31,7 +31,7 @@ pub(super) struct Written {
 /// # Errors
 /// [`ErrorKind::InvalidInput`] where `without` has none of them; [`ErrorKind::ReadOnly`] for a layer without checksums in
 /// a store that cannot be written; [`ErrorKind::Corrupt`] for a damaged block.
-pub(super) fn write(
+pub(crate) fn write(
     subject: &Subject<'_>,
     without: Option<&ImageRecord>,
     out: &mut dyn Write,
@@ -90,7 +90,7 @@ pub(super) fn write(
 }
 
 /// Opens a layer that has its digest; one that has none yet gets it.
-fn checksummed(store: &Store, layer: uuid::Uuid) -> Result<SealedLayer> {
+pub(crate) fn checksummed(store: &Store, layer: uuid::Uuid) -> Result<SealedLayer> {
     let open = || SealedLayer::open(&**store.storage(), &store.layer_dir(layer));
     let sealed = open()?;
     if sealed.is_checksummed() {
@@ -153,7 +153,7 @@ fn blocks(
 }
 
 /// The configuration, with a step of the history for each layer.
-fn config(subject: &Subject<'_>) -> ImageConfig {
+pub(crate) fn config(subject: &Subject<'_>) -> ImageConfig {
     let mut config = subject.config.clone();
     if subject.is_image {
         return config;

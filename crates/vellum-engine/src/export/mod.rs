@@ -1,10 +1,10 @@
 //! Images, containers and snapshots as files of formats that other programs read. docs/images.md.
 
 mod disk;
-mod image;
-mod layers;
+pub(crate) mod image;
+pub(crate) mod layers;
 mod output;
-mod subject;
+pub(crate) mod subject;
 
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -215,8 +215,8 @@ impl Export<'_> {
         };
         let staging = self.subject.store.root().join("staging");
         let spool = out.spool().unwrap_or(&staging);
-        let collected =
-            image::collect(&self.subject, spool, compression, self.options, self.watch)?;
+        let name = self.options.name.as_deref();
+        let collected = image::collect(&self.subject, spool, compression, name, self.watch)?;
         self.report.layers = Some(collected.layers);
         let digest = match out {
             Out::Dir(new) => collected.layout(&new.inner())?,

@@ -19,7 +19,7 @@ use vellum_store::{
 };
 
 /// Layers that are exported, which stay as they are meanwhile.
-pub(super) struct Subject<'a> {
+pub(crate) struct Subject<'a> {
     pub store: &'a Store,
     pub name: String,
     /// The sealed layers, from the bottom up.
@@ -40,7 +40,7 @@ pub(super) struct Subject<'a> {
 
 /// One state of the subject: up to one of its layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum State {
+pub(crate) enum State {
     /// Up to this sealed layer.
     Sealed(Uuid),
     /// With the container's writable layer.

@@ -138,3 +138,9 @@ pub fn live_bond(log: FileId, header: FileId, data: &[FileId], evidence: Evidenc
 pub fn live_entry(bytes: &mut [u8]) {
     put_crc(bytes, 0..28, 28);
 }
+
+/// The table of a layer in a registry (registry.md): its body, and its header.
+pub fn registry_table(bytes: &mut [u8]) {
+    put_crc(bytes, 256..bytes.len().max(256), 248);
+    put_crc(bytes, 0..252, 252);
+}

@@ -24,6 +24,7 @@ mod input;
 mod layer;
 pub mod mutate;
 mod nbd;
+mod registry;
 mod store;
 mod text;
 mod vhost;
@@ -202,6 +203,14 @@ pub const TARGETS: &[Target] = &[
         memory_per_byte: 64,
         run: control::authority,
         seeds: control::authority_seeds,
+    },
+    Target {
+        name: "registry_table",
+        max_len: 16 << 10,
+        memory: MIB,
+        memory_per_byte: 256,
+        run: registry::table,
+        seeds: registry::table_seeds,
     },
     Target {
         name: "backup",

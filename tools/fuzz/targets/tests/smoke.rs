@@ -110,6 +110,7 @@ smoke!(
     control,
     authority,
     backup,
+    registry_table,
 );
 
 #[test]

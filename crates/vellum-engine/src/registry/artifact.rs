@@ -1,0 +1,157 @@
+//! An image's block layers as blobs.
+
+use std::collections::BTreeMap;
+use std::io::BufWriter;
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+use vellum_base::block::{BlockState, Blocks, Run};
+use vellum_base::error::{Error, Result};
+use vellum_base::interrupt;
+use vellum_core::layer::SealedLayer;
+use vellum_registry::artifact::{
+    ARTIFACT_TYPE, CONFIG_TYPE, ChunkPower, DATA_TYPE, DIFF_ID_ANNOTATION, DIGEST_ANNOTATION,
+    Encoded, LayerEncoder, SIZE_ANNOTATION, TABLE_TYPE, TEMPLATE_ANNOTATION,
+};
+use vellum_registry::{Document, MANIFEST_TYPE, Upload};
+
+use super::super::export::layers::{checksummed, config};
+use super::super::export::subject::Subject;
+use super::super::layer_file::Known;
+use super::super::watch::Watch;
+use super::description::Description;
+use super::layout::{Layout, digest_of, document};
+
+/// Blocks read at a time.
+const PIECE: Blocks = Blocks::new(256);
+
+/// An artifact that lies in a layout.
+pub(super) struct Artifact {
+    pub manifest: Document,
+    pub blobs: Vec<Upload>,
+}
+
+/// Writes the layers of a subject, all of them sealed, into a layout.
+///
+/// # Errors
+/// Where a layer cannot be read, or the layout written.
+pub(super) fn write(
+    subject: &Subject<'_>,
+    layout: &Layout,
+    level: i32,
+    diff_ids: &[(Uuid, String)],
+    watch: &dyn Watch,
+) -> Result<Artifact> {
+    if subject.container.is_some() {
+        return Err(Error::internal(
+            "the layers of a container that is not sealed",
+        ));
+    }
+    let diff_ids: BTreeMap<&Uuid, &String> = diff_ids.iter().map(|(uuid, id)| (uuid, id)).collect();
+    let mut description = Description {
+        disk: subject.disk.clone(),
+        config: config(subject),
+        layers: Vec::new(),
+    };
+    let mut entries = Vec::new();
+    let mut blobs = Vec::new();
+    for layer in &subject.layers {
+        let sealed = checksummed(subject.store, *layer)?;
+        let known = Known::of(subject.store.layer_info(*layer)?);
+        let (table, data) = layer_blobs(&sealed, layout, level, watch)?;
+        let diff_id = diff_ids.get(layer).map(|id| id.as_str());
+        entries.push(table_entry(&sealed, &known, diff_id, &table)?);
+        blobs.push(table);
+        if let Some(data) = data {
+            entries.push(entry(DATA_TYPE, &data));
+            blobs.push(data);
+        }
+        description.layers.push(known);
+    }
+    let config = layout.add(&description.encode()?)?;
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "artifactType": ARTIFACT_TYPE,
+        "config": entry(CONFIG_TYPE, &config),
+        "layers": entries,
+    });
+    blobs.push(config);
+    Ok(Artifact {
+        manifest: document(MANIFEST_TYPE, &manifest),
+        blobs,
+    })
+}
+
+fn entry(media_type: &str, blob: &Upload) -> Value {
+    json!({ "mediaType": media_type, "digest": blob.digest, "size": blob.size })
+}
+
+#[expect(clippy::indexing_slicing, reason = "a JSON object takes any key")]
+fn table_entry(
+    sealed: &SealedLayer,
+    known: &Known,
+    diff_id: Option<&str>,
+    table: &Upload,
+) -> Result<Value> {
+    let size = sealed.header().virtual_size.to_string();
+    let mut said = BTreeMap::from([
+        (DIGEST_ANNOTATION, digest_of(digest(sealed)?)),
+        (SIZE_ANNOTATION, size),
+    ]);
+    said.extend(known.template.clone().map(|key| (TEMPLATE_ANNOTATION, key)));
+    said.extend(diff_id.map(|id| (DIFF_ID_ANNOTATION, id.to_owned())));
+    let mut entry = entry(TABLE_TYPE, table);
+    entry["annotations"] = json!(said);
+    Ok(entry)
+}
+
+fn digest(sealed: &SealedLayer) -> Result<[u8; 32]> {
+    sealed
+        .digest()
+        .ok_or_else(|| Error::internal("a layer with checksums has no digest"))
+}
+
+/// Writes a layer's table, and its data unless it has none.
+fn layer_blobs(
+    sealed: &SealedLayer,
+    layout: &Layout,
+    level: i32,
+    watch: &dyn Watch,
+) -> Result<(Upload, Option<Upload>)> {
+    let mut runs: Vec<Run<BlockState>> = Vec::new();
+    sealed.for_each_run(|run| runs.push(run))?;
+    let blocks = sealed.data_blocks();
+    let (path, file) = layout.unnamed()?;
+    let out = BufWriter::with_capacity(1 << 20, file);
+    let mut encoder = LayerEncoder::new(out, ChunkPower::for_blocks(blocks), level)?;
+    let name = sealed.header().uuid.to_string();
+    let mut progress = watch.begin(&name, Some(blocks.bytes()));
+    let mut buffer = vec![0; PIECE.buffer_len()];
+    for run in runs {
+        match run.value {
+            BlockState::Parent => {}
+            BlockState::Zero => encoder.zero(run.span),
+            BlockState::Data => {
+                for span in run.span.pieces(PIECE) {
+                    interrupt::check()?;
+                    let (piece, _) = buffer.split_at_mut(span.len().buffer_len());
+                    sealed.read_blocks(piece, span.start())?;
+                    encoder.data(span.start(), piece)?;
+                    if let Some(progress) = &mut progress {
+                        progress(span.len().bytes());
+                    }
+                }
+            }
+        }
+    }
+    watch.done();
+    let Encoded { table, sha256, .. } =
+        encoder.finish(sealed.header().virtual_size, digest(sealed)?)?;
+    let len = table.data_len;
+    let data = match len {
+        0 => None,
+        len => Some(layout.name(&path, sha256, len)?),
+    };
+    Ok((layout.add(&table.encode()?)?, data))
+}

@@ -1,0 +1,12 @@
+//! Images into registries and out of them: docs/registry.md. [`vellum_registry`] has the formats and talks to
+//! registries; here they meet the store.
+
+mod artifact;
+mod description;
+mod layout;
+mod pull;
+mod push;
+mod receive;
+
+pub use pull::{Came, PullOptions, PullReport, pull};
+pub use push::{PushFormat, PushOptions, PushReport, push};

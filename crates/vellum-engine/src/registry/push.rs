@@ -1,0 +1,268 @@
+//! `vellum push`: an image is put together in `staging`, then sent.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+use serde_json::json;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_image::Compression;
+use vellum_registry::artifact::{ARTIFACT_TYPE, BLOCKS_ANNOTATION, IMAGE_ANNOTATION};
+use vellum_registry::{
+    Access, Document, INDEX_TYPE, MANIFEST_TYPE, Outcome, Push, Reference, Session, Upload,
+};
+use vellum_store::Store;
+
+use super::super::export::image::{self, Collected};
+use super::super::export::subject::Subject;
+use super::super::watch::Watch;
+use super::artifact::{self, Artifact};
+use super::layout::{Layout, described, document};
+
+/// What is pushed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PushFormat {
+    /// The container image and the block layers.
+    Both,
+    /// The container image.
+    Oci,
+    /// The block layers.
+    Blocks,
+}
+
+/// What a user says about a push.
+#[derive(Debug, Clone, Copy)]
+pub struct PushOptions {
+    /// What is pushed.
+    pub format: PushFormat,
+    /// zstd's level for block layers, 1 to 19.
+    pub level: i32,
+    /// How the registry is spoken to.
+    pub access: Access,
+}
+
+/// What a push did.
+#[derive(Debug, Clone, Serialize)]
+pub struct PushReport {
+    /// The image or container.
+    pub name: String,
+    /// Where it is now.
+    pub reference: String,
+    /// What was pushed.
+    pub format: PushFormat,
+    /// The digest of what the reference names.
+    pub digest: String,
+    /// Blobs that were sent.
+    pub sent: usize,
+    /// Bytes of these.
+    pub sent_bytes: u64,
+    /// Blobs that the repository had.
+    pub existed: usize,
+    /// Blobs that another repository had.
+    pub mounted: usize,
+}
+
+/// Sends the image, snapshot or container `name` to a registry.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for a reference by digest; [`ErrorKind::Unsupported`] for a disk that holds no files, but as
+/// blocks; as [`Session::push`] and [`super::super::export::export`].
+pub fn push(
+    store: &Store,
+    name: &str,
+    reference: &Reference,
+    options: PushOptions,
+    watch: &dyn Watch,
+) -> Result<PushReport> {
+    if reference.digest().is_some() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("{reference} names a digest, which the image has by itself: push it to a tag"),
+        ));
+    }
+    let session = Session::open(reference, options.access)?;
+    // Before anything is put together for a registry that does not take it.
+    session.try_push()?;
+    let layout = Layout::new(store)?;
+    let mut push = assemble(store, name, options, &layout, watch)?;
+    for blob in &mut push.blobs {
+        let from = store.blob_place(&blob.digest, reference.registry());
+        blob.from = from.filter(|from| from != reference.repository());
+    }
+    let report = send(&session, &push, name, reference, options.format, watch)?;
+    let digests = push.blobs.iter().map(|blob| blob.digest.as_str());
+    // A hint, without which the image is there all the same.
+    let noted = store.note_blobs(digests, reference.registry(), reference.repository());
+    if let Err(error) = noted {
+        tracing::warn!("where blobs are is not noted: {error}");
+    }
+    Ok(report)
+}
+
+fn send(
+    session: &Session,
+    push: &Push,
+    name: &str,
+    reference: &Reference,
+    format: PushFormat,
+    watch: &dyn Watch,
+) -> Result<PushReport> {
+    let tagged = push.documents.last();
+    let tagged = tagged.ok_or_else(|| Error::internal("a push of no document"))?;
+    let report = std::cell::RefCell::new(PushReport {
+        name: name.to_owned(),
+        reference: reference.to_string(),
+        format,
+        digest: tagged.digest.clone(),
+        sent: 0,
+        sent_bytes: 0,
+        existed: 0,
+        mounted: 0,
+    });
+    let total = push.blobs.iter().map(|blob| blob.size).sum();
+    let progress = watch.begin(reference.repository(), Some(total));
+    session.push(push, progress, &|blob: &Upload, outcome| {
+        let mut report = report.borrow_mut();
+        match outcome {
+            Outcome::Sent => {
+                report.sent += 1;
+                report.sent_bytes += blob.size;
+            }
+            Outcome::Existed => {
+                report.existed += 1;
+                watch.exists(&short(&blob.digest));
+            }
+            Outcome::Mounted => {
+                report.mounted += 1;
+                watch.exists(&short(&blob.digest));
+            }
+        }
+    })?;
+    watch.done();
+    Ok(report.into_inner())
+}
+
+/// A digest for people.
+pub(super) fn short(digest: &str) -> String {
+    let digits = digest.split(':').next_back().unwrap_or(digest);
+    digits.chars().take(12).collect()
+}
+
+/// Puts together what is sent.
+fn assemble(
+    store: &Store,
+    name: &str,
+    options: PushOptions,
+    layout: &Layout,
+    watch: &dyn Watch,
+) -> Result<Push> {
+    let format = options.format;
+    let subject = Subject::find(store, name, format != PushFormat::Oci)?;
+    let mut collected = None;
+    if format != PushFormat::Blocks {
+        let advice = || "`vellum push --format blocks` takes a disk as it is";
+        subject.need_files().context(advice)?;
+        let gzip = Compression::Gzip;
+        collected = Some(image::collect(&subject, layout.path(), gzip, None, watch)?);
+    }
+    let mut artifact = None;
+    if format != PushFormat::Oci {
+        let diff_ids = collected.as_ref().map_or(&[][..], |image| &image.diff_ids);
+        let level = options.level;
+        artifact = Some(artifact::write(&subject, layout, level, diff_ids, watch)?);
+    }
+    combine(layout, collected, artifact)
+}
+
+/// What the tag is to name: the image, the artifact, or an index of both.
+fn combine(
+    layout: &Layout,
+    collected: Option<Collected>,
+    artifact: Option<Artifact>,
+) -> Result<Push> {
+    let image = collected.map(|mut collected| {
+        if let Some(artifact) = &artifact {
+            collected.annotate(BLOCKS_ANNOTATION, &artifact.manifest.digest);
+        }
+        image_push(layout, collected)
+    });
+    match (image.transpose()?, artifact) {
+        (Some((push, platform)), Some(artifact)) => Ok(both(push, &platform, artifact)),
+        (Some((push, _)), None) => Ok(push),
+        (None, Some(artifact)) => Ok(Push {
+            blobs: artifact.blobs,
+            documents: vec![artifact.manifest],
+        }),
+        (None, None) => Err(Error::internal("a push of nothing")),
+    }
+}
+
+/// Writes out an image. Returns what is to be sent of it, and its platform.
+fn image_push(layout: &Layout, collected: Collected) -> Result<(Push, serde_json::Value)> {
+    let dir = layout.path().join("image");
+    let digest = collected.layout(&dir)?;
+    let failed = |path: &std::path::Path| format!("cannot read {}", path.display());
+    let blobs = dir.join("blobs/sha256");
+    let read = |path: &std::path::Path| std::fs::read(path).context(|| failed(path));
+    let digits = digest.split(':').next_back().unwrap_or(&digest);
+    let manifest = Document {
+        media_type: MANIFEST_TYPE.into(),
+        bytes: read(&blobs.join(digits))?,
+        digest: digest.clone(),
+    };
+    let parsed = manifest.manifest()?;
+    let mut seen = BTreeSet::new();
+    let mut uploads = Vec::new();
+    for blob in parsed.layers().iter().chain([&parsed.config]) {
+        let digits = blob.digest.split(':').next_back().unwrap_or(&blob.digest);
+        if seen.insert(blob.digest.clone()) {
+            uploads.push(Upload {
+                digest: blob.digest.clone(),
+                size: blob.size,
+                path: blobs.join(digits),
+                from: None,
+            });
+        }
+    }
+    let index: serde_json::Value = serde_json::from_slice(&read(&dir.join("index.json"))?)
+        .map_err(|error| Error::internal(format!("an index that was written: {error}")))?;
+    let platform = index.pointer("/manifests/0/platform");
+    let platform = platform.ok_or_else(|| Error::internal("an image without a platform"))?;
+    Ok((
+        Push {
+            blobs: uploads,
+            documents: vec![manifest],
+        },
+        platform.clone(),
+    ))
+}
+
+/// One tag for everybody: docs/registry.md.
+#[expect(clippy::indexing_slicing, reason = "a JSON object takes any key")]
+fn both(mut push: Push, platform: &serde_json::Value, artifact: Artifact) -> Push {
+    let mut entries = Vec::new();
+    for image in &push.documents {
+        let mut entry = described(image);
+        entry["platform"] = platform.clone();
+        entries.push(entry);
+        let mut entry = described(&artifact.manifest);
+        entry["artifactType"] = json!(ARTIFACT_TYPE);
+        entry["platform"] = json!({ "os": "unknown", "architecture": "unknown" });
+        entry["annotations"] = json!({ IMAGE_ANNOTATION: image.digest });
+        entries.push(entry);
+    }
+    let index = json!({
+        "schemaVersion": 2,
+        "mediaType": INDEX_TYPE,
+        "manifests": entries,
+    });
+    let known: BTreeSet<String> = push.blobs.iter().map(|blob| blob.digest.clone()).collect();
+    let new = artifact
+        .blobs
+        .into_iter()
+        .filter(|blob| !known.contains(&blob.digest));
+    push.blobs.extend(new);
+    push.documents.push(artifact.manifest);
+    push.documents.push(document(INDEX_TYPE, &index));
+    push
+}

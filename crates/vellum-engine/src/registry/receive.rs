@@ -1,0 +1,346 @@
+//! Block layers of an artifact: fetched, checked, and made the store's.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use uuid::Uuid;
+use vellum_base::block::{BlockState, Run};
+use vellum_base::crash_point;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::interrupt;
+use vellum_core::layer::{Header, SealedLayer};
+use vellum_registry::artifact::{
+    CONFIG_TYPE, ChunkReader, DATA_TYPE, DIGEST_ANNOTATION, MAX_LAYERS, MAX_TABLE, TABLE_TYPE,
+    TEMPLATE_ANNOTATION, Table,
+};
+use vellum_registry::{Descriptor, Manifest};
+use vellum_store::{ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
+
+use super::super::import::LayerOutcome;
+use super::super::staged::{open_staged, seal_as, write_run};
+use super::super::template;
+use super::super::watch::Watch;
+use super::description::Description;
+use super::layout::{Layout, digest_of};
+use super::pull::check_size;
+use super::push::short;
+
+/// The longest configuration of an artifact.
+const MAX_CONFIG: u64 = 4 << 20;
+
+/// What an artifact is made of.
+pub(super) struct Parts {
+    pub config: Descriptor,
+    /// From the bottom up.
+    pub layers: Vec<LayerBlobs>,
+}
+
+/// The blobs of a layer.
+pub(super) struct LayerBlobs {
+    pub table: Descriptor,
+    data: Option<Descriptor>,
+}
+
+impl Parts {
+    /// Of all its blobs.
+    pub fn digests(&self) -> impl Iterator<Item = &str> {
+        let layers = self.layers.iter();
+        let layers = layers.flat_map(|layer| std::iter::once(&layer.table).chain(&layer.data));
+        let all = layers.chain([&self.config]);
+        all.map(|blob| blob.digest.as_str())
+    }
+}
+
+/// Takes an artifact's manifest apart.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`].
+pub(super) fn parts(manifest: &Manifest) -> Result<Parts> {
+    let bad = |what: &str| {
+        Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("an artifact {what}"),
+        ))
+    };
+    if !manifest.config.is(CONFIG_TYPE) {
+        return bad("with a configuration of another type");
+    }
+    check_size(&manifest.config, MAX_CONFIG, "configuration")?;
+    let mut layers: Vec<LayerBlobs> = Vec::new();
+    // A table or data, right behind which data may stand, or not.
+    let mut after_table = false;
+    for entry in manifest.layers() {
+        if entry.is(TABLE_TYPE) {
+            check_size(entry, MAX_TABLE, "table")?;
+            layers.push(LayerBlobs {
+                table: entry.clone(),
+                data: None,
+            });
+            after_table = true;
+            continue;
+        }
+        if entry.is(DATA_TYPE) {
+            match layers.last_mut().filter(|_| after_table) {
+                Some(layer) => layer.data = Some(entry.clone()),
+                None => return bad("with data that no table stands in front of"),
+            }
+        }
+        after_table = false;
+    }
+    if layers.is_empty() || layers.len() > MAX_LAYERS {
+        return bad(&format!("with {} layers", layers.len()));
+    }
+    Ok(Parts {
+        config: manifest.config.clone(),
+        layers,
+    })
+}
+
+/// A layer of the artifact.
+struct Layer {
+    table: Table,
+    data: Option<Descriptor>,
+    /// The store has it.
+    there: Option<Uuid>,
+}
+
+/// Makes layers of blobs.
+pub(super) struct Receiver<'a> {
+    store: &'a Store,
+    pin: &'a StoreGuard,
+    layout: &'a Layout,
+    watch: &'a dyn Watch,
+    description: Description,
+    layers: Vec<Layer>,
+}
+
+impl<'a> Receiver<'a> {
+    /// Looks at the configuration and the tables, which were fetched, and for layers that the store has.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`].
+    pub fn new(
+        store: &'a Store,
+        pin: &'a StoreGuard,
+        layout: &'a Layout,
+        watch: &'a dyn Watch,
+        parts: &Parts,
+    ) -> Result<Self> {
+        let description = Description::decode(&layout.read(&parts.config.digest)?)?;
+        let mut layers = Vec::new();
+        for blobs in &parts.layers {
+            layers.push(open_table(layout, blobs)?);
+        }
+        let size = layers.last().map(|layer| layer.table.virtual_size);
+        if description.layers.len() != layers.len() || size != Some(description.disk.virtual_size) {
+            let text = "an artifact whose configuration is of other layers";
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        }
+        let mut receiver = Receiver {
+            store,
+            pin,
+            layout,
+            watch,
+            description,
+            layers,
+        };
+        receiver.make_template(parts)?;
+        receiver.look()?;
+        Ok(receiver)
+    }
+
+    /// Makes the empty file system at the bottom, where this host makes such ones: then it is not fetched.
+    fn make_template(&self, parts: &Parts) -> Result<()> {
+        let (Some(blobs), Some(layer)) = (parts.layers.first(), self.layers.first()) else {
+            return Ok(());
+        };
+        let size = layer.table.virtual_size;
+        let key = blobs.table.annotation(TEMPLATE_ANNOTATION);
+        if key == Some(&template::key(size)) {
+            template::get(self.store, size, self.pin)?;
+        }
+        Ok(())
+    }
+
+    /// Finds the layers that the store has, from the bottom up.
+    fn look(&mut self) -> Result<()> {
+        let mut below: Option<Header> = None;
+        for layer in &mut self.layers {
+            let found = find(self.store, below.as_ref(), &layer.table)?;
+            let Some(header) = found else { break };
+            self.watch.exists(&short(&digest_of(layer.table.digest)));
+            layer.there = Some(header.uuid);
+            below = Some(header);
+        }
+        Ok(())
+    }
+
+    /// The data that has to be fetched.
+    pub fn wanted(&self) -> Vec<Descriptor> {
+        let missing = self.layers.iter().filter(|layer| layer.there.is_none());
+        missing.filter_map(|layer| layer.data.clone()).collect()
+    }
+
+    /// Writes the layers, whose data was fetched, makes sure of their digests, and publishes them. No record names
+    /// them yet.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for what is not what it is to be: nothing is published then.
+    pub fn receive(&mut self, name: &str) -> Result<(ImageRecord, Vec<LayerOutcome>)> {
+        let mut below: Option<Header> = None;
+        let mut ready = Vec::new();
+        for (layer, known) in self.layers.iter().zip(&self.description.layers) {
+            if let Some(uuid) = layer.there {
+                let header = Header::read(&**self.store.storage(), &self.store.layer_dir(uuid))?;
+                ready.push(Ready::There(uuid, self.store.layer_info(uuid)?));
+                below = Some(header);
+                continue;
+            }
+            let parent = below.as_ref().map(Header::known_as);
+            let header = Header::new(parent, layer.table.virtual_size)?;
+            let staged = self.store.stage_received(&header)?;
+            let bytes = self.write(layer, &staged)?;
+            let info = known.clone().info(&header, bytes);
+            below = Some(header);
+            ready.push(Ready::Staged(Box::new(staged), info));
+            crash_point::here("pull: layer staged");
+        }
+        let outcomes = self.publish(ready)?;
+        let image = ImageRecord {
+            name: name.to_owned(),
+            id: Uuid::new_v4(),
+            layers: outcomes.iter().map(|outcome| outcome.layer).collect(),
+            disk: self.description.disk.clone(),
+            config: self.description.config.clone(),
+            created: now(),
+        };
+        Ok((image, outcomes))
+    }
+
+    /// Writes a layer, and seals it. Returns the bytes of its data blocks.
+    fn write(&self, layer: &Layer, staged: &StagedLayer) -> Result<u64> {
+        let table = &layer.table;
+        let open = open_staged(self.store, staged)?;
+        let name = short(&digest_of(table.digest));
+        let mut progress = self.watch.begin(&name, Some(table.data_blocks().bytes()));
+        if let Some(data) = &layer.data {
+            let path = self.layout.blob(&data.digest)?;
+            let failed = || format!("cannot read {}", path.display());
+            let file = File::open(&path).context(failed)?;
+            let mut reader = ChunkReader::new()?;
+            let mut stored = Vec::new();
+            for window in table.windows() {
+                interrupt::check()?;
+                stored.resize(window.chunk.len as usize, 0);
+                file.read_exact_at(&mut stored, window.chunk.offset)
+                    .context(failed)?;
+                let blocks = reader.blocks(&window, &stored);
+                let blocks =
+                    blocks.map_err(|error| error.context(format!("blob {}", data.digest)))?;
+                for (span, bytes) in blocks {
+                    write_run(&open, Run::new(span, BlockState::Data), bytes)?;
+                    if let Some(progress) = &mut progress {
+                        progress(span.len().bytes());
+                    }
+                }
+            }
+            remove(&path)?;
+        }
+        let zeros = table.extents.iter();
+        for run in zeros.filter(|run| run.value == BlockState::Zero) {
+            write_run(&open, *run, &[])?;
+        }
+        self.watch.done();
+        let bytes = open.data_blocks().bytes();
+        seal_as(self.store, staged, open, &table.digest)?;
+        Ok(bytes)
+    }
+
+    fn publish(&self, ready: Vec<Ready>) -> Result<Vec<LayerOutcome>> {
+        let mut outcomes = Vec::new();
+        for one in ready {
+            let (layer, existed, info) = match one {
+                Ready::There(layer, info) => (layer, true, info),
+                Ready::Staged(staged, info) => {
+                    let layer = staged.publish(&info, self.pin)?;
+                    crash_point::here("pull: layer published");
+                    (layer, false, info)
+                }
+            };
+            outcomes.push(LayerOutcome {
+                diff_id: info.diff_id,
+                layer,
+                existed,
+                bytes: info.bytes,
+            });
+        }
+        Ok(outcomes)
+    }
+}
+
+/// A layer that a record can name soon.
+enum Ready {
+    There(Uuid, LayerInfo),
+    Staged(Box<StagedLayer>, LayerInfo),
+}
+
+/// What was fetched twice over lies in one file, so it may be gone.
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(
+            format!("cannot remove {}", path.display()),
+            error,
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn open_table(layout: &Layout, blobs: &LayerBlobs) -> Result<Layer> {
+    let bad = |what: &str| {
+        let text = format!("the table {} {what}", blobs.table.digest);
+        Error::new(ErrorKind::Corrupt, text)
+    };
+    let table = Table::decode(&layout.read(&blobs.table.digest)?)
+        .map_err(|error| error.context(format!("the table {}", blobs.table.digest)))?;
+    let said = blobs.table.annotation(DIGEST_ANNOTATION);
+    if said != Some(&digest_of(table.digest)) {
+        return Err(bad("is of another layer than the manifest says"));
+    }
+    let len = blobs.data.as_ref().map_or(0, |data| data.size);
+    if len != table.data_len {
+        return Err(bad(&format!(
+            "is of {} bytes of data, not {len}",
+            table.data_len
+        )));
+    }
+    Ok(Layer {
+        table,
+        data: blobs.data.clone(),
+        there: None,
+    })
+}
+
+/// A layer of the store with the same digest in the same place: known by what it holds, which was read when it was
+/// sealed, and not by what anybody says of it.
+fn find(store: &Store, below: Option<&Header>, table: &Table) -> Result<Option<Header>> {
+    let storage = &**store.storage();
+    for layer in store.layers()? {
+        let dir = store.layer_dir(layer);
+        // What cannot be read is not the one that is looked for.
+        let Ok(header) = Header::read(storage, &dir) else {
+            continue;
+        };
+        if !header.sealed || header.virtual_size != table.virtual_size || !header.fits_on(below) {
+            continue;
+        }
+        let whole = store
+            .layer_info(layer)
+            .is_ok_and(|info| info.damaged.is_none());
+        let sealed = SealedLayer::open(storage, &dir);
+        if whole && sealed.is_ok_and(|sealed| sealed.digest() == Some(table.digest)) {
+            return Ok(Some(header));
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,202 @@
+//! Documents and blobs, fetched and checked.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use reqwest::header::{ACCEPT, CONTENT_RANGE, CONTENT_TYPE, RANGE};
+use reqwest::{Response, StatusCode};
+use tokio::sync::Mutex;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_image::Hasher;
+
+use super::client::{Repository, header};
+use super::document::{ACCEPTED, Descriptor, Document};
+use super::failure::Failure;
+use super::retry::{retried, unless_stalled};
+
+/// The manifest or index of a tag or digest; `None` where the registry has none. What is asked for by its digest has
+/// it, and what comes by a tag has the digest that it is given here.
+pub(crate) async fn document(
+    repository: &Repository,
+    identifier: &str,
+) -> Result<Option<Document>, Failure> {
+    let host = &repository.http.host;
+    let name = &repository.repository;
+    let doing = format!("asking {host} for {name} {identifier}");
+    let url = repository.url(&format!("manifests/{identifier}"))?;
+    let accept = ACCEPTED.join(", ");
+    let build = || {
+        repository
+            .http
+            .client
+            .get(url.clone())
+            .header(ACCEPT, &accept)
+    };
+    let response = repository
+        .ask_again(&doing, &[StatusCode::NOT_FOUND], build)
+        .await?;
+    if response.status() == StatusCode::NOT_FOUND {
+        return Ok(None);
+    }
+    let media_type = header(response.headers(), CONTENT_TYPE.as_str());
+    let media_type = media_type.and_then(|kind| kind.split(';').next());
+    let media_type = media_type.unwrap_or("").trim().to_owned();
+    let bytes = repository.http.body(&doing, response).await?;
+    let by_digest = identifier.contains(':');
+    let mut hasher = match by_digest {
+        true => Hasher::like(identifier)?,
+        false => Hasher::sha256(),
+    };
+    hasher.update(&bytes);
+    let digest = hasher.finish();
+    if by_digest && digest != identifier {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("{host} answers with {digest} when it is asked for {identifier} of {name}: it is damaged there"),
+        )
+        .into());
+    }
+    Ok(Some(Document {
+        media_type,
+        digest,
+        bytes,
+    }))
+}
+
+/// What has come of a blob.
+struct Part {
+    file: File,
+    hasher: Hasher,
+    len: u64,
+}
+
+impl Part {
+    /// Forgets what has come.
+    fn restart(&mut self, digest: &str) -> Result<()> {
+        self.file
+            .set_len(0)
+            .and_then(|()| self.file.seek(SeekFrom::Start(0)))
+            .context(|| format!("beginning the blob {digest} anew"))?;
+        self.hasher = Hasher::like(digest)?;
+        self.len = 0;
+        Ok(())
+    }
+}
+
+/// Fetches a blob into a new file. When it is done, its length and digest are right. `moved` counts its bytes.
+pub(crate) async fn download(
+    repository: &Repository,
+    blob: &Descriptor,
+    path: &Path,
+    moved: &AtomicU64,
+) -> Result<(), Failure> {
+    let digest = &blob.digest;
+    let part = Mutex::new(Part {
+        file: File::create_new(path).context(|| format!("cannot make {}", path.display()))?,
+        hasher: Hasher::like(digest)?,
+        len: 0,
+    });
+    retried(|| async { fetch(repository, blob, &mut *part.lock().await, moved).await }).await?;
+    let actual = part.into_inner().hasher.finish();
+    if actual != *digest {
+        return Err(damaged(
+            repository,
+            digest,
+            &format!("its bytes have the digest {actual}"),
+        ));
+    }
+    Ok(())
+}
+
+fn damaged(repository: &Repository, digest: &str, why: &str) -> Failure {
+    let (host, name) = (&repository.http.host, &repository.repository);
+    Error::new(
+        ErrorKind::Corrupt,
+        format!(
+            "the blob {digest} of {name} in {host} is damaged: {why}. Nothing of it is used; have it pushed again \
+             after it was removed there, or try another copy of the image"
+        ),
+    )
+    .into()
+}
+
+/// Goes on with a blob to its end.
+async fn fetch(
+    repository: &Repository,
+    blob: &Descriptor,
+    part: &mut Part,
+    moved: &AtomicU64,
+) -> Result<(), Failure> {
+    let digest = &blob.digest;
+    let host = &repository.http.host;
+    let doing = format!("fetching the blob {digest} from {host}");
+    if part.len == blob.size && blob.size > 0 {
+        return Ok(());
+    }
+    let url = repository.url(&format!("blobs/{digest}"))?;
+    let from = part.len;
+    let build = || {
+        let request = repository.http.client.get(url.clone());
+        match from {
+            0 => request,
+            from => request.header(RANGE, format!("bytes={from}-")),
+        }
+    };
+    let own = AtomicU64::new(0);
+    let response = repository.ask(&doing, &own, build).await?;
+    match response.status() {
+        StatusCode::OK => part.restart(digest)?,
+        StatusCode::PARTIAL_CONTENT if begins_at(&response, from) => {}
+        StatusCode::RANGE_NOT_SATISFIABLE => {
+            let why = format!("there are {from} bytes of {}", blob.size);
+            return Err(damaged(repository, digest, &why));
+        }
+        _ => return Err(Failure::refused(host, &doing, response).await),
+    }
+    let received = receive(repository, blob, part, response, (&own, moved));
+    unless_stalled(&doing, &own, received).await
+}
+
+fn begins_at(response: &Response, from: u64) -> bool {
+    let range = header(response.headers(), CONTENT_RANGE.as_str());
+    range.is_some_and(|range| range.starts_with(&format!("bytes {from}-")))
+}
+
+async fn receive(
+    repository: &Repository,
+    blob: &Descriptor,
+    part: &mut Part,
+    mut response: Response,
+    (own, moved): (&AtomicU64, &AtomicU64),
+) -> Result<(), Failure> {
+    let host = &repository.http.host;
+    let digest = &blob.digest;
+    let doing = format!("fetching the blob {digest} from {host}");
+    loop {
+        let chunk = response.chunk().await;
+        let chunk = chunk.map_err(|error| Failure::unanswered(host, &doing, &error))?;
+        let Some(chunk) = chunk else { break };
+        let len = chunk.len() as u64;
+        if part.len + len > blob.size {
+            let why = format!("there are more than {} bytes", blob.size);
+            return Err(damaged(repository, digest, &why));
+        }
+        part.file
+            .write_all(&chunk)
+            .context(|| format!("writing the blob {digest}"))?;
+        part.hasher.update(&chunk);
+        part.len += len;
+        own.fetch_add(len, Ordering::Relaxed);
+        moved.fetch_add(len, Ordering::Relaxed);
+    }
+    if part.len < blob.size {
+        let text = format!(
+            "{doing}: it is cut off after {} of {} bytes",
+            part.len, blob.size
+        );
+        return Err(Failure::passing(Error::new(ErrorKind::Corrupt, text)));
+    }
+    Ok(())
+}

@@ -1,0 +1,337 @@
+//! One command's business with one registry.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use tokio::runtime::{Builder, Runtime};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::interrupt;
+use vellum_image::{Platform, Progress, blob_name};
+
+use super::artifact::{ARTIFACT_TYPE, BLOCKS_ANNOTATION};
+use super::blobs;
+use super::client::{Http, Repository};
+use super::credentials::{self, Credential};
+use super::document::{Descriptor, Document, choose};
+use super::failure::Failure;
+use super::reference::Reference;
+use super::upload;
+
+/// Blobs that are on their way at a time.
+const AT_A_TIME: usize = 4;
+/// How often progress is shown, and interruption looked for.
+const TICK: Duration = Duration::from_millis(100);
+/// How deep indexes nest.
+const MAX_INDEXES: usize = 4;
+
+/// How a registry is spoken to.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Access {
+    /// Without TLS, though it is not this host.
+    pub plain_http: bool,
+}
+
+/// What a reference leads to. One of the two is there.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// The manifest of the image, for the platform.
+    pub image: Option<Document>,
+    /// The manifest of its block layers.
+    pub artifact: Option<Document>,
+}
+
+/// A blob to be sent.
+#[derive(Debug, Clone)]
+pub struct Upload {
+    /// `sha256:…`
+    pub digest: String,
+    /// In bytes.
+    pub size: u64,
+    /// The file that is the blob.
+    pub path: PathBuf,
+    /// A repository of the same registry that may have it.
+    pub from: Option<String>,
+}
+
+/// What became of a blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was sent.
+    Sent,
+    /// The repository had it.
+    Existed,
+    /// Another repository had it.
+    Mounted,
+}
+
+/// What is sent: the blobs, then the documents in order, the last one by the reference.
+#[derive(Debug, Clone)]
+pub struct Push {
+    /// In any order.
+    pub blobs: Vec<Upload>,
+    /// Manifests before the index that names them.
+    pub documents: Vec<Document>,
+}
+
+/// A registry, for the time of one command. Blocks the thread that calls it, and no other is started.
+#[derive(Debug)]
+pub struct Session {
+    runtime: Runtime,
+    http: Arc<Http>,
+    credential: Option<Credential>,
+    reference: Reference,
+}
+
+impl Session {
+    /// Gets ready to speak to the registry of a reference. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a registry that is no host; [`ErrorKind::Permission`] for credentials that
+    /// cannot be read.
+    pub fn open(reference: &Reference, access: Access) -> Result<Self> {
+        let registry = reference.registry();
+        Ok(Session {
+            runtime: runtime()?,
+            http: Arc::new(Http::new(registry, access.plain_http)?),
+            credential: credentials::find(registry)?,
+            reference: reference.clone(),
+        })
+    }
+
+    /// The registry and the repository that it is about.
+    pub fn place(&self) -> (&str, &str) {
+        (self.reference.registry(), self.reference.repository())
+    }
+
+    fn repository(&self, scopes: Vec<String>) -> Repository {
+        let name = self.reference.repository();
+        Repository::new(self.http.clone(), name, scopes, self.credential.clone())
+    }
+
+    fn to_pull(&self) -> Repository {
+        self.repository(vec![format!(
+            "repository:{}:pull",
+            self.reference.repository()
+        )])
+    }
+
+    /// What the reference names, for a platform: an image, its block layers, or both.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] without such an image; [`ErrorKind::Permission`]; [`ErrorKind::Corrupt`];
+    /// [`ErrorKind::Io`] where the registry cannot be reached.
+    pub fn find(&self, platform: &Platform) -> Result<Found> {
+        let repository = self.to_pull();
+        self.drive(&AtomicU64::new(0), None, self.look(&repository, platform))
+    }
+
+    async fn look(&self, repository: &Repository, platform: &Platform) -> Result<Found, Failure> {
+        let mut document = self.need(repository, self.reference.identifier()).await?;
+        for _ in 0..MAX_INDEXES {
+            let Some(entries) = document.entries()? else {
+                return self.with_blocks(repository, document).await;
+            };
+            let chosen = choose(&entries, platform);
+            let chosen = chosen.map_err(|error| error.context(self.reference.to_string()))?;
+            document = self.need(repository, &chosen.digest).await?;
+        }
+        let text = format!(
+            "{}: indexes nest more than {MAX_INDEXES} deep",
+            self.reference
+        );
+        Err(Error::new(ErrorKind::InvalidInput, text).into())
+    }
+
+    async fn need(&self, repository: &Repository, identifier: &str) -> Result<Document, Failure> {
+        let found = blobs::document(repository, identifier).await?;
+        found.ok_or_else(|| {
+            let (host, name) = (&self.http.host, &repository.repository);
+            let text = format!(
+                "{host} has no {identifier} in the repository {name}: look whether the name and the tag are right, \
+                 and whether it has to be logged in to (`vellum login {host}`)"
+            );
+            Error::new(ErrorKind::NotFound, text).into()
+        })
+    }
+
+    /// Finds the block layers that an image names.
+    async fn with_blocks(
+        &self,
+        repository: &Repository,
+        document: Document,
+    ) -> Result<Found, Failure> {
+        let manifest = document.manifest()?;
+        if manifest.artifact_type.as_deref() == Some(ARTIFACT_TYPE) {
+            return Ok(Found {
+                image: None,
+                artifact: Some(document),
+            });
+        }
+        let named = manifest.annotation(BLOCKS_ANNOTATION);
+        let artifact = match named.filter(|named| named.contains(':')) {
+            Some(digest) => blobs::document(repository, digest).await?,
+            None => None,
+        };
+        if let (Some(digest), None) = (named, &artifact) {
+            tracing::info!("the block layers {digest} are not there: the image is unpacked");
+        }
+        Ok(Found {
+            image: Some(document),
+            artifact,
+        })
+    }
+
+    /// Makes sure that the registry answers, and takes what is known of who asks.
+    ///
+    /// # Errors
+    /// As [`Session::find`].
+    pub fn try_push(&self) -> Result<()> {
+        let name = self.reference.repository();
+        let repository = self.repository(vec![format!("repository:{name}:pull,push")]);
+        let doing = format!("asking {} whether it takes {name}", self.http.host);
+        let url = self.http.url("")?;
+        let work = async {
+            let build = || self.http.client.get(url.clone());
+            repository.ask_again(&doing, &[], build).await.map(drop)
+        };
+        self.drive(&AtomicU64::new(0), None, work)
+    }
+
+    /// Fetches blobs into an OCI layout's directory of blobs, several at a time, each checked.
+    ///
+    /// # Errors
+    /// As [`Session::find`]; [`ErrorKind::Corrupt`] for a blob that is not what it is to be.
+    pub fn fetch(
+        &self,
+        wanted: &[Descriptor],
+        layout: &Path,
+        progress: Option<Progress<'static>>,
+    ) -> Result<()> {
+        let repository = self.to_pull();
+        let moved = AtomicU64::new(0);
+        let mut seen = BTreeSet::new();
+        let mut places = Vec::new();
+        for blob in wanted.iter().filter(|blob| seen.insert(&blob.digest)) {
+            let path = layout.join(blob_name(&blob.digest)?);
+            let dir = path.parent().unwrap_or(layout);
+            std::fs::create_dir_all(dir).context(|| format!("cannot make {}", dir.display()))?;
+            places.push((blob, path));
+        }
+        let each = places
+            .iter()
+            .map(|(blob, path)| blobs::download(&repository, blob, path, &moved));
+        let all = stream::iter(each)
+            .buffer_unordered(AT_A_TIME)
+            .try_collect::<()>();
+        self.drive(&moved, progress, all)
+    }
+
+    /// Sends blobs, several at a time, and then documents. `done` hears of each blob.
+    ///
+    /// # Errors
+    /// As [`Session::find`]. What was sent stays in the registry, and no tag names it.
+    pub fn push(
+        &self,
+        push: &Push,
+        progress: Option<Progress<'static>>,
+        done: &dyn Fn(&Upload, Outcome),
+    ) -> Result<()> {
+        let name = self.reference.repository();
+        let mut scopes = vec![format!("repository:{name}:pull,push")];
+        let from: BTreeSet<&String> = push
+            .blobs
+            .iter()
+            .filter_map(|blob| blob.from.as_ref())
+            .collect();
+        scopes.extend(
+            from.into_iter()
+                .map(|from| format!("repository:{from}:pull")),
+        );
+        let repository = self.repository(scopes);
+        let moved = Arc::new(AtomicU64::new(0));
+        let each = push.blobs.iter().map(|blob| async {
+            let outcome = upload::upload(&repository, blob, &moved).await?;
+            done(blob, outcome);
+            Ok::<(), Failure>(())
+        });
+        let work = async {
+            let blobs = stream::iter(each).buffer_unordered(AT_A_TIME);
+            blobs.try_collect::<()>().await?;
+            let last = push.documents.len().saturating_sub(1);
+            for (index, document) in push.documents.iter().enumerate() {
+                let identifier = match index == last {
+                    true => self.reference.identifier(),
+                    false => &document.digest,
+                };
+                upload::put_document(&repository, document, identifier).await?;
+            }
+            Ok(())
+        };
+        self.drive(&moved, progress, work)
+    }
+
+    /// Makes sure that a registry takes a name and a password.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Permission`] where it does not; as [`Session::find`].
+    pub fn try_login(registry: &str, access: Access, user: &str, password: &str) -> Result<()> {
+        let credential = Credential::Password {
+            user: user.to_owned(),
+            password: password.to_owned(),
+        };
+        let http = Arc::new(Http::new(registry, access.plain_http)?);
+        let url = http.url("")?;
+        let repository = Repository::new(http.clone(), "", Vec::new(), Some(credential));
+        let doing = format!("logging in to {registry}");
+        let work = async {
+            let build = || http.client.get(url.clone());
+            repository.ask_again(&doing, &[], build).await.map(drop)
+        };
+        drive(&runtime()?, &AtomicU64::new(0), None, work)
+    }
+
+    fn drive<T>(
+        &self,
+        moved: &AtomicU64,
+        progress: Option<Progress<'static>>,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T> {
+        drive(&self.runtime, moved, progress, work)
+    }
+}
+
+fn runtime() -> Result<Runtime> {
+    Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context(|| "a runtime for network connections cannot be made")
+}
+
+/// Works in this thread until it is done or a signal asks for an end, and shows what has moved.
+fn drive<T>(
+    runtime: &Runtime,
+    moved: &AtomicU64,
+    mut progress: Option<Progress<'static>>,
+    work: impl Future<Output = Result<T, Failure>>,
+) -> Result<T> {
+    runtime.block_on(async {
+        let mut work = std::pin::pin!(work);
+        let mut shown = 0;
+        loop {
+            let done = tokio::time::timeout(TICK, work.as_mut()).await;
+            let now = moved.load(Ordering::Relaxed);
+            if let Some(progress) = &mut progress {
+                progress(now.saturating_sub(shown));
+            }
+            shown = shown.max(now);
+            if let Ok(done) = done {
+                return done.map_err(|failure| failure.error);
+            }
+            interrupt::check()?;
+        }
+    })
+}

@@ -1,0 +1,248 @@
+//! The block artifact: what is written is read again, the bytes stay those of the first version, and what somebody
+//! else wrote is refused in words.
+
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+use std::path::Path;
+
+use proptest::prelude::*;
+use sha2::{Digest, Sha256};
+use vellum_base::ErrorKind;
+use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, push_run};
+use vellum_registry::artifact::{ChunkPower, ChunkReader, Encoded, LayerEncoder, Table};
+
+const SIZE: u64 = 1 << 30;
+const DIGEST: [u8; 32] = [7; 32];
+
+fn span(start: u64, len: u64) -> Span {
+    Span::new(Block::new(start), Blocks::new(len))
+}
+
+/// Bytes that tell blocks apart, some of which compress well and some not at all.
+fn bytes(span: Span) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for block in span.blocks() {
+        let number = block.get();
+        match number % 3 {
+            0 => bytes.extend(vec![number as u8; BLOCK_LEN]),
+            _ => {
+                let mut hash = Sha256::digest(number.to_le_bytes());
+                for _ in 0..BLOCK_LEN / 32 {
+                    bytes.extend_from_slice(&hash);
+                    hash = Sha256::digest(hash);
+                }
+            }
+        }
+    }
+    bytes
+}
+
+fn encode(power: ChunkPower, runs: &[Run<BlockState>]) -> Encoded<Vec<u8>> {
+    let mut encoder = LayerEncoder::new(Vec::new(), power, 3).unwrap();
+    for run in runs {
+        match run.value {
+            BlockState::Data => encoder.data(run.start(), &bytes(run.span)).unwrap(),
+            _ => encoder.zero(run.span),
+        }
+    }
+    encoder.finish(SIZE, DIGEST).unwrap()
+}
+
+/// The data blocks that a table and a data blob give, in order.
+fn decode(table: &Table, data: &[u8]) -> Vec<(Span, Vec<u8>)> {
+    let mut reader = ChunkReader::new().unwrap();
+    let mut found = Vec::new();
+    for window in table.windows() {
+        let (at, len) = (window.chunk.offset as usize, window.chunk.len as usize);
+        let blocks = reader.blocks(&window, &data[at..at + len]).unwrap();
+        found.extend(blocks.map(|(span, bytes)| (span, bytes.to_vec())));
+    }
+    found
+}
+
+fn some_runs() -> Vec<Run<BlockState>> {
+    let (data, zero) = (BlockState::Data, BlockState::Zero);
+    vec![
+        Run::new(span(0, 1), data),
+        Run::new(span(3, 70), data),
+        Run::new(span(73, 5), zero),
+        Run::new(span(100, 1), data),
+        Run::new(span(102, 2), data),
+        Run::new(span(5000, 1000), zero),
+        Run::new(span((1 << 18) - 1, 1), data),
+    ]
+}
+
+/// Changes one header field, and makes the CRCs fit again.
+fn with_field(bytes: &[u8], at: usize, field: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    bytes[at..at + field.len()].copy_from_slice(field);
+    let body = crc32fast::hash(&bytes[256..]);
+    bytes[248..252].copy_from_slice(&body.to_le_bytes());
+    let header = crc32fast::hash(&bytes[..252]);
+    bytes[252..256].copy_from_slice(&header.to_le_bytes());
+    bytes
+}
+
+proptest! {
+    #[test]
+    fn what_is_written_is_read_again(
+        power in 16_u32..=20,
+        parts in prop::collection::vec((0_u64..60, 1_u64..90, any::<bool>()), 0..20),
+    ) {
+        let mut runs = Vec::new();
+        let mut at = 0;
+        for (gap, len, is_data) in parts {
+            let state = if is_data { BlockState::Data } else { BlockState::Zero };
+            runs.push(Run::new(span(at + gap, len), state));
+            at += gap + len;
+        }
+        let written = encode(ChunkPower::new(power).unwrap(), &runs);
+        prop_assert_eq!(written.sha256, <[u8; 32]>::from(Sha256::digest(&written.out)));
+        let table = Table::decode(&written.table.encode().unwrap()).unwrap();
+        prop_assert_eq!(&table, &written.table);
+        let mut merged = Vec::new();
+        runs.iter().for_each(|run| push_run(&mut merged, *run));
+        prop_assert_eq!(&table.extents, &merged);
+        let mut found = Vec::new();
+        for (span, read) in decode(&table, &written.out) {
+            prop_assert_eq!(read, bytes(span));
+            push_run(&mut found, Run::new(span, BlockState::Data));
+        }
+        merged.retain(|run| run.value == BlockState::Data);
+        prop_assert_eq!(found, merged);
+    }
+
+    #[test]
+    fn damaged_tables_are_refused_and_never_panic(at in 0_usize..600, value in any::<u8>(), fix in any::<bool>()) {
+        let good = encode(ChunkPower::USUAL, &some_runs()).table.encode().unwrap();
+        let at = at % good.len();
+        let bad = match fix {
+            true => with_field(&good, at, &[value]),
+            false => {
+                let mut bad = good.clone();
+                bad[at] = value;
+                bad
+            }
+        };
+        if let Err(error) = Table::decode(&bad) {
+            prop_assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported));
+        } else if !fix {
+            prop_assert_eq!(bad, good);
+        }
+    }
+}
+
+#[test]
+fn the_bytes_of_the_first_version_are_read_and_written_for_ever() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let (data, zero) = (BlockState::Data, BlockState::Zero);
+    let few = [
+        Run::new(span(0, 1), data),
+        Run::new(span(2, 1), data),
+        Run::new(span(3, 70), zero),
+        Run::new(span(100, 1), data),
+    ];
+    let written = encode(ChunkPower::USUAL, &few);
+    let (table, data) = (fixtures.join("layer.table"), fixtures.join("layer.data"));
+    if std::env::var_os("VELLUM_WRITE_FIXTURES").is_some() {
+        std::fs::create_dir_all(&fixtures).unwrap();
+        std::fs::write(&table, written.table.encode().unwrap()).unwrap();
+        std::fs::write(&data, &written.out).unwrap();
+    }
+    let (table, data) = (std::fs::read(table).unwrap(), std::fs::read(data).unwrap());
+    let decoded = Table::decode(&table).unwrap();
+    assert_eq!(decoded.encode().unwrap(), table);
+    assert_eq!(decoded.extents, written.table.extents);
+    assert_eq!((decoded.virtual_size, decoded.digest), (SIZE, DIGEST));
+    let blocks = decode(&decoded, &data);
+    assert_eq!(decoded.data_blocks(), Blocks::new(3));
+    for (span, read) in blocks {
+        assert_eq!(read, bytes(span), "{span}");
+    }
+}
+
+#[test]
+fn each_field_of_a_header_is_looked_at() {
+    let good = encode(ChunkPower::USUAL, &some_runs())
+        .table
+        .encode()
+        .unwrap();
+    for (at, field, says) in [
+        (0, &b"VELLUMMP"[..], "wrong magic"),
+        (8, &[2], "version 2"),
+        (12, &[0, 2], "blocks of 512"),
+        (16, &[1], "feature bit(s) 0"),
+        (32, &[1], "a layer of"),
+        (40, &[15], "to the power of 15"),
+        (40, &[21], "to the power of 21"),
+        (48, &[255; 8], "extents"),
+        (56, &[255; 8], "chunks"),
+        (64, &[255; 7], "the chunks end at"),
+        (256, &[4], "does not fit"),
+    ] {
+        let error = Table::decode(&with_field(&good, at, field)).unwrap_err();
+        assert!(error.to_string().contains(says), "{at}: {error}");
+    }
+    for len in 0..good.len() {
+        Table::decode(&good[..len]).unwrap_err();
+    }
+}
+
+#[test]
+fn a_chunk_is_checked_before_it_is_decoded() {
+    let written = encode(ChunkPower::USUAL, &some_runs());
+    let window = written.table.windows().next().unwrap();
+    let stored = &written.out[..window.chunk.len as usize];
+    let mut reader = ChunkReader::new().unwrap();
+    let mut refused = |stored: &[u8], says: &str| {
+        let error = reader.blocks(&window, stored).map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains(says), "{error}");
+    };
+    refused(&stored[1..], "is cut off");
+    let mut flipped = stored.to_vec();
+    flipped[stored.len() / 2] ^= 1;
+    refused(&flipped, "SHA-256");
+}
+
+#[test]
+fn a_frame_of_another_length_than_the_extents_say_is_refused() {
+    let written = encode(ChunkPower::USUAL, &some_runs());
+    let mut window = written.table.windows().next().unwrap();
+    let mut reader = ChunkReader::new().unwrap();
+    for plain in [0, window.plain_len() - 1, window.plain_len() + 1, 1 << 24] {
+        let stored = zstd::bulk::compress(&vec![1; plain], 3).unwrap();
+        window.chunk.len = stored.len() as u32;
+        window.chunk.sha256 = Sha256::digest(&stored).into();
+        let error = reader.blocks(&window, &stored).map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{plain}: {error}");
+    }
+}
+
+#[test]
+fn an_extent_longer_than_a_length_has_bits_for_is_written_in_pieces() {
+    let size = 64 << 40;
+    let mut encoder = LayerEncoder::new(Vec::new(), ChunkPower::USUAL, 3).unwrap();
+    encoder.zero(span(0, size / 4096));
+    let written = encoder.finish(size, DIGEST).unwrap();
+    assert!(written.out.is_empty());
+    let table = Table::decode(&written.table.encode().unwrap()).unwrap();
+    assert_eq!(table, written.table);
+}
+
+#[test]
+fn larger_layers_have_larger_chunks_so_that_their_tables_stay_short() {
+    let power = |gib: u64| ChunkPower::for_blocks(Blocks::to_hold(gib << 30));
+    assert_eq!(power(0), ChunkPower::USUAL);
+    assert_eq!(power(10), ChunkPower::USUAL);
+    assert!(power(1000) > ChunkPower::USUAL);
+    assert_eq!(power(64 << 10), ChunkPower::new(20).unwrap());
+}

@@ -1,0 +1,384 @@
+//! A registry that fails in every way that passes: what is sent and fetched is whole all the same. The server is of
+//! this file, since real ones fail only by chance.
+
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+use vellum_base::ErrorKind;
+use vellum_registry::{Access, Descriptor, Outcome, Push, Reference, Session, Upload};
+
+/// A request, as far as it came.
+#[derive(Debug, Clone)]
+struct Request {
+    method: String,
+    path: String,
+    headers: String,
+    body: Vec<u8>,
+}
+
+impl Request {
+    fn header(&self, name: &str) -> Option<&str> {
+        let mut lines = self.headers.lines();
+        lines.find_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            key.eq_ignore_ascii_case(name).then(|| value.trim())
+        })
+    }
+}
+
+/// What is answered: the head, the body, and whether the connection breaks there.
+struct Answer(String, Vec<u8>);
+
+fn answer(status: &str, headers: &[&str], body: &[u8]) -> Answer {
+    let length = format!("Content-Length: {}", body.len());
+    let own = headers
+        .iter()
+        .any(|line| line.starts_with("Content-Length"));
+    let mut head = format!("HTTP/1.1 {status}\r\nConnection: close\r\n");
+    for line in headers.iter().copied().chain((!own).then_some(&length[..])) {
+        head += &format!("{line}\r\n");
+    }
+    Answer(head + "\r\n", body.to_vec())
+}
+
+/// Serves one request a connection, of whose body it reads at most what `limit` says.
+fn serve(
+    limit: impl Fn(&Request, usize) -> usize + Send + 'static,
+    handle: impl Fn(&Request, usize) -> Answer + Send + 'static,
+) -> (String, Arc<Mutex<Vec<Request>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let host = listener.local_addr().unwrap().to_string();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let requests = seen.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let number = requests.lock().unwrap().len();
+            let Some(request) = read(&mut stream, |request| limit(request, number)) else {
+                continue;
+            };
+            let Answer(head, body) = handle(&request, number);
+            requests.lock().unwrap().push(request);
+            let _ = stream.write_all(head.as_bytes());
+            let _ = stream.write_all(&body);
+        }
+    });
+    (host, seen)
+}
+
+fn read(stream: &mut TcpStream, limit: impl Fn(&Request) -> usize) -> Option<Request> {
+    let mut input = BufReader::new(stream);
+    let mut line = String::new();
+    input.read_line(&mut line).ok()?;
+    let mut words = line.split(' ').map(str::to_owned);
+    let mut request = Request {
+        method: words.next()?,
+        path: words.next()?,
+        headers: String::new(),
+        body: Vec::new(),
+    };
+    loop {
+        let mut line = String::new();
+        input.read_line(&mut line).ok()?;
+        if line.trim().is_empty() {
+            break;
+        }
+        request.headers += &line;
+    }
+    let len = request
+        .header("content-length")
+        .map_or(0, |len| len.parse().unwrap());
+    let len = limit(&request).min(len);
+    request.body = vec![0; len];
+    input.read_exact(&mut request.body).ok()?;
+    Some(request)
+}
+
+fn session(host: &str) -> Session {
+    let reference = Reference::parse(&format!("{host}/team/web:1")).unwrap();
+    Session::open(&reference, Access::default()).unwrap()
+}
+
+fn digest(bytes: &[u8]) -> String {
+    let hex: String = Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    format!("sha256:{hex}")
+}
+
+fn some_bytes() -> Vec<u8> {
+    (0..1_000_000_u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 9) as u8)
+        .collect()
+}
+
+fn wanted(bytes: &[u8]) -> Descriptor {
+    Descriptor {
+        media_type: None,
+        artifact_type: None,
+        digest: digest(bytes),
+        size: bytes.len() as u64,
+        annotations: None,
+        platform: None,
+    }
+}
+
+fn fetch(host: &str, bytes: &[u8]) -> vellum_base::Result<()> {
+    let dir = tempfile::tempdir().unwrap();
+    session(host).fetch(&[wanted(bytes)], dir.path(), None)?;
+    let name = digest(bytes).replacen(':', "/", 1);
+    assert_eq!(
+        fs::read(dir.path().join("blobs").join(name)).unwrap(),
+        bytes
+    );
+    Ok(())
+}
+
+#[test]
+fn a_download_goes_on_where_it_broke_off() {
+    let bytes = some_bytes();
+    let served = bytes.clone();
+    let (host, seen) = serve(
+        |_, _| 0,
+        move |request, _| {
+            let range = request.header("range").map(str::to_owned);
+            let from: usize = range.map_or(0, |range| {
+                let from = range
+                    .strip_prefix("bytes=")
+                    .unwrap()
+                    .strip_suffix('-')
+                    .unwrap();
+                from.parse().unwrap()
+            });
+            let to = (from + 400_000).min(served.len());
+            // The length of all that is left, and less than that.
+            let length = format!("Content-Length: {}", served.len() - from);
+            let range = format!(
+                "Content-Range: bytes {from}-{}/{}",
+                served.len() - 1,
+                served.len()
+            );
+            let status = if from == 0 {
+                "200 OK"
+            } else {
+                "206 Partial Content"
+            };
+            answer(status, &[&length, &range], &served[from..to])
+        },
+    );
+    fetch(&host, &bytes).unwrap();
+    let ranges: Vec<_> = seen
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|request| request.header("range").map(str::to_owned))
+        .collect();
+    assert!(
+        ranges.len() >= 3 && ranges[0].is_none() && ranges[1].is_some(),
+        "{ranges:?}"
+    );
+}
+
+#[test]
+fn a_server_that_knows_no_ranges_is_asked_for_all_of_it_again() {
+    let bytes = some_bytes();
+    let served = bytes.clone();
+    let (host, _) = serve(
+        |_, _| 0,
+        move |_, number| {
+            let to = if number == 0 { 300_000 } else { served.len() };
+            let length = format!("Content-Length: {}", served.len());
+            answer("200 OK", &[&length], &served[..to])
+        },
+    );
+    fetch(&host, &bytes).unwrap();
+}
+
+#[test]
+fn a_short_body_that_ends_in_order_is_no_blob() {
+    let bytes = some_bytes();
+    let served = bytes.clone();
+    let (host, _) = serve(
+        |_, _| 0,
+        move |request, _| match request.header("range") {
+            None => answer("200 OK", &[], &served[..1000]),
+            Some(_) => answer("416 Range Not Satisfiable", &[], b""),
+        },
+    );
+    let error = fetch(&host, &bytes).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(
+        error
+            .to_string()
+            .contains("there are 1000 bytes of 1000000"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_registry_that_is_busy_is_asked_again_when_it_says() {
+    let bytes = some_bytes();
+    let served = bytes.clone();
+    let (host, _) = serve(
+        |_, _| 0,
+        move |_, number| match number {
+            0 => answer("429 Too Many Requests", &["Retry-After: 2"], b"{}"),
+            1 => answer("503 Service Unavailable", &[], b"busy"),
+            _ => answer("200 OK", &[], &served),
+        },
+    );
+    let since = Instant::now();
+    fetch(&host, &bytes).unwrap();
+    assert!(since.elapsed() >= Duration::from_secs(2));
+}
+
+fn push(host: &str, bytes: &[u8]) -> vellum_base::Result<Vec<Outcome>> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), bytes).unwrap();
+    let push = Push {
+        blobs: vec![Upload {
+            digest: digest(bytes),
+            size: bytes.len() as u64,
+            path: file.path().to_owned(),
+            from: None,
+        }],
+        documents: Vec::new(),
+    };
+    let outcomes = std::cell::RefCell::new(Vec::new());
+    session(host).push(&push, None, &|_, outcome| {
+        outcomes.borrow_mut().push(outcome)
+    })?;
+    Ok(outcomes.into_inner())
+}
+
+/// A registry that takes uploads, and says of the first one, after 300,000 bytes, that it has a problem.
+fn uploads(knows_how_far: bool) -> (String, Arc<Mutex<Vec<Request>>>) {
+    serve(
+        |request, number| match (request.method.as_str(), number) {
+            ("PUT", 2) => 300_000,
+            _ => usize::MAX,
+        },
+        move |request, number| match (request.method.as_str(), number) {
+            ("HEAD", _) => answer("404 Not Found", &[], b""),
+            ("POST", _) => answer(
+                "202 Accepted",
+                &["Location: /v2/team/web/blobs/uploads/u?state=1"],
+                b"",
+            ),
+            ("PUT", 2) => answer("503 Service Unavailable", &[], b""),
+            ("GET", _) if knows_how_far => {
+                let location = "Location: /v2/team/web/blobs/uploads/u?state=2";
+                answer("204 No Content", &[location, "Range: 0-299999"], b"")
+            }
+            ("GET", _) => answer("404 Not Found", &[], b""),
+            ("PATCH", _) => answer(
+                "202 Accepted",
+                &["Location: /v2/team/web/blobs/uploads/u?state=3"],
+                b"",
+            ),
+            _ => answer("201 Created", &[], b""),
+        },
+    )
+}
+
+#[test]
+fn an_upload_goes_on_where_the_registry_says() {
+    let bytes = some_bytes();
+    let (host, seen) = uploads(true);
+    assert_eq!(push(&host, &bytes).unwrap(), [Outcome::Sent]);
+    let seen = seen.lock().unwrap();
+    let patch = seen
+        .iter()
+        .find(|request| request.method == "PATCH")
+        .unwrap();
+    assert_eq!(patch.header("content-range"), Some("300000-999999"));
+    assert_eq!(patch.body, bytes[300_000..]);
+    assert!(patch.path.contains("state=2"), "{}", patch.path);
+    let last = seen.last().unwrap();
+    assert_eq!((last.method.as_str(), last.body.len()), ("PUT", 0));
+    assert!(
+        last.path.contains("state=3") && last.path.contains("digest=sha256"),
+        "{}",
+        last.path
+    );
+}
+
+#[test]
+fn an_upload_begins_anew_where_the_registry_does_not_say_how_far_it_came() {
+    let bytes = some_bytes();
+    let (host, seen) = uploads(false);
+    assert_eq!(push(&host, &bytes).unwrap(), [Outcome::Sent]);
+    let seen = seen.lock().unwrap();
+    let methods: Vec<_> = seen.iter().map(|request| request.method.as_str()).collect();
+    assert_eq!(methods, ["HEAD", "POST", "PUT", "GET", "POST", "PUT"]);
+    assert_eq!(seen.last().unwrap().body, bytes);
+}
+
+#[test]
+fn tokens_are_fetched_for_all_that_is_done_and_anew_when_they_have_expired() {
+    let bytes = some_bytes();
+    let served = bytes.clone();
+    let address = Arc::new(Mutex::new(String::new()));
+    let own = address.clone();
+    let (host, seen) = serve(
+        |_, _| 0,
+        move |request, number| {
+            if request.path.starts_with("/token") {
+                return answer(
+                    "200 OK",
+                    &[],
+                    format!(r#"{{"token":"t{number}"}}"#).as_bytes(),
+                );
+            }
+            let realm = own.lock().unwrap().clone();
+            let challenge =
+                format!(r#"WWW-Authenticate: Bearer realm="http://{realm}/token",service="here""#);
+            match (request.header("authorization"), number) {
+                // The first token does for one request.
+                (Some("Bearer t1"), 2) => answer("404 Not Found", &[], b""),
+                (Some("Bearer t4"), _) => answer("200 OK", &[], &served),
+                _ => answer("401 Unauthorized", &[&challenge], b"{}"),
+            }
+        },
+    );
+    address.lock().unwrap().clone_from(&host);
+    let session = session(&host);
+    let dir = tempfile::tempdir().unwrap();
+    session.try_push().unwrap_err();
+    session.fetch(&[wanted(&bytes)], dir.path(), None).unwrap();
+    let seen = seen.lock().unwrap();
+    let asked: Vec<_> = seen
+        .iter()
+        .filter(|request| request.path.starts_with("/token"))
+        .collect();
+    assert_eq!(asked.len(), 2);
+    assert!(
+        asked[0]
+            .path
+            .contains("scope=repository%3Ateam%2Fweb%3Apull%2Cpush"),
+        "{}",
+        asked[0].path
+    );
+    assert!(asked[0].path.contains("service=here"), "{}", asked[0].path);
+    assert!(
+        asked[1]
+            .path
+            .contains("scope=repository%3Ateam%2Fweb%3Apull"),
+        "{}",
+        asked[1].path
+    );
+}

@@ -1,0 +1,345 @@
+//! `vellum push`, `vellum pull`, `vellum login` and `vellum logout`.
+
+use std::io::{BufRead, Read, stdin};
+
+use console::Term;
+use serde::Serialize;
+
+use super::Context;
+use super::output::human_size;
+use super::progress::Bars;
+use vellum_base::crash_point;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_engine::registry::{
+    Came, PullOptions, PullReport, PushFormat, PushOptions, PushReport, pull, push,
+};
+use vellum_image::Platform;
+use vellum_registry::{Access, Reference, Session, Stored, login, logout};
+use vellum_store::Store;
+
+/// The longest password that is read.
+const MAX_PASSWORD: u64 = 64 << 10;
+
+/// Arguments of `push`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+What the registry has is not sent again, and what another of its repositories is known to have is \
+mounted from there. One tag serves everybody: docker, podman, containerd and skopeo take the plain \
+image, `vellum pull` the block layers.
+
+Examples:
+  vellum push web registry.example/team/web:1
+  vellum push web@before-upgrade localhost:5000/web:old --format oci
+
+Credentials are docker's and podman's, see `vellum login`.")]
+pub(super) struct PushArgs {
+    /// An image, a container or a snapshot (C@NAME); a container that is mounted is sealed as by a commit, and
+    /// goes on
+    name: String,
+    /// Where it goes
+    // Not as above: rustdoc takes brackets for links.
+    #[arg(
+        value_name = "REF",
+        help = "Where it goes: HOST[:PORT]/REPOSITORY[:TAG]"
+    )]
+    reference: String,
+    /// What to push
+    #[arg(long, value_enum, default_value = "both")]
+    format: FormatArg,
+    /// How much the block layers are compressed (zstd), 1 to 19
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(value_parser = clap::value_parser!(i32).range(1..=19))]
+    level: i32,
+    #[command(flatten)]
+    access: AccessArgs,
+}
+
+/// How a registry is spoken to.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(super) struct AccessArgs {
+    /// Speak http to the registry, without TLS; this host (localhost, 127.0.0.1) is spoken to so anyway
+    #[arg(long)]
+    plain_http: bool,
+}
+
+impl AccessArgs {
+    fn access(self) -> Access {
+        Access {
+            plain_http: self.plain_http,
+        }
+    }
+}
+
+/// What can be pushed, as people say it.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum FormatArg {
+    /// The container image, and its block layers beside it
+    Both,
+    /// The container image alone
+    Oci,
+    /// The block layers alone: other programs cannot use them
+    Blocks,
+}
+
+impl From<FormatArg> for PushFormat {
+    fn from(format: FormatArg) -> PushFormat {
+        match format {
+            FormatArg::Both => PushFormat::Both,
+            FormatArg::Oci => PushFormat::Oci,
+            FormatArg::Blocks => PushFormat::Blocks,
+        }
+    }
+}
+
+/// Arguments of `pull`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Any registry's images are taken. Where `vellum push` has put block layers beside one, these are \
+fetched, and nothing has to be unpacked. Layers that the store has are not fetched.
+
+Examples:
+  vellum pull debian:12
+  vellum pull registry.example/team/web:1 web
+  vellum pull --platform linux/arm64 alpine alpine-arm64
+
+Credentials are docker's and podman's, see `vellum login`.")]
+pub(super) struct PullArgs {
+    /// What is fetched
+    #[arg(
+        value_name = "REF",
+        help = "The image: [HOST[:PORT]/]REPOSITORY[:TAG|@DIGEST]; without a host, Docker Hub's"
+    )]
+    reference: String,
+    /// What it is called here [default: REF]
+    name: Option<String>,
+    /// Of an image for several platforms, which [default: this host's]
+    #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
+    platform: Option<Platform>,
+    #[command(flatten)]
+    access: AccessArgs,
+}
+
+/// Arguments of `login`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The password is asked for, or read from standard input. It is kept where docker keeps it: in the \
+credential helper that ~/.docker/config.json names, else in that file (DOCKER_CONFIG names another \
+directory).
+
+Examples:
+  vellum login registry.example
+  echo $TOKEN | vellum login ghcr.io -u me --password-stdin")]
+pub(super) struct LoginArgs {
+    /// The registry
+    #[arg(default_value = "docker.io", hide_default_value = true)]
+    #[arg(help = "The registry: HOST[:PORT] [default: Docker Hub]")]
+    registry: String,
+    /// The name [default: asked for]
+    #[arg(short, long, value_name = "USER")]
+    username: Option<String>,
+    /// Read the password from standard input
+    #[arg(long)]
+    password_stdin: bool,
+    #[command(flatten)]
+    access: AccessArgs,
+}
+
+/// Arguments of `logout`.
+#[derive(Debug, clap::Args)]
+pub(super) struct LogoutArgs {
+    /// The registry
+    #[arg(default_value = "docker.io", hide_default_value = true)]
+    #[arg(help = "The registry: HOST[:PORT] [default: Docker Hub]")]
+    registry: String,
+}
+
+pub(super) fn run_push(args: &PushArgs, context: &Context) -> Result<()> {
+    let options = PushOptions {
+        format: args.format.into(),
+        level: args.level,
+        access: args.access.access(),
+    };
+    let reference = Reference::parse(&args.reference)?;
+    let store = context.store_to_change()?;
+    let watch = Bars::new(context.out);
+    let report = push(&store, &args.name, &reference, options, &watch)?;
+    context.out.print(&report, pushed)
+}
+
+fn pushed(report: &PushReport) -> String {
+    let mut there = String::new();
+    if report.existed > 0 {
+        there += &format!(", {} there already", report.existed);
+    }
+    if report.mounted > 0 {
+        there += &format!(", {} from another repository", report.mounted);
+    }
+    let plural = if report.sent == 1 { "" } else { "s" };
+    format!(
+        "pushed {} to {}: {} blob{plural} sent ({}){there}\n{}\n",
+        report.name,
+        report.reference,
+        report.sent,
+        human_size(report.sent_bytes),
+        report.digest
+    )
+}
+
+pub(super) fn run_pull(args: &PullArgs, context: &Context) -> Result<()> {
+    crash_point::arm()?;
+    let store = context.store_to_change()?;
+    let name = args.name.as_ref().unwrap_or(&args.reference);
+    let options = PullOptions {
+        platform: args.platform.clone(),
+        access: args.access.access(),
+    };
+    let reference = Reference::parse(&args.reference)?;
+    let report = pull(&store, &reference, name, &options, &Bars::new(context.out))?;
+    context.out.print(&report, pulled)
+}
+
+fn pulled(report: &PullReport) -> String {
+    let layers = report.layers.len();
+    let plural = if layers == 1 { "" } else { "s" };
+    let existed = report.layers.iter().filter(|layer| layer.existed).count();
+    let new = report.layers.iter().filter(|layer| !layer.existed);
+    let bytes: u64 = new.map(|layer| layer.bytes).sum();
+    let shared = match existed {
+        0 => String::new(),
+        existed => format!(", {existed} of them there already"),
+    };
+    let how = match report.came {
+        Came::Blocks => "as blocks",
+        Came::Tars => "unpacked",
+    };
+    format!(
+        "pulled {}: {layers} layer{plural}{shared}, {} written, {how}\n{}\n",
+        report.image.name,
+        human_size(bytes),
+        report.digest
+    )
+}
+
+/// Pulls what is to be run, where the store has no image of that name, and it can be one of a registry.
+///
+/// # Errors
+/// As [`pull`].
+pub(super) fn pull_absent(
+    store: &Store,
+    image: &str,
+    context: &Context,
+    args: AccessArgs,
+) -> Result<()> {
+    let absent = match store.image(image) {
+        Err(error) if error.kind() == ErrorKind::NotFound => error,
+        _ => return Ok(()),
+    };
+    // What is no reference is a name that is not there.
+    let Ok(reference) = Reference::parse(image) else {
+        return Err(absent);
+    };
+    let options = PullOptions {
+        platform: None,
+        access: args.access(),
+    };
+    context.out.note(&format!(
+        "there is no image {image} here: pulling {reference}"
+    ));
+    pull(store, &reference, image, &options, &Bars::new(context.out)).map(drop)
+}
+
+#[derive(Serialize)]
+struct LoggedIn {
+    registry: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    helper: Option<String>,
+}
+
+pub(super) fn run_login(args: &LoginArgs, context: &Context) -> Result<()> {
+    let registry = &args.registry;
+    let user = match (&args.username, args.password_stdin) {
+        (Some(user), _) => user.clone(),
+        (None, true) => {
+            let text = "--password-stdin leaves nowhere to ask for the name: give -u";
+            return Err(Error::new(ErrorKind::InvalidInput, text));
+        }
+        (None, false) => ask_name()?,
+    };
+    let password = match args.password_stdin {
+        true => read_password()?,
+        false => ask_password()?,
+    };
+    Session::try_login(registry, args.access.access(), &user, &password)?;
+    let stored = login(registry, &user, &password)?;
+    let (file, helper) = match stored {
+        Stored::File(path) => (Some(path.display().to_string()), None),
+        Stored::Helper(name) => (None, Some(name)),
+    };
+    let report = LoggedIn {
+        registry: registry.clone(),
+        file,
+        helper,
+    };
+    context.out.print(&report, |report| {
+        let kept = match (&report.file, &report.helper) {
+            (Some(file), _) => format!(
+                "; the password lies in {file}, unencrypted: a credential helper (credsStore in it) keeps it better"
+            ),
+            (_, Some(helper)) => format!("; docker-credential-{helper} keeps the password"),
+            _ => String::new(),
+        };
+        format!("logged in to {}{kept}\n", report.registry)
+    })
+}
+
+fn ask_name() -> Result<String> {
+    let term = Term::stderr();
+    if !term.is_term() {
+        let text = "there is no terminal to ask for the name: give -u, and --password-stdin";
+        return Err(Error::new(ErrorKind::InvalidInput, text));
+    }
+    let asked = term.write_str("Name: ").and_then(|()| {
+        let mut line = String::new();
+        stdin().lock().read_line(&mut line)?;
+        Ok(line.trim().to_owned())
+    });
+    asked.context(|| "asking for the name")
+}
+
+fn ask_password() -> Result<String> {
+    let term = Term::stderr();
+    if !term.is_term() {
+        let text = "there is no terminal to ask for the password: give --password-stdin";
+        return Err(Error::new(ErrorKind::InvalidInput, text));
+    }
+    let asked = term
+        .write_str("Password: ")
+        .and_then(|()| term.read_secure_line());
+    asked.context(|| "asking for the password")
+}
+
+fn read_password() -> Result<String> {
+    let mut password = String::new();
+    stdin()
+        .take(MAX_PASSWORD)
+        .read_to_string(&mut password)
+        .context(|| "reading the password from standard input")?;
+    Ok(password.trim_end_matches(['\r', '\n']).to_owned())
+}
+
+pub(super) fn run_logout(args: &LogoutArgs, context: &Context) -> Result<()> {
+    let registry = &args.registry;
+    if !logout(registry)? {
+        let text = format!("nobody is logged in to {registry}: `vellum login {registry}` does it");
+        return Err(Error::new(ErrorKind::NotFound, text));
+    }
+    let report = LoggedIn {
+        registry: registry.clone(),
+        file: None,
+        helper: None,
+    };
+    let print = |report: &LoggedIn| format!("logged out of {}\n", report.registry);
+    context.out.print(&report, print)
+}

@@ -1,0 +1,23 @@
+//! `vellum push`, `pull`, `login` and `run REF` against a real registry, with skopeo, podman and containerd as judges.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
+
+#[path = "../support/common/mod.rs"]
+mod common;
+#[path = "../support/image_support/mod.rs"]
+mod image_support;
+#[path = "../support/registry_support/mod.rs"]
+mod registry_support;
+
+mod crash;
+mod faults;
+mod login;
+mod plain;
+mod push;
+mod tls;

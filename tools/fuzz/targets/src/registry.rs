@@ -1,0 +1,86 @@
+//! Tables of layers in registries: whatever the bytes are, what is read of them makes sense.
+
+use vellum_base::ErrorKind;
+use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, Blocks, Span};
+use vellum_registry::artifact::{ChunkPower, LayerEncoder, Table};
+
+use crate::input::with_mode;
+use crate::{Seed, fixup};
+
+/// Bit of the first byte: checksums are made to fit.
+const FIX: u8 = 1;
+
+/// Extents are in order and within the layer, each chunk has its blocks, and the same is written again.
+pub fn table(input: &[u8]) {
+    let Some((&mode, bytes)) = input.split_first() else {
+        return;
+    };
+    let mut bytes = bytes.to_vec();
+    if mode & FIX != 0 {
+        fixup::registry_table(&mut bytes);
+    }
+    let table = match Table::decode(&bytes) {
+        Ok(table) => table,
+        Err(error) => {
+            assert!(
+                [ErrorKind::Corrupt, ErrorKind::Unsupported].contains(&error.kind()),
+                "{error:?}"
+            );
+            return;
+        }
+    };
+    let mut at = Block::FIRST;
+    for run in &table.extents {
+        assert!(at <= run.start() && !run.is_empty());
+        at = run.end();
+    }
+    assert!(at.offset().get() <= table.virtual_size);
+    let mut chunks = 0;
+    let mut blocks = 0;
+    let mut end = 0;
+    for window in table.windows() {
+        let plain = window.plain_len();
+        assert!(plain > 0 && plain as u64 <= table.power.blocks().bytes());
+        assert_eq!(window.chunk.offset, end);
+        end += u64::from(window.chunk.len);
+        blocks += plain as u64 / BLOCK_SIZE;
+        chunks += 1;
+    }
+    assert_eq!(chunks, table.chunks.len());
+    assert_eq!((end, blocks), (table.data_len, table.data_blocks().get()));
+    assert_eq!(Table::decode(&table.encode().unwrap()).unwrap(), table);
+}
+
+/// A layer with each kind of extent, one of zeros alone, and an empty one.
+pub fn table_seeds() -> Vec<Seed> {
+    let written = |extents: &[(u64, u64, bool)]| {
+        let mut encoder = LayerEncoder::new(Vec::new(), ChunkPower::USUAL, 1).unwrap();
+        for &(start, len, zero) in extents {
+            let span = Span::new(Block::new(start), Blocks::new(len));
+            match zero {
+                true => encoder.zero(span),
+                false => {
+                    let bytes = vec![start as u8; len as usize * BLOCK_LEN];
+                    encoder.data(span.start(), &bytes).unwrap();
+                }
+            }
+        }
+        let table = encoder.finish(1 << 40, [5; 32]).unwrap().table;
+        table.encode().unwrap()
+    };
+    [
+        (
+            "some",
+            written(&[
+                (0, 2, false),
+                (9, 70, false),
+                (79, 1, true),
+                (300, 1, false),
+            ]),
+        ),
+        ("zeros", written(&[(2, 1 << 20, true)])),
+        ("empty", written(&[])),
+    ]
+    .map(|(name, bytes)| (name.to_owned(), with_mode(FIX, &bytes)))
+    .into()
+}
