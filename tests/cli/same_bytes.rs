@@ -233,3 +233,22 @@ fn a_file_that_changes_or_grows_leaves_nearly_all_chunks_as_they_are() {
         assert!((1..=most).contains(&others), "{name}: {others} chunks");
     }
 }
+
+#[test]
+fn bitmaps_are_written_where_as_much_was_freed_as_taken() {
+    let store = TestStore::new();
+    let import = |name: &str, below: &[&str], tar: Tar| {
+        fs::write(store.path(name), tar.end()).unwrap();
+        let source = store.arg(name);
+        let mut args = vec!["import", name, &source, "--format", "tar"];
+        args.extend(below);
+        store.ok(&args);
+        whole_disk(&store, name);
+    };
+    let three = ["a", "b", "c"].iter();
+    let three = three.fold(Tar::new(), |tar, name| tar.file(name, name));
+    import("three", &["--size", SIZE], three);
+    import("two", &["--from", "three"], Tar::new().file(".wh.a", ""));
+    // It gets what was of the first: lower numbers than it had.
+    import("other", &["--from", "two"], Tar::new().file("c", "other"));
+}

@@ -36,6 +36,10 @@ struct Delta {
     blocks: i64,
     inodes: i64,
     directories: i64,
+    /// Blocks were freed or taken: as many of one as of the other, maybe.
+    other_blocks: bool,
+    /// So were inodes.
+    other_inodes: bool,
 }
 
 /// The free blocks and inodes of a file system.
@@ -116,7 +120,9 @@ impl<'a> Space<'a> {
                 return Err(corrupt(format!("block {block} is in use and free")));
             }
             bits.put(bit, false);
-            self.deltas.entry(number).or_default().blocks += 1;
+            let delta = self.deltas.entry(number).or_default();
+            delta.blocks += 1;
+            delta.other_blocks = true;
         }
         Ok(())
     }
@@ -153,7 +159,9 @@ impl<'a> Space<'a> {
             for block in run.clone() {
                 bits.put(block - range.start, true);
             }
-            self.deltas.entry(number).or_default().blocks -= want.cast_signed();
+            let delta = self.deltas.entry(number).or_default();
+            delta.blocks -= want.cast_signed();
+            delta.other_blocks = true;
             self.next_block = run.end;
             left -= want;
             match taken.last_mut() {
@@ -222,6 +230,7 @@ impl<'a> Space<'a> {
         bits.put(slot.into(), false);
         let delta = self.deltas.entry(number).or_default();
         delta.inodes += 1;
+        delta.other_inodes = true;
         delta.directories -= i64::from(directory);
         Ok(())
     }
@@ -243,6 +252,7 @@ impl<'a> Space<'a> {
             self.inode_bits(number)?.put(free, true);
             let delta = self.deltas.entry(number).or_default();
             delta.inodes -= 1;
+            delta.other_inodes = true;
             delta.directories += i64::from(directory);
             let inode = first + free as u32;
             self.next_inode = inode.saturating_add(1);
@@ -298,13 +308,13 @@ impl<'a> Space<'a> {
             put_u16(bytes, low, value as u16);
             put_u16(bytes, high, (value >> 16) as u16);
         };
-        if let Some(bits) = self.blocks.get(&number).filter(|_| delta.blocks != 0) {
+        if let Some(bits) = self.blocks.get(&number).filter(|_| delta.other_blocks) {
             sink.put(group.block_bitmap, bits.bytes())?;
             flags &= !group_flag::BLOCKS_UNUSED;
             let covered = part(bits.bytes(), 0, in_memory(layout.blocks_per_group / 8));
             halves(&mut bytes, 0x18, 0x38, crc(self.seed, covered));
         }
-        if let Some(bits) = self.inodes.get(&number).filter(|_| delta.inodes != 0) {
+        if let Some(bits) = self.inodes.get(&number).filter(|_| delta.other_inodes) {
             sink.put(group.inode_bitmap, bits.bytes())?;
             if flags & group_flag::TABLE_ZEROED == 0 {
                 return Err(unknown("an inode table was never written"));
