@@ -188,13 +188,16 @@ fn pushed(report: &PushReport) -> String {
 pub(super) fn run_pull(args: &PullArgs, context: &Context) -> Result<()> {
     crash_point::arm()?;
     let store = context.store_to_change()?;
-    let name = args.name.as_ref().unwrap_or(&args.reference);
     let options = PullOptions {
         platform: args.platform.clone(),
         access: args.access.access(),
     };
     let reference = Reference::parse(&args.reference)?;
-    let report = pull(&store, &reference, name, &options, &Bars::new(context.out))?;
+    let name = match &args.name {
+        Some(name) => name.clone(),
+        None => name_of(&args.reference, &reference),
+    };
+    let report = pull(&store, &reference, &name, &options, &Bars::new(context.out))?;
     context.out.print(&report, pulled)
 }
 
@@ -220,7 +223,19 @@ fn pulled(report: &PullReport) -> String {
     )
 }
 
-/// Pulls what is to be run, where the store has no image of that name, and it can be one of a registry.
+/// What an image of a registry is called here, where nobody says: as its reference; digests are shortened, to
+/// REPOSITORY:sha256-DIGITS.
+fn name_of(text: &str, reference: &Reference) -> String {
+    let Some((kind, digits)) = reference.digest().and_then(|digest| digest.split_once(':')) else {
+        return text.to_owned();
+    };
+    let digits: String = digits.chars().take(12).collect();
+    let (repository, _) = text.split_once('@').unwrap_or((text, ""));
+    format!("{repository}:{kind}-{digits}")
+}
+
+/// Pulls what is to be run, where the store has no image of that name, and it can be one of a registry. Returns what
+/// it is called here.
 ///
 /// # Errors
 /// As [`pull`].
@@ -229,13 +244,18 @@ pub(super) fn pull_absent(
     image: &str,
     context: &Context,
     args: AccessArgs,
-) -> Result<()> {
-    let absent = match store.image(image) {
+) -> Result<String> {
+    let reference = Reference::parse(image);
+    let name = match &reference {
+        Ok(reference) => name_of(image, reference),
+        Err(_) => image.to_owned(),
+    };
+    let absent = match store.image(&name) {
         Err(error) if error.kind() == ErrorKind::NotFound => error,
-        _ => return Ok(()),
+        _ => return Ok(name),
     };
     // What is no reference is a name that is not there.
-    let Ok(reference) = Reference::parse(image) else {
+    let Ok(reference) = reference else {
         return Err(absent);
     };
     let options = PullOptions {
@@ -245,7 +265,12 @@ pub(super) fn pull_absent(
     context.out.note(&format!(
         "there is no image {image} here: pulling {reference}"
     ));
-    pull(store, &reference, image, &options, &Bars::new(context.out)).map(drop)
+    match pull(store, &reference, &name, &options, &Bars::new(context.out)) {
+        // Another command pulled it meanwhile.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists && store.image(&name).is_ok() => {}
+        pulled => drop(pulled?),
+    }
+    Ok(name)
 }
 
 #[derive(Serialize)]

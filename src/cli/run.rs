@@ -137,16 +137,16 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
         remove: args.rm,
     };
     args.transport.choose();
+    let store = context.store_to_change()?;
+    let image = pull_absent(&store, &args.image, context, args.access)?;
     let new = NewContainer {
-        image: &args.image,
+        image: &image,
         name: args.name.as_deref(),
         virtual_size: args.size,
         volumes,
         atime: args.atime,
         confinement: args.confinement.confinement()?,
     };
-    let store = context.store_to_change()?;
-    pull_absent(&store, &args.image, context, args.access)?;
     run::run(&store, &new, &options)
 }
 

@@ -225,3 +225,53 @@ fn a_container_and_a_snapshot_are_pushed_as_they_are() {
         assert_eq!(has("two"), has_two, "{names:?}");
     }
 }
+
+#[test]
+fn an_image_of_a_digest_has_a_name_of_its_own_and_runs() {
+    let (registry, from, to) = (Registry::new(), with_images(), store());
+    let pushed = from.json(&["push", "web", &registry.image("web:1")]);
+    let digest = pushed["digest"].as_str().unwrap();
+    let reference = registry.image(&format!("web@{digest}"));
+    let said = to.ok(&[
+        "run",
+        "--rm",
+        &reference,
+        "--",
+        "/bin/sh",
+        "-c",
+        "cat /etc/web",
+    ]);
+    assert_eq!(said, "web\n");
+    let digits = digest.split(':').next_back().unwrap();
+    let name = registry.image(&format!("web:sha256-{}", &digits[..12]));
+    assert_eq!(digests(&to, &name), digests(&from, "web"));
+    let said = to.fails(&["pull", &reference]);
+    assert!(said.contains(&name), "{said}");
+    clean(&to);
+}
+
+#[test]
+fn layers_with_the_same_data_are_fetched_once_and_all_made() {
+    let (registry, from, to) = (Registry::new(), store(), store());
+    fs::write(from.path("disk"), vec![3; 1 << 20]).unwrap();
+    from.ok(&["import", "disk", &from.arg("disk"), "--format", "raw"]);
+    from.ok(&["create", "disk", "--name", "c"]);
+    for (snapshot, byte) in [("one", 1), ("two", 2), ("three", 1)] {
+        let (server, socket) = from.serve("c");
+        let write = format!("write -P {byte} 0 4096");
+        let place = format!("nbd+unix:///c?socket={}", socket.display());
+        run(
+            "qemu-io",
+            &["-f", "raw", "-c", &write, "-c", "flush", &place],
+        );
+        server.end();
+        from.ok(&["snapshot", "c", snapshot]);
+    }
+    let name = registry.image("disk:1");
+    from.ok(&["push", "c@three", &name, "--format", "blocks"]);
+    to.ok(&["pull", &name, "disk"]);
+    assert_eq!(digests(&to, "disk").len(), 4);
+    let mut wanted = vec![3; 1 << 20];
+    wanted[..4096].fill(1);
+    assert!(to.content("disk") == wanted);
+}

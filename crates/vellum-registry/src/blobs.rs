@@ -14,7 +14,7 @@ use vellum_image::Hasher;
 use super::client::{Repository, header};
 use super::document::{ACCEPTED, Descriptor, Document};
 use super::failure::Failure;
-use super::retry::{retried, unless_stalled};
+use super::retry::{Moved, retried, unless_stalled};
 
 /// The manifest or index of a tag or digest; `None` where the registry has none. What is asked for by its digest has
 /// it, and what comes by a tag has the digest that it is given here.
@@ -144,7 +144,7 @@ async fn fetch(
             from => request.header(RANGE, format!("bytes={from}-")),
         }
     };
-    let own = AtomicU64::new(0);
+    let own = Moved::none();
     let response = repository.ask(&doing, &own, build).await?;
     match response.status() {
         StatusCode::OK => part.restart(digest)?,
@@ -169,7 +169,7 @@ async fn receive(
     blob: &Descriptor,
     part: &mut Part,
     mut response: Response,
-    (own, moved): (&AtomicU64, &AtomicU64),
+    (own, moved): (&Moved, &AtomicU64),
 ) -> Result<(), Failure> {
     let host = &repository.http.host;
     let digest = &blob.digest;
@@ -188,7 +188,7 @@ async fn receive(
             .context(|| format!("writing the blob {digest}"))?;
         part.hasher.update(&chunk);
         part.len += len;
-        own.fetch_add(len, Ordering::Relaxed);
+        own.counter().fetch_add(len, Ordering::Relaxed);
         moved.fetch_add(len, Ordering::Relaxed);
     }
     if part.len < blob.size {

@@ -1,7 +1,6 @@
 //! One registry, as HTTP shows it.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use reqwest::header::{AUTHORIZATION, HeaderMap, WWW_AUTHENTICATE};
@@ -12,7 +11,7 @@ use super::auth::authorization;
 use super::credentials::Credential;
 use super::failure::Failure;
 use super::reference::{host_of, is_local};
-use super::retry::{retried, unless_stalled};
+use super::retry::{Moved, retried, unless_stalled};
 use super::tls;
 use vellum_base::error::{Error, ErrorKind, Result};
 
@@ -74,16 +73,15 @@ impl Http {
 
     /// Sends a request without a body to speak of, and waits for the answer, whatever that is.
     pub async fn answer(&self, doing: &str, request: RequestBuilder) -> Result<Response, Failure> {
-        let none = AtomicU64::new(0);
-        self.answer_to_body(doing, request, &none).await
+        self.answer_to_body(doing, request, &Moved::none()).await
     }
 
     /// As [`Http::answer`], for a request whose body counts its bytes in `moved`.
-    pub async fn answer_to_body(
+    async fn answer_to_body(
         &self,
         doing: &str,
         request: RequestBuilder,
-        moved: &AtomicU64,
+        moved: &Moved,
     ) -> Result<Response, Failure> {
         let answer = async {
             let sent = request.send().await;
@@ -92,9 +90,38 @@ impl Http {
         unless_stalled(doing, moved, answer).await
     }
 
+    /// Whether an address is one of this registry: only such ones may know who asks.
+    pub fn is_own(&self, url: &Url) -> bool {
+        url.origin() == self.base.origin()
+    }
+
+    /// An address that the registry names for what comes next. One that it calls plain http by mistake, as behind a
+    /// proxy that has the TLS, is asked as the registry is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Protocol`] for one without TLS on another host, where the registry has it.
+    pub fn secure(&self, mut url: Url) -> Result<Url> {
+        if !self.is_tls || url.scheme() == "https" {
+            return Ok(url);
+        }
+        let own = url.host_str() == self.base.host_str()
+            && url.set_scheme("https").is_ok()
+            && url.set_port(self.base.port()).is_ok();
+        match own {
+            true => Ok(url),
+            false => Err(Error::new(
+                ErrorKind::Protocol,
+                format!(
+                    "{} sends us on to {url}, which has no TLS: nothing is sent there",
+                    self.host
+                ),
+            )),
+        }
+    }
+
     /// The whole body of a short answer.
     pub async fn body(&self, doing: &str, mut response: Response) -> Result<Vec<u8>, Failure> {
-        let moved = AtomicU64::new(0);
+        let moved = Moved::none();
         let read = async {
             let mut bytes = Vec::new();
             loop {
@@ -152,22 +179,38 @@ impl Repository {
     pub async fn ask(
         &self,
         doing: &str,
-        moved: &AtomicU64,
+        moved: &Moved,
         build: impl Fn() -> RequestBuilder,
     ) -> Result<Response, Failure> {
         let mut known = self.authorization.lock().await.clone();
         for last in [false, true] {
-            let mut request = build();
-            if let Some(known) = &known {
-                request = request.header(AUTHORIZATION, known);
-            }
+            let request = self
+                .with_authorization(build(), known.as_deref())
+                .map_err(|error| Failure::unanswered(&self.http.host, doing, &error))?;
             let response = self.http.answer_to_body(doing, request, moved).await?;
-            let Some(challenge) = challenge(&response).filter(|_| !last) else {
+            let heeded = !last && self.http.is_own(response.url());
+            let Some(challenge) = challenge(&response).filter(|_| heeded) else {
                 return self.not_unauthorized(doing, response).await;
             };
             known = Some(self.authorize(&challenge, known).await?);
         }
         Err(Error::internal("a request was sent twice and is not answered").into())
+    }
+
+    /// Says who asks, but to the registry alone: an upload may go elsewhere.
+    fn with_authorization(
+        &self,
+        request: RequestBuilder,
+        known: Option<&str>,
+    ) -> reqwest::Result<RequestBuilder> {
+        let (client, request) = request.build_split();
+        let request = request?;
+        let own = self.http.is_own(request.url());
+        let request = RequestBuilder::from_parts(client, request);
+        Ok(match known.filter(|_| own) {
+            Some(known) => request.header(AUTHORIZATION, known),
+            None => request,
+        })
     }
 
     async fn not_unauthorized(&self, doing: &str, response: Response) -> Result<Response, Failure> {
@@ -207,9 +250,8 @@ impl Repository {
         others: &[StatusCode],
         build: impl Fn() -> RequestBuilder,
     ) -> Result<Response, Failure> {
-        let none = AtomicU64::new(0);
         retried(|| async {
-            let response = self.ask(doing, &none, &build).await?;
+            let response = self.ask(doing, &Moved::none(), &build).await?;
             let status = response.status();
             match status.is_success() || others.contains(&status) {
                 true => Ok(response),

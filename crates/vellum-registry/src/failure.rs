@@ -19,6 +19,8 @@ const STAYS: [&str; 3] = [
     "invalid peer certificate",
     "received corrupt message",
 ];
+/// How long they may take to come.
+const MAX_SPEECH: Duration = Duration::from_secs(5);
 /// Characters of a registry's words that are shown.
 const SHOWN: usize = 300;
 
@@ -126,12 +128,16 @@ struct Said {
 /// What a registry says of a failure, for people.
 async fn words(mut response: Response) -> String {
     let mut bytes = Vec::new();
-    while let Ok(Some(chunk)) = response.chunk().await {
-        bytes.extend_from_slice(&chunk);
-        if bytes.len() >= MAX_WORDS {
-            break;
+    let read = async {
+        while let Ok(Some(chunk)) = response.chunk().await {
+            bytes.extend_from_slice(&chunk);
+            if bytes.len() >= MAX_WORDS {
+                break;
+            }
         }
-    }
+    };
+    // Who does not come to an end has said enough.
+    let _ = tokio::time::timeout(MAX_SPEECH, read).await;
     let said: Option<Errors> = serde_json::from_slice(&bytes).ok();
     let said = said.and_then(|said| said.errors.into_iter().next());
     let said: Vec<String> = said

@@ -137,6 +137,8 @@ impl Session {
             };
             let chosen = choose(&entries, platform);
             let chosen = chosen.map_err(|error| error.context(self.reference.to_string()))?;
+            // What is no digest would be a tag, or lead elsewhere, and nothing would be checked.
+            blob_name(&chosen.digest)?;
             document = self.need(repository, &chosen.digest).await?;
         }
         let text = format!(
@@ -172,7 +174,7 @@ impl Session {
             });
         }
         let named = manifest.annotation(BLOCKS_ANNOTATION);
-        let artifact = match named.filter(|named| named.contains(':')) {
+        let artifact = match named.filter(|named| blob_name(named).is_ok()) {
             Some(digest) => blobs::document(repository, digest).await?,
             None => None,
         };

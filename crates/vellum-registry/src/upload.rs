@@ -15,7 +15,7 @@ use vellum_base::error::{Error, ErrorKind, Result};
 use super::client::{Repository, header};
 use super::document::Document;
 use super::failure::Failure;
-use super::retry::retried;
+use super::retry::{Moved, retried};
 use super::session::{Outcome, Upload};
 
 /// Bytes of a file that are sent at a time.
@@ -27,15 +27,7 @@ pub(crate) async fn upload(
     blob: &Upload,
     moved: &Arc<AtomicU64>,
 ) -> Result<Outcome, Failure> {
-    let digest = &blob.digest;
-    let host = &repository.http.host;
-    let doing = format!("asking {host} for the blob {digest}");
-    let url = repository.url(&format!("blobs/{digest}"))?;
-    let build = || repository.http.client.head(url.clone());
-    let there = repository
-        .ask_again(&doing, &[StatusCode::NOT_FOUND], build)
-        .await?;
-    if there.status().is_success() {
+    if is_there(repository, blob).await? {
         moved.fetch_add(blob.size, Ordering::Relaxed);
         return Ok(Outcome::Existed);
     }
@@ -55,6 +47,18 @@ pub(crate) async fn upload(
     Ok(Outcome::Sent)
 }
 
+/// Whether the registry has a blob.
+async fn is_there(repository: &Repository, blob: &Upload) -> Result<bool, Failure> {
+    let digest = &blob.digest;
+    let doing = format!("asking {} for the blob {digest}", repository.http.host);
+    let url = repository.url(&format!("blobs/{digest}"))?;
+    let build = || repository.http.client.head(url.clone());
+    let there = repository
+        .ask_again(&doing, &[StatusCode::NOT_FOUND], build)
+        .await?;
+    Ok(there.status().is_success())
+}
+
 /// How an upload begins.
 enum Begun {
     /// It is done: another repository had the blob.
@@ -63,14 +67,43 @@ enum Begun {
     At(Url),
 }
 
+/// What a registry may say of another repository that is gone or not ours: the hint that led there was old.
+const NO_MOUNT: [StatusCode; 4] = [
+    StatusCode::BAD_REQUEST,
+    StatusCode::FORBIDDEN,
+    StatusCode::NOT_FOUND,
+    StatusCode::METHOD_NOT_ALLOWED,
+];
+
 async fn begin(repository: &Repository, blob: &Upload) -> Result<Begun, Failure> {
+    if let Some(from) = &blob.from {
+        let (doing, response) = ask_to_begin(repository, blob, Some(from), &NO_MOUNT).await?;
+        match response.status() {
+            StatusCode::CREATED => return Ok(Begun::Mounted),
+            status if status.is_success() => {
+                return Ok(Begun::At(location(repository, &doing, &response)?));
+            }
+            status => tracing::info!("{status}: nothing is mounted from {from}"),
+        }
+    }
+    let (doing, response) = ask_to_begin(repository, blob, None, &[]).await?;
+    Ok(Begun::At(location(repository, &doing, &response)?))
+}
+
+/// Asks for an upload to begin. Returns what was done too, for messages.
+async fn ask_to_begin(
+    repository: &Repository,
+    blob: &Upload,
+    from: Option<&str>,
+    others: &[StatusCode],
+) -> Result<(String, Response), Failure> {
     let host = &repository.http.host;
     let digest = &blob.digest;
     let doing = format!("beginning to send the blob {digest} to {host}");
     let mut url = repository.url("blobs/uploads/")?;
-    if let Some(from) = &blob.from {
+    if let Some(from) = from {
         url.query_pairs_mut()
-            .extend_pairs([("mount", digest), ("from", from)]);
+            .extend_pairs([("mount", digest.as_str()), ("from", from)]);
     }
     let build = || {
         repository
@@ -79,22 +112,20 @@ async fn begin(repository: &Repository, blob: &Upload) -> Result<Begun, Failure>
             .post(url.clone())
             .header(CONTENT_LENGTH, 0)
     };
-    let response = repository.ask_again(&doing, &[], build).await?;
-    match response.status() {
-        StatusCode::CREATED if blob.from.is_some() => Ok(Begun::Mounted),
-        _ => Ok(Begun::At(location(repository, &doing, &response)?)),
-    }
+    let response = repository.ask_again(&doing, others, build).await?;
+    Ok((doing, response))
 }
 
 /// Where the registry wants the next part.
 fn location(repository: &Repository, doing: &str, response: &Response) -> Result<Url> {
     let named = header(response.headers(), LOCATION.as_str());
     let url = named.and_then(|named| response.url().join(named).ok());
-    url.ok_or_else(|| {
+    let url = url.ok_or_else(|| {
         let host = &repository.http.host;
         let text = format!("{doing}: {host} does not say where the bytes go");
         Error::new(ErrorKind::Protocol, text)
-    })
+    })?;
+    repository.http.secure(url)
 }
 
 /// Sends a blob, and what the registry lacks of it where that fails in a way that passes.
@@ -108,6 +139,11 @@ async fn send(
     let doing = format!("sending the blob {} to {host}", blob.digest);
     let at = match place.take() {
         Some(fresh) => fresh,
+        // A registry that took too long to say so may have all of it.
+        None if is_there(repository, blob).await? => {
+            moved.fetch_add(blob.size, Ordering::Relaxed);
+            return Ok(());
+        }
         None => match begin(repository, blob).await? {
             Begun::Mounted => return Ok(()),
             Begun::At(at) => at,
@@ -122,7 +158,12 @@ async fn send(
     match progress(repository, &at, blob.size).await {
         Some((next, have)) if have > 0 => {
             tracing::warn!("{}; going on after {have} bytes", failure.error);
-            send_from(repository, blob, &doing, next, have, moved).await
+            let rest = send_from(repository, blob, &doing, next, have, moved).await;
+            // What does not go on may still go well from the start.
+            rest.map_err(|failure| Failure {
+                passes: true,
+                ..failure
+            })
         }
         _ => Err(failure),
     }
@@ -130,10 +171,10 @@ async fn send(
 
 /// Where an upload goes on, and how many bytes the registry has.
 async fn progress(repository: &Repository, at: &Url, size: u64) -> Option<(Url, u64)> {
-    let none = AtomicU64::new(0);
     let build = || repository.http.client.get(at.clone());
     let doing = "asking how far an upload came";
-    let response = repository.ask(doing, &none, build).await.ok()?;
+    let asked = repository.ask(doing, &Moved::none(), build).await;
+    let response = asked.ok()?;
     if !response.status().is_success() {
         return None;
     }
@@ -143,7 +184,10 @@ async fn progress(repository: &Repository, at: &Url, size: u64) -> Option<(Url, 
         .strip_prefix("0-")?
         .parse()
         .ok()?;
-    let have = last.checked_add(1).filter(|have| *have <= size)?;
+    // `0-0` is what some say of nothing.
+    let have = last
+        .checked_add(1)
+        .filter(|have| *have > 1 && *have <= size)?;
     Some((
         location(repository, doing, &response).unwrap_or_else(|_| at.clone()),
         have,
@@ -167,7 +211,7 @@ async fn send_from(
             let request = client.patch(at.clone()).header(CONTENT_RANGE, &range);
             with_body(request, blob, from, own, moved)
         };
-        let response = transfer(repository, doing, moved, patch).await?;
+        let response = transfer(repository, doing, moved, blob.size - from, patch).await?;
         at = location(repository, doing, &response)?;
     }
     at.query_pairs_mut().append_pair("digest", &blob.digest);
@@ -175,23 +219,26 @@ async fn send_from(
         0 => with_body(client.put(at.clone()), blob, 0, own, moved),
         _ => client.put(at.clone()).header(CONTENT_LENGTH, 0),
     };
-    transfer(repository, doing, moved, put).await.map(drop)
+    let len = if from == 0 { blob.size } else { 0 };
+    transfer(repository, doing, moved, len, put).await.map(drop)
 }
 
-/// Makes one request with bytes of a blob. What a failed one has sent does not count.
+/// Makes one request with `len` bytes of a blob. What a failed one has sent does not count.
 async fn transfer(
     repository: &Repository,
     doing: &str,
     moved: &AtomicU64,
+    len: u64,
     build: impl Fn(&Arc<AtomicU64>) -> RequestBuilder,
 ) -> Result<Response, Failure> {
-    let own = Arc::new(AtomicU64::new(0));
-    let failed = match repository.ask(doing, &own, || build(&own)).await {
+    let own = Moved::sending(len);
+    let asked = repository.ask(doing, &own, || build(own.counter())).await;
+    let failed = match asked {
         Ok(response) if response.status().is_success() => return Ok(response),
         Ok(response) => Failure::refused(&repository.http.host, doing, response).await,
         Err(failure) => failure,
     };
-    moved.fetch_sub(own.load(Ordering::Relaxed), Ordering::Relaxed);
+    moved.fetch_sub(own.get(), Ordering::Relaxed);
     Err(failed)
 }
 

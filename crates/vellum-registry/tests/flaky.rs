@@ -247,6 +247,11 @@ fn a_registry_that_is_busy_is_asked_again_when_it_says() {
 }
 
 fn push(host: &str, bytes: &[u8]) -> vellum_base::Result<Vec<Outcome>> {
+    push_from(host, bytes, None)
+}
+
+/// A push of what another repository may have.
+fn push_from(host: &str, bytes: &[u8], from: Option<&str>) -> vellum_base::Result<Vec<Outcome>> {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), bytes).unwrap();
     let push = Push {
@@ -254,7 +259,7 @@ fn push(host: &str, bytes: &[u8]) -> vellum_base::Result<Vec<Outcome>> {
             digest: digest(bytes),
             size: bytes.len() as u64,
             path: file.path().to_owned(),
-            from: None,
+            from: from.map(str::to_owned),
         }],
         documents: Vec::new(),
     };
@@ -266,7 +271,7 @@ fn push(host: &str, bytes: &[u8]) -> vellum_base::Result<Vec<Outcome>> {
 }
 
 /// A registry that takes uploads, and says of the first one, after 300,000 bytes, that it has a problem.
-fn uploads(knows_how_far: bool) -> (String, Arc<Mutex<Vec<Request>>>) {
+fn uploads(how_far: Option<&'static str>) -> (String, Arc<Mutex<Vec<Request>>>) {
     serve(
         |request, number| match (request.method.as_str(), number) {
             ("PUT", 2) => 300_000,
@@ -280,11 +285,13 @@ fn uploads(knows_how_far: bool) -> (String, Arc<Mutex<Vec<Request>>>) {
                 b"",
             ),
             ("PUT", 2) => answer("503 Service Unavailable", &[], b""),
-            ("GET", _) if knows_how_far => {
-                let location = "Location: /v2/team/web/blobs/uploads/u?state=2";
-                answer("204 No Content", &[location, "Range: 0-299999"], b"")
-            }
-            ("GET", _) => answer("404 Not Found", &[], b""),
+            ("GET", _) => match how_far {
+                Some(range) => {
+                    let location = "Location: /v2/team/web/blobs/uploads/u?state=2";
+                    answer("204 No Content", &[location, range], b"")
+                }
+                None => answer("404 Not Found", &[], b""),
+            },
             ("PATCH", _) => answer(
                 "202 Accepted",
                 &["Location: /v2/team/web/blobs/uploads/u?state=3"],
@@ -298,7 +305,7 @@ fn uploads(knows_how_far: bool) -> (String, Arc<Mutex<Vec<Request>>>) {
 #[test]
 fn an_upload_goes_on_where_the_registry_says() {
     let bytes = some_bytes();
-    let (host, seen) = uploads(true);
+    let (host, seen) = uploads(Some("Range: 0-299999"));
     assert_eq!(push(&host, &bytes).unwrap(), [Outcome::Sent]);
     let seen = seen.lock().unwrap();
     let patch = seen
@@ -320,12 +327,90 @@ fn an_upload_goes_on_where_the_registry_says() {
 #[test]
 fn an_upload_begins_anew_where_the_registry_does_not_say_how_far_it_came() {
     let bytes = some_bytes();
-    let (host, seen) = uploads(false);
+    // The second is what some say of nothing.
+    for how_far in [None, Some("Range: 0-0")] {
+        let (host, seen) = uploads(how_far);
+        assert_eq!(push(&host, &bytes).unwrap(), [Outcome::Sent]);
+        let seen = seen.lock().unwrap();
+        let methods: Vec<_> = seen.iter().map(|request| request.method.as_str()).collect();
+        assert_eq!(
+            methods,
+            ["HEAD", "POST", "PUT", "GET", "HEAD", "POST", "PUT"]
+        );
+        assert_eq!(seen.last().unwrap().body, bytes);
+    }
+}
+
+#[test]
+fn what_another_repository_is_said_to_have_and_has_not_is_sent() {
+    let bytes = some_bytes();
+    let (host, seen) = serve(
+        |_, _| usize::MAX,
+        |request, _| match request.method.as_str() {
+            "POST" if request.path.contains("mount=") => answer("404 Not Found", &[], b""),
+            "POST" => answer("202 Accepted", &["Location: /v2/team/web/u"], b""),
+            "HEAD" => answer("404 Not Found", &[], b""),
+            _ => answer("201 Created", &[], b""),
+        },
+    );
+    let outcomes = push_from(&host, &bytes, Some("team/gone")).unwrap();
+    assert_eq!(outcomes, [Outcome::Sent]);
+    assert_eq!(seen.lock().unwrap().last().unwrap().body, bytes);
+}
+
+#[test]
+fn who_asks_is_said_to_the_registry_alone() {
+    let bytes = some_bytes();
+    let (elsewhere, there) = serve(|_, _| usize::MAX, |_, _| answer("201 Created", &[], b""));
+    let address = Arc::new(Mutex::new(String::new()));
+    let own = address.clone();
+    let (host, seen) = serve(
+        |_, _| usize::MAX,
+        move |request, _| {
+            if request.path.starts_with("/token") {
+                return answer("200 OK", &[], br#"{"token":"secret"}"#);
+            }
+            let realm = own.lock().unwrap().clone();
+            let challenge = format!(r#"WWW-Authenticate: Bearer realm="http://{realm}/token""#);
+            let location = format!("Location: http://{elsewhere}/upload");
+            match (request.header("authorization"), request.method.as_str()) {
+                (None, _) => answer("401 Unauthorized", &[&challenge], b"{}"),
+                (_, "HEAD") => answer("404 Not Found", &[], b""),
+                _ => answer("202 Accepted", &[&location], b""),
+            }
+        },
+    );
+    address.lock().unwrap().clone_from(&host);
     assert_eq!(push(&host, &bytes).unwrap(), [Outcome::Sent]);
-    let seen = seen.lock().unwrap();
-    let methods: Vec<_> = seen.iter().map(|request| request.method.as_str()).collect();
-    assert_eq!(methods, ["HEAD", "POST", "PUT", "GET", "POST", "PUT"]);
-    assert_eq!(seen.last().unwrap().body, bytes);
+    let asked = seen.lock().unwrap();
+    let posted = asked.last().unwrap();
+    assert_eq!(posted.header("authorization"), Some("Bearer secret"));
+    let there = there.lock().unwrap();
+    assert_eq!(there[0].body, bytes);
+    assert_eq!(
+        there[0].header("authorization"),
+        None,
+        "{:?}",
+        there[0].headers
+    );
+}
+
+#[test]
+fn an_index_leads_by_digests_alone() {
+    let index = r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[
+        {"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"latest","size":2}]}"#;
+    let (host, seen) = serve(
+        |_, _| 0,
+        move |_, _| {
+            let kind = "Content-Type: application/vnd.oci.image.index.v1+json";
+            answer("200 OK", &[kind], index.as_bytes())
+        },
+    );
+    let error = session(&host)
+        .find(&vellum_image::Platform::host())
+        .unwrap_err();
+    assert!(error.to_string().contains("latest"), "{error}");
+    assert_eq!(seen.lock().unwrap().len(), 1);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! `vellum pull`: an image is fetched into `staging`, checked, and made one of the store's.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -170,7 +172,14 @@ impl Puller<'_> {
             Err(error) if error.kind() == ErrorKind::NoSpace && !there.is_empty() => {
                 // It does not fit in what its lower layers fitted in.
                 self.watch.done();
-                self.fetch(name, there, &layout)?;
+                // One that lies higher up too is there.
+                let missing: BTreeSet<&str> = missing.iter().map(|blob| &*blob.digest).collect();
+                let there: Vec<Descriptor> = there
+                    .iter()
+                    .filter(|blob| !missing.contains(&*blob.digest))
+                    .cloned()
+                    .collect();
+                self.fetch(name, &there, &layout)?;
                 options.size = None;
                 import(self.store, name, layout.path(), &options, self.watch)?
             }

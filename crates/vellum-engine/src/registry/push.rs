@@ -83,6 +83,8 @@ pub fn push(
     let session = Session::open(reference, options.access)?;
     // Before anything is put together for a registry that does not take it.
     session.try_push()?;
+    // Until all is sent: what lies in `staging` is nobody's once nobody does this.
+    let _pin = store.pin_layers()?;
     let layout = Layout::new(store)?;
     let mut push = assemble(store, name, options, &layout, watch)?;
     for blob in &mut push.blobs {

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 use uuid::Uuid;
 use vellum_base::block::{BlockState, Run};
@@ -88,6 +87,13 @@ pub(super) fn parts(manifest: &Manifest) -> Result<Parts> {
         }
         after_table = false;
     }
+    // One that is named many times is taken apart as often.
+    let tables = layers.iter().map(|layer| layer.table.size);
+    if tables.fold(0, u64::saturating_add) > MAX_TABLE {
+        return bad(&format!(
+            "whose tables have more than {MAX_TABLE} bytes together"
+        ));
+    }
     if layers.is_empty() || layers.len() > MAX_LAYERS {
         return bad(&format!("with {} layers", layers.len()));
     }
@@ -158,7 +164,12 @@ impl<'a> Receiver<'a> {
         let size = layer.table.virtual_size;
         let key = blobs.table.annotation(TEMPLATE_ANNOTATION);
         if key == Some(&template::key(size)) {
-            template::get(self.store, size, self.pin)?;
+            let made = template::get(self.store, size, self.pin);
+            if let Err(error) = made {
+                tracing::info!(
+                    "the empty file system is fetched, as it cannot be made here: {error}"
+                );
+            }
         }
         Ok(())
     }
@@ -190,7 +201,8 @@ impl<'a> Receiver<'a> {
     pub fn receive(&mut self, name: &str) -> Result<(ImageRecord, Vec<LayerOutcome>)> {
         let mut below: Option<Header> = None;
         let mut ready = Vec::new();
-        for (layer, known) in self.layers.iter().zip(&self.description.layers) {
+        let layers = self.layers.iter().zip(&self.description.layers);
+        for (index, (layer, known)) in layers.enumerate() {
             if let Some(uuid) = layer.there {
                 let header = Header::read(&**self.store.storage(), &self.store.layer_dir(uuid))?;
                 ready.push(Ready::There(uuid, self.store.layer_info(uuid)?));
@@ -201,6 +213,7 @@ impl<'a> Receiver<'a> {
             let header = Header::new(parent, layer.table.virtual_size)?;
             let staged = self.store.stage_received(&header)?;
             let bytes = self.write(layer, &staged)?;
+            self.forget_data(index)?;
             let info = known.clone().info(&header, bytes);
             below = Some(header);
             ready.push(Ready::Staged(Box::new(staged), info));
@@ -245,16 +258,31 @@ impl<'a> Receiver<'a> {
                     }
                 }
             }
-            remove(&path)?;
         }
         let zeros = table.extents.iter();
         for run in zeros.filter(|run| run.value == BlockState::Zero) {
+            interrupt::check()?;
             write_run(&open, *run, &[])?;
         }
         self.watch.done();
         let bytes = open.data_blocks().bytes();
         seal_as(self.store, staged, open, &table.digest)?;
         Ok(bytes)
+    }
+
+    /// Removes the data of a layer that was written, unless a layer above has the same.
+    fn forget_data(&self, index: usize) -> Result<()> {
+        let mut left = self.layers.iter().skip(index);
+        let Some(data) = left.next().and_then(|layer| layer.data.as_ref()) else {
+            return Ok(());
+        };
+        let same =
+            |layer: &Layer| matches!(&layer.data, Some(other) if other.digest == data.digest);
+        if left.any(|layer| layer.there.is_none() && same(layer)) {
+            return Ok(());
+        }
+        let path = self.layout.blob(&data.digest)?;
+        std::fs::remove_file(&path).context(|| format!("cannot remove {}", path.display()))
     }
 
     fn publish(&self, ready: Vec<Ready>) -> Result<Vec<LayerOutcome>> {
@@ -283,17 +311,6 @@ impl<'a> Receiver<'a> {
 enum Ready {
     There(Uuid, LayerInfo),
     Staged(Box<StagedLayer>, LayerInfo),
-}
-
-/// What was fetched twice over lies in one file, so it may be gone.
-fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(
-            format!("cannot remove {}", path.display()),
-            error,
-        )),
-        _ => Ok(()),
-    }
 }
 
 fn open_table(layout: &Layout, blobs: &LayerBlobs) -> Result<Layer> {
