@@ -10,6 +10,7 @@ use vellum_core::layer::{Header, SealedLayer};
 use vellum_engine::known::Known;
 use vellum_engine::snapshot::find;
 use vellum_engine::status;
+use vellum_image::hex;
 use vellum_store::Store;
 
 /// Arguments of `inspect`.
@@ -93,10 +94,10 @@ fn describe(store: &Store, layer: Uuid) -> Result<Value> {
     } else {
         None
     };
-    let digest = sealed.as_ref().and_then(SealedLayer::digest).map(|digest| {
-        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("sha256:{hex}")
-    });
+    let digest = sealed
+        .as_ref()
+        .and_then(SealedLayer::digest)
+        .map(|digest| format!("sha256:{}", hex(&digest)));
     let allocated = sealed
         .as_ref()
         .map(SealedLayer::allocated_bytes)

@@ -298,21 +298,6 @@ fn a_disk_that_grew_or_shrank_between_backups_has_the_size_of_each() {
     store.ok(&["check", "--scrub"]);
 }
 
-/// Runs a command that dies at a place.
-pub fn killed(store: &TestStore, place: &str, arguments: &[&str]) {
-    let mut command = store.command();
-    let output: Output = command
-        .args(arguments)
-        .env(crash_point::VARIABLE, place)
-        .output()
-        .unwrap();
-    assert_eq!(
-        output.status.code(),
-        None,
-        "{place} was not reached: {output:?}"
-    );
-}
-
 /// In how many pieces what changed in `c` since its snapshot `base` is read.
 fn pieces(store: &TestStore) -> u64 {
     let changed = store.json(&["changed", "c", "--since", "base"]);
@@ -347,7 +332,7 @@ fn a_backup_that_is_killed_anywhere_goes_on_with_the_same_command() {
         let arguments = ["backup", "c", "--since", "base", "-o", &file];
         let many = format!("{place}:{}", pieces(&store) - 1);
         let is_within = *place == "backup: piece written";
-        killed(&store, if is_within { &many } else { place }, &arguments);
+        store.killed(if is_within { &many } else { place }, &arguments);
         assert!(!Path::new(&file).exists(), "{place}");
         let count = |store: &TestStore| {
             let listed = store.json(&["snapshots", "c"]);
@@ -413,7 +398,7 @@ fn a_restore_that_is_killed_anywhere_goes_on_with_the_same_command() {
             "restore: piece written" => (time - 1) * extents(&files[0]) + 3,
             _ => time,
         };
-        killed(&other, &format!("{place}:{time}"), &arguments);
+        other.killed(&format!("{place}:{time}"), &arguments);
         other.ok(&["prune"]);
         other.ok(&["check", "--scrub"]);
         let done = other.names("ps");
@@ -591,11 +576,7 @@ fn a_backup_takes_no_file_s_place_and_goes_on_with_no_other_one() {
     refused(&["backup", "c", "-o", &out], &["there is a file", &out]);
     assert_eq!(fs::read_to_string(&out).unwrap(), "mine");
     fs::remove_file(&out).unwrap();
-    killed(
-        &store,
-        "backup: piece written:2",
-        &["backup", "c@one", "-o", &out],
-    );
+    store.killed("backup: piece written:2", &["backup", "c@one", "-o", &out]);
     store.ok(&["snapshot", "c", "two"]);
     store.ok(&["create", "base", "--name", "e"]);
     for arguments in [
@@ -623,7 +604,7 @@ fn what_is_no_backup_that_was_begun_is_left_as_it_is_and_so_is_one_whose_header_
     let partial = format!("{out}.partial");
     store.ok(&["snapshot", "c", "one"]);
     let backup = ["backup", "c@one", "-o", &out];
-    killed(&store, "backup: piece written:2", &backup);
+    store.killed("backup: piece written:2", &backup);
     let mut damaged = fs::read(&partial).unwrap();
     damaged[100] ^= 1;
     let long = "somebody's own file. ".repeat(40).into_bytes();

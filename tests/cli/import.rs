@@ -35,13 +35,9 @@ fn sample_root(store: &TestStore) -> PathBuf {
 
 /// Mounts a new container of an image, describes its files, and removes it.
 fn files_of(store: &TestStore, image: &str) -> image_support::Snapshot {
-    store.ok(&["create", image, "--name", "look"]);
-    let dir = store.mount("look");
-    let mut found = snapshot(&dir);
+    let mut found = store.look(image, snapshot);
     // What every ext4 has.
     found.retain(|path, _| !path.starts_with("lost+found"));
-    store.ok(&["umount", "look"]);
-    store.ok(&["rm", "look"]);
     found
 }
 

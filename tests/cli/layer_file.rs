@@ -10,7 +10,6 @@ use vellum_backup::{LayerEntry, LayerPart, LayerReader, LayerWriter};
 use vellum_base::block::{BlockState, Run};
 use vellum_base::crash_point;
 
-use crate::backup::killed;
 use crate::common::{TestStore, VELLUM, run, shell};
 use crate::image_support::{assert_same, snapshot};
 
@@ -68,11 +67,7 @@ fn export(store: &TestStore, name: &str) -> String {
 }
 
 fn files(store: &TestStore, image: &str) -> crate::image_support::Snapshot {
-    store.ok(&["create", image, "--name", "look"]);
-    let found = snapshot(&store.mount("look"));
-    store.ok(&["umount", "look"]);
-    store.ok(&["rm", "look"]);
-    found
+    store.look(image, snapshot)
 }
 
 #[test]
@@ -359,7 +354,7 @@ fn an_import_that_is_killed_anywhere_leaves_nothing_half_made() {
         let arguments = ["import", "top", &file];
         // In the second layer.
         let time = if place.contains("record") { 1 } else { 2 };
-        killed(&other, &format!("{place}:{time}"), &arguments);
+        other.killed(&format!("{place}:{time}"), &arguments);
         let is_done = place.contains("record");
         assert_eq!(other.names("images").len(), usize::from(is_done), "{place}");
         if !is_done {

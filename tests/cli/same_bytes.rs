@@ -136,14 +136,12 @@ fn what_is_laid_out_has_the_files_that_were_imported() {
     store.ok(&[
         "import", "image", &layout, "--select", "three", "--size", SIZE,
     ]);
-    store.ok(&["create", "image", "--name", "look"]);
-    let mut found = snapshot(&store.mount("look"));
+    let mut found = store.look("image", snapshot);
     let mut expected = snapshot(&store.path("bundle/rootfs"));
     // umoci gives the root a time of its own.
     for files in [&mut found, &mut expected] {
         files.remove(std::path::Path::new(""));
     }
-    store.ok(&["umount", "look"]);
     assert_eq!(
         found.keys().collect::<Vec<_>>(),
         expected.keys().collect::<Vec<_>>()

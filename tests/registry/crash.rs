@@ -14,17 +14,7 @@ fn wherever_a_pull_is_killed_the_next_one_makes_the_image() {
     from.ok(&["push", "web", &name]);
     for place in crash_point::PULLS {
         let to = store();
-        let mut command = to.command();
-        let output = command
-            .args(["pull", &name, "web"])
-            .env(crash_point::VARIABLE, place)
-            .output()
-            .unwrap();
-        assert_eq!(
-            output.status.code(),
-            None,
-            "{place} was not reached: {output:?}"
-        );
+        to.killed(place, &["pull", &name, "web"]);
         let done = place == "pull: record in place";
         assert_eq!(to.names("images").len(), usize::from(done), "{place}");
         if !done {

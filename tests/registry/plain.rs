@@ -30,11 +30,7 @@ fn pushed_by_skopeo(store: &TestStore, registry: &Registry, compression: &str, n
 }
 
 fn files(store: &TestStore, image: &str) -> crate::image_support::Snapshot {
-    store.ok(&["create", image, "--name", "look"]);
-    let found = snapshot(&store.mount("look"));
-    store.ok(&["umount", "look"]);
-    store.ok(&["rm", "look"]);
-    found
+    store.look(image, snapshot)
 }
 
 #[test]

@@ -7,11 +7,7 @@ use crate::image_support::{assert_same, snapshot};
 use crate::registry_support::{Registry, clean, digests, store, with_images};
 
 fn files(store: &TestStore, image: &str) -> crate::image_support::Snapshot {
-    store.ok(&["create", image, "--name", "look"]);
-    let found = snapshot(&store.mount("look"));
-    store.ok(&["umount", "look"]);
-    store.ok(&["rm", "look"]);
-    found
+    store.look(image, snapshot)
 }
 
 #[test]

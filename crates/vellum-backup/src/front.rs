@@ -1,7 +1,7 @@
 //! What all files of this crate begin with: magic, version and features, and a CRC at the end of the header.
 
-use crate::record::{corrupt, u32_at, u64_at};
-use vellum_base::block::part;
+use crate::record::corrupt;
+use vellum_base::block::{part, u32_at, u64_at};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// The beginning of a kind of file.

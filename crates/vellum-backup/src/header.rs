@@ -3,8 +3,8 @@
 use uuid::Uuid;
 
 use crate::front::Front;
-use crate::record::{corrupt, put, u32_at, u64_at};
-use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE, part};
+use crate::record::{corrupt, put};
+use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE, part, u32_at, u64_at};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 pub(crate) const MAGIC: &[u8; 8] = b"VELLUMBK";

@@ -5,11 +5,11 @@ use std::io::{Read, Write};
 use crate::front::Front;
 use crate::header::MAX_DESCRIPTION;
 use crate::read::{self, Chunk};
-use crate::record::{
-    Kind, LAYER_FRONT, LAYER_HEADER_LEN, LAYER_PAYLOAD, Totals, corrupt, put, u32_at, u64_at,
-};
+use crate::record::{Kind, LAYER_FRONT, LAYER_HEADER_LEN, LAYER_PAYLOAD, Totals, corrupt, put};
 use crate::write;
-use vellum_base::block::{BLOCK_SIZE, Block, Blocks, MAX_VIRTUAL_SIZE, Span, part, part_from};
+use vellum_base::block::{
+    BLOCK_SIZE, Block, Blocks, MAX_VIRTUAL_SIZE, Span, part, part_from, u32_at, u64_at,
+};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// What a layer file begins with.

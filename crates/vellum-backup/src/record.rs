@@ -3,7 +3,7 @@
 use sha2::{Digest, Sha256};
 
 use vellum_base::block::{
-    BLOCK_LEN, Block, BlockState, Blocks, Run, Span, part, part_from, part_mut,
+    BLOCK_LEN, Block, BlockState, Blocks, Run, Span, part, part_from, part_mut, u32_at, u64_at,
 };
 use vellum_base::error::{Error, ErrorKind, Result};
 
@@ -72,20 +72,6 @@ pub(crate) fn corrupt(what: impl Into<String>) -> Error {
 /// Puts a field into a structure of fixed size.
 pub(crate) fn put(bytes: &mut [u8], at: usize, field: &[u8]) {
     part_mut(bytes, at, field.len()).copy_from_slice(field);
-}
-
-/// A field of a structure whose length the caller has checked.
-pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    let mut field = [0; 4];
-    field.copy_from_slice(part(bytes, at, 4));
-    u32::from_le_bytes(field)
-}
-
-/// As [`u32_at`].
-pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    let mut field = [0; 8];
-    field.copy_from_slice(part(bytes, at, 8));
-    u64::from_le_bytes(field)
 }
 
 /// A whole record: what is written at once.

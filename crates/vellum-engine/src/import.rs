@@ -60,6 +60,18 @@ pub struct LayerOutcome {
     pub bytes: u64,
 }
 
+impl LayerOutcome {
+    /// Of a layer of which this is known.
+    pub(crate) fn new(layer: Uuid, existed: bool, info: LayerInfo) -> Self {
+        LayerOutcome {
+            diff_id: info.diff_id,
+            layer,
+            existed,
+            bytes: info.bytes,
+        }
+    }
+}
+
 /// What an import made.
 #[derive(Debug, Clone, Serialize)]
 pub struct ImportReport {

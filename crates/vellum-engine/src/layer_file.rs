@@ -336,12 +336,7 @@ impl Receiver<'_> {
                     (layer, existed, info)
                 }
             };
-            outcomes.push(LayerOutcome {
-                diff_id: info.diff_id,
-                layer,
-                existed,
-                bytes: info.bytes,
-            });
+            outcomes.push(LayerOutcome::new(layer, existed, info));
         }
         Ok(outcomes)
     }

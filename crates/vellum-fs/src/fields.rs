@@ -1,6 +1,7 @@
 //! Little-endian numbers in bytes from a disk.
 
-use vellum_base::block::{part, part_mut};
+pub(crate) use vellum_base::block::u32_at;
+use vellum_base::block::{array_at, part_mut};
 
 /// Bytes of which nothing is known but that they may hold numbers.
 #[derive(Clone, Copy)]
@@ -24,13 +25,7 @@ impl Fields<'_> {
 
 /// The number of 16 bits at `at` of bytes that are known to have it. Asserts that.
 pub(crate) fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    let bytes = part(bytes, at, 2).iter().rev();
-    bytes.fold(0, |number, byte| number << 8 | u16::from(*byte))
-}
-
-/// The number of 32 bits at `at` of bytes that are known to have it. Asserts that.
-pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
+    u16::from_le_bytes(array_at(bytes, at))
 }
 
 /// Puts a number of 16 bits at `at` into bytes that are known to have room for it. Asserts that.

@@ -56,7 +56,7 @@ pub use diff::{
 };
 pub use disk::DiskImage;
 pub use install::ApplyStats;
-pub use layer::{Hasher, LayerReader, LayerRef};
+pub use layer::{Hasher, LayerReader, LayerRef, hex};
 pub use measure::Measure;
 pub use platform::Platform;
 pub use qcow2::{Qcow2Writer, cluster_size};
@@ -67,7 +67,7 @@ pub use tree::{Attributes, Directory, MountedTrees, Trees};
 pub use view::View;
 pub use write::{LayerTarOptions, write_layer_tar, write_rootfs_tar};
 pub use write_blob::{LayerBlob, write_blob};
-pub use write_oci::OciWriter;
+pub use write_oci::{LAYOUT, OciWriter};
 
 use vellum_base::Error;
 

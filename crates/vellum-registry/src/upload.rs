@@ -20,6 +20,13 @@ use super::session::{Outcome, Upload};
 
 /// Bytes of a file that are sent at a time.
 const PIECE: usize = 128 << 10;
+/// What a registry may say of another repository that is gone or not ours: the hint that led there was old.
+const NO_MOUNT: [StatusCode; 4] = [
+    StatusCode::BAD_REQUEST,
+    StatusCode::FORBIDDEN,
+    StatusCode::NOT_FOUND,
+    StatusCode::METHOD_NOT_ALLOWED,
+];
 
 /// Has the registry have a blob. `moved` counts its bytes.
 pub(crate) async fn upload(
@@ -66,14 +73,6 @@ enum Begun {
     /// The bytes go there.
     At(Url),
 }
-
-/// What a registry may say of another repository that is gone or not ours: the hint that led there was old.
-const NO_MOUNT: [StatusCode; 4] = [
-    StatusCode::BAD_REQUEST,
-    StatusCode::FORBIDDEN,
-    StatusCode::NOT_FOUND,
-    StatusCode::METHOD_NOT_ALLOWED,
-];
 
 async fn begin(repository: &Repository, blob: &Upload) -> Result<Begun, Failure> {
     if let Some(from) = &blob.from {

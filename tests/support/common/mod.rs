@@ -21,6 +21,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use vellum_base::crash_point;
 use vellum_export::loop_device::LoopDevice;
 use vellum_fs::run_dir::RunDir;
 
@@ -92,6 +93,28 @@ impl TestStore {
             root,
             env: Vec::new(),
         }
+    }
+
+    /// Looks at the files of an image, through a container that is there for that.
+    pub fn look<T>(&self, image: &str, at: impl FnOnce(&Path) -> T) -> T {
+        self.ok(&["create", image, "--name", "look"]);
+        let seen = at(&self.mount("look"));
+        self.ok(&["umount", "look"]);
+        self.ok(&["rm", "look"]);
+        seen
+    }
+
+    /// Runs a command that dies at a place.
+    #[track_caller]
+    pub fn killed(&self, place: &str, arguments: &[&str]) {
+        let mut command = self.command();
+        command.args(arguments);
+        let output = command.env(crash_point::VARIABLE, place).output().unwrap();
+        assert_eq!(
+            output.status.code(),
+            None,
+            "{place} was not reached: {output:?}"
+        );
     }
 
     /// A file or directory beside the store.

@@ -5,7 +5,7 @@ mod part;
 mod units;
 
 pub use memory::MemoryDevice;
-pub use part::{part, part_from, part_mut};
+pub use part::{array_at, part, part_from, part_mut, u32_at, u64_at};
 pub use units::{Block, Blocks, Offset, Run, Span, in_memory, push_run};
 
 use crate::error::{Error, ErrorKind, Result};

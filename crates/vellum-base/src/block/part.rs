@@ -23,6 +23,29 @@ pub fn part_mut(buf: &mut [u8], at: usize, len: usize) -> &mut [u8] {
     &mut buf[at..][..len]
 }
 
+/// The `N` bytes of `buf` at `at`. Asserts that it has them.
+#[inline]
+#[track_caller]
+pub fn array_at<const N: usize>(buf: &[u8], at: usize) -> [u8; N] {
+    let mut array = [0; N];
+    array.copy_from_slice(part(buf, at, N));
+    array
+}
+
+/// As [`array_at`], a little-endian number.
+#[inline]
+#[track_caller]
+pub fn u32_at(buf: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(array_at(buf, at))
+}
+
+/// As [`array_at`], a little-endian number.
+#[inline]
+#[track_caller]
+pub fn u64_at(buf: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(array_at(buf, at))
+}
+
 /// All bytes of `buf` from `at` on. Asserts that `at` is no more than its length.
 #[inline]
 #[track_caller]

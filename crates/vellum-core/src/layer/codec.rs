@@ -92,25 +92,6 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A field of a structure whose length the caller has checked.
-fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    let mut out = [0; N];
-    out.copy_from_slice(part(bytes, at, N));
-    out
-}
-
-/// As [`array_at`], a number.
-#[inline]
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(array_at(bytes, at))
-}
-
-/// As [`array_at`], a number.
-#[inline]
-pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(array_at(bytes, at))
-}
-
 /// The CRC of bytes in which it stands itself at `crc_at`: as if there were zeros.
 pub(super) fn crc_around(bytes: &[u8], crc_at: usize) -> u32 {
     let mut hasher = crc32fast::Hasher::new();

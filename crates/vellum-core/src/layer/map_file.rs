@@ -5,11 +5,11 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::codec::{Reader, Writer, count, crc_around, u32_at};
+use super::codec::{Reader, Writer, count, crc_around};
 use super::header::Header;
 use super::index::net_runs;
 use super::table::{Expected, MapExtent, Table, TableContent, TableKind, push_extent, table_len};
-use vellum_base::block::{Block, Blocks, in_memory, part_from, part_mut};
+use vellum_base::block::{Block, Blocks, in_memory, part_from, part_mut, u32_at};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{OpenMode, Storage, StorageFile};
 

@@ -5,8 +5,10 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::codec::{Reader, Writer, check_crc, u32_at, u64_at};
-use vellum_base::block::{Block, BlockState, Blocks, Run, Span, in_memory, part, part_mut};
+use super::codec::{Reader, Writer, check_crc};
+use vellum_base::block::{
+    Block, BlockState, Blocks, Run, Span, in_memory, part, part_mut, u32_at, u64_at,
+};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{Mapping, OpenMode, Storage};
 

@@ -8,7 +8,7 @@ use super::super::template;
 use super::super::watch::Watch;
 use super::subject::Subject;
 use vellum_backup::{LAYER_HEADER_LEN, LayerEntry, LayerWriter};
-use vellum_base::block::{BlockState, Blocks, Run};
+use vellum_base::block::{Block, BlockState, Blocks, Run, Span};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_core::layer::SealedLayer;
@@ -79,7 +79,10 @@ pub(crate) fn write(
         if !left_out {
             let size = sealed.data_blocks().bytes();
             let progress = watch.begin(&layer.to_string(), Some(size));
-            blocks(&sealed, &mut writer, progress)?;
+            each_piece(&sealed, progress, |piece| match piece {
+                Piece::Zero(span) => writer.zero(span),
+                Piece::Data(block, bytes) => writer.data(block, bytes),
+            })?;
             watch.done();
             written.layers += 1;
             written.bytes += size;
@@ -123,11 +126,19 @@ fn entry(store: &Store, sealed: &SealedLayer, left_out: bool) -> Result<LayerEnt
     })
 }
 
-/// Writes what a layer says: blocks that it says nothing of are the parent's.
-fn blocks(
+/// What a layer says of blocks, a piece at a time.
+pub(crate) enum Piece<'a> {
+    /// They are zero.
+    Zero(Span),
+    /// From a block on they hold this.
+    Data(Block, &'a [u8]),
+}
+
+/// Says what a layer says, in order: blocks that it says nothing of are the parent's.
+pub(crate) fn each_piece(
     sealed: &SealedLayer,
-    writer: &mut LayerWriter<&mut dyn Write>,
     mut progress: Option<Progress<'static>>,
+    mut each: impl FnMut(Piece<'_>) -> Result<()>,
 ) -> Result<()> {
     let mut runs: Vec<Run<BlockState>> = Vec::new();
     sealed.for_each_run(|run| runs.push(run))?;
@@ -135,13 +146,13 @@ fn blocks(
     for run in runs {
         match run.value {
             BlockState::Parent => {}
-            BlockState::Zero => writer.zero(run.span)?,
+            BlockState::Zero => each(Piece::Zero(run.span))?,
             BlockState::Data => {
                 for span in run.span.pieces(PIECE) {
                     interrupt::check()?;
                     let (piece, _) = buffer.split_at_mut(span.len().buffer_len());
                     sealed.read_blocks(piece, span.start())?;
-                    writer.data(span.start(), piece)?;
+                    each(Piece::Data(span.start(), piece))?;
                     if let Some(progress) = &mut progress {
                         progress(span.len().bytes());
                     }

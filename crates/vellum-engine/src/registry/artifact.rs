@@ -5,9 +5,7 @@ use std::io::BufWriter;
 
 use serde_json::{Value, json};
 use uuid::Uuid;
-use vellum_base::block::{BlockState, Blocks, Run};
 use vellum_base::error::{Error, Result};
-use vellum_base::interrupt;
 use vellum_core::layer::SealedLayer;
 use vellum_registry::artifact::{
     ARTIFACT_TYPE, CONFIG_TYPE, ChunkPower, DATA_TYPE, DIFF_ID_ANNOTATION, DIGEST_ANNOTATION,
@@ -15,15 +13,12 @@ use vellum_registry::artifact::{
 };
 use vellum_registry::{Document, MANIFEST_TYPE, Upload};
 
-use super::super::export::layers::{checksummed, config};
+use super::super::export::layers::{Piece, checksummed, config, each_piece};
 use super::super::export::subject::Subject;
 use super::super::layer_file::Known;
 use super::super::watch::Watch;
 use super::description::Description;
 use super::layout::{Layout, digest_of, document};
-
-/// Blocks read at a time.
-const PIECE: Blocks = Blocks::new(256);
 
 /// An artifact that lies in a layout.
 pub(super) struct Artifact {
@@ -119,32 +114,19 @@ fn layer_blobs(
     level: i32,
     watch: &dyn Watch,
 ) -> Result<(Upload, Option<Upload>)> {
-    let mut runs: Vec<Run<BlockState>> = Vec::new();
-    sealed.for_each_run(|run| runs.push(run))?;
     let blocks = sealed.data_blocks();
     let (path, file) = layout.unnamed()?;
     let out = BufWriter::with_capacity(1 << 20, file);
     let mut encoder = LayerEncoder::new(out, ChunkPower::for_blocks(blocks), level)?;
     let name = sealed.header().uuid.to_string();
-    let mut progress = watch.begin(&name, Some(blocks.bytes()));
-    let mut buffer = vec![0; PIECE.buffer_len()];
-    for run in runs {
-        match run.value {
-            BlockState::Parent => {}
-            BlockState::Zero => encoder.zero(run.span),
-            BlockState::Data => {
-                for span in run.span.pieces(PIECE) {
-                    interrupt::check()?;
-                    let (piece, _) = buffer.split_at_mut(span.len().buffer_len());
-                    sealed.read_blocks(piece, span.start())?;
-                    encoder.data(span.start(), piece)?;
-                    if let Some(progress) = &mut progress {
-                        progress(span.len().bytes());
-                    }
-                }
-            }
+    let progress = watch.begin(&name, Some(blocks.bytes()));
+    each_piece(sealed, progress, |piece| {
+        match piece {
+            Piece::Zero(span) => encoder.zero(span),
+            Piece::Data(block, bytes) => encoder.data(block, bytes)?,
         }
-    }
+        Ok(())
+    })?;
     watch.done();
     let Encoded { table, sha256, .. } =
         encoder.finish(sealed.header().virtual_size, digest(sealed)?)?;

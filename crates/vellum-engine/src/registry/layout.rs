@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_image::{Hasher, blob_name};
+use vellum_image::{Hasher, LAYOUT, blob_name, hex};
 use vellum_registry::{Document, Upload};
 use vellum_store::Store;
 
@@ -116,8 +116,8 @@ impl Layout {
             "manifests": [described(manifest)],
         });
         for (name, text) in [
-            ("index.json", index.to_string()),
-            ("oci-layout", r#"{"imageLayoutVersion":"1.0.0"}"#.into()),
+            ("index.json", index.to_string().as_bytes()),
+            ("oci-layout", LAYOUT),
         ] {
             let path = self.path().join(name);
             std::fs::write(&path, text).context(|| format!("cannot write {}", path.display()))?;
@@ -137,13 +137,7 @@ pub(super) fn described(document: &Document) -> Value {
 
 /// A SHA-256 as registries write it.
 pub(super) fn digest_of(sha256: [u8; 32]) -> String {
-    use std::fmt::Write;
-    let mut text = String::from("sha256:");
-    for byte in sha256 {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
+    format!("sha256:{}", hex(&sha256))
 }
 
 /// Names a document by its digest.

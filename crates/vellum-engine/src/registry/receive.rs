@@ -296,12 +296,7 @@ impl<'a> Receiver<'a> {
                     (layer, false, info)
                 }
             };
-            outcomes.push(LayerOutcome {
-                diff_id: info.diff_id,
-                layer,
-                existed,
-                bytes: info.bytes,
-            });
+            outcomes.push(LayerOutcome::new(layer, existed, info));
         }
         Ok(outcomes)
     }

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use vellum_base::block::{part, part_mut};
+use vellum_base::block::{array_at, part_mut};
 
 /// The number of a device: N of /dev/ublkbN and /dev/ublkcN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -246,9 +246,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 }
 
 fn number<const N: usize, T>(bytes: &[u8], at: usize, decode: fn([u8; N]) -> T) -> T {
-    let mut field = [0; N];
-    field.copy_from_slice(part(bytes, at, N));
-    decode(field)
+    decode(array_at(bytes, at))
 }
 
 #[cfg(test)]

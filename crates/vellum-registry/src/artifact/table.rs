@@ -3,9 +3,10 @@
 use std::iter::Peekable;
 use std::slice;
 
-use super::bytes::{corrupt, digest_at, put, u32_at, u64_at};
+use super::bytes::{corrupt, put};
 use vellum_base::block::{
-    BLOCK_SIZE, Block, BlockState, Blocks, MAX_VIRTUAL_SIZE, Run, Span, part, part_from, push_run,
+    BLOCK_SIZE, Block, BlockState, Blocks, MAX_VIRTUAL_SIZE, Run, Span, array_at, part, part_from,
+    push_run, u32_at, u64_at,
 };
 use vellum_base::error::{Error, ErrorKind, Result};
 
@@ -187,7 +188,7 @@ impl Table {
         let table = Table {
             virtual_size,
             power,
-            digest: digest_at(bytes, 72),
+            digest: array_at(bytes, 72),
             extents: decode_extents(extents, Blocks::whole_in(virtual_size))?,
             chunks: chunks.chunks_exact(CHUNK_LEN).map(decode_chunk).collect(),
             data_len: u64_at(bytes, 64),
@@ -340,7 +341,7 @@ fn decode_chunk(bytes: &[u8]) -> Chunk {
         window: u32_at(bytes, 0),
         len: u32_at(bytes, 4),
         offset: u64_at(bytes, 8),
-        sha256: digest_at(bytes, 16),
+        sha256: array_at(bytes, 16),
     }
 }
 
