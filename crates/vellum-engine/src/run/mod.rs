@@ -422,19 +422,27 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
         config.user.clone_from(user);
     }
     let run_dir = store.run_dir(&container);
-    let runs = matches!(settled_activity(&run_dir)?, Activity::Running { .. });
-    match runs && can_be_entered(&run_dir)? {
-        true => exec_beside(store, &container, options),
-        false => {
-            let start = Start {
-                args: options.command.clone(),
-                env: options.env.clone(),
-                terminal: options.terminal,
-                program: runtime::find()?,
-            };
-            run_alone(store, &container, &start)
+    if runs(&run_dir)? {
+        let ended = exec_beside(store, &container, options)?;
+        // A runtime that was entering what ended just then has not begun with the command.
+        let refused = matches!(ended.failure, Some(Failure::Runtime(_)));
+        if !refused || runs(&run_dir)? {
+            return Ok(ended);
         }
     }
+    let start = Start {
+        args: options.command.clone(),
+        env: options.env.clone(),
+        terminal: options.terminal,
+        program: runtime::find()?,
+    };
+    run_alone(store, &container, &start)
+}
+
+/// Whether something runs in the container that another command can join.
+fn runs(run_dir: &RunDir) -> Result<bool> {
+    let runs = matches!(settled_activity(run_dir)?, Activity::Running { .. });
+    Ok(runs && can_be_entered(run_dir)?)
 }
 
 /// Waits until the runtime has noted what it started; false where that has ended meanwhile.
