@@ -199,7 +199,7 @@ impl Storage for FileStorage {
             }
         };
         match outcome {
-            Ok(()) => Ok(Some(Box::new(FileLock { _file: file }))),
+            Ok(()) => Ok(Some(Box::new(FileLock::of(file)))),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(error),
         }
@@ -263,14 +263,51 @@ fn cannot_be_written(error: &io::Error) -> bool {
 /// A flock(2) on an open file.
 #[derive(Debug)]
 struct FileLock {
-    _file: File,
+    file: File,
+    /// A fork of this process that drops its copy leaves the lock.
+    owner: u32,
+}
+
+impl FileLock {
+    fn of(file: File) -> Self {
+        FileLock {
+            file,
+            owner: std::process::id(),
+        }
+    }
 }
 
 impl Held for FileLock {}
 
+impl Drop for FileLock {
+    fn drop(&mut self) {
+        if self.owner == std::process::id() {
+            // To close it is not enough: a program that another thread has begun to start has the file too, until
+            // the kernel closes it there. What cannot be unlocked goes with the last copy.
+            let _ = self.file.unlock();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_ends_when_it_is_dropped_although_a_copy_of_its_file_is_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let lock = || FileStorage.lock(&path, LockMode::Exclusive, false).unwrap();
+        // As a program that is being started has it, until its exec.
+        let file = File::create(&path).unwrap();
+        let copy = file.try_clone().unwrap();
+        file.try_lock().unwrap();
+        let held = FileLock::of(file);
+        assert!(lock().is_none());
+        drop(held);
+        assert!(lock().is_some());
+        drop(copy);
+    }
 
     #[test]
     fn what_is_synced_together_fails_where_any_of_it_does() {
