@@ -94,6 +94,12 @@ impl Crew {
         self.hand(slot).fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// Requests of a queue that are with a worker.
+    pub(super) fn in_hand(&self, queue: usize) -> usize {
+        let hand = self.in_hand.get(queue);
+        hand.map_or(0, |hand| hand.load(Ordering::Relaxed) as usize)
+    }
+
     /// True where no other request of its queue is with a worker.
     pub(super) fn is_alone(&self, slot: Slot) -> bool {
         self.hand(slot).load(Ordering::Relaxed) <= 1

@@ -19,8 +19,10 @@ use vellum_base::block::part_mut;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::monotonic_ns;
 
-/// Entries of each queue.
-pub const ENTRIES: usize = 4;
+/// Entries that each queue may have.
+pub const ENTRIES: usize = 16;
+/// So many it has from the start, and so many more at a time where its requests wait for the host.
+pub const ENTRIES_AT_ONCE: usize = 4;
 /// Bytes of data that one request carries at most: several entries with less are filled and served side by
 /// side, and take less time to map in a successor.
 pub const PAYLOAD: usize = 256 << 10;
@@ -34,7 +36,7 @@ const NOTES_LEN: usize = MAX_QUEUES * ENTRIES * size_of::<Note>();
 const SLOTS_AT: usize = NOTES_AT + NOTES_LEN;
 const SLOT_LEN: usize = PAGE + PAYLOAD;
 /// Changes with everything above and with [`Note`].
-pub const LAYOUT: u64 = 0x5645_4c52_494e_0001;
+pub const LAYOUT: u64 = 0x5645_4c52_494e_0002;
 /// Where it is mapped, in every process: the kernel remembers the addresses of entries.
 #[cfg(not(target_arch = "aarch64"))]
 const ADDRESS: usize = 0x2000_0000_0000;
@@ -81,6 +83,11 @@ impl Slot {
     /// Its queue, which is a processor's number.
     pub fn queue(self) -> usize {
         self.index() / ENTRIES
+    }
+
+    /// Its number in its queue.
+    pub fn entry(self) -> usize {
+        self.index() % ENTRIES
     }
 
     /// Its number among all.
@@ -217,22 +224,16 @@ impl RingMemory {
         [piece(at, abi::HEADER_LEN), piece(at + PAGE, PAYLOAD)]
     }
 
-    /// Sees to it that this process has every page of a queue, before the kernel copies to it: a thread
+    /// Sees to it that this process has every page of an entry, before the kernel copies to it: a thread
     /// that is being killed gets no page any more.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] where the kernel has no memory for it.
-    pub fn populate(&self, queue: usize) -> Result<()> {
-        let at = self.at(SLOTS_AT + Slot::new(queue, 0).index() * SLOT_LEN);
-        // SAFETY: the range is that of the queue's entries in our own mapping, whose content the call
-        // does not change.
-        let result = unsafe {
-            libc::madvise(
-                at.as_ptr().cast(),
-                ENTRIES * SLOT_LEN,
-                libc::MADV_POPULATE_WRITE,
-            )
-        };
+    pub fn populate(&self, slot: Slot) -> Result<()> {
+        let at = self.at(SLOTS_AT + slot.index() * SLOT_LEN);
+        // SAFETY: the range is that of the entry in our own mapping, whose content the call does not change.
+        let result =
+            unsafe { libc::madvise(at.as_ptr().cast(), SLOT_LEN, libc::MADV_POPULATE_WRITE) };
         nix::errno::Errno::result(result)
             .map(drop)
             .context(|| "the memory of a ring cannot be filled")
@@ -481,12 +482,12 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_is_in_memory_whole_once_it_is_populated() {
+    fn an_entry_is_in_memory_whole_once_it_is_populated() {
         use std::os::unix::fs::MetadataExt;
         let memory = RingMemory::create(2).unwrap();
         let in_memory = || memory.fd().metadata().unwrap().blocks() * 512;
         let before = in_memory();
-        memory.populate(1).unwrap();
-        assert!(in_memory() >= before + (ENTRIES * SLOT_LEN) as u64);
+        memory.populate(Slot::new(1, ENTRIES - 1)).unwrap();
+        assert!(in_memory() >= before + SLOT_LEN as u64);
     }
 }

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 
 use super::abi::Command;
 use super::crew::{self, Crew, Word};
-use super::memory::{ENTRIES, PAYLOAD, RingMemory, Slot};
+use super::memory::{ENTRIES, ENTRIES_AT_ONCE, PAYLOAD, RingMemory, Slot};
 use super::place::Place;
 use crate::fuse::abi::{self as fuse, ParseError, Request};
 use crate::fuse::slot::Shared;
@@ -39,6 +39,8 @@ pub struct RingThread<'a> {
     ready: VecDeque<Slot>,
     /// Answers whose submission the kernel has not taken: the entry and the request's id.
     sending: Vec<(Slot, u64)>,
+    /// How many entries each queue of the session has in this ring; of others' queues none.
+    entries: Vec<usize>,
     /// Those of each entry, which the submissions that register them name.
     iovecs: Box<[[libc::iovec; 2]]>,
     crowd: Crowd,
@@ -74,6 +76,7 @@ impl<'a> RingThread<'a> {
             idle: ManuallyDrop::new(IoUring::new(2).context(what)?),
             ready: VecDeque::new(),
             sending: Vec::new(),
+            entries: vec![0; crew.memory.queues()],
             iovecs: (0..slots)
                 .map(|index| crew.memory.iovecs(Slot::from_index(index)))
                 .collect(),
@@ -95,13 +98,16 @@ impl<'a> RingThread<'a> {
         self.listen()?;
         let mut owed = Vec::new();
         for queue in self.crew.queues_of(self.index) {
-            self.crew.memory.populate(queue)?;
-            for slot in self.crew.memory.slots_of(queue) {
-                if self.crew.memory.owes(slot) {
-                    owed.push(slot);
-                } else {
-                    self.register(slot)?;
+            self.grow(queue)?;
+            let slots = self.crew.memory.slots_of(queue);
+            let owing = slots.filter(|slot| self.crew.memory.owes(*slot));
+            for slot in owing.collect::<Vec<_>>() {
+                // What is committed stays with the queue: its entry must not be registered once more later.
+                while !self.has(slot) {
+                    self.grow(queue)?;
                 }
+                self.crew.memory.populate(slot)?;
+                owed.push(slot);
             }
         }
         self.submit(0)?;
@@ -116,6 +122,40 @@ impl<'a> RingThread<'a> {
             self.shared.count_resent(self.index);
         }
         Ok(())
+    }
+
+    /// Whether an entry is one that its queue has in this ring.
+    #[expect(clippy::indexing_slicing, reason = "there is one for each queue")]
+    fn has(&self, slot: Slot) -> bool {
+        slot.entry() < self.entries[slot.queue()]
+    }
+
+    /// Gives a queue some entries more, up to all that it may have. What an entry owes is seen to first.
+    #[expect(clippy::indexing_slicing, reason = "there is one for each queue")]
+    fn grow(&mut self, queue: usize) -> Result<()> {
+        let has = self.entries[queue];
+        let more = (ENTRIES - has).min(ENTRIES_AT_ONCE);
+        for slot in self.crew.memory.slots_of(queue).skip(has).take(more) {
+            if !self.crew.memory.owes(slot) {
+                self.crew.memory.populate(slot)?;
+                self.register(slot)?;
+            }
+        }
+        self.entries[queue] = has + more;
+        Ok(())
+    }
+
+    /// More requests of a queue may be on their way where all that are wait for the host.
+    #[expect(clippy::indexing_slicing, reason = "there is one for each queue")]
+    fn grow_where_all_wait(&mut self, queue: usize) {
+        let ours = self.crew.owner(queue) == self.index;
+        if ours && self.entries[queue] < ENTRIES && self.crew.in_hand(queue) >= self.entries[queue]
+        {
+            if let Err(error) = self.grow(queue) {
+                // It goes on with those that it has.
+                tracing::warn!("queue {queue} gets no more entries: {error}");
+            }
+        }
     }
 
     /// Has the kernel send a request of its own to a queue. What waits there for an entry is fetched only
@@ -325,6 +365,7 @@ impl Transport for RingThread<'_> {
     fn hand_over(&mut self, slot: Slot) {
         self.crowd.handed_over();
         self.crew.hand_over((slot, self.index));
+        self.grow_where_all_wait(slot.queue());
     }
 }
 
