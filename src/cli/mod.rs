@@ -18,6 +18,7 @@ mod diff;
 mod doctor;
 mod exec;
 mod export;
+mod fetcher;
 mod fork;
 mod history;
 mod images;
@@ -61,6 +62,8 @@ use clap::{Parser, Subcommand};
 use output::{Output, complain};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
+use vellum_core::layer::fetch_by;
+use vellum_engine::lazy::FetcherClient;
 use vellum_engine::lost::explain;
 use vellum_export::device::command::{self as file_device, FileDeviceArgs};
 use vellum_store::Store;
@@ -99,6 +102,8 @@ enum Command {
     Export(export::Args),
     /// Fetch an image from a registry
     Pull(registry::PullArgs),
+    /// Fetch all that is missing of an image that was pulled lazily
+    Complete(registry::CompleteArgs),
     /// Send an image, container or snapshot to a registry, for everybody
     Push(registry::PushArgs),
     /// Give a registry a name and a password, and keep them where docker does
@@ -218,6 +223,9 @@ enum Command {
     /// Serve a chain as a local block device
     #[command(hide = true)]
     DeviceServer(device_server::Args),
+    /// Bring blocks of the store's lazy layers, for as long as somebody wants some
+    #[command(hide = true)]
+    Fetcher,
     /// Serve a plain file as a local block device
     #[command(hide = true)]
     DeviceSupervisor(FileDeviceArgs),
@@ -266,6 +274,7 @@ pub fn main() -> ExitCode {
         start_log(cli.verbose, cli.quiet);
     }
     limits::raise_file_limit();
+    fetch_by(Box::new(FetcherClient));
     let out = Output {
         json: cli.json,
         quiet: cli.quiet,
@@ -311,6 +320,7 @@ impl Command {
             Command::Import(_)
                 | Command::Export(_)
                 | Command::Pull(_)
+                | Command::Complete(_)
                 | Command::Push(_)
                 | Command::Create(_)
                 | Command::Rm(_)
@@ -344,6 +354,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Import(args) => import::run(&args, context)?,
         Command::Export(args) => export::run(&args, context)?,
         Command::Pull(args) => registry::run_pull(&args, context)?,
+        Command::Complete(args) => registry::run_complete(&args, context)?,
         Command::Push(args) => registry::run_push(&args, context)?,
         Command::Login(args) => registry::run_login(&args, context)?,
         Command::Logout(args) => registry::run_logout(&args, context)?,
@@ -391,6 +402,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Completions(args) => completions::completions(&args)?,
         Command::Man => completions::man()?,
         Command::DeviceServer(args) => device_server::run(&args)?,
+        Command::Fetcher => fetcher::run(context)?,
         Command::DeviceSupervisor(args) => file_device::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -1,4 +1,4 @@
-//! `vellum push`, `vellum pull`, `vellum login` and `vellum logout`.
+//! `vellum push`, `vellum pull`, `vellum complete`, `vellum login` and `vellum logout`.
 
 use std::io::{BufRead, Read, stdin};
 
@@ -10,6 +10,7 @@ use super::output::human_size;
 use super::progress::Bars;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_engine::lazy::complete;
 use vellum_engine::registry::{
     Came, PullOptions, PullReport, PushFormat, PushOptions, PushReport, pull, push,
 };
@@ -101,6 +102,7 @@ Examples:
   vellum pull debian:12
   vellum pull registry.example/team/web:1 web
   vellum pull --platform linux/arm64 alpine alpine-arm64
+  vellum pull --lazy registry.example/team/web:1 web
 
 Credentials are docker's and podman's, see `vellum login`.")]
 pub(super) struct PullArgs {
@@ -115,8 +117,18 @@ pub(super) struct PullArgs {
     /// Of an image for several platforms, which [default: this host's]
     #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
     platform: Option<Platform>,
+    /// Fetch what is needed to use the image, and each block when it is first read
+    #[arg(long)]
+    lazy: bool,
     #[command(flatten)]
     access: AccessArgs,
+}
+
+/// Arguments of `complete`.
+#[derive(Debug, clap::Args)]
+pub(super) struct CompleteArgs {
+    /// An image, or a container, whose image is meant
+    name: String,
 }
 
 /// Arguments of `login`.
@@ -191,6 +203,7 @@ pub(super) fn run_pull(args: &PullArgs, context: &Context) -> Result<()> {
     let options = PullOptions {
         platform: args.platform.clone(),
         access: args.access.access(),
+        lazy: args.lazy,
     };
     let reference = Reference::parse(&args.reference)?;
     let name = match &args.name {
@@ -206,13 +219,17 @@ fn pulled(report: &PullReport) -> String {
     let plural = if layers == 1 { "" } else { "s" };
     let existed = report.layers.iter().filter(|layer| layer.existed).count();
     let new = report.layers.iter().filter(|layer| !layer.existed);
-    let bytes: u64 = new.map(|layer| layer.bytes).sum();
+    let bytes: u64 = match report.came {
+        Came::Lazily => 0,
+        Came::Blocks | Came::Tars => new.map(|layer| layer.bytes).sum(),
+    };
     let shared = match existed {
         0 => String::new(),
         existed => format!(", {existed} of them there already"),
     };
     let how = match report.came {
         Came::Blocks => "as blocks",
+        Came::Lazily => "lazily: the rest comes when it is read",
         Came::Tars => "unpacked",
     };
     format!(
@@ -244,6 +261,7 @@ pub(super) fn pull_absent(
     image: &str,
     context: &Context,
     args: AccessArgs,
+    lazy: bool,
 ) -> Result<String> {
     let reference = Reference::parse(image);
     let name = match &reference {
@@ -261,6 +279,7 @@ pub(super) fn pull_absent(
     let options = PullOptions {
         platform: None,
         access: args.access(),
+        lazy,
     };
     context.out.note(&format!(
         "there is no image {image} here: pulling {reference}"
@@ -271,6 +290,18 @@ pub(super) fn pull_absent(
         pulled => drop(pulled?),
     }
     Ok(name)
+}
+
+pub(super) fn run_complete(args: &CompleteArgs, context: &Context) -> Result<()> {
+    let store = context.store_to_change()?;
+    let report = complete(&store, &args.name, &Bars::new(context.out))?;
+    context
+        .out
+        .print(&report, |report| match report.layers.len() {
+            0 => format!("all of {} is here\n", args.name),
+            1 => format!("completed {}: 1 layer\n", args.name),
+            layers => format!("completed {}: {layers} layers\n", args.name),
+        })
 }
 
 #[derive(Serialize)]

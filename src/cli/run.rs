@@ -29,6 +29,9 @@ The OCI runtime is crun or runc, whichever is installed; VELLUM_RUNTIME names an
 pub(super) struct Args {
     /// The image; one that the store does not have is pulled from its registry
     image: String,
+    /// Of an image that is pulled, fetch what is needed to use it, and each block when it is first read
+    #[arg(long)]
+    lazy: bool,
     /// The container's name [default: made from the image's]
     #[arg(long)]
     name: Option<String>,
@@ -138,7 +141,7 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
     };
     args.transport.choose();
     let store = context.store_to_change()?;
-    let image = pull_absent(&store, &args.image, context, args.access)?;
+    let image = pull_absent(&store, &args.image, context, args.access, args.lazy)?;
     let new = NewContainer {
         image: &image,
         name: args.name.as_deref(),

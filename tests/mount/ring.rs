@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, PosixFadviseAdvice, posix_fadvise};
 use vellum_base::ErrorKind;
 use vellum_export::device::{Attached, TransportChoice, attach};
 
@@ -189,8 +189,9 @@ fn fio_on_the_file(device: &Device) -> Command {
     fio
 }
 
-/// Kills workers until the load ends or `kills` are dead; true where the load ended first, with an error.
-fn load_fails_within(device: &Device, kills: u32) -> bool {
+/// Kills workers until the load ends or `kills` are dead; true where the load ended first, with an error. `before`
+/// each of them something else is done.
+fn load_fails_within(device: &Device, kills: u32, before: impl Fn()) -> bool {
     let mut fio = Running(
         fio_on_the_file(device)
             .spawn()
@@ -202,6 +203,7 @@ fn load_fails_within(device: &Device, kills: u32) -> bool {
             assert!(!status.success(), "the load ended before the kills");
             return true;
         }
+        before();
         kill(i32::try_from(device.call("status")["pid"].as_i64().unwrap()).unwrap());
     }
     false
@@ -212,7 +214,10 @@ fn load_fails_within(device: &Device, kills: u32) -> bool {
 #[test]
 fn without_its_guard_a_ring_loses_requests_when_its_worker_is_killed() {
     let device = attached(64 << 20, &["--no-guard"]);
-    assert!(load_fails_within(&device, 200), "200 kills were not seen");
+    assert!(
+        load_fails_within(&device, 200, || ()),
+        "200 kills were not seen"
+    );
     device.detach();
     device.assert_nothing_left();
 }
@@ -220,7 +225,23 @@ fn without_its_guard_a_ring_loses_requests_when_its_worker_is_killed() {
 #[test]
 fn kills_under_direct_load_of_depth_16_are_not_seen_where_there_is_a_guard() {
     let device = attached(64 << 20, &[]);
-    assert!(!load_fails_within(&device, 60), "{}", device.log());
+    assert!(!load_fails_within(&device, 60, || ()), "{}", device.log());
+    wait_until("a worker serves", || device.call("status")["failures"] == 0);
+    device.detach();
+    device.assert_nothing_left();
+}
+
+/// Then its queues have more entries than they begin with, of which the next worker finds some with requests.
+#[test]
+fn kills_are_not_seen_either_while_reads_wait_for_the_disk() {
+    let device = attached(64 << 20, &[]);
+    let file = File::open(&device.backing).unwrap();
+    let forget = || {
+        file.sync_all().unwrap();
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(!load_fails_within(&device, 60, forget), "{}", device.log());
     wait_until("a worker serves", || device.call("status")["failures"] == 0);
     device.detach();
     device.assert_nothing_left();

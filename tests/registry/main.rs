@@ -17,6 +17,7 @@ mod registry_support;
 
 mod crash;
 mod faults;
+mod lazy;
 mod login;
 mod plain;
 mod push;

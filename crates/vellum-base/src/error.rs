@@ -60,6 +60,8 @@ kinds! {
     Poisoned,
     /// No such image, container, layer, volume or file.
     NotFound,
+    /// Blocks of a lazy layer are not here, and could not be had.
+    Absent,
     /// The name or file is there already.
     AlreadyExists,
     /// Something else uses it: the message says what.
@@ -97,6 +99,7 @@ impl ErrorKind {
             ErrorKind::Io
             | ErrorKind::Corrupt
             | ErrorKind::Poisoned
+            | ErrorKind::Absent
             | ErrorKind::Protocol
             | ErrorKind::Command
             | ErrorKind::Internal => libc::EIO,

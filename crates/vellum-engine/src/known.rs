@@ -1,11 +1,12 @@
 //! What the rows of a list ask of the store again and again, read once: every image on a layer wants
 //! its size, every snapshot the bytes of all that it was made from.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{HashMap, HashSet};
 
 use uuid::Uuid;
 
+use super::lazy::{Waiting, waiting};
 use vellum_core::layer::Header;
 use vellum_store::{SnapshotRecord, Store};
 
@@ -17,6 +18,8 @@ pub struct Known<'a> {
     bytes: RefCell<HashMap<Uuid, u64>>,
     depths: RefCell<HashMap<Uuid, usize>>,
     totals: RefCell<HashMap<&'a str, u64>>,
+    /// Who waits for blocks of lazy layers.
+    waiting: OnceCell<Vec<Waiting>>,
 }
 
 impl<'a> Known<'a> {
@@ -29,7 +32,33 @@ impl<'a> Known<'a> {
             bytes: RefCell::default(),
             depths: RefCell::default(),
             totals: RefCell::default(),
+            waiting: OnceCell::new(),
         }
+    }
+
+    /// In words, who waits for a registry to bring blocks of these layers, for how long and why.
+    pub fn waiting_for(&self, layers: &[Uuid]) -> Option<String> {
+        let waiting = self.waiting.get_or_init(|| {
+            let asked = waiting(&self.store.runs());
+            asked.unwrap_or_else(|error| {
+                tracing::warn!("who waits for a registry is not known: {error}");
+                Vec::new()
+            })
+        });
+        let ours = waiting.iter().filter(|one| layers.contains(&one.layer));
+        let (mut requests, mut longest) = (0, None);
+        for one in ours {
+            requests += one.requests;
+            longest = longest.max(Some((one.seconds, &one.error)));
+        }
+        let (seconds, error) = longest?;
+        let plural = if requests == 1 { "" } else { "s" };
+        let why = error
+            .as_ref()
+            .map_or(String::new(), |error| format!(": {error}"));
+        Some(format!(
+            "waiting for registry {seconds} s ({requests} read{plural}){why}"
+        ))
     }
 
     /// The store.

@@ -17,6 +17,7 @@ pub mod grow;
 pub mod import;
 pub mod known;
 mod layer_file;
+pub mod lazy;
 pub mod lost;
 pub mod map;
 pub mod merge;

@@ -79,6 +79,10 @@ pub fn status(
             space.as_ref(),
         ),
     };
+    let status = match known.waiting_for(&record.layers) {
+        Some(waiting) => format!("{status}, {waiting}"),
+        None => status,
+    };
     let pid = match activity {
         Activity::Running { pid, .. } => Some(pid),
         _ => None,

@@ -64,6 +64,21 @@ impl RunRoot {
         RunDir::at(self.path.join(id.to_string()))
     }
 
+    /// Where the fetcher of the store's lazy layers listens.
+    pub fn fetcher(&self) -> DirSocket {
+        DirSocket::new(&self.path, "fetcher.sock".to_owned())
+    }
+
+    /// What the fetcher says.
+    pub fn fetcher_log(&self) -> PathBuf {
+        self.path.join("fetcher.log")
+    }
+
+    /// Held by the fetcher.
+    pub fn fetcher_lock(&self) -> PathBuf {
+        self.path.join("fetcher.lock")
+    }
+
     /// The run directory with this name in here, where it is one: they are called by ids.
     pub fn named(&self, name: &str) -> Option<RunDir> {
         let dir = || RunDir::at(self.path.join(name));

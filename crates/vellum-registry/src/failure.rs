@@ -26,7 +26,7 @@ const SHOWN: usize = 300;
 
 /// A request that failed.
 #[derive(Debug)]
-pub(crate) struct Failure {
+pub struct Failure {
     /// What a user is told, where nothing else helps.
     pub error: Error,
     /// It may go well another time.
@@ -55,7 +55,7 @@ impl Failure {
     }
 
     /// No answer came, or not all of it.
-    pub fn unanswered(host: &str, doing: &str, error: &reqwest::Error) -> Self {
+    pub(crate) fn unanswered(host: &str, doing: &str, error: &reqwest::Error) -> Self {
         let mut causes = String::new();
         let mut cause: Option<&dyn std::error::Error> = Some(error);
         while let Some(error) = cause {
@@ -83,7 +83,7 @@ impl Failure {
     }
 
     /// The registry answered that it will not.
-    pub async fn refused(host: &str, doing: &str, response: Response) -> Self {
+    pub(crate) async fn refused(host: &str, doing: &str, response: Response) -> Self {
         let status = response.status();
         let after = response.headers().get(RETRY_AFTER);
         let after = after.and_then(|value| value.to_str().ok()?.trim().parse().ok());

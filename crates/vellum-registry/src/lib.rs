@@ -2,6 +2,7 @@
 //!
 //! * [`artifact`]: an image's block layers as blobs, and back.
 //! * [`Session`]: talks to a registry for one command: what a tag names, blobs fetched and sent.
+//! * [`Ranges`]: parts of blobs, for lazy layers.
 //! * [`login`], [`logout`]: credentials where docker keeps them.
 //!
 //! Nothing here knows of a store: blobs are files in a directory that the caller names.
@@ -19,6 +20,7 @@ mod client;
 mod credentials;
 mod document;
 mod failure;
+mod ranges;
 mod reference;
 mod retry;
 mod session;
@@ -27,5 +29,7 @@ mod upload;
 
 pub use credentials::{Stored, login, logout};
 pub use document::{Descriptor, Document, INDEX_TYPE, MANIFEST_TYPE, Manifest};
+pub use failure::Failure;
+pub use ranges::Ranges;
 pub use reference::Reference;
 pub use session::{Access, Found, Outcome, Push, Session, Upload};

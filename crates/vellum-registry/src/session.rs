@@ -18,7 +18,9 @@ use super::client::{Http, Repository};
 use super::credentials::{self, Credential};
 use super::document::{Descriptor, Document, choose};
 use super::failure::Failure;
+use super::ranges;
 use super::reference::Reference;
+use super::retry::retried;
 use super::upload;
 
 /// Blobs that are on their way at a time.
@@ -84,6 +86,7 @@ pub struct Session {
     http: Arc<Http>,
     credential: Option<Credential>,
     reference: Reference,
+    access: Access,
 }
 
 impl Session {
@@ -99,12 +102,28 @@ impl Session {
             http: Arc::new(Http::new(registry, access.plain_http)?),
             credential: credentials::find(registry)?,
             reference: reference.clone(),
+            access,
         })
     }
 
     /// The registry and the repository that it is about.
     pub fn place(&self) -> (&str, &str) {
         (self.reference.registry(), self.reference.repository())
+    }
+
+    /// What [`super::Ranges`] need to go on where this is: the reference, and how it was spoken to.
+    pub fn whereabouts(&self) -> (String, Access) {
+        (self.reference.to_string(), self.access)
+    }
+
+    /// Makes sure that the registry gives parts of a blob, which is not empty.
+    ///
+    /// # Errors
+    /// As [`Session::find`]; [`ErrorKind::Unsupported`] where it gives all of it or nothing.
+    pub fn try_range(&self, digest: &str) -> Result<()> {
+        let repository = self.to_pull();
+        let attempt = || async { ranges::attempt(&repository, digest, 0..1).await.map(drop) };
+        self.drive(&AtomicU64::new(0), None, retried(attempt))
     }
 
     fn repository(&self, scopes: Vec<String>) -> Repository {
@@ -306,7 +325,7 @@ impl Session {
     }
 }
 
-fn runtime() -> Result<Runtime> {
+pub(crate) fn runtime() -> Result<Runtime> {
     Builder::new_current_thread()
         .enable_all()
         .build()

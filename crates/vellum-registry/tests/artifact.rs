@@ -15,8 +15,8 @@ use std::path::Path;
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 use vellum_base::ErrorKind;
-use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, push_run};
-use vellum_registry::artifact::{ChunkPower, ChunkReader, Encoded, LayerEncoder, Table};
+use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, WindowPower, push_run};
+use vellum_registry::artifact::{ChunkReader, Encoded, LayerEncoder, Table, power_for};
 
 const SIZE: u64 = 1 << 30;
 const DIGEST: [u8; 32] = [7; 32];
@@ -44,7 +44,7 @@ fn bytes(span: Span) -> Vec<u8> {
     bytes
 }
 
-fn encode(power: ChunkPower, runs: &[Run<BlockState>]) -> Encoded<Vec<u8>> {
+fn encode(power: WindowPower, runs: &[Run<BlockState>]) -> Encoded<Vec<u8>> {
     let mut encoder = LayerEncoder::new(Vec::new(), power, 3).unwrap();
     for run in runs {
         match run.value {
@@ -104,7 +104,7 @@ proptest! {
             runs.push(Run::new(span(at + gap, len), state));
             at += gap + len;
         }
-        let written = encode(ChunkPower::new(power).unwrap(), &runs);
+        let written = encode(WindowPower::new(power).unwrap(), &runs);
         prop_assert_eq!(written.sha256, <[u8; 32]>::from(Sha256::digest(&written.out)));
         let table = Table::decode(&written.table.encode().unwrap()).unwrap();
         prop_assert_eq!(&table, &written.table);
@@ -122,7 +122,7 @@ proptest! {
 
     #[test]
     fn damaged_tables_are_refused_and_never_panic(at in 0_usize..600, value in any::<u8>(), fix in any::<bool>()) {
-        let good = encode(ChunkPower::USUAL, &some_runs()).table.encode().unwrap();
+        let good = encode(WindowPower::USUAL, &some_runs()).table.encode().unwrap();
         let at = at % good.len();
         let bad = match fix {
             true => with_field(&good, at, &[value]),
@@ -150,7 +150,7 @@ fn the_bytes_of_the_first_version_are_read_and_written_for_ever() {
         Run::new(span(3, 70), zero),
         Run::new(span(100, 1), data),
     ];
-    let written = encode(ChunkPower::USUAL, &few);
+    let written = encode(WindowPower::USUAL, &few);
     let (table, data) = (fixtures.join("layer.table"), fixtures.join("layer.data"));
     if std::env::var_os("VELLUM_WRITE_FIXTURES").is_some() {
         std::fs::create_dir_all(&fixtures).unwrap();
@@ -171,7 +171,7 @@ fn the_bytes_of_the_first_version_are_read_and_written_for_ever() {
 
 #[test]
 fn each_field_of_a_header_is_looked_at() {
-    let good = encode(ChunkPower::USUAL, &some_runs())
+    let good = encode(WindowPower::USUAL, &some_runs())
         .table
         .encode()
         .unwrap();
@@ -198,7 +198,7 @@ fn each_field_of_a_header_is_looked_at() {
 
 #[test]
 fn a_chunk_is_checked_before_it_is_decoded() {
-    let written = encode(ChunkPower::USUAL, &some_runs());
+    let written = encode(WindowPower::USUAL, &some_runs());
     let window = written.table.windows().next().unwrap();
     let stored = &written.out[..window.chunk.len as usize];
     let mut reader = ChunkReader::new().unwrap();
@@ -215,7 +215,7 @@ fn a_chunk_is_checked_before_it_is_decoded() {
 
 #[test]
 fn a_frame_of_another_length_than_the_extents_say_is_refused() {
-    let written = encode(ChunkPower::USUAL, &some_runs());
+    let written = encode(WindowPower::USUAL, &some_runs());
     let mut window = written.table.windows().next().unwrap();
     let mut reader = ChunkReader::new().unwrap();
     for plain in [0, window.plain_len() - 1, window.plain_len() + 1, 1 << 24] {
@@ -230,7 +230,7 @@ fn a_frame_of_another_length_than_the_extents_say_is_refused() {
 #[test]
 fn an_extent_longer_than_a_length_has_bits_for_is_written_in_pieces() {
     let size = 64 << 40;
-    let mut encoder = LayerEncoder::new(Vec::new(), ChunkPower::USUAL, 3).unwrap();
+    let mut encoder = LayerEncoder::new(Vec::new(), WindowPower::USUAL, 3).unwrap();
     encoder.zero(span(0, size / 4096));
     let written = encoder.finish(size, DIGEST).unwrap();
     assert!(written.out.is_empty());
@@ -240,9 +240,9 @@ fn an_extent_longer_than_a_length_has_bits_for_is_written_in_pieces() {
 
 #[test]
 fn larger_layers_have_larger_chunks_so_that_their_tables_stay_short() {
-    let power = |gib: u64| ChunkPower::for_blocks(Blocks::to_hold(gib << 30));
-    assert_eq!(power(0), ChunkPower::USUAL);
-    assert_eq!(power(10), ChunkPower::USUAL);
-    assert!(power(1000) > ChunkPower::USUAL);
-    assert_eq!(power(64 << 10), ChunkPower::new(20).unwrap());
+    let power = |gib: u64| power_for(Blocks::to_hold(gib << 30));
+    assert_eq!(power(0), WindowPower::USUAL);
+    assert_eq!(power(10), WindowPower::USUAL);
+    assert!(power(1000) > WindowPower::USUAL);
+    assert_eq!(power(64 << 10), WindowPower::new(20).unwrap());
 }

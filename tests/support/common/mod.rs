@@ -324,7 +324,7 @@ impl TestStore {
             };
             let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            let ours = line.starts_with("@vellum-device") || line.starts_with(VELLUM);
+            let ours = line.starts_with("@vellum-") || line.starts_with(VELLUM);
             if ours && line.contains(&root) {
                 found.push((pid, line));
             }

@@ -77,6 +77,11 @@ impl Registry {
         Running(child)
     }
 
+    /// Starts it again, with what it had, after it was stopped.
+    pub fn start_again(&mut self) {
+        self.server = Self::start(self.dir.path(), self.port, &Setup::default());
+    }
+
     /// Ends it; its name stays.
     pub fn stop(&mut self) {
         let _ = self.server.0.kill();

@@ -3,10 +3,12 @@
 mod memory;
 mod part;
 mod units;
+mod window;
 
 pub use memory::MemoryDevice;
 pub use part::{array_at, part, part_from, part_mut, u32_at, u64_at};
 pub use units::{Block, Blocks, Offset, Run, Span, in_memory, push_run};
+pub use window::WindowPower;
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -126,6 +128,12 @@ pub trait BlockDevice: Send + Sync {
 
     /// Makes every write that completed before the call, on whatever connection, durable.
     fn flush(&self) -> Result<()>;
+
+    /// True where requests may wait for long for what others bring, such as blocks of a lazy layer: then so many of
+    /// them may wait at once as the client sends.
+    fn may_stall(&self) -> bool {
+        false
+    }
 
     /// To be told of each write after it was carried out: true where the client is one that flushes after
     /// every few writes, and [`BlockDevice::flush_ahead`] worth its while.

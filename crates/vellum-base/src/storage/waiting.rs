@@ -34,8 +34,8 @@ pub fn unless_it_waits<T>(work: impl FnOnce() -> T) -> Option<T> {
     (REFUSAL.replace(before) != Refusal::Refused).then_some(result)
 }
 
-/// True where a read must fail instead of waiting for the disk.
-pub(super) fn refuses_to_wait() -> bool {
+/// True where a read must fail instead of waiting, within [`unless_it_waits`].
+pub fn refuses_to_wait() -> bool {
     let refuses = REFUSAL.get() != Refusal::Off;
     if refuses {
         REFUSAL.set(Refusal::Refused);

@@ -1,6 +1,7 @@
 //! The sealed layers of a chain, merged into one index.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
@@ -56,6 +57,8 @@ pub struct Base {
     merged: RwLock<Merged>,
     /// Held by whoever brings layers into the index.
     merging: Mutex<()>,
+    /// Blocks of a layer may be somewhere else.
+    lazy: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -121,12 +124,14 @@ impl Base {
         Base {
             merged: RwLock::new(merged),
             merging: Mutex::default(),
+            lazy: AtomicBool::new(false),
         }
     }
 
     /// Takes the layers of another base in the place of its own: the same content, in other layers.
     pub(super) fn replace(&self, other: Base) {
         let _merging = self.merging.lock();
+        self.lazy.fetch_or(other.is_lazy(), Ordering::AcqRel);
         *self.merged.write() = other.merged.into_inner();
     }
 
@@ -142,9 +147,15 @@ impl Base {
             "a layer above one that is not merged"
         );
         let own = merged.put(&layer)?;
+        self.lazy.fetch_or(layer.is_lazy(), Ordering::AcqRel);
         let index = &mut merged.index;
         index.truncate(Block::FIRST + layer.header().blocks());
         layer.for_each_run(|run| index.set(run.span, origin_of(run.value, own)))
+    }
+
+    /// True where blocks of a layer may be somewhere else.
+    pub fn is_lazy(&self) -> bool {
+        self.lazy.load(Ordering::Acquire)
     }
 
     /// The UUIDs of the layers, from the bottom up. The numbers of sources are places in this list.

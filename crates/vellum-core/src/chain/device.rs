@@ -8,7 +8,7 @@ use parking_lot::RwLock;
 
 use super::base::Base;
 use super::stats::ChainStats;
-use crate::layer::{SealedLayer, WritableLayer};
+use crate::layer::{SealedLayer, WritableLayer, once_here};
 use vellum_base::block::{
     BLOCK_SIZE, BlockDevice, BlockState, Durability, Extent, Offset, Run, Span, ZeroMode,
     check_range,
@@ -69,6 +69,14 @@ impl Chain {
             top: RwLock::new(top),
             stats,
         })
+    }
+
+    /// Does what takes the chain's locks: not while it waits for blocks of a lazy layer.
+    pub(super) fn once_here<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+        match self.base.is_lazy() {
+            true => once_here(work),
+            false => work(),
+        }
     }
 
     /// The sealed layers.
@@ -252,7 +260,7 @@ impl BlockDevice for Chain {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         check_range(offset, buf.len() as u64, self.size())?;
         self.stats.read(buf.len() as u64);
-        self.read_bytes(buf, Offset::new(offset))
+        self.once_here(|| self.read_bytes(buf, Offset::new(offset)))
     }
 
     fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {
@@ -261,19 +269,25 @@ impl BlockDevice for Chain {
             return Ok(());
         }
         let began = self.stats.begin();
-        let guard = self.top.read();
-        let top = guard.as_deref().ok_or_else(read_only)?;
-        let allocated = self.write_bytes(top, buf, Offset::new(offset))?;
-        self.stats.wrote(began, buf.len() as u64, allocated);
-        match durability {
-            Durability::Buffered => Ok(()),
-            Durability::Durable => self.flush_top(top),
-        }
+        self.once_here(|| {
+            let guard = self.top.read();
+            let top = guard.as_deref().ok_or_else(read_only)?;
+            let allocated = self.write_bytes(top, buf, Offset::new(offset))?;
+            self.stats.wrote(began, buf.len() as u64, allocated);
+            match durability {
+                Durability::Buffered => Ok(()),
+                Durability::Durable => self.flush_top(top),
+            }
+        })
     }
 
     fn flush(&self) -> Result<()> {
         let guard = self.top.read();
         guard.as_deref().map_or(Ok(()), |top| self.flush_top(top))
+    }
+
+    fn may_stall(&self) -> bool {
+        self.base.is_lazy()
     }
 
     fn expects_flush(&self) -> bool {
@@ -314,13 +328,15 @@ impl BlockDevice for Chain {
         if len == 0 {
             return Ok(());
         }
-        let guard = self.top.read();
-        let top = guard.as_deref().ok_or_else(read_only)?;
-        self.zero_bytes(top, Offset::new(offset), len, mode)?;
-        match durability {
-            Durability::Buffered => Ok(()),
-            Durability::Durable => self.flush_top(top),
-        }
+        self.once_here(|| {
+            let guard = self.top.read();
+            let top = guard.as_deref().ok_or_else(read_only)?;
+            self.zero_bytes(top, Offset::new(offset), len, mode)?;
+            match durability {
+                Durability::Buffered => Ok(()),
+                Durability::Durable => self.flush_top(top),
+            }
+        })
     }
 
     fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>> {

@@ -47,7 +47,7 @@ impl Chain {
         let mut done = CopiedUp::default();
         let mut buf = vec![0; CHUNK.buffer_len()];
         for chunk in Span::touched_by(offset, len).pieces(CHUNK) {
-            done.add(self.copy_up_chunk(chunk, &mut buf)?);
+            done.add(self.once_here(|| self.copy_up_chunk(chunk, &mut buf))?);
         }
         Ok(done)
     }

@@ -10,6 +10,7 @@ use super::files::{remove_if_there, sync_names};
 use super::header::{HEADER_FILE, Header};
 use super::index::Index;
 use super::journal::AREA_FILES;
+use super::lazy::HAVE_FILE;
 use super::live::LIVE_FILE;
 use super::map_file::MAP_FILE;
 use super::recovery::{data_blocks, load_for_check};
@@ -177,7 +178,15 @@ impl Check<'_> {
         };
         for entry in entries {
             let name = entry.name.as_str();
-            let ours = [HEADER_FILE, MAP_FILE, SEAL_FILE, LIVE_FILE, RESERVE_FILE].contains(&name)
+            let ours = [
+                HEADER_FILE,
+                MAP_FILE,
+                SEAL_FILE,
+                LIVE_FILE,
+                RESERVE_FILE,
+                HAVE_FILE,
+            ];
+            let ours = ours.contains(&name)
                 || AREA_FILES.contains(&name)
                 || (0..8).any(|segment| segment_name(segment) == name);
             if ours && !entry.is_dir {
@@ -302,25 +311,9 @@ impl Check<'_> {
             }
         };
         if layer.is_checksummed() {
-            for name in [MAP_FILE, RESERVE_FILE].iter().chain(&AREA_FILES) {
-                if self.exists(name) {
-                    self.add(
-                        Severity::Note,
-                        name,
-                        "left over from before the layer was sealed",
-                        "the seal holds it all",
-                        Some(Repair::Remove),
-                    );
-                }
-            }
+            self.left_beside_a_seal(layer.header());
         } else {
-            self.add(
-                Severity::Warning,
-                SEAL_FILE,
-                "missing: the layer is sealed, but has no checksums yet",
-                "the server of a container that lies on it makes them, or `vellum prune`",
-                Some(Repair::MakeSeal),
-            );
+            self.without_checksums(layer.is_lazy());
         }
         self.space(
             layer.data_blocks(),
@@ -359,6 +352,52 @@ impl Check<'_> {
             }
             Ok(_) => {}
         }
+    }
+
+    /// What a seal replaces, where a crash left it.
+    fn left_beside_a_seal(&mut self, header: &Header) {
+        for name in [MAP_FILE, RESERVE_FILE, HAVE_FILE]
+            .iter()
+            .chain(&AREA_FILES)
+        {
+            if self.exists(name) {
+                self.add(
+                    Severity::Note,
+                    name,
+                    "left over from before the layer was sealed",
+                    "the seal holds it all",
+                    Some(Repair::Remove),
+                );
+            }
+        }
+        if header.lazy {
+            self.add(
+                Severity::Note,
+                HEADER_FILE,
+                "it calls the layer lazy, and all of it is here",
+                "a crash came between the seal and the header",
+                Some(Repair::MakeSeal),
+            );
+        }
+    }
+
+    fn without_checksums(&mut self, lazy: bool) {
+        if lazy {
+            return self.add(
+                Severity::Note,
+                HAVE_FILE,
+                "a lazy layer: not all of its blocks have come yet",
+                "they come as they are read, or all of them by `vellum complete IMAGE`",
+                None,
+            );
+        }
+        self.add(
+            Severity::Warning,
+            SEAL_FILE,
+            "missing: the layer is sealed, but has no checksums yet",
+            "the server of a container that lies on it makes them, or `vellum prune`",
+            Some(Repair::MakeSeal),
+        );
     }
 
     /// Space that the data files take for blocks that the layer does not hold.

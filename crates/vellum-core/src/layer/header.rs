@@ -22,8 +22,10 @@ pub(super) const SEGMENT_SHIFT: u32 = 31;
 pub const FORMAT_VERSION: u32 = 1;
 /// The header names a layer in whose place this one is.
 const FEATURE_STANDS_FOR: u64 = 1;
+/// Its blocks come as they are wanted: format.md, section 8.
+const FEATURE_LAZY: u64 = 2;
 /// Incompatible features that this build knows.
-const KNOWN_INCOMPATIBLE: u64 = FEATURE_STANDS_FOR;
+const KNOWN_INCOMPATIBLE: u64 = FEATURE_STANDS_FOR | FEATURE_LAZY;
 
 /// What a layer is: identity, parent, size and whether it is sealed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +40,8 @@ pub struct Header {
     pub virtual_size: u64,
     /// Sealed layers never change again.
     pub sealed: bool,
+    /// Not all of its blocks may be here; where there is a seal all of them are.
+    pub lazy: bool,
     /// When the layer was made, in seconds since 1970.
     pub created: u64,
 }
@@ -58,6 +62,7 @@ impl Header {
             stands_for: None,
             virtual_size,
             sealed: false,
+            lazy: false,
             created,
         })
     }
@@ -91,10 +96,7 @@ impl Header {
         out.bytes(MAGIC);
         out.u32(FORMAT_VERSION);
         out.u32(if self.sealed { FLAG_SEALED } else { 0 });
-        out.u64(match self.stands_for {
-            Some(_) => FEATURE_STANDS_FOR,
-            None => 0,
-        });
+        out.u64(self.features());
         out.u64(0);
         out.bytes(self.uuid.as_bytes());
         out.bytes(self.parent.unwrap_or(Uuid::nil()).as_bytes());
@@ -108,6 +110,15 @@ impl Header {
         out.pad_to(HEADER_LEN - 4);
         out.crc();
         out.into_bytes()
+    }
+
+    /// Its incompatible features.
+    fn features(&self) -> u64 {
+        let stands_for = match self.stands_for {
+            Some(_) => FEATURE_STANDS_FOR,
+            None => 0,
+        };
+        stands_for | if self.lazy { FEATURE_LAZY } else { 0 }
     }
 
     /// Reads a header.
@@ -171,12 +182,17 @@ impl Header {
             )));
         }
         check_size(virtual_size).map_err(|error| corrupt(error.to_string()))?;
+        let (sealed, lazy) = (flags & FLAG_SEALED != 0, incompatible & FEATURE_LAZY != 0);
+        if lazy && !sealed {
+            return Err(corrupt(format!("the layer {uuid} is lazy and not sealed")));
+        }
         Ok(Header {
             uuid,
             parent: (!parent.is_nil()).then_some(parent),
             stands_for: place,
             virtual_size,
-            sealed: flags & FLAG_SEALED != 0,
+            sealed,
+            lazy,
             created,
         })
     }
@@ -322,10 +338,10 @@ mod tests {
     #[test]
     fn unknown_incompatible_bits_are_refused_by_number_and_compatible_ones_ignored() {
         let mut bytes = header().encode();
-        bytes[16] = 0b1010;
+        bytes[16] = 0b1_0100;
         let error = Header::decode(&with_crc(bytes)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
-        assert!(error.to_string().contains("bit(s) 1, 3"), "{error}");
+        assert!(error.to_string().contains("bit(s) 2, 4"), "{error}");
         let mut bytes = header().encode();
         bytes[24] = 0xff;
         Header::decode(&with_crc(bytes)).unwrap();

@@ -11,6 +11,7 @@ use super::files::{remove_if_there, sync_names};
 use super::header::Header;
 use super::index::Index;
 use super::journal::remove_journal;
+use super::lazy::{self, HAVE_FILE, Lazy};
 use super::live::{self, Left};
 use super::map_file::MAP_FILE;
 use super::recovery::{AsRecovered, extents_of, load_as_recovered, load_map};
@@ -43,6 +44,8 @@ pub struct SealedLayer {
     header: Header,
     data: Arc<DataFiles>,
     map: SealedMap,
+    /// Blocks may not be here yet.
+    lazy: Option<Arc<Lazy>>,
 }
 
 #[derive(Debug)]
@@ -104,6 +107,7 @@ impl SealedLayer {
             header,
             data: Arc::new(data),
             map: SealedMap::Unsealed(found),
+            lazy: None,
         })
     }
 
@@ -118,6 +122,7 @@ impl SealedLayer {
             },
             data: layer.data.clone(),
             map: SealedMap::Written(layer.clone()),
+            lazy: None,
         }
     }
 
@@ -137,15 +142,16 @@ impl SealedLayer {
             virtual_size: header.virtual_size,
         };
         let seal = || Table::open(storage, &dir.join(SEAL_FILE), expected);
-        let map = match seal()? {
-            Some(table) => SealedMap::Table(table),
+        let (map, lazy) = match seal()? {
+            Some(table) => (SealedMap::Table(table), None),
             None => {
                 let pending = load_map(storage, dir, &header);
+                let lazy = header.lazy.then(|| Lazy::open(storage, dir, &header));
                 // Made meanwhile: then the map, or the journal, may have been gone before we read
                 // it, and what we read means nothing.
                 match seal()? {
-                    Some(table) => SealedMap::Table(table),
-                    None => SealedMap::Pending(pending?),
+                    Some(table) => (SealedMap::Table(table), None),
+                    None => (SealedMap::Pending(pending?), lazy.transpose()?),
                 }
             }
         };
@@ -154,6 +160,7 @@ impl SealedLayer {
             header,
             data: Arc::new(data),
             map,
+            lazy,
         })
     }
 
@@ -170,6 +177,11 @@ impl SealedLayer {
     /// True when the layer has checksums and a digest.
     pub fn is_checksummed(&self) -> bool {
         matches!(self.map, SealedMap::Table(_))
+    }
+
+    /// True for a layer of which blocks may be somewhere else.
+    pub fn is_lazy(&self) -> bool {
+        self.lazy.is_some()
     }
 
     /// The digest over the layer's content, `None` until it has been made.
@@ -232,12 +244,19 @@ impl SealedLayer {
         self.data.allocated()
     }
 
-    /// Reads whole blocks from `start`, all of them data in one extent, and checks each.
+    /// Reads whole blocks from `start`, all of them data in one extent, and checks each. Waits for those of a lazy
+    /// layer that are not here.
     ///
     /// # Errors
+    /// [`ErrorKind::Absent`] for blocks that cannot be had.
     /// [`ErrorKind::Corrupt`] where a block does not match its checksum: it names layer and block.
     pub fn read_blocks(&self, buf: &mut [u8], start: Block) -> Result<()> {
         let span = Span::of_buffer(start, buf);
+        if let Some(lazy) = &self.lazy
+            && let Some(windows) = lazy.missing(span)
+        {
+            lazy::want(lazy, windows)?;
+        }
         self.data.read(buf, start.offset())?;
         let table = match &self.map {
             SealedMap::Table(table) => table,
@@ -270,11 +289,14 @@ impl SealedLayer {
     /// # Errors
     /// When the range lies outside the layer.
     pub fn prefetch(&self, span: Span) -> Result<()> {
-        self.data.prefetch(span)
+        match &self.lazy {
+            Some(lazy) if lazy.missing(span).is_some() => Ok(()),
+            _ => self.data.prefetch(span),
+        }
     }
 
-    /// Reads every block and checks the checksums, their own CRC and the digest. `progress` is
-    /// called with the number of blocks just read.
+    /// Reads every block and checks the checksums, their own CRC and the digest; of a lazy layer those that are
+    /// here. `progress` is called with the number of blocks just read.
     ///
     /// # Errors
     /// Where a file cannot be read; corrupt blocks are in the report instead.
@@ -285,23 +307,28 @@ impl SealedLayer {
                 .check_sums_crc()
                 .context(|| self.dir.join(SEAL_FILE).display().to_string())?;
         }
-        let found = walk(&self.header, &self.data, &self.extents()?, |span, bytes| {
-            let mut sums = match &self.map {
-                SealedMap::Table(table) => Some(table.sums(span)?),
-                SealedMap::Pending(_) | SealedMap::Written(_) | SealedMap::Unsealed(_) => None,
-            };
-            for (block, bytes) in span.blocks().zip(bytes.chunks_exact(BLOCK_LEN)) {
-                let sum = sums.as_mut().and_then(Iterator::next);
-                if sum.is_some_and(|sum| crc32fast::hash(bytes) != sum)
-                    && report.corrupt.len() < 1000
-                {
-                    report.corrupt.push(block);
+        let found = walk(
+            &self.header,
+            &self.data,
+            &self.extents_here()?,
+            |span, bytes| {
+                let mut sums = match &self.map {
+                    SealedMap::Table(table) => Some(table.sums(span)?),
+                    SealedMap::Pending(_) | SealedMap::Written(_) | SealedMap::Unsealed(_) => None,
+                };
+                for (block, bytes) in span.blocks().zip(bytes.chunks_exact(BLOCK_LEN)) {
+                    let sum = sums.as_mut().and_then(Iterator::next);
+                    if sum.is_some_and(|sum| crc32fast::hash(bytes) != sum)
+                        && report.corrupt.len() < 1000
+                    {
+                        report.corrupt.push(block);
+                    }
                 }
-            }
-            report.blocks += span.len();
-            progress(span.len());
-            Ok(())
-        })?;
+                report.blocks += span.len();
+                progress(span.len());
+                Ok(())
+            },
+        )?;
         if report.corrupt.is_empty() {
             match self.digest() {
                 Some(stated) if stated != found => {
@@ -319,9 +346,23 @@ impl SealedLayer {
         Ok(report)
     }
 
-    fn extents(&self) -> Result<Vec<MapExtent>> {
+    /// The extents, without the data blocks that are not here.
+    fn extents_here(&self) -> Result<Vec<MapExtent>> {
         let mut extents = Vec::new();
-        self.for_each_run(|run| push_extent(&mut extents, run))?;
+        self.for_each_run(|run| match &self.lazy {
+            Some(lazy) if run.value == BlockState::Data => {
+                let mut rest = run.span;
+                while !rest.is_empty() {
+                    let window = lazy.power().span(lazy.power().window_of(rest.start()));
+                    let piece = Span::between(rest.start(), rest.end().min(window.end()));
+                    if lazy.missing(piece).is_none() {
+                        push_extent(&mut extents, Run::new(piece, BlockState::Data));
+                    }
+                    rest = rest.from(piece.end());
+                }
+            }
+            _ => push_extent(&mut extents, run),
+        })?;
         Ok(extents)
     }
 }
@@ -460,37 +501,31 @@ fn read_pieces(
 pub fn seal_in_place(
     storage: &dyn Storage,
     dir: &Path,
-    mut progress: impl FnMut(Blocks),
+    progress: impl FnMut(Blocks),
 ) -> Result<[u8; DIGEST_LEN]> {
     let layer = SealedLayer::open(storage, dir)?;
     let digest = match &layer.map {
         SealedMap::Table(table) => {
             // Whoever made the seal may have died before its name was durable.
             sync_names(storage, dir)?;
+            if layer.header.lazy {
+                lazy::finish(storage, dir, &layer.header)?;
+            }
             table.digest
         }
+        SealedMap::Pending(_) if layer.is_lazy() => {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "{}: the layer is lazy: `vellum complete` its image",
+                    dir.display()
+                ),
+            ));
+        }
         SealedMap::Pending(index) => {
-            let extents = extents_of(index);
-            let mut sums = Vec::new();
-            let digest = walk(&layer.header, &layer.data, &extents, |span, bytes| {
-                sums.extend(bytes.chunks_exact(BLOCK_LEN).map(crc32fast::hash));
-                progress(span.len());
-                Ok(())
-            })?;
-            let content = TableContent {
-                kind: TableKind::Seal,
-                uuid: layer.header.uuid,
-                generation: 0,
-                virtual_size: layer.header.virtual_size,
-                extents: &extents,
-                sums: &sums,
-                digest,
-            };
-            let path = dir.join(SEAL_FILE);
-            storage
-                .write_atomic(&path, &content.encode())
-                .context(|| format!("cannot write {}", path.display()))?;
-            digest
+            let read = read_whole(&layer.header, &layer.data, index, progress)?;
+            read.write_seal(storage, dir, &layer.header)?;
+            read.digest
         }
         // `open` makes none.
         SealedMap::Written(_) | SealedMap::Unsealed(_) => {
@@ -500,9 +535,86 @@ pub fn seal_in_place(
             ));
         }
     };
-    for name in [MAP_FILE, RESERVE_FILE] {
+    remove_what_a_seal_replaces(storage, dir)?;
+    Ok(digest)
+}
+
+/// Removes the files that a layer with a seal has no use for.
+///
+/// # Errors
+/// Where the host refuses.
+pub(super) fn remove_what_a_seal_replaces(storage: &dyn Storage, dir: &Path) -> Result<()> {
+    for name in [MAP_FILE, RESERVE_FILE, HAVE_FILE] {
         remove_if_there(storage, &dir.join(name))?;
     }
-    remove_journal(storage, dir)?;
-    Ok(digest)
+    remove_journal(storage, dir)
+}
+
+/// All of a layer, read.
+struct ReadWhole {
+    extents: Vec<MapExtent>,
+    /// Of each data block, in order.
+    sums: Vec<u32>,
+    digest: [u8; DIGEST_LEN],
+}
+
+fn read_whole(
+    header: &Header,
+    data: &DataFiles,
+    map: &Index,
+    mut progress: impl FnMut(Blocks),
+) -> Result<ReadWhole> {
+    let extents = extents_of(map);
+    let mut sums = Vec::new();
+    let digest = walk(header, data, &extents, |span, bytes| {
+        sums.extend(bytes.chunks_exact(BLOCK_LEN).map(crc32fast::hash));
+        progress(span.len());
+        Ok(())
+    })?;
+    Ok(ReadWhole {
+        extents,
+        sums,
+        digest,
+    })
+}
+
+impl ReadWhole {
+    /// Writes the seal, durably.
+    fn write_seal(&self, storage: &dyn Storage, dir: &Path, header: &Header) -> Result<()> {
+        let content = TableContent {
+            kind: TableKind::Seal,
+            uuid: header.uuid,
+            generation: 0,
+            virtual_size: header.virtual_size,
+            extents: &self.extents,
+            sums: &self.sums,
+            digest: self.digest,
+        };
+        let path = dir.join(SEAL_FILE);
+        storage
+            .write_atomic(&path, &content.encode())
+            .context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// Reads all of a layer whose blocks are all in its data files, and writes its seal if it has the digest that it
+/// should; false where it has another one.
+///
+/// # Errors
+/// Where the host refuses.
+pub(super) fn seal_as_expected(
+    storage: &dyn Storage,
+    dir: &Path,
+    header: &Header,
+    data: &DataFiles,
+    map: &Index,
+    digest: &[u8; DIGEST_LEN],
+    progress: impl FnMut(Blocks),
+) -> Result<bool> {
+    let read = read_whole(header, data, map, progress)?;
+    let right = read.digest == *digest;
+    if right {
+        read.write_seal(storage, dir, header)?;
+    }
+    Ok(right)
 }

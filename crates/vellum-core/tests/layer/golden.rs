@@ -105,6 +105,7 @@ fn written_now() -> [(&'static str, Files); 3] {
         stands_for: None,
         virtual_size: BLOCKS as u64 * BLOCK_SIZE,
         sealed: false,
+        lazy: false,
         created: 1_795_651_200,
     };
     WritableLayer::create(&disk, Path::new(LAYER), &header).unwrap();

@@ -22,6 +22,7 @@ mod fault_layer;
 mod format_page;
 mod golden;
 mod hostile_layer;
+mod lazy_layer;
 mod live_layer;
 mod preallocate;
 mod stress_layer;

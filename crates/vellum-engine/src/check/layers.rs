@@ -14,7 +14,7 @@ use vellum_core::layer::{self, Header, ScrubReport, SealedLayer, check_layer, fa
 use vellum_store::Store;
 
 /// Files that the store keeps beside those of a layer.
-const STORE_FILES: [&str; 3] = ["info.json", "lease", "readers"];
+const STORE_FILES: [&str; 5] = ["info.json", "lease", "readers", "remote", "table"];
 
 /// What is known of a layer after it was looked at.
 #[derive(Debug, Default)]

@@ -151,6 +151,9 @@ pub fn finish_commits(store: &Store) -> Result<()> {
             continue;
         }
         let pending = SealedLayer::open(storage, &dir).is_ok_and(|sealed| {
+            if sealed.is_lazy() {
+                return false;
+            }
             !sealed.is_checksummed()
                 || ["map", "journal.0", "journal.1"]
                     .iter()

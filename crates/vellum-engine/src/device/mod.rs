@@ -177,7 +177,10 @@ impl OpenChain {
             return;
         }
         let layers = self.chain.base().layers();
-        let pending = layers.iter().filter(|layer| !layer.is_checksummed());
+        // Of a lazy one the fetcher does it.
+        let pending = layers
+            .iter()
+            .filter(|layer| !layer.is_checksummed() && !layer.is_lazy());
         let pending: Vec<Uuid> = pending.map(|layer| layer.header().uuid).collect();
         if pending.is_empty() {
             return;

@@ -8,8 +8,8 @@ use uuid::Uuid;
 use vellum_base::error::{Error, Result};
 use vellum_core::layer::SealedLayer;
 use vellum_registry::artifact::{
-    ARTIFACT_TYPE, CONFIG_TYPE, ChunkPower, DATA_TYPE, DIFF_ID_ANNOTATION, DIGEST_ANNOTATION,
-    Encoded, LayerEncoder, SIZE_ANNOTATION, TABLE_TYPE, TEMPLATE_ANNOTATION,
+    ARTIFACT_TYPE, CONFIG_TYPE, DATA_TYPE, DIFF_ID_ANNOTATION, DIGEST_ANNOTATION, Encoded,
+    LayerEncoder, SIZE_ANNOTATION, TABLE_TYPE, TEMPLATE_ANNOTATION, power_for,
 };
 use vellum_registry::{Document, MANIFEST_TYPE, Upload};
 
@@ -117,7 +117,7 @@ fn layer_blobs(
     let blocks = sealed.data_blocks();
     let (path, file) = layout.unnamed()?;
     let out = BufWriter::with_capacity(1 << 20, file);
-    let mut encoder = LayerEncoder::new(out, ChunkPower::for_blocks(blocks), level)?;
+    let mut encoder = LayerEncoder::new(out, power_for(blocks), level)?;
     let name = sealed.header().uuid.to_string();
     let progress = watch.begin(&name, Some(blocks.bytes()));
     each_piece(sealed, progress, |piece| {

@@ -136,7 +136,7 @@ pub(super) fn described(document: &Document) -> Value {
 }
 
 /// A SHA-256 as registries write it.
-pub(super) fn digest_of(sha256: [u8; 32]) -> String {
+pub(crate) fn digest_of(sha256: [u8; 32]) -> String {
     format!("sha256:{}", hex(&sha256))
 }
 

@@ -8,5 +8,6 @@ mod pull;
 mod push;
 mod receive;
 
+pub(crate) use layout::digest_of;
 pub use pull::{Came, PullOptions, PullReport, pull};
 pub use push::{PushFormat, PushOptions, PushReport, push};

@@ -25,6 +25,8 @@ pub struct PullOptions {
     pub platform: Option<Platform>,
     /// How the registry is spoken to.
     pub access: Access,
+    /// Blocks come when they are read: docs/lazy.md.
+    pub lazy: bool,
 }
 
 /// How an image came.
@@ -33,6 +35,8 @@ pub struct PullOptions {
 pub enum Came {
     /// As block layers.
     Blocks,
+    /// As tables, whose blocks come when they are read.
+    Lazily,
     /// As tars, which were unpacked.
     Tars,
 }
@@ -73,6 +77,7 @@ pub fn pull(
         pin: &pin,
         session: &session,
         watch,
+        lazy: options.lazy,
     };
     let report = match (image, artifact) {
         (Some(image), Some(artifact)) => match puller.blocks(name, &artifact) {
@@ -95,6 +100,7 @@ struct Puller<'a> {
     pin: &'a StoreGuard,
     session: &'a Session,
     watch: &'a dyn Watch,
+    lazy: bool,
 }
 
 impl Puller<'_> {
@@ -122,8 +128,13 @@ impl Puller<'_> {
         let mut receiver =
             receive::Receiver::new(self.store, self.pin, &layout, self.watch, &parts)?;
         crash_point::here("pull: tables fetched");
-        let wanted = receiver.wanted();
-        self.fetch(name, &wanted, &layout)?;
+        match self.lazy {
+            true => {
+                receiver = receiver.lazily(self.session)?;
+                self.try_ranges(&receiver.wanted())?;
+            }
+            false => self.fetch(name, &receiver.wanted(), &layout)?,
+        }
         crash_point::here("pull: blobs fetched");
         let (image, layers) = receiver.receive(name)?;
         self.store.put_image(&image, self.pin)?;
@@ -132,9 +143,21 @@ impl Puller<'_> {
         Ok(PullReport {
             image,
             digest: artifact.digest.clone(),
-            came: Came::Blocks,
+            came: if self.lazy {
+                Came::Lazily
+            } else {
+                Came::Blocks
+            },
             layers,
         })
+    }
+
+    /// Makes sure that the registry gives parts of blobs, now rather than when somebody reads.
+    fn try_ranges(&self, blobs: &[Descriptor]) -> Result<()> {
+        for blob in blobs {
+            self.session.try_range(&blob.digest)?;
+        }
+        Ok(())
     }
 
     /// Notes where the blobs came from: a push of the same layers to another repository has the same ones.

@@ -2,21 +2,23 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use uuid::Uuid;
 use vellum_base::block::{BlockState, Run};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
-use vellum_core::layer::{Header, SealedLayer};
+use vellum_core::layer::{Header, LazyContent, LazyLayer, SealedLayer};
 use vellum_registry::artifact::{
     CONFIG_TYPE, ChunkReader, DATA_TYPE, DIGEST_ANNOTATION, MAX_LAYERS, MAX_TABLE, TABLE_TYPE,
     TEMPLATE_ANNOTATION, Table,
 };
-use vellum_registry::{Descriptor, Manifest};
+use vellum_registry::{Access, Descriptor, Manifest, Session};
 use vellum_store::{ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
 
 use super::super::import::LayerOutcome;
+use super::super::lazy::Remote;
 use super::super::staged::{open_staged, seal_as, write_run};
 use super::super::template;
 use super::super::watch::Watch;
@@ -106,6 +108,8 @@ pub(super) fn parts(manifest: &Manifest) -> Result<Parts> {
 /// A layer of the artifact.
 struct Layer {
     table: Table,
+    /// The table's blob.
+    blob: Descriptor,
     data: Option<Descriptor>,
     /// The store has it.
     there: Option<Uuid>,
@@ -119,6 +123,8 @@ pub(super) struct Receiver<'a> {
     watch: &'a dyn Watch,
     description: Description,
     layers: Vec<Layer>,
+    /// Where the data of lazy layers is: a reference, and how to ask.
+    lazily: Option<(String, Access)>,
 }
 
 impl<'a> Receiver<'a> {
@@ -150,10 +156,30 @@ impl<'a> Receiver<'a> {
             watch,
             description,
             layers,
+            lazily: None,
         };
         receiver.make_template(parts)?;
         receiver.look()?;
         Ok(receiver)
+    }
+
+    /// From now on its layers are made lazy: their data is `from` there, and is not fetched.
+    pub fn lazily(mut self, from: &Session) -> Result<Self> {
+        self.lazily = Some(from.whereabouts());
+        let mut below: Option<Header> = None;
+        for layer in &mut self.layers {
+            let found = match layer.there {
+                Some(uuid) => Some(Header::read(
+                    &**self.store.storage(),
+                    &self.store.layer_dir(uuid),
+                )?),
+                None => find_lazy(self.store, below.as_ref(), &layer.blob)?,
+            };
+            let Some(header) = found else { break };
+            layer.there = Some(header.uuid);
+            below = Some(header);
+        }
+        Ok(self)
     }
 
     /// Makes the empty file system at the bottom, where this host makes such ones: then it is not fetched.
@@ -212,8 +238,14 @@ impl<'a> Receiver<'a> {
             let parent = below.as_ref().map(Header::known_as);
             let header = Header::new(parent, layer.table.virtual_size)?;
             let staged = self.store.stage_received(&header)?;
-            let bytes = self.write(layer, &staged)?;
-            self.forget_data(index)?;
+            let bytes = match &self.lazily {
+                Some(place) => self.make_lazy(layer, &staged, place)?,
+                None => {
+                    let bytes = self.write(layer, &staged)?;
+                    self.forget_data(index)?;
+                    bytes
+                }
+            };
             let info = known.clone().info(&header, bytes);
             below = Some(header);
             ready.push(Ready::Staged(Box::new(staged), info));
@@ -268,6 +300,31 @@ impl<'a> Receiver<'a> {
         let bytes = open.data_blocks().bytes();
         seal_as(self.store, staged, open, &table.digest)?;
         Ok(bytes)
+    }
+
+    /// Makes a layer of which nothing is here. Returns the bytes that its data blocks will have.
+    fn make_lazy(
+        &self,
+        layer: &Layer,
+        staged: &StagedLayer,
+        (reference, access): &(String, Access),
+    ) -> Result<u64> {
+        let (storage, dir) = (&**self.store.storage(), staged.dir());
+        let table = &layer.table;
+        let remote = Remote {
+            reference: reference.clone(),
+            plain_http: access.plain_http,
+            table: layer.blob.digest.clone(),
+            data: layer.data.as_ref().map(|data| data.digest.clone()),
+        };
+        remote.write(storage, &dir, &self.layout.read(&layer.blob.digest)?)?;
+        let content = LazyContent {
+            power: table.power,
+            digest: table.digest,
+            extents: &table.extents,
+        };
+        LazyLayer::make(storage, &dir, &staged.header, &content)?;
+        Ok(table.data_blocks().bytes())
     }
 
     /// Removes the data of a layer that was written, unless a layer above has the same.
@@ -328,31 +385,54 @@ fn open_table(layout: &Layout, blobs: &LayerBlobs) -> Result<Layer> {
     }
     Ok(Layer {
         table,
+        blob: blobs.table.clone(),
         data: blobs.data.clone(),
         there: None,
     })
 }
 
-/// A layer of the store with the same digest in the same place: known by what it holds, which was read when it was
-/// sealed, and not by what anybody says of it.
-fn find(store: &Store, below: Option<&Header>, table: &Table) -> Result<Option<Header>> {
-    let storage = &**store.storage();
+/// The sealed layers of the store that lie on `below`, with their directories.
+fn layers_on(store: &Store, below: Option<&Header>) -> Result<Vec<(Header, PathBuf)>> {
+    let mut found = Vec::new();
     for layer in store.layers()? {
         let dir = store.layer_dir(layer);
         // What cannot be read is not the one that is looked for.
-        let Ok(header) = Header::read(storage, &dir) else {
-            continue;
-        };
-        if !header.sealed || header.virtual_size != table.virtual_size || !header.fits_on(below) {
-            continue;
-        }
-        let whole = store
-            .layer_info(layer)
-            .is_ok_and(|info| info.damaged.is_none());
-        let sealed = SealedLayer::open(storage, &dir);
-        if whole && sealed.is_ok_and(|sealed| sealed.digest() == Some(table.digest)) {
-            return Ok(Some(header));
+        if let Ok(header) = Header::read(&**store.storage(), &dir)
+            && header.sealed
+            && header.fits_on(below)
+        {
+            found.push((header, dir));
         }
     }
-    Ok(None)
+    Ok(found)
+}
+
+/// A lazy layer of the store with the same table in the same place. Its digest is only what the table says, so that it
+/// is not known by that.
+fn find_lazy(store: &Store, below: Option<&Header>, table: &Descriptor) -> Result<Option<Header>> {
+    let same = |dir: &PathBuf| {
+        let remote = Remote::read(&**store.storage(), dir);
+        matches!(remote, Ok(Some(remote)) if remote.table == table.digest)
+    };
+    let found = layers_on(store, below)?
+        .into_iter()
+        .find(|(_, dir)| same(dir));
+    Ok(found.map(|(header, _)| header))
+}
+
+/// A layer of the store with the same digest in the same place: known by what it holds, which was read when it was
+/// sealed, and not by what anybody says of it.
+fn find(store: &Store, below: Option<&Header>, table: &Table) -> Result<Option<Header>> {
+    let same = |header: &Header, dir: &PathBuf| {
+        let whole = store
+            .layer_info(header.uuid)
+            .is_ok_and(|info| info.damaged.is_none());
+        let sealed = SealedLayer::open(&**store.storage(), dir);
+        header.virtual_size == table.virtual_size
+            && whole
+            && sealed.is_ok_and(|sealed| sealed.digest() == Some(table.digest))
+    };
+    let mut layers = layers_on(store, below)?.into_iter();
+    let found = layers.find(|(header, dir)| same(header, dir));
+    Ok(found.map(|(header, _)| header))
 }

@@ -17,8 +17,8 @@ use super::control::{Call, ControlHandler, MAX_LINE, Reply, bind_at, send};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::run_dir::DirSocket;
 
-/// Connections served at once; further ones are closed.
-const MAX_CONNECTIONS: usize = 8;
+/// Connections served at once, where nobody needs more; further ones are closed.
+const FEW: usize = 8;
 /// A connection that says nothing for this long is closed.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -37,6 +37,18 @@ impl ControlServer {
     /// # Errors
     /// [`ErrorKind::Permission`] or [`ErrorKind::Io`].
     pub fn start(socket: &DirSocket, handler: Arc<dyn ControlHandler>) -> Result<Self> {
+        ControlServer::start_for(FEW, socket, handler)
+    }
+
+    /// As [`ControlServer::start`], for so many connections at once.
+    ///
+    /// # Errors
+    /// As [`ControlServer::start`].
+    pub fn start_for(
+        connections: usize,
+        socket: &DirSocket,
+        handler: Arc<dyn ControlHandler>,
+    ) -> Result<Self> {
         let listener = bind_at(socket)?;
         let path = socket.path();
         let what = || path.display().to_string();
@@ -45,7 +57,7 @@ impl ControlServer {
         let told = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || listen(&listener, &told, &handler))
+            .spawn(move || listen(&listener, &told, &handler, connections))
             .context(what)?;
         Ok(ControlServer {
             path,
@@ -66,7 +78,7 @@ impl Drop for ControlServer {
     }
 }
 
-fn listen(listener: &UnixListener, stop: &EventFd, handler: &Arc<dyn ControlHandler>) {
+fn listen(listener: &UnixListener, stop: &EventFd, handler: &Arc<dyn ControlHandler>, most: usize) {
     let connections = Arc::new(AtomicUsize::new(0));
     loop {
         let mut fds = [
@@ -84,7 +96,7 @@ fn listen(listener: &UnixListener, stop: &EventFd, handler: &Arc<dyn ControlHand
         let Ok((stream, _)) = listener.accept() else {
             continue;
         };
-        if connections.fetch_add(1, Ordering::AcqRel) >= MAX_CONNECTIONS {
+        if connections.fetch_add(1, Ordering::AcqRel) >= most {
             connections.fetch_sub(1, Ordering::AcqRel);
             continue;
         }

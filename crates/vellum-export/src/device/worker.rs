@@ -43,6 +43,8 @@ use vellum_base::storage::{listen_for_waits, note_waits_in};
 
 /// From include/uapi/linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: i32 = 57;
+/// Threads that serve a device whose requests wait for the host alone.
+const USUAL_THREADS: usize = 16;
 /// So many threads never wait for room on the host's disk.
 const SERVING_ALWAYS: usize = 4;
 
@@ -169,7 +171,12 @@ fn start(context: &Arc<Context>) -> Result<Vec<JoinHandle<Result<Ended>>>> {
 
 /// Starts those that serve while others wait.
 fn start_spares(context: &Arc<Context>, threads: &mut Vec<JoinHandle<Result<Ended>>>) {
-    for index in threads.len()..MAX_THREADS {
+    // As many as the loop device has requests on their way, and some: writes do not wait behind reads that stall.
+    let most = match context.opened.device.may_stall() {
+        true => MAX_THREADS,
+        false => USUAL_THREADS,
+    };
+    for index in threads.len()..most {
         let thread = match &context.way {
             Way::Ring(crew) => ring::spare_thread(context, crew, index),
             Way::Ublk(crew) => ublk::spare_thread(context, crew, index),
@@ -227,7 +234,7 @@ impl Context {
             stop: &self.stop,
             failures: &self.failures,
             held: &self.worker.shared.table().held,
-            held_at_most: (MAX_THREADS - SERVING_ALWAYS) as u64,
+            held_at_most: (USUAL_THREADS - SERVING_ALWAYS) as u64,
         }
     }
 

@@ -385,9 +385,10 @@ pub fn init_out(minor: u32, max_readahead: u32, flags: u64, max_io: usize) -> [u
     bytes.u32(minor);
     bytes.u32(max_readahead);
     bytes.u32(flags as u32);
-    // max_background and congestion_threshold: beyond 64 nothing was gained.
-    bytes.u16(64);
-    bytes.u16(48);
+    // max_background and congestion_threshold. Beyond 64 nothing was gained, but where reads of a lazy layer stall,
+    // all that a loop device sends (128) has to get through.
+    bytes.u16(144);
+    bytes.u16(128);
     bytes.u32(max_io as u32);
     // time_gran: 1 ns.
     bytes.u32(1);

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::abi::{self, Operation};
 use super::transport::{Body, Classic, Ended, Fetched, Patience, Reply, Transport};
-use vellum_base::block::{BlockDevice, Durability, ExtentKind, ZeroMode};
+use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability, ExtentKind, ZeroMode};
 use vellum_base::error::{Error, Result};
 use vellum_base::storage::{about_to_wait, unless_it_waits, waits};
 
@@ -166,6 +166,9 @@ impl Server<'_> {
 
     fn execute(&self, operation: Operation<'_>, patience: Patience) -> Result<Outcome> {
         let device = self.device;
+        if patience == Patience::None && device.may_stall() && copies_up(&operation) {
+            return Ok(Outcome::Waits);
+        }
         Ok(match operation {
             Operation::Write { durability, .. }
                 if patience == Patience::None && durability == Durability::Durable =>
@@ -235,6 +238,16 @@ impl Server<'_> {
             | Operation::Other => errno(libc::ENOSYS),
         })
     }
+}
+
+/// Whether parts of blocks are written, whose other bytes may be somewhere else.
+fn copies_up(operation: &Operation<'_>) -> bool {
+    let (offset, len) = match *operation {
+        Operation::Write { offset, data, .. } => (offset, data.len() as u64),
+        Operation::Fallocate { offset, length, .. } => (offset, length),
+        _ => return false,
+    };
+    !offset.is_multiple_of(BLOCK_SIZE) || !len.is_multiple_of(BLOCK_SIZE)
 }
 
 /// One of the writes that are held.

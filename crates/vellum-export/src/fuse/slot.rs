@@ -20,8 +20,8 @@ use super::abi;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::monotonic_ns;
 
-/// The most threads that serve one device.
-pub const MAX_THREADS: usize = 16;
+/// The most threads that serve one device: more than a loop device sends requests at once (128).
+pub const MAX_THREADS: usize = 136;
 
 /// Bytes in front of a request's data: header and arguments.
 pub const HEAD_LEN: usize = abi::IN_HEADER_LEN + abi::WRITE_IN_LEN;
@@ -30,15 +30,15 @@ const PAGE: usize = 4096;
 const HEAD_AT: usize = PAGE - HEAD_LEN;
 const SLOT_LEN: usize = PAGE + abi::MAX_IO;
 /// The shared counters take less than this.
-const TABLE_LEN: usize = PAGE;
+const TABLE_LEN: usize = 8 * PAGE;
 /// Bytes behind the buffers for whoever opens the device.
 pub const EXTRA_LEN: usize = 64 << 10;
 const EXTRA_AT: usize = TABLE_LEN + MAX_THREADS * SLOT_LEN;
 const MEMORY_LEN: u64 = (EXTRA_AT + EXTRA_LEN) as u64;
 /// Changes with the layout of [`Table`] and of the buffers.
-const LAYOUT: u64 = 0x5645_4c46_5553_0003;
+const LAYOUT: u64 = 0x5645_4c46_5553_0004;
 /// Threads that note what they wait for, each in a place of its own.
-const WAIT_NOTES: usize = 64;
+const WAIT_NOTES: usize = 2 * MAX_THREADS;
 
 /// The thread holds no request.
 const IDLE: u64 = 0;

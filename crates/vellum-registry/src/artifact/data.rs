@@ -7,8 +7,8 @@ use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::{CParameter, DParameter};
 
 use super::bytes::corrupt;
-use super::table::{Chunk, ChunkPower, Table, Window};
-use vellum_base::block::{Block, BlockState, Run, Span, part, part_from, push_run};
+use super::table::{Chunk, Table, Window};
+use vellum_base::block::{Block, BlockState, Run, Span, WindowPower, part, part_from, push_run};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// The largest window that a frame may ask for, as a power of two: that of the largest chunk.
@@ -18,7 +18,7 @@ const WINDOW_LOG: u32 = 20;
 pub struct LayerEncoder<W> {
     out: W,
     compressor: Compressor<'static>,
-    power: ChunkPower,
+    power: WindowPower,
     extents: Vec<Run<BlockState>>,
     chunks: Vec<Chunk>,
     /// The window that is being filled, and its plain bytes.
@@ -44,7 +44,7 @@ impl<W: Write> LayerEncoder<W> {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a level that zstd does not have.
-    pub fn new(out: W, power: ChunkPower, level: i32) -> Result<Self> {
+    pub fn new(out: W, power: WindowPower, level: i32) -> Result<Self> {
         let unusable = |error| {
             let text = format!("zstd has no level {level}: give 1 to 19");
             Error::with_source(ErrorKind::InvalidInput, text, error)

@@ -6,7 +6,7 @@ mod data;
 mod table;
 
 pub use data::{ChunkReader, Encoded, LayerEncoder};
-pub use table::{Chunk, ChunkPower, MAX_TABLE, Table, Window};
+pub use table::{Chunk, MAX_TABLE, Table, Window, power_for};
 
 /// The `artifactType` of an image's block layers.
 pub const ARTIFACT_TYPE: &str = "application/vnd.vellum.image.v1";

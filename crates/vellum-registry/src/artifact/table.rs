@@ -5,8 +5,8 @@ use std::slice;
 
 use super::bytes::{corrupt, put};
 use vellum_base::block::{
-    BLOCK_SIZE, Block, BlockState, Blocks, MAX_VIRTUAL_SIZE, Run, Span, array_at, part, part_from,
-    push_run, u32_at, u64_at,
+    BLOCK_SIZE, Block, BlockState, Blocks, MAX_VIRTUAL_SIZE, Run, Span, WindowPower, array_at,
+    part, part_from, push_run, u32_at, u64_at,
 };
 use vellum_base::error::{Error, ErrorKind, Result};
 
@@ -23,49 +23,16 @@ const MAX_GROWTH: usize = 1024;
 /// The longest table in bytes.
 pub const MAX_TABLE: u64 = 256 << 20;
 
-/// The size of the windows of a layer, one of 64 KiB to 1 MiB.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ChunkPower(u32);
-
-impl ChunkPower {
-    /// 128 KiB.
-    pub const USUAL: ChunkPower = ChunkPower(17);
-    const LEAST: u32 = 16;
-    const MOST: u32 = 20;
-
-    /// Windows of two to this power of bytes; `None` but for 16 to 20.
-    pub fn new(power: u32) -> Option<Self> {
-        (Self::LEAST..=Self::MOST)
-            .contains(&power)
-            .then_some(ChunkPower(power))
-    }
-
-    /// The power for a layer with so many data blocks: the usual one, unless its table would be too long where
-    /// each window has few of them.
-    pub fn for_blocks(blocks: Blocks) -> Self {
-        let fits = |power: &u32| {
-            // As many windows as blocks could need where they lie close together, and again as many.
-            let chunks = (blocks.bytes() >> power).saturating_mul(2);
-            chunks.saturating_mul(CHUNK_LEN as u64) <= MAX_TABLE / 4
-        };
-        ChunkPower((Self::USUAL.0..Self::MOST).find(fits).unwrap_or(Self::MOST))
-    }
-
-    /// Blocks in a window.
-    pub fn blocks(self) -> Blocks {
-        Blocks::new((1 << self.0) / BLOCK_SIZE)
-    }
-
-    /// The window that a block lies in.
-    pub(super) fn window_of(self, block: Block) -> u32 {
-        // At most 2^34 blocks, and 2^4 of them in a window.
-        (block.get() / self.blocks().get()) as u32
-    }
-
-    fn span(self, window: u32) -> Span {
-        let start = u64::from(window) * self.blocks().get();
-        Span::new(Block::new(start), self.blocks())
-    }
+/// The size of windows for a layer with so many data blocks: the usual one, unless its table would be too long where
+/// each window has few of them.
+pub fn power_for(blocks: Blocks) -> WindowPower {
+    let fits = |power: &WindowPower| {
+        // As many windows as blocks could need where they lie close together, and again as many.
+        let chunks = (blocks.get() / power.blocks().get()).saturating_mul(2);
+        chunks.saturating_mul(CHUNK_LEN as u64) <= MAX_TABLE / 4
+    };
+    let mut powers = WindowPower::USUAL.and_larger();
+    powers.find(fits).unwrap_or(WindowPower::MOST)
 }
 
 /// Where the data blocks of a window lie in the data blob.
@@ -103,7 +70,7 @@ pub struct Table {
     /// In bytes: a multiple of 4096, up to 64 TiB.
     pub virtual_size: u64,
     /// The size of windows.
-    pub power: ChunkPower,
+    pub power: WindowPower,
     /// The layer's digest: docs/format.md, section 5.
     pub digest: [u8; 32],
     /// Its blocks that are data or zero, in order.
@@ -147,7 +114,7 @@ impl Table {
         put(&mut bytes, 8, &VERSION.to_le_bytes());
         put(&mut bytes, 12, &(BLOCK_SIZE as u32).to_le_bytes());
         put(&mut bytes, 32, &self.virtual_size.to_le_bytes());
-        put(&mut bytes, 40, &self.power.0.to_le_bytes());
+        put(&mut bytes, 40, &self.power.get().to_le_bytes());
         put(&mut bytes, 48, &(count as u64).to_le_bytes());
         put(&mut bytes, 56, &(self.chunks.len() as u64).to_le_bytes());
         put(&mut bytes, 64, &self.data_len.to_le_bytes());
@@ -181,7 +148,7 @@ impl Table {
             return Err(corrupt(format!("a layer of {virtual_size} bytes")));
         }
         let power = u32_at(bytes, 40);
-        let power = ChunkPower::new(power)
+        let power = WindowPower::new(power)
             .ok_or_else(|| corrupt(format!("chunks of two to the power of {power} bytes")))?;
         let body = part_from(bytes, HEADER_LEN);
         let (extents, chunks) = body.split_at(counts.extents * EXTENT_LEN);
@@ -348,13 +315,13 @@ fn decode_chunk(bytes: &[u8]) -> Chunk {
 /// The windows that have data blocks, each with these, in order.
 struct Windows<'a> {
     extents: Peekable<slice::Iter<'a, Run<BlockState>>>,
-    power: ChunkPower,
+    power: WindowPower,
     /// What is left of an extent of data.
     rest: Option<Span>,
 }
 
 impl<'a> Windows<'a> {
-    fn new(extents: &'a [Run<BlockState>], power: ChunkPower) -> Self {
+    fn new(extents: &'a [Run<BlockState>], power: WindowPower) -> Self {
         Windows {
             extents: extents.iter().peekable(),
             power,

@@ -1,8 +1,8 @@
 //! Tables of layers in registries: whatever the bytes are, what is read of them makes sense.
 
 use vellum_base::ErrorKind;
-use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, Blocks, Span};
-use vellum_registry::artifact::{ChunkPower, LayerEncoder, Table};
+use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, Blocks, Span, WindowPower};
+use vellum_registry::artifact::{LayerEncoder, Table};
 
 use crate::input::with_mode;
 use crate::{Seed, fixup};
@@ -54,7 +54,7 @@ pub fn table(input: &[u8]) {
 /// A layer with each kind of extent, one of zeros alone, and an empty one.
 pub fn table_seeds() -> Vec<Seed> {
     let written = |extents: &[(u64, u64, bool)]| {
-        let mut encoder = LayerEncoder::new(Vec::new(), ChunkPower::USUAL, 1).unwrap();
+        let mut encoder = LayerEncoder::new(Vec::new(), WindowPower::USUAL, 1).unwrap();
         for &(start, len, zero) in extents {
             let span = Span::new(Block::new(start), Blocks::new(len));
             match zero {

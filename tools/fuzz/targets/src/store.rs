@@ -62,6 +62,7 @@ fn template() -> SimStorage {
                 stands_for: None,
                 virtual_size: 1 << 20,
                 sealed: uuid != TOP,
+                lazy: false,
                 created: 1,
             };
             let dir = root("layers").join(uuid.to_string());

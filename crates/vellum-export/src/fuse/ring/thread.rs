@@ -149,12 +149,14 @@ impl<'a> RingThread<'a> {
     #[expect(clippy::indexing_slicing, reason = "there is one for each queue")]
     fn grow_where_all_wait(&mut self, queue: usize) {
         let ours = self.crew.owner(queue) == self.index;
-        if ours && self.entries[queue] < ENTRIES && self.crew.in_hand(queue) >= self.entries[queue]
+        let all_wait = self.crew.in_hand(queue) >= self.entries[queue];
+        if ours
+            && all_wait
+            && self.entries[queue] < ENTRIES
+            && let Err(error) = self.grow(queue)
         {
-            if let Err(error) = self.grow(queue) {
-                // It goes on with those that it has.
-                tracing::warn!("queue {queue} gets no more entries: {error}");
-            }
+            // It goes on with those that it has.
+            tracing::warn!("queue {queue} gets no more entries: {error}");
         }
     }
 

@@ -69,6 +69,7 @@ pub(super) fn fresh(virtual_size: u64) -> SimStorage {
         stands_for: None,
         virtual_size,
         sealed: false,
+        lazy: false,
         created: 1,
     };
     WritableLayer::create(&disk, Path::new(DIR), &header).unwrap();

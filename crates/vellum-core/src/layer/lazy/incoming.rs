@@ -1,0 +1,272 @@
+//! A lazy layer as the process has it that brings its blocks: format.md, section 8.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::super::data::DataFiles;
+use super::super::files::sync_names;
+use super::super::header::Header;
+use super::super::map_file::replace_map;
+use super::super::recovery::load_map;
+use super::super::sealed::{SEAL_FILE, seal_as_expected};
+use super::super::table::{DIGEST_LEN, push_extent};
+use super::have::{self, HAVE_FILE, HaveHeader, WindowSet};
+use vellum_base::block::{BlockState, Blocks, Run, Span, WindowPower};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::{OpenMode, Storage, StorageFile};
+
+/// What a lazy layer will hold.
+#[derive(Debug, Clone, Copy)]
+pub struct LazyContent<'a> {
+    /// The size of the windows in which its blocks come.
+    pub power: WindowPower,
+    /// Its digest: format.md, section 5.
+    pub digest: [u8; DIGEST_LEN],
+    /// Its blocks that are data or zero, in order.
+    pub extents: &'a [Run<BlockState>],
+}
+
+/// What came of [`LazyLayer::complete`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Completion {
+    /// It is a sealed layer like any other now.
+    Whole,
+    /// What is here has another digest than it should: nothing counts as being here any more.
+    Wrong,
+}
+
+/// A lazy layer whose blocks come. One process at a time has it.
+#[derive(Debug)]
+pub struct LazyLayer {
+    dir: PathBuf,
+    header: Header,
+    have: HaveHeader,
+    data: DataFiles,
+    file: Arc<dyn StorageFile>,
+    /// The windows that have data blocks.
+    with_data: WindowSet,
+    state: Mutex<State>,
+    /// Held while what came is made durable.
+    syncing: Mutex<()>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// All blocks of these are in the data files.
+    here: WindowSet,
+    /// The file says so.
+    durable: WindowSet,
+    /// They came since the last sync.
+    came: Vec<u32>,
+}
+
+impl LazyLayer {
+    /// Makes a lazy layer of a new, empty one, which nobody has open. It is durable then, but for its data files,
+    /// which are as they were made.
+    ///
+    /// # Errors
+    /// Where the host refuses: then it is an empty layer, or a lazy one.
+    pub fn make(
+        storage: &dyn Storage,
+        dir: &Path,
+        header: &Header,
+        content: &LazyContent<'_>,
+    ) -> Result<()> {
+        let mut extents = Vec::new();
+        content
+            .extents
+            .iter()
+            .for_each(|run| push_extent(&mut extents, *run));
+        replace_map(storage, dir, header, 0, &extents)?;
+        let have = HaveHeader {
+            power: content.power,
+            digest: content.digest,
+        };
+        let path = dir.join(HAVE_FILE);
+        storage
+            .write_atomic(&path, &have.encode(header))
+            .context(|| format!("cannot write {}", path.display()))?;
+        let lazy = Header {
+            sealed: true,
+            lazy: true,
+            ..header.clone()
+        };
+        lazy.write(storage, dir)
+    }
+
+    /// Opens the lazy layer in `dir`; `None` where all of it is here and it has its seal.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`]; the message names the file.
+    pub fn open(storage: &dyn Storage, dir: &Path) -> Result<Option<Self>> {
+        let header = Header::read(storage, dir)?;
+        let sealed = dir.join(SEAL_FILE);
+        let sealed = storage
+            .exists(&sealed)
+            .context(|| sealed.display().to_string())?;
+        if !header.lazy || sealed {
+            return Ok(None);
+        }
+        let (have, durable) = have::read(storage, dir, &header)?;
+        let map = load_map(storage, dir, &header)?;
+        let path = dir.join(HAVE_FILE);
+        let file = storage
+            .open(&path, OpenMode::Write)
+            .context(|| format!("cannot open {}", path.display()))?;
+        Ok(Some(LazyLayer {
+            dir: dir.to_owned(),
+            data: DataFiles::open(storage, dir, &header, OpenMode::Write)?,
+            with_data: WindowSet::with_data(header.blocks(), have.power, map.iter()),
+            header,
+            have,
+            file,
+            state: Mutex::new(State {
+                here: durable.clone(),
+                durable,
+                came: Vec::new(),
+            }),
+            syncing: Mutex::default(),
+        }))
+    }
+
+    /// The layer's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The size of windows.
+    pub fn power(&self) -> WindowPower {
+        self.have.power
+    }
+
+    /// Whether all blocks of a window are here. Of one without data blocks they are.
+    pub fn is_here(&self, window: u32) -> bool {
+        !self.with_data.has(window) || self.state.lock().here.has(window)
+    }
+
+    /// The windows of which blocks are missing, in order.
+    pub fn missing(&self) -> Vec<u32> {
+        self.with_data.without(&self.state.lock().here)
+    }
+
+    /// How many windows there are with data, and how many of them are here.
+    pub fn progress(&self) -> (u64, u64) {
+        (self.with_data.len(), self.state.lock().here.len())
+    }
+
+    /// Puts the blocks of a window, all that it has, where they are read.
+    ///
+    /// # Errors
+    /// Where the host refuses: the window is not here then.
+    pub fn put<'a>(
+        &self,
+        window: u32,
+        blocks: impl Iterator<Item = (Span, &'a [u8])>,
+    ) -> Result<()> {
+        let whole = self.power().span(window);
+        for (span, bytes) in blocks {
+            assert!(whole.contains(span), "blocks of another window");
+            self.data.write(bytes, span.offset())?;
+        }
+        let mut state = self.state.lock();
+        state.here.insert(window);
+        state.came.push(window);
+        Ok(())
+    }
+
+    /// Makes durable what came.
+    ///
+    /// # Errors
+    /// Where the host refuses. What came since the last sync counts as missing again: the host may have lost it.
+    pub fn sync(&self) -> Result<()> {
+        let _syncing = self.syncing.lock();
+        let came = std::mem::take(&mut self.state.lock().came);
+        if came.is_empty() {
+            return Ok(());
+        }
+        let synced = self.data.sync();
+        let mut state = self.state.lock();
+        if let Err(error) = synced {
+            came.iter().for_each(|window| state.here.remove(*window));
+            return Err(error);
+        }
+        came.iter().for_each(|window| state.durable.insert(*window));
+        let pages: BTreeSet<u64> = came.iter().copied().map(have::page_of).collect();
+        for page in pages {
+            let bytes = have::encode_page(&state.durable, page);
+            self.file
+                .write_at(&bytes, have::page_offset(page))
+                .context(|| format!("cannot write {}", self.dir.join(HAVE_FILE).display()))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a layer of which nothing is missing a sealed one like any other: reads all of it, and compares its digest.
+    /// `progress` is called with the number of blocks just read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] where blocks are missing; where the host refuses: then it is lazy as before, or sealed.
+    pub fn complete(
+        &self,
+        storage: &dyn Storage,
+        progress: impl FnMut(Blocks),
+    ) -> Result<Completion> {
+        self.sync()?;
+        let missing = self.missing().len();
+        if missing > 0 {
+            let text = format!("{}: {missing} windows are missing", self.dir.display());
+            return Err(Error::new(ErrorKind::InvalidInput, text));
+        }
+        let map = load_map(storage, &self.dir, &self.header)?;
+        let (header, data) = (&self.header, &self.data);
+        let digest = &self.have.digest;
+        if seal_as_expected(storage, &self.dir, header, data, &map, digest, progress)? {
+            finish(storage, &self.dir, header)?;
+            return Ok(Completion::Whole);
+        }
+        self.forget(storage)?;
+        Ok(Completion::Wrong)
+    }
+
+    /// Nothing is here any more.
+    fn forget(&self, storage: &dyn Storage) -> Result<()> {
+        let _syncing = self.syncing.lock();
+        let mut state = self.state.lock();
+        let none = WindowSet::none(self.header.blocks(), self.power());
+        let had: BTreeSet<u64> = state
+            .durable
+            .without(&none)
+            .into_iter()
+            .map(have::page_of)
+            .collect();
+        *state = State {
+            here: none.clone(),
+            durable: none,
+            came: Vec::new(),
+        };
+        for page in had {
+            let bytes = have::encode_page(&state.durable, page);
+            self.file
+                .write_at(&bytes, have::page_offset(page))
+                .and_then(|()| self.file.sync_data())
+                .context(|| format!("cannot write {}", self.dir.join(HAVE_FILE).display()))?;
+        }
+        sync_names(storage, &self.dir)
+    }
+}
+
+/// What is left to do for a layer that was lazy and has its seal. Safe to repeat.
+///
+/// # Errors
+/// Where the host refuses.
+pub(in crate::layer) fn finish(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<()> {
+    let whole = Header {
+        lazy: false,
+        ..header.clone()
+    };
+    whole.write(storage, dir)?;
+    super::super::sealed::remove_what_a_seal_replaces(storage, dir)
+}

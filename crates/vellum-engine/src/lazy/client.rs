@@ -1,0 +1,148 @@
+//! How everybody but the fetcher waits for blocks of lazy layers.
+
+use std::fs::OpenOptions;
+use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::fetcher::FETCHER_COMMAND;
+use super::stall::Stall;
+use super::{COMPLETE, Complete, STATUS, WANT, Waiting, Want};
+use crate::wire::encode;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::interrupt;
+use vellum_core::layer::Fetch;
+use vellum_export::device::control;
+use vellum_fs::run_dir::{DirSocket, RunRoot};
+
+/// The longest that one call waits for its answer: the fetcher gives up before.
+const LONGEST_CALL: Duration = Duration::from_secs(1 << 30);
+/// How long it is waited for that a new fetcher listens, before another one is started: the one before may be about
+/// to end, and hold its lock.
+const START: Duration = Duration::from_secs(1);
+/// For how much longer than a read waits for a registry somebody is looked for who fetches.
+const GRACE: Duration = Duration::from_secs(10);
+/// How often it is looked whether it does.
+const PAUSE: Duration = Duration::from_millis(10);
+/// How long the fetcher may take to say who waits.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Asks the fetcher of a layer's store, and starts one where there is none.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct FetcherClient;
+
+impl Fetch for FetcherClient {
+    fn fetch(&self, dir: &Path, windows: Range<u32>) -> Result<()> {
+        let unusual = || Error::internal(format!("{}: no layer of a store", dir.display()));
+        let root = dir.parent().and_then(Path::parent).ok_or_else(unusual)?;
+        let layer = dir.file_name().and_then(|name| name.to_str());
+        let layer = layer.and_then(|name| Uuid::parse_str(name).ok());
+        let want = Want {
+            layer: layer.ok_or_else(unusual)?,
+            windows,
+        };
+        ask(root, WANT, &encode(&want)?)
+            .map(drop)
+            .map_err(|error| Error::new(ErrorKind::Absent, error.to_string()))
+    }
+}
+
+/// Has the fetcher make a layer of which all is here a sealed one like any other.
+///
+/// # Errors
+/// As [`vellum_core::layer::LazyLayer::complete`].
+pub(super) fn ask_to_complete(root: &Path, layer: Uuid) -> Result<()> {
+    ask(root, COMPLETE, &encode(&Complete { layer })?).map(drop)
+}
+
+/// Who waits for blocks, of all layers of a store. Nobody, where there is no fetcher.
+///
+/// # Errors
+/// Where it does not answer.
+pub fn waiting(runs: &RunRoot) -> Result<Vec<Waiting>> {
+    let answer = control::call_at(&runs.fetcher(), STATUS, Value::Null, STATUS_TIMEOUT);
+    let answer = match answer {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    serde_json::from_value(answer).map_err(|error| {
+        Error::with_source(
+            ErrorKind::Protocol,
+            "what the fetcher says of who waits",
+            error,
+        )
+    })
+}
+
+/// Asks the fetcher, however often it dies meanwhile.
+fn ask(root: &Path, verb: &str, args: &Value) -> Result<Value> {
+    let socket = RunRoot::of_store(root).fetcher();
+    let deadline = Stall::of_environment().deadline();
+    loop {
+        let answer = control::call_at(&socket, verb, args.clone(), LONGEST_CALL);
+        let Err(error) = answer else {
+            return answer;
+        };
+        // What it answers itself is of other kinds.
+        let gone = matches!(
+            error.kind(),
+            ErrorKind::NotFound | ErrorKind::Io | ErrorKind::Protocol
+        );
+        if !gone {
+            return Err(error);
+        }
+        interrupt::check()?;
+        start(root, &socket)?;
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline + GRACE) {
+            return Err(error);
+        }
+    }
+}
+
+/// Starts a fetcher, where there is none, and waits for a while until one listens.
+fn start(root: &Path, socket: &DirSocket) -> Result<()> {
+    let log = RunRoot::of_store(root).fetcher_log();
+    let what = || {
+        format!(
+            "the fetcher of lazy layers cannot be started ({} says more)",
+            log.display()
+        )
+    };
+    let mut said = OpenOptions::new();
+    let said = said
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(&log)
+        .context(what)?;
+    let status = Command::new("/proc/self/exe")
+        .arg0("@vellum-fetcher")
+        .arg("--root")
+        .arg(root)
+        .arg(FETCHER_COMMAND)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(said)
+        .current_dir("/")
+        .status()
+        .context(what)?;
+    if !status.success() {
+        let text = format!("{}: {status}", what());
+        return Err(Error::new(ErrorKind::Command, text));
+    }
+    let deadline = Instant::now() + START;
+    while Instant::now() < deadline {
+        let answer = control::call_at(socket, STATUS, Value::Null, STATUS_TIMEOUT);
+        if answer.is_ok() {
+            return Ok(());
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
+}

@@ -1,0 +1,92 @@
+//! `vellum complete`: all of a lazy image is brought.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::client::{FetcherClient, ask_to_complete};
+use super::lazy_layers;
+use crate::watch::Watch;
+use vellum_base::error::{Error, Result};
+use vellum_base::interrupt;
+use vellum_core::layer::{Fetch, LazyLayer};
+use vellum_store::Store;
+
+/// Requests for windows at a time.
+const AT_A_TIME: usize = 4;
+/// Windows of a request.
+const STEP: usize = 32;
+
+/// What was brought.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CompleteReport {
+    /// The layers that were lazy, and are whole now.
+    pub layers: Vec<Uuid>,
+}
+
+/// Brings all blocks of an image's layers, or a container's, that are not here, and makes these layers like any other.
+///
+/// # Errors
+/// [`vellum_base::ErrorKind::NotFound`] without such an image or container; what the registry says: what came stays.
+pub fn complete(store: &Store, name: &str, watch: &dyn Watch) -> Result<CompleteReport> {
+    let layers = match store.image(name) {
+        Ok(image) => image.layers,
+        Err(error) => match store.container(name) {
+            Ok(container) => container.layers,
+            Err(_) => return Err(error),
+        },
+    };
+    let lazy = lazy_layers(store, &layers)?;
+    for layer in &lazy {
+        bring(store, *layer, watch)?;
+        ask_to_complete(store.root(), *layer)?;
+    }
+    Ok(CompleteReport { layers: lazy })
+}
+
+/// Brings all windows of a layer.
+fn bring(store: &Store, layer: Uuid, watch: &dyn Watch) -> Result<()> {
+    let dir = store.layer_dir(layer);
+    let Some(open) = LazyLayer::open(&**store.storage(), &dir)? else {
+        return Ok(());
+    };
+    let missing = open.missing();
+    let window = open.power().blocks().bytes();
+    drop(open);
+    let mut progress = watch.begin(&layer.to_string(), Some(missing.len() as u64 * window));
+    let pieces: Vec<&[u32]> = missing.chunks(STEP).collect();
+    let next = AtomicUsize::new(0);
+    let (tell, told) = std::sync::mpsc::channel();
+    let work = || -> Result<()> {
+        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            interrupt::check()?;
+            // Windows without data lie between them, which are not fetched.
+            if let (Some(first), Some(last)) = (piece.first(), piece.last()) {
+                FetcherClient.fetch(&dir, *first..last + 1)?;
+            }
+            let _ = tell.send(piece.len() as u64);
+        }
+        Ok(())
+    };
+    let work = &work;
+    let results: Vec<Result<()>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(work)).collect();
+        let mut left = pieces.len();
+        while left > 0 && threads.iter().any(|thread| !thread.is_finished()) {
+            if let Ok(windows) = told.recv_timeout(std::time::Duration::from_millis(100)) {
+                left -= 1;
+                if let Some(progress) = &mut progress {
+                    progress(windows * window);
+                }
+            }
+        }
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<()>>| {
+            let joined = thread.join();
+            joined.unwrap_or_else(|_| Err(Error::internal("a thread that fetches panicked")))
+        };
+        threads.into_iter().map(join).collect()
+    });
+    watch.done();
+    results.into_iter().collect()
+}

@@ -1,0 +1,304 @@
+//! A lazy layer whose blocks come: who wants what, and who is at it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use uuid::Uuid;
+
+use super::super::stall::{Pauses, Stall};
+use super::super::{Remote, Waiting};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_core::layer::{Completion, LazyLayer};
+use vellum_registry::artifact::{ChunkReader, Window};
+use vellum_registry::{Failure, Ranges};
+use vellum_store::Store;
+
+/// Requests to registries that are on their way at once.
+const AT_ONCE: usize = 16;
+/// Stored bytes that one request asks for, at most, but for a single window.
+const MAX_REQUEST: u64 = 4 << 20;
+/// Windows that are fetched ahead of one who reads in order, at most.
+const MAX_AHEAD: u32 = 32;
+/// How often one who waits for another's fetch looks whether it has waited for too long.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// How many requests are on their way, of all layers.
+#[derive(Debug, Default)]
+pub(super) struct Limit {
+    taken: Mutex<usize>,
+    free: Condvar,
+}
+
+impl Limit {
+    fn take(&self) -> Taken<'_> {
+        let mut taken = self.taken.lock();
+        while *taken >= AT_ONCE {
+            self.free.wait(&mut taken);
+        }
+        *taken += 1;
+        Taken(self)
+    }
+}
+
+struct Taken<'a>(&'a Limit);
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        *self.0.taken.lock() -= 1;
+        self.0.free.notify_one();
+    }
+}
+
+/// A lazy layer, open to be filled.
+pub(super) struct Incoming {
+    lazy: LazyLayer,
+    /// By their numbers.
+    windows: BTreeMap<u32, Window>,
+    /// The digest of the data's blob.
+    data: String,
+    ranges: Ranges,
+    limit: Arc<Limit>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Windows that somebody fetches.
+    on_their_way: BTreeSet<u32>,
+    /// When those who wait began, by the order in which they came.
+    waiting: BTreeMap<u64, Instant>,
+    came: u64,
+    error: Option<String>,
+    /// Where one who reads in order reads next, and how much is fetched for them.
+    next: u32,
+    ahead: u32,
+}
+
+/// One who waits.
+struct Waiter<'a> {
+    layer: &'a Incoming,
+    number: u64,
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.layer.state.lock().waiting.remove(&self.number);
+    }
+}
+
+/// Windows that this thread fetches; whoever waits for them looks again when it is dropped.
+struct Claim<'a> {
+    layer: &'a Incoming,
+    windows: Vec<u32>,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut state = self.layer.state.lock();
+        for window in &self.windows {
+            state.on_their_way.remove(window);
+        }
+        self.layer.changed.notify_all();
+    }
+}
+
+impl Incoming {
+    /// Opens a layer of the store; `None` where it is whole.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for files that are not what they should be.
+    pub fn open(store: &Store, layer: Uuid, limit: &Arc<Limit>) -> Result<Option<Self>> {
+        let dir = store.layer_dir(layer);
+        let storage = &**store.storage();
+        let Some(lazy) = LazyLayer::open(storage, &dir)? else {
+            return Ok(None);
+        };
+        let remote = Remote::read(storage, &dir)?;
+        let remote = remote.ok_or_else(|| {
+            let text = format!("{}: a lazy layer that came from nowhere", dir.display());
+            Error::new(ErrorKind::Corrupt, text)
+        })?;
+        let table = remote.read_table(storage, &dir)?;
+        let (reference, access) = remote.place()?;
+        let windows = table.windows().map(|window| (window.chunk.window, window));
+        Ok(Some(Incoming {
+            lazy,
+            windows: windows.collect(),
+            data: remote.data.unwrap_or_else(String::new),
+            ranges: Ranges::open(&reference, access)?,
+            limit: Arc::clone(limit),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }))
+    }
+
+    /// Makes durable what came.
+    ///
+    /// # Errors
+    /// As [`LazyLayer::sync`]: the layer has to be opened anew.
+    pub fn sync(&self) -> Result<()> {
+        self.lazy.sync()
+    }
+
+    /// False for one that was removed meanwhile.
+    pub fn is_there(&self) -> bool {
+        self.lazy.dir().exists()
+    }
+
+    pub fn is_all_here(&self) -> bool {
+        self.lazy.missing().is_empty()
+    }
+
+    /// As [`LazyLayer::complete`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for blocks with another digest than the layer should have.
+    pub fn complete(&self, store: &Store) -> Result<()> {
+        match self.lazy.complete(&**store.storage(), |_| {})? {
+            Completion::Whole => Ok(()),
+            Completion::Wrong => Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "{}: what came has another digest than the layer should have: it is fetched again",
+                    self.lazy.dir().display()
+                ),
+            )),
+        }
+    }
+
+    /// Who waits, if anybody does.
+    pub fn waiting(&self, layer: Uuid) -> Option<Waiting> {
+        let state = self.state.lock();
+        let oldest = state.waiting.values().next()?;
+        Some(Waiting {
+            layer,
+            requests: state.waiting.len() as u64,
+            seconds: oldest.elapsed().as_secs(),
+            error: state.error.clone(),
+        })
+    }
+
+    /// Waits until those windows are here.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Absent`] with what the registry says, where they did not come in time.
+    pub fn want(&self, wanted: Range<u32>) -> Result<()> {
+        let deadline = Stall::of_environment().deadline();
+        let _waiter = self.wait();
+        let mut pauses = Pauses::default();
+        loop {
+            let missing = |window: &u32| !self.lazy.is_here(*window);
+            let missing: Vec<u32> = wanted.clone().filter(missing).collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            let Some(claim) = self.claim(&missing) else {
+                self.wait_for_others(deadline)?;
+                continue;
+            };
+            let failure = match self.fetch(&claim) {
+                Ok(()) => continue,
+                Err(failure) => failure,
+            };
+            drop(claim);
+            self.state.lock().error = Some(failure.error.to_string());
+            let over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            if over || !failure.passes {
+                return Err(Error::new(ErrorKind::Absent, failure.error.to_string()));
+            }
+            let pause = pauses.next(failure.after);
+            tracing::warn!("{}; once more in {pause:?}", failure.error);
+            std::thread::sleep(pause);
+        }
+    }
+
+    fn wait(&self) -> Waiter<'_> {
+        let mut state = self.state.lock();
+        let number = state.came;
+        state.came += 1;
+        state.waiting.insert(number, Instant::now());
+        Waiter {
+            layer: self,
+            number,
+        }
+    }
+
+    /// Waits until somebody has fetched something, or has failed.
+    fn wait_for_others(&self, deadline: Option<Instant>) -> Result<()> {
+        let mut state = self.state.lock();
+        self.changed.wait_for(&mut state, LOOK);
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline + LOOK) {
+            let why = state.error.clone();
+            let text = why.unwrap_or_else(|| "blocks of the layer do not come".to_owned());
+            return Err(Error::new(ErrorKind::Absent, text));
+        }
+        Ok(())
+    }
+
+    /// Takes the first of those windows that nobody fetches, with what follows it and can come in the same
+    /// request; `None` where others fetch all of them.
+    fn claim(&self, missing: &[u32]) -> Option<Claim<'_>> {
+        let mut state = self.state.lock();
+        let free = |window: &&u32| !state.on_their_way.contains(window);
+        let first = *missing.iter().find(free)?;
+        let last = *missing.last()?;
+        state.ahead = match state.next == first {
+            true => (state.ahead * 2).clamp(1, MAX_AHEAD),
+            false => 0,
+        };
+        let end = last.saturating_add(state.ahead);
+        let mut windows = Vec::new();
+        let mut bytes = 0;
+        for (number, window) in self.windows.range(first..=end) {
+            // Chunks of neighbours lie next to each other; one that is here, or on its way, ends the request.
+            bytes += u64::from(window.chunk.len);
+            let more = windows.is_empty() || bytes <= MAX_REQUEST;
+            if !more || state.on_their_way.contains(number) || self.lazy.is_here(*number) {
+                break;
+            }
+            windows.push(*number);
+        }
+        state.next = windows.last().map_or(first, |last| last + 1);
+        state.on_their_way.extend(&windows);
+        Some(Claim {
+            layer: self,
+            windows,
+        })
+    }
+
+    /// Fetches windows whose chunks lie next to each other, checks them and puts them where they are read.
+    fn fetch(&self, claim: &Claim<'_>) -> Result<(), Failure> {
+        let windows: Vec<&Window> = claim
+            .windows
+            .iter()
+            .filter_map(|one| self.windows.get(one))
+            .collect();
+        let (Some(first), Some(last)) = (windows.first(), windows.last()) else {
+            let text = "windows that the layer's table does not have";
+            return Err(Error::new(ErrorKind::Corrupt, text).into());
+        };
+        let start = first.chunk.offset;
+        let end = last.chunk.offset + u64::from(last.chunk.len);
+        let stored = {
+            let _taken = self.limit.take();
+            self.ranges.get(&self.data, start..end)?
+        };
+        let mut reader = ChunkReader::new()?;
+        let mut rest = &stored[..];
+        for window in windows {
+            let (chunk, behind) = rest.split_at(window.chunk.len as usize);
+            rest = behind;
+            // What is wrong may have been changed on its way.
+            let blocks = reader
+                .blocks(window, chunk)
+                .map_err(|error| Failure::passing(error.context(format!("blob {}", self.data))))?;
+            self.lazy.put(window.chunk.window, blocks)?;
+        }
+        self.state.lock().error = None;
+        Ok(())
+    }
+}

@@ -1,0 +1,219 @@
+//! The process that brings blocks of a store's lazy layers. docs/lazy.md, "Who does what".
+
+mod layer;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::{COMPLETE, Complete, STATUS, WANT, Waiting, Want};
+use crate::wire::encode;
+use layer::{Incoming, Limit};
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::LockMode;
+use vellum_export::device::ControlHandler;
+use vellum_export::device::control_server::ControlServer;
+use vellum_store::Store;
+
+/// The hidden subcommand that is the fetcher.
+pub const FETCHER_COMMAND: &str = "fetcher";
+
+/// Who may wait at once.
+const CONNECTIONS: usize = 1024;
+/// How often what came is made durable.
+const SYNC: Duration = Duration::from_secs(5);
+/// It ends when nobody has wanted anything for so long.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// Serves until nobody has wanted anything for a minute. Returns at once where another one serves the store.
+///
+/// # Errors
+/// Where the socket cannot be made.
+pub fn serve(store: &Store) -> Result<()> {
+    let path = store.runs().fetcher_lock();
+    let lock = store
+        .storage()
+        .lock(&path, LockMode::Exclusive, false)
+        .context(|| format!("cannot lock {}", path.display()))?;
+    let Some(_lock) = lock else {
+        return Ok(());
+    };
+    let fetcher = Arc::new(Fetcher::new(store.clone()));
+    let handler: Arc<dyn ControlHandler> = fetcher.clone();
+    let server = ControlServer::start_for(CONNECTIONS, &store.runs().fetcher(), handler)?;
+    // A store that was removed is nobody's.
+    while !fetcher.is_idle() && path.exists() {
+        std::thread::sleep(SYNC);
+        for (layer, open) in fetcher.synced() {
+            fetcher.complete_if_all_is_here(layer, &open);
+        }
+    }
+    // From now on another one may start; who still has a connection here is answered.
+    drop(server);
+    while fetcher.busy.load(Ordering::Acquire) > 0 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // Others wait for the lock.
+    fetcher.synced();
+    Ok(())
+}
+
+struct Fetcher {
+    store: Store,
+    layers: Mutex<HashMap<Uuid, Arc<Incoming>>>,
+    limit: Arc<Limit>,
+    /// Requests that are being answered.
+    busy: AtomicUsize,
+    last: Mutex<Instant>,
+}
+
+/// A request that is being answered.
+struct Busy<'a>(&'a Fetcher);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        *self.0.last.lock() = Instant::now();
+        self.0.busy.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Fetcher {
+    fn new(store: Store) -> Self {
+        Fetcher {
+            store,
+            layers: Mutex::default(),
+            limit: Arc::default(),
+            busy: AtomicUsize::new(0),
+            last: Mutex::new(Instant::now()),
+        }
+    }
+
+    fn begin(&self) -> Busy<'_> {
+        self.busy.fetch_add(1, Ordering::AcqRel);
+        Busy(self)
+    }
+
+    fn is_idle(&self) -> bool {
+        self.busy.load(Ordering::Acquire) == 0 && self.last.lock().elapsed() >= IDLE
+    }
+
+    /// The layer, opened where it is not; `None` where it is whole.
+    fn layer(&self, layer: Uuid) -> Result<Option<Arc<Incoming>>> {
+        let mut layers = self.layers.lock();
+        if let Some(open) = layers.get(&layer) {
+            return Ok(Some(Arc::clone(open)));
+        }
+        let opened = Incoming::open(&self.store, layer, &self.limit)?.map(Arc::new);
+        if let Some(opened) = &opened {
+            layers.insert(layer, Arc::clone(opened));
+        }
+        Ok(opened)
+    }
+
+    fn forget(&self, layer: Uuid) {
+        self.layers.lock().remove(&layer);
+    }
+
+    /// Makes durable what came. What went wrong, and what was removed, is forgotten: it is opened anew when it is
+    /// wanted. Returns the others.
+    fn synced(&self) -> Vec<(Uuid, Arc<Incoming>)> {
+        let mut layers: Vec<(Uuid, Arc<Incoming>)> = {
+            let layers = self.layers.lock();
+            let open = layers.iter();
+            open.map(|(layer, open)| (*layer, Arc::clone(open)))
+                .collect()
+        };
+        layers.retain(|(layer, open)| {
+            let synced = open.sync().inspect_err(|error| {
+                tracing::error!(%layer, "what came of a lazy layer is not durable: {error}");
+            });
+            let stays = synced.is_ok() && open.is_there();
+            if !stays {
+                self.forget(*layer);
+            }
+            stays
+        });
+        layers
+    }
+
+    /// Tries once: it is opened anew when somebody asks for that.
+    fn complete_if_all_is_here(&self, layer: Uuid, open: &Incoming) {
+        if open.is_all_here()
+            && let Err(error) = self.complete(layer, open)
+        {
+            tracing::error!(%layer, "a lazy layer cannot be completed: {error}");
+        }
+    }
+
+    fn complete(&self, layer: Uuid, open: &Incoming) -> Result<()> {
+        let completed = open.complete(&self.store);
+        self.forget(layer);
+        completed
+    }
+
+    fn want(&self, want: &Want) -> Result<()> {
+        match self.layer(want.layer)? {
+            Some(open) => open.want(want.windows.clone()),
+            None => Ok(()),
+        }
+    }
+
+    fn status(&self) -> Vec<Waiting> {
+        let layers = self.layers.lock();
+        layers
+            .iter()
+            .filter_map(|(layer, open)| open.waiting(*layer))
+            .collect()
+    }
+}
+
+/// An answer of the fetcher's, which cannot be taken for a fetcher that does not answer.
+fn own(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::NotFound | ErrorKind::Io | ErrorKind::Protocol => {
+            Error::new(ErrorKind::Absent, error.to_string())
+        }
+        _ => error,
+    }
+}
+
+fn parse<T: DeserializeOwned>(verb: &str, args: Value) -> Result<T> {
+    serde_json::from_value(args).map_err(|error| {
+        Error::with_source(
+            ErrorKind::InvalidInput,
+            format!("the arguments of {verb}"),
+            error,
+        )
+    })
+}
+
+impl ControlHandler for Fetcher {
+    fn handle(&self, verb: &str, args: Value) -> Result<Value> {
+        match verb {
+            WANT => {
+                let _busy = self.begin();
+                self.want(&parse(verb, args)?).map_err(own)?;
+                Ok(Value::Null)
+            }
+            COMPLETE => {
+                let _busy = self.begin();
+                let Complete { layer } = parse(verb, args)?;
+                if let Some(open) = self.layer(layer).map_err(own)? {
+                    self.complete(layer, &open).map_err(own)?;
+                }
+                Ok(Value::Null)
+            }
+            STATUS => encode(&self.status()),
+            _ => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the fetcher knows no command {verb:?}"),
+            )),
+        }
+    }
+}

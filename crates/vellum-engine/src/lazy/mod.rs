@@ -1,0 +1,75 @@
+//! Lazy layers in the store: docs/lazy.md. [`vellum_core::layer::LazyLayer`] has their bytes, [`vellum_registry::Ranges`]
+//! talks to registries; here one process brings them together, and all others ask it.
+//!
+//! * [`Remote`]: where a layer's blocks are.
+//! * [`fetcher`]: the process that brings them.
+//! * [`FetcherClient`]: how everybody else waits for it.
+//! * [`complete()`]: has all of an image brought.
+
+mod client;
+mod complete;
+pub mod fetcher;
+mod remote;
+mod stall;
+
+pub use client::{FetcherClient, waiting};
+pub use complete::{CompleteReport, complete};
+pub use fetcher::FETCHER_COMMAND;
+pub use remote::{REMOTE_FILES, Remote};
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use vellum_base::error::Result;
+use vellum_core::layer::Header;
+use vellum_store::Store;
+
+/// Asks for windows of a layer: [`Want`].
+const WANT: &str = "want";
+/// Asks for the seal of a layer of which all is here: [`Complete`].
+const COMPLETE: &str = "complete";
+/// Asks who waits: [`Waiting`] of each layer of which something is wanted.
+const STATUS: &str = "status";
+
+/// Windows that somebody waits for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Want {
+    layer: Uuid,
+    windows: Range<u32>,
+}
+
+/// A layer that is to be completed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Complete {
+    layer: Uuid,
+}
+
+/// Who waits for a layer's blocks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// The layer.
+    pub layer: Uuid,
+    /// How many requests.
+    pub requests: u64,
+    /// For how many seconds the oldest of them has waited.
+    pub seconds: u64,
+    /// Why the last attempt failed, if it did.
+    pub error: Option<String>,
+}
+
+/// The layers among these that are lazy.
+///
+/// # Errors
+/// Where a header cannot be read.
+pub fn lazy_layers(store: &Store, layers: &[Uuid]) -> Result<Vec<Uuid>> {
+    let mut lazy = Vec::new();
+    for layer in layers {
+        let header = Header::read(&**store.storage(), &store.layer_dir(*layer))?;
+        if header.lazy {
+            lazy.push(*layer);
+        }
+    }
+    Ok(lazy)
+}

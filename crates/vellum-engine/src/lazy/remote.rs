@@ -1,0 +1,96 @@
+//! Where the blocks of a lazy layer are: the files `remote` and `table`. docs/lazy.md.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::registry::digest_of;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::Storage;
+use vellum_registry::artifact::{MAX_TABLE, Table};
+use vellum_registry::{Access, Reference};
+
+const REMOTE_FILE: &str = "remote";
+const TABLE_FILE: &str = "table";
+/// The longest file `remote`.
+const MAX_REMOTE: u64 = 64 << 10;
+
+/// The files of a lazy layer's directory that say where its blocks are.
+pub const REMOTE_FILES: [&str; 2] = [REMOTE_FILE, TABLE_FILE];
+
+/// Where a layer's blocks are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remote {
+    /// Registry and repository, with the tag or digest that was pulled, as [`Reference::parse`] takes them.
+    pub reference: String,
+    /// The registry is spoken to without TLS.
+    #[serde(default)]
+    pub plain_http: bool,
+    /// The digest of the table's blob.
+    pub table: String,
+    /// The digest of the data's blob; none where the layer has no data.
+    pub data: Option<String>,
+}
+
+impl Remote {
+    /// Writes the files of a new layer. They are durable with its names.
+    ///
+    /// # Errors
+    /// Where the host refuses.
+    pub fn write(&self, storage: &dyn Storage, dir: &Path, table: &[u8]) -> Result<()> {
+        let remote = serde_json::to_vec_pretty(self).map_err(|error| {
+            Error::with_source(ErrorKind::Internal, "where blocks are, as JSON", error)
+        })?;
+        for (name, bytes) in [(TABLE_FILE, table), (REMOTE_FILE, &remote)] {
+            let path = dir.join(name);
+            storage
+                .write_atomic(&path, bytes)
+                .context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Where the blocks of the layer in `dir` are; `None` where it came from nowhere.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`]; the message names the file.
+    pub fn read(storage: &dyn Storage, dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(REMOTE_FILE);
+        let bytes = match storage.read_all(&path, MAX_REMOTE) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            other => other.context(|| format!("cannot read {}", path.display()))?,
+        };
+        serde_json::from_slice(&bytes).map(Some).map_err(|error| {
+            let text = format!("{} is damaged", path.display());
+            Error::with_source(ErrorKind::Corrupt, text, error)
+        })
+    }
+
+    /// The layer's table, which is what its digest says.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`]; the message names the file.
+    pub fn read_table(&self, storage: &dyn Storage, dir: &Path) -> Result<Table> {
+        let path = dir.join(TABLE_FILE);
+        let named = || path.display().to_string();
+        let bytes = storage.read_all(&path, MAX_TABLE).context(named)?;
+        let found = digest_of(Sha256::digest(&bytes).into());
+        if found != self.table {
+            let text = format!("{}: it has the digest {found}, not {}", named(), self.table);
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        }
+        Table::decode(&bytes).map_err(|error| error.context(named()))
+    }
+
+    /// Which repository to ask, and how.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for what is no reference.
+    pub fn place(&self) -> Result<(Reference, Access)> {
+        let access = Access {
+            plain_http: self.plain_http,
+        };
+        Ok((Reference::parse(&self.reference)?, access))
+    }
+}

@@ -1,0 +1,134 @@
+//! Parts of blobs: what lazy layers are made of. docs/lazy.md.
+
+use std::future::Future;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::header::{CONTENT_RANGE, RANGE};
+use reqwest::{Response, StatusCode};
+use tokio::runtime::Runtime;
+use vellum_base::error::{Error, ErrorKind, Result};
+
+use super::client::{Http, Repository, header};
+use super::credentials;
+use super::failure::Failure;
+use super::reference::Reference;
+use super::retry::Moved;
+use super::session::{Access, runtime};
+
+/// How long a registry may take to begin with an answer, and how long that may stand still.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Parts of the blobs of one repository. Threads may ask at once; whoever does waits.
+#[derive(Debug)]
+pub struct Ranges {
+    runtime: Runtime,
+    repository: Repository,
+}
+
+impl Ranges {
+    /// Gets ready to ask the repository of a reference. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// As [`super::Session::open`].
+    pub fn open(reference: &Reference, access: Access) -> Result<Self> {
+        let registry = reference.registry();
+        let name = reference.repository();
+        let http = Arc::new(Http::new(registry, access.plain_http)?);
+        let scopes = vec![format!("repository:{name}:pull")];
+        let credential = credentials::find(registry)?;
+        Ok(Ranges {
+            runtime: runtime()?,
+            repository: Repository::new(http, name, scopes, credential),
+        })
+    }
+
+    /// Those bytes of a blob, exactly as many, of which nothing is checked but their number. Tries once.
+    ///
+    /// # Errors
+    /// What the registry says, and whether it is worth another try.
+    pub fn get(&self, digest: &str, range: Range<u64>) -> Result<Vec<u8>, Failure> {
+        self.runtime
+            .block_on(attempt(&self.repository, digest, range))
+    }
+}
+
+/// As [`Ranges::get`].
+pub(crate) async fn attempt(
+    repository: &Repository,
+    digest: &str,
+    range: Range<u64>,
+) -> Result<Vec<u8>, Failure> {
+    let host = &repository.http.host;
+    let (from, last) = (range.start, range.end.saturating_sub(1));
+    let doing = format!("fetching bytes {from} to {last} of the blob {digest} from {host}");
+    let url = repository.url(&format!("blobs/{digest}"))?;
+    let build = || {
+        let request = repository.http.client.get(url.clone());
+        request.header(RANGE, format!("bytes={from}-{last}"))
+    };
+    let moved = Moved::none();
+    let asked = repository.ask(&doing, &moved, build);
+    let response = patiently(&doing, asked).await??;
+    match response.status() {
+        StatusCode::PARTIAL_CONTENT if is_that(&response, from) => {}
+        StatusCode::PARTIAL_CONTENT | StatusCode::OK => {
+            let text = format!(
+                "{doing}: it sends other bytes than those: such a registry cannot be pulled from lazily, \
+                     `vellum pull` fetches the image whole"
+            );
+            return Err(Error::new(ErrorKind::Unsupported, text).into());
+        }
+        // The address that it sent us to was good for a while only.
+        StatusCode::FORBIDDEN if !repository.http.is_own(response.url()) => {
+            let failure = Failure::refused(host, &doing, response).await;
+            return Err(Failure::passing(failure.error));
+        }
+        _ => return Err(Failure::refused(host, &doing, response).await),
+    }
+    body(host, &doing, response, range).await
+}
+
+/// The bytes of an answer, exactly as many as were asked for.
+async fn body(
+    host: &str,
+    doing: &str,
+    mut response: Response,
+    range: Range<u64>,
+) -> Result<Vec<u8>, Failure> {
+    let len = (range.end - range.start) as usize;
+    let cut = |there: usize| {
+        let text = format!("{doing}: {there} bytes came instead of {len}");
+        Failure::passing(Error::new(ErrorKind::Corrupt, text))
+    };
+    let mut bytes = Vec::with_capacity(len);
+    loop {
+        let chunk = patiently(doing, response.chunk()).await?;
+        let chunk = chunk.map_err(|error| Failure::unanswered(host, doing, &error))?;
+        let Some(chunk) = chunk else { break };
+        if bytes.len() + chunk.len() > len {
+            return Err(cut(bytes.len() + chunk.len()));
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    match bytes.len() == len {
+        true => Ok(bytes),
+        false => Err(cut(bytes.len())),
+    }
+}
+
+/// Waits for something that should come soon.
+async fn patiently<T>(doing: &str, work: impl Future<Output = T>) -> Result<T, Failure> {
+    tokio::time::timeout(PATIENCE, work).await.map_err(|_| {
+        let seconds = PATIENCE.as_secs();
+        let text = format!("{doing}: nothing has moved for {seconds} seconds");
+        Failure::passing(Error::new(ErrorKind::Timeout, text))
+    })
+}
+
+/// Whether an answer begins at that byte.
+fn is_that(response: &Response, from: u64) -> bool {
+    let range = header(response.headers(), CONTENT_RANGE.as_str());
+    range.is_some_and(|range| range.starts_with(&format!("bytes {from}-")))
+}
