@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::client::{FetcherClient, ask_to_complete};
 use super::lazy_layers;
 use crate::watch::Watch;
-use vellum_base::error::{Error, Result};
+use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 use vellum_core::layer::{Fetch, LazyLayer};
 use vellum_store::Store;
@@ -17,6 +17,8 @@ use vellum_store::Store;
 const AT_A_TIME: usize = 4;
 /// Windows of a request.
 const STEP: usize = 32;
+/// How often a layer of which windows are missing again is brought.
+const ATTEMPTS: u32 = 32;
 
 /// What was brought.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -39,10 +41,22 @@ pub fn complete(store: &Store, name: &str, watch: &dyn Watch) -> Result<Complete
     };
     let lazy = lazy_layers(store, &layers)?;
     for layer in &lazy {
-        bring(store, *layer, watch)?;
-        ask_to_complete(store.root(), *layer)?;
+        complete_layer(store, *layer, watch)?;
     }
     Ok(CompleteReport { layers: lazy })
+}
+
+/// Brings all of a layer and has it sealed; again where a fetcher died before it had noted all that came.
+fn complete_layer(store: &Store, layer: Uuid, watch: &dyn Watch) -> Result<()> {
+    for _ in 1..ATTEMPTS {
+        bring(store, layer, watch)?;
+        match ask_to_complete(store.root(), layer) {
+            Err(error) if error.kind() == ErrorKind::InvalidInput => interrupt::check()?,
+            other => return other,
+        }
+    }
+    bring(store, layer, watch)?;
+    ask_to_complete(store.root(), layer)
 }
 
 /// Brings all windows of a layer.
