@@ -215,7 +215,7 @@ fn a_fetcher_that_is_killed_again_and_again_costs_time_and_no_byte() {
     let killer = std::thread::spawn(move || {
         let mut count = 0;
         while !told.load(std::sync::atomic::Ordering::SeqCst) {
-            std::thread::sleep(Duration::from_millis(250));
+            std::thread::sleep(Duration::from_millis(350));
             for pid in fetchers(&killed) {
                 kill(pid);
                 count += 1;
