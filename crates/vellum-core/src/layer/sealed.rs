@@ -1,41 +1,30 @@
 //! A sealed layer: read-only, each block checked against its checksum. format.md, sections 4, 5.
 
-use std::cell::Cell;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+mod digest;
+mod seal;
 
-use sha2::{Digest, Sha256};
+pub use seal::seal_in_place;
+pub(super) use seal::{remove_what_a_seal_replaces, seal_as_expected};
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::data::DataFiles;
-use super::files::{remove_if_there, sync_names};
+use super::files::sync_names;
 use super::header::Header;
 use super::index::Index;
-use super::journal::remove_journal;
-use super::lazy::{self, HAVE_FILE, Lazy};
+use super::lazy::{self, Lazy};
 use super::live::{self, Left};
-use super::map_file::MAP_FILE;
-use super::recovery::{AsRecovered, extents_of, load_as_recovered, load_map};
+use super::recovery::{AsRecovered, load_as_recovered, load_map};
 use super::shared::Shared;
-use super::space::RESERVE_FILE;
-use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableContent, TableKind, push_extent};
-use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, part, part_mut};
+use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableKind, push_extent};
+use digest::walk;
+use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, part_mut};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{OpenMode, Storage};
 
 /// The seal's file name.
 pub(super) const SEAL_FILE: &str = "seal";
-
-/// What is hashed in front of a layer's content.
-const DIGEST_PREFIX: &[u8; 16] = b"vellum layer v1\n";
-
-/// Blocks read at a time when a whole layer is read: 1 MiB.
-const SCRUB: Blocks = Blocks::new(256);
-
-/// Buffers of that length between the thread that reads and the one that computes the digest.
-const PIECES: usize = 4;
-
-/// So many bytes need no second thread.
-const ALONE: u64 = 8 << 20;
 
 /// A layer that never changes again.
 #[derive(Debug)]
@@ -375,246 +364,4 @@ impl AsRecovered {
             part_mut(buf, at, BLOCK_LEN).copy_from_slice(bytes);
         }
     }
-}
-
-/// What goes into a digest.
-enum Piece {
-    /// Start, length and state of an extent.
-    Head([u8; MapExtent::LEN]),
-    /// So many bytes of this buffer.
-    Data(Vec<u8>, usize),
-}
-
-/// A digest in the making.
-struct Digesting(Sha256);
-
-impl Digesting {
-    fn new(header: &Header) -> Self {
-        let mut hash = Sha256::new();
-        hash.update(DIGEST_PREFIX);
-        hash.update(header.virtual_size.to_le_bytes());
-        Digesting(hash)
-    }
-
-    /// Takes a piece; a buffer comes back.
-    fn take(&mut self, piece: Piece) -> Option<Vec<u8>> {
-        match piece {
-            Piece::Head(head) => {
-                self.0.update(head);
-                None
-            }
-            Piece::Data(buf, len) => {
-                self.0.update(part(&buf, 0, len));
-                Some(buf)
-            }
-        }
-    }
-
-    fn finish(self) -> [u8; DIGEST_LEN] {
-        self.0.finalize().into()
-    }
-}
-
-/// Reads all data of a layer in order, calls `each` with pieces of whole blocks, and returns the
-/// digest. That of much data is computed in a thread of its own, while `each` goes on.
-fn walk(
-    header: &Header,
-    data: &DataFiles,
-    extents: &[MapExtent],
-    mut each: impl FnMut(Span, &[u8]) -> Result<()>,
-) -> Result<[u8; DIGEST_LEN]> {
-    let held = extents.iter().filter(|e| e.state() == BlockState::Data);
-    let blocks: Blocks = held.map(|extent| extent.span().len()).sum();
-    if blocks.bytes() <= ALONE {
-        let mut digest = Digesting::new(header);
-        let spare = Cell::new(Vec::new());
-        let mut take = |piece| {
-            if let Some(buf) = digest.take(piece) {
-                spare.set(buf);
-            }
-        };
-        read_pieces(data, extents, &|| spare.take(), &mut take, &mut each)?;
-        return Ok(digest.finish());
-    }
-    std::thread::scope(|scope| {
-        let (pieces, to_hash) = mpsc::sync_channel(PIECES);
-        let (emptied, free) = mpsc::channel();
-        (0..PIECES).for_each(|_| drop(emptied.send(Vec::new())));
-        let hasher = scope.spawn(move || {
-            let mut digest = Digesting::new(header);
-            for piece in to_hash {
-                if let Some(buf) = digest.take(piece) {
-                    // Who read has ended with an error.
-                    let _ = emptied.send(buf);
-                }
-            }
-            digest.finish()
-        });
-        // There is none where the thread that computes the digest panicked: that is told when it is joined.
-        let buffer = || free.recv().unwrap_or_else(|_| Vec::new());
-        let mut take = |piece| drop(pieces.send(piece));
-        let read = read_pieces(data, extents, &buffer, &mut take, &mut each);
-        drop(pieces);
-        let digest = hasher
-            .join()
-            .map_err(|_| Error::internal("the thread that computes a digest panicked"));
-        read.and(digest)
-    })
-}
-
-/// Reads the data of extents into buffers that `buffer` gives, of any length, and passes all that
-/// the digest is of to `take`.
-fn read_pieces(
-    data: &DataFiles,
-    extents: &[MapExtent],
-    buffer: &dyn Fn() -> Vec<u8>,
-    take: &mut dyn FnMut(Piece),
-    each: &mut dyn FnMut(Span, &[u8]) -> Result<()>,
-) -> Result<()> {
-    for extent in extents {
-        take(Piece::Head(extent.bytes()));
-        if extent.state() != BlockState::Data {
-            continue;
-        }
-        for span in extent.span().pieces(SCRUB) {
-            vellum_base::interrupt::check()?;
-            let len = span.len().buffer_len();
-            let mut buf = buffer();
-            if buf.len() < len {
-                buf.resize(SCRUB.buffer_len(), 0);
-            }
-            let bytes = part_mut(&mut buf, 0, len);
-            data.read(bytes, span.offset())?;
-            each(span, bytes)?;
-            take(Piece::Data(buf, len));
-        }
-    }
-    Ok(())
-}
-
-/// Gives a sealed layer its checksums and digest, and removes what they replace. Safe to repeat
-/// after a crash, and to do while the layer is being read. `progress` is called with the number of
-/// blocks just read. Returns the digest.
-///
-/// # Errors
-/// As [`SealedLayer::open`]; the layer stays readable as it was.
-pub fn seal_in_place(
-    storage: &dyn Storage,
-    dir: &Path,
-    progress: impl FnMut(Blocks),
-) -> Result<[u8; DIGEST_LEN]> {
-    let layer = SealedLayer::open(storage, dir)?;
-    let digest = match &layer.map {
-        SealedMap::Table(table) => {
-            // Whoever made the seal may have died before its name was durable.
-            sync_names(storage, dir)?;
-            if layer.header.lazy {
-                lazy::finish(storage, dir, &layer.header)?;
-            }
-            table.digest
-        }
-        SealedMap::Pending(_) if layer.is_lazy() => {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!(
-                    "{}: the layer is lazy: `vellum complete` its image",
-                    dir.display()
-                ),
-            ));
-        }
-        SealedMap::Pending(index) => {
-            let read = read_whole(&layer.header, &layer.data, index, progress)?;
-            read.write_seal(storage, dir, &layer.header)?;
-            read.digest
-        }
-        // `open` makes none.
-        SealedMap::Written(_) | SealedMap::Unsealed(_) => {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                "the layer is not sealed",
-            ));
-        }
-    };
-    remove_what_a_seal_replaces(storage, dir)?;
-    Ok(digest)
-}
-
-/// Removes the files that a layer with a seal has no use for.
-///
-/// # Errors
-/// Where the host refuses.
-pub(super) fn remove_what_a_seal_replaces(storage: &dyn Storage, dir: &Path) -> Result<()> {
-    for name in [MAP_FILE, RESERVE_FILE, HAVE_FILE] {
-        remove_if_there(storage, &dir.join(name))?;
-    }
-    remove_journal(storage, dir)
-}
-
-/// All of a layer, read.
-struct ReadWhole {
-    extents: Vec<MapExtent>,
-    /// Of each data block, in order.
-    sums: Vec<u32>,
-    digest: [u8; DIGEST_LEN],
-}
-
-fn read_whole(
-    header: &Header,
-    data: &DataFiles,
-    map: &Index,
-    mut progress: impl FnMut(Blocks),
-) -> Result<ReadWhole> {
-    let extents = extents_of(map);
-    let mut sums = Vec::new();
-    let digest = walk(header, data, &extents, |span, bytes| {
-        sums.extend(bytes.chunks_exact(BLOCK_LEN).map(crc32fast::hash));
-        progress(span.len());
-        Ok(())
-    })?;
-    Ok(ReadWhole {
-        extents,
-        sums,
-        digest,
-    })
-}
-
-impl ReadWhole {
-    /// Writes the seal, durably.
-    fn write_seal(&self, storage: &dyn Storage, dir: &Path, header: &Header) -> Result<()> {
-        let content = TableContent {
-            kind: TableKind::Seal,
-            uuid: header.uuid,
-            generation: 0,
-            virtual_size: header.virtual_size,
-            extents: &self.extents,
-            sums: &self.sums,
-            digest: self.digest,
-        };
-        let path = dir.join(SEAL_FILE);
-        storage
-            .write_atomic(&path, &content.encode())
-            .context(|| format!("cannot write {}", path.display()))
-    }
-}
-
-/// Reads all of a layer whose blocks are all in its data files, and writes its seal if it has the digest that it
-/// should; false where it has another one.
-///
-/// # Errors
-/// Where the host refuses.
-pub(super) fn seal_as_expected(
-    storage: &dyn Storage,
-    dir: &Path,
-    header: &Header,
-    data: &DataFiles,
-    map: &Index,
-    digest: &[u8; DIGEST_LEN],
-    progress: impl FnMut(Blocks),
-) -> Result<bool> {
-    let read = read_whole(header, data, map, progress)?;
-    let right = read.digest == *digest;
-    if right {
-        read.write_seal(storage, dir, header)?;
-    }
-    Ok(right)
 }
