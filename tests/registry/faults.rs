@@ -14,13 +14,9 @@ fn data_blob(registry: &Registry, store: &TestStore) -> String {
         "--format",
         "blocks",
     ]);
-    let manifest = registry.document(pushed["digest"].as_str().unwrap());
-    let layers = manifest["layers"].as_array().unwrap().iter();
-    let data = layers.filter(|layer| layer["mediaType"].as_str().unwrap().contains("data"));
-    let largest = data
-        .max_by_key(|layer| layer["size"].as_u64().unwrap())
-        .unwrap();
-    largest["digest"].as_str().unwrap().to_owned()
+    let blobs = registry.data_blobs(pushed["digest"].as_str().unwrap());
+    let len = |digest: &String| fs::metadata(registry.blob_file(digest)).unwrap().len();
+    blobs.into_iter().max_by_key(len).unwrap()
 }
 
 #[track_caller]

@@ -155,11 +155,8 @@ fn a_registry_that_is_not_there_or_without_the_data_is_told_at_the_pull() {
         "--format",
         "blocks",
     ]);
-    let manifest = registry.document(pushed["digest"].as_str().unwrap());
-    for layer in manifest["layers"].as_array().unwrap() {
-        if layer["mediaType"].as_str().unwrap().contains("data") {
-            fs::remove_file(registry.blob_file(layer["digest"].as_str().unwrap())).unwrap();
-        }
+    for digest in registry.data_blobs(pushed["digest"].as_str().unwrap()) {
+        fs::remove_file(registry.blob_file(&digest)).unwrap();
     }
     let said = to.fails(&["pull", "--lazy", &registry.image("web:1"), "web"]);
     assert!(said.contains("404"), "{said}");

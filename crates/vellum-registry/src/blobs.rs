@@ -159,7 +159,8 @@ async fn fetch(
     unless_stalled(&doing, &own, received).await
 }
 
-fn begins_at(response: &Response, from: u64) -> bool {
+/// Whether an answer begins at that byte of a blob.
+pub(crate) fn begins_at(response: &Response, from: u64) -> bool {
     let range = header(response.headers(), CONTENT_RANGE.as_str());
     range.is_some_and(|range| range.starts_with(&format!("bytes {from}-")))
 }

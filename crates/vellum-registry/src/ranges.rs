@@ -2,20 +2,18 @@
 
 use std::future::Future;
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::header::{CONTENT_RANGE, RANGE};
+use reqwest::header::RANGE;
 use reqwest::{Response, StatusCode};
-use tokio::runtime::Runtime;
 use vellum_base::error::{Error, ErrorKind, Result};
 
-use super::client::{Http, Repository, header};
-use super::credentials;
+use super::blobs::begins_at;
+use super::client::Repository;
 use super::failure::Failure;
 use super::reference::Reference;
 use super::retry::Moved;
-use super::session::{Access, runtime};
+use super::session::{Access, Session};
 
 /// How long a registry may take to begin with an answer, and how long that may stand still.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -23,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Parts of the blobs of one repository. Threads may ask at once; whoever does waits.
 #[derive(Debug)]
 pub struct Ranges {
-    runtime: Runtime,
+    session: Session,
     repository: Repository,
 }
 
@@ -31,16 +29,13 @@ impl Ranges {
     /// Gets ready to ask the repository of a reference. Nothing is sent yet.
     ///
     /// # Errors
-    /// As [`super::Session::open`].
+    /// As [`Session::open`].
     pub fn open(reference: &Reference, access: Access) -> Result<Self> {
-        let registry = reference.registry();
-        let name = reference.repository();
-        let http = Arc::new(Http::new(registry, access.plain_http)?);
-        let scopes = vec![format!("repository:{name}:pull")];
-        let credential = credentials::find(registry)?;
+        let session = Session::open(reference, access)?;
+        let repository = session.to_pull();
         Ok(Ranges {
-            runtime: runtime()?,
-            repository: Repository::new(http, name, scopes, credential),
+            session,
+            repository,
         })
     }
 
@@ -49,8 +44,8 @@ impl Ranges {
     /// # Errors
     /// What the registry says, and whether it is worth another try.
     pub fn get(&self, digest: &str, range: Range<u64>) -> Result<Vec<u8>, Failure> {
-        self.runtime
-            .block_on(attempt(&self.repository, digest, range))
+        let attempt = attempt(&self.repository, digest, range);
+        self.session.runtime().block_on(attempt)
     }
 }
 
@@ -72,11 +67,11 @@ pub(crate) async fn attempt(
     let asked = repository.ask(&doing, &moved, build);
     let response = patiently(&doing, asked).await??;
     match response.status() {
-        StatusCode::PARTIAL_CONTENT if is_that(&response, from) => {}
+        StatusCode::PARTIAL_CONTENT if begins_at(&response, from) => {}
         StatusCode::PARTIAL_CONTENT | StatusCode::OK => {
             let text = format!(
                 "{doing}: it sends other bytes than those: such a registry cannot be pulled from lazily, \
-                     `vellum pull` fetches the image whole"
+                 `vellum pull` fetches the image whole"
             );
             return Err(Error::new(ErrorKind::Unsupported, text).into());
         }
@@ -125,10 +120,4 @@ async fn patiently<T>(doing: &str, work: impl Future<Output = T>) -> Result<T, F
         let text = format!("{doing}: nothing has moved for {seconds} seconds");
         Failure::passing(Error::new(ErrorKind::Timeout, text))
     })
-}
-
-/// Whether an answer begins at that byte.
-fn is_that(response: &Response, from: u64) -> bool {
-    let range = header(response.headers(), CONTENT_RANGE.as_str());
-    range.is_some_and(|range| range.starts_with(&format!("bytes {from}-")))
 }

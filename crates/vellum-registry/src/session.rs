@@ -116,14 +116,25 @@ impl Session {
         (self.reference.to_string(), self.access)
     }
 
-    /// Makes sure that the registry gives parts of a blob, which is not empty.
+    /// What its requests are driven by; threads may drive them at once.
+    pub(crate) fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// Makes sure that the registry gives parts of blobs, none of which is empty.
     ///
     /// # Errors
-    /// As [`Session::find`]; [`ErrorKind::Unsupported`] where it gives all of it or nothing.
-    pub fn try_range(&self, digest: &str) -> Result<()> {
+    /// As [`Session::find`]; [`ErrorKind::Unsupported`] where it gives all of one or nothing.
+    pub fn try_ranges(&self, blobs: &[Descriptor]) -> Result<()> {
         let repository = self.to_pull();
-        let attempt = || async { ranges::attempt(&repository, digest, 0..1).await.map(drop) };
-        self.drive(&AtomicU64::new(0), None, retried(attempt))
+        let work = async {
+            for blob in blobs {
+                let first = || ranges::attempt(&repository, &blob.digest, 0..1);
+                retried(first).await?;
+            }
+            Ok(())
+        };
+        self.drive(&AtomicU64::new(0), None, work)
     }
 
     fn repository(&self, scopes: Vec<String>) -> Repository {
@@ -131,7 +142,7 @@ impl Session {
         Repository::new(self.http.clone(), name, scopes, self.credential.clone())
     }
 
-    fn to_pull(&self) -> Repository {
+    pub(crate) fn to_pull(&self) -> Repository {
         self.repository(vec![format!(
             "repository:{}:pull",
             self.reference.repository()
@@ -325,7 +336,7 @@ impl Session {
     }
 }
 
-pub(crate) fn runtime() -> Result<Runtime> {
+fn runtime() -> Result<Runtime> {
     Builder::new_current_thread()
         .enable_all()
         .build()

@@ -115,6 +115,15 @@ impl Registry {
         serde_json::from_slice(&fs::read(self.blob_file(digest)).unwrap()).unwrap()
     }
 
+    /// The digests of the data blobs of an artifact, from the bottom up.
+    pub fn data_blobs(&self, manifest: &str) -> Vec<String> {
+        let manifest = self.document(manifest);
+        let layers = manifest["layers"].as_array().unwrap().iter();
+        let data = layers.filter(|layer| layer["mediaType"].as_str().unwrap().contains("data"));
+        data.map(|layer| layer["digest"].as_str().unwrap().to_owned())
+            .collect()
+    }
+
     /// All files of blobs, with their lengths: what changes when something is sent.
     pub fn blobs(&self) -> Vec<(PathBuf, u64)> {
         let root = self.dir.path().join("data/docker/registry/v2/blobs");

@@ -79,6 +79,23 @@ impl Chain {
         }
     }
 
+    /// Changes the top by `work`, which has to bear being repeated, and makes that durable where it is to be.
+    fn change(
+        &self,
+        durability: Durability,
+        mut work: impl FnMut(&WritableLayer) -> Result<()>,
+    ) -> Result<()> {
+        self.once_here(|| {
+            let guard = self.top.read();
+            let top = guard.as_deref().ok_or_else(read_only)?;
+            work(top)?;
+            match durability {
+                Durability::Buffered => Ok(()),
+                Durability::Durable => self.flush_top(top),
+            }
+        })
+    }
+
     /// The sealed layers.
     pub fn base(&self) -> &Base {
         &self.base
@@ -269,15 +286,10 @@ impl BlockDevice for Chain {
             return Ok(());
         }
         let began = self.stats.begin();
-        self.once_here(|| {
-            let guard = self.top.read();
-            let top = guard.as_deref().ok_or_else(read_only)?;
+        self.change(durability, |top| {
             let allocated = self.write_bytes(top, buf, Offset::new(offset))?;
             self.stats.wrote(began, buf.len() as u64, allocated);
-            match durability {
-                Durability::Buffered => Ok(()),
-                Durability::Durable => self.flush_top(top),
-            }
+            Ok(())
         })
     }
 
@@ -328,14 +340,8 @@ impl BlockDevice for Chain {
         if len == 0 {
             return Ok(());
         }
-        self.once_here(|| {
-            let guard = self.top.read();
-            let top = guard.as_deref().ok_or_else(read_only)?;
-            self.zero_bytes(top, Offset::new(offset), len, mode)?;
-            match durability {
-                Durability::Buffered => Ok(()),
-                Durability::Durable => self.flush_top(top),
-            }
+        self.change(durability, |top| {
+            self.zero_bytes(top, Offset::new(offset), len, mode)
         })
     }
 

@@ -48,15 +48,17 @@ pub fn complete(store: &Store, name: &str, watch: &dyn Watch) -> Result<Complete
 
 /// Brings all of a layer and has it sealed; again where a fetcher died before it had noted all that came.
 fn complete_layer(store: &Store, layer: Uuid, watch: &dyn Watch) -> Result<()> {
-    for _ in 1..ATTEMPTS {
+    let mut attempts = 0;
+    loop {
         bring(store, layer, watch)?;
+        attempts += 1;
         match ask_to_complete(store.root(), layer) {
-            Err(error) if error.kind() == ErrorKind::InvalidInput => interrupt::check()?,
+            Err(error) if error.kind() == ErrorKind::InvalidInput && attempts < ATTEMPTS => {
+                interrupt::check()?;
+            }
             other => return other,
         }
     }
-    bring(store, layer, watch)?;
-    ask_to_complete(store.root(), layer)
 }
 
 /// Brings all windows of a layer.

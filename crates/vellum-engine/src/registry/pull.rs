@@ -131,7 +131,8 @@ impl Puller<'_> {
         match self.lazy {
             true => {
                 receiver = receiver.lazily(self.session)?;
-                self.try_ranges(&receiver.wanted())?;
+                // Now rather than when somebody reads.
+                self.session.try_ranges(&receiver.wanted())?;
             }
             false => self.fetch(name, &receiver.wanted(), &layout)?,
         }
@@ -150,14 +151,6 @@ impl Puller<'_> {
             },
             layers,
         })
-    }
-
-    /// Makes sure that the registry gives parts of blobs, now rather than when somebody reads.
-    fn try_ranges(&self, blobs: &[Descriptor]) -> Result<()> {
-        for blob in blobs {
-            self.session.try_range(&blob.digest)?;
-        }
-        Ok(())
     }
 
     /// Notes where the blobs came from: a push of the same layers to another repository has the same ones.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 use vellum_base::block::{BlockState, Run};
@@ -392,47 +392,43 @@ fn open_table(layout: &Layout, blobs: &LayerBlobs) -> Result<Layer> {
 }
 
 /// The sealed layers of the store that lie on `below`, with their directories.
-fn layers_on(store: &Store, below: Option<&Header>) -> Result<Vec<(Header, PathBuf)>> {
-    let mut found = Vec::new();
-    for layer in store.layers()? {
+fn layers_on(
+    store: &Store,
+    below: Option<&Header>,
+) -> Result<impl Iterator<Item = (Header, PathBuf)>> {
+    let layers = store.layers()?.into_iter();
+    Ok(layers.filter_map(move |layer| {
         let dir = store.layer_dir(layer);
         // What cannot be read is not the one that is looked for.
-        if let Ok(header) = Header::read(&**store.storage(), &dir)
-            && header.sealed
-            && header.fits_on(below)
-        {
-            found.push((header, dir));
-        }
-    }
-    Ok(found)
+        let header = Header::read(&**store.storage(), &dir).ok()?;
+        (header.sealed && header.fits_on(below)).then_some((header, dir))
+    }))
 }
 
 /// A lazy layer of the store with the same table in the same place. Its digest is only what the table says, so that it
 /// is not known by that.
 fn find_lazy(store: &Store, below: Option<&Header>, table: &Descriptor) -> Result<Option<Header>> {
-    let same = |dir: &PathBuf| {
+    let same = |dir: &Path| {
         let remote = Remote::read(&**store.storage(), dir);
         matches!(remote, Ok(Some(remote)) if remote.table == table.digest)
     };
-    let found = layers_on(store, below)?
-        .into_iter()
-        .find(|(_, dir)| same(dir));
+    let found = layers_on(store, below)?.find(|(_, dir)| same(dir));
     Ok(found.map(|(header, _)| header))
 }
 
 /// A layer of the store with the same digest in the same place: known by what it holds, which was read when it was
 /// sealed, and not by what anybody says of it.
 fn find(store: &Store, below: Option<&Header>, table: &Table) -> Result<Option<Header>> {
-    let same = |header: &Header, dir: &PathBuf| {
-        let whole = store
-            .layer_info(header.uuid)
-            .is_ok_and(|info| info.damaged.is_none());
-        let sealed = SealedLayer::open(&**store.storage(), dir);
-        header.virtual_size == table.virtual_size
-            && whole
-            && sealed.is_ok_and(|sealed| sealed.digest() == Some(table.digest))
+    let whole = |header: &Header| {
+        let info = store.layer_info(header.uuid);
+        info.is_ok_and(|info| info.damaged.is_none())
     };
-    let mut layers = layers_on(store, below)?.into_iter();
-    let found = layers.find(|(header, dir)| same(header, dir));
+    let same = |dir: &Path| {
+        let sealed = SealedLayer::open(&**store.storage(), dir);
+        sealed.is_ok_and(|sealed| sealed.digest() == Some(table.digest))
+    };
+    let found = layers_on(store, below)?.find(|(header, dir)| {
+        header.virtual_size == table.virtual_size && whole(header) && same(dir)
+    });
     Ok(found.map(|(header, _)| header))
 }

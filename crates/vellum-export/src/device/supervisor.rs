@@ -44,7 +44,7 @@ use super::watch::{Companion, Hang, Limits, PERIOD, Watch};
 use super::worker::{self, Worker};
 use crate::fuse::ring::memory::RingMemory;
 use crate::fuse::session::{self, Features, Session};
-use crate::fuse::slot::{MAX_THREADS, Shared};
+use crate::fuse::slot::{Shared, USUAL_THREADS};
 use crate::ublk::disk::Mark;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Witness;
@@ -186,7 +186,7 @@ pub fn supervise(args: &SupervisorArgs, open: Open<'_>) -> Result<()> {
                 session: Arc::clone(&supervisor.session),
                 features: supervisor.features,
                 use_resend: supervisor.features.resend && !supervisor.args.no_resend,
-                threads: supervisor.args.threads.clamp(1, MAX_THREADS),
+                threads: supervisor.args.threads.clamp(1, USUAL_THREADS),
                 shared: Arc::clone(&supervisor.shared),
                 ring: supervisor.ring.clone(),
                 guarded: !supervisor.args.no_guard,

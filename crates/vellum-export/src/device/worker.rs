@@ -34,7 +34,9 @@ use crate::fuse::readers::Readers;
 use crate::fuse::ring::crew::Crew;
 use crate::fuse::server::Server;
 use crate::fuse::session;
-use crate::fuse::slot::{ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared, Slot};
+use crate::fuse::slot::{
+    ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared, Slot, USUAL_THREADS,
+};
 use crate::fuse::transport::{Classic, Ended};
 use crate::space_thread::SpaceThread;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -43,8 +45,6 @@ use vellum_base::storage::{listen_for_waits, note_waits_in};
 
 /// From include/uapi/linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: i32 = 57;
-/// Threads that serve a device whose requests wait for the host alone.
-const USUAL_THREADS: usize = 16;
 /// So many threads never wait for room on the host's disk.
 const SERVING_ALWAYS: usize = 4;
 

@@ -20,6 +20,8 @@ use super::abi;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::monotonic_ns;
 
+/// Threads that serve a device whose requests wait for the host alone.
+pub const USUAL_THREADS: usize = 16;
 /// The most threads that serve one device: more than a loop device sends requests at once (128).
 pub const MAX_THREADS: usize = 136;
 

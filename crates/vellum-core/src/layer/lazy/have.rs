@@ -80,6 +80,11 @@ impl HaveHeader {
     }
 }
 
+/// How many windows so many blocks have.
+fn windows_in(blocks: Blocks, power: WindowPower) -> u64 {
+    blocks.get().div_ceil(power.blocks().get())
+}
+
 /// A set of windows of one layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct WindowSet(Vec<u64>);
@@ -87,8 +92,7 @@ pub(super) struct WindowSet(Vec<u64>);
 impl WindowSet {
     /// The empty set, of a layer of so many blocks.
     pub fn none(blocks: Blocks, power: WindowPower) -> Self {
-        let windows = blocks.get().div_ceil(power.blocks().get());
-        WindowSet(vec![0; in_memory(windows.div_ceil(64))])
+        WindowSet(vec![0; in_memory(windows_in(blocks, power).div_ceil(64))])
     }
 
     /// Those that have data blocks.
@@ -188,8 +192,7 @@ pub(super) fn read(
 ) -> Result<(HaveHeader, WindowSet)> {
     let path = dir.join(HAVE_FILE);
     let named = || format!("cannot read {}", path.display());
-    let least = WindowSet::none(header.blocks(), WindowPower::LEAST);
-    let pages = (least.words().len() as u64 * 64).div_ceil(BITS);
+    let pages = windows_in(header.blocks(), WindowPower::LEAST).div_ceil(BITS);
     let bytes = storage.read_all(&path, page_offset(pages)).context(named)?;
     let have = HaveHeader::decode(&bytes, header).context(named)?;
     let mut set = WindowSet::none(header.blocks(), have.power);

@@ -195,13 +195,20 @@ impl LazyLayer {
         }
         came.iter().for_each(|window| state.durable.insert(*window));
         let pages: BTreeSet<u64> = came.iter().copied().map(have::page_of).collect();
-        for page in pages {
-            let bytes = have::encode_page(&state.durable, page);
-            self.file
-                .write_at(&bytes, have::page_offset(page))
-                .context(|| format!("cannot write {}", self.dir.join(HAVE_FILE).display()))?;
-        }
-        Ok(())
+        pages
+            .into_iter()
+            .try_for_each(|page| self.write_page(&state.durable, page))
+    }
+
+    fn write_page(&self, here: &WindowSet, page: u64) -> Result<()> {
+        self.file
+            .write_at(&have::encode_page(here, page), have::page_offset(page))
+            .context(|| self.what())
+    }
+
+    /// What could not be done.
+    fn what(&self) -> String {
+        format!("cannot write {}", self.dir.join(HAVE_FILE).display())
     }
 
     /// Makes a layer of which nothing is missing a sealed one like any other: reads all of it, and compares its digest.
@@ -248,12 +255,9 @@ impl LazyLayer {
             came: Vec::new(),
         };
         for page in had {
-            let bytes = have::encode_page(&state.durable, page);
-            self.file
-                .write_at(&bytes, have::page_offset(page))
-                .and_then(|()| self.file.sync_data())
-                .context(|| format!("cannot write {}", self.dir.join(HAVE_FILE).display()))?;
+            self.write_page(&state.durable, page)?;
         }
+        self.file.sync_data().context(|| self.what())?;
         sync_names(storage, &self.dir)
     }
 }

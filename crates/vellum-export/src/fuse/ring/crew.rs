@@ -102,7 +102,7 @@ impl Crew {
 
     /// True where no other request of its queue is with a worker.
     pub(super) fn is_alone(&self, slot: Slot) -> bool {
-        self.hand(slot).load(Ordering::Relaxed) <= 1
+        self.in_hand(slot.queue()) <= 1
     }
 
     /// Hands a request to a spare thread.
