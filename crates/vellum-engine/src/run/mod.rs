@@ -24,6 +24,7 @@ mod volume;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -51,6 +52,10 @@ pub(super) use runtime::find as find_runtime;
 pub use seccomp::parse_seccomp;
 pub(super) use volume::mounted_volumes;
 pub use volume::{check_volumes, parse_volume};
+
+/// How often it is looked whether a container that a command could not join still runs.
+const ENTER_LOOKS: usize = 10;
+const ENTER_PAUSE: Duration = Duration::from_millis(50);
 
 /// A command and what it gets.
 #[derive(Debug, Clone, Default)]
@@ -421,14 +426,8 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
     if let Some(user) = &options.user {
         config.user.clone_from(user);
     }
-    let run_dir = store.run_dir(&container);
-    if runs(&run_dir)? {
-        let ended = exec_beside(store, &container, options)?;
-        // A runtime that was entering what ended just then has not begun with the command.
-        let refused = matches!(ended.failure, Some(Failure::Runtime(_)));
-        if !refused || runs(&run_dir)? {
-            return Ok(ended);
-        }
+    if let Some(ended) = join(store, &container, options)? {
+        return Ok(ended);
     }
     let start = Start {
         args: options.command.clone(),
@@ -437,6 +436,38 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
         program: runtime::find()?,
     };
     run_alone(store, &container, &start)
+}
+
+/// Runs a command beside what runs in the container; `None` where nothing does, or it ended before the
+/// command could begin.
+fn join(
+    store: &Store,
+    container: &ContainerRecord,
+    options: &CommandOptions,
+) -> Result<Option<Ended>> {
+    let run_dir = store.run_dir(container);
+    let mut refused: Option<Ended> = None;
+    for _ in 0..ENTER_LOOKS {
+        if !runs(&run_dir)? {
+            return Ok(None);
+        }
+        if refused.as_ref().is_none_or(is_absence) {
+            let ended = exec_beside(store, container, options)?;
+            let began = !matches!(ended.failure, Some(Failure::Runtime(_)));
+            if began || ended.status != FAILURE {
+                return Ok(Some(ended));
+            }
+            refused = Some(ended);
+        }
+        // A runtime fails in many ways to enter what is ending.
+        std::thread::sleep(ENTER_PAUSE);
+    }
+    Ok(refused)
+}
+
+/// True where the runtime did not find what runs.
+fn is_absence(ended: &Ended) -> bool {
+    matches!(&ended.failure, Some(Failure::Runtime(why)) if runtime::is_absence(why))
 }
 
 /// Whether something runs in the container that another command can join.

@@ -202,6 +202,18 @@ pub(super) fn logged_failure(log: &Path) -> Option<String> {
         .next_back()
 }
 
+/// True where a runtime says that there is no such container, or that nothing runs in it.
+pub(super) fn is_absence(message: &str) -> bool {
+    [
+        "container does not exist",
+        "is not running",
+        "a stopped container",
+        "/status`: No such file or directory",
+    ]
+    .iter()
+    .any(|words| message.contains(words))
+}
+
 /// The exit status for a command that did not start, as shells and docker have it.
 pub(super) fn status_of_failure(message: &str) -> u8 {
     let message = message.to_lowercase();

@@ -48,7 +48,7 @@ pub use detach::{DetachOptions, Leak, detach, find_leaks, unmount_deleted, wake}
 pub use failure::Failure;
 pub use lost::{FoundDevice, end_lost, find_devices};
 pub use opened::{Memory, Open, Opened};
-pub use process::{Identity, boot_id};
+pub use process::{Identity, boot_id, is_ending};
 pub use selftest::known as ring_self_test;
 pub use state::{DeviceStatus, RunState, Status, status};
 pub use supervisor::{SupervisorArgs, supervise};

@@ -176,6 +176,27 @@ pub fn namespaces() -> String {
         .join(" ")
 }
 
+/// From include/linux/sched.h: the process is on its way out.
+const PF_EXITING: u64 = 4;
+
+/// True where a process has begun to end, or is gone: it starts no other any more.
+///
+/// # Errors
+/// Where that cannot be told, as with too many open files.
+pub fn is_ending(pid: i32) -> Result<bool> {
+    let what = || format!("process {pid}: cannot be looked at");
+    let path = format!("/proc/{pid}/stat");
+    let Some(text) = present(fs::read(path)).context(what)? else {
+        return Ok(true);
+    };
+    // The ninth field of all.
+    let flags = fields_after_name(&text).and_then(|mut fields| fields.nth(6)?.parse::<u64>().ok());
+    let flags = flags
+        .ok_or(io::ErrorKind::InvalidData)
+        .map_err(io::Error::from);
+    Ok(flags.context(what)? & PF_EXITING != 0)
+}
+
 /// State and start time of a process from /proc; `None` where there is none.
 fn stat(pid: i32) -> io::Result<Option<(u8, u64)>> {
     let Some(text) = present(fs::read(format!("/proc/{pid}/stat")))? else {
