@@ -1,6 +1,7 @@
 //! `vellum push`, `vellum pull`, `vellum complete`, `vellum login` and `vellum logout`.
 
 use std::io::{BufRead, Read, stdin};
+use std::num::NonZeroU64;
 
 use console::Term;
 use serde::Serialize;
@@ -10,7 +11,8 @@ use super::output::human_size;
 use super::progress::Bars;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_engine::lazy::complete;
+use vellum_base::size::parse_bytes;
+use vellum_engine::lazy::{Background, complete};
 use vellum_engine::registry::{
     Came, PullOptions, PullReport, PushFormat, PushOptions, PushReport, pull, push,
 };
@@ -103,6 +105,7 @@ Examples:
   vellum pull registry.example/team/web:1 web
   vellum pull --platform linux/arm64 alpine alpine-arm64
   vellum pull --lazy registry.example/team/web:1 web
+  vellum pull --lazy --background=20M registry.example/team/web:1 web
 
 Credentials are docker's and podman's, see `vellum login`.")]
 pub(super) struct PullArgs {
@@ -117,11 +120,44 @@ pub(super) struct PullArgs {
     /// Of an image for several platforms, which [default: this host's]
     #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
     platform: Option<Platform>,
-    /// Fetch what is needed to use the image, and each block when it is first read
-    #[arg(long)]
-    lazy: bool,
+    #[command(flatten)]
+    lazily: LazyArgs,
     #[command(flatten)]
     access: AccessArgs,
+}
+
+/// How much of an image is fetched before it is used, and when the rest.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(super) struct LazyArgs {
+    /// Of an image that is pulled, fetch what is needed to use it, and each block when it is first read
+    #[arg(long)]
+    lazy: bool,
+    /// Fetch the rest too, whenever nobody waits for a block, at most RATE (20M) in a second
+    #[arg(
+        long,
+        value_name = "RATE",
+        requires = "lazy",
+        num_args = 0..=1,
+        require_equals = true,
+        value_parser = parse_rate
+    )]
+    background: Option<Option<NonZeroU64>>,
+}
+
+fn parse_rate(text: &str) -> std::result::Result<NonZeroU64, String> {
+    let bytes = parse_bytes(text)?;
+    NonZeroU64::new(bytes).ok_or_else(|| "0 is no rate".to_owned())
+}
+
+impl LazyArgs {
+    fn options(self, platform: Option<Platform>, access: AccessArgs) -> PullOptions {
+        PullOptions {
+            platform,
+            access: access.access(),
+            lazy: self.lazy,
+            background: self.background.map(|rate| Background { rate }),
+        }
+    }
 }
 
 /// Arguments of `complete`.
@@ -200,11 +236,7 @@ fn pushed(report: &PushReport) -> String {
 pub(super) fn run_pull(args: &PullArgs, context: &Context) -> Result<()> {
     crash_point::arm()?;
     let store = context.store_to_change()?;
-    let options = PullOptions {
-        platform: args.platform.clone(),
-        access: args.access.access(),
-        lazy: args.lazy,
-    };
+    let options = args.lazily.options(args.platform.clone(), args.access);
     let reference = Reference::parse(&args.reference)?;
     let name = match &args.name {
         Some(name) => name.clone(),
@@ -261,7 +293,7 @@ pub(super) fn pull_absent(
     image: &str,
     context: &Context,
     args: AccessArgs,
-    lazy: bool,
+    lazily: LazyArgs,
 ) -> Result<String> {
     let reference = Reference::parse(image);
     let name = match &reference {
@@ -276,11 +308,7 @@ pub(super) fn pull_absent(
     let Ok(reference) = reference else {
         return Err(absent);
     };
-    let options = PullOptions {
-        platform: None,
-        access: args.access(),
-        lazy,
-    };
+    let options = lazily.options(None, args);
     context.out.note(&format!(
         "there is no image {image} here: pulling {reference}"
     ));

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use super::Context;
 use super::confinement::ConfinementArgs;
 use super::output::{complain, say};
-use super::registry::{AccessArgs, pull_absent};
+use super::registry::{AccessArgs, LazyArgs, pull_absent};
 use super::transport::TransportArgs;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
@@ -29,9 +29,8 @@ The OCI runtime is crun or runc, whichever is installed; VELLUM_RUNTIME names an
 pub(super) struct Args {
     /// The image; one that the store does not have is pulled from its registry
     image: String,
-    /// Of an image that is pulled, fetch what is needed to use it, and each block when it is first read
-    #[arg(long)]
-    lazy: bool,
+    #[command(flatten)]
+    lazily: LazyArgs,
     /// The container's name [default: made from the image's]
     #[arg(long)]
     name: Option<String>,
@@ -141,7 +140,7 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
     };
     args.transport.choose();
     let store = context.store_to_change()?;
-    let image = pull_absent(&store, &args.image, context, args.access, args.lazy)?;
+    let image = pull_absent(&store, &args.image, context, args.access, args.lazily)?;
     let new = NewContainer {
         image: &image,
         name: args.name.as_deref(),

@@ -18,17 +18,17 @@ fn pulled() -> (Registry, TestStore, TestStore) {
 }
 
 /// The store's fetchers.
-fn fetchers(store: &TestStore) -> Vec<i32> {
+pub fn fetchers(store: &TestStore) -> Vec<i32> {
     let processes = store.processes().into_iter();
     let ours = processes.filter(|(_, command)| command.starts_with("@vellum-fetcher"));
     ours.map(|(pid, _)| pid).collect()
 }
 
-fn end_fetchers(store: &TestStore) {
+pub fn end_fetchers(store: &TestStore) {
     fetchers(store).into_iter().for_each(kill);
 }
 
-fn files(store: &TestStore, image: &str) -> crate::image_support::Snapshot {
+pub fn files(store: &TestStore, image: &str) -> crate::image_support::Snapshot {
     store.look(image, crate::image_support::snapshot)
 }
 
@@ -235,4 +235,65 @@ fn a_fetcher_that_is_killed_again_and_again_costs_time_and_no_byte() {
     end_fetchers(&to);
     assert_eq!(digests(&to, "web"), digests(&from, "web"));
     to.ok(&["check", "--scrub"]);
+}
+
+/// Layers of which blocks are missing.
+fn lazy_layers(store: &TestStore) -> usize {
+    let layers = store.layers().into_iter();
+    layers
+        .filter(|layer| store.root.join("layers").join(layer).join("have").exists())
+        .count()
+}
+
+#[test]
+fn what_nobody_reads_comes_in_the_background_also_after_the_fetcher_was_killed() {
+    let (mut registry, from, to) = (Registry::new(), with_images(), store());
+    from.ok(&["push", "web", &registry.image("web:1")]);
+    let image = registry.image("web:1");
+    let pull = ["pull", "--lazy", "--background=300K", &image, "web"];
+    to.ok(&pull);
+    assert!(lazy_layers(&to) > 0);
+    // At this rate it takes seconds.
+    wait_until("one fetches", || !fetchers(&to).is_empty());
+    end_fetchers(&to);
+    assert!(lazy_layers(&to) > 0);
+    // Who reads starts another one, which goes on with all of it.
+    assert_eq!(
+        to.look("web", |dir| read(&dir.join("etc/web")).unwrap()),
+        b"web\n"
+    );
+    wait_until("all is here", || lazy_layers(&to) == 0);
+    end_fetchers(&to);
+    registry.stop();
+    assert_eq!(digests(&to, "web"), digests(&from, "web"));
+    assert_eq!(files(&to, "web"), files(&from, "web"));
+    clean(&to);
+}
+
+#[test]
+fn the_background_keeps_its_rate_and_wants_a_lazy_pull() {
+    let (registry, from, to) = (Registry::new(), with_images(), store());
+    from.ok(&["push", "web", &registry.image("web:1")]);
+    let image = registry.image("web:1");
+    for (arguments, why) in [
+        (&["pull", "--background", &image, "web"][..], "--lazy"),
+        (
+            &["pull", "--lazy", "--background=0", &image, "web"][..],
+            "out of range",
+        ),
+    ] {
+        let output = to.output(arguments);
+        assert_eq!(output.status.code(), Some(2));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains(why), "{said}");
+    }
+    let stored: u64 = registry.blobs().iter().map(|(_, len)| len).sum();
+    let began = Instant::now();
+    to.ok(&["pull", "--lazy", "--background=200K", &image, "web"]);
+    wait_until("all is here", || lazy_layers(&to) == 0);
+    let took = began.elapsed().as_secs_f64();
+    end_fetchers(&to);
+    // The plain image's blobs are beside those of the blocks, and about as long.
+    let least = stored as f64 / 200e3 / 4.0;
+    assert!(took > least, "{took} s for {stored} bytes");
 }

@@ -71,21 +71,13 @@ impl Chain {
         })
     }
 
-    /// Does what takes the chain's locks: not while it waits for blocks of a lazy layer.
-    pub(super) fn once_here<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<T> {
-        match self.base.is_lazy() {
-            true => once_here(work),
-            false => work(),
-        }
-    }
-
     /// Changes the top by `work`, which has to bear being repeated, and makes that durable where it is to be.
     fn change(
         &self,
         durability: Durability,
         mut work: impl FnMut(&WritableLayer) -> Result<()>,
     ) -> Result<()> {
-        self.once_here(|| {
+        once_here(|| {
             let guard = self.top.read();
             let top = guard.as_deref().ok_or_else(read_only)?;
             work(top)?;
@@ -277,7 +269,7 @@ impl BlockDevice for Chain {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         check_range(offset, buf.len() as u64, self.size())?;
         self.stats.read(buf.len() as u64);
-        self.once_here(|| self.read_bytes(buf, Offset::new(offset)))
+        once_here(|| self.read_bytes(buf, Offset::new(offset)))
     }
 
     fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {

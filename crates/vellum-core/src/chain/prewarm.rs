@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::Chain;
 use super::base::BaseSource;
 use super::device::read_only;
-use crate::layer::{RangeGuard, SealedLayer, WritableLayer};
+use crate::layer::{RangeGuard, SealedLayer, WritableLayer, once_here};
 use vellum_base::block::{
     BlockDevice, BlockState, Blocks, Offset, Run, Span, check_range, part_mut,
 };
@@ -47,7 +47,7 @@ impl Chain {
         let mut done = CopiedUp::default();
         let mut buf = vec![0; CHUNK.buffer_len()];
         for chunk in Span::touched_by(offset, len).pieces(CHUNK) {
-            done.add(self.once_here(|| self.copy_up_chunk(chunk, &mut buf))?);
+            done.add(once_here(|| self.copy_up_chunk(chunk, &mut buf))?);
         }
         Ok(done)
     }

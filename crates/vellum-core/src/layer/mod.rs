@@ -40,7 +40,7 @@ pub use live::CHANGES_AT_ONCE;
 pub use options::LayerOptions;
 pub use range_lock::{RangeGuard, RangeLock};
 pub use recovery::data_blocks_on_disk;
-pub use sealed::{ScrubReport, SealedLayer, seal_in_place};
+pub use sealed::{Healer, ScrubReport, SealedLayer, seal_in_place};
 pub use space::{RESERVE_FILE, SpaceStatus};
 pub use stats::{LayerCounters, LayerStats, LayerStatsSnapshot};
 pub use table::DIGEST_LEN;

@@ -1,8 +1,10 @@
 //! A sealed layer: read-only, each block checked against its checksum. format.md, sections 4, 5.
 
 mod digest;
+mod heal;
 mod seal;
 
+pub use heal::Healer;
 pub use seal::seal_in_place;
 pub(super) use seal::{remove_what_a_seal_replaces, seal_as_expected};
 
@@ -234,7 +236,7 @@ impl SealedLayer {
     }
 
     /// Reads whole blocks from `start`, all of them data in one extent, and checks each. Waits for those of a lazy
-    /// layer that are not here.
+    /// layer that are not here, and for those that the disk lost or changed where somebody can bring them again.
     ///
     /// # Errors
     /// [`ErrorKind::Absent`] for blocks that cannot be had.
@@ -246,7 +248,17 @@ impl SealedLayer {
         {
             lazy::want(lazy, windows)?;
         }
-        self.data.read(buf, start.offset())?;
+        let damage = match self.read_here(buf, span) {
+            Err(error) if self.is_checksummed() && is_damage(&error) => error,
+            other => return other,
+        };
+        lazy::heal(&self.dir, span, damage)?;
+        self.read_here(buf, span)
+    }
+
+    /// Reads what the host has, and checks it.
+    fn read_here(&self, buf: &mut [u8], span: Span) -> Result<()> {
+        self.data.read(buf, span.start().offset())?;
         let table = match &self.map {
             SealedMap::Table(table) => table,
             SealedMap::Pending(_) | SealedMap::Written(_) => return Ok(()),
@@ -354,6 +366,11 @@ impl SealedLayer {
         })?;
         Ok(extents)
     }
+}
+
+/// True where a read says that the disk lost or changed blocks.
+fn is_damage(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io)
 }
 
 impl AsRecovered {

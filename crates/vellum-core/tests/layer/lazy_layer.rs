@@ -21,16 +21,18 @@ use vellum_core::layer::{
 };
 
 /// Sixteen windows of 64 KiB.
-const SIZE: u64 = 1 << 20;
+pub const SIZE: u64 = 1 << 20;
 const POWER: WindowPower = WindowPower::LEAST;
-const WHOLE: &str = "/whole";
+pub const WHOLE: &str = "/whole";
 const LAZY: &str = "/lazy";
 const TOP: &str = "/top";
 
 type Serve = Arc<dyn Fn(Range<u32>) -> vellum_base::Result<()> + Send + Sync>;
+pub type Heal = Arc<dyn Fn(Span) -> vellum_base::Result<bool> + Send + Sync>;
 
 /// Who fetches for which directory.
 static SERVERS: Mutex<BTreeMap<PathBuf, Serve>> = Mutex::new(BTreeMap::new());
+static HEALERS: Mutex<BTreeMap<PathBuf, Heal>> = Mutex::new(BTreeMap::new());
 
 struct Dispatch;
 
@@ -39,12 +41,23 @@ impl Fetch for Dispatch {
         let serve = SERVERS.lock().unwrap().get(dir).cloned();
         serve.expect("nobody fetches for that layer")(windows)
     }
+
+    fn heal(&self, dir: &Path, blocks: Span) -> vellum_base::Result<bool> {
+        let heal = HEALERS.lock().unwrap().get(dir).cloned();
+        heal.map_or(Ok(false), |heal| heal(blocks))
+    }
 }
 
 /// From now on `serve` fetches for the layer in `dir`.
 fn serve(dir: &Path, serve: Serve) {
     fetch_by(Box::new(Dispatch));
     SERVERS.lock().unwrap().insert(dir.to_owned(), serve);
+}
+
+/// From now on `heal` brings blocks of the layer in `dir` again.
+pub fn heal_by(dir: &Path, heal: Heal) {
+    fetch_by(Box::new(Dispatch));
+    HEALERS.lock().unwrap().insert(dir.to_owned(), heal);
 }
 
 fn span(start: u64, len: u64) -> Span {
@@ -67,7 +80,7 @@ fn windows() -> Vec<u32> {
     vec![0, 1, 2, 4, 5, 6, 12, 13, 14, 15]
 }
 
-fn bytes_of(block: Block) -> [u8; BLOCK_LEN] {
+pub fn bytes_of(block: Block) -> [u8; BLOCK_LEN] {
     let mut bytes = [0; BLOCK_LEN];
     for (at, byte) in bytes.iter_mut().enumerate() {
         *byte = (block.get() * 7 + at as u64 * 3 + 1) as u8;
@@ -76,7 +89,7 @@ fn bytes_of(block: Block) -> [u8; BLOCK_LEN] {
 }
 
 /// What a block of the layer reads as.
-fn expected(block: Block) -> [u8; BLOCK_LEN] {
+pub fn expected(block: Block) -> [u8; BLOCK_LEN] {
     let data =
         |run: &Run<BlockState>| run.value == BlockState::Data && run.span.contains(Span::of(block));
     match extents().iter().any(data) {
@@ -86,7 +99,7 @@ fn expected(block: Block) -> [u8; BLOCK_LEN] {
 }
 
 /// The layer as whoever pushed it has it; returns its digest.
-fn make_whole(disk: &SimStorage) -> [u8; 32] {
+pub fn make_whole(disk: &SimStorage) -> [u8; 32] {
     let storage: Arc<dyn Storage> = Arc::new(disk.clone());
     let header = Header::new(None, SIZE).unwrap();
     WritableLayer::create(disk, Path::new(WHOLE), &header).unwrap();
@@ -166,12 +179,17 @@ fn serve_at_once(dir: &Path, disk: &SimStorage) -> Arc<AtomicUsize> {
 }
 
 fn chain(disk: &SimStorage) -> Chain {
+    chain_on(disk, LAZY)
+}
+
+/// A new container on the layer in `below`.
+pub fn chain_on(disk: &SimStorage, below: &str) -> Chain {
     let storage: Arc<dyn Storage> = Arc::new(disk.clone());
-    let parent = Header::read(disk, Path::new(LAZY)).unwrap();
+    let parent = Header::read(disk, Path::new(below)).unwrap();
     let top = Header::new(Some(parent.uuid), SIZE).unwrap();
     WritableLayer::create(disk, Path::new(TOP), &top).unwrap();
     let spec = ChainSpec {
-        sealed: vec![LAZY.into()],
+        sealed: vec![below.into()],
         top: Some(TOP.into()),
         options: LayerOptions::default(),
     };

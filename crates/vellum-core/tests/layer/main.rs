@@ -21,6 +21,7 @@ mod fault_cost;
 mod fault_layer;
 mod format_page;
 mod golden;
+mod healing;
 mod hostile_layer;
 mod lazy_layer;
 mod live_layer;

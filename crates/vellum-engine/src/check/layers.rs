@@ -7,10 +7,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use uuid::Uuid;
 
 use super::{Check, Finding, Remedy, Severity};
+use crate::lazy::{FetcherClient, Remote};
 use crate::progress::BlocksWatch;
-use vellum_base::block::Blocks;
+use vellum_base::block::{Block, Blocks, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_core::layer::{self, Header, ScrubReport, SealedLayer, check_layer, fail_on_damage};
+use vellum_core::layer::{
+    self, Fetch, Header, ScrubReport, SealedLayer, check_layer, fail_on_damage,
+};
 use vellum_store::Store;
 
 /// Files that the store keeps beside those of a layer.
@@ -217,21 +220,30 @@ impl Check<'_> {
         // In the order of the layers, however long each took.
         for (opened, found) in sealed.iter().zip(found) {
             let layer = opened.header().uuid;
+            let mut damaged = Vec::new();
             let problem = match found {
                 Ok(report) => {
                     self.report.blocks += report.blocks.get();
-                    match report.corrupt.first() {
-                        Some(first) => Some(format!(
+                    damaged = report.corrupt;
+                    damaged.first().map(|first| {
+                        format!(
                             "{} of {} blocks do not match their checksums, the first is {first}",
-                            report.corrupt.len(),
+                            damaged.len(),
                             report.blocks
-                        )),
-                        None => None,
-                    }
+                        )
+                    })
                 }
                 Err(error) => Some(error.to_string()),
             };
             let info = self.store.layer_info(layer).ok();
+            if let Some(problem) = &problem
+                && !damaged.is_empty()
+                && Remote::is_known(opened.dir())
+                && self.is_needed(layer)
+            {
+                self.healable(opened, &damaged, problem);
+                continue;
+            }
             // Whatever stands on it says so too.
             if let (Some(problem), Some(state)) = (&problem, states.get_mut(&layer)) {
                 state.corrupt = Some(problem.clone());
@@ -265,6 +277,53 @@ impl Check<'_> {
             }
         }
     }
+}
+
+impl Check<'_> {
+    /// Tells of damaged blocks that can be fetched again, and does so where it is to repair: now, since nothing that
+    /// stands on the layer is in trouble then.
+    fn healable(&mut self, opened: &SealedLayer, damaged: &[Block], problem: &str) {
+        let layer = opened.header().uuid;
+        let mut finding = Finding::new(
+            Severity::Error,
+            format!("layer {layer}"),
+            opened.dir().join("data"),
+            problem,
+            "--repair fetches them again from where the layer was pulled, as does whoever reads them",
+            Some(Remedy::Heal),
+        );
+        if self.repair {
+            match heal(self.store, opened, damaged) {
+                Ok(()) => finding.repaired = Some("fetched again: all of it is right".into()),
+                Err(error) => {
+                    finding.advice = format!(
+                        "they could not be fetched again ({error}): try once more, or remove what \
+                         uses the layer and pull it anew"
+                    );
+                }
+            }
+        }
+        self.find(finding);
+    }
+}
+
+/// Has blocks of a layer brought again, and looks whether all of it is right then.
+fn heal(store: &Store, opened: &SealedLayer, damaged: &[Block]) -> Result<()> {
+    for block in damaged {
+        if !FetcherClient.heal(opened.dir(), Span::of(*block))? {
+            return Err(Error::new(ErrorKind::NotFound, "nobody has them"));
+        }
+    }
+    if let Some(block) = opened.scrub(|_| {})?.corrupt.first() {
+        let text = format!("the block {block} is damaged too");
+        return Err(Error::new(ErrorKind::Corrupt, text));
+    }
+    let layer = opened.header().uuid;
+    let mut info = store.layer_info(layer)?;
+    if info.damaged.take().is_some() {
+        store.set_layer_info(layer, &info)?;
+    }
+    Ok(())
 }
 
 /// Reads layers side by side, as many at once as there are processors: each takes a few megabytes.

@@ -42,6 +42,7 @@ struct Check<'a> {
     records: Records,
     report: CheckReport,
     scrub: bool,
+    repair: bool,
 }
 
 impl Check<'_> {
@@ -65,6 +66,7 @@ pub fn check(
         records: store.records()?,
         report: CheckReport::default(),
         scrub: options.scrub,
+        repair: options.repair,
     };
     let everything = options.names.is_empty();
     let layers = if everything {

@@ -23,7 +23,7 @@ pub(super) fn repair(store: &Store, report: &mut CheckReport) {
         let Some(remedy) = finding.remedy.clone() else {
             continue;
         };
-        if remedy == Remedy::Prune {
+        if matches!(remedy, Remedy::Prune | Remedy::Heal) {
             continue;
         }
         match apply(store, &remedy) {
@@ -101,7 +101,7 @@ fn apply(store: &Store, remedy: &Remedy) -> Result<String> {
             let path = store.quarantine_container(name, reason)?;
             Ok(format!("in quarantine: {}", path.display()))
         }
-        Remedy::Prune => Ok(String::new()),
+        Remedy::Prune | Remedy::Heal => Ok(String::new()),
     }
 }
 

@@ -13,8 +13,9 @@ use uuid::Uuid;
 
 use super::fetcher::FETCHER_COMMAND;
 use super::stall::Stall;
-use super::{COMPLETE, Complete, STATUS, WANT, Waiting, Want};
+use super::{BACKGROUND, COMPLETE, Complete, Damaged, HEAL, Remote, STATUS, WANT, Waiting, Want};
 use crate::wire::encode;
+use vellum_base::block::Span;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_core::layer::Fetch;
@@ -39,18 +40,43 @@ pub struct FetcherClient;
 
 impl Fetch for FetcherClient {
     fn fetch(&self, dir: &Path, windows: Range<u32>) -> Result<()> {
-        let unusual = || Error::internal(format!("{}: no layer of a store", dir.display()));
-        let root = dir.parent().and_then(Path::parent).ok_or_else(unusual)?;
-        let layer = dir.file_name().and_then(|name| name.to_str());
-        let layer = layer.and_then(|name| Uuid::parse_str(name).ok());
-        let want = Want {
-            layer: layer.ok_or_else(unusual)?,
-            windows,
-        };
-        ask(root, WANT, &encode(&want)?)
+        let (root, layer) = place(dir)?;
+        ask(root, WANT, &encode(&Want { layer, windows })?)
             .map(drop)
             .map_err(|error| Error::new(ErrorKind::Absent, error.to_string()))
     }
+
+    fn heal(&self, dir: &Path, blocks: Span) -> Result<bool> {
+        // Of a layer that came from nowhere nobody is asked.
+        if !Remote::is_known(dir) {
+            return Ok(false);
+        }
+        let (root, layer) = place(dir)?;
+        let damaged = Damaged {
+            layer,
+            first: blocks.start().get(),
+            count: blocks.len().get(),
+        };
+        let answer = ask(root, HEAL, &encode(&damaged)?)?;
+        Ok(answer == Value::Bool(true))
+    }
+}
+
+/// The root of a layer's store, and its name there.
+fn place(dir: &Path) -> Result<(&Path, Uuid)> {
+    let unusual = || Error::internal(format!("{}: no layer of a store", dir.display()));
+    let root = dir.parent().and_then(Path::parent).ok_or_else(unusual)?;
+    let layer = dir.file_name().and_then(|name| name.to_str());
+    let layer = layer.and_then(|name| Uuid::parse_str(name).ok());
+    Ok((root, layer.ok_or_else(unusual)?))
+}
+
+/// Has the fetcher look for layers that are to be completed in the background.
+///
+/// # Errors
+/// Where none can be started.
+pub(crate) fn ask_for_the_background(root: &Path) -> Result<()> {
+    ask(root, BACKGROUND, &Value::Null).map(drop)
 }
 
 /// Has the fetcher make a layer of which all is here a sealed one like any other.

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::client::{FetcherClient, ask_to_complete};
-use super::lazy_layers;
+use super::client::{FetcherClient, ask_for_the_background, ask_to_complete};
+use super::{Background, Remote, lazy_layers};
 use crate::watch::Watch;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
@@ -44,6 +44,27 @@ pub fn complete(store: &Store, name: &str, watch: &dyn Watch) -> Result<Complete
         complete_layer(store, *layer, watch)?;
     }
     Ok(CompleteReport { layers: lazy })
+}
+
+/// Has the fetcher complete those of these layers that are lazy, although nobody waits for them: docs/lazy.md, "In the
+/// background".
+///
+/// # Errors
+/// Where it cannot be noted, or no fetcher started.
+pub fn complete_in_background(store: &Store, layers: &[Uuid], how: Background) -> Result<()> {
+    let storage = &**store.storage();
+    let lazy = lazy_layers(store, layers)?;
+    for layer in &lazy {
+        let dir = store.layer_dir(*layer);
+        if let Some(mut remote) = Remote::read(storage, &dir)? {
+            remote.background = Some(how);
+            remote.write_again(storage, &dir)?;
+        }
+    }
+    match lazy.is_empty() {
+        true => Ok(()),
+        false => ask_for_the_background(store.root()),
+    }
 }
 
 /// Brings all of a layer and has it sealed; again where a fetcher died before it had noted all that came.

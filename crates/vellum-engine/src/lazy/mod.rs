@@ -13,9 +13,9 @@ mod remote;
 mod stall;
 
 pub use client::{FetcherClient, waiting};
-pub use complete::{CompleteReport, complete};
+pub use complete::{CompleteReport, complete, complete_in_background};
 pub use fetcher::FETCHER_COMMAND;
-pub use remote::{REMOTE_FILES, Remote};
+pub use remote::{Background, REMOTE_FILES, Remote};
 
 use std::ops::Range;
 
@@ -28,6 +28,10 @@ use vellum_store::Store;
 
 /// Asks for windows of a layer: [`Want`].
 const WANT: &str = "want";
+/// Asks for blocks of a sealed layer that the disk lost or changed: [`Damaged`]. The answer is whether anybody has them.
+const HEAL: &str = "heal";
+/// Says that layers are to be completed although nobody waits for them.
+const BACKGROUND: &str = "background";
 /// Asks for the seal of a layer of which all is here: [`Complete`].
 const COMPLETE: &str = "complete";
 /// Asks who waits: [`Waiting`] of each layer of which something is wanted.
@@ -38,6 +42,14 @@ const STATUS: &str = "status";
 struct Want {
     layer: Uuid,
     windows: Range<u32>,
+}
+
+/// Blocks that are to be brought again.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Damaged {
+    layer: Uuid,
+    first: u64,
+    count: u64,
 }
 
 /// A layer that is to be completed.

@@ -1,5 +1,6 @@
 //! Where the blocks of a lazy layer are: the files `remote` and `table`. docs/lazy.md.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,16 @@ pub struct Remote {
     pub table: String,
     /// The digest of the data's blob; none where the layer has no data.
     pub data: Option<String>,
+    /// The layer is to be completed although nobody waits for it.
+    #[serde(default)]
+    pub background: Option<Background>,
+}
+
+/// How a layer is completed in the background.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Background {
+    /// Bytes of a second that are fetched, at most; none is as fast as it comes.
+    pub rate: Option<NonZeroU64>,
 }
 
 impl Remote {
@@ -39,16 +50,21 @@ impl Remote {
     /// # Errors
     /// Where the host refuses.
     pub fn write(&self, storage: &dyn Storage, dir: &Path, table: &[u8]) -> Result<()> {
+        write(storage, &dir.join(TABLE_FILE), table)?;
+        self.write_again(storage, dir)
+    }
+
+    /// Writes the file `remote` alone.
+    pub(super) fn write_again(&self, storage: &dyn Storage, dir: &Path) -> Result<()> {
         let remote = serde_json::to_vec_pretty(self).map_err(|error| {
             Error::with_source(ErrorKind::Internal, "where blocks are, as JSON", error)
         })?;
-        for (name, bytes) in [(TABLE_FILE, table), (REMOTE_FILE, &remote)] {
-            let path = dir.join(name);
-            storage
-                .write_atomic(&path, bytes)
-                .context(|| format!("cannot write {}", path.display()))?;
-        }
-        Ok(())
+        write(storage, &dir.join(REMOTE_FILE), &remote)
+    }
+
+    /// Whether it is known where the blocks of the layer in `dir` are.
+    pub fn is_known(dir: &Path) -> bool {
+        dir.join(REMOTE_FILE).exists()
     }
 
     /// Where the blocks of the layer in `dir` are; `None` where it came from nowhere.
@@ -93,4 +109,10 @@ impl Remote {
         };
         Ok((Reference::parse(&self.reference)?, access))
     }
+}
+
+fn write(storage: &dyn Storage, path: &Path, bytes: &[u8]) -> Result<()> {
+    storage
+        .write_atomic(path, bytes)
+        .context(|| format!("cannot write {}", path.display()))
 }

@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_registry::Failure;
+
 /// Where nothing is said.
 const USUAL: Duration = Duration::from_secs(300);
 /// The first pause between two attempts, and the longest.
@@ -70,6 +73,25 @@ impl Pauses {
         // From half of it on.
         asked.unwrap_or_else(|| longest.mul_f64(0.5 + fastrand::f64() / 2.0))
     }
+}
+
+/// Waits after an attempt that failed, until the next one.
+///
+/// # Errors
+/// [`ErrorKind::Absent`] with what failed, where it is no use, or too late.
+pub(super) fn pause_after(
+    failure: &Failure,
+    pauses: &mut Pauses,
+    deadline: Option<Instant>,
+) -> Result<()> {
+    let over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+    if over || !failure.passes {
+        return Err(Error::new(ErrorKind::Absent, failure.error.to_string()));
+    }
+    let pause = pauses.next(failure.after);
+    tracing::warn!("{}; once more in {pause:?}", failure.error);
+    std::thread::sleep(pause);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use vellum_registry::{Access, Descriptor, Document, Found, Reference, Session};
 use vellum_store::{ImageRecord, Store, StoreGuard};
 
 use super::super::import::{DEFAULT_SIZE, ImportOptions, LayerOutcome, import};
+use super::super::lazy::{Background, complete_in_background};
 use super::super::template;
 use super::super::watch::Watch;
 use super::layout::Layout;
@@ -27,6 +28,8 @@ pub struct PullOptions {
     pub access: Access,
     /// Blocks come when they are read: docs/lazy.md.
     pub lazy: bool,
+    /// Those that nobody reads come too.
+    pub background: Option<Background>,
 }
 
 /// How an image came.
@@ -78,6 +81,7 @@ pub fn pull(
         session: &session,
         watch,
         lazy: options.lazy,
+        background: options.background,
     };
     let report = match (image, artifact) {
         (Some(image), Some(artifact)) => match puller.blocks(name, &artifact) {
@@ -101,6 +105,7 @@ struct Puller<'a> {
     session: &'a Session,
     watch: &'a dyn Watch,
     lazy: bool,
+    background: Option<Background>,
 }
 
 impl Puller<'_> {
@@ -125,12 +130,18 @@ impl Puller<'_> {
         let mut first = vec![parts.config.clone()];
         first.extend(parts.layers.iter().map(|layer| layer.table.clone()));
         self.fetch(name, &first, &layout)?;
-        let mut receiver =
-            receive::Receiver::new(self.store, self.pin, &layout, self.watch, &parts)?;
+        let mut receiver = receive::Receiver::new(
+            self.session,
+            self.store,
+            self.pin,
+            &layout,
+            self.watch,
+            &parts,
+        )?;
         crash_point::here("pull: tables fetched");
         match self.lazy {
             true => {
-                receiver = receiver.lazily(self.session)?;
+                receiver = receiver.lazily()?;
                 // Now rather than when somebody reads.
                 self.session.try_ranges(&receiver.wanted())?;
             }
@@ -141,6 +152,9 @@ impl Puller<'_> {
         self.store.put_image(&image, self.pin)?;
         crash_point::here("pull: record in place");
         self.note(&parts);
+        if let Some(background) = self.background {
+            complete_in_background(self.store, &image.layers, background)?;
+        }
         Ok(PullReport {
             image,
             digest: artifact.digest.clone(),

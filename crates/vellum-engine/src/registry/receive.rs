@@ -123,16 +123,19 @@ pub(super) struct Receiver<'a> {
     watch: &'a dyn Watch,
     description: Description,
     layers: Vec<Layer>,
-    /// Where the data of lazy layers is: a reference, and how to ask.
-    lazily: Option<(String, Access)>,
+    /// Where the blobs are: a reference, and how to ask.
+    from: (String, Access),
+    /// Layers are made of which nothing is here.
+    lazily: bool,
 }
 
 impl<'a> Receiver<'a> {
-    /// Looks at the configuration and the tables, which were fetched, and for layers that the store has.
+    /// Looks at the configuration and the tables, which were fetched `from` there, and for layers that the store has.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`].
     pub fn new(
+        from: &Session,
         store: &'a Store,
         pin: &'a StoreGuard,
         layout: &'a Layout,
@@ -156,16 +159,17 @@ impl<'a> Receiver<'a> {
             watch,
             description,
             layers,
-            lazily: None,
+            from: from.whereabouts(),
+            lazily: false,
         };
         receiver.make_template(parts)?;
         receiver.look()?;
         Ok(receiver)
     }
 
-    /// From now on its layers are made lazy: their data is `from` there, and is not fetched.
-    pub fn lazily(mut self, from: &Session) -> Result<Self> {
-        self.lazily = Some(from.whereabouts());
+    /// From now on its layers are made lazy: their data is not fetched.
+    pub fn lazily(mut self) -> Result<Self> {
+        self.lazily = true;
         let mut below: Option<Header> = None;
         for layer in &mut self.layers {
             let found = match layer.there {
@@ -238,9 +242,10 @@ impl<'a> Receiver<'a> {
             let parent = below.as_ref().map(Header::known_as);
             let header = Header::new(parent, layer.table.virtual_size)?;
             let staged = self.store.stage_received(&header)?;
-            let bytes = match &self.lazily {
-                Some(place) => self.make_lazy(layer, &staged, place)?,
-                None => {
+            self.note_remote(layer, &staged)?;
+            let bytes = match self.lazily {
+                true => self.make_lazy(layer, &staged)?,
+                false => {
                     let bytes = self.write(layer, &staged)?;
                     self.forget_data(index)?;
                     bytes
@@ -302,22 +307,24 @@ impl<'a> Receiver<'a> {
         Ok(bytes)
     }
 
-    /// Makes a layer of which nothing is here. Returns the bytes that its data blocks will have.
-    fn make_lazy(
-        &self,
-        layer: &Layer,
-        staged: &StagedLayer,
-        (reference, access): &(String, Access),
-    ) -> Result<u64> {
-        let (storage, dir) = (&**self.store.storage(), staged.dir());
-        let table = &layer.table;
+    /// Notes where a layer's blocks can be had again.
+    fn note_remote(&self, layer: &Layer, staged: &StagedLayer) -> Result<()> {
+        let (reference, access) = &self.from;
         let remote = Remote {
             reference: reference.clone(),
             plain_http: access.plain_http,
             table: layer.blob.digest.clone(),
             data: layer.data.as_ref().map(|data| data.digest.clone()),
+            background: None,
         };
-        remote.write(storage, &dir, &self.layout.read(&layer.blob.digest)?)?;
+        let table = self.layout.read(&layer.blob.digest)?;
+        remote.write(&**self.store.storage(), &staged.dir(), &table)
+    }
+
+    /// Makes a layer of which nothing is here. Returns the bytes that its data blocks will have.
+    fn make_lazy(&self, layer: &Layer, staged: &StagedLayer) -> Result<u64> {
+        let (storage, dir) = (&**self.store.storage(), staged.dir());
+        let table = &layer.table;
         let content = LazyContent {
             power: table.power,
             digest: table.digest,

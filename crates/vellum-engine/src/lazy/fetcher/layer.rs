@@ -1,15 +1,16 @@
 //! A lazy layer whose blocks come: who wants what, and who is at it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
-use super::super::stall::{Pauses, Stall};
+use super::super::stall::{Pauses, Stall, pause_after};
 use super::super::{Remote, Waiting};
+use vellum_base::block::Span;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{Completion, LazyLayer};
 use vellum_registry::artifact::{ChunkReader, Window};
@@ -20,6 +21,8 @@ use vellum_store::Store;
 const AT_ONCE: usize = 16;
 /// Stored bytes that one request asks for, at most, but for a single window.
 const MAX_REQUEST: u64 = 4 << 20;
+/// As that, of one that nobody waits for: whoever wants something meanwhile has to share the link with it.
+const REQUEST_IN_BACKGROUND: u64 = 1 << 20;
 /// Windows that are fetched ahead of one who reads in order, at most.
 const MAX_AHEAD: u32 = 32;
 /// How often one who waits for another's fetch looks whether it has waited for too long.
@@ -33,7 +36,7 @@ pub(super) struct Limit {
 }
 
 impl Limit {
-    fn take(&self) -> Taken<'_> {
+    pub fn take(&self) -> Taken<'_> {
         let mut taken = self.taken.lock();
         while *taken >= AT_ONCE {
             self.free.wait(&mut taken);
@@ -43,7 +46,7 @@ impl Limit {
     }
 }
 
-struct Taken<'a>(&'a Limit);
+pub(super) struct Taken<'a>(&'a Limit);
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
@@ -78,6 +81,14 @@ struct State {
     ahead: u32,
 }
 
+impl State {
+    /// The first of those windows that nobody fetches.
+    fn first_free(&self, missing: &[u32]) -> Option<u32> {
+        let free = |window: &&u32| !self.on_their_way.contains(window);
+        missing.iter().find(free).copied()
+    }
+}
+
 /// One who waits.
 struct Waiter<'a> {
     layer: &'a Incoming,
@@ -104,6 +115,23 @@ impl Drop for Claim<'_> {
         }
         self.layer.changed.notify_all();
     }
+}
+
+/// Where the chunks of windows that lie next to each other are in their blob.
+pub(super) fn stored_at(first: &Window, last: &Window) -> Range<u64> {
+    first.chunk.offset..last.chunk.offset + u64::from(last.chunk.len)
+}
+
+/// The blocks of a chunk that came. What is wrong may have been changed on its way.
+pub(super) fn checked<'a>(
+    reader: &'a mut ChunkReader,
+    window: &'a Window,
+    chunk: &[u8],
+    blob: &str,
+) -> Result<impl Iterator<Item = (Span, &'a [u8])>, Failure> {
+    reader
+        .blocks(window, chunk)
+        .map_err(|error| Failure::passing(error.context(format!("blob {blob}"))))
 }
 
 impl Incoming {
@@ -170,6 +198,10 @@ impl Incoming {
         }
     }
 
+    pub fn has_waiters(&self) -> bool {
+        !self.state.lock().waiting.is_empty()
+    }
+
     /// Who waits, if anybody does.
     pub fn waiting(&self, layer: Uuid) -> Option<Waiting> {
         let state = self.state.lock();
@@ -201,19 +233,29 @@ impl Incoming {
                 continue;
             };
             let failure = match self.fetch(&claim) {
-                Ok(()) => continue,
+                Ok(_) => continue,
                 Err(failure) => failure,
             };
             drop(claim);
             self.state.lock().error = Some(failure.error.to_string());
-            let over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-            if over || !failure.passes {
-                return Err(Error::new(ErrorKind::Absent, failure.error.to_string()));
-            }
-            let pause = pauses.next(failure.after);
-            tracing::warn!("{}; once more in {pause:?}", failure.error);
-            std::thread::sleep(pause);
+            pause_after(&failure, &mut pauses, deadline)?;
         }
+    }
+
+    /// Fetches the first windows that are missing and that nobody fetches, in one request. Returns how many bytes came;
+    /// `None` where there are none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Absent`] with what the registry says.
+    pub fn bring_next(&self) -> Result<Option<u64>> {
+        let Some(claim) = self.claim_next() else {
+            return Ok(None);
+        };
+        let fetched = self.fetch(&claim);
+        fetched.map(Some).map_err(|failure| {
+            self.state.lock().error = Some(failure.error.to_string());
+            Error::new(ErrorKind::Absent, failure.error.to_string())
+        })
     }
 
     fn wait(&self) -> Waiter<'_> {
@@ -243,35 +285,54 @@ impl Incoming {
     /// request; `None` where others fetch all of them.
     fn claim(&self, missing: &[u32]) -> Option<Claim<'_>> {
         let mut state = self.state.lock();
-        let free = |window: &&u32| !state.on_their_way.contains(window);
-        let first = *missing.iter().find(free)?;
+        let first = state.first_free(missing)?;
         let last = *missing.last()?;
         state.ahead = match state.next == first {
             true => (state.ahead * 2).clamp(1, MAX_AHEAD),
             false => 0,
         };
         let end = last.saturating_add(state.ahead);
+        let windows = self.neighbours(&state, first..=end, MAX_REQUEST);
+        state.next = windows.last().map_or(first, |last| last + 1);
+        Some(self.take(&mut state, windows))
+    }
+
+    /// As [`Incoming::claim`], for nobody who reads.
+    fn claim_next(&self) -> Option<Claim<'_>> {
+        let missing = self.lazy.missing();
+        let mut state = self.state.lock();
+        let first = state.first_free(&missing)?;
+        let windows = self.neighbours(&state, first..=u32::MAX, REQUEST_IN_BACKGROUND);
+        Some(self.take(&mut state, windows))
+    }
+
+    /// The first of those windows, with what follows it and fits in a request of `most` bytes.
+    fn neighbours(&self, state: &State, range: RangeInclusive<u32>, most: u64) -> Vec<u32> {
         let mut windows = Vec::new();
         let mut bytes = 0;
-        for (number, window) in self.windows.range(first..=end) {
+        for (number, window) in self.windows.range(range) {
             // Chunks of neighbours lie next to each other; one that is here, or on its way, ends the request.
             bytes += u64::from(window.chunk.len);
-            let more = windows.is_empty() || bytes <= MAX_REQUEST;
+            let more = windows.is_empty() || bytes <= most;
             if !more || state.on_their_way.contains(number) || self.lazy.is_here(*number) {
                 break;
             }
             windows.push(*number);
         }
-        state.next = windows.last().map_or(first, |last| last + 1);
+        windows
+    }
+
+    fn take(&self, state: &mut State, windows: Vec<u32>) -> Claim<'_> {
         state.on_their_way.extend(&windows);
-        Some(Claim {
+        Claim {
             layer: self,
             windows,
-        })
+        }
     }
 
     /// Fetches windows whose chunks lie next to each other, checks them and puts them where they are read.
-    fn fetch(&self, claim: &Claim<'_>) -> Result<(), Failure> {
+    /// Returns how many bytes came.
+    fn fetch(&self, claim: &Claim<'_>) -> Result<u64, Failure> {
         let windows: Vec<&Window> = claim
             .windows
             .iter()
@@ -281,24 +342,19 @@ impl Incoming {
             let text = "windows that the layer's table does not have";
             return Err(Error::new(ErrorKind::Corrupt, text).into());
         };
-        let start = first.chunk.offset;
-        let end = last.chunk.offset + u64::from(last.chunk.len);
         let stored = {
             let _taken = self.limit.take();
-            self.ranges.get(&self.data, start..end)?
+            self.ranges.get(&self.data, stored_at(first, last))?
         };
         let mut reader = ChunkReader::new()?;
         let mut rest = &stored[..];
         for window in windows {
             let (chunk, behind) = rest.split_at(window.chunk.len as usize);
             rest = behind;
-            // What is wrong may have been changed on its way.
-            let blocks = reader
-                .blocks(window, chunk)
-                .map_err(|error| Failure::passing(error.context(format!("blob {}", self.data))))?;
+            let blocks = checked(&mut reader, window, chunk, &self.data)?;
             self.lazy.put(window.chunk.window, blocks)?;
         }
         self.state.lock().error = None;
-        Ok(())
+        Ok(stored.len() as u64)
     }
 }

@@ -1,5 +1,7 @@
 //! The process that brings blocks of a store's lazy layers. docs/lazy.md, "Who does what".
 
+mod background;
+mod healing;
 mod layer;
 
 use std::collections::HashMap;
@@ -12,8 +14,10 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{COMPLETE, Complete, STATUS, WANT, Waiting, Want};
+use super::{BACKGROUND, COMPLETE, Complete, HEAL, STATUS, WANT, Waiting, Want};
 use crate::wire::encode;
+use background::{Background, Worker};
+use healing::Healing;
 use layer::{Incoming, Limit};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
@@ -31,7 +35,7 @@ const SYNC: Duration = Duration::from_secs(5);
 /// It ends when nobody has wanted anything for so long.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// Serves until nobody has wanted anything for a minute. Returns at once where another one serves the store.
+/// Serves until nobody has wanted anything for a minute, and nothing is to be completed in the background. Returns at once where another one serves the store.
 ///
 /// # Errors
 /// Where the socket cannot be made.
@@ -47,6 +51,11 @@ pub fn serve(store: &Store) -> Result<()> {
     let fetcher = Arc::new(Fetcher::new(store.clone()));
     let handler: Arc<dyn ControlHandler> = fetcher.clone();
     let server = ControlServer::start_for(CONNECTIONS, &store.runs().fetcher(), handler)?;
+    // What a killed one, or a host that crashed, did not come to.
+    if let Err(error) = fetcher.background.look(&fetcher) {
+        tracing::warn!("what is to be completed in the background: {error}");
+    }
+    let worker = Worker::start(&fetcher).context(|| "a thread for the background")?;
     // A store that was removed is nobody's.
     while !fetcher.is_idle() && path.exists() {
         std::thread::sleep(SYNC);
@@ -54,6 +63,7 @@ pub fn serve(store: &Store) -> Result<()> {
             fetcher.complete_if_all_is_here(layer, &open);
         }
     }
+    drop(worker);
     // From now on another one may start; who still has a connection here is answered.
     drop(server);
     while fetcher.busy.load(Ordering::Acquire) > 0 {
@@ -68,6 +78,8 @@ struct Fetcher {
     store: Store,
     layers: Mutex<HashMap<Uuid, Arc<Incoming>>>,
     limit: Arc<Limit>,
+    healing: Healing,
+    background: Background,
     /// Requests that are being answered.
     busy: AtomicUsize,
     last: Mutex<Instant>,
@@ -89,6 +101,8 @@ impl Fetcher {
             store,
             layers: Mutex::default(),
             limit: Arc::default(),
+            healing: Healing::default(),
+            background: Background::default(),
             busy: AtomicUsize::new(0),
             last: Mutex::new(Instant::now()),
         }
@@ -100,7 +114,9 @@ impl Fetcher {
     }
 
     fn is_idle(&self) -> bool {
-        self.busy.load(Ordering::Acquire) == 0 && self.last.lock().elapsed() >= IDLE
+        self.busy.load(Ordering::Acquire) == 0
+            && self.last.lock().elapsed() >= IDLE
+            && !self.background.is_busy()
     }
 
     /// The layer, opened where it is not; `None` where it is whole.
@@ -164,6 +180,11 @@ impl Fetcher {
         }
     }
 
+    fn somebody_waits(&self) -> bool {
+        let layers = self.layers.lock();
+        layers.values().any(|open| open.has_waiters())
+    }
+
     fn status(&self) -> Vec<Waiting> {
         let layers = self.layers.lock();
         layers
@@ -207,6 +228,17 @@ impl ControlHandler for Fetcher {
                 if let Some(open) = self.layer(layer).map_err(own)? {
                     self.complete(layer, &open).map_err(own)?;
                 }
+                Ok(Value::Null)
+            }
+            HEAL => {
+                let _busy = self.begin();
+                let damaged = parse(verb, args)?;
+                let healed = self.healing.heal(&self.store, &damaged, &self.limit);
+                Ok(Value::Bool(healed.map_err(own)?))
+            }
+            BACKGROUND => {
+                let _busy = self.begin();
+                self.background.look(self).map_err(own)?;
                 Ok(Value::Null)
             }
             STATUS => encode(&self.status()),

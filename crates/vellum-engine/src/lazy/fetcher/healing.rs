@@ -1,0 +1,105 @@
+//! Blocks of sealed layers that the disk lost or changed come again. docs/lazy.md, "Healing".
+
+use parking_lot::Mutex;
+
+use super::super::stall::{Pauses, Stall, pause_after};
+use super::super::{Damaged, Remote};
+use super::layer::{Limit, checked, stored_at};
+use vellum_base::block::{Block, Blocks, Span};
+use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_core::layer::Healer;
+use vellum_registry::artifact::{ChunkReader, Window};
+use vellum_registry::{Failure, Ranges};
+use vellum_store::Store;
+
+/// Heals layers: one at a time, so that those who found the same damage wait for one fetch.
+#[derive(Debug, Default)]
+pub(super) struct Healing(Mutex<()>);
+
+impl Healing {
+    /// Brings blocks again and writes them; false where nobody has them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Absent`] with what the registry says; [`ErrorKind::Io`] where the disk does not keep them.
+    pub fn heal(&self, store: &Store, damaged: &Damaged, limit: &Limit) -> Result<bool> {
+        let _one = self.0.lock();
+        let dir = store.layer_dir(damaged.layer);
+        let storage = &**store.storage();
+        let Some(remote) = Remote::read(storage, &dir)? else {
+            return Ok(false);
+        };
+        let Some(healer) = Healer::open(storage, &dir)? else {
+            return Ok(false);
+        };
+        let wanted = Span::new(Block::new(damaged.first), Blocks::new(damaged.count));
+        if healer.is_sound(wanted)? {
+            return Ok(true);
+        }
+        let table = remote.read_table(storage, &dir)?;
+        if table.digest != healer.digest() {
+            let text = format!("{}: its table is of another layer", dir.display());
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        }
+        let (reference, access) = remote.place()?;
+        let source = Source {
+            blob: remote.data.unwrap_or_else(String::new),
+            ranges: Ranges::open(&reference, access)?,
+            limit,
+        };
+        let mut written = Blocks::NONE;
+        let is_of = |window: &Window| {
+            let mut spans = window.blocks.iter();
+            spans.any(|span| span.intersection(wanted).is_some())
+        };
+        for window in table.windows().filter(is_of) {
+            written += source.put(&window, &healer)?;
+        }
+        healer.sync()?;
+        if !healer.is_sound(wanted)? {
+            let text = format!(
+                "{}: the disk does not keep what is written there: replace it",
+                dir.display()
+            );
+            return Err(Error::new(ErrorKind::Io, text));
+        }
+        tracing::warn!(
+            "{}: {written} block(s) that the disk had lost or changed were fetched again from {reference}",
+            dir.display()
+        );
+        Ok(true)
+    }
+}
+
+/// Who has a layer's blocks.
+struct Source<'a> {
+    blob: String,
+    ranges: Ranges,
+    limit: &'a Limit,
+}
+
+impl Source<'_> {
+    /// Fetches a window, however often it takes, and writes what of it is damaged.
+    fn put(&self, window: &Window, healer: &Healer) -> Result<Blocks> {
+        let deadline = Stall::of_environment().deadline();
+        let mut pauses = Pauses::default();
+        loop {
+            match self.try_put(window, healer) {
+                Ok(written) => return Ok(written),
+                Err(failure) => pause_after(&failure, &mut pauses, deadline)?,
+            }
+        }
+    }
+
+    fn try_put(&self, window: &Window, healer: &Healer) -> Result<Blocks, Failure> {
+        let stored = {
+            let _taken = self.limit.take();
+            self.ranges.get(&self.blob, stored_at(window, window))?
+        };
+        let mut reader = ChunkReader::new()?;
+        let mut written = Blocks::NONE;
+        for (span, bytes) in checked(&mut reader, window, &stored, &self.blob)? {
+            written += healer.put(span, bytes)?;
+        }
+        Ok(written)
+    }
+}
