@@ -17,6 +17,7 @@ mod registry_support;
 
 mod crash;
 mod faults;
+mod faulty;
 mod healing;
 mod lazy;
 mod login;

@@ -73,7 +73,8 @@ pub(crate) async fn attempt(
                 "{doing}: it sends other bytes than those: such a registry cannot be pulled from lazily, \
                  `vellum pull` fetches the image whole"
             );
-            return Err(Error::new(ErrorKind::Unsupported, text).into());
+            // It may be a cache on the way, which had not all of it.
+            return Err(Failure::passing(Error::new(ErrorKind::Unsupported, text)));
         }
         // The address that it sent us to was good for a while only.
         StatusCode::FORBIDDEN if !repository.http.is_own(response.url()) => {

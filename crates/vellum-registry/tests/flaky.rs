@@ -1,5 +1,4 @@
-//! A registry that fails in every way that passes: what is sent and fetched is whole all the same. The server is of
-//! this file, since real ones fail only by chance.
+//! A registry that fails in every way that passes: what is sent and fetched is whole all the same.
 
 #![allow(
     missing_docs,
@@ -10,121 +9,16 @@
     reason = "a test that panics has failed"
 )]
 
+mod fake;
+
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use sha2::{Digest, Sha256};
 use vellum_base::ErrorKind;
-use vellum_registry::{Access, Descriptor, Outcome, Push, Reference, Session, Upload};
+use vellum_registry::{Descriptor, Outcome, Push, Upload};
 
-/// A request, as far as it came.
-#[derive(Debug, Clone)]
-struct Request {
-    method: String,
-    path: String,
-    headers: String,
-    body: Vec<u8>,
-}
-
-impl Request {
-    fn header(&self, name: &str) -> Option<&str> {
-        let mut lines = self.headers.lines();
-        lines.find_map(|line| {
-            let (key, value) = line.split_once(':')?;
-            key.eq_ignore_ascii_case(name).then(|| value.trim())
-        })
-    }
-}
-
-/// What is answered: the head, the body, and whether the connection breaks there.
-struct Answer(String, Vec<u8>);
-
-fn answer(status: &str, headers: &[&str], body: &[u8]) -> Answer {
-    let length = format!("Content-Length: {}", body.len());
-    let own = headers
-        .iter()
-        .any(|line| line.starts_with("Content-Length"));
-    let mut head = format!("HTTP/1.1 {status}\r\nConnection: close\r\n");
-    for line in headers.iter().copied().chain((!own).then_some(&length[..])) {
-        head += &format!("{line}\r\n");
-    }
-    Answer(head + "\r\n", body.to_vec())
-}
-
-/// Serves one request a connection, of whose body it reads at most what `limit` says.
-fn serve(
-    limit: impl Fn(&Request, usize) -> usize + Send + 'static,
-    handle: impl Fn(&Request, usize) -> Answer + Send + 'static,
-) -> (String, Arc<Mutex<Vec<Request>>>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let host = listener.local_addr().unwrap().to_string();
-    let seen = Arc::new(Mutex::new(Vec::new()));
-    let requests = seen.clone();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let number = requests.lock().unwrap().len();
-            let Some(request) = read(&mut stream, |request| limit(request, number)) else {
-                continue;
-            };
-            let Answer(head, body) = handle(&request, number);
-            requests.lock().unwrap().push(request);
-            let _ = stream.write_all(head.as_bytes());
-            let _ = stream.write_all(&body);
-        }
-    });
-    (host, seen)
-}
-
-fn read(stream: &mut TcpStream, limit: impl Fn(&Request) -> usize) -> Option<Request> {
-    let mut input = BufReader::new(stream);
-    let mut line = String::new();
-    input.read_line(&mut line).ok()?;
-    let mut words = line.split(' ').map(str::to_owned);
-    let mut request = Request {
-        method: words.next()?,
-        path: words.next()?,
-        headers: String::new(),
-        body: Vec::new(),
-    };
-    loop {
-        let mut line = String::new();
-        input.read_line(&mut line).ok()?;
-        if line.trim().is_empty() {
-            break;
-        }
-        request.headers += &line;
-    }
-    let len = request
-        .header("content-length")
-        .map_or(0, |len| len.parse().unwrap());
-    let len = limit(&request).min(len);
-    request.body = vec![0; len];
-    input.read_exact(&mut request.body).ok()?;
-    Some(request)
-}
-
-fn session(host: &str) -> Session {
-    let reference = Reference::parse(&format!("{host}/team/web:1")).unwrap();
-    Session::open(&reference, Access::default()).unwrap()
-}
-
-fn digest(bytes: &[u8]) -> String {
-    let hex: String = Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    format!("sha256:{hex}")
-}
-
-fn some_bytes() -> Vec<u8> {
-    (0..1_000_000_u32)
-        .map(|n| (n.wrapping_mul(2_654_435_761) >> 9) as u8)
-        .collect()
-}
+use fake::{Request, answer, digest, serve, session, some_bytes};
 
 fn wanted(bytes: &[u8]) -> Descriptor {
     Descriptor {

@@ -33,7 +33,10 @@ impl Stall {
         };
         let said = value.to_str().and_then(Stall::parse);
         if said.is_none() {
-            tracing::warn!(?value, "{VARIABLE}: neither seconds, nor forever, nor fail");
+            tracing::warn!(
+                ?value,
+                "{VARIABLE}: neither a time (300, 5m), nor forever, nor fail"
+            );
         }
         said.unwrap_or(Stall::After(USUAL))
     }
@@ -42,9 +45,12 @@ impl Stall {
         match text.trim() {
             "fail" => Some(Stall::Fail),
             "forever" => Some(Stall::Never),
-            seconds => {
-                let seconds = seconds.parse::<f64>().ok()?;
-                Duration::try_from_secs_f64(seconds).ok().map(Stall::After)
+            time => {
+                let time = match time.parse::<f64>() {
+                    Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
+                    Err(_) => humantime::parse_duration(time).ok(),
+                };
+                time.map(Stall::After)
             }
         }
     }
@@ -99,14 +105,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stall_is_seconds_forever_or_fail() {
+    fn a_stall_is_a_time_forever_or_fail() {
         assert_eq!(Stall::parse("fail"), Some(Stall::Fail));
         assert_eq!(Stall::parse(" forever "), Some(Stall::Never));
         assert_eq!(
             Stall::parse("2.5"),
             Some(Stall::After(Duration::from_millis(2500)))
         );
-        for bad in ["", "5m", "-1", "nan", "1e300"] {
+        assert_eq!(
+            Stall::parse("5m"),
+            Some(Stall::After(Duration::from_secs(300)))
+        );
+        for bad in ["", "5x", "-1", "nan", "1e300"] {
             assert_eq!(Stall::parse(bad), None, "{bad}");
         }
     }

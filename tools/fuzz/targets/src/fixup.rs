@@ -45,6 +45,18 @@ pub fn header(bytes: &mut [u8]) {
     put_crc(bytes, 0..508, 508);
 }
 
+/// The windows of a lazy layer (section 8) that are here: of that layer, and each page in its place.
+pub fn have(bytes: &mut [u8], uuid: Uuid, virtual_size: u64) {
+    put(bytes, 16, uuid.as_bytes());
+    put(bytes, 32, &virtual_size.to_le_bytes());
+    put_crc(bytes, 0..4092, 4092);
+    for (number, page) in (0..).zip(bytes.chunks_exact_mut(4096).skip(1)) {
+        let number: u32 = number;
+        put(page, 4088, &number.to_le_bytes());
+        put_crc(page, 0..4092, 4092);
+    }
+}
+
 /// A table (section 3.1) of that layer.
 pub fn table(bytes: &mut [u8], uuid: Uuid, virtual_size: u64) {
     put(bytes, 16, uuid.as_bytes());

@@ -96,6 +96,14 @@ pub const TARGETS: &[Target] = &[
         seeds: layer::live_seeds,
     },
     Target {
+        name: "layer_have",
+        max_len: 16 << 10,
+        memory: LAYER_MEMORY,
+        memory_per_byte: LAYER_MEMORY_PER_BYTE,
+        run: layer::have,
+        seeds: layer::have_seeds,
+    },
+    Target {
         name: "layer_open",
         max_len: 32 << 10,
         memory: LAYER_MEMORY,

@@ -96,6 +96,7 @@ smoke!(
     layer_seal,
     layer_journal,
     layer_live,
+    layer_have,
     layer_open,
     store_records,
     nbd_session,

@@ -2,6 +2,7 @@
 
 mod disk;
 mod exercise;
+mod lazy;
 mod live;
 mod whole;
 
@@ -17,6 +18,7 @@ use self::disk::{
     with_seal, written,
 };
 use self::exercise::exercise;
+pub use self::lazy::{have, have_seeds};
 pub use self::live::{live, live_seeds};
 pub use self::whole::{open, open_seeds};
 use crate::input::with_mode;
