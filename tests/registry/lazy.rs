@@ -132,6 +132,37 @@ fn while_the_registry_is_gone_reads_wait_visibly_and_writes_go_on_and_all_is_wel
 }
 
 #[test]
+fn a_mount_whose_first_block_is_not_here_waits_for_the_registry_as_long_as_a_read_does() {
+    let (mut registry, from, to) = pulled();
+    to.ok(&["create", "web", "--name", "c"]);
+    registry.stop();
+    let to = std::sync::Arc::new(to);
+    let own = to.clone();
+    let mount = std::thread::spawn(move || own.mount("c"));
+    // Longer than a device may take that waits for nothing.
+    std::thread::sleep(Duration::from_secs(33));
+    assert!(!mount.is_finished(), "{:?}", mount.join());
+    assert!(to.ok(&["ps"]).contains("waiting for registry"));
+    registry.start_again();
+    let dir = mount.join().unwrap();
+    assert_eq!(read(&dir.join("etc/web")).unwrap(), b"web\n");
+    to.ok(&["umount", "c"]);
+    end_fetchers(&to);
+    drop(from);
+}
+
+#[test]
+fn a_mount_that_the_registry_does_not_answer_in_time_says_what_that_said() {
+    let (mut registry, _from, mut to) = pulled();
+    to.env.push(("VELLUM_STALL", "fail"));
+    to.ok(&["create", "web", "--name", "c"]);
+    registry.stop();
+    let said = to.fails(&["mount", "c"]);
+    assert!(said.contains("no answer from"), "{said}");
+    end_fetchers(&to);
+}
+
+#[test]
 fn what_does_not_come_in_time_is_an_error_that_says_what_the_registry_said_and_the_next_read_has_it()
  {
     let (mut registry, _from, mut to) = pulled();

@@ -45,7 +45,8 @@ impl<'a> Known<'a> {
                 Vec::new()
             })
         });
-        let ours = waiting.iter().filter(|one| layers.contains(&one.layer));
+        let waits = |one: &&Waiting| one.requests > 0 && layers.contains(&one.layer);
+        let ours = waiting.iter().filter(waits);
         let (mut requests, mut longest) = (0, None);
         for one in ours {
             requests += one.requests;

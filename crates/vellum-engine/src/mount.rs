@@ -4,13 +4,14 @@ use std::path::Path;
 
 use super::device::{Target, attach_spec};
 use super::grow::grow_file_system;
+use super::lazy::{said_last, waits_for_registry};
 use super::lock_container;
 use super::mount_point::{self, Mounted, UNMOUNT_TIMEOUT, mounted, unmount_device};
 use super::serving::refuse_served;
 use super::teardown::take_over;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
-use vellum_export::device::{self, DetachOptions};
+use vellum_export::device::{self, AttachSpec, DetachOptions, Waits};
 use vellum_export::local_disk::LocalDisk;
 use vellum_fs::ext4::{self, Atime};
 use vellum_fs::mountinfo::MountInfo;
@@ -87,7 +88,11 @@ fn mount_once(
         None => mount_point::default_dir(&run_dir)?,
     };
     let target = Target::of(container);
-    let attached = device::attach(&run_dir, &attach_spec(store, &target))
+    let spec = AttachSpec {
+        waits: Some(Waits(waits_for_registry(store, &container.layers))),
+        ..attach_spec(store, &target)
+    };
+    let attached = device::attach(&run_dir, &spec)
         .map_err(|error| error.context(format!("cannot attach {name}")))?;
     let device = attached.device.path();
     let mounted = interrupt::check()
@@ -103,7 +108,11 @@ fn mount_once(
                 ..Default::default()
             },
         );
-        return Err(error.context(format!("cannot mount {name} at {}", dir.display())));
+        let what = format!("cannot mount {name} at {}", dir.display());
+        return Err(match said_last(store, &container.layers) {
+            Some(why) => Error::new(ErrorKind::Absent, format!("{what}: {error}: {why}")),
+            None => error.context(what),
+        });
     }
     Ok(Mounted {
         dir,

@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -21,6 +22,7 @@ use vellum_base::interrupt;
 use vellum_core::layer::Fetch;
 use vellum_export::device::control;
 use vellum_fs::run_dir::{DirSocket, RunRoot};
+use vellum_store::Store;
 
 /// The longest that one call waits for its answer: the fetcher gives up before.
 const LONGEST_CALL: Duration = Duration::from_secs(1 << 30);
@@ -104,6 +106,33 @@ pub fn waiting(runs: &RunRoot) -> Result<Vec<Waiting>> {
             error,
         )
     })
+}
+
+/// Tells, whenever it is asked, whether somebody waits for blocks of one of these layers.
+pub(crate) fn waits_for_registry(
+    store: &Store,
+    layers: &[Uuid],
+) -> Arc<dyn Fn() -> bool + Send + Sync> {
+    let (runs, layers) = (store.runs(), layers.to_vec());
+    Arc::new(move || {
+        let ours = |one: &Waiting| one.requests > 0 && layers.contains(&one.layer);
+        waiting(&runs).is_ok_and(|waiting| waiting.iter().any(ours))
+    })
+}
+
+/// Why blocks of one of these layers did not come, where the last attempt failed.
+pub(crate) fn said_last(store: &Store, layers: &[Uuid]) -> Option<String> {
+    let waiting = match waiting(&store.runs()) {
+        Ok(waiting) => waiting,
+        Err(error) => {
+            tracing::warn!("what a registry said is not known: {error}");
+            return None;
+        }
+    };
+    let mut ours = waiting
+        .into_iter()
+        .filter(|one| layers.contains(&one.layer));
+    ours.find_map(|one| one.error)
 }
 
 /// Asks the fetcher, however often it dies meanwhile.

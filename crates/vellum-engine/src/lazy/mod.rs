@@ -13,6 +13,7 @@ mod remote;
 mod stall;
 
 pub use client::{FetcherClient, waiting};
+pub(crate) use client::{said_last, waits_for_registry};
 pub use complete::{CompleteReport, complete, complete_in_background};
 pub use fetcher::FETCHER_COMMAND;
 pub use remote::{Background, REMOTE_FILES, Remote};
@@ -63,7 +64,7 @@ struct Complete {
 pub struct Waiting {
     /// The layer.
     pub layer: Uuid,
-    /// How many requests.
+    /// How many requests; none where only the last attempt failed.
     pub requests: u64,
     /// For how many seconds the oldest of them has waited.
     pub seconds: u64,

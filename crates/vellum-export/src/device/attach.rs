@@ -1,6 +1,7 @@
 //! From nothing to a block device: starts the supervisor, waits until the worker serves.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
@@ -8,6 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -28,6 +30,9 @@ use crate::ublk::disk::UblkDisk;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::run_dir::RunDir;
 
+/// How often it is asked whether a device still waits.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// What to attach, and how.
 #[derive(Debug, Clone)]
 pub struct AttachSpec {
@@ -46,6 +51,18 @@ pub struct AttachSpec {
     pub transport: TransportChoice,
     /// How long the device may take to open.
     pub timeout: Duration,
+    /// Asked when that is over.
+    pub waits: Option<Waits>,
+}
+
+/// Whether a device that does not open waits for something that may take longer, rather than hang.
+#[derive(Clone)]
+pub struct Waits(pub Arc<dyn Fn() -> bool + Send + Sync>);
+
+impl fmt::Debug for Waits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Waits")
+    }
 }
 
 impl AttachSpec {
@@ -60,6 +77,7 @@ impl AttachSpec {
             threads: 2,
             transport: TransportChoice::Classic,
             timeout: Duration::from_secs(30),
+            waits: None,
         }
     }
 }
@@ -209,7 +227,7 @@ pub(super) fn start(run_dir: &RunDir, spec: &AttachSpec) -> Result<Features> {
     let mut child = command.spawn().context(what)?;
     // Our copy of the pipe's writing end, or its end would never be seen.
     drop(command);
-    let line = read_line(ready, spec.timeout);
+    let line = read_line(ready, spec);
     // The foreground process ends as soon as it has forked.
     let status = child.wait().context(what)?;
     match line? {
@@ -234,18 +252,19 @@ pub(super) fn start(run_dir: &RunDir, spec: &AttachSpec) -> Result<Features> {
 }
 
 /// The first line from the pipe; `None` at its end.
-fn read_line(ready: std::io::PipeReader, timeout: Duration) -> Result<Option<String>> {
-    let deadline = Instant::now() + timeout;
+fn read_line(ready: std::io::PipeReader, spec: &AttachSpec) -> Result<Option<String>> {
+    let mut deadline = Instant::now() + spec.timeout;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let mut fds = [PollFd::new(ready.as_fd(), PollFlags::POLLIN)];
         let left_ms = left.as_millis().min(60_000) as u16;
         match poll(&mut fds, PollTimeout::from(left_ms)) {
             Ok(0) if left.is_zero() => {
-                return Err(Error::new(
-                    ErrorKind::Timeout,
-                    format!("the device server was not ready within {timeout:?}"),
-                ));
+                if !spec.waits.as_ref().is_some_and(|waits| waits.0()) {
+                    let text = format!("the device server was not ready within {:?}", spec.timeout);
+                    return Err(Error::new(ErrorKind::Timeout, text));
+                }
+                deadline = Instant::now() + LOOK;
             }
             Ok(0) | Err(nix::errno::Errno::EINTR) => vellum_base::interrupt::check()?,
             Ok(_) => break,

@@ -42,7 +42,7 @@ mod transport;
 mod watch;
 mod worker;
 
-pub use attach::{AttachSpec, Attached, attach, ensure_supervised, upgrade};
+pub use attach::{AttachSpec, Attached, Waits, attach, ensure_supervised, upgrade};
 pub use control::ControlHandler;
 pub use detach::{DetachOptions, Leak, detach, find_leaks, unmount_deleted, wake};
 pub use failure::Failure;

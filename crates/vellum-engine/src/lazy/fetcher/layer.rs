@@ -202,14 +202,17 @@ impl Incoming {
         !self.state.lock().waiting.is_empty()
     }
 
-    /// Who waits, if anybody does.
+    /// Who waits, and what failed last; `None` where nobody does and nothing did.
     pub fn waiting(&self, layer: Uuid) -> Option<Waiting> {
         let state = self.state.lock();
-        let oldest = state.waiting.values().next()?;
+        let oldest = state.waiting.values().next();
+        if oldest.is_none() && state.error.is_none() {
+            return None;
+        }
         Some(Waiting {
             layer,
             requests: state.waiting.len() as u64,
-            seconds: oldest.elapsed().as_secs(),
+            seconds: oldest.map_or(0, |oldest| oldest.elapsed().as_secs()),
             error: state.error.clone(),
         })
     }
