@@ -152,8 +152,11 @@ impl Puller<'_> {
         self.store.put_image(&image, self.pin)?;
         crash_point::here("pull: record in place");
         self.note(&parts);
-        if let Some(background) = self.background {
-            complete_in_background(self.store, &image.layers, background)?;
+        if let Some(background) = self.background
+            && let Err(error) = complete_in_background(self.store, &image.layers, background)
+        {
+            // The image is there all the same.
+            tracing::warn!("it is not completed in the background yet: {error}");
         }
         Ok(PullReport {
             image,

@@ -1,5 +1,7 @@
 //! Blocks of sealed layers that the disk lost or changed come again. docs/lazy.md, "Healing".
 
+use std::time::{Duration, Instant};
+
 use parking_lot::Mutex;
 
 use super::super::stall::{Pauses, Stall, pause_after};
@@ -12,6 +14,9 @@ use vellum_registry::artifact::{ChunkReader, Window};
 use vellum_registry::{Failure, Ranges};
 use vellum_store::Store;
 
+/// How long a turn of another may take for one who would not wait for a registry.
+const TURN: Duration = Duration::from_secs(10);
+
 /// Heals layers: one at a time, so that those who found the same damage wait for one fetch.
 #[derive(Debug, Default)]
 pub(super) struct Healing(Mutex<()>);
@@ -22,7 +27,15 @@ impl Healing {
     /// # Errors
     /// [`ErrorKind::Absent`] with what the registry says; [`ErrorKind::Io`] where the disk does not keep them.
     pub fn heal(&self, store: &Store, damaged: &Damaged, limit: &Limit) -> Result<bool> {
-        let _one = self.0.lock();
+        let deadline = Stall::of_environment().deadline();
+        let turn = match deadline {
+            Some(deadline) => self.0.try_lock_until(deadline.max(Instant::now() + TURN)),
+            None => Some(self.0.lock()),
+        };
+        let Some(_turn) = turn else {
+            let text = "other damaged blocks have not come yet";
+            return Err(Error::new(ErrorKind::Absent, text));
+        };
         let dir = store.layer_dir(damaged.layer);
         let storage = &**store.storage();
         let Some(remote) = Remote::read(storage, &dir)? else {
@@ -31,7 +44,9 @@ impl Healing {
         let Some(healer) = Healer::open(storage, &dir)? else {
             return Ok(false);
         };
-        let wanted = Span::new(Block::new(damaged.first), Blocks::new(damaged.count));
+        let wanted = Span::checked(Block::new(damaged.first), Blocks::new(damaged.count));
+        let wanted = wanted
+            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "blocks that no device can have"))?;
         if healer.is_sound(wanted)? {
             return Ok(true);
         }
@@ -52,7 +67,7 @@ impl Healing {
             spans.any(|span| span.intersection(wanted).is_some())
         };
         for window in table.windows().filter(is_of) {
-            written += source.put(&window, &healer)?;
+            written += source.put(&window, &healer, deadline)?;
         }
         healer.sync()?;
         if !healer.is_sound(wanted)? {
@@ -79,8 +94,7 @@ struct Source<'a> {
 
 impl Source<'_> {
     /// Fetches a window, however often it takes, and writes what of it is damaged.
-    fn put(&self, window: &Window, healer: &Healer) -> Result<Blocks> {
-        let deadline = Stall::of_environment().deadline();
+    fn put(&self, window: &Window, healer: &Healer, deadline: Option<Instant>) -> Result<Blocks> {
         let mut pauses = Pauses::default();
         loop {
             match self.try_put(window, healer) {
