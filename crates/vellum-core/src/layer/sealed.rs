@@ -23,7 +23,7 @@ use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableKind, push_exten
 use digest::walk;
 use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, part_mut};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::storage::{OpenMode, Storage};
+use vellum_base::storage::{OpenMode, Storage, refuses_to_wait};
 
 /// The seal's file name.
 pub(super) const SEAL_FILE: &str = "seal";
@@ -249,7 +249,8 @@ impl SealedLayer {
             lazy::want(lazy, windows)?;
         }
         let damage = match self.read_here(buf, span) {
-            Err(error) if self.is_checksummed() && is_damage(&error) => error,
+            // Who may not wait, as for what is not in the page cache, leaves it to one who may.
+            Err(error) if self.is_checksummed() && is_damage(&error) && !refuses_to_wait() => error,
             other => return other,
         };
         lazy::heal(&self.dir, span, damage)?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use vellum_base::ErrorKind;
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, BlockDevice, Blocks, Durability, Span};
-use vellum_base::storage::{OpenMode, SimStorage, Storage};
+use vellum_base::storage::{OpenMode, SimStorage, Storage, unless_it_waits};
 use vellum_core::chain::Chain;
 use vellum_core::layer::{Healer, SealedLayer};
 
@@ -181,6 +181,23 @@ fn what_nobody_has_or_cannot_be_had_is_the_error_of_the_checksum_with_the_reason
     // All others are as they were.
     chain.read_at(&mut bytes, 5 * BLOCK_SIZE).unwrap();
     assert_eq!(bytes, bytes_of(Block::new(5)));
+}
+
+#[test]
+fn who_may_not_wait_leaves_it_to_one_who_may() {
+    let _one = ONE.lock();
+    let disk = damaged_disk();
+    let own = disk.clone();
+    heal_by(
+        Path::new(WHOLE),
+        Arc::new(move |blocks| heal(&own, blocks).map(|_| true)),
+    );
+    let chain = chain(&disk);
+    let mut bytes = [0; BLOCK_LEN];
+    assert!(unless_it_waits(|| chain.read_at(&mut bytes, 3 * BLOCK_SIZE)).is_none());
+    assert!(!healer(&disk).is_sound(Span::of(Block::new(3))).unwrap());
+    chain.read_at(&mut bytes, 3 * BLOCK_SIZE).unwrap();
+    assert_eq!(bytes, bytes_of(Block::new(3)));
 }
 
 #[test]

@@ -98,9 +98,8 @@ fn fetch(lazy: &Lazy, windows: &Range<u32>) -> Result<()> {
 }
 
 fn mend(dir: &Path, blocks: Span, damage: &Error) -> Result<()> {
-    let fetch = match FETCH.get() {
-        Some(fetch) if !refuses_to_wait() => fetch,
-        _ => return Err(damage.clone()),
+    let Some(fetch) = FETCH.get() else {
+        return Err(damage.clone());
     };
     about_to_wait();
     let _waits = waits();
