@@ -16,6 +16,8 @@
 mod common;
 #[path = "../support/nbd_client/mod.rs"]
 mod nbd_client;
+#[path = "../support/uring/mod.rs"]
+mod uring;
 
 mod crash;
 mod databases;

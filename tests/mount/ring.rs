@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg, PosixFadviseAdvice, posix_fadvise};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use vellum_base::ErrorKind;
 use vellum_export::device::{Attached, TransportChoice, attach};
 
@@ -15,38 +15,7 @@ use crate::common::{Running, TestStore};
 use crate::crash::{Load, finish};
 use crate::mount_support::{Device, kill, run, wait_until};
 use crate::server_support::{Container, row};
-
-const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
-
-/// Has the host offer FUSE over io_uring until it is dropped, also when the test fails, and then puts back
-/// what was there. Tests that need it take turns.
-struct Offered {
-    before: String,
-    _turn: Flock<File>,
-}
-
-impl Offered {
-    fn new(value: &str) -> Offered {
-        let lock = File::create("/tmp/vellum-test-enable-uring.lock").unwrap();
-        let turn = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno);
-        let before = fs::read_to_string(SWITCH).unwrap_or_else(|error| {
-            panic!("{SWITCH}: {error}: these tests need a kernel with FUSE over io_uring (6.18)")
-        });
-        fs::write(SWITCH, value).unwrap();
-        Offered {
-            before,
-            _turn: turn.unwrap(),
-        }
-    }
-}
-
-impl Drop for Offered {
-    fn drop(&mut self) {
-        if let Err(error) = fs::write(SWITCH, &self.before) {
-            eprintln!("{SWITCH} is not what it was: {error}");
-        }
-    }
-}
+use crate::uring::Offered;
 
 /// A device that is served by a ring.
 fn attached(size: u64, more: &[&str]) -> Device {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::{TestStore, kill, wait_until};
 use crate::registry_support::{Registry, clean, digests, store, with_images};
+use crate::uring::Offered;
 
 /// A registry that has `web:1`, the store that pushed it, and one that pulled it lazily.
 fn pulled() -> (Registry, TestStore, TestStore) {
@@ -100,12 +101,15 @@ fn read(path: &Path) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-#[test]
-fn while_the_registry_is_gone_reads_wait_visibly_and_writes_go_on_and_all_is_well_when_it_is_back()
-{
-    let (mut registry, from, to) = pulled();
+/// Reads that wait for a registry that is gone are seen, hold up nothing, and are answered when it is back.
+fn while_the_registry_is_gone(transport: &'static str) {
+    let (mut registry, from, mut to) = pulled();
+    to.env.push(("VELLUM_TRANSPORT", transport));
     to.ok(&["create", "web", "--name", "c"]);
-    let dir = to.mount("c");
+    let dir = {
+        let _offered = (transport == "ring").then(|| Offered::new("Y"));
+        to.mount("c")
+    };
     registry.stop();
     let shell = dir.join("bin/sh");
     let reader = std::thread::spawn(move || read(&shell).unwrap());
@@ -129,6 +133,18 @@ fn while_the_registry_is_gone_reads_wait_visibly_and_writes_go_on_and_all_is_wel
     to.ok(&["umount", "c"]);
     end_fetchers(&to);
     drop(from);
+}
+
+#[test]
+fn while_the_registry_is_gone_reads_wait_visibly_and_writes_go_on_and_all_is_well_when_it_is_back()
+{
+    while_the_registry_is_gone("classic");
+}
+
+/// Whose threads wait for the disk themselves while nobody else wants them.
+#[test]
+fn by_a_ring_too_reads_that_wait_for_a_registry_hold_up_nothing() {
+    while_the_registry_is_gone("ring");
 }
 
 #[test]

@@ -14,6 +14,8 @@ mod common;
 mod image_support;
 #[path = "../support/registry_support/mod.rs"]
 mod registry_support;
+#[path = "../support/uring/mod.rs"]
+mod uring;
 
 mod crash;
 mod faults;

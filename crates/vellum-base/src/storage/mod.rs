@@ -29,7 +29,10 @@ pub use rng::SeededRng;
 pub use scratch::ScratchStorage;
 #[cfg(feature = "sim")]
 pub use sim::{Moment, Observer, PowerCut, SimStorage, is_power_cut};
-pub use waiting::{about_to_wait, clock_ns, monotonic_ns, refuses_to_wait, unless_it_waits, waits};
+pub use waiting::{
+    about_to_wait, clock_ns, monotonic_ns, refuses_to_stall, refuses_to_wait, unless_it_stalls,
+    unless_it_waits, waits,
+};
 pub use waiting::{listen as listen_for_waits, note_waits_in};
 
 use std::io;

@@ -5,6 +5,7 @@
 use std::cell::{Cell, RefCell};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread::LocalKey;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
@@ -12,10 +13,11 @@ use nix::time::{ClockId, clock_gettime};
 thread_local! {
     static LISTENER: RefCell<Option<Box<dyn Fn()>>> = const { RefCell::new(None) };
     static NOTE: Cell<Option<usize>> = const { Cell::new(None) };
-    static REFUSAL: Cell<Refusal> = const { Cell::new(Refusal::Off) };
+    static WAITS: Cell<Refusal> = const { Cell::new(Refusal::Off) };
+    static STALLS: Cell<Refusal> = const { Cell::new(Refusal::Off) };
 }
 
-/// Whether this thread may wait for the disk when it reads.
+/// Whether this thread may wait for something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Refusal {
     /// It may.
@@ -26,21 +28,44 @@ enum Refusal {
     Refused,
 }
 
+impl Refusal {
+    /// Does `work` while it is on; `None` where something was refused.
+    fn around<T>(cell: &'static LocalKey<Cell<Refusal>>, work: impl FnOnce() -> T) -> Option<T> {
+        let before = cell.replace(Refusal::On);
+        let result = work();
+        (cell.replace(before) != Refusal::Refused).then_some(result)
+    }
+
+    fn refuses(cell: &'static LocalKey<Cell<Refusal>>) -> bool {
+        let refuses = cell.get() != Refusal::Off;
+        if refuses {
+            cell.set(Refusal::Refused);
+        }
+        refuses
+    }
+}
+
 /// Does `work`, in which reads of what the page cache does not hold fail; `None` where one did, after
 /// which the work has to be done again, by whoever may wait. For work that changes nothing.
 pub fn unless_it_waits<T>(work: impl FnOnce() -> T) -> Option<T> {
-    let before = REFUSAL.replace(Refusal::On);
-    let result = work();
-    (REFUSAL.replace(before) != Refusal::Refused).then_some(result)
+    Refusal::around(&WAITS, work)
+}
+
+/// Does `work`, which may wait for this host's disk, but fails where it would wait for blocks from elsewhere; `None` where it
+/// would have, after which it has to be done again, by whoever may. For work that bears that.
+pub fn unless_it_stalls<T>(work: impl FnOnce() -> T) -> Option<T> {
+    Refusal::around(&STALLS, work)
 }
 
 /// True where a read must fail instead of waiting, within [`unless_it_waits`].
 pub fn refuses_to_wait() -> bool {
-    let refuses = REFUSAL.get() != Refusal::Off;
-    if refuses {
-        REFUSAL.set(Refusal::Refused);
-    }
-    refuses
+    Refusal::refuses(&WAITS)
+}
+
+/// True where a read must fail instead of waiting for blocks from elsewhere, within [`unless_it_stalls`] and
+/// [`unless_it_waits`].
+pub fn refuses_to_stall() -> bool {
+    Refusal::refuses(&STALLS) || refuses_to_wait()
 }
 
 /// Where the threads of this process note what they wait for: see [`note_waits_in`].
@@ -126,6 +151,14 @@ pub fn clock_ns(clock: ClockId) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_waits_for_the_disk_alone_refuses_to_stall_and_who_waits_for_nothing_refuses_both() {
+        assert_eq!(unless_it_stalls(refuses_to_wait), Some(false));
+        assert_eq!(unless_it_stalls(refuses_to_stall), None);
+        assert_eq!(unless_it_waits(refuses_to_stall), None);
+        assert!(!refuses_to_wait() && !refuses_to_stall());
+    }
 
     #[test]
     fn a_wait_is_noted_until_it_ends_and_one_within_it_changes_nothing() {

@@ -23,7 +23,7 @@ use super::table::{DIGEST_LEN, Expected, MapExtent, Table, TableKind, push_exten
 use digest::walk;
 use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, part_mut};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::storage::{OpenMode, Storage, refuses_to_wait};
+use vellum_base::storage::{OpenMode, Storage, refuses_to_stall};
 
 /// The seal's file name.
 pub(super) const SEAL_FILE: &str = "seal";
@@ -250,7 +250,9 @@ impl SealedLayer {
         }
         let damage = match self.read_here(buf, span) {
             // Who may not wait, as for what is not in the page cache, leaves it to one who may.
-            Err(error) if self.is_checksummed() && is_damage(&error) && !refuses_to_wait() => error,
+            Err(error) if self.is_checksummed() && is_damage(&error) && !refuses_to_stall() => {
+                error
+            }
             other => return other,
         };
         lazy::heal(&self.dir, span, damage)?;

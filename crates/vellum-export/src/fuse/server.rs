@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::abi::{self, Operation};
 use super::transport::{Body, Classic, Ended, Fetched, Patience, Reply, Transport};
-use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability, ExtentKind, ZeroMode};
+use vellum_base::block::{BlockDevice, Durability, ExtentKind, ZeroMode};
 use vellum_base::error::{Error, Result};
-use vellum_base::storage::{about_to_wait, unless_it_waits, waits};
+use vellum_base::storage::{about_to_wait, unless_it_stalls, unless_it_waits, waits};
 
 /// What the threads that serve one session share.
 pub struct Server<'a> {
@@ -124,14 +124,16 @@ impl Server<'_> {
         let Some(buf) = transport.data(ticket, len) else {
             return Ok(errno(libc::EINVAL));
         };
-        match patience {
-            Patience::Any | Patience::Host => self.device.read_at(buf, offset)?,
-            Patience::None => match unless_it_waits(|| self.device.read_at(buf, offset)) {
-                Some(read) => read?,
-                None => return Ok(Outcome::Waits),
-            },
-        }
-        Ok(Outcome::Reply(Reply::Data(len)))
+        let mut read = || self.device.read_at(buf, offset);
+        let done = match patience {
+            Patience::Any => Some(read()),
+            Patience::Host => unless_it_stalls(read),
+            Patience::None => unless_it_waits(read),
+        };
+        Ok(match done {
+            Some(done) => done.map(|()| Outcome::Reply(Reply::Data(len)))?,
+            None => Outcome::Waits,
+        })
     }
 
     /// Does what wants space, and holds it for a while where the host's disk is full, since a file
@@ -142,7 +144,14 @@ impl Server<'_> {
         done: Outcome,
         mut work: impl FnMut() -> Result<()>,
     ) -> Result<Outcome> {
-        let mut result = work();
+        let mut result = match patience {
+            Patience::Any => work(),
+            // What it copies up may be elsewhere.
+            Patience::Host | Patience::None => match unless_it_stalls(&mut work) {
+                Some(result) => result,
+                None => return Ok(Outcome::Waits),
+            },
+        };
         if !result.as_ref().is_err_and(Error::is_full_disk) {
             return result.map(|()| done);
         }
@@ -166,9 +175,6 @@ impl Server<'_> {
 
     fn execute(&self, operation: Operation<'_>, patience: Patience) -> Result<Outcome> {
         let device = self.device;
-        if patience == Patience::None && device.may_stall() && copies_up(&operation) {
-            return Ok(Outcome::Waits);
-        }
         Ok(match operation {
             Operation::Write { durability, .. }
                 if patience == Patience::None && durability == Durability::Durable =>
@@ -195,8 +201,8 @@ impl Server<'_> {
                 mode,
             } => match mode {
                 abi::FALLOC_PUNCH_HOLE_KEEP_SIZE => {
-                    device.discard(offset, length)?;
-                    errno(0)
+                    let discard = || device.discard(offset, length);
+                    self.patiently(patience, errno(0), discard)?
                 }
                 abi::FALLOC_ZERO_RANGE_KEEP_SIZE => {
                     let mode = ZeroMode::KeepAllocated;
@@ -238,16 +244,6 @@ impl Server<'_> {
             | Operation::Other => errno(libc::ENOSYS),
         })
     }
-}
-
-/// Whether parts of blocks are written, whose other bytes may be somewhere else.
-fn copies_up(operation: &Operation<'_>) -> bool {
-    let (offset, len) = match *operation {
-        Operation::Write { offset, data, .. } => (offset, data.len() as u64),
-        Operation::Fallocate { offset, length, .. } => (offset, length),
-        _ => return false,
-    };
-    !offset.is_multiple_of(BLOCK_SIZE) || !len.is_multiple_of(BLOCK_SIZE)
 }
 
 /// One of the writes that are held.

@@ -34,7 +34,7 @@ pub enum Fetched<T> {
 pub enum Patience {
     /// For anything, also for room on a host's disk that is full: others serve meanwhile.
     Any,
-    /// For the host's disk, since nobody else seems to wait for this thread.
+    /// For the host's disk, since nobody else seems to wait for this thread; not for blocks from elsewhere.
     Host,
     /// For nothing: others wait for this thread.
     None,

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use super::Lazy;
 use vellum_base::block::Span;
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_base::storage::{about_to_wait, refuses_to_wait, waits};
+use vellum_base::storage::{about_to_wait, refuses_to_stall, waits};
 
 /// Brings blocks of lazy layers to where they are read.
 pub trait Fetch: Send + Sync {
@@ -84,7 +84,7 @@ fn fetch(lazy: &Lazy, windows: &Range<u32>) -> Result<()> {
         );
         Err(Error::new(ErrorKind::Absent, text))
     };
-    if refuses_to_wait() {
+    if refuses_to_stall() {
         return absent(" yet");
     }
     let Some(fetch) = FETCH.get() else {
