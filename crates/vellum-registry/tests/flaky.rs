@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use vellum_base::ErrorKind;
 use vellum_registry::{Descriptor, Outcome, Push, Upload};
 
-use fake::{Request, answer, digest, serve, session, some_bytes};
+use fake::{Request, answer, digest, serve, serve_with_tokens, session, some_bytes};
 
 fn wanted(bytes: &[u8]) -> Descriptor {
     Descriptor {
@@ -311,30 +311,12 @@ fn an_index_leads_by_digests_alone() {
 fn tokens_are_fetched_for_all_that_is_done_and_anew_when_they_have_expired() {
     let bytes = some_bytes();
     let served = bytes.clone();
-    let address = Arc::new(Mutex::new(String::new()));
-    let own = address.clone();
-    let (host, seen) = serve(
-        |_, _| 0,
-        move |request, number| {
-            if request.path.starts_with("/token") {
-                return answer(
-                    "200 OK",
-                    &[],
-                    format!(r#"{{"token":"t{number}"}}"#).as_bytes(),
-                );
-            }
-            let realm = own.lock().unwrap().clone();
-            let challenge =
-                format!(r#"WWW-Authenticate: Bearer realm="http://{realm}/token",service="here""#);
-            match (request.header("authorization"), number) {
-                // The first token does for one request.
-                (Some("Bearer t1"), 2) => answer("404 Not Found", &[], b""),
-                (Some("Bearer t4"), _) => answer("200 OK", &[], &served),
-                _ => answer("401 Unauthorized", &[&challenge], b"{}"),
-            }
-        },
-    );
-    address.lock().unwrap().clone_from(&host);
+    let (host, seen) = serve_with_tokens(move |_, token, number| match (token, number) {
+        // The first token does for one request.
+        ("t1", 2) => Some(answer("404 Not Found", &[], b"")),
+        ("t4", _) => Some(answer("200 OK", &[], &served)),
+        _ => None,
+    });
     let session = session(&host);
     let dir = tempfile::tempdir().unwrap();
     session.try_push().unwrap_err();

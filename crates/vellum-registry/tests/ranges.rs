@@ -12,13 +12,13 @@
 
 mod fake;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use vellum_base::ErrorKind;
 use vellum_registry::{Access, Failure, Ranges, Reference};
 
-use fake::{Answer, Request, answer, digest, serve, some_bytes};
+use fake::{Answer, Request, answer, digest, serve, serve_with_tokens, some_bytes};
 
 fn ranges(host: &str) -> Ranges {
     let reference = Reference::parse(&format!("{host}/team/web:1")).unwrap();
@@ -123,26 +123,11 @@ fn too_few_and_too_many_bytes_pass_and_are_not_given_out() {
 fn a_token_that_has_expired_is_fetched_anew() {
     let bytes = some_bytes();
     let served = bytes.clone();
-    let address = Arc::new(Mutex::new(String::new()));
-    let own = address.clone();
-    let (host, seen) = serve(
-        |_, _| 0,
-        move |request, number| {
-            if request.path.starts_with("/token") {
-                let token = format!(r#"{{"token":"t{number}"}}"#);
-                return answer("200 OK", &[], token.as_bytes());
-            }
-            let realm = own.lock().unwrap().clone();
-            let challenge =
-                format!(r#"WWW-Authenticate: Bearer realm="http://{realm}/token",service="here""#);
-            match (request.header("authorization"), number) {
-                // The first token is good for one request, the second for all that follow.
-                (Some("Bearer t1"), 2) | (Some("Bearer t4"), _) => part(request, &served),
-                _ => answer("401 Unauthorized", &[&challenge], b"{}"),
-            }
-        },
-    );
-    address.lock().unwrap().clone_from(&host);
+    let (host, seen) = serve_with_tokens(move |request, token, number| match (token, number) {
+        // The first token is good for one request, the second for all that follow.
+        ("t1", 2) | ("t4", _) => Some(part(request, &served)),
+        _ => None,
+    });
     let (ranges, digest) = (ranges(&host), digest(&bytes));
     for start in [0, 5000, 9000] {
         let got = ranges.get(&digest, start..start + 100).unwrap();

@@ -67,6 +67,35 @@ pub fn serve(
     (host, seen)
 }
 
+/// As [`serve`], of one who wants a token, and gives out `tN` as answer N: `handle` is asked what a token is good for, and
+/// anything else is refused.
+pub fn serve_with_tokens(
+    handle: impl Fn(&Request, &str, usize) -> Option<Answer> + Send + 'static,
+) -> (String, Arc<Mutex<Vec<Request>>>) {
+    let address = Arc::new(Mutex::new(String::new()));
+    let own = address.clone();
+    let (host, seen) = serve(
+        |_, _| 0,
+        move |request, number| {
+            if request.path.starts_with("/token") {
+                let token = format!(r#"{{"token":"t{number}"}}"#);
+                return answer("200 OK", &[], token.as_bytes());
+            }
+            let token = request.header("authorization").unwrap_or("Bearer none");
+            let token = token.strip_prefix("Bearer ").unwrap();
+            handle(request, token, number).unwrap_or_else(|| {
+                let realm = own.lock().unwrap().clone();
+                let challenge = format!(
+                    r#"WWW-Authenticate: Bearer realm="http://{realm}/token",service="here""#
+                );
+                answer("401 Unauthorized", &[&challenge], b"{}")
+            })
+        },
+    );
+    address.lock().unwrap().clone_from(&host);
+    (host, seen)
+}
+
 pub fn read(stream: &mut TcpStream, limit: impl Fn(&Request) -> usize) -> Option<Request> {
     let mut input = BufReader::new(stream);
     let mut line = String::new();
