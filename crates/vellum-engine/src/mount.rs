@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::device::{Target, attach_spec};
 use super::grow::grow_file_system;
-use super::lazy::{said_last, waits_for_registry};
+use super::lazy::{go_on_in_background, said_last, waits_for_registry};
 use super::lock_container;
 use super::mount_point::{self, Mounted, UNMOUNT_TIMEOUT, mounted, unmount_device};
 use super::serving::refuse_served;
@@ -114,6 +114,7 @@ fn mount_once(
             None => error.context(what),
         });
     }
+    go_on_in_background(store, &container.layers);
     Ok(Mounted {
         dir,
         device,

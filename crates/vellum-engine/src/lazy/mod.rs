@@ -14,6 +14,7 @@ mod stall;
 
 pub use client::{FetcherClient, waiting};
 pub(crate) use client::{said_last, waits_for_registry};
+pub(crate) use complete::go_on_in_background;
 pub use complete::{CompleteReport, complete, complete_in_background};
 pub use fetcher::FETCHER_COMMAND;
 pub use remote::{Background, REMOTE_FILES, Remote};
