@@ -6,9 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::common::TestStore;
 use crate::lazy::{end_fetchers, files};
-use crate::registry_support::{Registry, clean, digests, store, with_images};
+use crate::registry_support::{Registry, clean, digests, pushed};
 
 /// What is done to requests for parts of blobs, one after the other; then all is well.
 const FAULTS: [Fault; 8] = [
@@ -118,20 +117,12 @@ fn read_head(client: &mut TcpStream) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&head).into_owned())
 }
 
-/// A store that pulled `web:1` lazily through a faulty registry.
-fn pulled(registry: &Registry, from: &TestStore) -> (TestStore, Arc<AtomicUsize>) {
-    from.ok(&["push", "web", &registry.image("web:1")]);
-    let (host, failed) = proxy(registry);
-    let to = store();
-    let report = to.json(&["pull", "--lazy", &format!("{host}/web:1"), "web"]);
-    assert_eq!(report["came"], "lazily");
-    (to, failed)
-}
-
 #[test]
 fn who_reads_a_lazy_image_behind_a_faulty_registry_sees_right_bytes_and_no_error() {
-    let (registry, from) = (Registry::new(), with_images());
-    let (to, failed) = pulled(&registry, &from);
+    let (registry, from, to) = pushed();
+    let (host, failed) = proxy(&registry);
+    let report = to.json(&["pull", "--lazy", &format!("{host}/web:1"), "web"]);
+    assert_eq!(report["came"], "lazily");
     assert_eq!(files(&to, "web"), files(&from, "web"));
     to.ok(&["complete", "web"]);
     end_fetchers(&to);

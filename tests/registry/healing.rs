@@ -7,14 +7,13 @@ use std::time::{Duration, Instant};
 
 use crate::common::TestStore;
 use crate::lazy::{end_fetchers, files};
-use crate::registry_support::{Registry, clean, store, with_images};
+use crate::registry_support::{Registry, clean, pushed};
 
 const BLOCK: usize = 4096;
 
 /// A registry that has `web:1`, the store that pushed it, and one that pulled all of it.
 fn pulled() -> (Registry, TestStore, TestStore) {
-    let (registry, from, to) = (Registry::new(), with_images(), store());
-    from.ok(&["push", "web", &registry.image("web:1")]);
+    let (registry, from, to) = pushed();
     to.ok(&["pull", &registry.image("web:1"), "web"]);
     (registry, from, to)
 }

@@ -6,13 +6,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::common::{TestStore, kill, wait_until};
-use crate::registry_support::{Registry, clean, digests, store, with_images};
+use crate::registry_support::{Registry, clean, digests, pushed, store, with_images};
 use crate::uring::Offered;
 
 /// A registry that has `web:1`, the store that pushed it, and one that pulled it lazily.
 fn pulled() -> (Registry, TestStore, TestStore) {
-    let (registry, from, to) = (Registry::new(), with_images(), store());
-    from.ok(&["push", "web", &registry.image("web:1")]);
+    let (registry, from, to) = pushed();
     let report = to.json(&["pull", "--lazy", &registry.image("web:1"), "web"]);
     assert_eq!(report["came"], "lazily");
     (registry, from, to)
@@ -49,8 +48,7 @@ fn a_lazy_image_is_used_before_its_blocks_are_here_and_has_the_same_files() {
 
 #[test]
 fn a_command_runs_in_an_image_that_was_pulled_lazily_for_it() {
-    let (registry, from, to) = (Registry::new(), with_images(), store());
-    from.ok(&["push", "web", &registry.image("web:1")]);
+    let (registry, _from, to) = pushed();
     let image = registry.image("web:1");
     let said = to.ok(&[
         "run",
@@ -294,8 +292,7 @@ fn lazy_layers(store: &TestStore) -> usize {
 
 #[test]
 fn what_nobody_reads_comes_in_the_background_also_after_the_fetcher_was_killed() {
-    let (mut registry, from, to) = (Registry::new(), with_images(), store());
-    from.ok(&["push", "web", &registry.image("web:1")]);
+    let (mut registry, from, to) = pushed();
     let image = registry.image("web:1");
     let pull = ["pull", "--lazy", "--background=300K", &image, "web"];
     to.ok(&pull);
@@ -320,8 +317,7 @@ fn what_nobody_reads_comes_in_the_background_also_after_the_fetcher_was_killed()
 
 #[test]
 fn the_background_keeps_its_rate_and_wants_a_lazy_pull() {
-    let (registry, from, to) = (Registry::new(), with_images(), store());
-    from.ok(&["push", "web", &registry.image("web:1")]);
+    let (registry, _from, to) = pushed();
     let image = registry.image("web:1");
     for (arguments, why) in [
         (&["pull", "--background", &image, "web"][..], "--lazy"),

@@ -194,6 +194,13 @@ pub fn with_images() -> TestStore {
     store
 }
 
+/// A registry that has `web:1`, the store that pushed it, and one that has nothing yet.
+pub fn pushed() -> (Registry, TestStore, TestStore) {
+    let (registry, from) = (Registry::new(), with_images());
+    from.ok(&["push", "web", &registry.image("web:1")]);
+    (registry, from, store())
+}
+
 /// The digests of an image's layers, from the bottom up.
 pub fn digests(store: &TestStore, image: &str) -> Vec<String> {
     let inspected = store.json(&["inspect", image]);

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use uuid::Uuid;
 
+use super::repair::mark_sound;
 use super::{Check, Finding, Remedy, Severity};
 use crate::lazy::{FetcherClient, Remote};
 use crate::progress::BlocksWatch;
@@ -277,9 +278,7 @@ impl Check<'_> {
             }
         }
     }
-}
 
-impl Check<'_> {
     /// Tells of damaged blocks that can be fetched again, and does so where it is to repair: now, since nothing that
     /// stands on the layer is in trouble then.
     fn healable(&mut self, opened: &SealedLayer, damaged: &[Block], problem: &str) {
@@ -290,8 +289,9 @@ impl Check<'_> {
             opened.dir().join("data"),
             problem,
             "--repair fetches them again from where the layer was pulled, as does whoever reads them",
-            Some(Remedy::Heal),
+            None,
         );
+        finding.repairable = true;
         if self.repair {
             match heal(self.store, opened, damaged) {
                 Ok(()) => finding.repaired = Some("fetched again: all of it is right".into()),
@@ -318,12 +318,7 @@ fn heal(store: &Store, opened: &SealedLayer, damaged: &[Block]) -> Result<()> {
         let text = format!("the block {block} is damaged too");
         return Err(Error::new(ErrorKind::Corrupt, text));
     }
-    let layer = opened.header().uuid;
-    let mut info = store.layer_info(layer)?;
-    if info.damaged.take().is_some() {
-        store.set_layer_info(layer, &info)?;
-    }
-    Ok(())
+    mark_sound(store, opened.header().uuid)
 }
 
 /// Reads layers side by side, as many at once as there are processors: each takes a few megabytes.

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use uuid::Uuid;
+
 use super::report::{CheckReport, Remedy};
 use crate::complete::{complete_layer, count_layer};
 use crate::snapshot::recount;
@@ -23,7 +25,7 @@ pub(super) fn repair(store: &Store, report: &mut CheckReport) {
         let Some(remedy) = finding.remedy.clone() else {
             continue;
         };
-        if matches!(remedy, Remedy::Prune | Remedy::Heal) {
+        if remedy == Remedy::Prune {
             continue;
         }
         match apply(store, &remedy) {
@@ -86,9 +88,7 @@ fn apply(store: &Store, remedy: &Remedy) -> Result<String> {
             Ok("marked: nothing new is built on it".into())
         }
         Remedy::MarkSound(layer) => {
-            let mut info = store.layer_info(*layer)?;
-            info.damaged = None;
-            store.set_layer_info(*layer, &info)?;
+            mark_sound(store, *layer)?;
             Ok("the mark is gone".into())
         }
         Remedy::QuarantineImage(name, reason) => {
@@ -101,7 +101,16 @@ fn apply(store: &Store, remedy: &Remedy) -> Result<String> {
             let path = store.quarantine_container(name, reason)?;
             Ok(format!("in quarantine: {}", path.display()))
         }
-        Remedy::Prune | Remedy::Heal => Ok(String::new()),
+        Remedy::Prune => Ok(String::new()),
+    }
+}
+
+/// Takes the mark of damage from a layer, where it has one.
+pub(super) fn mark_sound(store: &Store, layer: Uuid) -> Result<()> {
+    let mut info = store.layer_info(layer)?;
+    match info.damaged.take() {
+        Some(_) => store.set_layer_info(layer, &info),
+        None => Ok(()),
     }
 }
 

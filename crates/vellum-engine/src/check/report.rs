@@ -53,8 +53,6 @@ pub(super) enum Remedy {
     Supervise(String),
     /// Remove leftovers.
     Prune,
-    /// Have blocks fetched again: done while layers are looked at.
-    Heal,
     /// Never build on this layer again.
     MarkDamaged(Uuid, String),
     /// The layer is fine again.

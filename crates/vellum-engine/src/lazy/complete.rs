@@ -70,22 +70,12 @@ pub fn complete_in_background(store: &Store, layers: &[Uuid], how: Background) -
 /// Has a fetcher go on with those of these layers that are to be completed in the background: the one that was at it may be
 /// gone, and nobody may want what is not here.
 pub(crate) fn go_on_in_background(store: &Store, layers: &[Uuid]) {
-    let pulled = layers.iter().copied();
-    let pulled: Vec<Uuid> = pulled
-        .filter(|layer| Remote::is_known(&store.layer_dir(*layer)))
-        .collect();
-    let is_wanted = |layer: &Uuid| {
-        let (storage, dir) = (&**store.storage(), store.layer_dir(*layer));
-        let remote = Remote::read(storage, &dir);
-        let wanted = matches!(remote, Ok(Some(remote)) if remote.background.is_some());
-        // One that has its seal is whole, whatever its header says.
-        wanted && matches!(LazyLayer::open(storage, &dir), Ok(Some(_)))
-    };
-    let asked = lazy_layers(store, &pulled).and_then(|lazy| match lazy.iter().any(is_wanted) {
-        true => ask_for_the_background(store.root()),
-        false => Ok(()),
-    });
-    if let Err(error) = asked {
+    let is_wanted =
+        |layer: &Uuid| Remote::background(&**store.storage(), &store.layer_dir(*layer)).is_some();
+    if !layers.iter().any(is_wanted) {
+        return;
+    }
+    if let Err(error) = ask_for_the_background(store.root()) {
         tracing::warn!("the image is not completed in the background yet: {error}");
     }
 }

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::registry::digest_of;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
+use vellum_core::layer::LazyLayer;
 use vellum_registry::artifact::{MAX_TABLE, Table};
 use vellum_registry::{Access, Reference};
 
@@ -65,6 +66,14 @@ impl Remote {
     /// Whether it is known where the blocks of the layer in `dir` are.
     pub fn is_known(dir: &Path) -> bool {
         dir.join(REMOTE_FILE).exists()
+    }
+
+    /// How the layer in `dir` is to be completed although nobody waits for it; `None` for one that is not, or is whole
+    /// whatever its header says. What cannot be read is others' to tell.
+    pub(super) fn background(storage: &dyn Storage, dir: &Path) -> Option<Background> {
+        let remote = Remote::read(storage, dir).ok().flatten()?;
+        let how = remote.background?;
+        matches!(LazyLayer::open(storage, dir), Ok(Some(_))).then_some(how)
     }
 
     /// Where the blocks of the layer in `dir` are; `None` where it came from nowhere.

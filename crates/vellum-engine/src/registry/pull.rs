@@ -80,20 +80,19 @@ pub fn pull(
         pin: &pin,
         session: &session,
         watch,
-        lazy: options.lazy,
-        background: options.background,
+        options,
     };
     let report = match (image, artifact) {
         (Some(image), Some(artifact)) => match puller.blocks(name, &artifact) {
             // What a newer program pushed, this one takes as everybody does.
             Err(error) if error.kind() == ErrorKind::Unsupported => {
                 tracing::warn!("its block layers cannot be used, so it is unpacked: {error}");
-                puller.tars(name, &image, options)
+                puller.tars(name, &image)
             }
             other => other,
         },
         (None, Some(artifact)) => puller.blocks(name, &artifact),
-        (Some(image), None) => puller.tars(name, &image, options),
+        (Some(image), None) => puller.tars(name, &image),
         (None, None) => Err(Error::internal("a reference leads to nothing")),
     };
     report.map_err(|error| error.context(format!("pulling {reference}")))
@@ -104,8 +103,7 @@ struct Puller<'a> {
     pin: &'a StoreGuard,
     session: &'a Session,
     watch: &'a dyn Watch,
-    lazy: bool,
-    background: Option<Background>,
+    options: &'a PullOptions,
 }
 
 impl Puller<'_> {
@@ -139,7 +137,7 @@ impl Puller<'_> {
             &parts,
         )?;
         crash_point::here("pull: tables fetched");
-        match self.lazy {
+        match self.options.lazy {
             true => {
                 receiver = receiver.lazily()?;
                 // Now rather than when somebody reads.
@@ -152,7 +150,7 @@ impl Puller<'_> {
         self.store.put_image(&image, self.pin)?;
         crash_point::here("pull: record in place");
         self.note(&parts);
-        if let Some(background) = self.background
+        if let Some(background) = self.options.background
             && let Err(error) = complete_in_background(self.store, &image.layers, background)
         {
             // The image is there all the same.
@@ -161,7 +159,7 @@ impl Puller<'_> {
         Ok(PullReport {
             image,
             digest: artifact.digest.clone(),
-            came: if self.lazy {
+            came: if self.options.lazy {
                 Came::Lazily
             } else {
                 Came::Blocks
@@ -181,7 +179,7 @@ impl Puller<'_> {
     }
 
     /// Fetches tars, and imports them.
-    fn tars(&self, name: &str, image: &Document, options: &PullOptions) -> Result<PullReport> {
+    fn tars(&self, name: &str, image: &Document) -> Result<PullReport> {
         let layout = Layout::new(self.store)?;
         layout.of_image(image)?;
         let manifest = image.manifest()?;
@@ -195,7 +193,7 @@ impl Puller<'_> {
         crash_point::here("pull: blobs fetched");
         let mut options = ImportOptions {
             format: Some(Format::Oci),
-            platform: options.platform.clone(),
+            platform: self.options.platform.clone(),
             // What is there is of this size, and nothing is known of what is not fetched.
             size: (!there.is_empty()).then_some(DEFAULT_SIZE),
             ..ImportOptions::default()

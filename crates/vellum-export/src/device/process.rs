@@ -176,6 +176,11 @@ pub fn namespaces() -> String {
         .join(" ")
 }
 
+/// /proc/PID/stat; `None` where there is no such process.
+fn stat_file(pid: i32) -> io::Result<Option<Vec<u8>>> {
+    present(fs::read(format!("/proc/{pid}/stat")))
+}
+
 /// From include/linux/sched.h: the process is on its way out.
 const PF_EXITING: u64 = 4;
 
@@ -185,8 +190,7 @@ const PF_EXITING: u64 = 4;
 /// Where that cannot be told, as with too many open files.
 pub fn is_ending(pid: i32) -> Result<bool> {
     let what = || format!("process {pid}: cannot be looked at");
-    let path = format!("/proc/{pid}/stat");
-    let Some(text) = present(fs::read(path)).context(what)? else {
+    let Some(text) = stat_file(pid).context(what)? else {
         return Ok(true);
     };
     // The ninth field of all.
@@ -199,7 +203,7 @@ pub fn is_ending(pid: i32) -> Result<bool> {
 
 /// State and start time of a process from /proc; `None` where there is none.
 fn stat(pid: i32) -> io::Result<Option<(u8, u64)>> {
-    let Some(text) = present(fs::read(format!("/proc/{pid}/stat")))? else {
+    let Some(text) = stat_file(pid)? else {
         return Ok(None);
     };
     let parsed = parse_stat(&text).ok_or(io::ErrorKind::InvalidData)?;

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
+use super::super::Remote;
 use super::super::stall::Pauses;
-use super::super::{Remote, lazy_layers};
 use super::Fetcher;
 use vellum_base::error::Result;
 
@@ -36,11 +36,8 @@ impl Background {
     pub fn look(&self, fetcher: &Fetcher) -> Result<()> {
         let store = &fetcher.store;
         for layer in store.layers()? {
-            // What cannot be read is others' to tell.
-            let lazy = lazy_layers(store, &[layer]).is_ok_and(|lazy| !lazy.is_empty());
-            let remote = Remote::read(&**store.storage(), &store.layer_dir(layer));
-            let background = remote.ok().flatten().and_then(|remote| remote.background);
-            let Some(background) = background.filter(|_| lazy) else {
+            let dir = store.layer_dir(layer);
+            let Some(background) = Remote::background(&**store.storage(), &dir) else {
                 continue;
             };
             let mut queue = self.queue.lock();

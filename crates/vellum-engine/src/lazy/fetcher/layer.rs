@@ -240,7 +240,6 @@ impl Incoming {
                 Err(failure) => failure,
             };
             drop(claim);
-            self.state.lock().error = Some(failure.error.to_string());
             pause_after(&failure, &mut pauses, deadline)?;
         }
     }
@@ -255,10 +254,9 @@ impl Incoming {
             return Ok(None);
         };
         let fetched = self.fetch(&claim);
-        fetched.map(Some).map_err(|failure| {
-            self.state.lock().error = Some(failure.error.to_string());
-            Error::new(ErrorKind::Absent, failure.error.to_string())
-        })
+        fetched
+            .map(Some)
+            .map_err(|failure| Error::new(ErrorKind::Absent, failure.error.to_string()))
     }
 
     fn wait(&self) -> Waiter<'_> {
@@ -333,9 +331,17 @@ impl Incoming {
         }
     }
 
+    /// As [`Incoming::try_fetch`], and notes for those who ask why nothing comes what failed, if it did.
+    fn fetch(&self, claim: &Claim<'_>) -> Result<u64, Failure> {
+        let fetched = self.try_fetch(claim);
+        let failed = fetched.as_ref().err();
+        self.state.lock().error = failed.map(|failure| failure.error.to_string());
+        fetched
+    }
+
     /// Fetches windows whose chunks lie next to each other, checks them and puts them where they are read.
     /// Returns how many bytes came.
-    fn fetch(&self, claim: &Claim<'_>) -> Result<u64, Failure> {
+    fn try_fetch(&self, claim: &Claim<'_>) -> Result<u64, Failure> {
         let windows: Vec<&Window> = claim
             .windows
             .iter()
@@ -357,7 +363,6 @@ impl Incoming {
             let blocks = checked(&mut reader, window, chunk, &self.data)?;
             self.lazy.put(window.chunk.window, blocks)?;
         }
-        self.state.lock().error = None;
         Ok(stored.len() as u64)
     }
 }

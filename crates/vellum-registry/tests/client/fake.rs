@@ -1,5 +1,4 @@
 //! A server that answers as a test says, since real registries fail only by chance.
-#![allow(dead_code, missing_docs)]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};

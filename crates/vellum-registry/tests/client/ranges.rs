@@ -1,24 +1,13 @@
 //! Parts of blobs from a registry that fails: each failure is told from the others, by whether it passes and when, and what
 //! is not exactly the bytes that were asked for is never given out.
 
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test that panics has failed"
-)]
-
-mod fake;
-
 use std::sync::Mutex;
 use std::time::Duration;
 
 use vellum_base::ErrorKind;
 use vellum_registry::{Access, Failure, Ranges, Reference};
 
-use fake::{Answer, Request, answer, digest, serve, serve_with_tokens, some_bytes};
+use crate::fake::{Answer, Request, answer, digest, serve, serve_with_tokens, some_bytes};
 
 fn ranges(host: &str) -> Ranges {
     let reference = Reference::parse(&format!("{host}/team/web:1")).unwrap();

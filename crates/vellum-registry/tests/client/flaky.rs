@@ -1,16 +1,5 @@
 //! A registry that fails in every way that passes: what is sent and fetched is whole all the same.
 
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test that panics has failed"
-)]
-
-mod fake;
-
 use std::fs;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -18,7 +7,7 @@ use std::time::{Duration, Instant};
 use vellum_base::ErrorKind;
 use vellum_registry::{Descriptor, Outcome, Push, Upload};
 
-use fake::{Request, answer, digest, serve, serve_with_tokens, session, some_bytes};
+use crate::fake::{Request, answer, digest, serve, serve_with_tokens, session, some_bytes};
 
 fn wanted(bytes: &[u8]) -> Descriptor {
     Descriptor {
