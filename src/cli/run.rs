@@ -158,8 +158,12 @@ pub(super) fn exit(ended: Result<Ended>) -> ExitCode {
         Ok(ended) => {
             match &ended.failure {
                 Some(Failure::NoProgram(why)) => say(&format!("vellum: {why}")),
-                // It has said why, on the standard error that it shares with the command.
-                Some(Failure::Runtime(_)) => say("vellum: the command could not be started"),
+                Some(Failure::Runtime { why, said: false }) => {
+                    say(&format!("vellum: the command could not be started: {why}"));
+                }
+                Some(Failure::Runtime { said: true, .. }) => {
+                    say("vellum: the command could not be started");
+                }
                 None => {}
             }
             ExitCode::from(ended.status)

@@ -260,8 +260,11 @@ fn a_running_container_is_entered_and_not_taken_away() {
         ]);
         assert!(out.starts_with("yes 1\n/tmp\n33\n"), "{out}");
         assert!(out.contains("trap"), "it sees the others: {out}");
-        let ended = store.vellum(&["exec", "c", "--", "sh", "-c", "exit 9"]);
-        assert_eq!(ended.status, 9);
+        for status in [9, 255] {
+            let exit = format!("exit {status}");
+            let ended = store.vellum(&["exec", "c", "--", "sh", "-c", &exit]);
+            assert_eq!((ended.status, ended.err), (status, String::new()));
+        }
         for (program, status, why) in NO_PROGRAMS {
             let said = store.vellum(&["exec", "c", "--", program]);
             assert_eq!(said.status, status, "{program}: {said:?}");
@@ -512,6 +515,46 @@ fn without_a_runtime_the_error_names_the_package() {
     let err = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(err.contains("no OCI runtime no-such-runtime"), "{err}");
     assert_eq!(store.must(&["ps", "--json"]).trim(), "[]");
+}
+
+/// A runtime that is another one's, but for `exec`: that is `script`, with the container's state in
+/// `$root` and its name in `$id`.
+fn runtime_whose_exec_is(store: &Store, script: &str) -> PathBuf {
+    let path = store.path("runtime");
+    let text = format!(
+        "#!/bin/sh\nroot=$2\nfor id; do :; done\ncase \" $* \" in *\" exec \"*) {script};; esac\nexec {} \"$@\"\n",
+        store.runtime
+    );
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+    path
+}
+
+#[test]
+fn a_command_runs_alone_where_a_runtime_fails_without_a_word_because_what_it_joined_has_ended() {
+    let mut store = Store::new("runc", |_| {});
+    let ends = "runc --root \"$root\" kill \"$id\" KILL; exit 255";
+    let runtime = runtime_whose_exec_is(&store, ends);
+    store.runtime = runtime.to_str().unwrap().to_owned().leak();
+    let running = store.start("c", &[]);
+    assert_eq!(store.must(&["exec", "c", "--", "echo", "y"]), "y\n");
+    assert_eq!(running.wait(), Some(137));
+    store.assert_nothing_runs();
+}
+
+#[test]
+fn a_runtime_that_fails_without_a_word_is_named_and_what_runs_goes_on() {
+    let mut store = Store::new("runc", |_| {});
+    let runtime = runtime_whose_exec_is(&store, "exit 255");
+    store.runtime = runtime.to_str().unwrap().to_owned().leak();
+    let running = store.start("c", &[]);
+    let said = store.vellum(&["exec", "c", "--", "echo", "y"]);
+    assert_eq!(said.status, 125, "{said:?}");
+    let why = format!("could not be started: {}", runtime.display());
+    assert!(said.err.contains(&why), "{said:?}");
+    assert!(store.status("c").starts_with("running"));
+    store.must(&["rm", "--force", "c"]);
+    assert_eq!(running.wait(), Some(137));
 }
 
 #[test]

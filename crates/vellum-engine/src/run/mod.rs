@@ -98,8 +98,12 @@ pub struct Ended {
 pub enum Failure {
     /// It is no program, and nobody has said so yet.
     NoProgram(String),
-    /// The runtime failed, and has said so on the command's standard error.
-    Runtime(String),
+    /// The runtime failed.
+    Runtime {
+        why: String,
+        /// Whether it has said so itself, on the command's standard error.
+        said: bool,
+    },
 }
 
 impl From<NoProgram> for Ended {
@@ -397,7 +401,10 @@ fn ended(status: u8, log: &Path) -> Ended {
     match runtime::logged_failure(log).filter(|_| status != 0) {
         Some(failure) => Ended {
             status: runtime::status_of_failure(&failure),
-            failure: Some(Failure::Runtime(failure)),
+            failure: Some(Failure::Runtime {
+                why: failure,
+                said: true,
+            }),
         },
         None => Ended {
             status,
@@ -453,7 +460,7 @@ fn join(
         }
         if refused.as_ref().is_none_or(is_absence) {
             let ended = exec_beside(store, container, options)?;
-            let began = !matches!(ended.failure, Some(Failure::Runtime(_)));
+            let began = !matches!(ended.failure, Some(Failure::Runtime { .. }));
             if began || ended.status != FAILURE {
                 return Ok(Some(ended));
             }
@@ -467,7 +474,7 @@ fn join(
 
 /// True where the runtime did not find what runs.
 fn is_absence(ended: &Ended) -> bool {
-    matches!(&ended.failure, Some(Failure::Runtime(why)) if runtime::is_absence(why))
+    matches!(&ended.failure, Some(Failure::Runtime { why, .. }) if runtime::is_absence(why))
 }
 
 /// Whether something runs in the container that another command can join.
@@ -540,18 +547,35 @@ fn exec_beside(
     command
         .args(["exec", "--process"])
         .arg(&files.process)
+        .arg("--pid-file")
+        .arg(&files.pid)
         .arg(&owner.id);
     let foreground = Foreground::new()?;
     interrupt::check()?;
     let mut child = runtime.spawn(&mut command, Some(&rootfs))?;
     let status = foreground.wait(&mut child)?;
-    Ok(ended(status, &files.log))
+    let ended = ended(status, &files.log);
+    if ended.failure.is_none() && status == runtime::ITS_OWN_FAILURE && !files.pid.exists() {
+        return Ok(Ended {
+            status: runtime::FAILURE,
+            failure: Some(Failure::Runtime {
+                why: format!(
+                    "{} failed before it began, and did not say why",
+                    runtime.program.display()
+                ),
+                said: false,
+            }),
+        });
+    }
+    Ok(ended)
 }
 
 /// The files of one `exec`, gone with it.
 struct ExecFiles {
     process: PathBuf,
     log: PathBuf,
+    /// Where the runtime notes the command's process before it ends with the command's status.
+    pid: PathBuf,
 }
 
 impl ExecFiles {
@@ -560,6 +584,7 @@ impl ExecFiles {
         ExecFiles {
             process: base.with_extension("json"),
             log: base.with_extension("log"),
+            pid: base.with_extension("pid"),
         }
     }
 }
@@ -567,7 +592,8 @@ impl ExecFiles {
 impl Drop for ExecFiles {
     fn drop(&mut self) {
         // Whoever cleans up after the container removes what stays.
-        let _ = fs::remove_file(&self.process);
-        let _ = fs::remove_file(&self.log);
+        for file in [&self.process, &self.log, &self.pid] {
+            let _ = fs::remove_file(file);
+        }
     }
 }

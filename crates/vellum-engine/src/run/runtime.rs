@@ -16,6 +16,8 @@ use vellum_fs::mountinfo::MountInfo;
 
 /// The exit status for a failure before the command started, as docker has it.
 pub const FAILURE: u8 = 125;
+/// What both runtimes end with where they failed: a command may end so too.
+pub(super) const ITS_OWN_FAILURE: u8 = 255;
 
 /// Names another runtime, by path or by name.
 const VARIABLE: &str = "VELLUM_RUNTIME";
@@ -218,7 +220,9 @@ pub(super) fn is_absence(message: &str) -> bool {
 pub(super) fn status_of_failure(message: &str) -> u8 {
     let message = message.to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| message.contains(word));
-    if !has(&["exec", "open executable", "find executable"]) {
+    // What is not found there is what has just ended: the namespaces of a process.
+    let ended = has(&["/ns/"]);
+    if ended || !has(&["exec", "open executable", "find executable"]) {
         return FAILURE;
     }
     if has(&[
@@ -233,5 +237,35 @@ pub(super) fn status_of_failure(message: &str) -> u8 {
         127
     } else {
         FAILURE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_that_is_not_found_and_a_container_that_has_ended_are_told_apart() {
+        for (message, status) in [
+            (
+                "exec failed: unable to start container process: exec: \"x\": executable file not found in $PATH",
+                127,
+            ),
+            (
+                "executable file `x` not found in $PATH: No such file or directory",
+                127,
+            ),
+            (
+                "exec failed: unable to start container process: exec: \"/etc\": permission denied",
+                126,
+            ),
+            (
+                "exec failed: unable to create new parent process: namespace path: lstat /proc/9/ns/ipc: no such file or directory",
+                FAILURE,
+            ),
+            ("setns `mnt`: Bad file descriptor", FAILURE),
+        ] {
+            assert_eq!(status_of_failure(message), status, "{message}");
+        }
     }
 }
