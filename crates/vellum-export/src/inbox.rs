@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex};
 
+use crate::shortage::Shortage;
 use vellum_base::error::{Result, ResultExt};
 
 /// Where a thread that waits in the kernel is told things.
@@ -85,36 +86,57 @@ impl<W> Inbox<W> {
 /// Work that any of several threads may take.
 #[derive(Debug)]
 pub(crate) struct Jobs<J> {
-    waiting: Mutex<VecDeque<J>>,
+    queue: Mutex<Queue<J>>,
     comes: Condvar,
     stop: AtomicBool,
+    shortage: Shortage,
+}
+
+#[derive(Debug)]
+struct Queue<J> {
+    waiting: VecDeque<J>,
+    /// Threads that wait for work.
+    idle: usize,
 }
 
 impl<J> Jobs<J> {
-    pub(crate) fn new() -> Jobs<J> {
+    /// `shortage` is told when there is work for all threads that wait for some.
+    pub(crate) fn new(shortage: Shortage) -> Jobs<J> {
         Jobs {
-            waiting: Mutex::new(VecDeque::new()),
+            queue: Mutex::new(Queue {
+                waiting: VecDeque::new(),
+                idle: 0,
+            }),
             comes: Condvar::new(),
             stop: AtomicBool::new(false),
+            shortage,
         }
     }
 
     pub(crate) fn put(&self, job: J) {
-        self.waiting.lock().push_back(job);
+        let mut queue = self.queue.lock();
+        queue.waiting.push_back(job);
+        let short = queue.waiting.len() >= queue.idle;
+        drop(queue);
         self.comes.notify_one();
+        if short {
+            self.shortage.tell();
+        }
     }
 
     /// Waits for the next; `None` when the threads are to end.
     pub(crate) fn next(&self) -> Option<J> {
-        let mut waiting = self.waiting.lock();
+        let mut queue = self.queue.lock();
         loop {
             if self.is_stopped() {
                 return None;
             }
-            if let Some(job) = waiting.pop_front() {
+            if let Some(job) = queue.waiting.pop_front() {
                 return Some(job);
             }
-            self.comes.wait(&mut waiting);
+            queue.idle += 1;
+            self.comes.wait(&mut queue);
+            queue.idle -= 1;
         }
     }
 
@@ -124,9 +146,9 @@ impl<J> Jobs<J> {
 
     /// Ends the threads that take work; what nobody took stays undone.
     pub(crate) fn stop(&self) {
-        let waiting = self.waiting.lock();
+        let queue = self.queue.lock();
         self.stop.store(true, Ordering::Release);
-        drop(waiting);
+        drop(queue);
         self.comes.notify_all();
     }
 }
@@ -149,7 +171,7 @@ mod tests {
 
     #[test]
     fn stopping_ends_those_that_wait_for_work_and_leaves_what_is_there() {
-        let jobs = Arc::new(Jobs::new());
+        let jobs = Arc::new(Jobs::new(Shortage::new().unwrap()));
         let waits = Arc::clone(&jobs);
         let thread = std::thread::spawn(move || waits.next());
         jobs.put(1);
@@ -160,5 +182,29 @@ mod tests {
         assert_eq!(thread.join().unwrap(), None);
         jobs.put(2);
         assert_eq!(jobs.next(), None);
+    }
+
+    #[test]
+    fn work_for_the_last_thread_that_waits_is_told_of() {
+        let shortage = Shortage::new().unwrap();
+        let jobs = Arc::new(Jobs::new(shortage.clone()));
+        let threads: Vec<_> = (0..2)
+            .map(|_| {
+                let jobs = Arc::clone(&jobs);
+                std::thread::spawn(move || jobs.next())
+            })
+            .collect();
+        while jobs.queue.lock().idle < 2 {
+            std::thread::yield_now();
+        }
+        jobs.put(1);
+        assert!(!shortage.take());
+        jobs.put(2);
+        assert!(shortage.take());
+        for thread in threads {
+            assert!(thread.join().unwrap().is_some());
+        }
+        jobs.put(3);
+        assert!(shortage.take());
     }
 }

@@ -11,6 +11,7 @@ pub mod loop_device;
 pub mod nbd;
 pub mod opener;
 mod pace;
+pub mod shortage;
 pub mod space_thread;
 mod ublk;
 pub mod unix_socket;

@@ -100,6 +100,7 @@ pub enum Failure {
     NoProgram(String),
     /// The runtime failed.
     Runtime {
+        /// What it said, or what is known of it.
         why: String,
         /// Whether it has said so itself, on the command's standard error.
         said: bool,

@@ -38,6 +38,7 @@ use crate::fuse::slot::{
     ENDED_SESSION_OVER, ENDED_STOPPED, EXTRA_LEN, MAX_THREADS, Shared, Slot, USUAL_THREADS,
 };
 use crate::fuse::transport::{Classic, Ended};
+use crate::shortage::Shortage;
 use crate::space_thread::SpaceThread;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::fault;
@@ -45,6 +46,8 @@ use vellum_base::storage::{listen_for_waits, note_waits_in};
 
 /// From include/uapi/linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: i32 = 57;
+/// So many stand by for others from the start; more start when they are wanted.
+const FIRST_SPARES: usize = 2;
 /// So many threads never wait for room on the host's disk.
 const SERVING_ALWAYS: usize = 4;
 
@@ -81,8 +84,9 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
         }
     };
     let wake = EventFd::new().context(|| "an eventfd cannot be made")?;
-    let readers = Readers::new(worker.threads);
-    let way = match way(&worker) {
+    let shortage = Shortage::new()?;
+    let readers = Readers::new(worker.threads, shortage.clone());
+    let way = match way(&worker, &shortage) {
         // It was deleted while nobody served it.
         Err(error) if error.kind() == ErrorKind::NotFound => {
             tracing::info!("{error}");
@@ -99,6 +103,7 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
         started,
         opened,
         readers,
+        shortage,
         way,
         failures: AtomicU64::new(0),
         connections: AtomicUsize::new(0),
@@ -114,9 +119,9 @@ fn serve(worker: Worker, open: Open<'_>) -> Result<()> {
         &context.worker,
         &Event::Serving(nix::unistd::getpid().as_raw()),
     );
-    start_spares(&context, &mut threads);
+    start_spares(&context, &mut threads, FIRST_SPARES);
     let space = SpaceThread::start(Arc::clone(&context.opened.device));
-    let result = main_loop(&context, &threads);
+    let result = main_loop(&context, &mut threads);
     context.stop.store(true, Ordering::Release);
     context.readers.close();
     context.way.stop();
@@ -143,15 +148,21 @@ fn cannot_serve(worker: &Worker, error: &Error) {
 }
 
 /// How requests come.
-fn way(worker: &Worker) -> Result<Way> {
+fn way(worker: &Worker, shortage: &Shortage) -> Result<Way> {
     if let Some(id) = worker.features.ublk {
-        return ublk::take_over(worker, id).map(Way::Ublk);
+        return ublk::take_over(worker, id, shortage.clone()).map(Way::Ublk);
     }
     let Some(memory) = worker.ring.clone() else {
         return Ok(Way::Classic);
     };
     let session = Arc::clone(&worker.session);
-    let crew = Crew::new(memory, session, worker.resume, worker.guarded)?;
+    let crew = Crew::new(
+        memory,
+        session,
+        worker.resume,
+        worker.guarded,
+        shortage.clone(),
+    )?;
     Ok(Way::Ring(Arc::new(crew)))
 }
 
@@ -169,14 +180,18 @@ fn start(context: &Arc<Context>) -> Result<Vec<JoinHandle<Result<Ended>>>> {
         .collect()
 }
 
-/// Starts those that serve while others wait.
-fn start_spares(context: &Arc<Context>, threads: &mut Vec<JoinHandle<Result<Ended>>>) {
+/// Starts so many of those that serve while others wait, as far as a device may have them.
+fn start_spares(
+    context: &Arc<Context>,
+    threads: &mut Vec<JoinHandle<Result<Ended>>>,
+    number: usize,
+) {
     // As many as the loop device has requests on their way, and some: writes do not wait behind reads that stall.
     let most = match context.opened.device.may_stall() {
         true => MAX_THREADS,
         false => USUAL_THREADS,
     };
-    for index in threads.len()..most {
+    for index in (threads.len()..most).take(number) {
         let thread = match &context.way {
             Way::Ring(crew) => ring::spare_thread(context, crew, index),
             Way::Ublk(crew) => ublk::spare_thread(context, crew, index),
@@ -281,7 +296,7 @@ fn note_pause(worker: &Worker) {
 }
 
 /// Waits for the end: of the session, by SIGTERM, or of a thread. Takes control connections.
-fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> Result<()> {
+fn main_loop(context: &Arc<Context>, threads: &mut Vec<JoinHandle<Result<Ended>>>) -> Result<()> {
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGTERM);
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
@@ -290,6 +305,8 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
     listener
         .set_nonblocking(true)
         .context(|| "the control socket")?;
+    // Clients may wait for the threads that it starts.
+    run_before_clients();
     let mut adopt_at: Option<Instant> = None;
     let mut elders = Elders::new(context.worker.limits);
     loop {
@@ -300,6 +317,7 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(context.wake.as_fd(), PollFlags::POLLIN),
             PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+            PollFd::new(context.shortage.fd(), PollFlags::POLLIN),
         ];
         let timeout = match left {
             Some(left) if !left.is_zero() => {
@@ -316,12 +334,17 @@ fn main_loop(context: &Arc<Context>, threads: &[JoinHandle<Result<Ended>>]) -> R
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(Error::io("poll", errno.into())),
         }
-        let alone = fds.get(3).is_some_and(|fd| fd.any() == Some(true));
+        let alone = fds.get(4).is_some_and(|fd| fd.any() == Some(true));
         if matches!(signals.read_signal(), Ok(Some(_))) {
             return Ok(());
         }
         if threads.iter().any(JoinHandle::is_finished) || context.stop.load(Ordering::Acquire) {
             return Ok(());
+        }
+        if context.shortage.take() {
+            // As many again: who waits for a disk waits with more, soon.
+            let number = threads.len();
+            start_spares(context, threads, number);
         }
         if alone {
             adopt_at = adopt_alone(&context.worker);

@@ -7,12 +7,15 @@ use std::thread::Thread;
 
 use parking_lot::Mutex;
 
+use crate::shortage::Shortage;
+
 /// The threads of one session that read requests, and those that are spare.
 #[derive(Debug)]
 pub struct Readers {
     /// How many read at once.
     limit: usize,
     state: Mutex<State>,
+    shortage: Shortage,
 }
 
 #[derive(Debug, Default)]
@@ -31,11 +34,12 @@ struct Spare {
 }
 
 impl Readers {
-    /// At most `limit` threads, at least one, read at once.
-    pub fn new(limit: usize) -> Arc<Readers> {
+    /// At most `limit` threads, at least one, read at once. `shortage` is told when none is spare any more.
+    pub fn new(limit: usize, shortage: Shortage) -> Arc<Readers> {
         Arc::new(Readers {
             limit: limit.max(1),
             state: Mutex::default(),
+            shortage,
         })
     }
 
@@ -67,6 +71,9 @@ impl Readers {
         let mut state = self.state.lock();
         if state.reading == 0 {
             call(&mut state);
+            if state.spare.is_empty() {
+                self.shortage.tell();
+            }
         }
     }
 
@@ -125,7 +132,7 @@ mod tests {
 
     #[test]
     fn no_more_than_the_limit_read_until_one_waits_while_nobody_reads() {
-        let readers = Readers::new(2);
+        let readers = Readers::new(2, Shortage::new().unwrap());
         let (tell, told) = mpsc::channel();
         let mut ends = Vec::new();
         for name in 0..2 {
@@ -150,8 +157,28 @@ mod tests {
     }
 
     #[test]
+    fn who_takes_the_last_spare_thread_or_finds_none_tells_of_it() {
+        let shortage = Shortage::new().unwrap();
+        let readers = Readers::new(1, shortage.clone());
+        let (tell, told) = mpsc::channel();
+        let mut ends: Vec<_> = (0..3).map(|name| reader(&readers, &tell, name)).collect();
+        while readers.state.lock().spare.len() < 2 {
+            std::thread::yield_now();
+        }
+        let mut short = Vec::new();
+        for _ in 0..3 {
+            let name = told.recv().unwrap();
+            ends[name] = mpsc::channel().0;
+            reading_becomes(&readers, 0);
+            readers.relieve();
+            short.push(shortage.take());
+        }
+        assert_eq!(short, [false, true, true]);
+    }
+
+    #[test]
     fn closing_lets_the_spare_threads_and_all_later_ones_through() {
-        let readers = Readers::new(1);
+        let readers = Readers::new(1, Shortage::new().unwrap());
         let (tell, told) = mpsc::channel();
         let mut ends: Vec<_> = (0..3).map(|name| reader(&readers, &tell, name)).collect();
         while readers.state.lock().spare.len() < 2 {

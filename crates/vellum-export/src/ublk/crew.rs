@@ -11,6 +11,7 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use super::abi::{self, DEPTH, DESCRIPTOR_LEN, Descriptor, DeviceId, Tag};
 use crate::inbox::{Inbox, Jobs};
+use crate::shortage::Shortage;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 /// How long udev may take to show a device's character device, and to close it again.
@@ -33,17 +34,18 @@ pub(crate) struct Crew {
 }
 
 impl Crew {
-    /// For the threads of one worker: no other process may serve the device.
+    /// For the threads of one worker: no other process may serve the device. `shortage` is told when none is
+    /// spare any more.
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] while another program has its character device open, [`ErrorKind::Missing`] where
     /// that does not show.
-    pub(crate) fn new(id: DeviceId) -> Result<Crew> {
+    pub(crate) fn new(id: DeviceId, shortage: Shortage) -> Result<Crew> {
         Ok(Crew {
             device: open(id)?,
             descriptors: OnceLock::new(),
             inbox: Inbox::new()?,
-            jobs: Jobs::new(),
+            jobs: Jobs::new(shortage),
         })
     }
 

@@ -19,6 +19,7 @@ use crate::fuse::ring::crew::Crew;
 use crate::fuse::ring::memory::RingMemory;
 use crate::fuse::session::Features;
 use crate::fuse::slot::Shared;
+use crate::shortage::Shortage;
 use crate::ublk;
 use vellum_fs::run_dir::HeldRunDir;
 
@@ -73,6 +74,8 @@ pub(super) struct Context {
     pub(super) started: Instant,
     pub(super) opened: Opened,
     pub(super) readers: Arc<Readers>,
+    /// Told when no thread is spare any more: the main thread starts more.
+    pub(super) shortage: Shortage,
     pub(super) way: Way,
     pub(super) failures: AtomicU64,
     pub(super) connections: AtomicUsize,

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use super::context::{Context, Worker};
 use super::{made, spawn};
 use crate::fuse::transport::Ended;
+use crate::shortage::Shortage;
 use crate::ublk::DeviceId;
 use crate::ublk::control::Control;
 use crate::ublk::crew::Crew;
@@ -20,11 +21,11 @@ type Thread = JoinHandle<Result<Ended>>;
 ///
 /// # Errors
 /// [`NotFound`](vellum_base::ErrorKind::NotFound) where the device was deleted.
-pub(super) fn take_over(worker: &Worker, id: DeviceId) -> Result<Arc<Crew>> {
+pub(super) fn take_over(worker: &Worker, id: DeviceId, shortage: Shortage) -> Result<Arc<Crew>> {
     if worker.resume {
         Control::open()?.start_recovery(id, Mark::of(&worker.run_dir.now()))?;
     }
-    Ok(Arc::new(Crew::new(id)?))
+    Ok(Arc::new(Crew::new(id, shortage)?))
 }
 
 /// Starts the thread that fetches, and lets requests come.

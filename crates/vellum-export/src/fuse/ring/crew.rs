@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::memory::{RingMemory, Slot};
 use crate::inbox::{Inbox, Jobs};
+use crate::shortage::Shortage;
 use vellum_base::error::Result;
 
 /// Threads with a ring of their own at most; each has the queues of its processors.
@@ -40,7 +41,7 @@ pub struct Crew {
 }
 
 impl Crew {
-    /// For the threads of one worker.
+    /// For the threads of one worker. `shortage` is told when none is spare any more.
     ///
     /// # Errors
     /// [`ErrorKind::Io`](vellum_base::ErrorKind::Io) with too many open files.
@@ -49,6 +50,7 @@ impl Crew {
         session: Arc<File>,
         resume: bool,
         guarded: bool,
+        shortage: Shortage,
     ) -> Result<Crew> {
         let rings = online().clamp(1, MAX_RINGS).min(memory.queues());
         let inboxes = (0..rings).map(|_| Inbox::new());
@@ -57,7 +59,7 @@ impl Crew {
             inboxes: inboxes.collect::<Result<_>>()?,
             memory,
             session,
-            jobs: Jobs::new(),
+            jobs: Jobs::new(shortage),
             guarded,
             resume,
         })
