@@ -89,7 +89,11 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         size: config.size()?,
         mounts: config.mounts,
     };
-    let snapshotter = Arc::new(Snapshotter::start(&store, defaults)?);
+    let snapshotter = Arc::new(Snapshotter::start(
+        &store,
+        defaults,
+        config.remote.remote()?,
+    )?);
     let containerd = config.diff.containerd.as_deref();
     let content = ContentStore::new(containerd.unwrap_or(Path::new(DEFAULT_CONTAINERD)));
     let served = service::serve(&snapshotter, listener, metrics, &content, || {

@@ -1,7 +1,7 @@
 //! Places where a test has this process die, as if it had been killed there, or panic.
 //!
 //! `VELLUM_CRASH_AT=NAME`, or `NAME:3`, names one of [`ALL`], [`SNAPSHOTS`], [`RESIZES`], [`BACKUPS`],
-//! [`LAYER_FILES`], [`PULLS`] or [`SERVING`]; the process that called [`arm`] sends itself SIGKILL when it comes by
+//! [`LAYER_FILES`], [`PULLS`], [`REMOTE`] or [`SERVING`]; the process that called [`arm`] sends itself SIGKILL when it comes by
 //! for the first, or the third, time. With `VELLUM_PANIC_AT` it panics there. Builds without debug
 //! assertions contain nothing of it, and processes that never call [`arm`], such as device servers, come
 //! to no harm.
@@ -99,6 +99,9 @@ pub const PULLS: [&str; 5] = [
     "pull: record in place",
 ];
 
+/// Every place that a layer of a registry's blocks has as it becomes a snapshot; those of a pull's layers come before.
+pub const REMOTE: [&str; 2] = ["remote: layers published", "remote: lazy record in place"];
+
 /// Every place in a server of clients.
 pub const SERVING: [&str; 6] = [
     "nbd: flush",
@@ -154,7 +157,7 @@ pub fn arm() -> crate::Result<()> {
 fn is_place(name: &str) -> bool {
     let places = ALL.iter().chain(&SNAPSHOTS).chain(&RESIZES);
     let places = places.chain(&BACKUPS).chain(&LAYER_FILES);
-    let mut places = places.chain(&PULLS).chain(&SERVING);
+    let mut places = places.chain(&PULLS).chain(&REMOTE).chain(&SERVING);
     places.any(|place| *place == name)
 }
 

@@ -98,7 +98,8 @@ pub(crate) async fn download(
         hasher: Hasher::like(digest)?,
         len: 0,
     });
-    retried(|| async { fetch(repository, blob, &mut *part.lock().await, moved).await }).await?;
+    let go_on = || async { fetch(repository, blob, &mut *part.lock().await, moved).await };
+    retried(repository.tries, go_on).await?;
     let actual = part.into_inner().hasher.finish();
     if actual != *digest {
         return Err(damaged(

@@ -11,7 +11,7 @@ use super::auth::authorization;
 use super::credentials::Credential;
 use super::failure::Failure;
 use super::reference::{host_of, is_local};
-use super::retry::{Moved, retried, unless_stalled};
+use super::retry::{Moved, Tries, retried, unless_stalled};
 use super::tls;
 use vellum_base::error::{Error, ErrorKind, Result};
 
@@ -147,6 +147,7 @@ impl Http {
 pub(crate) struct Repository {
     pub http: Arc<Http>,
     pub repository: String,
+    pub tries: Tries,
     scopes: Vec<String>,
     credential: Option<Credential>,
     /// What the registry takes for the moment.
@@ -163,6 +164,7 @@ impl Repository {
         Repository {
             http,
             repository: repository.to_owned(),
+            tries: Tries::Several,
             scopes,
             credential,
             authorization: Mutex::new(None),
@@ -250,7 +252,7 @@ impl Repository {
         others: &[StatusCode],
         build: impl Fn() -> RequestBuilder,
     ) -> Result<Response, Failure> {
-        retried(|| async {
+        retried(self.tries, || async {
             let response = self.ask(doing, &Moved::none(), &build).await?;
             let status = response.status();
             match status.is_success() || others.contains(&status) {

@@ -19,11 +19,21 @@ const STALL: Duration = Duration::from_secs(60);
 /// How many times as long a registry may take to answer that has all of a blob.
 const COMMIT_STALLS: u32 = 15;
 
+/// Whether what fails in a way that passes is tried again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tries {
+    /// It is.
+    Several,
+    /// Somebody can do without, and does not wait.
+    One,
+}
+
 /// Does something until it goes well, or fails in a way that stays, or has failed too often.
 ///
 /// # Errors
 /// The last failure.
 pub(crate) async fn retried<T, F: Future<Output = Result<T, Failure>>>(
+    tries: Tries,
     attempt: impl FnMut() -> F,
 ) -> Result<T, Failure> {
     let pauses = ExponentialBuilder::default()
@@ -34,7 +44,7 @@ pub(crate) async fn retried<T, F: Future<Output = Result<T, Failure>>>(
     attempt
         .retry(pauses)
         .sleep(tokio::time::sleep)
-        .when(|failure| failure.passes)
+        .when(|failure| failure.passes && tries == Tries::Several)
         // What the registry asks for goes before what we would do; no more tries are no more tries.
         .adjust(|failure, pause| pause.map(|pause| failure.after.unwrap_or(pause)))
         .notify(|failure, pause| tracing::warn!("{}; once more in {pause:?}", failure.error))

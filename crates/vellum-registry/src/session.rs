@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use tokio::runtime::{Builder, Runtime};
@@ -20,7 +20,7 @@ use super::document::{Descriptor, Document, choose};
 use super::failure::Failure;
 use super::ranges;
 use super::reference::Reference;
-use super::retry::retried;
+use super::retry::{Tries, retried};
 use super::upload;
 
 /// Blobs that are on their way at a time.
@@ -87,6 +87,7 @@ pub struct Session {
     credential: Option<Credential>,
     reference: Reference,
     access: Access,
+    deadline: Option<Instant>,
 }
 
 impl Session {
@@ -103,7 +104,14 @@ impl Session {
             credential: credentials::find(registry)?,
             reference: reference.clone(),
             access,
+            deadline: None,
         })
+    }
+
+    /// For one who can do without, and waits no longer than until `deadline`: what fails is not tried again.
+    pub fn within(mut self, deadline: Instant) -> Self {
+        self.deadline = Some(deadline);
+        self
     }
 
     /// The registry and the repository that it is about.
@@ -128,7 +136,7 @@ impl Session {
     pub fn try_ranges(&self, blobs: &[Descriptor]) -> Result<()> {
         let repository = self.to_pull();
         let work = async {
-            for blob in blobs {
+            let each = blobs.iter().map(|blob| {
                 let first = || async {
                     let answer = ranges::attempt(&repository, &blob.digest, 0..1).await;
                     answer.map_err(|failure| Failure {
@@ -137,8 +145,10 @@ impl Session {
                         ..failure
                     })
                 };
-                retried(first).await?;
-            }
+                retried(repository.tries, first)
+            });
+            let mut all = stream::iter(each).buffer_unordered(AT_A_TIME);
+            while all.try_next().await?.is_some() {}
             Ok(())
         };
         self.drive(&AtomicU64::new(0), None, work)
@@ -146,7 +156,12 @@ impl Session {
 
     fn repository(&self, scopes: Vec<String>) -> Repository {
         let name = self.reference.repository();
-        Repository::new(self.http.clone(), name, scopes, self.credential.clone())
+        let mut repository =
+            Repository::new(self.http.clone(), name, scopes, self.credential.clone());
+        if self.deadline.is_some() {
+            repository.tries = Tries::One;
+        }
+        repository
     }
 
     pub(crate) fn to_pull(&self) -> Repository {
@@ -339,6 +354,16 @@ impl Session {
         progress: Option<Progress<'static>>,
         work: impl Future<Output = Result<T, Failure>>,
     ) -> Result<T> {
+        let work = async {
+            let Some(deadline) = self.deadline else {
+                return work.await;
+            };
+            let done = tokio::time::timeout_at(deadline.into(), work).await;
+            done.unwrap_or_else(|_| {
+                let text = format!("{} took too long to answer", self.http.host);
+                Err(Error::new(ErrorKind::Timeout, text).into())
+            })
+        };
         drive(&self.runtime, moved, progress, work)
     }
 }

@@ -46,7 +46,7 @@ pub(crate) async fn upload(
         Begun::At(place) => place,
     };
     let place = Mutex::new(Some(begun));
-    retried(|| async {
+    retried(repository.tries, || async {
         let mut place = place.lock().await;
         send(repository, blob, &mut place, moved).await
     })

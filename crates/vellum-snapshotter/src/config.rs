@@ -1,11 +1,14 @@
 //! The configuration file of the snapshotter, `/etc/vellum/config.toml`.
 
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::remote::{Remote, Source};
 use vellum_base::error::{Error, ErrorKind, Result};
-use vellum_base::size::parse_size;
+use vellum_base::size::{parse_bytes, parse_size};
+use vellum_engine::lazy::Background;
 use vellum_export::device::TransportChoice;
 use vellum_store::SpacePolicy;
 
@@ -42,6 +45,9 @@ pub struct Config {
     /// Layers that containerd wants of snapshots.
     #[serde(default)]
     pub diff: DiffConfig,
+    /// Images that are used before they are here.
+    #[serde(default)]
+    pub remote: RemoteConfig,
     /// The log.
     #[serde(default)]
     pub log: Log,
@@ -72,6 +78,46 @@ pub struct MetricsConfig {
 pub struct DiffConfig {
     /// containerd's own socket, in whose content store layers are put.
     pub containerd: Option<PathBuf>,
+}
+
+/// `[remote]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoteConfig {
+    /// Registries, or repositories in them with all below, whose block layers are taken: none where nothing is said.
+    #[serde(default)]
+    pub from: Vec<String>,
+    /// How blocks come that nobody reads: `full`, as fast as they do; `20M`, so many bytes a second at most; `off`.
+    pub background: Option<String>,
+}
+
+impl RemoteConfig {
+    /// What the section says.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] with the key.
+    pub fn remote(&self) -> Result<Remote> {
+        let named = |key: &str, text: String| {
+            Error::new(ErrorKind::InvalidInput, format!("[remote] {key}: {text}"))
+        };
+        let sources = self
+            .from
+            .iter()
+            .map(|text| Source::parse(text).map_err(|error| named("from", error.to_string())));
+        let background = match self.background.as_deref() {
+            None | Some("full") => Some(Background { rate: None }),
+            Some("off") => None,
+            Some(rate) => {
+                let rate = parse_bytes(rate).map_err(|text| {
+                    named("background", format!("{text}; or say \"full\" or \"off\""))
+                })?;
+                Some(Background {
+                    rate: NonZeroU64::new(rate),
+                })
+            }
+        };
+        Ok(Remote::new(sources.collect::<Result<_>>()?, background))
+    }
 }
 
 /// `[log]`
@@ -136,6 +182,10 @@ impl Config {
         config
             .size()
             .map_err(|error| error.context(path.display()))?;
+        config
+            .remote
+            .remote()
+            .map_err(|error| error.context(path.display()))?;
         Ok(config)
     }
 
@@ -189,7 +239,7 @@ mod tests {
             "version = 1\nroot = '/r'\naddress = '/s'\ndefault_size = '20G'\nmounts = 'device'\n\
              [space]\nrefuse = '5%'\nstop = '1G'\n\
              [metrics]\naddress = '127.0.0.1:9142'\n[diff]\ncontainerd = '/c'\n\
-             [log]\nlevel = 'debug'\nformat = 'json'\n",
+             [remote]\nfrom = ['registry.example/team']\nbackground = '20M'\n[log]\nlevel = 'debug'\nformat = 'json'\n",
         )
         .unwrap();
         assert_eq!(config.root.as_deref(), Some(Path::new("/r")));
@@ -216,6 +266,8 @@ mod tests {
             ("root = 'store'", "root is \"store\", a relative path"),
             ("address = './v.sock'", "address is"),
             ("address = ''", "address is empty"),
+            ("[remote]\nfrom = ['team/web']", "names no registry"),
+            ("[remote]\nbackground = 'slow'", "[remote] background"),
             ("[diff]\ncontainerd = 'c.sock'", "containerd is \"c.sock\""),
         ] {
             let error = load(text).unwrap_err().to_string();

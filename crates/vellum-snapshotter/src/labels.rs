@@ -5,6 +5,12 @@ use std::collections::BTreeMap;
 use super::config::MountMode;
 use super::failure::{Result, invalid};
 
+/// The layer that is to be unpacked, by its chain id: one that we have already need not be.
+pub(super) const REF_LABEL: &str = "containerd.io/snapshot.ref";
+/// The image that it is of, as who pulls it calls it (containerd's pkg/snapshotters/annotations.go).
+pub(super) const IMAGE_LABEL: &str = "containerd.io/snapshot/cri.image-ref";
+/// The digest of the image's manifest.
+pub(super) const MANIFEST_LABEL: &str = "containerd.io/snapshot/cri.manifest-digest";
 /// The size of a container's device.
 const SIZE_LABELS: [&str; 2] = [
     "containerd.io/snapshot/vellum.size",

@@ -14,6 +14,7 @@
 //! * [`content`]: containerd's content store, where layers go.
 //! * [`metadata`]: what containerd knows of snapshots, in memory and on disk.
 //! * [`mounts`]: devices and mounts of snapshots.
+//! * [`remote`]: layers that a registry has as blocks.
 //! * [`retire`]: what comes after an answer: detaching, removing, checksums.
 //! * [`metrics`]: counters, and the HTTP server that shows them to Prometheus.
 //! * [`filter`]: containerd's language for choosing from a list.
@@ -32,6 +33,7 @@ pub mod metadata;
 pub mod metrics;
 pub mod mounts;
 mod operations;
+pub mod remote;
 pub mod retire;
 pub mod service;
 mod usage;

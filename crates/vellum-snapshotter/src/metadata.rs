@@ -190,6 +190,14 @@ impl Index {
         }
     }
 
+    /// True when a snapshot names the layer, or lies on it.
+    pub fn lies_on(&self, layer: Uuid) -> bool {
+        let entries = self.entries.lock();
+        entries
+            .values()
+            .any(|entry| entry.record.base == layer || entry.record.layers.contains(&layer))
+    }
+
     /// True when a snapshot other than `id` names the layer.
     pub fn names_layer(&self, layer: Uuid, id: Uuid) -> bool {
         let entries = self.entries.lock();

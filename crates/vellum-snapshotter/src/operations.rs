@@ -8,19 +8,18 @@ use uuid::Uuid;
 
 use super::config::MountMode;
 use super::failure::{Failure, Result, invalid, request};
-use super::labels::{wanted_mode, wanted_size};
+use super::labels::{REF_LABEL, wanted_mode, wanted_size};
 use super::metadata::Index;
 use super::metrics::Metrics;
 use super::mounts::Mounts;
+use super::remote::Remote;
 use super::retire::{Job, Retirer};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind};
 use vellum_core::layer::{Header, SealedLayer, check_size};
+use vellum_engine::registry::RemoteImage;
 use vellum_engine::template;
 use vellum_store::{LayerInfo, PlacedLayer, SnapshotKind, SnapshotRecord, Store};
-
-/// The name that a remote snapshot would have: one that we have already need not be unpacked.
-const REF_LABEL: &str = "containerd.io/snapshot.ref";
 
 /// A mount as containerd carries it out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +49,7 @@ pub struct Snapshotter {
     pub(super) mounts: Mounts,
     pub(super) retirer: Retirer,
     defaults: Defaults,
+    pub(super) remote: Remote,
     pub(super) metrics: Metrics,
 }
 
@@ -59,7 +59,7 @@ impl Snapshotter {
     ///
     /// # Errors
     /// Where the store cannot be read or the template not be made.
-    pub fn start(store: &Store, defaults: Defaults) -> vellum_base::Result<Self> {
+    pub fn start(store: &Store, defaults: Defaults, remote: Remote) -> vellum_base::Result<Self> {
         store.prepare_snapshots()?;
         let mounts = Mounts::new(store)?;
         let index = Index::load(store)?;
@@ -117,6 +117,7 @@ impl Snapshotter {
             mounts,
             retirer,
             defaults,
+            remote,
             metrics: Metrics::default(),
         })
     }
@@ -142,6 +143,10 @@ impl Snapshotter {
         let wanted = wanted_size(&labels)?;
         let device = wanted_mode(&labels)?.unwrap_or(self.defaults.mounts) == MountMode::Device;
         let _lock = self.index.lock_key(key);
+        let remote = match kind {
+            SnapshotKind::Active => self.remote.look(&self.store, &labels),
+            SnapshotKind::View | SnapshotKind::Committed => None,
+        };
         let pin = self.store.pin_layers()?;
         let parent = (!parent.is_empty()).then_some(parent);
         let (base, least, base_inodes) = match parent {
@@ -182,7 +187,7 @@ impl Snapshotter {
         };
         request(self.index.reserve(&record))?;
         crash_point::here("prepare: key taken");
-        let made = self.make(&mut record, &pin);
+        let made = self.make(&mut record, remote.as_deref(), &pin);
         drop(pin);
         match made {
             Ok(mount) => {
@@ -201,11 +206,13 @@ impl Snapshotter {
     fn make(
         &self,
         record: &mut SnapshotRecord,
+        remote: Option<&RemoteImage>,
         pin: &vellum_store::StoreGuard,
     ) -> Result<MountSpec> {
         let mut added = None;
         if record.kind == SnapshotKind::Active {
-            if self.adopt_remote(record, pin)? {
+            let lend = |image| self.lend(record, image, pin);
+            if self.adopt(record, pin)? || remote.is_some_and(lend) {
                 return Err(Failure::Request(Error::new(
                     ErrorKind::AlreadyExists,
                     format!("target snapshot {:?}: already exists", record.key),
@@ -242,11 +249,7 @@ impl Snapshotter {
     /// Where a layer with this reference is there already, on the same layers, under another
     /// name (another of containerd's namespaces unpacked it): makes the snapshot that containerd
     /// then finds by its label and does not unpack again.
-    fn adopt_remote(
-        &self,
-        record: &SnapshotRecord,
-        pin: &vellum_store::StoreGuard,
-    ) -> Result<bool> {
+    fn adopt(&self, record: &SnapshotRecord, pin: &vellum_store::StoreGuard) -> Result<bool> {
         let Some(reference) = record.labels.get(REF_LABEL) else {
             return Ok(false);
         };
@@ -384,9 +387,11 @@ impl Snapshotter {
             .iter()
             .partition::<Vec<Uuid>, _>(|l| shared(l));
         self.retirer.retract(&kept);
+        let sweep = record.kind == SnapshotKind::Committed && self.is_left(record.base);
         self.retirer.push(Job {
             id: Some(record.id),
             discard,
+            sweep,
             ..Job::default()
         });
         crash_point::here("remove: done");

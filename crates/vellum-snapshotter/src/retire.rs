@@ -151,6 +151,13 @@ impl Retirer {
         }
     }
 
+    /// True where the removal of one of these layers is under way.
+    pub fn removes_any(&self, layers: &[Uuid]) -> bool {
+        let queue = self.shared.queue.lock();
+        let mut layers = layers.iter();
+        layers.any(|layer| queue.removals.expected.contains(layer))
+    }
+
     /// Has it done soon.
     pub fn push(&self, job: Job) {
         let mut queue = self.shared.queue.lock();

@@ -39,7 +39,7 @@ pub struct SnapshotRecord {
     /// The sealed layer that it lies on: its parent's last, or a template.
     pub base: Uuid,
     /// Its own layers from the bottom up: none for a view, more than one only where a commit was
-    /// cut off.
+    /// cut off, or where a registry's blocks stand for those of a parent that was unpacked.
     #[serde(default)]
     pub layers: Vec<Uuid>,
     /// Size of its device in bytes.

@@ -7,7 +7,9 @@ mod layout;
 mod pull;
 mod push;
 mod receive;
+mod remote_image;
 
 pub(crate) use layout::digest_of;
 pub use pull::{Came, PullOptions, PullReport, pull};
 pub use push::{PushFormat, PushOptions, PushReport, push};
+pub use remote_image::RemoteImage;

@@ -125,11 +125,10 @@ impl Puller<'_> {
     fn blocks(&self, name: &str, artifact: &Document) -> Result<PullReport> {
         let layout = Layout::new(self.store)?;
         let parts = receive::parts(&artifact.manifest()?)?;
-        let mut first = vec![parts.config.clone()];
-        first.extend(parts.layers.iter().map(|layer| layer.table.clone()));
+        let first: Vec<Descriptor> = parts.descriptions().cloned().collect();
         self.fetch(name, &first, &layout)?;
         let mut receiver = receive::Receiver::new(
-            self.session,
+            &receive::Origin::of(self.session),
             self.store,
             self.pin,
             &layout,

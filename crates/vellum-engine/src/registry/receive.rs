@@ -15,7 +15,7 @@ use vellum_registry::artifact::{
     TEMPLATE_ANNOTATION, Table,
 };
 use vellum_registry::{Access, Descriptor, Manifest, Session};
-use vellum_store::{ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
+use vellum_store::{DiskInfo, ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
 
 use super::super::import::LayerOutcome;
 use super::super::lazy::Remote;
@@ -31,6 +31,7 @@ use super::push::short;
 const MAX_CONFIG: u64 = 4 << 20;
 
 /// What an artifact is made of.
+#[derive(Debug)]
 pub(super) struct Parts {
     pub config: Descriptor,
     /// From the bottom up.
@@ -38,12 +39,34 @@ pub(super) struct Parts {
 }
 
 /// The blobs of a layer.
+#[derive(Debug)]
 pub(super) struct LayerBlobs {
     pub table: Descriptor,
     data: Option<Descriptor>,
 }
 
+/// Where blobs are, and how to ask there.
+#[derive(Debug, Clone)]
+pub(super) struct Origin {
+    reference: String,
+    access: Access,
+}
+
+impl Origin {
+    /// Where a session asks.
+    pub fn of(session: &Session) -> Self {
+        let (reference, access) = session.whereabouts();
+        Origin { reference, access }
+    }
+}
+
 impl Parts {
+    /// The configuration and the tables, which are fetched first.
+    pub fn descriptions(&self) -> impl Iterator<Item = &Descriptor> {
+        let tables = self.layers.iter().map(|layer| &layer.table);
+        std::iter::once(&self.config).chain(tables)
+    }
+
     /// Of all its blobs.
     pub fn digests(&self) -> impl Iterator<Item = &str> {
         let layers = self.layers.iter();
@@ -123,8 +146,7 @@ pub(super) struct Receiver<'a> {
     watch: &'a dyn Watch,
     description: Description,
     layers: Vec<Layer>,
-    /// Where the blobs are: a reference, and how to ask.
-    from: (String, Access),
+    from: Origin,
     /// Layers are made of which nothing is here.
     lazily: bool,
 }
@@ -135,7 +157,7 @@ impl<'a> Receiver<'a> {
     /// # Errors
     /// [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`].
     pub fn new(
-        from: &Session,
+        from: &Origin,
         store: &'a Store,
         pin: &'a StoreGuard,
         layout: &'a Layout,
@@ -159,12 +181,23 @@ impl<'a> Receiver<'a> {
             watch,
             description,
             layers,
-            from: from.whereabouts(),
+            from: from.clone(),
             lazily: false,
         };
         receiver.make_template(parts)?;
         receiver.look()?;
         Ok(receiver)
+    }
+
+    /// The disk that all of its layers are.
+    pub fn disk(&self) -> &DiskInfo {
+        &self.description.disk
+    }
+
+    /// Only so many of its layers, from the bottom up, are made.
+    pub fn up_to(mut self, count: usize) -> Self {
+        self.layers.truncate(count);
+        self
     }
 
     /// From now on its layers are made lazy: their data is not fetched.
@@ -223,12 +256,29 @@ impl<'a> Receiver<'a> {
         missing.filter_map(|layer| layer.data.clone()).collect()
     }
 
+    /// As [`Receiver::receive_layers`], with the image that they are.
+    ///
+    /// # Errors
+    /// As [`Receiver::receive_layers`].
+    pub fn receive(&self, name: &str) -> Result<(ImageRecord, Vec<LayerOutcome>)> {
+        let outcomes = self.receive_layers()?;
+        let image = ImageRecord {
+            name: name.to_owned(),
+            id: Uuid::new_v4(),
+            layers: outcomes.iter().map(|outcome| outcome.layer).collect(),
+            disk: self.description.disk.clone(),
+            config: self.description.config.clone(),
+            created: now(),
+        };
+        Ok((image, outcomes))
+    }
+
     /// Writes the layers, whose data was fetched, makes sure of their digests, and publishes them. No record names
     /// them yet.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] for what is not what it is to be: nothing is published then.
-    pub fn receive(&mut self, name: &str) -> Result<(ImageRecord, Vec<LayerOutcome>)> {
+    pub fn receive_layers(&self) -> Result<Vec<LayerOutcome>> {
         let mut below: Option<Header> = None;
         let mut ready = Vec::new();
         let layers = self.layers.iter().zip(&self.description.layers);
@@ -256,16 +306,7 @@ impl<'a> Receiver<'a> {
             ready.push(Ready::Staged(Box::new(staged), info));
             crash_point::here("pull: layer staged");
         }
-        let outcomes = self.publish(ready)?;
-        let image = ImageRecord {
-            name: name.to_owned(),
-            id: Uuid::new_v4(),
-            layers: outcomes.iter().map(|outcome| outcome.layer).collect(),
-            disk: self.description.disk.clone(),
-            config: self.description.config.clone(),
-            created: now(),
-        };
-        Ok((image, outcomes))
+        self.publish(ready)
     }
 
     /// Writes a layer, and seals it. Returns the bytes of its data blocks.
@@ -309,10 +350,9 @@ impl<'a> Receiver<'a> {
 
     /// Notes where a layer's blocks can be had again.
     fn note_remote(&self, layer: &Layer, staged: &StagedLayer) -> Result<()> {
-        let (reference, access) = &self.from;
         let remote = Remote {
-            reference: reference.clone(),
-            plain_http: access.plain_http,
+            reference: self.from.reference.clone(),
+            plain_http: self.from.access.plain_http,
             table: layer.blob.digest.clone(),
             data: layer.data.as_ref().map(|data| data.digest.clone()),
             background: None,
