@@ -1,8 +1,7 @@
 //! The snapshots API, asked as containerd asks it when it pulls an image.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -10,7 +9,7 @@ use serde_json::Value;
 use vellum_base::crash_point;
 
 use crate::common::TestStore;
-use crate::image::Image;
+use crate::image::{Image, lazy_bytes, lazy_layers};
 use crate::registry_support::{Registry, Setup, with_images};
 use crate::snapshotter_support::client::ALREADY_EXISTS;
 use crate::snapshotter_support::rig::Rig;
@@ -52,28 +51,6 @@ fn pull(rig: &Rig, image: &Image, who: &str) -> String {
     parent
 }
 
-/// The directories of lazy layers.
-fn lazy_layers(rig: &Rig) -> Vec<PathBuf> {
-    let layers = fs::read_dir(rig.root().join("layers")).unwrap().flatten();
-    let dirs = layers.map(|layer| layer.path());
-    dirs.filter(|dir| dir.join("have").exists() && !dir.join("seal").exists())
-        .collect()
-}
-
-/// Bytes that lazy layers have on the disk, and those that they will have.
-fn layer_bytes(rig: &Rig) -> (u64, u64) {
-    let (mut here, mut all) = (0, 0);
-    for dir in lazy_layers(rig) {
-        for file in fs::read_dir(&dir).unwrap().flatten() {
-            here += file.metadata().unwrap().blocks() * 512;
-        }
-        let info = fs::read(dir.join("info.json")).unwrap();
-        let info: Value = serde_json::from_slice(&info).unwrap();
-        all += info["bytes"].as_u64().unwrap();
-    }
-    (here, all)
-}
-
 fn unpacks(rig: &Rig, image: &Image) {
     let mount = image.prepare(&rig.client, 0, "a/1/extract", "");
     let mount = mount.unwrap_or_else(|failure| panic!("{failure:?}\n{}", rig.log()));
@@ -89,7 +66,7 @@ fn layers_with_blocks_in_the_registry_are_there_at_once_and_their_bytes_come_whe
     let (_registry, _from, image, rig) = pushed("both");
     assert_eq!(image.chain_ids.len(), 2);
     let top = pull(&rig, &image, "a");
-    let (here, all) = layer_bytes(&rig);
+    let (here, all) = lazy_bytes(&rig.root());
     assert!(here * 4 < all, "{here} of {all}");
     let usage = rig.client.usage(&top).unwrap();
     assert!(usage.size > 0, "{usage:?}");
@@ -102,7 +79,7 @@ fn layers_with_blocks_in_the_registry_are_there_at_once_and_their_bytes_come_whe
     let dir = Path::new(&mount.source);
     assert_eq!(fs::read_to_string(dir.join("etc/web")).unwrap(), "web\n");
     assert!(!dir.join("noise").exists());
-    let (here, all) = layer_bytes(&rig);
+    let (here, all) = lazy_bytes(&rig.root());
     assert!(here * 2 < all, "{here} of {all}");
     assert_eq!(
         fs::read(dir.join("bin/sh")).unwrap(),
@@ -190,7 +167,7 @@ fn blocks_that_nobody_reads_come_in_the_background_and_then_no_registry_is_neede
     let mut rig = rig(&registry, "full");
     let top = pull(&rig, &image, "a");
     let limit = Duration::from_secs(60);
-    wait_for("all is here", limit, || lazy_layers(&rig).is_empty());
+    wait_for("all is here", limit, || lazy_layers(&rig.root()).is_empty());
     registry.stop();
     assert_eq!(rig.content(&top, "etc/web").unwrap(), "web\n");
     rig.end(Signal::SIGKILL);
@@ -252,8 +229,11 @@ fn an_image_whose_block_layers_or_registry_are_gone_is_unpacked_without_delay() 
         match gone {
             "artifact" => fs::remove_file(registry.blob_file(&artifact)).unwrap(),
             "table" => {
-                let table = registry.document(&artifact)["layers"][1]["digest"].clone();
-                fs::remove_file(registry.blob_file(table.as_str().unwrap())).unwrap();
+                let layers = registry.document(&artifact)["layers"].clone();
+                let mut layers = layers.as_array().unwrap().iter().rev();
+                let is_table = |layer: &&Value| layer["mediaType"].to_string().contains("table");
+                let table = layers.find(is_table).unwrap()["digest"].as_str();
+                fs::remove_file(registry.blob_file(table.unwrap())).unwrap();
             }
             "data" => {
                 let data = registry.data_blobs(&artifact);

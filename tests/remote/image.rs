@@ -1,5 +1,9 @@
 //! An image in a registry, as containerd learns of it.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -79,6 +83,28 @@ impl Image {
         let infos = client.list(&[&filter]).unwrap();
         infos.into_iter().map(|info| info.name).collect()
     }
+}
+
+/// The directories of lazy layers.
+pub fn lazy_layers(store: &Path) -> Vec<PathBuf> {
+    let layers = fs::read_dir(store.join("layers")).unwrap().flatten();
+    let dirs = layers.map(|layer| layer.path());
+    dirs.filter(|dir| dir.join("have").exists() && !dir.join("seal").exists())
+        .collect()
+}
+
+/// Bytes that lazy layers have on the disk, and those that they will have.
+pub fn lazy_bytes(store: &Path) -> (u64, u64) {
+    let (mut here, mut all) = (0, 0);
+    for dir in lazy_layers(store) {
+        for file in fs::read_dir(&dir).unwrap().flatten() {
+            here += file.metadata().unwrap().blocks() * 512;
+        }
+        let info = fs::read(dir.join("info.json")).unwrap();
+        let info: Value = serde_json::from_slice(&info).unwrap();
+        all += info["bytes"].as_u64().unwrap();
+    }
+    (here, all)
 }
 
 fn text(value: &Value) -> String {

@@ -17,4 +17,6 @@ mod registry_support;
 mod snapshotter_support;
 
 mod api;
+mod cri;
 mod image;
+mod kubernetes;

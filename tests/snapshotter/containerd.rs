@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::diff;
 use crate::snapshotter_support::client::Client;
 use crate::snapshotter_support::content::digest;
+use crate::snapshotter_support::oci::{archive_of, tar_of};
 use crate::snapshotter_support::{Area, Daemon, PACKAGES, wait_for};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -161,64 +162,7 @@ fn image() -> Vec<u8> {
         ("etc/two", b"second\n", 0o600),
         ("etc/.wh.gone", b"", 0o644),
     ]);
-    archive_of(IMAGE, &[first, second])
-}
-
-/// An archive of an OCI image with these layers, plain tars.
-fn archive_of(name: &str, layers: &[Vec<u8>]) -> Vec<u8> {
-    let config = json!({
-        "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
-        "os": "linux",
-        "config": { "Cmd": ["/bin/busybox", "sh"], "Env": ["PATH=/bin"] },
-        "rootfs": { "type": "layers", "diff_ids": layers.iter().map(|layer| digest(layer)).collect::<Vec<_>>() },
-    });
-    let config = serde_json::to_vec(&config).unwrap();
-    let described = |kind: &str, bytes: &[u8]| -> Value {
-        json!({
-            "mediaType": format!("application/vnd.oci.image.{kind}"),
-            "digest": digest(bytes),
-            "size": bytes.len(),
-        })
-    };
-    let manifest = json!({
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": described("config.v1+json", &config),
-        "layers": layers.iter().map(|l| described("layer.v1.tar", l)).collect::<Vec<_>>(),
-    });
-    let manifest = serde_json::to_vec(&manifest).unwrap();
-    let mut entry = described("manifest.v1+json", &manifest);
-    entry["annotations"] = json!({ "io.containerd.image.name": name });
-    let index = json!({ "schemaVersion": 2, "manifests": [entry] });
-    let index = serde_json::to_vec(&index).unwrap();
-    let blob = |bytes: &[u8]| format!("blobs/{}", digest(bytes).replace(':', "/"));
-    let layout = br#"{"imageLayoutVersion":"1.0.0"}"#;
-    let layers: Vec<(String, &Vec<u8>)> = layers.iter().map(|l| (blob(l), l)).collect();
-    let (config_name, manifest_name) = (blob(&config), blob(&manifest));
-    let mut files: Vec<(&str, &[u8], u32)> = vec![
-        ("oci-layout", layout, 0o644),
-        ("index.json", &index, 0o644),
-        (&config_name, &config, 0o644),
-        (&manifest_name, &manifest, 0o644),
-    ];
-    files.extend(
-        layers
-            .iter()
-            .map(|(name, layer)| (&**name, &layer[..], 0o644)),
-    );
-    tar_of(&files)
-}
-
-fn tar_of(files: &[(&str, &[u8], u32)]) -> Vec<u8> {
-    let mut tar = tar::Builder::new(Vec::new());
-    for (path, bytes, mode) in files {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(bytes.len() as u64);
-        header.set_mode(*mode);
-        header.set_mtime(1_600_000_000);
-        tar.append_data(&mut header, path, *bytes).unwrap();
-    }
-    tar.into_inner().unwrap()
+    archive_of(IMAGE, &[first, second], &["/bin/busybox", "sh"])
 }
 
 #[test]

@@ -73,7 +73,7 @@ impl Client {
     }
 
     /// As [`Client::call`], of any service, with these fields in its head.
-    fn call_of<T: Message + Default>(
+    pub fn call_of<T: Message + Default>(
         &self,
         service: &str,
         method: &str,

@@ -11,6 +11,7 @@
 
 pub mod client;
 pub mod content;
+pub mod oci;
 pub mod rig;
 
 use std::fs;
