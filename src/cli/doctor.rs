@@ -33,6 +33,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         root,
         address,
         containerd_config: args.containerd_config.clone(),
+        remote: !config.remote.from.is_empty(),
     });
     context.out.print(&report, lines)?;
     match report.count(State::Missing) {

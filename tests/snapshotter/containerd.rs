@@ -8,11 +8,10 @@ use std::time::Duration;
 
 use crate::diff;
 use crate::snapshotter_support::client::Client;
-use crate::snapshotter_support::content::digest;
 use crate::snapshotter_support::oci::{archive_of, tar_of};
 use crate::snapshotter_support::{Area, Daemon, PACKAGES, wait_for};
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 const IMAGE: &str = "docker.io/library/vellum-test:1";
@@ -653,7 +652,11 @@ fn an_image_comes_out_file_by_file_as_with_the_overlayfs_snapshotter() {
     let stack = Stack::start();
     let name = "docker.io/library/compare:1";
     let tar = stack.area.at("compare.tar");
-    fs::write(&tar, archive_of(name, &[lower, upper])).unwrap();
+    fs::write(
+        &tar,
+        archive_of(name, &[lower, upper], &["/bin/busybox", "sh"]),
+    )
+    .unwrap();
     let seen = |snapshotter: &str| {
         stack.ctr(&["images", "import", "--snapshotter", snapshotter, &tar]);
         let target = stack.area.at(&format!("as {snapshotter}"));

@@ -350,4 +350,24 @@ fn doctor_compares_containerds_configuration_with_ours() {
     );
     fs::write(&containerd, "version = \n").unwrap();
     assert_eq!(finding(&look(), "containerd")["state"], "warning");
+
+    // Of annotations only where the snapshotter wants any.
+    let has_annotations = |findings: &Value| findings.to_string().contains("\"annotations\"");
+    let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"vellum\"\n";
+    fs::write(&containerd, format!("version = 2\n{add}\n{cri}")).unwrap();
+    assert!(!has_annotations(&look()));
+    let own = fs::read_to_string(&config).unwrap();
+    fs::write(
+        &config,
+        format!("{own}[remote]\nfrom = ['registry.example']\n"),
+    )
+    .unwrap();
+    let findings = look();
+    let found = finding(&findings, "annotations");
+    assert_eq!(found["state"], "warning");
+    let advice = found["advice"].as_str().unwrap();
+    assert!(
+        advice.contains("disable_snapshot_annotations = false"),
+        "{advice}"
+    );
 }

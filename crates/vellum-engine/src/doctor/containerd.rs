@@ -18,6 +18,9 @@ impl Look {
         let path = options.containerd_config.display();
         self.ok("containerd", format!("{path} has proxy_plugins.{name}"));
         self.exported_root(options, name, entry);
+        if options.remote {
+            self.annotations(&config, name, entry);
+        }
         match UnixStream::connect(&options.address) {
             Ok(_) => self.ok("snapshotter", format!("answers on {address}")),
             Err(error) => self.add(

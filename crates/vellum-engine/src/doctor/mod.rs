@@ -1,5 +1,6 @@
 //! Whether a host has what Vellum needs, and what to do where it has not. Changes nothing.
 
+mod annotations;
 mod containerd;
 
 use std::fs::{self, OpenOptions};
@@ -83,6 +84,8 @@ pub struct Options {
     pub address: PathBuf,
     /// containerd's configuration.
     pub containerd_config: PathBuf,
+    /// The snapshotter takes block layers from registries.
+    pub remote: bool,
 }
 
 /// Looks at the host.
