@@ -203,6 +203,42 @@ fn a_snapshotter_that_starts_without_a_network_goes_on_with_what_is_here() {
 }
 
 #[test]
+fn a_container_that_waits_for_a_registry_says_so_and_goes_on_when_that_is_back() {
+    let (mut registry, _from, image, rig) = pushed("both");
+    let top = pull(&rig, &image, "a");
+    let mount = rig.client.prepare("a/9/web", &top, &[]).unwrap();
+    registry.stop();
+    let shell = Path::new(&mount.source).join("bin/sh");
+    let reader = std::thread::spawn(move || fs::read(shell).unwrap());
+    let ps = || String::from_utf8(rig.vellum(&["ps"]).stdout).unwrap();
+    let limit = Duration::from_secs(30);
+    wait_for("ps says who waits", limit, || {
+        ps().contains("waiting for registry")
+    });
+    // Writes, and other snapshots, do not.
+    fs::write(Path::new(&mount.source).join("own"), "own").unwrap();
+    rig.committed("a/11/other", "", "file", "text");
+    assert!(!reader.is_finished());
+    registry.start_again();
+    assert_eq!(reader.join().unwrap(), fs::read("/bin/busybox").unwrap());
+    assert!(!ps().contains("waiting"));
+}
+
+#[test]
+fn two_pulls_of_an_image_at_once_share_its_layers() {
+    let (_registry, _from, image, rig) = pushed("both");
+    std::thread::scope(|scope| {
+        for who in ["a", "b", "c", "d"] {
+            let (rig, image) = (&rig, &image);
+            scope.spawn(move || pull(rig, image, who));
+        }
+    });
+    assert_eq!(lazy_layers(&rig.root()).len(), 2);
+    rig.assert_checks();
+    assert_eq!(rig.log().matches("manifest=").count(), 1);
+}
+
+#[test]
 fn an_image_without_block_layers_is_unpacked_after_one_look_at_its_manifest() {
     let (mut registry, _from, image, rig) = pushed("oci");
     unpacks(&rig, &image);

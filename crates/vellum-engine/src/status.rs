@@ -296,6 +296,18 @@ pub fn snapshot_status(
             space.as_ref(),
         ),
     };
+    let waiting = match record.kind {
+        SnapshotKind::Committed => None,
+        SnapshotKind::Active | SnapshotKind::View => {
+            // Of a chain that cannot be opened others say why.
+            let layers = store.ancestry(Some(record.base)).ok();
+            layers.and_then(|layers| known.waiting_for(&layers))
+        }
+    };
+    let status = match waiting {
+        Some(waiting) => format!("{status}, {waiting}"),
+        None => status,
+    };
     let size = with_size.then(|| snapshot_size(store, record)).flatten();
     Ok(SnapshotStatus {
         name: record.key.clone(),

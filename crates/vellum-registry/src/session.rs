@@ -114,6 +114,11 @@ impl Session {
         self
     }
 
+    /// Ends it without waiting for what still is under way, such as a name server that does not answer.
+    pub fn leave(self) {
+        self.runtime.shutdown_background();
+    }
+
     /// The registry and the repository that it is about.
     pub fn place(&self) -> (&str, &str) {
         (self.reference.registry(), self.reference.repository())

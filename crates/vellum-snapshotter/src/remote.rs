@@ -93,6 +93,8 @@ pub struct Remote {
     sources: Vec<Source>,
     background: Option<Background>,
     images: Mutex<HashMap<String, Slot>>,
+    /// Held while layers are made: two pulls of the same ones share them.
+    making: Mutex<()>,
 }
 
 impl Remote {
@@ -103,6 +105,7 @@ impl Remote {
             sources,
             background,
             images: Mutex::default(),
+            making: Mutex::default(),
         }
     }
 
@@ -217,7 +220,9 @@ impl Snapshotter {
         image: &RemoteImage,
         pin: &StoreGuard,
     ) -> bool {
+        let making = self.remote.making.lock();
         let lent = self.try_lend(record, image, pin);
+        drop(making);
         let layers = match lent {
             Ok(Some(layers)) => layers,
             Ok(None) => return self.not_lent(),

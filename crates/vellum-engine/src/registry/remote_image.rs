@@ -52,16 +52,27 @@ impl RemoteImage {
         );
         let reference = Reference::parse(&pinned)?;
         let session = Session::open(&reference, Access::default())?.within(deadline);
+        let found = Self::ask(store, &session, manifest, pin);
+        session.leave();
+        found
+    }
+
+    fn ask(
+        store: &Store,
+        session: &Session,
+        manifest: &str,
+        pin: &StoreGuard,
+    ) -> Result<Option<Self>> {
         let found = session.find(&Platform::host())?;
         let Some(image) = found.image.filter(|image| image.digest == manifest) else {
-            let text = format!("{pinned} is no image's manifest");
+            let text = format!("{manifest} is no image's manifest");
             return Err(Error::new(ErrorKind::Unsupported, text));
         };
         let Some(artifact) = found.artifact else {
             return Ok(None);
         };
         tracing::debug!(image = %image.digest, artifact = %artifact.digest, "has block layers");
-        let remote = Self::fetch(store, &session, &artifact)?;
+        let remote = Self::fetch(store, session, &artifact)?;
         let layout = remote.layout(store)?;
         let receiver = remote.receiver(store, &layout, pin)?;
         session.try_ranges(&receiver.wanted())?;
