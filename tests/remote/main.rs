@@ -2,6 +2,10 @@
 //! docs/containerd.md, "Remote snapshots".
 
 #![allow(
+    clippy::too_many_lines,
+    reason = "a test is one story, told in one piece"
+)]
+#![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
