@@ -39,6 +39,7 @@ const LOOP: &str = "loop";
 /// End the names of what lies beside the run directory with the same id.
 const LOCK_SUFFIX: &str = ".lock";
 const SOCKET_SUFFIX: &str = ".sock";
+const TRACE_SUFFIX: &str = ".trace";
 
 /// The directory of all run directories of a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,10 +130,15 @@ impl RunRoot {
         DirSocket::new(&self.path, format!("{id}{SOCKET_SUFFIX}"))
     }
 
-    /// The id in the name of a container's lock or socket in here; `None` of anything else.
+    /// The file that, where it is there, gets what the container with this id reads of its sealed layers.
+    pub fn trace(&self, id: Uuid) -> PathBuf {
+        self.path.join(format!("{id}{TRACE_SUFFIX}"))
+    }
+
+    /// The id in the name of a container's lock, socket or trace in here; `None` of anything else.
     pub fn id_beside(name: &str) -> Option<&str> {
-        let lock = name.strip_suffix(LOCK_SUFFIX);
-        let id = lock.or_else(|| name.strip_suffix(SOCKET_SUFFIX))?;
+        let mut suffixes = [LOCK_SUFFIX, SOCKET_SUFFIX, TRACE_SUFFIX].into_iter();
+        let id = suffixes.find_map(|suffix| name.strip_suffix(suffix))?;
         Uuid::parse_str(id).is_ok().then_some(id)
     }
 
@@ -455,6 +461,7 @@ mod tests {
         assert_eq!(beside(runs.container_lock(id)), Some(id.to_string()));
         let socket = runs.socket_beside(id).path();
         assert_eq!(beside(socket), Some(id.to_string()));
+        assert_eq!(beside(runs.trace(id)), Some(id.to_string()));
         assert_eq!(beside(runs.nbd_socket()), None);
         assert_eq!(beside(runs.snapshotter_lock()), None);
     }

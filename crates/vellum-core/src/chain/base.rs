@@ -7,7 +7,7 @@ use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
 use crate::layer::{Header, Index, IndexValue, SealedLayer};
-use vellum_base::block::{Block, BlockState, Blocks, Run, Span};
+use vellum_base::block::{Block, BlockState, Run, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 
 /// So many runs of a recent layer are brought into the index while reads wait.
@@ -110,6 +110,14 @@ impl BaseSource {
     /// True when the blocks read as zeros.
     pub fn is_zero(&self) -> bool {
         !matches!(self, BaseSource::Layer(..))
+    }
+
+    /// The layer's number, where one holds the blocks.
+    pub(super) fn number(&self) -> Option<u32> {
+        match self {
+            BaseSource::Layer(number, _) => Some(*number),
+            BaseSource::Hole | BaseSource::Zero => None,
+        }
     }
 }
 
@@ -224,8 +232,8 @@ impl Base {
         }
     }
 
-    /// Reads whole blocks from `start`; each is checked against its checksum. `count` is told how
-    /// many came from which layer, `None` for zeros.
+    /// Reads whole blocks from `start`; each is checked against its checksum. `each` is told what came
+    /// from where.
     ///
     /// # Errors
     /// As [`SealedLayer::read_blocks`].
@@ -233,7 +241,7 @@ impl Base {
         &self,
         buf: &mut [u8],
         start: Block,
-        mut count: impl FnMut(Option<u32>, Blocks),
+        mut each: impl FnMut(&Run<BaseSource>),
     ) -> Result<()> {
         let mut rest = buf;
         let mut span = Span::of_buffer(start, rest);
@@ -244,15 +252,10 @@ impl Base {
             };
             let (piece, tail) = rest.split_at_mut(run.len().buffer_len());
             match &run.value {
-                BaseSource::Layer(number, layer) => {
-                    layer.read_blocks(piece, run.start())?;
-                    count(Some(*number), run.len());
-                }
-                BaseSource::Hole | BaseSource::Zero => {
-                    piece.fill(0);
-                    count(None, run.len());
-                }
+                BaseSource::Layer(_, layer) => layer.read_blocks(piece, run.start())?,
+                BaseSource::Hole | BaseSource::Zero => piece.fill(0),
             }
+            each(&run);
             rest = tail;
             span = span.from(run.end());
         }

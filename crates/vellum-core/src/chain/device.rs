@@ -1,12 +1,13 @@
 //! The chain as a block device.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
+use uuid::Uuid;
 
-use super::base::Base;
+use super::base::{Base, BaseSource};
 use super::stats::ChainStats;
 use crate::layer::{SealedLayer, WritableLayer, once_here};
 use vellum_base::block::{
@@ -15,6 +16,12 @@ use vellum_base::block::{
 };
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::Storage;
+
+/// Hears what is read of sealed layers: for a trace (registry.md).
+pub trait Touches: std::fmt::Debug + Send + Sync {
+    /// Data blocks of that layer were read, or copied up. Threads call it at once, and wait for it.
+    fn touched(&self, layer: Uuid, blocks: Span);
+}
 
 /// A stack of layers: sealed ones and, unless it is read-only, a writable one on top.
 #[derive(Debug)]
@@ -27,6 +34,8 @@ pub struct Chain {
     /// Swapped when the top is sealed under a live device. Held for reading over each request.
     pub(super) top: RwLock<Option<Arc<WritableLayer>>>,
     pub(super) stats: Arc<ChainStats>,
+    /// Hears what is read of sealed layers, where somebody wants to know.
+    touches: OnceLock<Box<dyn Touches>>,
 }
 
 impl Chain {
@@ -68,6 +77,7 @@ impl Chain {
             base,
             top: RwLock::new(top),
             stats,
+            touches: OnceLock::new(),
         })
     }
 
@@ -96,6 +106,17 @@ impl Chain {
     /// The writable layer, if there is one.
     pub fn top(&self) -> Option<Arc<WritableLayer>> {
         self.top.read().clone()
+    }
+
+    /// From now on `touches` hears what requests read of sealed layers. Only the first call counts.
+    pub fn tell_touches(&self, touches: Box<dyn Touches>) {
+        let _ = self.touches.set(touches);
+    }
+
+    pub(super) fn note_touch(&self, run: &Run<BaseSource>) {
+        if let (Some(touches), BaseSource::Layer(_, layer)) = (self.touches.get(), &run.value) {
+            touches.touched(layer.header().uuid, run.span);
+        }
     }
 
     /// Counters of requests and copy-ups.

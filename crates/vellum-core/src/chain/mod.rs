@@ -13,7 +13,7 @@ mod stats;
 mod write;
 
 pub use base::Base;
-pub use device::Chain;
+pub use device::{Chain, Touches};
 pub use join::join_layers;
 pub use open::{ChainSpec, look_at_chain, open_chain, open_counted_chain, open_read_only_chain};
 pub use prewarm::CopiedUp;

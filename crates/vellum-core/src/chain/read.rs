@@ -76,8 +76,9 @@ impl Chain {
     }
 
     fn read_base(&self, buf: &mut [u8], start: Block) -> Result<()> {
-        self.base.read_blocks(buf, start, |layer, blocks| {
-            self.stats.read_from(layer, blocks);
+        self.base.read_blocks(buf, start, |run| {
+            self.stats.read_from(run.value.number(), run.len());
+            self.note_touch(run);
         })
     }
 

@@ -102,8 +102,9 @@ impl Chain {
         let mut whole = [0; BLOCK_LEN];
         let mut copied = false;
         if state == BlockState::Parent {
-            self.base.read_blocks(&mut whole, block, |layer, _| {
-                copied = layer.is_some();
+            self.base.read_blocks(&mut whole, block, |run| {
+                copied = !run.value.is_zero();
+                self.note_touch(run);
             })?;
         }
         part_mut(&mut whole, offset.within_block(), buf.len()).copy_from_slice(buf);

@@ -137,6 +137,11 @@ impl LazyLayer {
         &self.dir
     }
 
+    /// The digest that it has when it is whole.
+    pub fn digest(&self) -> &[u8; 32] {
+        &self.have.digest
+    }
+
     /// The size of windows.
     pub fn power(&self) -> WindowPower {
         self.have.power
