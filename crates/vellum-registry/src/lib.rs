@@ -30,6 +30,6 @@ mod upload;
 pub use credentials::{Stored, login, logout};
 pub use document::{Descriptor, Document, INDEX_TYPE, MANIFEST_TYPE, Manifest};
 pub use failure::Failure;
-pub use ranges::Ranges;
+pub use ranges::{Flow, Ranges};
 pub use reference::Reference;
 pub use session::{Access, Found, Outcome, Push, Session, Upload};

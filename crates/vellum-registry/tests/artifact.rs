@@ -16,7 +16,9 @@ use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 use vellum_base::ErrorKind;
 use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, WindowPower, push_run};
-use vellum_registry::artifact::{ChunkReader, Encoded, LayerEncoder, Table, power_for};
+use vellum_registry::artifact::{
+    ChunkReader, Encoded, HotFrame, HotPack, LayerEncoder, Table, power_for,
+};
 
 const SIZE: u64 = 1 << 30;
 const DIGEST: [u8; 32] = [7; 32];
@@ -245,4 +247,118 @@ fn larger_layers_have_larger_chunks_so_that_their_tables_stay_short() {
     assert_eq!(power(10), WindowPower::USUAL);
     assert!(power(1000) > WindowPower::USUAL);
     assert_eq!(power(64 << 10), WindowPower::new(20).unwrap());
+}
+
+fn pack(frames: &[(u32, u32, u32)]) -> HotPack {
+    let frame = |&(layer, window, len): &(u32, u32, u32)| HotFrame { layer, window, len };
+    HotPack {
+        layers: 4,
+        frames: frames.iter().map(frame).collect(),
+    }
+}
+
+/// Header and list, and the length that the whole pack has.
+fn front(pack: &HotPack) -> (Vec<u8>, u64) {
+    let front = pack.encode();
+    let stored: u64 = pack.frames.iter().map(|frame| u64::from(frame.len)).sum();
+    let len = front.len() as u64 + stored;
+    (front, len)
+}
+
+/// Changes bytes of a hot pack's front, and makes the CRCs fit again.
+fn with_hot_field(front: &[u8], at: usize, field: &[u8]) -> Vec<u8> {
+    let mut front = front.to_vec();
+    front[at..at + field.len()].copy_from_slice(field);
+    let list = crc32fast::hash(&front[128..]);
+    front[120..124].copy_from_slice(&list.to_le_bytes());
+    let header = crc32fast::hash(&front[..124]);
+    front[124..128].copy_from_slice(&header.to_le_bytes());
+    front
+}
+
+proptest! {
+    #[test]
+    fn a_hot_pack_that_is_written_is_read_again(
+        wanted in prop::collection::btree_map((0_u32..4, any::<u32>()), 1_u32..=(1 << 20) + 1024, 0..40),
+    ) {
+        let frames: Vec<_> = wanted.iter().map(|((layer, window), len)| (*layer, *window, *len)).collect();
+        let pack = pack(&frames);
+        let (front, len) = front(&pack);
+        prop_assert_eq!(HotPack::front_len(&front[..128], len).unwrap(), front.len());
+        prop_assert_eq!(&HotPack::decode(&front, len).unwrap(), &pack);
+        let mut at = front.len() as u64;
+        for (offset, frame) in pack.placed() {
+            prop_assert_eq!(offset, at);
+            at += u64::from(frame.len);
+        }
+        prop_assert_eq!(at, len);
+    }
+
+    #[test]
+    fn damaged_hot_packs_are_refused_and_never_panic(at in 0_usize..176, value in any::<u8>(), fix in any::<bool>()) {
+        let (good, len) = front(&pack(&[(0, 7, 9), (3, 1, 1 << 20), (0, 0, 4)]));
+        let bad = match fix {
+            true if !(120..128).contains(&at) => with_hot_field(&good, at, &[value]),
+            _ => {
+                let mut bad = good.clone();
+                bad[at] = value;
+                bad
+            }
+        };
+        match HotPack::decode(&bad, len) {
+            Err(error) => prop_assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported)),
+            Ok(_) if !fix => prop_assert_eq!(bad, good),
+            Ok(_) => {}
+        }
+    }
+}
+
+#[test]
+fn the_bytes_of_the_first_hot_pack_are_read_and_written_for_ever() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hot.pack");
+    let pack = pack(&[(1, 0, 3), (0, 8191, 2), (1, 2, 1)]);
+    let mut bytes = pack.encode();
+    bytes.extend_from_slice(b"abcdef");
+    if std::env::var_os("VELLUM_WRITE_FIXTURES").is_some() {
+        std::fs::write(&path, &bytes).unwrap();
+    }
+    let found = std::fs::read(path).unwrap();
+    assert_eq!(found, bytes);
+    let len = found.len() as u64;
+    let front = HotPack::front_len(&found[..128], len).unwrap();
+    assert_eq!(HotPack::decode(&found[..front], len).unwrap(), pack);
+    let frames: Vec<&[u8]> = pack
+        .placed()
+        .map(|(at, frame)| &found[at as usize..][..frame.len as usize])
+        .collect();
+    assert_eq!(frames, [&b"abc"[..], b"de", b"f"]);
+}
+
+#[test]
+fn each_field_of_a_hot_pack_is_looked_at() {
+    let (good, len) = front(&pack(&[(0, 7, 9), (3, 1, 50)]));
+    for (at, field, says) in [
+        (0, &b"VELLUMTB"[..], "wrong magic"),
+        (8, &[2], "version 2"),
+        (16, &[1], "features 0x1"),
+        (32, &[0], "of 0 layers"),
+        (32, &[0, 32], "of 8192 layers"),
+        (32, &[3], "of the layer 3 does not fit"),
+        (36, &[3], "with 3 frames"),
+        (36, &[255; 4], "with 4294967295 frames"),
+        (40, &[255; 8], "a hot pack of"),
+        (40, &[1], "a hot pack of"),
+        (128 + 8, &[0], "of 0 bytes"),
+        (128 + 8, &[10], "together"),
+        (128 + 8, &[255; 4], "does not fit"),
+        // The second frame is that of the first.
+        (128 + 16, &[0, 0, 0, 0, 7], "does not fit"),
+    ] {
+        let error = HotPack::decode(&with_hot_field(&good, at, field), len).unwrap_err();
+        assert!(error.to_string().contains(says), "{at}: {error}");
+    }
+    for short in 0..good.len() {
+        HotPack::decode(&good[..short], len).unwrap_err();
+    }
+    HotPack::decode(&good, len - 1).unwrap_err();
 }

@@ -3,9 +3,11 @@
 
 mod bytes;
 mod data;
+mod hot;
 mod table;
 
 pub use data::{ChunkReader, Encoded, LayerEncoder};
+pub use hot::{HOT_HEADER_LEN, HotFrame, HotPack, MAX_HOT_FRAMES};
 pub use table::{Chunk, MAX_TABLE, Table, Window, power_for};
 
 /// The `artifactType` of an image's block layers.
@@ -16,6 +18,8 @@ pub const CONFIG_TYPE: &str = "application/vnd.vellum.image.config.v1+json";
 pub const TABLE_TYPE: &str = "application/vnd.vellum.layer.table.v1";
 /// The type of a data blob.
 pub const DATA_TYPE: &str = "application/vnd.vellum.layer.data.v1+zstd";
+/// The type of a pack of what a start needs first.
+pub const HOT_TYPE: &str = "application/vnd.vellum.hot.v1+zstd";
 
 /// On an image's manifest: the digest of its artifact.
 pub const BLOCKS_ANNOTATION: &str = "dev.vellum.blocks.digest";

@@ -18,7 +18,7 @@ const CRC_AT: usize = 252;
 const EXTENT_LEN: usize = 16;
 const CHUNK_LEN: usize = 48;
 /// By how much stored bytes may be longer than plain ones: what zstd adds to what cannot be compressed.
-const MAX_GROWTH: usize = 1024;
+pub(super) const MAX_GROWTH: usize = 1024;
 
 /// The longest table in bytes.
 pub const MAX_TABLE: u64 = 256 << 20;
