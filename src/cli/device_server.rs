@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_engine::device::{Target, served_stats};
+use vellum_engine::trace::Recorder;
 use vellum_export::device::{SupervisorArgs, supervise};
 use vellum_fs::run_dir::RunDir;
 use vellum_store::{ContainerRef, Store};
@@ -102,6 +103,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let target = args.target(&store, run_dir)?;
         let stats = served_stats(memory)?;
         let open = target.open_counted(&store, stats)?;
+        if let Target::Container(container) = &target
+            && let Some(recorder) = Recorder::open(&store.runs().trace(container.id))?
+        {
+            open.chain().tell_touches(Box::new(recorder));
+        }
         if let Target::Layer(_) = target {
             // Which is mounted at once.
             open.prepare_journal();

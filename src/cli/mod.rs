@@ -47,6 +47,7 @@ mod snapshotter;
 mod space;
 mod stats;
 mod tag;
+mod trace;
 mod transport;
 mod trim;
 mod upgrade_servers;
@@ -106,6 +107,8 @@ enum Command {
     Complete(registry::CompleteArgs),
     /// Send an image, container or snapshot to a registry, for everybody
     Push(registry::PushArgs),
+    /// Record what a command touches first of an image, container or snapshot, for a push of it
+    Trace(trace::Args),
     /// Give a registry a name and a password, and keep them where docker does
     Login(registry::LoginArgs),
     /// Forget a registry's name and password
@@ -322,6 +325,7 @@ impl Command {
                 | Command::Pull(_)
                 | Command::Complete(_)
                 | Command::Push(_)
+                | Command::Trace(_)
                 | Command::Create(_)
                 | Command::Rm(_)
                 | Command::Rmi(_)
@@ -356,6 +360,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Pull(args) => registry::run_pull(&args, context)?,
         Command::Complete(args) => registry::run_complete(&args, context)?,
         Command::Push(args) => registry::run_push(&args, context)?,
+        Command::Trace(args) => trace::run(&args, context)?,
         Command::Login(args) => registry::run_login(&args, context)?,
         Command::Logout(args) => registry::run_logout(&args, context)?,
         Command::Images(args) => images::run(&args, context)?,

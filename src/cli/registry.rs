@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::Context;
 use super::output::human_size;
 use super::progress::Bars;
+use super::trace::PushTraceArgs;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::size::parse_bytes;
@@ -33,6 +34,7 @@ image, `vellum pull` the block layers.
 Examples:
   vellum push web registry.example/team/web:1
   vellum push web@before-upgrade localhost:5000/web:old --format oci
+  vellum push web registry.example/team/web:1 --trace 'nginx -t'
 
 Credentials are docker's and podman's, see `vellum login`.")]
 pub(super) struct PushArgs {
@@ -53,6 +55,8 @@ pub(super) struct PushArgs {
     #[arg(long, value_name = "N", default_value_t = 3)]
     #[arg(value_parser = clap::value_parser!(i32).range(1..=19))]
     level: i32,
+    #[command(flatten)]
+    trace: PushTraceArgs,
     #[command(flatten)]
     access: AccessArgs,
 }
@@ -206,11 +210,16 @@ pub(super) fn run_push(args: &PushArgs, context: &Context) -> Result<()> {
         format: args.format.into(),
         level: args.level,
         access: args.access.access(),
+        trace: args.trace.source()?,
     };
+    if options.trace.is_some() && options.format == PushFormat::Oci {
+        let text = "a hot pack is of block layers, which --format oci leaves out: leave one of the two out";
+        return Err(Error::new(ErrorKind::InvalidInput, text));
+    }
     let reference = Reference::parse(&args.reference)?;
     let store = context.store_to_change()?;
     let watch = Bars::new(context.out);
-    let report = push(&store, &args.name, &reference, options, &watch)?;
+    let report = push(&store, &args.name, &reference, &options, &watch)?;
     context.out.print(&report, pushed)
 }
 

@@ -137,6 +137,7 @@ fn start(args: &Args, context: &Context) -> Result<Ended> {
         command: args.process.options(&args.command)?,
         entrypoint: args.entrypoint.clone(),
         remove: args.rm,
+        ..RunOptions::default()
     };
     args.transport.choose();
     let store = context.store_to_change()?;

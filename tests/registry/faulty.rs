@@ -107,7 +107,7 @@ fn serve(
     client.write_all(&answer)
 }
 
-fn read_head(client: &mut TcpStream) -> std::io::Result<String> {
+pub fn read_head(client: &mut TcpStream) -> std::io::Result<String> {
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") {

@@ -21,6 +21,7 @@ mod crash;
 mod faults;
 mod faulty;
 mod healing;
+mod hot;
 mod lazy;
 mod login;
 mod plain;

@@ -44,6 +44,7 @@ pub mod status;
 pub mod teardown;
 pub mod template;
 pub mod temporary;
+pub mod trace;
 pub mod trim;
 pub mod upgrade;
 pub mod watch;

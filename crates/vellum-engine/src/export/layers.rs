@@ -11,7 +11,7 @@ use vellum_backup::{LAYER_HEADER_LEN, LayerEntry, LayerWriter};
 use vellum_base::block::{Block, BlockState, Blocks, Run, Span};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
-use vellum_core::layer::SealedLayer;
+use vellum_core::layer::{LazyLayer, SealedLayer};
 use vellum_image::{HistoryEntry, ImageConfig, Progress};
 use vellum_store::{ImageRecord, Store, now};
 
@@ -104,6 +104,19 @@ pub(crate) fn checksummed(store: &Store, layer: uuid::Uuid) -> Result<SealedLaye
         format!("the layer {layer} has no checksums yet, without which it is not carried")
     })?;
     open()
+}
+
+/// The digest of a sealed layer, which is made where it has none yet; of a lazy one the digest that it will have.
+///
+/// # Errors
+/// Where the layer cannot be read.
+pub(crate) fn digest_of_layer(store: &Store, layer: uuid::Uuid) -> Result<[u8; 32]> {
+    let lazy = LazyLayer::open(&**store.storage(), &store.layer_dir(layer))?;
+    if let Some(lazy) = lazy {
+        return Ok(*lazy.digest());
+    }
+    let digest = checksummed(store, layer)?.digest();
+    digest.ok_or_else(|| Error::internal("a layer with checksums has no digest"))
 }
 
 /// What is said of a layer.

@@ -73,7 +73,7 @@ fn place(dir: &Path) -> Result<(&Path, Uuid)> {
     Ok((root, layer.ok_or_else(unusual)?))
 }
 
-/// Has the fetcher look for layers that are to be completed in the background.
+/// Has the fetcher look for what is to be brought although nobody waits for it.
 ///
 /// # Errors
 /// Where none can be started.

@@ -6,6 +6,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::client::{FetcherClient, ask_for_the_background, ask_to_complete};
+use super::hot::Hot;
 use super::{Background, Remote, lazy_layers};
 use crate::watch::Watch;
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -67,11 +68,14 @@ pub fn complete_in_background(store: &Store, layers: &[Uuid], how: Background) -
     }
 }
 
-/// Has a fetcher go on with those of these layers that are to be completed in the background: the one that was at it may be
+/// Has a fetcher go on with those of these layers that are to be completed in the background, and with their hot pack: the one that was at it may be
 /// gone, and nobody may want what is not here.
 pub(crate) fn go_on_in_background(store: &Store, layers: &[Uuid]) {
-    let is_wanted =
-        |layer: &Uuid| Remote::background(&**store.storage(), &store.layer_dir(*layer)).is_some();
+    let storage = &**store.storage();
+    let is_wanted = |layer: &Uuid| {
+        let dir = store.layer_dir(*layer);
+        Hot::is_noted(&dir) || Remote::background(storage, &dir).is_some()
+    };
     if !layers.iter().any(is_wanted) {
         return;
     }

@@ -9,14 +9,16 @@
 mod client;
 mod complete;
 pub mod fetcher;
+mod hot;
 mod remote;
 mod stall;
 
 pub use client::{FetcherClient, waiting};
-pub(crate) use client::{said_last, waits_for_registry};
+pub(crate) use client::{ask_for_the_background, said_last, waits_for_registry};
 pub(crate) use complete::go_on_in_background;
 pub use complete::{CompleteReport, complete, complete_in_background};
 pub use fetcher::FETCHER_COMMAND;
+pub(crate) use hot::note_hot_pack;
 pub use remote::{Background, REMOTE_FILES, Remote};
 
 use std::ops::Range;
@@ -32,7 +34,7 @@ use vellum_store::Store;
 const WANT: &str = "want";
 /// Asks for blocks of a sealed layer that the disk lost or changed: [`Damaged`]. The answer is whether anybody has them.
 const HEAL: &str = "heal";
-/// Says that layers are to be completed although nobody waits for them.
+/// Says that there is something to be brought although nobody waits for it: layers that are to be completed, hot packs.
 const BACKGROUND: &str = "background";
 /// Asks for the seal of a layer of which all is here: [`Complete`].
 const COMPLETE: &str = "complete";

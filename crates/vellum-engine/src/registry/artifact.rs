@@ -9,15 +9,17 @@ use vellum_base::error::{Error, Result};
 use vellum_core::layer::SealedLayer;
 use vellum_registry::artifact::{
     ARTIFACT_TYPE, CONFIG_TYPE, DATA_TYPE, DIFF_ID_ANNOTATION, DIGEST_ANNOTATION, Encoded,
-    LayerEncoder, SIZE_ANNOTATION, TABLE_TYPE, TEMPLATE_ANNOTATION, power_for,
+    HOT_TYPE, LayerEncoder, SIZE_ANNOTATION, TABLE_TYPE, TEMPLATE_ANNOTATION, Table, power_for,
 };
 use vellum_registry::{Document, MANIFEST_TYPE, Upload};
 
 use super::super::export::layers::{Piece, checksummed, config, each_piece};
 use super::super::export::subject::Subject;
 use super::super::layer_file::Known;
+use super::super::trace::Trace;
 use super::super::watch::Watch;
 use super::description::Description;
+use super::hot::{self, Written};
 use super::layout::{Layout, digest_of, document};
 
 /// An artifact that lies in a layout.
@@ -26,15 +28,15 @@ pub(super) struct Artifact {
     pub blobs: Vec<Upload>,
 }
 
-/// Writes the layers of a subject, all of them sealed, into a layout.
+/// Writes the layers of a subject, all of them sealed, into a layout; with a trace also the hot pack.
 ///
 /// # Errors
-/// Where a layer cannot be read, or the layout written.
+/// Where a layer cannot be read, or the layout written; as [`hot::write`].
 pub(super) fn write(
     subject: &Subject<'_>,
     layout: &Layout,
     level: i32,
-    diff_ids: &[(Uuid, String)],
+    (diff_ids, trace): (&[(Uuid, String)], Option<&Trace>),
     watch: &dyn Watch,
 ) -> Result<Artifact> {
     if subject.container.is_some() {
@@ -50,18 +52,30 @@ pub(super) fn write(
     };
     let mut entries = Vec::new();
     let mut blobs = Vec::new();
+    let mut written = Vec::new();
     for layer in &subject.layers {
         let sealed = checksummed(subject.store, *layer)?;
         let known = Known::of(subject.store.layer_info(*layer)?);
-        let (table, data) = layer_blobs(&sealed, layout, level, watch)?;
+        let (table, blob, data) = layer_blobs(&sealed, layout, level, watch)?;
         let diff_id = diff_ids.get(layer).map(|id| id.as_str());
-        entries.push(table_entry(&sealed, &known, diff_id, &table)?);
-        blobs.push(table);
+        entries.push(table_entry(&sealed, &known, diff_id, &blob)?);
+        blobs.push(blob);
+        written.push(Written {
+            digest: digest_of(table.digest),
+            power: table.power,
+            chunks: table.chunks,
+            data: data.as_ref().map(|data| data.path.clone()),
+        });
         if let Some(data) = data {
             entries.push(entry(DATA_TYPE, &data));
             blobs.push(data);
         }
         description.layers.push(known);
+    }
+    if let Some(trace) = trace {
+        let pack = hot::write(trace, &written, layout)?;
+        entries.push(entry(HOT_TYPE, &pack));
+        blobs.push(pack);
     }
     let config = layout.add(&description.encode()?)?;
     let manifest = json!({
@@ -107,13 +121,13 @@ fn digest(sealed: &SealedLayer) -> Result<[u8; 32]> {
         .ok_or_else(|| Error::internal("a layer with checksums has no digest"))
 }
 
-/// Writes a layer's table, and its data unless it has none.
+/// Writes a layer's table, and its data unless it has none. Returns the table too.
 fn layer_blobs(
     sealed: &SealedLayer,
     layout: &Layout,
     level: i32,
     watch: &dyn Watch,
-) -> Result<(Upload, Option<Upload>)> {
+) -> Result<(Table, Upload, Option<Upload>)> {
     let blocks = sealed.data_blocks();
     let (path, file) = layout.unnamed()?;
     let out = BufWriter::with_capacity(1 << 20, file);
@@ -135,5 +149,6 @@ fn layer_blobs(
         0 => None,
         len => Some(layout.name(&path, sha256, len)?),
     };
-    Ok((layout.add(&table.encode()?)?, data))
+    let blob = layout.add(&table.encode()?)?;
+    Ok((table, blob, data))
 }

@@ -3,6 +3,7 @@
 
 mod artifact;
 mod description;
+mod hot;
 mod layout;
 mod pull;
 mod push;
@@ -11,5 +12,5 @@ mod remote_image;
 
 pub(crate) use layout::digest_of;
 pub use pull::{Came, PullOptions, PullReport, pull};
-pub use push::{PushFormat, PushOptions, PushReport, push};
+pub use push::{PushFormat, PushOptions, PushReport, TraceSource, push};
 pub use remote_image::RemoteImage;

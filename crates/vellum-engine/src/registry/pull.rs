@@ -10,7 +10,9 @@ use vellum_registry::{Access, Descriptor, Document, Found, Reference, Session};
 use vellum_store::{ImageRecord, Store, StoreGuard};
 
 use super::super::import::{DEFAULT_SIZE, ImportOptions, LayerOutcome, import};
-use super::super::lazy::{Background, complete_in_background};
+use super::super::lazy::{
+    Background, ask_for_the_background, complete_in_background, note_hot_pack,
+};
 use super::super::template;
 use super::super::watch::Watch;
 use super::layout::Layout;
@@ -149,6 +151,7 @@ impl Puller<'_> {
         self.store.put_image(&image, self.pin)?;
         crash_point::here("pull: record in place");
         self.note(&parts);
+        self.expect_hot_pack(&parts, &image);
         if let Some(background) = self.options.background
             && let Err(error) = complete_in_background(self.store, &image.layers, background)
         {
@@ -165,6 +168,22 @@ impl Puller<'_> {
             },
             layers,
         })
+    }
+
+    /// Of an image that was pulled lazily, has the fetcher bring what a start needs first.
+    fn expect_hot_pack(&self, parts: &receive::Parts, image: &ImageRecord) {
+        let Some(pack) = parts.hot.as_ref().filter(|_| self.options.lazy) else {
+            return;
+        };
+        let noted = note_hot_pack(self.store, &image.layers, pack, self.session.whereabouts());
+        let asked = noted.and_then(|noted| match noted {
+            true => ask_for_the_background(self.store.root()),
+            false => Ok(()),
+        });
+        if let Err(error) = asked {
+            // The image is there all the same.
+            tracing::warn!("what it needs first does not come ahead yet: {error}");
+        }
     }
 
     /// Notes where the blobs came from: a push of the same layers to another repository has the same ones.

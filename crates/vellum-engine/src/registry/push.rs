@@ -14,6 +14,7 @@ use vellum_store::Store;
 
 use super::super::export::image::{self, Collected};
 use super::super::export::subject::Subject;
+use super::super::trace::{self, Trace, TraceOptions};
 use super::super::watch::Watch;
 use super::artifact::{self, Artifact};
 use super::layout::{Layout, described, document};
@@ -31,7 +32,7 @@ pub enum PushFormat {
 }
 
 /// What a user says about a push.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct PushOptions {
     /// What is pushed.
     pub format: PushFormat,
@@ -39,6 +40,17 @@ pub struct PushOptions {
     pub level: i32,
     /// How the registry is spoken to.
     pub access: Access,
+    /// Of what the hot pack is made; there is none where it is `None`.
+    pub trace: Option<TraceSource>,
+}
+
+/// Where a push has its trace from.
+#[derive(Debug, Clone)]
+pub enum TraceSource {
+    /// A command that is run for it.
+    Command(TraceOptions),
+    /// One that was recorded before.
+    Recorded(Trace),
 }
 
 /// What a push did.
@@ -71,7 +83,7 @@ pub fn push(
     store: &Store,
     name: &str,
     reference: &Reference,
-    options: PushOptions,
+    options: &PushOptions,
     watch: &dyn Watch,
 ) -> Result<PushReport> {
     if reference.digest().is_some() {
@@ -154,12 +166,18 @@ pub(super) fn short(digest: &str) -> String {
 fn assemble(
     store: &Store,
     name: &str,
-    options: PushOptions,
+    options: &PushOptions,
     layout: &Layout,
     watch: &dyn Watch,
 ) -> Result<Push> {
     let format = options.format;
     let subject = Subject::find(store, name, format != PushFormat::Oci)?;
+    let trace = match &options.trace {
+        _ if format == PushFormat::Oci => None,
+        Some(TraceSource::Command(command)) => Some(trace::record(&subject, command)?),
+        Some(TraceSource::Recorded(trace)) => Some(trace.clone()),
+        None => None,
+    };
     let mut collected = None;
     if format != PushFormat::Blocks {
         let advice = || "`vellum push --format blocks` takes a disk as it is";
@@ -171,7 +189,13 @@ fn assemble(
     if format != PushFormat::Oci {
         let diff_ids = collected.as_ref().map_or(&[][..], |image| &image.diff_ids);
         let level = options.level;
-        artifact = Some(artifact::write(&subject, layout, level, diff_ids, watch)?);
+        artifact = Some(artifact::write(
+            &subject,
+            layout,
+            level,
+            (diff_ids, trace.as_ref()),
+            watch,
+        )?);
     }
     combine(layout, collected, artifact)
 }

@@ -10,9 +10,10 @@ use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_core::layer::{Header, LazyContent, LazyLayer, SealedLayer};
+use vellum_image::blob_name;
 use vellum_registry::artifact::{
-    CONFIG_TYPE, ChunkReader, DATA_TYPE, DIGEST_ANNOTATION, MAX_LAYERS, MAX_TABLE, TABLE_TYPE,
-    TEMPLATE_ANNOTATION, Table,
+    CONFIG_TYPE, ChunkReader, DATA_TYPE, DIGEST_ANNOTATION, HOT_HEADER_LEN, HOT_TYPE,
+    MAX_HOT_FRAMES, MAX_LAYERS, MAX_TABLE, TABLE_TYPE, TEMPLATE_ANNOTATION, Table,
 };
 use vellum_registry::{Access, Descriptor, Manifest, Session};
 use vellum_store::{DiskInfo, ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
@@ -30,12 +31,17 @@ use super::push::short;
 /// The longest configuration of an artifact.
 const MAX_CONFIG: u64 = 4 << 20;
 
+/// The most bytes of a hot pack that are no frames.
+const MAX_HOT_LIST: u64 = (HOT_HEADER_LEN + 16 * MAX_HOT_FRAMES) as u64;
+
 /// What an artifact is made of.
 #[derive(Debug)]
 pub(super) struct Parts {
     pub config: Descriptor,
     /// From the bottom up.
     pub layers: Vec<LayerBlobs>,
+    /// What a start needs first.
+    pub hot: Option<Descriptor>,
 }
 
 /// The blobs of a layer.
@@ -122,9 +128,19 @@ pub(super) fn parts(manifest: &Manifest) -> Result<Parts> {
     if layers.is_empty() || layers.len() > MAX_LAYERS {
         return bad(&format!("with {} layers", layers.len()));
     }
+    let data = layers.iter().filter_map(|layer| layer.data.as_ref());
+    let data = data
+        .map(|data| data.size)
+        .fold(MAX_HOT_LIST, u64::saturating_add);
+    // One that makes no sense is none.
+    let usable = |entry: &&Descriptor| {
+        entry.is(HOT_TYPE) && entry.size <= data && blob_name(&entry.digest).is_ok()
+    };
+    let hot = manifest.layers().iter().find(usable).cloned();
     Ok(Parts {
         config: manifest.config.clone(),
         layers,
+        hot,
     })
 }
 

@@ -54,8 +54,13 @@ impl Foreground {
         }
     }
 
-    /// Waits for a child that passes signals on. The exit status, 128 + n after signal n.
-    pub(super) fn wait(&self, child: &mut Child) -> Result<u8> {
+    /// Waits for a child that passes signals on, and does `look` every second at least meanwhile. The exit status, 128 + n
+    /// after signal n.
+    pub(super) fn wait(
+        &self,
+        child: &mut Child,
+        mut look: impl FnMut(&Child) -> Result<()>,
+    ) -> Result<u8> {
         let doing = || "cannot wait for the command";
         loop {
             if let Some(status) = child.try_wait().context(doing)? {
@@ -64,6 +69,7 @@ impl Foreground {
                     .or_else(|| status.signal().map(|signal| 128 + signal));
                 return Ok(code.unwrap_or(1).clamp(0, 255) as u8);
             }
+            look(child)?;
             let mut fds = [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
             // The time is a net for a child that ended without its signal being seen.
             match poll(&mut fds, PollTimeout::from(1000u16)) {

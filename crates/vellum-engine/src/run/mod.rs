@@ -10,6 +10,7 @@ pub(super) mod activity;
 mod bundle;
 mod capabilities;
 pub(crate) mod cgroup;
+mod end;
 mod executable;
 mod foreground;
 mod limits;
@@ -23,7 +24,7 @@ mod volume;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -35,6 +36,7 @@ use super::teardown::{self, RemoveOptions, end_for_good, refuse_halted, take_ove
 use super::{lock_container, lock_renamed};
 use activity::{Owner, forget, kill_left, settled_activity};
 use bundle::{Start, absolute, host_name, prepare, write_json};
+use end::End;
 use executable::{Files, NoProgram};
 use foreground::Foreground;
 use runtime::Runtime;
@@ -81,6 +83,15 @@ pub struct RunOptions {
     pub entrypoint: Option<String>,
     /// Remove the container when the command has ended.
     pub remove: bool,
+    /// It is run for a trace.
+    pub traced: Option<Traced>,
+}
+
+/// A command that is run for what it touches: it has no input, and what it prints goes to standard error.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Traced {
+    /// After so long it is asked to end, and is killed where it does not.
+    pub limit: Option<Duration>,
 }
 
 /// How a command ended.
@@ -91,6 +102,14 @@ pub struct Ended {
     pub status: u8,
     /// Why it did not start, if it did not.
     pub failure: Option<Failure>,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Failure::NoProgram(why) | Failure::Runtime { why, .. } => f.write_str(why),
+        }
+    }
 }
 
 /// Why a command did not start.
@@ -154,6 +173,23 @@ pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Resul
     ended
 }
 
+/// Runs a command in a container that was just made for it, and removes that.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn run_once(
+    store: &Store,
+    mut container: ContainerRecord,
+    options: &RunOptions,
+) -> Result<Ended> {
+    let program = runtime::find();
+    let ended = program.and_then(|program| run_created(store, &mut container, options, &program));
+    let removed = remove_again(store, &container);
+    let ended = ended?;
+    removed?;
+    Ok(ended)
+}
+
 fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
     // Also where a signal asked us to end.
     let _held = interrupt::hold();
@@ -208,6 +244,7 @@ fn run_created(
         env: Vec::new(),
         terminal: command.terminal,
         program: program.to_owned(),
+        traced: options.traced,
     };
     run_alone(store, container, &start)
 }
@@ -280,7 +317,7 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
     };
     // Others may ask, look and enter while it runs.
     drop(busy);
-    let ended = supervise(&foreground, &run_dir, owner, &rootfs);
+    let ended = supervise(&foreground, &run_dir, owner, &rootfs, start.traced);
     let put_back = put_back(store, container, keep_mounted);
     let ended = ended?;
     put_back?;
@@ -366,6 +403,7 @@ fn supervise(
     run_dir: &RunDir,
     mut owner: Owner,
     rootfs: &Path,
+    traced: Option<Traced>,
 ) -> Result<Ended> {
     let oci = run_dir.oci();
     let runtime = owner.runtime(run_dir);
@@ -377,12 +415,19 @@ fn supervise(
         .arg("--pid-file")
         .arg(oci.join("pid"))
         .arg(&owner.id);
+    if traced.is_some() {
+        command.stdin(Stdio::null()).stdout(std::io::stderr());
+    }
     let mut child = runtime.spawn(&mut command, Some(rootfs))?;
     let noted = Identity::of(child.id() as i32).and_then(|runner| {
         owner.runner = runner;
         owner.write(run_dir)
     });
-    let status = foreground.wait(&mut child)?;
+    let limit = traced.and_then(|traced| traced.limit);
+    let mut end = limit.map(|limit| End::after(limit, &owner, run_dir));
+    let status = foreground.wait(&mut child, |child| {
+        end.as_mut().map_or(Ok(()), |end| end.look(child))
+    })?;
     noted?;
     Ok(ended(status, &log))
 }
@@ -442,6 +487,7 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
         env: options.env.clone(),
         terminal: options.terminal,
         program: runtime::find()?,
+        traced: None,
     };
     run_alone(store, &container, &start)
 }
@@ -554,7 +600,7 @@ fn exec_beside(
     let foreground = Foreground::new()?;
     interrupt::check()?;
     let mut child = runtime.spawn(&mut command, Some(&rootfs))?;
-    let status = foreground.wait(&mut child)?;
+    let status = foreground.wait(&mut child, |_| Ok(()))?;
     let ended = ended(status, &files.log);
     if ended.failure.is_none() && status == runtime::ITS_OWN_FAILURE && !files.pid.exists() {
         return Ok(Ended {

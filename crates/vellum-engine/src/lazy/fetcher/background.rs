@@ -2,8 +2,6 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -11,11 +9,9 @@ use uuid::Uuid;
 
 use super::super::Remote;
 use super::super::stall::Pauses;
-use super::Fetcher;
+use super::{Fetcher, PAUSE};
 use vellum_base::error::Result;
 
-/// How long it waits for those who read, and for something to do.
-const PAUSE: Duration = Duration::from_millis(50);
 /// After failing for so long it counts as idle: the next fetcher begins again.
 const PATIENCE: Duration = Duration::from_secs(600);
 
@@ -23,7 +19,6 @@ const PATIENCE: Duration = Duration::from_secs(600);
 #[derive(Debug, Default)]
 pub(super) struct Background {
     queue: Mutex<VecDeque<(Uuid, Option<NonZeroU64>)>>,
-    stopped: AtomicBool,
     /// Since when nothing came, while something should.
     failing: Mutex<Option<Instant>>,
 }
@@ -55,17 +50,12 @@ impl Background {
         !in_vain && !self.queue.lock().is_empty()
     }
 
-    /// Ends [`Background::work`].
-    pub fn stop(&self) {
-        self.stopped.store(true, Ordering::Release);
-    }
-
     /// Brings what is to be completed, piece by piece, whenever nobody waits for anything.
     pub fn work(&self, fetcher: &Fetcher) {
         let mut pauses = Pauses::default();
-        while !self.stopped.load(Ordering::Acquire) {
+        while !fetcher.is_stopped() {
             let first = self.queue.lock().front().copied();
-            let Some((layer, rate)) = first.filter(|_| !fetcher.somebody_waits()) else {
+            let Some((layer, rate)) = first.filter(|_| !fetcher.wants_more()) else {
                 std::thread::sleep(PAUSE);
                 continue;
             };
@@ -74,33 +64,26 @@ impl Background {
                 Ok(Some(stored)) => {
                     *self.failing.lock() = None;
                     pauses = Pauses::default();
-                    self.keep(rate, stored, began);
+                    keep(fetcher, rate, stored, began);
                 }
                 Ok(None) => self.queue.lock().retain(|(one, _)| *one != layer),
                 Err(error) => {
                     tracing::warn!(%layer, "in the background: {error}");
                     self.failing.lock().get_or_insert_with(Instant::now);
-                    self.rest(pauses.next(None));
+                    fetcher.rest(pauses.next(None));
                     // Another one may be elsewhere.
                     self.queue.lock().rotate_left(1);
                 }
             }
         }
     }
+}
 
-    /// Waits as long as a rate wants.
-    fn keep(&self, rate: Option<NonZeroU64>, stored: u64, began: Instant) {
-        let Some(rate) = rate else { return };
-        let due = Duration::from_secs_f64(stored as f64 / rate.get() as f64);
-        self.rest(due.saturating_sub(began.elapsed()));
-    }
-
-    fn rest(&self, time: Duration) {
-        let end = Instant::now() + time;
-        while Instant::now() < end && !self.stopped.load(Ordering::Acquire) {
-            std::thread::sleep(PAUSE.min(end.saturating_duration_since(Instant::now())));
-        }
-    }
+/// Waits as long as a rate wants.
+fn keep(fetcher: &Fetcher, rate: Option<NonZeroU64>, stored: u64, began: Instant) {
+    let Some(rate) = rate else { return };
+    let due = Duration::from_secs_f64(stored as f64 / rate.get() as f64);
+    fetcher.rest(due.saturating_sub(began.elapsed()));
 }
 
 /// Brings the next windows of a layer in one request, and returns how many bytes that were; `None` where all of it is
@@ -122,36 +105,4 @@ fn bring(fetcher: &Fetcher, layer: Uuid) -> Result<Option<u64>> {
     }
     fetcher.complete(layer, &open)?;
     Ok(None)
-}
-
-/// Runs [`Background::work`] in a thread until it is dropped.
-pub(super) struct Worker {
-    fetcher: Arc<Fetcher>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Worker {
-    /// Starts the thread.
-    ///
-    /// # Errors
-    /// Where it cannot be started.
-    pub fn start(fetcher: &Arc<Fetcher>) -> std::io::Result<Self> {
-        let own = Arc::clone(fetcher);
-        let builder = std::thread::Builder::new().name("background".to_owned());
-        Ok(Worker {
-            fetcher: Arc::clone(fetcher),
-            thread: Some(builder.spawn(move || own.background.work(&own))?),
-        })
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        self.fetcher.background.stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread for the background panicked");
-        }
-    }
 }

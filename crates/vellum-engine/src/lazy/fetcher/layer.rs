@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::super::stall::{Pauses, Stall, pause_after};
 use super::super::{Remote, Waiting};
+use super::coming::{Coming, PATIENCE};
 use vellum_base::block::Span;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{Completion, LazyLayer};
@@ -57,6 +58,7 @@ impl Drop for Taken<'_> {
 
 /// A lazy layer, open to be filled.
 pub(super) struct Incoming {
+    layer: Uuid,
     lazy: LazyLayer,
     /// By their numbers.
     windows: BTreeMap<u32, Window>,
@@ -79,6 +81,8 @@ struct State {
     /// Where one who reads in order reads next, and how much is fetched for them.
     next: u32,
     ahead: u32,
+    /// Hot packs that may bring windows.
+    packs: Vec<Arc<Coming>>,
 }
 
 impl State {
@@ -86,6 +90,12 @@ impl State {
     fn first_free(&self, missing: &[u32]) -> Option<u32> {
         let free = |window: &&u32| !self.on_their_way.contains(window);
         missing.iter().find(free).copied()
+    }
+
+    /// Whether a hot pack is about to bring a window.
+    fn comes_soon(&self, layer: Uuid, window: u32) -> bool {
+        let mut packs = self.packs.iter();
+        packs.any(|pack| pack.brings_soon(layer, window))
     }
 }
 
@@ -154,6 +164,7 @@ impl Incoming {
         let (reference, access) = remote.place()?;
         let windows = table.windows().map(|window| (window.chunk.window, window));
         Ok(Some(Incoming {
+            layer,
             lazy,
             windows: windows.collect(),
             data: remote.data.unwrap_or_else(String::new),
@@ -224,6 +235,7 @@ impl Incoming {
     pub fn want(&self, wanted: Range<u32>) -> Result<()> {
         let deadline = Stall::of_environment().deadline();
         let _waiter = self.wait();
+        let began = Instant::now();
         let mut pauses = Pauses::default();
         loop {
             let missing = |window: &u32| !self.lazy.is_here(*window);
@@ -231,8 +243,11 @@ impl Incoming {
             if missing.is_empty() {
                 return Ok(());
             }
+            if began.elapsed() < PATIENCE && self.waited_for_pack(&missing) {
+                continue;
+            }
             let Some(claim) = self.claim(&missing) else {
-                self.wait_for_others(deadline)?;
+                self.wait_for_others(&missing, deadline)?;
                 continue;
             };
             let failure = match self.fetch(&claim) {
@@ -271,14 +286,78 @@ impl Incoming {
     }
 
     /// Waits until somebody has fetched something, or has failed.
-    fn wait_for_others(&self, deadline: Option<Instant>) -> Result<()> {
+    fn wait_for_others(&self, missing: &[u32], deadline: Option<Instant>) -> Result<()> {
         let mut state = self.state.lock();
+        // It may have come, or failed, before we had the lock.
+        if self.first_missing(missing).is_none() || state.first_free(missing).is_some() {
+            return Ok(());
+        }
         self.changed.wait_for(&mut state, LOOK);
         if deadline.is_some_and(|deadline| Instant::now() >= deadline + LOOK) {
             let why = state.error.clone();
             let text = why.unwrap_or_else(|| "blocks of the layer do not come".to_owned());
             return Err(Error::new(ErrorKind::Absent, text));
         }
+        Ok(())
+    }
+
+    /// The first of those windows that is not here yet.
+    fn first_missing(&self, windows: &[u32]) -> Option<u32> {
+        let mut windows = windows.iter().copied();
+        windows.find(|window| !self.lazy.is_here(*window))
+    }
+
+    /// Waits until a hot pack has brought something, if it brings the first of those windows that is missing soon.
+    fn waited_for_pack(&self, missing: &[u32]) -> bool {
+        let mut state = self.state.lock();
+        let first = self.first_missing(missing);
+        let brings = first.is_some_and(|first| state.comes_soon(self.layer, first));
+        if brings {
+            self.changed.wait_for(&mut state, LOOK);
+        }
+        brings
+    }
+
+    /// From now on a pack may bring windows.
+    pub fn expect(&self, pack: &Arc<Coming>) {
+        self.state.lock().packs.push(Arc::clone(pack));
+    }
+
+    /// A pack brings nothing more.
+    pub fn expect_no_more(&self, pack: &Arc<Coming>) {
+        let mut state = self.state.lock();
+        state.packs.retain(|one| !Arc::ptr_eq(one, pack));
+        self.changed.notify_all();
+    }
+
+    /// Whether a window is here.
+    pub fn has(&self, window: u32) -> bool {
+        self.lazy.is_here(window)
+    }
+
+    /// Puts what a hot pack has for a window where it is read, unless it is here or on its way. It is checked as what comes by
+    /// itself.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for what is not the window's; as [`LazyLayer::put`].
+    pub fn put_hot(&self, number: u32, stored: &[u8]) -> Result<()> {
+        let Some(window) = self.windows.get(&number) else {
+            let text = format!(
+                "the table of the layer {} has no window {number}",
+                self.layer
+            );
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        };
+        let claim = {
+            let mut state = self.state.lock();
+            if state.on_their_way.contains(&number) || self.lazy.is_here(number) {
+                return Ok(());
+            }
+            self.take(&mut state, vec![number])
+        };
+        let mut reader = ChunkReader::new()?;
+        self.lazy.put(number, reader.blocks(window, stored)?)?;
+        drop(claim);
         Ok(())
     }
 
@@ -316,6 +395,9 @@ impl Incoming {
             bytes += u64::from(window.chunk.len);
             let more = windows.is_empty() || bytes <= most;
             if !more || state.on_their_way.contains(number) || self.lazy.is_here(*number) {
+                break;
+            }
+            if !windows.is_empty() && state.comes_soon(self.layer, *number) {
                 break;
             }
             windows.push(*number);

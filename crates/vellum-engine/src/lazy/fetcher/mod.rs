@@ -1,12 +1,15 @@
 //! The process that brings blocks of a store's lazy layers. docs/lazy.md, "Who does what".
 
 mod background;
+mod coming;
 mod healing;
+mod hot;
 mod layer;
+mod worker;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -16,14 +19,16 @@ use uuid::Uuid;
 
 use super::{BACKGROUND, COMPLETE, Complete, HEAL, STATUS, WANT, Waiting, Want};
 use crate::wire::encode;
-use background::{Background, Worker};
+use background::Background;
 use healing::Healing;
+use hot::HotPacks;
 use layer::{Incoming, Limit};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
 use vellum_export::device::ControlHandler;
 use vellum_export::device::control_server::ControlServer;
 use vellum_store::Store;
+use worker::Worker;
 
 /// The hidden subcommand that is the fetcher.
 pub const FETCHER_COMMAND: &str = "fetcher";
@@ -32,6 +37,8 @@ pub const FETCHER_COMMAND: &str = "fetcher";
 const CONNECTIONS: usize = 1024;
 /// How often what came is made durable.
 const SYNC: Duration = Duration::from_secs(5);
+/// How often one who rests looks whether it is to end.
+const PAUSE: Duration = Duration::from_millis(50);
 /// It ends when nobody has wanted anything for so long.
 const IDLE: Duration = Duration::from_secs(60);
 
@@ -52,10 +59,10 @@ pub fn serve(store: &Store) -> Result<()> {
     let handler: Arc<dyn ControlHandler> = fetcher.clone();
     let server = ControlServer::start_for(CONNECTIONS, &store.runs().fetcher(), handler)?;
     // What a killed one, or a host that crashed, did not come to.
-    if let Err(error) = fetcher.background.look(&fetcher) {
-        tracing::warn!("what is to be completed in the background: {error}");
+    if let Err(error) = fetcher.look() {
+        tracing::warn!("what is to be brought although nobody waits for it: {error}");
     }
-    let worker = Worker::start(&fetcher).context(|| "a thread for the background")?;
+    let workers = Worker::start_all(&fetcher).context(|| "a thread of the fetcher")?;
     // A store that was removed is nobody's.
     while !fetcher.is_idle() && path.exists() {
         std::thread::sleep(SYNC);
@@ -63,7 +70,7 @@ pub fn serve(store: &Store) -> Result<()> {
             fetcher.complete_if_all_is_here(layer, &open);
         }
     }
-    drop(worker);
+    drop(workers);
     // From now on another one may start; who still has a connection here is answered.
     drop(server);
     while fetcher.busy.load(Ordering::Acquire) > 0 {
@@ -80,6 +87,8 @@ struct Fetcher {
     limit: Arc<Limit>,
     healing: Healing,
     background: Background,
+    hot: HotPacks,
+    stopped: AtomicBool,
     /// Requests that are being answered.
     busy: AtomicUsize,
     last: Mutex<Instant>,
@@ -103,6 +112,8 @@ impl Fetcher {
             limit: Arc::default(),
             healing: Healing::default(),
             background: Background::default(),
+            hot: HotPacks::default(),
+            stopped: AtomicBool::new(false),
             busy: AtomicUsize::new(0),
             last: Mutex::new(Instant::now()),
         }
@@ -117,6 +128,26 @@ impl Fetcher {
         self.busy.load(Ordering::Acquire) == 0
             && self.last.lock().elapsed() >= IDLE
             && !self.background.is_busy()
+            && !self.hot.is_busy()
+    }
+
+    /// Looks for what is to be brought although nobody waits for it.
+    fn look(&self) -> Result<()> {
+        self.hot.look(self)?;
+        self.background.look(self)
+    }
+
+    /// Whether its threads are to end.
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    /// Waits for so long, unless its threads are to end.
+    fn rest(&self, time: Duration) {
+        let end = Instant::now() + time;
+        while Instant::now() < end && !self.is_stopped() {
+            std::thread::sleep(PAUSE.min(end.saturating_duration_since(Instant::now())));
+        }
     }
 
     /// The layer, opened where it is not; `None` where it is whole.
@@ -180,7 +211,11 @@ impl Fetcher {
         }
     }
 
-    fn somebody_waits(&self) -> bool {
+    /// Whether something is wanted more than what nobody waits for.
+    fn wants_more(&self) -> bool {
+        if self.hot.is_busy() {
+            return true;
+        }
         let layers = self.layers.lock();
         layers.values().any(|open| open.has_waiters())
     }
@@ -238,7 +273,7 @@ impl ControlHandler for Fetcher {
             }
             BACKGROUND => {
                 let _busy = self.begin();
-                self.background.look(self).map_err(own)?;
+                self.look().map_err(own)?;
                 Ok(Value::Null)
             }
             STATUS => encode(&self.status()),

@@ -1,0 +1,107 @@
+//! The hot pack of an image that was pulled lazily, until it has come: the file `hot`. docs/lazy.md, "The hot pack".
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::lazy_layers;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::Storage;
+use vellum_registry::{Access, Descriptor, Reference};
+use vellum_store::Store;
+
+const HOT_FILE: &str = "hot";
+/// The longest file `hot`: its layers are 4096 at most.
+const MAX_HOT: u64 = 1 << 20;
+
+/// Where a hot pack is, and of which layers. It lies in the directory of the topmost of them that is lazy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Hot {
+    /// Registry and repository, with the tag or digest that was pulled.
+    reference: String,
+    /// The registry is spoken to without TLS.
+    #[serde(default)]
+    plain_http: bool,
+    /// The digest of the blob.
+    pub digest: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// All layers of the image, from the bottom up: its frames are of these.
+    pub layers: Vec<Uuid>,
+}
+
+impl Hot {
+    /// Reads the one in a layer's directory; `None` where there is none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`]; the message names the file.
+    pub fn read(storage: &dyn Storage, dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(HOT_FILE);
+        let bytes = match storage.read_all(&path, MAX_HOT) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            other => other.context(|| format!("cannot read {}", path.display()))?,
+        };
+        serde_json::from_slice(&bytes).map(Some).map_err(|error| {
+            let text = format!("{} is damaged", path.display());
+            Error::with_source(ErrorKind::Corrupt, text, error)
+        })
+    }
+
+    /// Whether there is one in a layer's directory.
+    pub fn is_noted(dir: &Path) -> bool {
+        dir.join(HOT_FILE).exists()
+    }
+
+    /// Forgets the one in a layer's directory: it came, or is of no use.
+    ///
+    /// # Errors
+    /// Where the host refuses.
+    pub fn remove(dir: &Path) -> Result<()> {
+        let path = dir.join(HOT_FILE);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            other => other.context(|| format!("cannot remove {}", path.display())),
+        }
+    }
+
+    /// Which repository to ask, and how.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for what is no reference.
+    pub fn place(&self) -> Result<(Reference, Access)> {
+        let access = Access {
+            plain_http: self.plain_http,
+        };
+        Ok((Reference::parse(&self.reference)?, access))
+    }
+}
+
+/// Notes where the hot pack of an image with these layers is, for the fetcher; false where none of them is lazy.
+///
+/// # Errors
+/// Where the host refuses.
+pub(crate) fn note_hot_pack(
+    store: &Store,
+    layers: &[Uuid],
+    pack: &Descriptor,
+    (reference, access): (String, Access),
+) -> Result<bool> {
+    let Some(top) = lazy_layers(store, layers)?.pop() else {
+        return Ok(false);
+    };
+    let hot = Hot {
+        reference,
+        plain_http: access.plain_http,
+        digest: pack.digest.clone(),
+        size: pack.size,
+        layers: layers.to_vec(),
+    };
+    let path = store.layer_dir(top).join(HOT_FILE);
+    let json = serde_json::to_vec(&hot).map_err(|error| {
+        Error::with_source(ErrorKind::Internal, "where a hot pack is, as JSON", error)
+    })?;
+    let written = store.storage().write_atomic(&path, &json);
+    written.context(|| format!("cannot write {}", path.display()))?;
+    Ok(true)
+}

@@ -1,0 +1,105 @@
+//! The hot pack of an artifact that is pushed: docs/registry.md, "Hot pack, version 1".
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use sha2::{Digest, Sha256};
+use vellum_base::block::WindowPower;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_registry::Upload;
+use vellum_registry::artifact::{Chunk, HotFrame, HotPack, MAX_HOT_FRAMES};
+
+use super::super::trace::Trace;
+use super::layout::Layout;
+
+/// A layer whose blobs lie in the layout.
+pub(super) struct Written {
+    /// As registries write it.
+    pub digest: String,
+    pub power: WindowPower,
+    pub chunks: Vec<Chunk>,
+    /// Its data blob, unless it has none.
+    pub data: Option<PathBuf>,
+}
+
+/// Writes the pack of what a trace touched of these layers, from the bottom up.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for a trace of other layers; where a file cannot be read or written.
+pub(super) fn write(trace: &Trace, layers: &[Written], layout: &Layout) -> Result<Upload> {
+    let mut numbers: HashMap<&str, usize> = HashMap::new();
+    for (number, layer) in layers.iter().enumerate() {
+        numbers.entry(&layer.digest).or_insert(number);
+    }
+    let mut seen = HashSet::new();
+    let mut found: Vec<(HotFrame, u64)> = Vec::new();
+    for (digest, range) in trace.touched() {
+        let Some((&number, layer)) = numbers
+            .get(digest)
+            .and_then(|number| Some((number, layers.get(*number)?)))
+        else {
+            continue;
+        };
+        let window = range >> (layer.power.get() - WindowPower::LEAST.get());
+        let chunk = layer
+            .chunks
+            .binary_search_by_key(&window, |chunk| chunk.window);
+        let chunk = chunk.ok().and_then(|at| layer.chunks.get(at));
+        if let Some(chunk) = chunk
+            && seen.insert((number, window))
+            && found.len() < MAX_HOT_FRAMES
+        {
+            let frame = HotFrame {
+                layer: number as u32,
+                window,
+                len: chunk.len,
+            };
+            found.push((frame, chunk.offset));
+        }
+    }
+    if found.is_empty() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "the trace has nothing of the image's layers: record one of this image (`vellum trace`)",
+        ));
+    }
+    copy(&found, layers, layout)
+}
+
+/// Writes the pack: each frame is copied from its layer's data blob, where it lies at that offset.
+fn copy(found: &[(HotFrame, u64)], layers: &[Written], layout: &Layout) -> Result<Upload> {
+    let open = |layer: &Written| {
+        let path = layer.data.as_ref();
+        path.map(|path| File::open(path).context(|| format!("cannot read {}", path.display())))
+            .transpose()
+    };
+    let files: Vec<Option<File>> = layers.iter().map(open).collect::<Result<_>>()?;
+    let pack = HotPack {
+        layers: layers.len() as u32,
+        frames: found.iter().map(|(frame, _)| *frame).collect(),
+    };
+    let (path, file) = layout.unnamed()?;
+    let mut out = BufWriter::new(file);
+    let mut hasher = Sha256::new();
+    let mut len = 0;
+    let mut add = |bytes: &[u8]| {
+        hasher.update(bytes);
+        len += bytes.len() as u64;
+        out.write_all(bytes).context(|| "writing a hot pack")
+    };
+    add(&pack.encode())?;
+    let mut stored = Vec::new();
+    for (frame, offset) in found {
+        let file = files.get(frame.layer as usize).and_then(Option::as_ref);
+        let file = file.ok_or_else(|| Error::internal("a chunk of a layer without data"))?;
+        stored.resize(frame.len as usize, 0);
+        file.read_exact_at(&mut stored, *offset)
+            .context(|| "reading the data of a layer")?;
+        add(&stored)?;
+    }
+    out.flush().context(|| "writing a hot pack")?;
+    layout.name(&path, hasher.finalize().into(), len)
+}
