@@ -151,6 +151,12 @@ pub fn live_entry(bytes: &mut [u8]) {
     put_crc(bytes, 0..28, 28);
 }
 
+/// The header and the list of a hot pack (registry.md).
+pub fn registry_hot(bytes: &mut [u8]) {
+    put_crc(bytes, 128..bytes.len().max(128), 120);
+    put_crc(bytes, 0..124, 124);
+}
+
 /// The table of a layer in a registry (registry.md): its body, and its header.
 pub fn registry_table(bytes: &mut [u8]) {
     put_crc(bytes, 256..bytes.len().max(256), 248);

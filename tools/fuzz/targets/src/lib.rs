@@ -221,6 +221,14 @@ pub const TARGETS: &[Target] = &[
         seeds: registry::table_seeds,
     },
     Target {
+        name: "registry_hot",
+        max_len: 16 << 10,
+        memory: MIB,
+        memory_per_byte: 64,
+        run: registry::hot,
+        seeds: registry::hot_seeds,
+    },
+    Target {
         name: "backup",
         max_len: 8 << 10,
         // A description, a chunk as it is stored and as it is read, and what zstd works with.

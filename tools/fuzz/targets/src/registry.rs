@@ -1,8 +1,8 @@
-//! Tables of layers in registries: whatever the bytes are, what is read of them makes sense.
+//! Tables of layers and hot packs in registries: whatever the bytes are, what is read of them makes sense.
 
 use vellum_base::ErrorKind;
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, Blocks, Span, WindowPower};
-use vellum_registry::artifact::{LayerEncoder, Table};
+use vellum_registry::artifact::{HOT_HEADER_LEN, HotFrame, HotPack, LayerEncoder, Table};
 
 use crate::input::with_mode;
 use crate::{Seed, fixup};
@@ -79,6 +79,60 @@ pub fn table_seeds() -> Vec<Seed> {
             ]),
         ),
         ("zeros", written(&[(2, 1 << 20, true)])),
+        ("empty", written(&[])),
+    ]
+    .map(|(name, bytes)| (name.to_owned(), with_mode(FIX, &bytes)))
+    .into()
+}
+
+/// Of a hot pack header and list, of a pack that is as long as its header says: each frame is of a layer that there is,
+/// none comes twice, and the same is written again.
+pub fn hot(input: &[u8]) {
+    let Some((&mode, bytes)) = input.split_first() else {
+        return;
+    };
+    let mut bytes = bytes.to_vec();
+    if mode & FIX != 0 {
+        fixup::registry_hot(&mut bytes);
+    }
+    let stored = bytes
+        .get(40..48)
+        .map(|len| u64::from_le_bytes(len.try_into().unwrap()));
+    let len = (bytes.len() as u64).saturating_add(stored.unwrap_or(0));
+    let pack = match HotPack::decode(&bytes, len) {
+        Ok(pack) => pack,
+        Err(error) => {
+            assert!(
+                [ErrorKind::Corrupt, ErrorKind::Unsupported].contains(&error.kind()),
+                "{error:?}"
+            );
+            return;
+        }
+    };
+    let mut at = bytes.len() as u64;
+    for (offset, frame) in pack.placed() {
+        assert!(frame.layer < pack.layers && frame.len > 0);
+        assert_eq!(offset, at);
+        at += u64::from(frame.len);
+    }
+    assert_eq!(at, len);
+    let again = pack.encode();
+    assert_eq!(
+        HotPack::front_len(&again[..HOT_HEADER_LEN], len).unwrap(),
+        bytes.len()
+    );
+    assert_eq!(HotPack::decode(&again, len).unwrap(), pack);
+}
+
+/// A pack with some frames, and one without any.
+pub fn hot_seeds() -> Vec<Seed> {
+    let written = |frames: &[(u32, u32, u32)]| {
+        let frame = |&(layer, window, len): &(u32, u32, u32)| HotFrame { layer, window, len };
+        let frames = frames.iter().map(frame).collect();
+        HotPack { layers: 3, frames }.encode()
+    };
+    [
+        ("some", written(&[(0, 0, 400), (2, 9, 1 << 20), (0, 1, 1)])),
         ("empty", written(&[])),
     ]
     .map(|(name, bytes)| (name.to_owned(), with_mode(FIX, &bytes)))

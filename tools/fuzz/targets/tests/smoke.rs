@@ -112,6 +112,7 @@ smoke!(
     authority,
     backup,
     registry_table,
+    registry_hot,
 );
 
 #[test]
