@@ -27,6 +27,8 @@ struct Shared {
     asked: Mutex<Vec<(String, Option<String>)>>,
     /// A blob that comes slowly: so many bytes at a time, and how long it waits before each.
     slow: Mutex<Option<(String, usize, Duration)>>,
+    /// A blob whose next answer breaks off, so many bytes before its end.
+    cut: Mutex<Option<(String, usize)>>,
 }
 
 impl Front {
@@ -94,6 +96,11 @@ impl Shared {
         server.write_all(lines.join("\r\n").as_bytes())?;
         let mut answer = Vec::new();
         server.read_to_end(&mut answer)?;
+        let mut cut = self.cut.lock().unwrap();
+        if let Some((_, left_out)) = cut.take_if(|(of, _)| digest == Some(of)) {
+            answer.truncate(answer.len() - left_out);
+        }
+        drop(cut);
         let slow = self.slow.lock().unwrap().clone();
         let slow = slow.filter(|(of, ..)| digest == Some(of));
         let Some((_, bytes, pause)) = slow else {
@@ -206,6 +213,11 @@ fn a_pack_that_hardly_comes_holds_up_nobody() {
     assert!(front.asked_for_any(&registry.data_blobs(&artifact)) > 3);
     assert_eq!(noted(&to), 1);
     end_fetchers(&to);
+    clean(&to);
+    to.ok(&["rmi", "web"]);
+    to.ok(&["prune"]);
+    assert_eq!(noted(&to), 0);
+    clean(&to);
 }
 
 /// Pulls and starts `web` whose pack was changed in the registry.
@@ -289,6 +301,22 @@ fn a_fetcher_that_is_killed_while_the_pack_comes_leaves_it_to_the_next_one() {
     assert_eq!(start(&to), "web\n");
     assert_eq!(front.asked_for_any(&registry.data_blobs(&artifact)), 0);
     assert_eq!(files(&to, "web"), files(&from, "web"));
+    end_fetchers(&to);
+}
+
+#[test]
+fn a_pack_that_breaks_off_goes_on_where_it_did() {
+    let (registry, _from, artifact, pack) = pushed();
+    let (front, to) = (Front::of(&registry), store());
+    let len = fs::metadata(registry.blob_file(&pack)).unwrap().len();
+    *front.shared.cut.lock().unwrap() = Some((pack.clone(), 1000));
+    to.ok(&["pull", "--lazy", &front.image("web:1"), "web"]);
+    wait_until("the pack has come", || noted(&to) == 0);
+    let rest = format!("bytes={}-", len - 1000);
+    assert_eq!(front.asked_for(&pack), [None, Some(rest)]);
+    front.forget();
+    assert_eq!(start(&to), "web\n");
+    assert!(front.asked_for_any(&registry.data_blobs(&artifact)) <= 1);
     end_fetchers(&to);
 }
 

@@ -12,3 +12,4 @@
 mod fake;
 mod flaky;
 mod ranges;
+mod stream;

@@ -1,5 +1,6 @@
 //! Hot packs are fetched, each by one request. docs/lazy.md, "The hot pack".
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use super::Fetcher;
 use super::coming::Coming;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
-use vellum_registry::artifact::{HOT_HEADER_LEN, HotFrame, HotPack};
+use vellum_registry::artifact::{ChunkReader, HOT_HEADER_LEN, HotFrame, HotPack};
 use vellum_registry::{Failure, Flow, Ranges};
 
 /// How often a thread looks whether it is to end.
@@ -56,19 +57,18 @@ impl HotPacks {
                     continue;
                 }
             };
-            if self.state.lock().known.contains_key(&layer) {
-                continue;
-            }
             let coming = Arc::new(Coming::announced());
+            match self.state.lock().known.entry(layer) {
+                Entry::Occupied(_) => continue,
+                Entry::Vacant(new) => drop(new.insert(Arc::clone(&coming))),
+            }
             for layer in &hot.layers {
                 // Of one that cannot be opened others tell.
                 if let Ok(Some(open)) = fetcher.layer(*layer) {
                     open.expect(&coming);
                 }
             }
-            let mut state = self.state.lock();
-            state.known.insert(layer, coming);
-            state.queue.push_back((layer, hot));
+            self.state.lock().queue.push_back((layer, hot));
             self.changed.notify_one();
         }
         Ok(())
@@ -103,8 +103,7 @@ fn bring(fetcher: &Fetcher, noted_at: Uuid, hot: &Hot, coming: &Arc<Coming>) {
     let digest = &hot.digest;
     let brought = hot.place().and_then(|(reference, access)| {
         let ranges = Ranges::open(&reference, access)?;
-        let stream = Stream::new(fetcher, hot, coming);
-        stream.run(&ranges)
+        Stream::new(fetcher, hot, coming)?.run(&ranges)
     });
     let open: Vec<_> = {
         let layers = hot.layers.iter();
@@ -145,18 +144,20 @@ struct Stream<'a> {
     bytes: Vec<u8>,
     /// The frames that have not come, each with its place, the next one first; `None` until the list has come.
     frames: Option<VecDeque<(u64, HotFrame)>>,
+    reader: ChunkReader,
 }
 
 impl<'a> Stream<'a> {
-    fn new(fetcher: &'a Fetcher, hot: &'a Hot, coming: &'a Coming) -> Self {
-        Stream {
+    fn new(fetcher: &'a Fetcher, hot: &'a Hot, coming: &'a Coming) -> Result<Self> {
+        Ok(Stream {
             fetcher,
             hot,
             coming,
             at: 0,
             bytes: Vec::new(),
             frames: None,
-        }
+            reader: ChunkReader::new()?,
+        })
     }
 
     /// Fetches it to its end. What breaks off goes on there.
@@ -229,6 +230,7 @@ impl<'a> Stream<'a> {
         let frames: VecDeque<_> = pack.placed().collect();
         let place = |(at, frame): &(u64, HotFrame)| Some(((self.layer(frame)?, frame.window), *at));
         self.coming.holds(frames.iter().filter_map(place).collect());
+        self.coming.has_come(front as u64);
         self.frames = Some(frames);
         Ok(true)
     }
@@ -260,6 +262,7 @@ impl<'a> Stream<'a> {
             .for_each(|frames| drop(frames.drain(..passed)));
         self.bytes.clear();
         self.at = next;
+        self.coming.has_come(next);
         true
     }
 
@@ -279,7 +282,7 @@ impl<'a> Stream<'a> {
             if let Some(layer) = self.layer(&frame)
                 && let Some(open) = self.fetcher.layer(layer)?
             {
-                open.put_hot(frame.window, stored)?;
+                open.put_hot(frame.window, stored, &mut self.reader)?;
             }
             if let Some(frames) = &mut self.frames {
                 frames.pop_front();

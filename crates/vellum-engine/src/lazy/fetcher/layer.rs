@@ -340,7 +340,7 @@ impl Incoming {
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] for what is not the window's; as [`LazyLayer::put`].
-    pub fn put_hot(&self, number: u32, stored: &[u8]) -> Result<()> {
+    pub fn put_hot(&self, number: u32, stored: &[u8], reader: &mut ChunkReader) -> Result<()> {
         let Some(window) = self.windows.get(&number) else {
             let text = format!(
                 "the table of the layer {} has no window {number}",
@@ -355,7 +355,6 @@ impl Incoming {
             }
             self.take(&mut state, vec![number])
         };
-        let mut reader = ChunkReader::new()?;
         self.lazy.put(number, reader.blocks(window, stored)?)?;
         drop(claim);
         Ok(())
