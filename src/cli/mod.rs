@@ -15,6 +15,7 @@ mod cp;
 mod create;
 mod device_server;
 mod diff;
+mod docker;
 mod doctor;
 mod exec;
 mod export;
@@ -25,6 +26,8 @@ mod images;
 mod import;
 mod inspect;
 mod limits;
+mod list;
+mod logs;
 mod map;
 mod merge;
 mod mount;
@@ -45,6 +48,7 @@ mod server;
 mod snapshot;
 mod snapshotter;
 mod space;
+mod start;
 mod stats;
 mod tag;
 mod transport;
@@ -53,10 +57,12 @@ mod upgrade_servers;
 mod verify_durability;
 mod vhost;
 mod volume;
+mod waiter;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{Parser, Subcommand};
 
 use output::{Output, complain};
@@ -146,8 +152,18 @@ enum Command {
     Mount(mount::MountArgs),
     /// Unmount a container
     Umount(mount::UmountArgs),
-    /// Make a container and run a command in it
+    /// Make a container and run a command in it, in the foreground or (-d) in the background
     Run(run::Args),
+    /// Run containers' commands again, in the background or (-a) in the foreground
+    Start(start::StartArgs),
+    /// End what runs in containers: ask, and kill after a while
+    Stop(start::StopArgs),
+    /// Send a signal to what runs in containers
+    Kill(start::KillArgs),
+    /// Wait until containers' commands have ended, and print their exit statuses
+    Wait(start::WaitArgs),
+    /// Show what a container's command wrote in the background
+    Logs(logs::Args),
     /// Run a command in a container that is there
     Exec(exec::Args),
     /// Copy files into a container or out of one, mounted or not, running or not
@@ -223,6 +239,9 @@ enum Command {
     /// Serve a chain as a local block device
     #[command(hide = true)]
     DeviceServer(device_server::Args),
+    /// Run a container's command in the background, and wait for its end
+    #[command(hide = true)]
+    Waiter(waiter::Args),
     /// Bring blocks of the store's lazy layers, for as long as somebody wants some
     #[command(hide = true)]
     Fetcher,
@@ -298,6 +317,13 @@ pub fn main() -> ExitCode {
 
 /// Prints the help or the version that was asked for, or what is wrong with the command line.
 fn say_usage(said: &clap::Error) -> ExitCode {
+    let wrong = said.get(ContextKind::InvalidSubcommand);
+    if let Some(ContextValue::String(wrong)) = wrong
+        && let Some(instead) = docker::instead_of(wrong)
+    {
+        output::say(&format!("vellum: {wrong}: {instead}"));
+        return ExitCode::from(said.exit_code() as u8);
+    }
     if said.use_stderr() {
         let _ = said.print();
         return ExitCode::from(said.exit_code() as u8);
@@ -332,6 +358,12 @@ impl Command {
                 | Command::Mount(_)
                 | Command::Umount(_)
                 | Command::Run(_)
+                | Command::Start(_)
+                | Command::Stop(_)
+                | Command::Kill(_)
+                | Command::Wait(_)
+                | Command::Logs(_)
+                | Command::Waiter(_)
                 | Command::Exec(_)
                 | Command::Commit(_)
                 | Command::Cp(_)
@@ -372,6 +404,12 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Mount(args) => mount::mount(&args, context)?,
         Command::Umount(args) => mount::umount(&args, context)?,
         Command::Run(args) => return Ok(run::run(&args, context)),
+        Command::Start(args) => return Ok(start::start(&args, context)),
+        Command::Stop(args) => start::stop(&args, context)?,
+        Command::Kill(args) => start::kill(&args, context)?,
+        Command::Wait(args) => start::wait(&args, context)?,
+        Command::Logs(args) => logs::run(&args, context)?,
+        Command::Waiter(args) => waiter::run(&args, context)?,
         Command::Exec(args) => return Ok(exec::run(&args, context)),
         Command::Cp(args) => cp::run(&args, context)?,
         Command::Commit(args) => commit::run(&args, context)?,

@@ -12,6 +12,7 @@
     reason = "a test that panics has failed"
 )]
 
+mod background;
 mod confinement;
 mod container;
 mod in_use;

@@ -181,8 +181,16 @@ pub fn remove(store: &Store, name: &str, options: RemoveOptions) -> Result<Prune
     };
     let runs = store.runs();
     // The last user of the name; a leftover is harmless and pruned.
-    let _ = std::fs::remove_file(runs.container_lock(container.id));
-    let _ = std::fs::remove_file(runs.socket_beside(container.id).path());
+    let [output, old_output] = runs.output_beside(container.id);
+    let socket = runs.socket_beside(container.id).path();
+    for file in [
+        runs.container_lock(container.id),
+        socket,
+        output,
+        old_output,
+    ] {
+        let _ = std::fs::remove_file(file);
+    }
     Ok(report)
 }
 

@@ -39,6 +39,8 @@ const LOOP: &str = "loop";
 /// End the names of what lies beside the run directory with the same id.
 const LOCK_SUFFIX: &str = ".lock";
 const SOCKET_SUFFIX: &str = ".sock";
+const OUTPUT_SUFFIX: &str = ".log";
+const OLD_OUTPUT_SUFFIX: &str = ".log.1";
 
 /// The directory of all run directories of a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,10 +131,16 @@ impl RunRoot {
         DirSocket::new(&self.path, format!("{id}{SOCKET_SUFFIX}"))
     }
 
-    /// The id in the name of a container's lock or socket in here; `None` of anything else.
+    /// What the command of the container with this id wrote in the background: now, and before that.
+    pub fn output_beside(&self, id: Uuid) -> [PathBuf; 2] {
+        [OUTPUT_SUFFIX, OLD_OUTPUT_SUFFIX].map(|suffix| self.path.join(format!("{id}{suffix}")))
+    }
+
+    /// The id in the name of a container's lock, socket or output in here; `None` of anything else.
     pub fn id_beside(name: &str) -> Option<&str> {
-        let lock = name.strip_suffix(LOCK_SUFFIX);
-        let id = lock.or_else(|| name.strip_suffix(SOCKET_SUFFIX))?;
+        let suffixes = [LOCK_SUFFIX, SOCKET_SUFFIX, OUTPUT_SUFFIX, OLD_OUTPUT_SUFFIX];
+        let mut ids = suffixes.iter().map(|suffix| name.strip_suffix(suffix));
+        let id = ids.find_map(|id| id)?;
         Uuid::parse_str(id).is_ok().then_some(id)
     }
 
@@ -455,6 +463,10 @@ mod tests {
         assert_eq!(beside(runs.container_lock(id)), Some(id.to_string()));
         let socket = runs.socket_beside(id).path();
         assert_eq!(beside(socket), Some(id.to_string()));
+        for output in runs.output_beside(id) {
+            assert_eq!(beside(output), Some(id.to_string()));
+        }
+        assert_eq!(beside(runs.fetcher_log()), None);
         assert_eq!(beside(runs.nbd_socket()), None);
         assert_eq!(beside(runs.snapshotter_lock()), None);
     }

@@ -54,8 +54,8 @@ pub use names::{check_name, check_reference};
 pub use prune::{Orphans, PruneReport};
 pub use quarantine::{Quarantined, Records};
 pub use records::{
-    ContainerRecord, DiskInfo, FsInfo, ImageRecord, LayerInfo, MountPoint, Scaffold,
-    TemplateRecord, Touched, VolumeMount,
+    ContainerRecord, DiskInfo, FsInfo, ImageRecord, LastRun, LayerInfo, MountPoint, RunEnd,
+    Scaffold, TemplateRecord, Touched, VolumeMount,
 };
 pub use rename::ContainerRef;
 pub use restored::{Restored, RunAs};

@@ -3,6 +3,7 @@
 //!
 //! * [`run`] makes a container and runs a command in it; [`exec`] runs one in a container that is
 //!   there, beside what runs in it or alone.
+//! * [`waiter`] runs a container's command in the background; [`stop()`] ends it.
 //! * [`activity()`] says what runs; unmounting and removing end it. So [`super::teardown`] stands on
 //!   `activity` and `scaffold` in here, which know nothing of it, and the rest of this module on it.
 
@@ -13,13 +14,16 @@ pub(crate) mod cgroup;
 mod executable;
 mod foreground;
 mod limits;
+mod output;
 mod refused;
 mod runtime;
 pub(super) mod scaffold;
 mod seccomp;
 mod spec;
+mod stop;
 mod user;
 mod volume;
+pub mod waiter;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -44,12 +48,15 @@ use vellum_base::interrupt;
 use vellum_export::device::{self, Identity, boot_id};
 use vellum_fs::run_dir::RunDir;
 use vellum_store::{Confinement, ContainerRecord, NewContainer, Store};
+use waiter::Background;
 
 pub use activity::{Activity, activity};
 pub use capabilities::parse_capability;
+pub use output::{OutputLine, OutputOptions, Stream, logs};
 pub use runtime::FAILURE;
 pub(super) use runtime::find as find_runtime;
 pub use seccomp::parse_seccomp;
+pub use stop::{StopSignal, kill, stop, wait};
 pub(super) use volume::mounted_volumes;
 pub use volume::{check_volumes, parse_volume};
 
@@ -126,23 +133,112 @@ pub fn check_confinement(confinement: &Confinement) -> Result<()> {
     limits::of(confinement).map(drop)
 }
 
-/// Makes a container, runs a command in it in the foreground, and unmounts it. While it runs, the
+/// Makes a container that runs a command when it is started, and nothing of it yet.
+///
+/// # Errors
+/// As [`Store::create_container`]; as [`check_confinement`].
+pub fn make(
+    store: &Store,
+    new: &NewContainer<'_>,
+    options: &RunOptions,
+) -> Result<ContainerRecord> {
+    check_volumes(&new.volumes)?;
+    check_confinement(&new.confinement)?;
+    let mut container = store.create_container(new)?;
+    // Commands that are run in it later get the same.
+    let config = &mut container.config.config;
+    let command = &options.command;
+    spec::merge_env(&mut config.env, &command.env);
+    if let Some(workdir) = &command.workdir {
+        config.working_dir.clone_from(workdir);
+    }
+    if let Some(user) = &command.user {
+        config.user.clone_from(user);
+    }
+    if let Some(program) = &options.entrypoint {
+        // Another entry point has other arguments.
+        config.entrypoint = [program.clone()]
+            .into_iter()
+            .filter(|p| !p.is_empty())
+            .collect();
+        config.cmd.clear();
+    }
+    if !command.command.is_empty() {
+        config.cmd.clone_from(&command.command);
+    }
+    store.configure_container(&container)?;
+    Ok(container)
+}
+
+/// Makes a container, runs its command in the foreground, and unmounts it. While it runs, the
 /// signals of the calling thread go on to the command.
 ///
 /// A container whose command could not be started is removed again.
 ///
 /// # Errors
-/// [`ErrorKind::Missing`] without an OCI runtime; as [`Store::create_container`] and
+/// [`ErrorKind::Missing`] without an OCI runtime; as [`make`] and
 /// [`super::mount::mount`]; [`ErrorKind::NotFound`] for a user that the image does not have.
 pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Result<Ended> {
     let program = runtime::find()?;
-    check_volumes(&new.volumes)?;
-    check_confinement(&new.confinement)?;
-    let mut container = store.create_container(new)?;
-    let ended = run_created(store, &mut container, options, &program);
+    let container = make(store, new, options)?;
+    let attend = Attend {
+        program,
+        is_new: true,
+        remove: options.remove,
+        terminal: options.command.terminal,
+        background: None,
+    };
+    attend_to(store, &container, attend)
+}
+
+/// Runs the command of a container that is there, in the foreground, and unmounts it.
+///
+/// # Errors
+/// As [`run`]; [`ErrorKind::InUse`] while something runs in it.
+pub fn start(store: &Store, name: &str, terminal: bool) -> Result<Ended> {
+    let attend = Attend {
+        program: runtime::find()?,
+        is_new: false,
+        remove: false,
+        terminal,
+        background: None,
+    };
+    attend_to(store, &store.container(name)?, attend)
+}
+
+/// How a container's command is run, and what becomes of the container.
+struct Attend {
+    /// The OCI runtime.
+    program: PathBuf,
+    /// It was made for that: removed where the command could not be started.
+    is_new: bool,
+    /// Removed when it has ended.
+    remove: bool,
+    terminal: bool,
+    background: Option<Background>,
+}
+
+/// Runs a container's own command to its end.
+fn attend_to(store: &Store, container: &ContainerRecord, attend: Attend) -> Result<Ended> {
+    let Attend {
+        program,
+        is_new,
+        remove,
+        terminal,
+        background,
+    } = attend;
+    let ended = own_command(container).and_then(|args| {
+        let start = Start {
+            args,
+            env: Vec::new(),
+            terminal,
+            program,
+        };
+        run_alone(store, container, &start, Whose::Own(background.as_ref()))
+    });
     let started = matches!(&ended, Ok(ended) if ended.failure.is_none());
-    if options.remove || !started {
-        match remove_again(store, &container) {
+    if remove || (is_new && !started) {
+        match remove_again(store, container) {
             // What the command said by its status is not lost over a copy of its files.
             Err(error) if started && error.kind() == ErrorKind::InUse => {
                 tracing::warn!("{error}: it is not removed");
@@ -152,6 +248,27 @@ pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Resul
         }
     }
     ended
+}
+
+/// What a container runs when it is started.
+fn own_command(container: &ContainerRecord) -> Result<Vec<String>> {
+    let config = &container.config.config;
+    let args: Vec<String> = config
+        .entrypoint
+        .iter()
+        .chain(&config.cmd)
+        .cloned()
+        .collect();
+    if args.is_empty() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "the image {} names no command: give one after the image",
+                container.image
+            ),
+        ));
+    }
+    Ok(args)
 }
 
 fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
@@ -165,55 +282,22 @@ fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
     }
 }
 
-fn run_created(
-    store: &Store,
-    container: &mut ContainerRecord,
-    options: &RunOptions,
-    program: &Path,
-) -> Result<Ended> {
-    // Commands that are run in it later get the same.
-    let config = &mut container.config.config;
-    let command = &options.command;
-    spec::merge_env(&mut config.env, &command.env);
-    if let Some(workdir) = &command.workdir {
-        config.working_dir.clone_from(workdir);
-    }
-    if let Some(user) = &command.user {
-        config.user.clone_from(user);
-    }
-    let mut args: Vec<String> = match &options.entrypoint {
-        Some(program) => Some(program.clone())
-            .filter(|program| !program.is_empty())
-            .into_iter()
-            .collect(),
-        None => config.entrypoint.clone(),
-    };
-    // Another entry point has other arguments.
-    match (command.command.is_empty(), &options.entrypoint) {
-        (true, None) => args.extend(config.cmd.iter().cloned()),
-        _ => args.extend(command.command.iter().cloned()),
-    }
-    if args.is_empty() {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!(
-                "the image {} names no command: give one after `--`",
-                container.image
-            ),
-        ));
-    }
-    store.configure_container(container)?;
-    let start = Start {
-        args,
-        env: Vec::new(),
-        terminal: command.terminal,
-        program: program.to_owned(),
-    };
-    run_alone(store, container, &start)
+/// Which command is run alone in a container.
+#[derive(Clone, Copy)]
+enum Whose<'a> {
+    /// The container's own, whose end is noted; maybe in the background.
+    Own(Option<&'a Background>),
+    /// Another one.
+    Another,
 }
 
 /// Mounts a container that nothing runs in, unless it is, runs a command, and puts all back.
-fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Result<Ended> {
+fn run_alone(
+    store: &Store,
+    container: &ContainerRecord,
+    start: &Start,
+    whose: Whose<'_>,
+) -> Result<Ended> {
     let run_dir = store.run_dir(container);
     let (now, busy) = lock_container(store, container)?;
     // User, directory and environment are those of this command.
@@ -225,6 +309,9 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
     end_for_good(store, container, false)?;
     refuse_halted(&store.run_dir(container), &container.name)?;
     take_over(store, container)?;
+    if let Whose::Own(_) = whose {
+        store.begin_run(&container.into())?;
+    }
     let before = mounted(store, container)?;
     let keep_mounted = before.is_some();
     let oci = run_dir.oci().join("root");
@@ -262,29 +349,51 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
         interrupt::check()?;
         Ok(Ok((rootfs, foreground)))
     };
-    let undo = || {
+    let undo = |status| {
         // Nothing runs yet; the first failure is what matters.
         let _held = interrupt::hold();
+        let _ = note_end(store, container, whose, status);
         let _ = end_alone(store, container, keep_mounted);
     };
     let (rootfs, foreground) = match prepare() {
         Ok(Ok(prepared)) => prepared,
         Ok(Err(no)) => {
-            undo();
+            undo(no.status);
             return Ok(no.into());
         }
         Err(error) => {
-            undo();
+            undo(FAILURE);
             return Err(error);
         }
     };
     // Others may ask, look and enter while it runs.
     drop(busy);
-    let ended = supervise(&foreground, &run_dir, owner, &rootfs);
+    let ended = supervise(&foreground, &run_dir, owner, &rootfs, whose);
+    // First, so that it is known whatever comes in between.
+    let status = ended.as_ref().map_or(FAILURE, |ended| ended.status);
+    let noted = note_end(store, container, whose, status);
     let put_back = put_back(store, container, keep_mounted);
     let ended = ended?;
     put_back?;
+    noted?;
     Ok(ended)
+}
+
+/// Notes how a container's own command ended.
+fn note_end(
+    store: &Store,
+    container: &ContainerRecord,
+    whose: Whose<'_>,
+    status: u8,
+) -> Result<()> {
+    let Whose::Own(_) = whose else {
+        return Ok(());
+    };
+    match store.end_run(&container.into(), status) {
+        // Removed by force.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// Removes what a run left, and unmounts.
@@ -366,6 +475,7 @@ fn supervise(
     run_dir: &RunDir,
     mut owner: Owner,
     rootfs: &Path,
+    whose: Whose<'_>,
 ) -> Result<Ended> {
     let oci = run_dir.oci();
     let runtime = owner.runtime(run_dir);
@@ -377,11 +487,17 @@ fn supervise(
         .arg("--pid-file")
         .arg(oci.join("pid"))
         .arg(&owner.id);
+    if let Whose::Own(Some(background)) = whose {
+        background.stdio(&mut command)?;
+    }
     let mut child = runtime.spawn(&mut command, Some(rootfs))?;
     let noted = Identity::of(child.id() as i32).and_then(|runner| {
         owner.runner = runner;
         owner.write(run_dir)
     });
+    if let Whose::Own(Some(background)) = whose {
+        background.tell_when_it_runs(&mut child, &owner, run_dir)?;
+    }
     let status = foreground.wait(&mut child)?;
     noted?;
     Ok(ended(status, &log))
@@ -424,7 +540,7 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
     if options.command.is_empty() {
         return Err(Error::new(
             ErrorKind::InvalidInput,
-            "there is no command: give one after `--`",
+            "there is no command: give one after the container",
         ));
     }
     let config = &mut container.config.config;
@@ -443,7 +559,7 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
         terminal: options.terminal,
         program: runtime::find()?,
     };
-    run_alone(store, &container, &start)
+    run_alone(store, &container, &start, Whose::Another)
 }
 
 /// Runs a command beside what runs in the container; `None` where nothing does, or it ended before the
