@@ -8,6 +8,7 @@
 //!   `activity` and `scaffold` in here, which know nothing of it, and the rest of this module on it.
 
 pub(super) mod activity;
+mod attend;
 mod bundle;
 mod capabilities;
 pub(crate) mod cgroup;
@@ -35,7 +36,7 @@ use uuid::Uuid;
 use super::mount::{Rights, mount_anew, mount_locked};
 use super::mount_point::{self, mounted};
 use super::seal::sync_file_system;
-use super::teardown::{self, RemoveOptions, end_for_good, refuse_halted, take_over, unmount_ended};
+use super::teardown::{end_for_good, refuse_halted, take_over, unmount_ended};
 use super::{lock_container, lock_renamed};
 use activity::{Owner, forget, kill_left, settled_activity};
 use bundle::{Start, absolute, host_name, prepare, write_json};
@@ -47,10 +48,11 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_export::device::{self, Identity, boot_id};
 use vellum_fs::run_dir::RunDir;
-use vellum_store::{Confinement, ContainerRecord, NewContainer, Store};
+use vellum_store::{Confinement, ContainerRecord, Store};
 use waiter::Background;
 
 pub use activity::{Activity, activity};
+pub use attend::{make, run, start};
 pub use capabilities::parse_capability;
 pub use output::{OutputLine, OutputOptions, Stream, logs};
 pub use runtime::FAILURE;
@@ -133,155 +135,6 @@ pub fn check_confinement(confinement: &Confinement) -> Result<()> {
     limits::of(confinement).map(drop)
 }
 
-/// Makes a container that runs a command when it is started, and nothing of it yet.
-///
-/// # Errors
-/// As [`Store::create_container`]; as [`check_confinement`].
-pub fn make(
-    store: &Store,
-    new: &NewContainer<'_>,
-    options: &RunOptions,
-) -> Result<ContainerRecord> {
-    check_volumes(&new.volumes)?;
-    check_confinement(&new.confinement)?;
-    let mut container = store.create_container(new)?;
-    // Commands that are run in it later get the same.
-    let config = &mut container.config.config;
-    let command = &options.command;
-    spec::merge_env(&mut config.env, &command.env);
-    if let Some(workdir) = &command.workdir {
-        config.working_dir.clone_from(workdir);
-    }
-    if let Some(user) = &command.user {
-        config.user.clone_from(user);
-    }
-    if let Some(program) = &options.entrypoint {
-        // Another entry point has other arguments.
-        config.entrypoint = [program.clone()]
-            .into_iter()
-            .filter(|p| !p.is_empty())
-            .collect();
-        config.cmd.clear();
-    }
-    if !command.command.is_empty() {
-        config.cmd.clone_from(&command.command);
-    }
-    store.configure_container(&container)?;
-    Ok(container)
-}
-
-/// Makes a container, runs its command in the foreground, and unmounts it. While it runs, the
-/// signals of the calling thread go on to the command.
-///
-/// A container whose command could not be started is removed again.
-///
-/// # Errors
-/// [`ErrorKind::Missing`] without an OCI runtime; as [`make`] and
-/// [`super::mount::mount`]; [`ErrorKind::NotFound`] for a user that the image does not have.
-pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Result<Ended> {
-    let program = runtime::find()?;
-    let container = make(store, new, options)?;
-    let attend = Attend {
-        program,
-        is_new: true,
-        remove: options.remove,
-        terminal: options.command.terminal,
-        background: None,
-    };
-    attend_to(store, &container, attend)
-}
-
-/// Runs the command of a container that is there, in the foreground, and unmounts it.
-///
-/// # Errors
-/// As [`run`]; [`ErrorKind::InUse`] while something runs in it.
-pub fn start(store: &Store, name: &str, terminal: bool) -> Result<Ended> {
-    let attend = Attend {
-        program: runtime::find()?,
-        is_new: false,
-        remove: false,
-        terminal,
-        background: None,
-    };
-    attend_to(store, &store.container(name)?, attend)
-}
-
-/// How a container's command is run, and what becomes of the container.
-struct Attend {
-    /// The OCI runtime.
-    program: PathBuf,
-    /// It was made for that: removed where the command could not be started.
-    is_new: bool,
-    /// Removed when it has ended.
-    remove: bool,
-    terminal: bool,
-    background: Option<Background>,
-}
-
-/// Runs a container's own command to its end.
-fn attend_to(store: &Store, container: &ContainerRecord, attend: Attend) -> Result<Ended> {
-    let Attend {
-        program,
-        is_new,
-        remove,
-        terminal,
-        background,
-    } = attend;
-    let ended = own_command(container).and_then(|args| {
-        let start = Start {
-            args,
-            env: Vec::new(),
-            terminal,
-            program,
-        };
-        run_alone(store, container, &start, Whose::Own(background.as_ref()))
-    });
-    let started = matches!(&ended, Ok(ended) if ended.failure.is_none());
-    if remove || (is_new && !started) {
-        match remove_again(store, container) {
-            // What the command said by its status is not lost over a copy of its files.
-            Err(error) if started && error.kind() == ErrorKind::InUse => {
-                tracing::warn!("{error}: it is not removed");
-            }
-            Err(error) if started => return Err(error),
-            _ => {}
-        }
-    }
-    ended
-}
-
-/// What a container runs when it is started.
-fn own_command(container: &ContainerRecord) -> Result<Vec<String>> {
-    let config = &container.config.config;
-    let args: Vec<String> = config
-        .entrypoint
-        .iter()
-        .chain(&config.cmd)
-        .cloned()
-        .collect();
-    if args.is_empty() {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!(
-                "the image {} names no command: give one after the image",
-                container.image
-            ),
-        ));
-    }
-    Ok(args)
-}
-
-fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
-    // Also where a signal asked us to end.
-    let _held = interrupt::hold();
-    // Somebody may have removed it meanwhile, or renamed it.
-    match store.find_container(&container.into()) {
-        Ok(there) => teardown::remove(store, &there.name, RemoveOptions::default()).map(drop),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
 /// Which command is run alone in a container.
 #[derive(Clone, Copy)]
 enum Whose<'a> {
@@ -314,18 +167,7 @@ fn run_alone(
     }
     let before = mounted(store, container)?;
     let keep_mounted = before.is_some();
-    let oci = run_dir.oci().join("root");
-    fs::create_dir_all(&oci).context(|| format!("cannot make {}", oci.display()))?;
-    let owner = Owner {
-        id: container.id.to_string(),
-        program: start.program.clone(),
-        waiter: Identity::current(),
-        runner: None,
-        cgroup: format!("vellum-{}", container.id),
-        keep_mounted,
-        boot_id: boot_id()?,
-        place: run_dir.place().ok(),
-    };
+    let owner = new_owner(container, &run_dir, start, keep_mounted)?;
     let prepare = || {
         // First, so that whoever comes after us should we be killed knows what to unmount.
         owner.write(&run_dir)?;
@@ -377,6 +219,27 @@ fn run_alone(
     put_back?;
     noted?;
     Ok(ended)
+}
+
+/// Who runs a command in a container, before anything of it is there.
+fn new_owner(
+    container: &ContainerRecord,
+    run_dir: &RunDir,
+    start: &Start,
+    keep_mounted: bool,
+) -> Result<Owner> {
+    let oci = run_dir.oci().join("root");
+    fs::create_dir_all(&oci).context(|| format!("cannot make {}", oci.display()))?;
+    Ok(Owner {
+        id: container.id.to_string(),
+        program: start.program.clone(),
+        waiter: Identity::current(),
+        runner: None,
+        cgroup: format!("vellum-{}", container.id),
+        keep_mounted,
+        boot_id: boot_id()?,
+        place: run_dir.place().ok(),
+    })
 }
 
 /// Notes how a container's own command ended.

@@ -289,7 +289,10 @@ pub fn logs(
         .last
         .map_or(0, |last| lines.len().saturating_sub(last));
     lines.iter().skip(skipped).try_for_each(&mut show)?;
-    while options.follow {
+    if !options.follow {
+        return Ok(());
+    }
+    loop {
         interrupt::check()?;
         // Looked at first: what was written before it ended is read after that.
         let ended = matches!(
@@ -311,7 +314,6 @@ pub fn logs(
             std::thread::sleep(LOOK);
         }
     }
-    Ok(())
 }
 
 /// The lines that are there to the end of a file. What is none, as after a crash of the host, is passed over.

@@ -13,14 +13,15 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::activity::{Activity, Owner, activity};
+use super::attend::{Attend, attend_to, make, own_command, remove_again};
 use super::output::Output;
 use super::runtime;
-use super::{Attend, Ended, Failure, NewContainer, RunOptions, attend_to, make, own_command};
-use super::{ContainerRecord, Store, remove_again};
+use super::{Ended, Failure, RunOptions};
+use crate::teardown::{self, RemoveOptions};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt::{self, Interruptible};
 use vellum_fs::run_dir::RunDir;
-use vellum_store::ContainerRef;
+use vellum_store::{ContainerRecord, ContainerRef, NewContainer, Store};
 
 /// The subcommand that is a waiter.
 pub const WAITER_COMMAND: &str = "waiter";
@@ -76,12 +77,12 @@ pub fn run_in_background(
         Err(error) => {
             if error.kind() == ErrorKind::Interrupted {
                 let _held = interrupt::hold();
-                let force = super::RemoveOptions {
+                let force = RemoveOptions {
                     force: true,
-                    ..super::RemoveOptions::default()
+                    ..RemoveOptions::default()
                 };
                 // Of two failures the first is what matters.
-                let _ = super::teardown::remove(store, &container.name, force);
+                let _ = teardown::remove(store, &container.name, force);
             }
             Err(error)
         }
