@@ -10,6 +10,7 @@ use vellum_engine::check::{CheckOptions, CheckReport, Severity, check};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Images, containers, keys of containerd's snapshots, or UUIDs of layers [default: the whole store]
+    #[arg(add = super::completions::containers_and_images())]
     names: Vec<String>,
     /// Read every block of the sealed layers and compare it with its checksum
     #[arg(long)]

@@ -16,6 +16,7 @@ long as the command takes, with its volumes, and the command runs alone in it.
 Exit status: as that of `vellum run`.")]
 pub(super) struct Args {
     /// The container
+    #[arg(add = super::completions::containers())]
     container: String,
     #[command(flatten)]
     process: ProcessArgs,

@@ -14,6 +14,7 @@ use vellum_image::Compression;
 pub(super) struct Args {
     /// An image, a container or a snapshot (C@NAME); a container that is mounted is sealed as by a commit, and
     /// goes on
+    #[arg(add = super::completions::containers_and_images())]
     name: String,
     /// The file to write, or for --format oci the directory, unless its name ends in .tar; - is standard
     /// output

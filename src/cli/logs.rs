@@ -10,6 +10,7 @@ use vellum_engine::run::{OutputLine, OutputOptions, Stream, logs};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The container
+    #[arg(add = super::completions::containers())]
     container: String,
     /// Go on until its command has ended
     #[arg(short, long)]

@@ -14,6 +14,7 @@ mod confinement;
 mod cp;
 mod create;
 mod device_server;
+mod df;
 mod diff;
 mod docker;
 mod doctor;
@@ -187,7 +188,7 @@ enum Command {
     Merge(merge::MergeArgs),
     /// Make an image of one layer of an image
     Flatten(merge::FlattenArgs),
-    /// List the paths that a container changed
+    /// List the paths that a container changed, or by which two images differ
     Diff(diff::Args),
     /// List the ranges of a container's disk that changed since a snapshot
     Changed(changed::Args),
@@ -214,6 +215,8 @@ enum Command {
     Prune(prune::Args),
     /// Show or set what is done while the store's disk is nearly full: warn, refuse, stop writers
     Space(space::Args),
+    /// Show what images, containers and volumes take: in all, shared with others, and alone
+    Df(df::Args),
     /// Look whether this host has what is needed, and say what to do where it has not
     Doctor(doctor::Args),
     /// Let this program serve what is mounted, after it was replaced by a newer one
@@ -233,9 +236,8 @@ enum Command {
     Volume(volume::Args),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
-    /// Print the manual page
-    #[command(hide = true)]
-    Man,
+    /// Print the manual page, or write those of all commands into a directory
+    Man(completions::ManArgs),
     /// Serve a chain as a local block device
     #[command(hide = true)]
     DeviceServer(device_server::Args),
@@ -257,32 +259,56 @@ struct Context {
 }
 
 impl Context {
-    /// The store, made where there is none.
+    /// The store, which has to be there.
     fn store(&self) -> Result<Store> {
-        Store::open_or_create(&self.root).map_err(|error| explain(&self.root, error))
+        let is_empty = |root: &Path| !root.join(vellum_store::MARKER).exists();
+        let opened = match Store::open(&self.root) {
+            Err(error) if error.kind() == ErrorKind::NotFound && is_empty(&self.root) => {
+                Err(Error::new(
+                    ErrorKind::NotFound,
+                    format!(
+                        "there is no store at {}: `vellum import`, `pull`, `run`, `restore` and `volume create` \
+                         make one, and --root names another",
+                        shown(&self.root)
+                    ),
+                ))
+            }
+            opened => opened,
+        };
+        opened.map_err(|error| explain(&self.root, error))
+    }
+
+    /// As [`Context::store_to_change`], for a command that brings something in: made where there is none.
+    fn store_to_fill(&self) -> Result<Store> {
+        let store = Store::open_or_create(&self.root);
+        writable(store.map_err(|error| explain(&self.root, error))?)
     }
 }
 
 impl Context {
     /// As [`Context::store`], for a command that changes something.
     fn store_to_change(&self) -> Result<Store> {
-        let store = self.store()?;
-        if !store.is_read_only() {
-            return Ok(store);
-        }
-        Err(Error::new(
-            ErrorKind::ReadOnly,
-            format!(
-                "the store {} cannot be written (Read-only file system, or somebody else's): it can be \
-                 looked at, checked, and served by `vellum nbd`",
-                store.root().display()
-            ),
-        ))
+        writable(self.store()?)
     }
+}
+
+fn writable(store: Store) -> Result<Store> {
+    if !store.is_read_only() {
+        return Ok(store);
+    }
+    Err(Error::new(
+        ErrorKind::ReadOnly,
+        format!(
+            "the store {} cannot be written (Read-only file system, or somebody else's): it can be \
+             looked at, checked, and served by `vellum nbd`",
+            store.root().display()
+        ),
+    ))
 }
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    completions::answer_shell();
     limits::survive_size_limit();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -431,6 +457,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
         Command::Space(args) => space::run(&args, context)?,
+        Command::Df(args) => df::run(&args, context)?,
         Command::Doctor(args) => doctor::run(&args, context)?,
         Command::UpgradeServers(args) => upgrade_servers::run(&args, context)?,
         Command::Snapshotter(args) => snapshotter::run(&args, context)?,
@@ -438,7 +465,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Bench(args) => bench::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,
         Command::Completions(args) => completions::completions(&args)?,
-        Command::Man => completions::man()?,
+        Command::Man(args) => completions::man(&args)?,
         Command::DeviceServer(args) => device_server::run(&args)?,
         Command::Fetcher => fetcher::run(context)?,
         Command::DeviceSupervisor(args) => file_device::run(&args)?,

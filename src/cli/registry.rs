@@ -235,7 +235,7 @@ fn pushed(report: &PushReport) -> String {
 
 pub(super) fn run_pull(args: &PullArgs, context: &Context) -> Result<()> {
     crash_point::arm()?;
-    let store = context.store_to_change()?;
+    let store = context.store_to_fill()?;
     let options = args.lazily.options(args.platform.clone(), args.access);
     let reference = Reference::parse(&args.reference)?;
     let name = match &args.name {

@@ -13,7 +13,9 @@ use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 use vellum_base::size::parse_bytes;
 use vellum_engine::run::waiter::run_in_background;
-use vellum_engine::run::{self, CommandOptions, Ended, FAILURE, Failure, RunOptions, parse_volume};
+use vellum_engine::run::{
+    self, CommandOptions, Ended, FAILURE, Failure, RunOptions, parse_mount, parse_volume,
+};
 use vellum_fs::ext4::Atime;
 use vellum_store::{ContainerRecord, NewContainer};
 
@@ -60,6 +62,7 @@ pub(super) struct Args {
 #[derive(Debug, clap::Args)]
 pub(super) struct MadeArgs {
     /// The image; `run` pulls one that the store does not have from its registry
+    #[arg(add = super::completions::images())]
     image: String,
     /// The container's name [default: made from the image's]
     #[arg(long)]
@@ -68,6 +71,10 @@ pub(super) struct MadeArgs {
     /// missing; :ro keeps writes out
     #[arg(short, long, value_name = "SRC:DST[:ro]")]
     volume: Vec<String>,
+    /// The same as docker writes it: type=bind,source=/src,target=/dst[,readonly] or type=volume,source=NAME,…; the
+    /// directory has to be there
+    #[arg(long, value_name = "MOUNT")]
+    mount: Vec<String>,
     /// The program in place of the image's entry point; empty for none
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<String>,
@@ -97,11 +104,12 @@ impl MadeArgs {
     pub(super) fn container<'a>(&'a self, image: &'a str) -> Result<NewContainer<'a>> {
         self.docker.check()?;
         let volumes = self.volume.iter().map(|text| parse_volume(text));
+        let mounts = self.mount.iter().map(|text| parse_mount(text));
         Ok(NewContainer {
             image,
             name: self.name.as_deref(),
             virtual_size: self.size,
-            volumes: volumes.collect::<Result<_>>()?,
+            volumes: volumes.chain(mounts).collect::<Result<_>>()?,
             atime: self.atime,
             confinement: self.confinement.confinement()?,
         })
@@ -241,7 +249,7 @@ fn start(args: &Args, context: &Context) -> Result<Begun> {
         options.command.terminal = args.terminal.wanted()?;
     }
     args.transport.choose();
-    let store = context.store_to_change()?;
+    let store = context.store_to_fill()?;
     let image = pull_absent(&store, made.image(), context, args.access, args.lazily)?;
     let new = made.container(&image)?;
     if !args.detach {

@@ -20,6 +20,7 @@ Exit status with -a: as that of `vellum run`.")]
 pub(super) struct StartArgs {
     /// The containers; one that runs already is fine
     #[arg(required = true)]
+    #[arg(add = super::completions::containers())]
     containers: Vec<String>,
     /// Run it in the foreground, as `run` does, and end with its exit status; of one container
     #[arg(short, long)]
@@ -35,6 +36,7 @@ pub(super) struct StartArgs {
 pub(super) struct StopArgs {
     /// The containers; one that does not run is fine
     #[arg(required = true)]
+    #[arg(add = super::completions::containers())]
     containers: Vec<String>,
     /// Seconds until what has not ended is killed
     #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
@@ -49,6 +51,7 @@ pub(super) struct StopArgs {
 pub(super) struct KillArgs {
     /// The containers
     #[arg(required = true)]
+    #[arg(add = super::completions::containers())]
     containers: Vec<String>,
     /// Which signal, like HUP or 1
     #[arg(short, long, value_name = "SIGNAL", default_value = "KILL")]
@@ -60,6 +63,7 @@ pub(super) struct KillArgs {
 pub(super) struct WaitArgs {
     /// The containers; of one that has ended, how it did
     #[arg(required = true)]
+    #[arg(add = super::completions::containers())]
     containers: Vec<String>,
 }
 

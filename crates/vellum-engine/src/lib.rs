@@ -46,6 +46,7 @@ pub mod template;
 pub mod temporary;
 pub mod trim;
 pub mod upgrade;
+pub mod usage;
 pub mod watch;
 pub mod wire;
 

@@ -92,7 +92,10 @@ fn take_scaffold_away(store: &Store, container: &ContainerRecord) {
     let take = || {
         let alive = device::status(&store.run_dir(container))?.is_some_and(|status| status.alive);
         match mounted(store, container)? {
-            Some(mounted) if alive => scaffold::take_away(store, container, &mounted.dir),
+            Some(mounted) if alive => {
+                let dir = mount_point::writable_dir(&store.run_dir(container), &mounted.dir)?;
+                scaffold::take_away(store, container, &dir)
+            }
             _ => Ok(()),
         }
     };

@@ -79,7 +79,8 @@ use vellum_fs::run_dir::{RUN, RunDir, RunRoot};
 /// containers, and of one that may have some. It reads both.
 const STORE_FORMAT: u32 = 1;
 const STORE_FORMAT_SNAPSHOTS: u32 = 2;
-const MARKER: &str = "vellum.json";
+/// The file that says that a directory is a store.
+pub const MARKER: &str = "vellum.json";
 const DIRECTORIES: [&str; 7] = [
     "layers",
     "images",

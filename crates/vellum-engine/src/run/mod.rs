@@ -60,7 +60,7 @@ pub(super) use runtime::find as find_runtime;
 pub use seccomp::parse_seccomp;
 pub use stop::{StopSignal, kill, stop, wait};
 pub(super) use volume::mounted_volumes;
-pub use volume::{check_volumes, parse_volume};
+pub use volume::{check_volumes, parse_mount, parse_volume};
 
 /// How often it is looked whether a container that a command could not join still runs.
 const ENTER_LOOKS: usize = 10;
@@ -323,7 +323,8 @@ fn end_alone(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> 
     if keep_mounted {
         kill_left(&run_dir)?;
         if let Some(mounted) = mounted(store, container)? {
-            scaffold::take_away(store, container, &mounted.dir)?;
+            let dir = mount_point::writable_dir(&run_dir, &mounted.dir)?;
+            scaffold::take_away(store, container, &dir)?;
         }
         mount_point::end_inner(&run_dir)?;
         return forget(&run_dir);
