@@ -227,8 +227,8 @@ fn the_command_comes_after_the_image_with_its_own_options_as_with_docker() {
             "echo",
             "box",
             "--",
-            "-e",
-            "x",
+            "-x",
+            "y",
         ]);
         assert_eq!(out, "-x y\n");
         for (option, says) in [

@@ -17,3 +17,4 @@ mod confinement;
 mod container;
 mod in_use;
 mod run_support;
+mod volumes;
