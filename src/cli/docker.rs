@@ -57,6 +57,10 @@ impl DockerArgs {
 
 /// What to do instead of a command of docker's, or of another program's, that is none here.
 pub(super) fn instead_of(command: &str) -> Option<&'static str> {
+    instead_of_dockers(command).or_else(|| called_otherwise(command))
+}
+
+fn instead_of_dockers(command: &str) -> Option<&'static str> {
     Some(match command {
         "build" | "buildx" | "bake" => {
             "Vellum builds no images: build with docker or buildah and take the result with `vellum import` or \
@@ -97,6 +101,13 @@ pub(super) fn instead_of(command: &str) -> Option<&'static str> {
         "image" => {
             "for images there are `vellum images`, `pull`, `push`, `rmi`, `tag`, `history`, `inspect`, without `image`"
         }
+        _ => return None,
+    })
+}
+
+/// Of what is there under another name.
+fn called_otherwise(command: &str) -> Option<&'static str> {
+    Some(match command {
         "list" | "ls" => {
             "`vellum ps` lists containers, `vellum images` images, `vellum volume ls` volumes"
         }

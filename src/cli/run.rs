@@ -71,8 +71,8 @@ pub(super) struct MadeArgs {
     /// missing; :ro keeps writes out
     #[arg(short, long, value_name = "SRC:DST[:ro]")]
     volume: Vec<String>,
-    /// The same as docker writes it: type=bind,source=/src,target=/dst[,readonly] or type=volume,source=NAME,…; the
-    /// directory has to be there
+    /// The same as docker writes it: type=bind,source=/src,target=/dst or type=volume,source=NAME,target=/dst, with
+    /// ,readonly to keep writes out; the directory has to be there
     #[arg(long, value_name = "MOUNT")]
     mount: Vec<String>,
     /// The program in place of the image's entry point; empty for none
