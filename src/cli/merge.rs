@@ -2,7 +2,7 @@
 
 use super::Context;
 use super::bar::Bar;
-use super::output::human_size;
+use super::output::{counted, human_size};
 use vellum_base::crash_point;
 use vellum_base::error::Result;
 use vellum_engine::merge::{MergeReport, flatten, merge};
@@ -52,8 +52,9 @@ fn summary(args: &MergeArgs, report: &MergeReport) -> String {
             human_size(report.freed)
         ),
         _ => format!(
-            "{}: {before} layers are {after} now; {} freed\n",
+            "{}: {} are {after} now; {} freed\n",
             args.container,
+            counted(before, "layer"),
             human_size(report.freed)
         ),
     }

@@ -7,7 +7,7 @@ use console::Term;
 use serde::Serialize;
 
 use super::Context;
-use super::output::human_size;
+use super::output::{counted, human_size};
 use super::progress::Bars;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -327,8 +327,7 @@ pub(super) fn run_complete(args: &CompleteArgs, context: &Context) -> Result<()>
         .out
         .print(&report, |report| match report.layers.len() {
             0 => format!("all of {} is here\n", args.name),
-            1 => format!("completed {}: 1 layer\n", args.name),
-            layers => format!("completed {}: {layers} layers\n", args.name),
+            layers => format!("completed {}: {}\n", args.name, counted(layers, "layer")),
         })
 }
 
