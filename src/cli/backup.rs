@@ -25,6 +25,7 @@ A stream (-o -) that breaks is begun anew, and each attempt on a container takes
 back up the one that is there (C@NAME), or remove it.")]
 pub(super) struct Args {
     /// The container, running or not, or a snapshot that is there (C@NAME)
+    #[arg(add = super::completions::containers())]
     container: String,
     /// Where to: a file that is not there yet, or - for standard output
     #[arg(short, long, value_name = "FILE")]

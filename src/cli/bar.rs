@@ -32,8 +32,9 @@ impl BlocksWatch for Bar {
         }
         let bar = ProgressBar::new(blocks * BLOCK_SIZE);
         let verb = self.verb;
-        let template =
-            format!("{verb} [{{bar:30}}] {{bytes}}/{{total_bytes}} {{bytes_per_sec}} {{eta}}");
+        let template = format!(
+            "{verb} [{{bar:30}}] {{decimal_bytes}}/{{decimal_total_bytes}} {{decimal_bytes_per_sec}} {{eta}}"
+        );
         if let Ok(style) = ProgressStyle::with_template(&template) {
             bar.set_style(style.progress_chars("=> "));
         }

@@ -12,6 +12,7 @@ Each line is a range of bytes in which the container may differ from the snapsho
 now. What is not listed is the same in both. A mounted container is synced first.")]
 pub(super) struct Args {
     /// The container, running or not, or a snapshot (C@NAME)
+    #[arg(add = super::completions::containers())]
     container: String,
     /// The snapshot of the container that it is compared with
     #[arg(long, value_name = "SNAPSHOT")]

@@ -1,6 +1,7 @@
 //! `vellum check [NAME…]`
 
 use super::bar::Bar;
+use super::output::counted;
 use super::{Context, shown};
 use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -10,6 +11,7 @@ use vellum_engine::check::{CheckOptions, CheckReport, Severity, check};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Images, containers, keys of containerd's snapshots, or UUIDs of layers [default: the whole store]
+    #[arg(add = super::completions::containers_and_images())]
     names: Vec<String>,
     /// Read every block of the sealed layers and compare it with its checksum
     #[arg(long)]
@@ -85,11 +87,13 @@ fn lines(report: &CheckReport) -> String {
     };
     let snapshots = match report.snapshots {
         0 => String::new(),
-        number => format!(", {number} snapshots of containerd's"),
+        number => format!(", {} of containerd's", counted(number, "snapshot")),
     };
     out.push_str(&format!(
-        "{} layers, {} images, {} containers{snapshots} checked{read}\n",
-        report.layers, report.images, report.containers
+        "{}, {}, {}{snapshots} checked{read}\n",
+        counted(report.layers, "layer"),
+        counted(report.images, "image"),
+        counted(report.containers, "container")
     ));
     out
 }

@@ -10,6 +10,7 @@ use vellum_engine::commit::{CommitReport, commit};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The container, mounted or not
+    #[arg(add = super::completions::containers())]
     container: String,
     /// The new image's name
     image: String,

@@ -9,10 +9,16 @@ use vellum_store::{Confinement, Network, PidsLimit, Seccomp};
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Rights and limits, which the container keeps")]
 pub(super) struct ConfinementArgs {
-    /// The network it sees: a loopback interface of its own alone, or the host's with all that
+    /// The network it sees: none, a loopback interface of its own alone, or host, the host's with all that
     /// listens there
-    #[arg(long, value_enum, default_value = "none")]
-    network: NetworkArg,
+    #[arg(
+        long,
+        visible_alias = "net",
+        value_name = "NETWORK",
+        default_value = "none"
+    )]
+    #[arg(value_parser = parse_network)]
+    network: Network,
     /// The host name in the container [default: the container's name]
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
@@ -40,10 +46,15 @@ pub(super) struct ConfinementArgs {
     cpus: Option<u64>,
 }
 
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum NetworkArg {
-    None,
-    Host,
+fn parse_network(text: &str) -> Result<Network, String> {
+    match text {
+        "none" => Ok(Network::None),
+        "host" => Ok(Network::Host),
+        _ => Err(
+            "Vellum makes no networks: there are none, a loopback alone, and host, the host's network with its ports"
+                .into(),
+        ),
+    }
 }
 
 fn capability(text: &str) -> Result<String, String> {
@@ -77,10 +88,7 @@ impl ConfinementArgs {
     /// What the container's record gets.
     pub(super) fn confinement(&self) -> Result<Confinement> {
         let mut confinement = Confinement {
-            network: match self.network {
-                NetworkArg::None => Network::None,
-                NetworkArg::Host => Network::Host,
-            },
+            network: self.network,
             hostname: self.hostname.clone(),
             cap_add: self.cap_add.clone(),
             cap_drop: self.cap_drop.clone(),

@@ -1,4 +1,4 @@
-//! `vellum diff C`
+//! `vellum diff C` and `vellum diff IMAGE IMAGE`
 
 use std::fmt::Write;
 
@@ -6,14 +6,19 @@ use serde::Serialize;
 
 use super::Context;
 use vellum_base::error::Result;
-use vellum_engine::diff::{DiffOptions, diff};
+use vellum_engine::diff::{DiffOptions, diff, diff_sealed};
 use vellum_image::{ContentChange, Difference};
 
 /// Arguments of `diff`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The container, mounted or not, or a snapshot (C@NAME)
+    /// The container, mounted or not, or a snapshot (C@NAME); of two, the older image or snapshot
+    #[arg(add = super::completions::containers_and_images())]
     container: String,
+    /// The newer image or snapshot, which is compared with the first
+    #[arg(conflicts_with = "from", value_name = "IMAGE")]
+    #[arg(add = super::completions::images())]
+    newer: Option<String>,
     /// Compare it with this snapshot of the container instead of its image
     #[arg(long, value_name = "SNAPSHOT")]
     from: Option<String>,
@@ -93,7 +98,10 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         walk: args.walk,
     };
     let store = context.store_to_change()?;
-    let found = diff(&store, &args.container, args.from.as_deref(), options)?;
+    let found = match &args.newer {
+        Some(newer) => diff_sealed(&store, &args.container, newer, options)?,
+        None => diff(&store, &args.container, args.from.as_deref(), options)?,
+    };
     let lines: Vec<Line> = found.into_iter().map(Line::from).collect();
     context.out.print(&lines, |lines| {
         let mut out = String::new();

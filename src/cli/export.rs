@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::Context;
-use super::output::human_size;
+use super::output::{counted, human_size};
 use super::progress::Bars;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_engine::export::{ExportOptions, ExportReport, Format, export};
@@ -14,6 +14,7 @@ use vellum_image::Compression;
 pub(super) struct Args {
     /// An image, a container or a snapshot (C@NAME); a container that is mounted is sealed as by a commit, and
     /// goes on
+    #[arg(add = super::completions::containers_and_images())]
     name: String,
     /// The file to write, or for --format oci the directory, unless its name ends in .tar; - is standard
     /// output
@@ -120,12 +121,11 @@ fn summary(report: &ExportReport) -> String {
     let (name, path) = (&report.name, super::shown(&report.path));
     let what = match (report.bytes, report.layers) {
         (Some(bytes), None) => format!(", {} of data", human_size(bytes)),
-        (Some(bytes), Some(1)) => format!(", 1 layer, {} of data", human_size(bytes)),
         (Some(bytes), Some(layers)) => {
-            format!(", {layers} layers, {} of data", human_size(bytes))
+            let layers = counted(layers, "layer");
+            format!(", {layers}, {} of data", human_size(bytes))
         }
-        (None, Some(1)) => ", 1 layer".into(),
-        (None, Some(layers)) => format!(", {layers} layers"),
+        (None, Some(layers)) => format!(", {}", counted(layers, "layer")),
         (None, None) => String::new(),
     };
     format!("exported {name} to {path}{what}\n")

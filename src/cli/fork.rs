@@ -13,6 +13,7 @@ const MAX_COUNT: u64 = 10_000;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The container: running, mounted or neither
+    #[arg(add = super::completions::containers())]
     container: String,
     /// The new container's name
     new: String,

@@ -12,6 +12,7 @@ use vellum_image::HistoryEntry;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The image
+    #[arg(add = super::completions::images())]
     image: String,
 }
 
@@ -59,8 +60,29 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     steps.reverse();
     context.out.print(&steps, |steps| {
         let rows: Vec<Vec<String>> = steps.iter().map(cells).collect();
-        table(&["CREATED", "LAYER", "SIZE", "CREATED BY"], &rows)
+        let header = ["CREATED", "LAYER", "SIZE", "CREATED BY", "REMARK"];
+        // Most images have none.
+        let remarks = steps.iter().any(|step| remark(step).is_some());
+        let shown = header.len() - usize::from(!remarks);
+        let rows: Vec<Vec<String>> = rows
+            .into_iter()
+            .map(|mut row| {
+                row.truncate(shown);
+                row
+            })
+            .collect();
+        table(header.get(..shown).unwrap_or(&header), &rows)
     })
+}
+
+/// What somebody remarked on a step, beside what made it.
+fn remark(step: &Step) -> Option<&String> {
+    let remark = step
+        .entry
+        .comment
+        .as_ref()
+        .filter(|remark| !remark.is_empty());
+    remark.filter(|_| step.entry.created_by.is_some())
 }
 
 fn cells(step: &Step) -> Vec<String> {
@@ -77,5 +99,8 @@ fn cells(step: &Step) -> Vec<String> {
         layer,
         step.size.map_or("0B".into(), human_size),
         by.unwrap_or_default().replace(char::is_control, " "),
+        remark(step).map_or(String::new(), |remark| {
+            remark.replace(char::is_control, " ")
+        }),
     ]
 }

@@ -73,7 +73,7 @@ impl From<FormatArg> for Format {
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     crash_point::arm()?;
-    let store = context.store_to_change()?;
+    let store = context.store_to_fill()?;
     let options = ImportOptions {
         size: args.size,
         from: args.from.clone(),

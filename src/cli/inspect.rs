@@ -18,6 +18,7 @@ use vellum_store::Store;
 pub(super) struct Args {
     /// Images, containers, keys of containerd's snapshots, or UUIDs of layers
     #[arg(required = true)]
+    #[arg(add = super::completions::containers_and_images())]
     names: Vec<String>,
 }
 

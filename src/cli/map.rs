@@ -16,6 +16,7 @@ use vellum_engine::map::{BlockMap, Grid, Layout, Palette, Rgb, map, png, svg};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// A container, image or snapshot (C@NAME)
+    #[arg(add = super::completions::containers_and_images())]
     name: String,
     /// Write a picture to this PNG file
     #[arg(long, value_name = "FILE")]

@@ -2,7 +2,7 @@
 
 use super::Context;
 use super::bar::Bar;
-use super::output::human_size;
+use super::output::{counted, human_size};
 use vellum_base::crash_point;
 use vellum_base::error::Result;
 use vellum_engine::merge::{MergeReport, flatten, merge};
@@ -11,6 +11,7 @@ use vellum_engine::merge::{MergeReport, flatten, merge};
 #[derive(Debug, clap::Args)]
 pub(super) struct MergeArgs {
     /// The container, in use or not
+    #[arg(add = super::completions::containers())]
     container: String,
     /// Keep these snapshots, with commas in between, and remove the others [default: all stay]
     #[arg(long, value_name = "LIST", value_delimiter = ',', num_args = 0..)]
@@ -21,6 +22,7 @@ pub(super) struct MergeArgs {
 #[derive(Debug, clap::Args)]
 pub(super) struct FlattenArgs {
     /// The image
+    #[arg(add = super::completions::images())]
     image: String,
     /// The new image's name
     new: String,
@@ -50,8 +52,9 @@ fn summary(args: &MergeArgs, report: &MergeReport) -> String {
             human_size(report.freed)
         ),
         _ => format!(
-            "{}: {before} layers are {after} now; {} freed\n",
+            "{}: {} are {after} now; {} freed\n",
             args.container,
+            counted(before, "layer"),
             human_size(report.freed)
         ),
     }

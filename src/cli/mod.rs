@@ -14,7 +14,9 @@ mod confinement;
 mod cp;
 mod create;
 mod device_server;
+mod df;
 mod diff;
+mod docker;
 mod doctor;
 mod exec;
 mod export;
@@ -25,6 +27,8 @@ mod images;
 mod import;
 mod inspect;
 mod limits;
+mod list;
+mod logs;
 mod map;
 mod merge;
 mod mount;
@@ -45,6 +49,7 @@ mod server;
 mod snapshot;
 mod snapshotter;
 mod space;
+mod start;
 mod stats;
 mod tag;
 mod trace;
@@ -54,10 +59,12 @@ mod upgrade_servers;
 mod verify_durability;
 mod vhost;
 mod volume;
+mod waiter;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{Parser, Subcommand};
 
 use output::{Output, complain};
@@ -149,8 +156,18 @@ enum Command {
     Mount(mount::MountArgs),
     /// Unmount a container
     Umount(mount::UmountArgs),
-    /// Make a container and run a command in it
+    /// Make a container and run a command in it, in the foreground or (-d) in the background
     Run(run::Args),
+    /// Run containers' commands again, in the background or (-a) in the foreground
+    Start(start::StartArgs),
+    /// End what runs in containers: ask, and kill after a while
+    Stop(start::StopArgs),
+    /// Send a signal to what runs in containers
+    Kill(start::KillArgs),
+    /// Wait until containers' commands have ended, and print their exit statuses
+    Wait(start::WaitArgs),
+    /// Show what a container's command wrote in the background
+    Logs(logs::Args),
     /// Run a command in a container that is there
     Exec(exec::Args),
     /// Copy files into a container or out of one, mounted or not, running or not
@@ -174,7 +191,7 @@ enum Command {
     Merge(merge::MergeArgs),
     /// Make an image of one layer of an image
     Flatten(merge::FlattenArgs),
-    /// List the paths that a container changed
+    /// List the paths that a container changed, or by which two images differ
     Diff(diff::Args),
     /// List the ranges of a container's disk that changed since a snapshot
     Changed(changed::Args),
@@ -201,6 +218,8 @@ enum Command {
     Prune(prune::Args),
     /// Show or set what is done while the store's disk is nearly full: warn, refuse, stop writers
     Space(space::Args),
+    /// Show what images, containers and volumes take: in all, shared with others, and alone
+    Df(df::Args),
     /// Look whether this host has what is needed, and say what to do where it has not
     Doctor(doctor::Args),
     /// Let this program serve what is mounted, after it was replaced by a newer one
@@ -220,12 +239,14 @@ enum Command {
     Volume(volume::Args),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
-    /// Print the manual page
-    #[command(hide = true)]
-    Man,
+    /// Print the manual page, or write those of all commands into a directory
+    Man(completions::ManArgs),
     /// Serve a chain as a local block device
     #[command(hide = true)]
     DeviceServer(device_server::Args),
+    /// Run a container's command in the background, and wait for its end
+    #[command(hide = true)]
+    Waiter(waiter::Args),
     /// Bring blocks of the store's lazy layers, for as long as somebody wants some
     #[command(hide = true)]
     Fetcher,
@@ -241,32 +262,56 @@ struct Context {
 }
 
 impl Context {
-    /// The store, made where there is none.
+    /// The store, which has to be there.
     fn store(&self) -> Result<Store> {
-        Store::open_or_create(&self.root).map_err(|error| explain(&self.root, error))
+        let is_empty = |root: &Path| !root.join(vellum_store::MARKER).exists();
+        let opened = match Store::open(&self.root) {
+            Err(error) if error.kind() == ErrorKind::NotFound && is_empty(&self.root) => {
+                Err(Error::new(
+                    ErrorKind::NotFound,
+                    format!(
+                        "there is no store at {}: `vellum import`, `pull`, `run`, `restore` and `volume create` \
+                         make one, and --root names another",
+                        shown(&self.root)
+                    ),
+                ))
+            }
+            opened => opened,
+        };
+        opened.map_err(|error| explain(&self.root, error))
+    }
+
+    /// As [`Context::store_to_change`], for a command that brings something in: made where there is none.
+    fn store_to_fill(&self) -> Result<Store> {
+        let store = Store::open_or_create(&self.root);
+        writable(store.map_err(|error| explain(&self.root, error))?)
     }
 }
 
 impl Context {
     /// As [`Context::store`], for a command that changes something.
     fn store_to_change(&self) -> Result<Store> {
-        let store = self.store()?;
-        if !store.is_read_only() {
-            return Ok(store);
-        }
-        Err(Error::new(
-            ErrorKind::ReadOnly,
-            format!(
-                "the store {} cannot be written (Read-only file system, or somebody else's): it can be \
-                 looked at, checked, and served by `vellum nbd`",
-                store.root().display()
-            ),
-        ))
+        writable(self.store()?)
     }
+}
+
+fn writable(store: Store) -> Result<Store> {
+    if !store.is_read_only() {
+        return Ok(store);
+    }
+    Err(Error::new(
+        ErrorKind::ReadOnly,
+        format!(
+            "the store {} cannot be written (Read-only file system, or somebody else's): it can be \
+             looked at, checked, and served by `vellum nbd`",
+            store.root().display()
+        ),
+    ))
 }
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    completions::answer_shell();
     limits::survive_size_limit();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -301,6 +346,13 @@ pub fn main() -> ExitCode {
 
 /// Prints the help or the version that was asked for, or what is wrong with the command line.
 fn say_usage(said: &clap::Error) -> ExitCode {
+    let wrong = said.get(ContextKind::InvalidSubcommand);
+    if let Some(ContextValue::String(wrong)) = wrong
+        && let Some(instead) = docker::instead_of(wrong)
+    {
+        output::say(&format!("vellum: {wrong}: {instead}"));
+        return ExitCode::from(said.exit_code() as u8);
+    }
     if said.use_stderr() {
         let _ = said.print();
         return ExitCode::from(said.exit_code() as u8);
@@ -336,6 +388,12 @@ impl Command {
                 | Command::Mount(_)
                 | Command::Umount(_)
                 | Command::Run(_)
+                | Command::Start(_)
+                | Command::Stop(_)
+                | Command::Kill(_)
+                | Command::Wait(_)
+                | Command::Logs(_)
+                | Command::Waiter(_)
                 | Command::Exec(_)
                 | Command::Commit(_)
                 | Command::Cp(_)
@@ -377,6 +435,12 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Mount(args) => mount::mount(&args, context)?,
         Command::Umount(args) => mount::umount(&args, context)?,
         Command::Run(args) => return Ok(run::run(&args, context)),
+        Command::Start(args) => return Ok(start::start(&args, context)),
+        Command::Stop(args) => start::stop(&args, context)?,
+        Command::Kill(args) => start::kill(&args, context)?,
+        Command::Wait(args) => start::wait(&args, context)?,
+        Command::Logs(args) => logs::run(&args, context)?,
+        Command::Waiter(args) => waiter::run(&args, context)?,
         Command::Exec(args) => return Ok(exec::run(&args, context)),
         Command::Cp(args) => cp::run(&args, context)?,
         Command::Commit(args) => commit::run(&args, context)?,
@@ -398,6 +462,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Check(args) => check::run(&args, context)?,
         Command::Prune(args) => prune::run(&args, context)?,
         Command::Space(args) => space::run(&args, context)?,
+        Command::Df(args) => df::run(&args, context)?,
         Command::Doctor(args) => doctor::run(&args, context)?,
         Command::UpgradeServers(args) => upgrade_servers::run(&args, context)?,
         Command::Snapshotter(args) => snapshotter::run(&args, context)?,
@@ -405,7 +470,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Bench(args) => bench::run(&args, context)?,
         Command::Volume(args) => volume::run(&args, context)?,
         Command::Completions(args) => completions::completions(&args)?,
-        Command::Man => completions::man()?,
+        Command::Man(args) => completions::man(&args)?,
         Command::DeviceServer(args) => device_server::run(&args)?,
         Command::Fetcher => fetcher::run(context)?,
         Command::DeviceSupervisor(args) => file_device::run(&args)?,

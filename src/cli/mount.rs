@@ -9,14 +9,15 @@ use super::{Context, shown};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_engine::lost;
 use vellum_engine::mount::{Rights, mount as mount_container};
-use vellum_engine::teardown::umount as umount_container;
+use vellum_engine::teardown::{RemoveOptions, remove, umount as umount_container};
 use vellum_fs::ext4::Atime;
-use vellum_store::Store;
+use vellum_store::{NewContainer, Store};
 
 /// Arguments of `mount`.
 #[derive(Debug, clap::Args)]
 pub(super) struct MountArgs {
-    /// The container
+    /// The container; of an image one is made, which is mounted read-only
+    #[arg(add = super::completions::containers_and_images())]
     container: String,
     /// Where; the directory must exist [default: a directory under the store]
     dir: Option<PathBuf>,
@@ -26,6 +27,9 @@ pub(super) struct MountArgs {
     /// Let device nodes of the container open the host's devices
     #[arg(long)]
     dev: bool,
+    /// Let nothing be written through the mount; what runs in the container still writes
+    #[arg(short, long)]
+    read_only: bool,
     #[command(flatten)]
     transport: TransportArgs,
     /// When reads change the access times of its files [default: as it was made, or noatime]
@@ -41,6 +45,7 @@ refused, with the process that has it.")]
 pub(super) struct UmountArgs {
     /// The containers
     #[arg(required_unless_present = "all")]
+    #[arg(add = super::completions::containers_and_images())]
     containers: Vec<String>,
     /// All containers of the store
     #[arg(short, long, conflicts_with = "containers")]
@@ -53,14 +58,32 @@ pub(super) struct UmountArgs {
 }
 
 pub(super) fn mount(args: &MountArgs, context: &Context) -> Result<()> {
+    args.transport.choose();
+    let store = context.store_to_change()?;
+    let made = made_of_image(&store, &args.container)?;
     let rights = Rights {
         suid: args.suid,
         dev: args.dev,
+        read_only: args.read_only || made.is_some(),
     };
-    args.transport.choose();
-    let store = context.store_to_change()?;
+    let name = made.as_ref().unwrap_or(&args.container);
     let dir = args.dir.as_deref();
-    let mounted = mount_container(&store, &args.container, dir, rights, args.atime)?;
+    let mounted = mount_container(&store, name, dir, rights, args.atime);
+    let mounted = match (mounted, &made) {
+        (Ok(mounted), _) => mounted,
+        (Err(error), None) => return Err(error),
+        (Err(error), Some(made)) => {
+            // The first failure is what matters.
+            let _ = remove(&store, made, RemoveOptions::default());
+            return Err(error);
+        }
+    };
+    if let Some(made) = &made {
+        context.out.note(&format!(
+            "{} is mounted read-only as the container {made}, made for that: `vellum rm --force {made}` takes it away",
+            args.container
+        ));
+    }
     if context.out.json || std::io::stdout().is_terminal() {
         return context
             .out
@@ -70,6 +93,18 @@ pub(super) fn mount(args: &MountArgs, context: &Context) -> Result<()> {
     let mut line = mounted.dir.into_os_string().into_encoded_bytes();
     line.push(b'\n');
     write_out(&line)
+}
+
+/// The container that is made where `name` is an image's.
+fn made_of_image(store: &Store, name: &str) -> Result<Option<String>> {
+    if store.container(name).is_ok() || store.image(name).is_err() {
+        return Ok(None);
+    }
+    let made = store.create_container(&NewContainer {
+        image: name,
+        ..NewContainer::default()
+    })?;
+    Ok(Some(made.name))
 }
 
 pub(super) fn umount(args: &UmountArgs, context: &Context) -> Result<()> {

@@ -22,6 +22,7 @@ by hand or by systemd (Restart=on-failure).")]
 pub(super) struct Args {
     /// Containers (writable), images and snapshots (C@NAME; read-only); each is an export of its name
     #[arg(required = true)]
+    #[arg(add = super::completions::containers_and_images())]
     names: Vec<String>,
     /// Listen on this unix socket, of mode 0600 [default without --listen: run/nbd.sock in the store]
     #[arg(long, value_name = "PATH")]

@@ -1,5 +1,6 @@
 //! Printing: tables and lines for people, JSON for programs.
 
+use std::fmt::Display;
 use std::io::{self, Write};
 
 use serde::Serialize;
@@ -98,6 +99,13 @@ pub(super) fn first_of(failures: Vec<Error>) -> Result<()> {
 /// A line on standard error. Where that cannot be written nobody is there to be told.
 pub(super) fn say(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// A number of things: `1 layer`, `2 layers`.
+pub(super) fn counted(number: impl Display, thing: &str) -> String {
+    let number = number.to_string();
+    let plural = if number == "1" { "" } else { "s" };
+    format!("{number} {thing}{plural}")
 }
 
 /// A table with columns as wide as their content; the last is not padded.

@@ -14,6 +14,7 @@ use vellum_engine::prewarm::prewarm;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The container; it may be mounted and at work
+    #[arg(add = super::completions::containers())]
     name: String,
     /// Files and directories in the container, directories with all below them
     #[arg(required = true)]

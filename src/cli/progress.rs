@@ -32,11 +32,11 @@ impl Watch for Bars {
         let (bar, template) = match size {
             Some(size) => (
                 ProgressBar::new(size),
-                "{msg:24!} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}",
+                "{msg:24!} [{bar:30}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec}",
             ),
             None => (
                 ProgressBar::no_length(),
-                "{msg:24!} {spinner} {bytes} {bytes_per_sec}",
+                "{msg:24!} {spinner} {decimal_bytes} {decimal_bytes_per_sec}",
             ),
         };
         if let Ok(style) = ProgressStyle::with_template(template) {

@@ -1,7 +1,7 @@
 //! `vellum prune`
 
 use super::Context;
-use super::output::human_size;
+use super::output::{counted, human_size};
 use vellum_base::error::Result;
 use vellum_engine::check::finish_commits;
 use vellum_engine::teardown::clean_orphaned_run_dirs;
@@ -31,8 +31,8 @@ pub(super) fn run(_: &Args, context: &Context) -> Result<()> {
         }
         let bytes = human_size(report.bytes);
         out.push_str(&format!(
-            "{} layers removed, {bytes} freed\n",
-            report.layers.len()
+            "{} removed, {bytes} freed\n",
+            counted(report.layers.len(), "layer")
         ));
         out
     })

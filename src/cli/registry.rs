@@ -7,7 +7,7 @@ use console::Term;
 use serde::Serialize;
 
 use super::Context;
-use super::output::human_size;
+use super::output::{counted, human_size};
 use super::progress::Bars;
 use super::trace::PushTraceArgs;
 use vellum_base::crash_point;
@@ -244,7 +244,7 @@ fn pushed(report: &PushReport) -> String {
 
 pub(super) fn run_pull(args: &PullArgs, context: &Context) -> Result<()> {
     crash_point::arm()?;
-    let store = context.store_to_change()?;
+    let store = context.store_to_fill()?;
     let options = args.lazily.options(args.platform.clone(), args.access);
     let reference = Reference::parse(&args.reference)?;
     let name = match &args.name {
@@ -336,8 +336,7 @@ pub(super) fn run_complete(args: &CompleteArgs, context: &Context) -> Result<()>
         .out
         .print(&report, |report| match report.layers.len() {
             0 => format!("all of {} is here\n", args.name),
-            1 => format!("completed {}: 1 layer\n", args.name),
-            layers => format!("completed {}: {layers} layers\n", args.name),
+            layers => format!("completed {}: {}\n", args.name, counted(layers, "layer")),
         })
 }
 

@@ -13,6 +13,7 @@ use vellum_store::PruneReport;
 pub(super) struct RmArgs {
     /// The containers; C@NAME is a snapshot of one
     #[arg(required = true)]
+    #[arg(add = super::completions::containers())]
     containers: Vec<String>,
     /// Also when they are mounted, or something runs in them, which is killed
     #[arg(short, long)]
@@ -27,6 +28,7 @@ pub(super) struct RmArgs {
 pub(super) struct RmiArgs {
     /// The images
     #[arg(required = true)]
+    #[arg(add = super::completions::images())]
     images: Vec<String>,
 }
 

@@ -8,6 +8,7 @@ use vellum_engine::rename::rename;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The container, mounted or not, running or not
+    #[arg(add = super::completions::containers())]
     container: String,
     /// Its new name
     name: String,

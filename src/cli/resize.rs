@@ -11,6 +11,7 @@ use vellum_engine::resize::resize;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The container, mounted or not, running or not
+    #[arg(add = super::completions::containers())]
     container: String,
     /// Its new virtual size, not smaller than it is
     #[arg(value_name = "SIZE", value_parser = parse_bytes)]

@@ -43,7 +43,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     }
     let name = args.name.as_deref();
     let name = name.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "name a container"))?;
-    let store = context.store_to_change()?;
+    let store = context.store_to_fill()?;
     let watch = Bar::new(context.out, "restoring");
     let report = restore(&store, name, sources(&args.files)?, args.volumes, &watch)?;
     context.out.print(&report, summary)?;

@@ -9,6 +9,7 @@ use vellum_engine::snapshot::{Present, RollbackReport, rollback};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The container, stopped
+    #[arg(add = super::completions::containers())]
     container: String,
     /// The snapshot that it goes back to
     snapshot: String,

@@ -21,6 +21,7 @@ database in it recovers. With --freeze also what programs had written and not fl
 recovery; the kernel holds all writers back for that, for tens of milliseconds.")]
 pub(super) struct SnapshotArgs {
     /// The container: running, mounted or neither
+    #[arg(add = super::completions::containers())]
     container: String,
     /// The snapshot's name [default: the time]
     name: Option<String>,
@@ -38,6 +39,7 @@ pub(super) struct SnapshotArgs {
 pub(super) struct SnapshotsArgs {
     /// The container
     #[arg(required = true)]
+    #[arg(add = super::completions::containers())]
     container: Option<String>,
     #[command(subcommand)]
     command: Option<SnapshotsCommand>,
@@ -55,6 +57,7 @@ enum SnapshotsCommand {
 #[derive(Debug, clap::Args)]
 struct PruneArgs {
     /// The container
+    #[arg(add = super::completions::containers())]
     container: String,
     /// Keep the newest N
     #[arg(long, value_name = "N", default_value_t = 0)]

@@ -24,7 +24,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     if args.warn.is_none() && args.refuse.is_none() && args.stop.is_none() {
         return context.out.print(&space(&context.store()?)?, shown);
     }
-    let store = context.store_to_change()?;
+    let store = context.store_to_fill()?;
     let set = set_policy(&store, wanted(args, &store)?)?;
     context.out.print(&space(&store)?, shown)?;
     for error in &set.failed {

@@ -13,6 +13,7 @@ use vellum_store::Store;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Containers [default: all that are mounted or served]
+    #[arg(add = super::completions::containers())]
     names: Vec<String>,
     /// Print them again and again until interrupted; with --json one line each time
     #[arg(short, long)]

@@ -7,6 +7,7 @@ use vellum_base::error::Result;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The image
+    #[arg(add = super::completions::images())]
     image: String,
     /// Its further name
     name: String,

@@ -1,5 +1,9 @@
 //! What `mount` and `run` share: how requests come from the kernel.
 
+use std::ffi::OsString;
+
+use clap::ValueEnum;
+
 use vellum_engine::device::choose_transport;
 use vellum_export::device::TransportChoice;
 
@@ -22,5 +26,12 @@ impl TransportArgs {
     /// Has the devices served so that this process attaches from now on.
     pub(super) fn choose(&self) {
         choose_transport(self.transport);
+    }
+
+    /// The same for a process of this program.
+    pub(super) fn arguments(&self) -> Vec<OsString> {
+        let value = self.transport.to_possible_value();
+        let how = value.iter().map(|value| value.get_name().into());
+        how.flat_map(|how| ["--transport".into(), how]).collect()
     }
 }

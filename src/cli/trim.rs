@@ -11,6 +11,7 @@ use vellum_engine::trim::{Trimmed, trim, trimmable};
 pub(super) struct Args {
     /// The containers, mounted or not
     #[arg(required_unless_present = "all")]
+    #[arg(add = super::completions::containers())]
     containers: Vec<String>,
     /// All that have a file system and are not served over NBD
     #[arg(long, conflicts_with = "containers")]

@@ -9,6 +9,7 @@ use vellum_engine::upgrade::{Upgraded, own_program, served, upgrade_server};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The containers [default: every device of the store that is served]
+    #[arg(add = super::completions::containers())]
     containers: Vec<String>,
 }
 

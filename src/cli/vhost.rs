@@ -23,6 +23,7 @@ fault of Vellum's own. The machine's requests wait until it is started again, by
 (Restart=on-failure), and nothing is lost.")]
 pub(super) struct Args {
     /// A container (writable), an image or a snapshot (C@NAME; read-only)
+    #[arg(add = super::completions::containers_and_images())]
     name: String,
     /// Listen on this unix socket, of mode 0600
     #[arg(long, value_name = "PATH")]

@@ -18,6 +18,7 @@ mod cp;
 mod cp_hostile;
 mod diff;
 mod export;
+mod habits;
 mod import;
 mod interrupted;
 mod layer_file;

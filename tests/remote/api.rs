@@ -17,9 +17,14 @@ use crate::snapshotter_support::wait_for;
 
 /// The push of `web`, and a snapshotter that takes block layers from the registry.
 fn pushed(format: &str) -> (Registry, TestStore, Image, Rig) {
+    pushed_with(&["--format", format])
+}
+
+fn pushed_with(options: &[&str]) -> (Registry, TestStore, Image, Rig) {
     let (registry, from) = (Registry::new(), with_images());
     let name = registry.image("web:1");
-    let pushed = from.json(&["push", "web", &name, "--format", format]);
+    let push = [&["push", "web", &name], options].concat();
+    let pushed = from.json(&push);
     let image = Image::new(&registry, "web:1", pushed["digest"].as_str().unwrap());
     let rig = rig(&registry, "off");
     (registry, from, image, rig)
@@ -59,6 +64,23 @@ fn unpacks(rig: &Rig, image: &Image) {
     assert_eq!(rig.content("a/2/one", "file").unwrap(), "unpacked");
     rig.client.remove("a/2/one").unwrap();
     rig.assert_whole("unpacked");
+}
+
+#[test]
+fn what_a_start_needs_comes_ahead_once_all_layers_of_an_image_are_there() {
+    let trace = "sh -c 'read x </etc/web; echo $x'";
+    let (registry, _from, image, rig) = pushed_with(&["--trace", trace]);
+    let top = pull(&rig, &image, "a");
+    let hot = || {
+        let mut layers = lazy_layers(&rig.root()).into_iter();
+        layers.any(|dir| dir.join("hot").exists())
+    };
+    wait_for("the hot pack", Duration::from_secs(30), || !hot());
+    // What was traced is here without the registry.
+    drop(registry);
+    let mount = rig.client.prepare("a/9/web", &top, &[]).unwrap();
+    let web = Path::new(&mount.source).join("etc/web");
+    assert_eq!(fs::read_to_string(web).unwrap(), "web\n");
 }
 
 #[test]

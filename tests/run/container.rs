@@ -225,7 +225,7 @@ fn writes_land_in_the_containers_layer_and_two_containers_share_an_image() {
             assert_eq!(two.wait(), Some(42));
             // Stopped containers keep what was written, and run further commands.
             for name in ["one", "two"] {
-                assert_eq!(store.status(name), "created");
+                assert_eq!(store.status(name), "exited (42)");
                 let out = store.must(&["exec", name, "--", "cat", "/written"]);
                 assert_eq!(out, format!("{name}\n"));
             }

@@ -12,7 +12,9 @@
     reason = "a test that panics has failed"
 )]
 
+mod background;
 mod confinement;
 mod container;
 mod in_use;
 mod run_support;
+mod volumes;

@@ -563,7 +563,7 @@ fn a_file_system_that_cannot_hold_a_store_is_refused_by_name() {
     for kind in ["ext2", "ext3"] {
         let disk = Mounted::disk(&store, kind, 64, "loop");
         let root = disk.0.join("store");
-        let said = refused_at(&root, &["images"]);
+        let said = refused_at(&root, &["volume", "create", "v"]);
         assert!(said.contains(kind) && said.contains("fallocate"), "{said}");
         assert!(said.contains("XFS"), "{said}");
         assert!(!root.join("vellum.json").exists());

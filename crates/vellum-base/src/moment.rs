@@ -41,6 +41,16 @@ pub fn rfc3339_of_seconds(seconds: u64) -> String {
     humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
 }
 
+/// As [`rfc3339`], to the nanosecond.
+pub fn rfc3339_nanos(time: SystemTime) -> String {
+    let to_the_second = rfc3339(time);
+    // Not of a moment that no calendar has.
+    match to_the_second.ends_with('Z') {
+        true => humantime::format_rfc3339_nanos(time).to_string(),
+        false => to_the_second,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,5 +67,7 @@ mod tests {
         assert_eq!(rfc3339(before), "7 seconds before 1970");
         let after = UNIX_EPOCH + Duration::from_millis(1500);
         assert_eq!(rfc3339(after), "1970-01-01T00:00:01Z");
+        assert_eq!(rfc3339_nanos(after), "1970-01-01T00:00:01.500000000Z");
+        assert_eq!(rfc3339_nanos(before), "7 seconds before 1970");
     }
 }

@@ -47,6 +47,7 @@ pub mod temporary;
 pub mod trace;
 pub mod trim;
 pub mod upgrade;
+pub mod usage;
 pub mod watch;
 pub mod wire;
 

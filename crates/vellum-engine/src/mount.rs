@@ -183,6 +183,9 @@ fn mount_grown(
             ext4::unmount(dir, UNMOUNT_TIMEOUT)
         })
     });
+    if rights.read_only {
+        ext4::make_read_only(dir, options)?;
+    }
     match grown {
         // Its files are there all the same; the next mount tries again.
         Err(error) if ext4::is_mounted(dir)? => {

@@ -30,6 +30,9 @@ pub struct Rights {
     pub suid: bool,
     /// Device nodes open devices.
     pub dev: bool,
+    /// Nothing is written through this mount. The file system itself takes writes: of what runs in the container,
+    /// and its journal's.
+    pub read_only: bool,
 }
 
 impl Rights {
@@ -37,6 +40,7 @@ impl Rights {
     pub const ALL: Rights = Rights {
         suid: true,
         dev: true,
+        read_only: false,
     };
 
     /// What a mount gives.
@@ -44,6 +48,8 @@ impl Rights {
         Rights {
             suid: !mount.has_option("nosuid"),
             dev: !mount.has_option("nodev"),
+            // Not the file system's own, which an error makes read-only.
+            read_only: mount.options.split(',').any(|option| option == "ro"),
         }
     }
 
@@ -136,6 +142,15 @@ pub(super) fn inner_dir(
         ext4::mount(device, &inner, Rights::ALL.options(atime))?;
     }
     Ok(inner)
+}
+
+/// Where a container that is mounted at `dir` takes writes: there, or where [`inner_dir`] mounted it.
+pub(super) fn writable_dir(run_dir: &RunDir, dir: &Path) -> Result<PathBuf> {
+    let inner = run_dir.inner();
+    Ok(match MountInfo::at(&inner)? {
+        Some(_) => inner,
+        None => dir.to_owned(),
+    })
 }
 
 /// Takes away what [`inner_dir`] made, if it did.

@@ -15,7 +15,7 @@ use vellum_core::layer::data_blocks_on_disk;
 use vellum_export::device::{self, DeviceStatus, Identity, Status};
 use vellum_fs::ext4;
 use vellum_fs::mountinfo::MountInfo;
-use vellum_store::{ContainerRecord, SnapshotKind, SnapshotRecord, Store};
+use vellum_store::{ContainerRecord, LastRun, SnapshotKind, SnapshotRecord, Store};
 
 /// A container and its present state.
 #[derive(Debug, Clone, Serialize)]
@@ -23,7 +23,7 @@ pub struct ContainerStatus {
     /// The record.
     #[serde(flatten)]
     pub record: ContainerRecord,
-    /// One word or a short phrase: `created`, `running (pid …)`, `mounted at …`, `served over nbd by
+    /// One word or a short phrase: `created`, `exited (N)`, `running (pid …)`, `mounted at …`, `served over nbd by
     /// …`, `failed: …`.
     pub status: String,
     /// The first process of what runs in it.
@@ -77,7 +77,8 @@ pub fn status(
             device.as_ref(),
             mounted.as_ref(),
             space.as_ref(),
-        ),
+        )
+        .unwrap_or_else(|| at_rest(record.last_run.as_ref())),
     };
     let status = match known.waiting_for(&record.layers) {
         Some(waiting) => format!("{status}, {waiting}"),
@@ -105,14 +106,14 @@ pub fn status(
     })
 }
 
-/// In words; `name` of a container that is ours to unmount, `None` for what the snapshotter mounts.
+/// In words, where there is something to say; `name` of a container that is ours to unmount, `None` for what the snapshotter mounts.
 fn describe(
     name: Option<&str>,
     activity: Activity,
     device: Option<&DeviceStatus>,
     mounted: Option<&Mounted>,
     space: Option<&Space>,
-) -> String {
+) -> Option<String> {
     let place = match activity {
         Activity::Running { pid, waited: true } => Some(format!("running (pid {pid})")),
         Activity::Running { pid, waited: false } => {
@@ -123,7 +124,7 @@ fn describe(
         Activity::Idle => mounted.map(|mounted| format!("mounted at {}", mounted.dir.display())),
     };
     let Some(device) = device else {
-        return place.unwrap_or_else(|| "created".into());
+        return place;
     };
     let trouble = match device.state.status {
         Status::Failed => {
@@ -172,11 +173,22 @@ fn describe(
         }
         _ => space_trouble(name, mounted, space),
     };
-    match (trouble, place) {
+    Some(match (trouble, place) {
         (Some(trouble), Some(place)) => format!("{trouble} ({place})"),
         (Some(trouble), None) => trouble,
         (None, Some(place)) => place,
         (None, None) => "attached".into(),
+    })
+}
+
+/// Of a container that nobody has.
+fn at_rest(last_run: Option<&LastRun>) -> String {
+    match last_run {
+        None => "created".into(),
+        Some(LastRun {
+            ended: Some(end), ..
+        }) => format!("exited ({})", end.status),
+        Some(LastRun { ended: None, .. }) => "exited (unknown)".into(),
     }
 }
 
@@ -294,7 +306,8 @@ pub fn snapshot_status(
             device.as_ref(),
             mounted.as_ref(),
             space.as_ref(),
-        ),
+        )
+        .unwrap_or_else(|| "created".into()),
     };
     let waiting = match record.kind {
         SnapshotKind::Committed => None,

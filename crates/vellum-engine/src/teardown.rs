@@ -92,7 +92,10 @@ fn take_scaffold_away(store: &Store, container: &ContainerRecord) {
     let take = || {
         let alive = device::status(&store.run_dir(container))?.is_some_and(|status| status.alive);
         match mounted(store, container)? {
-            Some(mounted) if alive => scaffold::take_away(store, container, &mounted.dir),
+            Some(mounted) if alive => {
+                let dir = mount_point::writable_dir(&store.run_dir(container), &mounted.dir)?;
+                scaffold::take_away(store, container, &dir)
+            }
             _ => Ok(()),
         }
     };
@@ -181,8 +184,16 @@ pub fn remove(store: &Store, name: &str, options: RemoveOptions) -> Result<Prune
     };
     let runs = store.runs();
     // The last user of the name; a leftover is harmless and pruned.
-    let _ = std::fs::remove_file(runs.container_lock(container.id));
-    let _ = std::fs::remove_file(runs.socket_beside(container.id).path());
+    let [output, old_output] = runs.output_beside(container.id);
+    let socket = runs.socket_beside(container.id).path();
+    for file in [
+        runs.container_lock(container.id),
+        socket,
+        output,
+        old_output,
+    ] {
+        let _ = std::fs::remove_file(file);
+    }
     Ok(report)
 }
 

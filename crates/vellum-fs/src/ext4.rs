@@ -225,6 +225,20 @@ pub fn mount(device: &Path, target: &Path, options: MountOptions) -> Result<()> 
     })
 }
 
+/// Lets nothing write through the mount at `target`, which was mounted with these options; other mounts of the same
+/// file system stay as they are.
+///
+/// # Errors
+/// [`ErrorKind::Permission`] without CAP_SYS_ADMIN.
+pub fn make_read_only(target: &Path, options: MountOptions) -> Result<()> {
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | options.flags();
+    let none: Option<&Path> = None;
+    nix::mount::mount(none, target, none, flags, none).map_err(|errno| {
+        let what = format!("{}: cannot be made read-only", target.display());
+        Error::io(what, errno.into())
+    })
+}
+
 /// Unmounts `target`, waiting at most `timeout` for those who use it. One that is not mounted is
 /// fine.
 ///

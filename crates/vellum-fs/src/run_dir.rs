@@ -40,6 +40,8 @@ const LOOP: &str = "loop";
 const LOCK_SUFFIX: &str = ".lock";
 const SOCKET_SUFFIX: &str = ".sock";
 const TRACE_SUFFIX: &str = ".trace";
+const OUTPUT_SUFFIX: &str = ".log";
+const OLD_OUTPUT_SUFFIX: &str = ".log.1";
 
 /// The directory of all run directories of a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,10 +137,22 @@ impl RunRoot {
         self.path.join(format!("{id}{TRACE_SUFFIX}"))
     }
 
-    /// The id in the name of a container's lock, socket or trace in here; `None` of anything else.
+    /// What the command of the container with this id wrote in the background: now, and before that.
+    pub fn output_beside(&self, id: Uuid) -> [PathBuf; 2] {
+        [OUTPUT_SUFFIX, OLD_OUTPUT_SUFFIX].map(|suffix| self.path.join(format!("{id}{suffix}")))
+    }
+
+    /// The id in the name of a container's lock, socket, trace or output in here; `None` of anything else.
     pub fn id_beside(name: &str) -> Option<&str> {
-        let mut suffixes = [LOCK_SUFFIX, SOCKET_SUFFIX, TRACE_SUFFIX].into_iter();
-        let id = suffixes.find_map(|suffix| name.strip_suffix(suffix))?;
+        let suffixes = [
+            LOCK_SUFFIX,
+            SOCKET_SUFFIX,
+            TRACE_SUFFIX,
+            OUTPUT_SUFFIX,
+            OLD_OUTPUT_SUFFIX,
+        ];
+        let mut ids = suffixes.iter().map(|suffix| name.strip_suffix(suffix));
+        let id = ids.find_map(|id| id)?;
         Uuid::parse_str(id).is_ok().then_some(id)
     }
 
@@ -462,6 +476,10 @@ mod tests {
         let socket = runs.socket_beside(id).path();
         assert_eq!(beside(socket), Some(id.to_string()));
         assert_eq!(beside(runs.trace(id)), Some(id.to_string()));
+        for output in runs.output_beside(id) {
+            assert_eq!(beside(output), Some(id.to_string()));
+        }
+        assert_eq!(beside(runs.fetcher_log()), None);
         assert_eq!(beside(runs.nbd_socket()), None);
         assert_eq!(beside(runs.snapshotter_lock()), None);
     }

@@ -211,6 +211,14 @@ fn find(store: &Store, reference: &Reference, manifest: &str) -> Option<RemoteIm
     }
 }
 
+/// Lazy layers of a snapshot that was made.
+struct Lent {
+    /// Those that it does not share with its parent.
+    own: Vec<Uuid>,
+    /// With all below, from the bottom up.
+    all: Vec<Uuid>,
+}
+
 impl Snapshotter {
     /// Makes the snapshot that containerd then finds by its label, on lazy layers, and does not unpack. False where
     /// that cannot be: containerd unpacks it.
@@ -223,16 +231,17 @@ impl Snapshotter {
         let making = self.remote.making.lock();
         let lent = self.try_lend(record, image, pin);
         drop(making);
-        let layers = match lent {
-            Ok(Some(layers)) => layers,
+        let lent = match lent {
+            Ok(Some(lent)) => lent,
             Ok(None) => return self.not_lent(),
             Err(error) => {
                 tracing::warn!(key = %record.key, %error, "no layer is made of a registry's blocks: unpacked");
                 return self.not_lent();
             }
         };
+        image.expect_hot_pack(&self.store, &lent.all);
         if let Some(background) = self.remote.background
-            && let Err(error) = complete_in_background(&self.store, &layers, background)
+            && let Err(error) = complete_in_background(&self.store, &lent.own, background)
         {
             // It is there all the same.
             tracing::warn!(key = %record.key, %error, "is not completed in the background yet");
@@ -255,7 +264,7 @@ impl Snapshotter {
         record: &SnapshotRecord,
         image: &RemoteImage,
         pin: &StoreGuard,
-    ) -> Result<Option<Vec<Uuid>>> {
+    ) -> Result<Option<Lent>> {
         let Some(reference) = record.labels.get(REF_LABEL) else {
             return Ok(None);
         };
@@ -299,9 +308,9 @@ impl Snapshotter {
             return Ok(written.map(|_| None)?);
         }
         crash_point::here("remote: lazy record in place");
-        let layers = lent.layers.clone();
+        let own = lent.layers.clone();
         self.index.show(lent, None);
-        Ok(Some(layers))
+        Ok(Some(Lent { own, all: layers }))
     }
 
     /// True where some of these layers are being removed, or were.

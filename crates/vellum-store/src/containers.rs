@@ -8,7 +8,8 @@ use uuid::Uuid;
 use super::container_snapshots::ContainerSnapshot;
 use super::names::{check_name, check_reference};
 use super::prune::PruneReport;
-use super::records::{ContainerRecord, DiskInfo, ImageRecord, LayerInfo};
+use super::records::{ContainerRecord, DiskInfo, ImageRecord, LastRun, LayerInfo, RunEnd};
+use super::rename::ContainerRef;
 use super::{Store, StoreGuard};
 use vellum_base::block::BLOCK_SIZE;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -184,6 +185,7 @@ impl Store {
             scaffold: super::Scaffold::default(),
             atime: new.atime,
             confinement: new.confinement.clone(),
+            last_run: None,
             created: now(),
         };
         let path = self.record_path("containers", &record.name);
@@ -364,6 +366,43 @@ impl Store {
         let mut now = self.find_locked(&record.into())?;
         now.config = record.config.clone();
         self.write_json(&self.record_path("containers", &now.name), &now)
+    }
+
+    /// Notes that a container's command begins to run.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where it was removed; where the host fails.
+    pub fn begin_run(&self, container: &ContainerRef) -> Result<()> {
+        self.note_run(container, |_| {
+            Some(LastRun {
+                began: now(),
+                ended: None,
+            })
+        })
+    }
+
+    /// Notes how a container's command ended, unless its end is noted already.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub fn end_run(&self, container: &ContainerRef, status: u8) -> Result<()> {
+        self.note_run(container, |run| {
+            let mut run = run?;
+            run.ended
+                .get_or_insert_with(|| RunEnd { at: now(), status });
+            Some(run)
+        })
+    }
+
+    fn note_run(
+        &self,
+        container: &ContainerRef,
+        change: impl FnOnce(Option<LastRun>) -> Option<LastRun>,
+    ) -> Result<()> {
+        let _lock = self.lock()?;
+        let mut record = self.find_locked(container)?;
+        record.last_run = change(record.last_run);
+        self.write_json(&self.record_path("containers", &record.name), &record)
     }
 
     /// Replaces a container's record, by whoever has its lock and has read it since. It keeps the name that it

@@ -65,6 +65,7 @@ impl Fork {
             disk: self.disk.clone(),
             scaffold: self.scaffold.clone(),
             volumes: self.volumes.clone(),
+            last_run: None,
             created: now(),
             ..self.origin.clone()
         }

@@ -54,8 +54,8 @@ pub use names::{check_name, check_reference};
 pub use prune::{Orphans, PruneReport};
 pub use quarantine::{Quarantined, Records};
 pub use records::{
-    ContainerRecord, DiskInfo, FsInfo, ImageRecord, LayerInfo, MountPoint, Scaffold,
-    TemplateRecord, Touched, VolumeMount,
+    ContainerRecord, DiskInfo, FsInfo, ImageRecord, LastRun, LayerInfo, MountPoint, RunEnd,
+    Scaffold, TemplateRecord, Touched, VolumeMount,
 };
 pub use rename::ContainerRef;
 pub use restored::{Restored, RunAs};
@@ -79,7 +79,8 @@ use vellum_fs::run_dir::{RUN, RunDir, RunRoot};
 /// containers, and of one that may have some. It reads both.
 const STORE_FORMAT: u32 = 1;
 const STORE_FORMAT_SNAPSHOTS: u32 = 2;
-const MARKER: &str = "vellum.json";
+/// The file that says that a directory is a store.
+pub const MARKER: &str = "vellum.json";
 const DIRECTORIES: [&str; 7] = [
     "layers",
     "images",

@@ -177,6 +177,25 @@ impl Scaffold {
     }
 }
 
+/// A run of a container's own command. What `exec` runs is none.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastRun {
+    /// RFC 3339.
+    pub began: String,
+    /// `None` while it runs, and where nobody saw it end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<RunEnd>,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunEnd {
+    /// RFC 3339.
+    pub at: String,
+    /// The command's exit status, 128 + n after signal n.
+    pub status: u8,
+}
+
 /// A container: the layers of its image and a writable one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ContainerRecord {
@@ -222,6 +241,9 @@ pub struct ContainerRecord {
     /// What it may do and use when it runs.
     #[serde(default)]
     pub confinement: Confinement,
+    /// The last time that its command was run; `None` of one that never was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_run: Option<LastRun>,
     /// RFC 3339.
     pub created: String,
 }

@@ -73,6 +73,7 @@ impl Store {
             scaffold: snapshot.scaffold.clone(),
             atime: run_as.atime,
             confinement: run_as.confinement,
+            last_run: None,
             created: now(),
             snapshots: vec![snapshot],
         };

@@ -1,11 +1,13 @@
 //! Named volumes: plain directories that outlive containers.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
 
 use super::names::check_name;
 use super::{Store, StoreGuard};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::storage::LockMode;
+use vellum_base::storage::{Entry, LockMode};
 
 /// Where a named volume lies, and where it is filled.
 ///
@@ -19,11 +21,24 @@ pub struct VolumePlace {
     pub fresh: PathBuf,
     /// Copied, and not in the volume yet.
     pub full: PathBuf,
+    /// The volume is a directory of the host that somebody named: never filled, and never removed.
+    pub elsewhere: bool,
     lock: PathBuf,
 }
 
 /// Ends the name of what is being copied.
 const FRESH: &str = ".new";
+/// Ends the name of the record of a volume that lies elsewhere.
+const RECORD: &str = ".json";
+/// And of one that is being written.
+const UNFINISHED: &str = ".tmp";
+
+/// Where a named volume lies that is not in the store: `.NAME.json` beside the others.
+#[derive(Debug, Serialize, Deserialize)]
+struct Elsewhere {
+    /// Absolute path on the host.
+    path: PathBuf,
+}
 
 impl Store {
     /// The place of a named volume, which need not be there.
@@ -35,12 +50,61 @@ impl Store {
         let volumes = self.root.join("volumes");
         // No volume's name begins with a dot.
         let beside = |suffix: &str| volumes.join(format!(".{name}{suffix}"));
+        let elsewhere = self.read_json::<Elsewhere>(&beside(RECORD))?;
         Ok(VolumePlace {
-            dir: volumes.join(name),
+            elsewhere: elsewhere.is_some(),
+            dir: elsewhere.map_or_else(|| volumes.join(name), |elsewhere| elsewhere.path),
             fresh: beside(FRESH),
             full: beside(".full"),
             lock: beside(".lock"),
         })
+    }
+
+    /// Makes an empty volume; at `elsewhere`, an absolute path to a directory of the host, where one is named. One
+    /// that is there already and lies there is fine.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a bad name; [`ErrorKind::NotFound`] where there is no such directory;
+    /// [`ErrorKind::AlreadyExists`] for a volume that lies elsewhere.
+    pub fn create_volume(&self, name: &str, elsewhere: Option<&Path>) -> Result<VolumePlace> {
+        let _lock = self.lock()?;
+        if self.volumes()?.iter().any(|there| there == name) {
+            let place = self.volume_place(name)?;
+            if elsewhere.is_none_or(|path| place.elsewhere && place.dir == path) {
+                return Ok(place);
+            }
+            return Err(Error::new(
+                ErrorKind::AlreadyExists,
+                format!(
+                    "there is a volume {name} already, at {}: take another name, or remove it (`vellum volume rm {name}`)",
+                    place.dir.display()
+                ),
+            ));
+        }
+        let place = self.volume_place(name)?;
+        let volumes = self.root.join("volumes");
+        let Some(path) = elsewhere else {
+            self.storage
+                .create_dir(&place.dir)
+                .and_then(|()| self.storage.sync_dir(&volumes))
+                .context(|| format!("cannot make the volume {name}"))?;
+            return Ok(place);
+        };
+        let path = path
+            .canonicalize()
+            .context(|| format!("the volume {name} cannot lie at {}", path.display()))?;
+        if !path.is_dir() || path.to_str().is_none() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "the volume {name} cannot lie at {}: it is no directory, or its path is not UTF-8",
+                    path.display()
+                ),
+            ));
+        }
+        let record = volumes.join(format!(".{name}{RECORD}"));
+        self.write_json(&record, &Elsewhere { path })?;
+        self.volume_place(name)
     }
 
     /// Waits until nobody else fills the volume. The lock lies beside it: a container can lock
@@ -69,10 +133,17 @@ impl Store {
             .context(|| format!("cannot make the volume {}", place.dir.display()))
     }
 
-    /// Half-filled volumes that nobody fills any more.
+    /// Half-filled volumes that nobody fills any more, and half-written records of others.
     pub(super) fn unfinished_volumes(&self) -> Result<Vec<PathBuf>> {
         let mut found = Vec::new();
-        for entry in self.volume_entries()? {
+        for Entry {
+            name: entry,
+            is_dir,
+        } in self.volume_entries()?
+        {
+            if !is_dir && entry.starts_with('.') && entry.ends_with(UNFINISHED) {
+                found.push(self.root.join("volumes").join(&entry));
+            }
             let name = entry
                 .strip_prefix('.')
                 .and_then(|name| name.strip_suffix(FRESH));
@@ -90,15 +161,11 @@ impl Store {
         Ok(found)
     }
 
-    /// Names of the directories in `volumes`.
-    fn volume_entries(&self) -> Result<Vec<String>> {
+    /// What lies in `volumes`.
+    fn volume_entries(&self) -> Result<Vec<Entry>> {
         let dir = self.root.join("volumes");
-        let entries = self
-            .storage
-            .list(&dir)
-            .context(|| format!("cannot list {}", dir.display()))?;
-        let directories = entries.into_iter().filter(|entry| entry.is_dir);
-        Ok(directories.map(|entry| entry.name).collect())
+        let entries = self.storage.list(&dir);
+        entries.context(|| format!("cannot list {}", dir.display()))
     }
 
     /// All named volumes.
@@ -106,23 +173,28 @@ impl Store {
     /// # Errors
     /// Where the directory cannot be read.
     pub fn volumes(&self) -> Result<Vec<String>> {
-        let mut names = self.volume_entries()?;
-        names.retain(|name| !name.starts_with('.'));
+        let of_entry = |entry: Entry| match (entry.is_dir, entry.name.strip_prefix('.')) {
+            (true, None) => Some(entry.name),
+            (false, Some(name)) => name.strip_suffix(RECORD).map(str::to_owned),
+            _ => None,
+        };
+        let mut names: Vec<String> = self
+            .volume_entries()?
+            .into_iter()
+            .filter_map(of_entry)
+            .collect();
+        names.sort();
         Ok(names)
     }
 
-    /// Removes a named volume with all that is in it. `in_use` says which containers have it.
+    /// Removes a named volume with all that is in it; of one that lies elsewhere the name alone. `in_use` says which containers have it.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InUse`] names the containers.
     pub fn remove_volume(&self, name: &str, in_use: &[String]) -> Result<()> {
         let place = self.volume_place(name)?;
         let dir = &place.dir;
-        let there = self
-            .storage
-            .exists(dir)
-            .context(|| format!("cannot stat {}", dir.display()))?;
-        if !there {
+        if !self.volumes()?.iter().any(|there| there == name) {
             return Err(Error::new(
                 ErrorKind::NotFound,
                 format!("there is no volume {name}: `vellum volume ls` lists them"),
@@ -136,6 +208,11 @@ impl Store {
                     in_use.join(", ")
                 ),
             ));
+        }
+        if place.elsewhere {
+            let _lock = self.lock()?;
+            let record = format!(".{name}{RECORD}");
+            return self.remove_json(&self.root.join("volumes").join(record));
         }
         let _lock = self.lock_volume(&place)?;
         for unfinished in [&place.fresh, &place.full] {

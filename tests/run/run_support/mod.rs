@@ -151,6 +151,21 @@ impl Store {
             .unwrap_or_default()
     }
 
+    /// The processes that wait for commands in the background.
+    pub fn waiters(&self) -> Vec<i32> {
+        let root = self.path("store");
+        let is_waiter = |line: &[u8]| {
+            let line = String::from_utf8_lossy(line);
+            line.starts_with("@vellum-waiter") && line.contains(root.to_str().unwrap())
+        };
+        let processes = fs::read_dir("/proc").unwrap();
+        let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        pids.filter(|pid: &i32| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| is_waiter(&line))
+        })
+        .collect()
+    }
+
     /// The status of a container as `ps` has it.
     pub fn status(&self, name: &str) -> String {
         let status = &self.row(name)["status"];

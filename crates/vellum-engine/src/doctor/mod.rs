@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::run::find_runtime;
+use vellum_base::size::human_size;
 use vellum_base::storage::{FileStorage, Storage};
 use vellum_export::device::{ring_self_test, ublk_check};
 use vellum_export::fuse::ring::host::check as ring_check;
@@ -418,7 +419,7 @@ impl Look {
             Ok(stat) => {
                 let unit = stat.fragment_size();
                 let (free, size) = (stat.blocks_available() * unit, stat.blocks() * unit);
-                let found = format!("{} MiB of {} MiB free", free >> 20, size >> 20);
+                let found = format!("{} of {} free", human_size(free), human_size(size));
                 if free < LITTLE_SPACE || free < size / 20 {
                     self.add(
                         "free space",

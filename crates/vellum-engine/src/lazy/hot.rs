@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::client::ask_for_the_background;
 use super::lazy_layers;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
@@ -77,11 +78,26 @@ impl Hot {
     }
 }
 
-/// Notes where the hot pack of an image with these layers is, for the fetcher; false where none of them is lazy.
-///
-/// # Errors
-/// Where the host refuses.
-pub(crate) fn note_hot_pack(
+/// Has the fetcher bring the hot pack of an image with these layers, which a record names, unless none of them is lazy.
+/// A failure is logged: the image is there all the same.
+pub(crate) fn expect_hot_pack(
+    store: &Store,
+    layers: &[Uuid],
+    pack: &Descriptor,
+    whereabouts: (String, Access),
+) {
+    let noted = note(store, layers, pack, whereabouts);
+    let asked = noted.and_then(|noted| match noted {
+        true => ask_for_the_background(store.root()),
+        false => Ok(()),
+    });
+    if let Err(error) = asked {
+        tracing::warn!("what an image needs first does not come ahead yet: {error}");
+    }
+}
+
+/// Notes where a pack is; false where no layer is lazy.
+fn note(
     store: &Store,
     layers: &[Uuid],
     pack: &Descriptor,

@@ -14,11 +14,11 @@ mod remote;
 mod stall;
 
 pub use client::{FetcherClient, waiting};
-pub(crate) use client::{ask_for_the_background, said_last, waits_for_registry};
+pub(crate) use client::{said_last, waits_for_registry};
 pub(crate) use complete::go_on_in_background;
 pub use complete::{CompleteReport, complete, complete_in_background};
 pub use fetcher::FETCHER_COMMAND;
-pub(crate) use hot::note_hot_pack;
+pub(crate) use hot::expect_hot_pack;
 pub use remote::{Background, REMOTE_FILES, Remote};
 
 use std::ops::Range;

@@ -10,9 +10,7 @@ use vellum_registry::{Access, Descriptor, Document, Found, Reference, Session};
 use vellum_store::{ImageRecord, Store, StoreGuard};
 
 use super::super::import::{DEFAULT_SIZE, ImportOptions, LayerOutcome, import};
-use super::super::lazy::{
-    Background, ask_for_the_background, complete_in_background, note_hot_pack,
-};
+use super::super::lazy::{Background, complete_in_background, expect_hot_pack};
 use super::super::template;
 use super::super::watch::Watch;
 use super::layout::Layout;
@@ -175,15 +173,7 @@ impl Puller<'_> {
         let Some(pack) = parts.hot.as_ref().filter(|_| self.options.lazy) else {
             return;
         };
-        let noted = note_hot_pack(self.store, &image.layers, pack, self.session.whereabouts());
-        let asked = noted.and_then(|noted| match noted {
-            true => ask_for_the_background(self.store.root()),
-            false => Ok(()),
-        });
-        if let Err(error) = asked {
-            // The image is there all the same.
-            tracing::warn!("what it needs first does not come ahead yet: {error}");
-        }
+        expect_hot_pack(self.store, &image.layers, pack, self.session.whereabouts());
     }
 
     /// Notes where the blobs came from: a push of the same layers to another repository has the same ones.

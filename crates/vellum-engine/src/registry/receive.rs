@@ -64,6 +64,11 @@ impl Origin {
         let (reference, access) = session.whereabouts();
         Origin { reference, access }
     }
+
+    /// As [`Session::whereabouts`].
+    pub fn whereabouts(&self) -> (String, Access) {
+        (self.reference.clone(), self.access)
+    }
 }
 
 impl Parts {

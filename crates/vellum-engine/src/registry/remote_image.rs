@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use uuid::Uuid;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_image::{Platform, chain_ids};
@@ -12,6 +13,7 @@ use vellum_registry::{Access, Descriptor, Document, Reference, Session};
 use vellum_store::{Store, StoreGuard};
 
 use super::super::import::LayerOutcome;
+use super::super::lazy;
 use super::super::watch::Quiet;
 use super::layout::Layout;
 use super::receive::{Origin, Parts, Receiver, parts};
@@ -152,6 +154,16 @@ impl RemoteImage {
         let layers = receiver.up_to(*count).receive_layers()?;
         crash_point::here("remote: layers published");
         Ok(Some(layers))
+    }
+
+    /// Has the fetcher bring what a start needs first, once a record names these layers, which [`RemoteImage::make`]
+    /// made. Where they are not all of the image's, the ones to come are waited for.
+    pub fn expect_hot_pack(&self, store: &Store, layers: &[Uuid]) {
+        if let Some(pack) = &self.parts.hot
+            && layers.len() == self.parts.layers.len()
+        {
+            lazy::expect_hot_pack(store, layers, pack, self.from.whereabouts());
+        }
     }
 }
 

@@ -117,6 +117,21 @@ impl Owner {
         }
     }
 
+    /// Whether the container's first process has become the program that it is to be: before that it is the
+    /// runtime's.
+    pub(super) fn executes_its_program(&self, run_dir: &RunDir) -> Result<bool> {
+        let Some(init) = self.init(run_dir)? else {
+            return Ok(false);
+        };
+        if !self.runtime(run_dir).knows(&self.id) {
+            return Ok(false);
+        }
+        // Runtimes run from a copy of themselves in memory, or from their file.
+        let runtimes = fs::canonicalize(&self.program).unwrap_or_else(|_| self.program.clone());
+        let program = fs::read_link(format!("/proc/{}/exe", init.pid));
+        Ok(program.is_ok_and(|program| program != runtimes && !program.starts_with("/memfd:")))
+    }
+
     /// The oldest process of the container's cgroup, wherever its hierarchy is mounted.
     fn any_member(&self) -> Result<Option<Identity>> {
         let members = cgroup::members(&self.cgroup)?;
@@ -203,7 +218,7 @@ pub(crate) fn end_running(run_dir: &RunDir, container: &str, force: bool) -> Res
             return Err(Error::new(
                 ErrorKind::InUse,
                 format!(
-                    "the container {container} is running (pid {pid}{what}{alone}): end its command first (`kill {pid}`), or use --force to kill it"
+                    "the container {container} is running (pid {pid}{what}{alone}): end its command first (`vellum stop {container}`), or use --force to kill it"
                 ),
             ));
         }

@@ -8,7 +8,7 @@ use super::super::mount_point;
 use super::activity::Owner;
 use super::executable::{self, Files, NoProgram};
 use super::spec::{self, Bind, ContainerPlan, ProcessPlan};
-use super::{Traced, capabilities, limits, scaffold, seccomp, user, volume};
+use super::{capabilities, limits, scaffold, seccomp, user, volume};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::run_dir::RunDir;
 use vellum_store::{Confinement, ContainerRecord, Network, Store};
@@ -20,8 +20,6 @@ pub(super) struct Start {
     pub(super) terminal: bool,
     /// The OCI runtime.
     pub(super) program: PathBuf,
-    /// It is run for a trace.
-    pub(super) traced: Option<Traced>,
 }
 
 /// Writes the bundle, unless the command is no program: then the answer is why.

@@ -3,10 +3,12 @@
 //!
 //! * [`run`] makes a container and runs a command in it; [`exec`] runs one in a container that is
 //!   there, beside what runs in it or alone.
+//! * [`waiter`] runs a container's command in the background; [`stop()`] ends it.
 //! * [`activity()`] says what runs; unmounting and removing end it. So [`super::teardown`] stands on
 //!   `activity` and `scaffold` in here, which know nothing of it, and the rest of this module on it.
 
 pub(super) mod activity;
+mod attend;
 mod bundle;
 mod capabilities;
 pub(crate) mod cgroup;
@@ -14,13 +16,16 @@ mod end;
 mod executable;
 mod foreground;
 mod limits;
+mod output;
 mod refused;
 mod runtime;
 pub(super) mod scaffold;
 mod seccomp;
 mod spec;
+mod stop;
 mod user;
 mod volume;
+pub mod waiter;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,7 +37,7 @@ use uuid::Uuid;
 use super::mount::{Rights, mount_anew, mount_locked};
 use super::mount_point::{self, mounted};
 use super::seal::sync_file_system;
-use super::teardown::{self, RemoveOptions, end_for_good, refuse_halted, take_over, unmount_ended};
+use super::teardown::{end_for_good, refuse_halted, take_over, unmount_ended};
 use super::{lock_container, lock_renamed};
 use activity::{Owner, forget, kill_left, settled_activity};
 use bundle::{Start, absolute, host_name, prepare, write_json};
@@ -45,15 +50,20 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_export::device::{self, Identity, boot_id};
 use vellum_fs::run_dir::RunDir;
-use vellum_store::{Confinement, ContainerRecord, NewContainer, Store};
+use vellum_store::{Confinement, ContainerRecord, Store};
+use waiter::Background;
 
 pub use activity::{Activity, activity};
+pub(crate) use attend::run_for_a_trace;
+pub use attend::{make, run, start};
 pub use capabilities::parse_capability;
+pub use output::{OutputLine, OutputOptions, Stream, logs};
 pub use runtime::FAILURE;
 pub(super) use runtime::find as find_runtime;
 pub use seccomp::parse_seccomp;
+pub use stop::{StopSignal, kill, stop, wait};
 pub(super) use volume::mounted_volumes;
-pub use volume::{check_volumes, parse_volume};
+pub use volume::{check_volumes, parse_mount, parse_volume};
 
 /// How often it is looked whether a container that a command could not join still runs.
 const ENTER_LOOKS: usize = 10;
@@ -83,8 +93,6 @@ pub struct RunOptions {
     pub entrypoint: Option<String>,
     /// Remove the container when the command has ended.
     pub remove: bool,
-    /// It is run for a trace.
-    pub traced: Option<Traced>,
 }
 
 /// A command that is run for what it touches: it has no input, and what it prints goes to standard error.
@@ -145,112 +153,24 @@ pub fn check_confinement(confinement: &Confinement) -> Result<()> {
     limits::of(confinement).map(drop)
 }
 
-/// Makes a container, runs a command in it in the foreground, and unmounts it. While it runs, the
-/// signals of the calling thread go on to the command.
-///
-/// A container whose command could not be started is removed again.
-///
-/// # Errors
-/// [`ErrorKind::Missing`] without an OCI runtime; as [`Store::create_container`] and
-/// [`super::mount::mount`]; [`ErrorKind::NotFound`] for a user that the image does not have.
-pub fn run(store: &Store, new: &NewContainer<'_>, options: &RunOptions) -> Result<Ended> {
-    let program = runtime::find()?;
-    check_volumes(&new.volumes)?;
-    check_confinement(&new.confinement)?;
-    let mut container = store.create_container(new)?;
-    let ended = run_created(store, &mut container, options, &program);
-    let started = matches!(&ended, Ok(ended) if ended.failure.is_none());
-    if options.remove || !started {
-        match remove_again(store, &container) {
-            // What the command said by its status is not lost over a copy of its files.
-            Err(error) if started && error.kind() == ErrorKind::InUse => {
-                tracing::warn!("{error}: it is not removed");
-            }
-            Err(error) if started => return Err(error),
-            _ => {}
-        }
-    }
-    ended
-}
-
-/// Runs a command in a container that was just made for it, and removes that.
-///
-/// # Errors
-/// As [`run`].
-pub(crate) fn run_once(
-    store: &Store,
-    mut container: ContainerRecord,
-    options: &RunOptions,
-) -> Result<Ended> {
-    let program = runtime::find();
-    let ended = program.and_then(|program| run_created(store, &mut container, options, &program));
-    let removed = remove_again(store, &container);
-    let ended = ended?;
-    removed?;
-    Ok(ended)
-}
-
-fn remove_again(store: &Store, container: &ContainerRecord) -> Result<()> {
-    // Also where a signal asked us to end.
-    let _held = interrupt::hold();
-    // Somebody may have removed it meanwhile, or renamed it.
-    match store.find_container(&container.into()) {
-        Ok(there) => teardown::remove(store, &there.name, RemoveOptions::default()).map(drop),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-fn run_created(
-    store: &Store,
-    container: &mut ContainerRecord,
-    options: &RunOptions,
-    program: &Path,
-) -> Result<Ended> {
-    // Commands that are run in it later get the same.
-    let config = &mut container.config.config;
-    let command = &options.command;
-    spec::merge_env(&mut config.env, &command.env);
-    if let Some(workdir) = &command.workdir {
-        config.working_dir.clone_from(workdir);
-    }
-    if let Some(user) = &command.user {
-        config.user.clone_from(user);
-    }
-    let mut args: Vec<String> = match &options.entrypoint {
-        Some(program) => Some(program.clone())
-            .filter(|program| !program.is_empty())
-            .into_iter()
-            .collect(),
-        None => config.entrypoint.clone(),
-    };
-    // Another entry point has other arguments.
-    match (command.command.is_empty(), &options.entrypoint) {
-        (true, None) => args.extend(config.cmd.iter().cloned()),
-        _ => args.extend(command.command.iter().cloned()),
-    }
-    if args.is_empty() {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!(
-                "the image {} names no command: give one after `--`",
-                container.image
-            ),
-        ));
-    }
-    store.configure_container(container)?;
-    let start = Start {
-        args,
-        env: Vec::new(),
-        terminal: command.terminal,
-        program: program.to_owned(),
-        traced: options.traced,
-    };
-    run_alone(store, container, &start)
+/// Which command is run alone in a container.
+#[derive(Clone, Copy)]
+enum Whose<'a> {
+    /// The container's own, whose end is noted; maybe in the background.
+    Own(Option<&'a Background>),
+    /// That of a trace, in a container that was made for it.
+    Traced(Traced),
+    /// Another one.
+    Another,
 }
 
 /// Mounts a container that nothing runs in, unless it is, runs a command, and puts all back.
-fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Result<Ended> {
+fn run_alone(
+    store: &Store,
+    container: &ContainerRecord,
+    start: &Start,
+    whose: Whose<'_>,
+) -> Result<Ended> {
     let run_dir = store.run_dir(container);
     let (now, busy) = lock_container(store, container)?;
     // User, directory and environment are those of this command.
@@ -262,20 +182,12 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
     end_for_good(store, container, false)?;
     refuse_halted(&store.run_dir(container), &container.name)?;
     take_over(store, container)?;
+    if let Whose::Own(_) = whose {
+        store.begin_run(&container.into())?;
+    }
     let before = mounted(store, container)?;
     let keep_mounted = before.is_some();
-    let oci = run_dir.oci().join("root");
-    fs::create_dir_all(&oci).context(|| format!("cannot make {}", oci.display()))?;
-    let owner = Owner {
-        id: container.id.to_string(),
-        program: start.program.clone(),
-        waiter: Identity::current(),
-        runner: None,
-        cgroup: format!("vellum-{}", container.id),
-        keep_mounted,
-        boot_id: boot_id()?,
-        place: run_dir.place().ok(),
-    };
+    let owner = new_owner(container, &run_dir, start, keep_mounted)?;
     let prepare = || {
         // First, so that whoever comes after us should we be killed knows what to unmount.
         owner.write(&run_dir)?;
@@ -299,29 +211,72 @@ fn run_alone(store: &Store, container: &ContainerRecord, start: &Start) -> Resul
         interrupt::check()?;
         Ok(Ok((rootfs, foreground)))
     };
-    let undo = || {
+    let undo = |status| {
         // Nothing runs yet; the first failure is what matters.
         let _held = interrupt::hold();
+        let _ = note_end(store, container, whose, status);
         let _ = end_alone(store, container, keep_mounted);
     };
     let (rootfs, foreground) = match prepare() {
         Ok(Ok(prepared)) => prepared,
         Ok(Err(no)) => {
-            undo();
+            undo(no.status);
             return Ok(no.into());
         }
         Err(error) => {
-            undo();
+            undo(FAILURE);
             return Err(error);
         }
     };
     // Others may ask, look and enter while it runs.
     drop(busy);
-    let ended = supervise(&foreground, &run_dir, owner, &rootfs, start.traced);
+    let ended = supervise(&foreground, &run_dir, owner, &rootfs, whose);
+    // First, so that it is known whatever comes in between.
+    let status = ended.as_ref().map_or(FAILURE, |ended| ended.status);
+    let noted = note_end(store, container, whose, status);
     let put_back = put_back(store, container, keep_mounted);
     let ended = ended?;
     put_back?;
+    noted?;
     Ok(ended)
+}
+
+/// Who runs a command in a container, before anything of it is there.
+fn new_owner(
+    container: &ContainerRecord,
+    run_dir: &RunDir,
+    start: &Start,
+    keep_mounted: bool,
+) -> Result<Owner> {
+    let oci = run_dir.oci().join("root");
+    fs::create_dir_all(&oci).context(|| format!("cannot make {}", oci.display()))?;
+    Ok(Owner {
+        id: container.id.to_string(),
+        program: start.program.clone(),
+        waiter: Identity::current(),
+        runner: None,
+        cgroup: format!("vellum-{}", container.id),
+        keep_mounted,
+        boot_id: boot_id()?,
+        place: run_dir.place().ok(),
+    })
+}
+
+/// Notes how a container's own command ended.
+fn note_end(
+    store: &Store,
+    container: &ContainerRecord,
+    whose: Whose<'_>,
+    status: u8,
+) -> Result<()> {
+    let Whose::Own(_) = whose else {
+        return Ok(());
+    };
+    match store.end_run(&container.into(), status) {
+        // Removed by force.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// Removes what a run left, and unmounts.
@@ -388,7 +343,8 @@ fn end_alone(store: &Store, container: &ContainerRecord, keep_mounted: bool) -> 
     if keep_mounted {
         kill_left(&run_dir)?;
         if let Some(mounted) = mounted(store, container)? {
-            scaffold::take_away(store, container, &mounted.dir)?;
+            let dir = mount_point::writable_dir(&run_dir, &mounted.dir)?;
+            scaffold::take_away(store, container, &dir)?;
         }
         mount_point::end_inner(&run_dir)?;
         return forget(&run_dir);
@@ -403,7 +359,7 @@ fn supervise(
     run_dir: &RunDir,
     mut owner: Owner,
     rootfs: &Path,
-    traced: Option<Traced>,
+    whose: Whose<'_>,
 ) -> Result<Ended> {
     let oci = run_dir.oci();
     let runtime = owner.runtime(run_dir);
@@ -415,16 +371,23 @@ fn supervise(
         .arg("--pid-file")
         .arg(oci.join("pid"))
         .arg(&owner.id);
-    if traced.is_some() {
-        command.stdin(Stdio::null()).stdout(std::io::stderr());
+    match whose {
+        Whose::Own(Some(background)) => background.stdio(&mut command)?,
+        Whose::Traced(_) => drop(command.stdin(Stdio::null()).stdout(std::io::stderr())),
+        Whose::Own(None) | Whose::Another => {}
     }
     let mut child = runtime.spawn(&mut command, Some(rootfs))?;
     let noted = Identity::of(child.id() as i32).and_then(|runner| {
         owner.runner = runner;
         owner.write(run_dir)
     });
-    let limit = traced.and_then(|traced| traced.limit);
-    let mut end = limit.map(|limit| End::after(limit, &owner, run_dir));
+    if let Whose::Own(Some(background)) = whose {
+        background.tell_when_it_runs(&mut child, &owner, run_dir)?;
+    }
+    let mut end = match whose {
+        Whose::Traced(Traced { limit: Some(limit) }) => Some(End::after(limit, &owner, run_dir)),
+        Whose::Traced(_) | Whose::Own(_) | Whose::Another => None,
+    };
     let status = foreground.wait(&mut child, |child| {
         end.as_mut().map_or(Ok(()), |end| end.look(child))
     })?;
@@ -469,7 +432,7 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
     if options.command.is_empty() {
         return Err(Error::new(
             ErrorKind::InvalidInput,
-            "there is no command: give one after `--`",
+            "there is no command: give one after the container",
         ));
     }
     let config = &mut container.config.config;
@@ -487,9 +450,8 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
         env: options.env.clone(),
         terminal: options.terminal,
         program: runtime::find()?,
-        traced: None,
     };
-    run_alone(store, &container, &start)
+    run_alone(store, &container, &start, Whose::Another)
 }
 
 /// Runs a command beside what runs in the container; `None` where nothing does, or it ended before the

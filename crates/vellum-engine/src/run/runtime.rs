@@ -98,7 +98,7 @@ impl Runtime {
 
     /// Whether it has noted a container, which it does after the first process is there; commands for
     /// the container fail before. Both runtimes replace the file as a whole.
-    fn knows(&self, id: &str) -> bool {
+    pub(super) fn knows(&self, id: &str) -> bool {
         let dir = self.root.join(id);
         ["status", "state.json"]
             .iter()

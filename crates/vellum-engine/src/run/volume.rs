@@ -64,6 +64,53 @@ pub fn parse_volume(text: &str) -> Result<VolumeMount> {
     })
 }
 
+/// Reads docker's `type=bind,source=/src,target=/dst[,readonly]`, and `type=volume,source=NAME,…`. Unlike with
+/// [`parse_volume`], a directory of the host has to be there.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`], with what it looks like; [`ErrorKind::NotFound`] for the directory.
+pub fn parse_mount(text: &str) -> Result<VolumeMount> {
+    let bad = |why: &str| {
+        Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "{text:?} is no mount: {why}; write type=bind,source=/src,target=/dst or type=volume,source=NAME,\
+                 target=/dst, with ,readonly to keep writes out"
+            ),
+        )
+    };
+    let (mut kind, mut source, mut target, mut read_only) = ("volume", None, None, false);
+    for part in text.split(',') {
+        match part.split_once('=').unwrap_or((part, "true")) {
+            ("type", value @ ("bind" | "volume")) => kind = value,
+            ("type", _) => return Err(bad("there are bind and volume")),
+            ("source" | "src", value) => source = Some(value),
+            ("target" | "destination" | "dst", value) => target = Some(value),
+            ("readonly" | "ro", value @ ("true" | "false" | "1" | "0")) => {
+                read_only = ["true", "1"].contains(&value);
+            }
+            (key, _) => return Err(bad(&format!("{key} is not known"))),
+        }
+    }
+    let source = source.ok_or_else(|| bad("it has no source"))?;
+    let target = target.ok_or_else(|| bad("it has no target"))?;
+    if (kind == "bind") != source.starts_with('/')
+        || [source, target].iter().any(|p| p.contains(':'))
+    {
+        return Err(bad(
+            "the source of bind is an absolute path, that of volume a name, and neither has colons",
+        ));
+    }
+    if kind == "bind" && !Path::new(source).exists() {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("{source} is not there: make it first, or give it with -v, which makes it"),
+        ));
+    }
+    let mode = if read_only { "ro" } else { "rw" };
+    parse_volume(&format!("{source}:{target}:{mode}"))
+}
+
 /// An absolute path with nothing odd in it; `None` for the root or one with `..`.
 fn normal(path: &Path) -> Option<PathBuf> {
     let mut components = path.components();
@@ -109,6 +156,11 @@ pub(super) fn prepare(store: &Store, volume: &VolumeMount, rootfs: &Path) -> Res
     match fs::symlink_metadata(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             fs::create_dir_all(&path).context(|| format!("cannot make {}", path.display()))?;
+            // As docker does for -v; whoever mistyped a path wants to know.
+            tracing::warn!(
+                "{}: made for a volume, since it was not there",
+                path.display()
+            );
         }
         _ => {}
     }
@@ -225,6 +277,15 @@ fn is_empty(dir: &Path) -> Result<bool> {
 /// directory's mode and owner too.
 fn fill(store: &Store, name: &str, rootfs: &Path, at: &Path) -> Result<PathBuf> {
     let place = store.volume_place(name)?;
+    if place.elsewhere {
+        return match place.dir.is_dir() {
+            true => Ok(place.dir),
+            false => Err(Error::new(
+                ErrorKind::NotFound,
+                format!("{} is no directory (any more)", place.dir.display()),
+            )),
+        };
+    }
     // Two containers that start at once: the second finds it filled.
     let _lock = store.lock_volume(&place)?;
     move_in(store, &place)?;
@@ -297,6 +358,24 @@ mod tests {
         for relative in ["./a", "a/"] {
             let volume = parse_volume(&format!("{relative}:/x:rw")).unwrap();
             assert_eq!(Path::new(&volume.source), here.join("a"), "{relative}");
+        }
+    }
+
+    #[test]
+    fn dockers_mounts_are_read_and_want_their_directory() {
+        let bind = parse_mount("type=bind,src=/etc,dst=/x,readonly").unwrap();
+        assert!(bind.source == "/etc" && bind.read_only);
+        let volume = parse_mount("source=data,target=/x").unwrap();
+        assert!(volume.source == "data" && !volume.read_only);
+        for (text, why) in [
+            ("type=tmpfs,target=/x", "bind and volume"),
+            ("type=bind,source=data,target=/x", "absolute path"),
+            ("source=data", "no target"),
+            ("source=data,target=/x,uid=3", "uid is not known"),
+            ("type=bind,source=/no/such/place,target=/x", "not there"),
+        ] {
+            let error = parse_mount(text).unwrap_err().to_string();
+            assert!(error.contains(why), "{text}: {error}");
         }
     }
 

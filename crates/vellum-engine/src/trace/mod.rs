@@ -157,13 +157,12 @@ pub(crate) fn record(subject: &Subject<'_>, options: &TraceOptions) -> Result<Tr
             command: options.command.clone(),
             ..CommandOptions::default()
         },
-        remove: true,
-        traced: Some(Traced {
-            limit: options.limit,
-        }),
         ..RunOptions::default()
     };
-    let ended = run::run_once(store, container, &run)?;
+    let traced = Traced {
+        limit: options.limit,
+    };
+    let ended = run::run_for_a_trace(store, container, &run, traced)?;
     let in_time = options.limit.is_none_or(|limit| began.elapsed() < limit);
     let failed = |why: String| Err(Error::new(ErrorKind::Command, why));
     match ended.failure {
@@ -198,6 +197,7 @@ fn fork(subject: &Subject<'_>, name: &str) -> Fork {
         scaffold: Scaffold::default(),
         atime: None,
         confinement: vellum_store::Confinement::default(),
+        last_run: None,
         created: vellum_store::now(),
     };
     Fork::of_container(origin, Vec::new())

@@ -35,6 +35,7 @@ fn container() -> ContainerRecord {
         scaffold: Scaffold::default(),
         atime: None,
         confinement: crate::Confinement::default(),
+        last_run: None,
         created: String::new(),
     }
 }
