@@ -187,13 +187,16 @@ fn the_timer_that_takes_snapshots_is_one_for_systemd_and_says_the_commands_that_
         .lines()
         .filter(|line| line.contains("vellum-snapshot@"));
     assert_eq!(about_it.collect::<Vec<_>>(), Vec::<&str>::new());
+    let root = dir.path().join("store");
+    let mut make = Command::new(env!("CARGO_BIN_EXE_vellum"));
+    make.arg("--root").arg(&root);
+    run(make.args(["volume", "create", "any"]), "vellum");
     for line in service
         .lines()
         .filter_map(|line| line.strip_prefix("ExecStart="))
     {
         let mut words = line.split(' ').skip(1).collect::<Vec<_>>();
         // The command line is understood: it fails over the container, not over its words.
-        let root = dir.path().join("store");
         words.splice(0..0, ["--root", root.to_str().unwrap()]);
         let output = Command::new(env!("CARGO_BIN_EXE_vellum"))
             .args(&words)

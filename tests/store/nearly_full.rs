@@ -166,6 +166,7 @@ fn a_layer_file_that_does_not_fit_is_imported_no_further_than_writers_are_stoppe
 #[test]
 fn the_policy_is_shown_as_it_was_set_and_its_order_is_checked() {
     let store = TestStore::new();
+    store.ok(&["volume", "create", "any"]);
     let shown = store.ok(&["space"]);
     for line in [
         "warn       below 5%",

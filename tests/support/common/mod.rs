@@ -195,8 +195,11 @@ impl TestStore {
         PathBuf::from(self.ok(&["mount", container]).trim_end())
     }
 
-    /// Records of what is listed, by their names.
+    /// Records of what is listed, by their names; none where nobody has made the store.
     pub fn names(&self, command: &str) -> Vec<String> {
+        if !self.root.exists() {
+            return Vec::new();
+        }
         let rows = self.json(&[command]);
         let rows = rows.as_array().unwrap();
         rows.iter()
