@@ -6,6 +6,7 @@ use super::bundle::Start;
 use super::waiter::Background;
 use super::{
     Ended, RunOptions, Traced, Whose, check_confinement, check_volumes, run_alone, runtime, spec,
+    vacant,
 };
 use crate::teardown::{self, RemoveOptions};
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -107,7 +108,8 @@ pub(crate) fn run_for_a_trace(
             terminal: false,
             program,
         };
-        run_alone(store, &container, &start, Whose::Traced(traced))
+        let vacant = vacant(store, &container)?;
+        run_alone(store, vacant, &start, Whose::Traced(traced))
     };
     let ended = runtime::find().and_then(run);
     let removed = remove_again(store, &container);
@@ -148,7 +150,8 @@ pub(super) fn attend_to(
             terminal,
             program,
         };
-        run_alone(store, container, &start, Whose::Own(background.as_ref()))
+        let vacant = vacant(store, container)?;
+        run_alone(store, vacant, &start, Whose::Own(background.as_ref()))
     });
     let started = matches!(&ended, Ok(ended) if ended.failure.is_none());
     if remove || (is_new && !started) {

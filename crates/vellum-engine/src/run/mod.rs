@@ -48,6 +48,7 @@ use runtime::Runtime;
 use spec::ProcessPlan;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
+use vellum_base::storage::Held;
 use vellum_export::device::{self, Identity, boot_id};
 use vellum_fs::run_dir::RunDir;
 use vellum_store::{Confinement, ContainerRecord, Store};
@@ -164,24 +165,35 @@ enum Whose<'a> {
     Another,
 }
 
-/// Mounts a container that nothing runs in, unless it is, runs a command, and puts all back.
-fn run_alone(
-    store: &Store,
-    container: &ContainerRecord,
-    start: &Start,
-    whose: Whose<'_>,
-) -> Result<Ended> {
-    let run_dir = store.run_dir(container);
+/// A container that nothing runs in, until this is dropped.
+struct Vacant {
+    /// With the user, directory and environment of the command that is to be run.
+    container: ContainerRecord,
+    busy: Box<dyn Held>,
+}
+
+/// Sees to it that nothing runs in a container, nor will.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] where something does, or begins or ends just now.
+fn vacant(store: &Store, container: &ContainerRecord) -> Result<Vacant> {
     let (now, busy) = lock_container(store, container)?;
-    // User, directory and environment are those of this command.
-    let container = &ContainerRecord {
+    let container = ContainerRecord {
         config: container.config.clone(),
         ..now
     };
     // What a killed command left is in the way of the new one.
-    end_for_good(store, container, false)?;
-    refuse_halted(&store.run_dir(container), &container.name)?;
-    take_over(store, container)?;
+    end_for_good(store, &container, false)?;
+    refuse_halted(&store.run_dir(&container), &container.name)?;
+    take_over(store, &container)?;
+    Ok(Vacant { container, busy })
+}
+
+/// Mounts a container that nothing runs in, unless it is, runs a command, and puts all back.
+fn run_alone(store: &Store, vacant: Vacant, start: &Start, whose: Whose<'_>) -> Result<Ended> {
+    let Vacant { container, busy } = vacant;
+    let container = &container;
+    let run_dir = store.run_dir(container);
     if let Whose::Own(_) = whose {
         store.begin_run(&container.into())?;
     }
@@ -442,16 +454,27 @@ pub fn exec(store: &Store, name: &str, options: &CommandOptions) -> Result<Ended
     if let Some(user) = &options.user {
         config.user.clone_from(user);
     }
-    if let Some(ended) = join(store, &container, options)? {
-        return Ok(ended);
-    }
+    let mut looks = ENTER_LOOKS;
+    let vacant = loop {
+        if let Some(ended) = join(store, &container, options)? {
+            return Ok(ended);
+        }
+        looks -= 1;
+        match vacant(store, &container) {
+            // What a killed command had begun to start runs only now: then it is joined.
+            Err(error) if error.kind() == ErrorKind::InUse && looks > 0 => {
+                std::thread::sleep(ENTER_PAUSE);
+            }
+            vacant => break vacant?,
+        }
+    };
     let start = Start {
         args: options.command.clone(),
         env: options.env.clone(),
         terminal: options.terminal,
         program: runtime::find()?,
     };
-    run_alone(store, &container, &start, Whose::Another)
+    run_alone(store, vacant, &start, Whose::Another)
 }
 
 /// Runs a command beside what runs in the container; `None` where nothing does, or it ended before the
