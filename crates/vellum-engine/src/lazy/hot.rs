@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::client::ask_for_the_background;
-use super::lazy_layers;
+use super::{lazy_layers, read_noted};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
 use vellum_registry::{Access, Descriptor, Reference};
@@ -38,15 +38,7 @@ impl Hot {
     /// # Errors
     /// [`ErrorKind::Corrupt`]; the message names the file.
     pub fn read(storage: &dyn Storage, dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join(HOT_FILE);
-        let bytes = match storage.read_all(&path, MAX_HOT) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            other => other.context(|| format!("cannot read {}", path.display()))?,
-        };
-        serde_json::from_slice(&bytes).map(Some).map_err(|error| {
-            let text = format!("{} is damaged", path.display());
-            Error::with_source(ErrorKind::Corrupt, text, error)
-        })
+        read_noted(storage, &dir.join(HOT_FILE), MAX_HOT)
     }
 
     /// Whether there is one in a layer's directory.

@@ -22,11 +22,14 @@ pub(crate) use hot::expect_hot_pack;
 pub use remote::{Background, REMOTE_FILES, Remote};
 
 use std::ops::Range;
+use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use vellum_base::error::Result;
+use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_base::storage::Storage;
 use vellum_core::layer::Header;
 use vellum_store::Store;
 
@@ -73,6 +76,25 @@ pub struct Waiting {
     pub seconds: u64,
     /// Why the last attempt failed, if it did.
     pub error: Option<String>,
+}
+
+/// What a file of JSON beside a layer notes; `None` where it is not there.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`]; the message names the file.
+fn read_noted<T: DeserializeOwned>(
+    storage: &dyn Storage,
+    path: &Path,
+    max: u64,
+) -> Result<Option<T>> {
+    let bytes = match storage.read_all(path, max) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        other => other.context(|| format!("cannot read {}", path.display()))?,
+    };
+    serde_json::from_slice(&bytes).map(Some).map_err(|error| {
+        let text = format!("{} is damaged", path.display());
+        Error::with_source(ErrorKind::Corrupt, text, error)
+    })
 }
 
 /// The layers among these that are lazy.

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::read_noted;
 use crate::registry::digest_of;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
@@ -81,15 +82,7 @@ impl Remote {
     /// # Errors
     /// [`ErrorKind::Corrupt`]; the message names the file.
     pub fn read(storage: &dyn Storage, dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join(REMOTE_FILE);
-        let bytes = match storage.read_all(&path, MAX_REMOTE) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            other => other.context(|| format!("cannot read {}", path.display()))?,
-        };
-        serde_json::from_slice(&bytes).map(Some).map_err(|error| {
-            let text = format!("{} is damaged", path.display());
-            Error::with_source(ErrorKind::Corrupt, text, error)
-        })
+        read_noted(storage, &dir.join(REMOTE_FILE), MAX_REMOTE)
     }
 
     /// The layer's table, which is what its digest says.

@@ -2,12 +2,10 @@
 
 use std::path::PathBuf;
 
+use super::alone::{Whose, run_alone, vacant};
 use super::bundle::Start;
 use super::waiter::Background;
-use super::{
-    Ended, RunOptions, Traced, Whose, check_confinement, check_volumes, run_alone, runtime, spec,
-    vacant,
-};
+use super::{Ended, RunOptions, Traced, check_confinement, check_volumes, runtime, spec};
 use crate::teardown::{self, RemoveOptions};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use super::activity::{Activity, Owner, activity, settled_activity};
-use super::can_be_entered;
+use super::exec::can_be_entered;
 use crate::lock_renamed;
 use crate::teardown::end_for_good;
 use vellum_base::error::{Error, ErrorKind, Result};
