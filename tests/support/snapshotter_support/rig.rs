@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -69,10 +68,13 @@ impl Rig {
             .env_remove(VARIABLE)
             .env_remove(PANIC_VARIABLE)
             .envs(environment.iter().copied());
-        self.daemon = Some(Daemon::start(&mut command, &self.area.path().join("log")));
-        wait_for("the snapshotter listens", LIMIT, || {
-            UnixStream::connect(self.area.at("vellum.sock")).is_ok()
+        let mut daemon = Daemon::start(&mut command, &self.area.path().join("log"));
+        // That somebody listens is not enough: a program that the one before was starting when it was ended may
+        // have its socket for a moment. One that is to die while it starts never answers.
+        wait_for("the snapshotter answers", LIMIT, || {
+            self.client.list(&[]).is_ok() || daemon.0.try_wait().unwrap().is_some()
         });
+        self.daemon = Some(daemon);
     }
 
     /// Ends it with a signal.
