@@ -19,7 +19,7 @@ const MEANT: &[Meant] = &[
             ("crates/vellum-engine/src/mount.rs", 2),
             ("crates/vellum-engine/src/resize.rs", 1),
             ("crates/vellum-engine/src/run/executable.rs", 2),
-            ("crates/vellum-engine/src/run/mod.rs", 1),
+            ("crates/vellum-engine/src/run/alone.rs", 1),
             ("crates/vellum-engine/src/run/runtime.rs", 1),
             ("crates/vellum-engine/src/run/seccomp.rs", 1),
             ("crates/vellum-engine/src/run/spec.rs", 1),
