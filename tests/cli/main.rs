@@ -25,6 +25,7 @@ mod layer_file;
 mod lifecycle;
 mod live;
 mod names;
+mod package;
 mod same_bytes;
 mod verify_durability;
 mod vhost;

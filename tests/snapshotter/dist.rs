@@ -132,7 +132,7 @@ fn systemd_takes_the_unit() {
     let unit = dir.path().join("vellum-snapshotter.service");
     let text = fs::read_to_string(dist("vellum-snapshotter.service")).unwrap();
     // Where it is installed is not looked at; that it is a program is.
-    let text = text.replace("/usr/local/bin/vellum", "/bin/true");
+    let text = text.replace("=vellum ", "=/bin/true ");
     fs::write(&unit, &text).unwrap();
     let mut verify = Command::new("systemd-analyze");
     verify.args(["verify", "--man=no"]).arg(&unit);
@@ -167,7 +167,7 @@ fn the_timer_that_takes_snapshots_is_one_for_systemd_and_says_the_commands_that_
     let mut service = String::new();
     for kind in ["service", "timer"] {
         let text = fs::read_to_string(dist(&format!("vellum-snapshot@.{kind}"))).unwrap();
-        let installed = text.replace("/usr/local/bin/vellum", "/bin/true");
+        let installed = text.replace("=vellum ", "=/bin/true ");
         fs::write(
             dir.path().join(format!("vellum-snapshot@db.{kind}")),
             installed,

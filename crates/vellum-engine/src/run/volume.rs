@@ -7,7 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, RenameFlags, renameat2};
+use nix::fcntl::OFlag;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::user::open_in_root;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -332,10 +333,9 @@ fn move_in(store: &Store, place: &VolumePlace) -> Result<()> {
     for entry in fs::read_dir(&place.full).context(doing)? {
         let entry = entry.context(doing)?;
         let target = place.dir.join(entry.file_name());
-        let flags = RenameFlags::RENAME_NOREPLACE;
-        match renameat2(AT_FDCWD, &entry.path(), AT_FDCWD, &target, flags) {
+        match renameat_with(CWD, entry.path(), CWD, &target, RenameFlags::NOREPLACE) {
             // What a container has made there meanwhile stays.
-            Ok(()) | Err(Errno::EEXIST) => {}
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
             Err(errno) => return Err(Error::io(doing(), errno.into())),
         }
     }

@@ -361,7 +361,7 @@ fn join(threads: Vec<JoinHandle<Result<Ended>>>) -> Result<Ended> {
         // A signal that comes just before the thread begins to wait is lost: send it again.
         while !thread.is_finished() {
             // SAFETY: the thread was not joined, so its handle is valid.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGUSR1) };
+            unsafe { libc::pthread_kill(thread.as_pthread_t() as libc::pthread_t, libc::SIGUSR1) };
             std::thread::sleep(Duration::from_micros(200));
         }
         match thread.join() {
