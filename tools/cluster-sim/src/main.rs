@@ -1,4 +1,9 @@
 //! How long a cluster takes to start containers whose image is in a registry, by simulation. docs/cluster.md.
+#![allow(
+    clippy::indexing_slicing,
+    clippy::expect_used,
+    reason = "hosts, pieces and jobs have numbers of the simulation's own: a wrong one is a mistake that ends it"
+)]
 
 mod cluster;
 mod fluid;
