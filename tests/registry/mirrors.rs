@@ -339,3 +339,42 @@ fn of_the_directories_the_own_one_goes_before_the_default_and_the_first_place_be
     good(&one, "_default", &port);
     to.ok(&["pull", "other.invalid/web:1", "other"]);
 }
+
+#[test]
+fn doctor_lists_the_files_and_what_is_wrong_with_them() {
+    let mut store = store();
+    let mirror = "[host.'https://mirror.example:5000']\n";
+    for (registry, text) in [
+        ("good.example", mirror),
+        ("_default", "server = 'cache.example'\n"),
+        ("absent.example", "ca = 'absent.pem'\n"),
+        ("new.example_5000_", "server = 'https://x'\nspeed = 3\n"),
+    ] {
+        configure(&mut store, registry, text);
+    }
+    let output = store.output(&["--json", "doctor"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let findings = report["findings"].as_array().unwrap().iter();
+    let mirrors: Vec<_> = findings
+        .filter(|finding| finding["check"] == "mirrors")
+        .map(|finding| {
+            (
+                finding["state"].as_str().unwrap(),
+                finding["found"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    for (state, found) in [
+        (
+            "ok",
+            "good.example: https://mirror.example:5000/v2/, then https://good.example/v2/ (",
+        ),
+        ("ok", "every other registry: https://cache.example/v2/ ("),
+        ("warning", "absent.pem is no file of certificates"),
+        ("ok", "new.example:5000: https://x/v2/ ("),
+        ("warning", "not known here, and ignored: speed"),
+    ] {
+        let is = |finding: &&(&str, &str)| finding.0 == state && finding.1.contains(found);
+        assert_eq!(mirrors.iter().filter(is).count(), 1, "{found}: {mirrors:?}");
+    }
+}

@@ -241,7 +241,9 @@ impl File<'_> {
             "server" => name.to_owned(),
             key => format!("{key}.{name}"),
         };
-        let host = base.host_str().unwrap_or_default();
+        let Some(host) = base.host_str() else {
+            return Err(self.bad(key, "it is no address of a host (https://HOST[:PORT])"));
+        };
         let name = match base.port() {
             Some(port) => format!("{host}:{port}"),
             None => host.to_owned(),
@@ -440,7 +442,7 @@ pub struct HostsFile {
     pub unknown: Vec<String>,
 }
 
-/// All files of this host that say which hosts are asked, those of the first directory first.
+/// All files of this host that say which hosts are asked, sorted by their paths.
 pub fn all_hosts_files() -> Vec<HostsFile> {
     let dirs = places()
         .into_iter()
@@ -449,21 +451,20 @@ pub fn all_hosts_files() -> Vec<HostsFile> {
     dirs.sort();
     let there = dirs.into_iter().filter(|dir| dir.join(FILE).exists());
     there
-        .map(|dir| {
-            let name = dir.file_name().unwrap_or_default().to_string_lossy();
-            let registry = registry_of(&name);
+        .filter_map(|dir| {
+            let registry = registry_of(&dir.file_name()?.to_string_lossy());
             let path = dir.join(FILE);
             let looked = look(&path, &registry);
             let (hosts, unknown) = match looked {
                 Ok((hosts, unknown)) => (Ok(hosts), unknown),
                 Err(error) => (Err(error), Vec::new()),
             };
-            HostsFile {
+            Some(HostsFile {
                 path,
                 registry,
                 hosts,
                 unknown,
-            }
+            })
         })
         .collect()
 }

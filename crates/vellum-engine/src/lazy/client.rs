@@ -98,7 +98,7 @@ pub(super) fn ask_to_complete(root: &Path, layer: Uuid) -> Result<()> {
 /// # Errors
 /// Where it does not answer.
 pub fn waiting(runs: &RunRoot) -> Result<Vec<Waiting>> {
-    Ok(said(runs, STATUS)?.unwrap_or_default())
+    Ok(said(runs, STATUS)?.unwrap_or_else(Vec::new))
 }
 
 /// How many parts of blobs the fetcher of a store has asked registries for since it began; `None` where there is none.
