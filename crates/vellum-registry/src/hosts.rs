@@ -244,9 +244,22 @@ impl File<'_> {
         let Some(host) = base.host_str() else {
             return Err(self.bad(key, "it is no address of a host (https://HOST[:PORT])"));
         };
-        let name = match base.port() {
+        let address = match base.port() {
             Some(port) => format!("{host}:{port}"),
             None => host.to_owned(),
+        };
+        let place = |url: &Url| {
+            (
+                url.host_str().map(str::to_owned),
+                url.port_or_known_default(),
+            )
+        };
+        let own = place(&own_base(self.registry, false)?) == place(&base);
+        let own = own || address == host_of(self.registry);
+        let name = if own {
+            self.registry.to_owned()
+        } else {
+            address
         };
         let has = |one| keys.capabilities.is_empty() || keys.capabilities.contains(&one);
         let connect = keys.dial_timeout.as_deref().map(humantime::parse_duration);
@@ -269,7 +282,7 @@ impl File<'_> {
             skip_verify: keys.skip_verify,
         };
         Ok(Place {
-            namespace: (name != host_of(self.registry)).then(|| self.registry.to_owned()),
+            namespace: (!own).then(|| self.registry.to_owned()),
             name,
             base,
             capabilities: Capabilities {
@@ -500,4 +513,136 @@ fn look(path: &Path, registry: &str) -> Result<(Vec<String>, Vec<String>)> {
         hosts.push("the registry itself".into());
     }
     Ok((hosts, unknown))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(registry: &str, text: &str) -> Vec<Place> {
+        let path = Path::new("/etc/vellum/certs.d/x/hosts.toml");
+        File { path, registry }.places(text, false).unwrap()
+    }
+
+    #[test]
+    fn hosts_are_asked_in_the_order_of_the_file_and_the_server_last() {
+        let text = "
+            [host.'https://z.example']
+              capabilities = ['pull']
+            [host.'https://z.example'.header]
+              x = 'y'
+            [host.'http://a.example:5000']
+        ";
+        let found = places("docker.io", text);
+        let bases: Vec<_> = found.iter().map(|place| place.base.as_str()).collect();
+        let expected = [
+            "https://z.example/v2/",
+            "http://a.example:5000/v2/",
+            "https://registry-1.docker.io/v2/",
+        ];
+        assert_eq!(bases, expected);
+        let [z, a, server] = &found[..] else {
+            panic!("{found:?}")
+        };
+        assert!(z.capabilities.pull && !z.capabilities.resolve && !z.capabilities.push);
+        assert_eq!(a.capabilities, Capabilities::ALL);
+        assert_eq!(z.headers["x"], "y");
+        assert!(a.headers.is_empty() && server.headers.is_empty());
+        assert_eq!((&*a.name, &*server.name), ("a.example:5000", "docker.io"));
+        assert_eq!(a.namespace.as_deref(), Some("docker.io"));
+        assert_eq!(server.namespace, None);
+    }
+
+    #[test]
+    fn addresses_and_paths_are_those_that_containerd_makes_of_them() {
+        for (registry, text, base, namespace) in [
+            (
+                "r.example",
+                "server = 'r.example'",
+                "https://r.example/v2/",
+                None,
+            ),
+            (
+                "r.example:443",
+                "server = 'https://r.example'",
+                "https://r.example/v2/",
+                None,
+            ),
+            (
+                "r.example",
+                "server = 'http://r.example'",
+                "http://r.example/v2/",
+                None,
+            ),
+            (
+                "docker.io",
+                "server = 'https://docker.io'",
+                "https://registry-1.docker.io/v2/",
+                None,
+            ),
+            (
+                "r.example",
+                "server = 'https://m.example/v2'",
+                "https://m.example/v2/",
+                Some("r.example"),
+            ),
+            (
+                "r.example",
+                "server = 'https://m.example/a/'",
+                "https://m.example/a/v2/",
+                Some("r.example"),
+            ),
+            (
+                "r.example",
+                "server = 'https://m.example/a'\noverride_path = true",
+                "https://m.example/a/",
+                Some("r.example"),
+            ),
+        ] {
+            let found = places(registry, text);
+            assert_eq!(found[0].base.as_str(), base, "{text}");
+            assert_eq!(found[0].namespace.as_deref(), namespace, "{text}");
+        }
+    }
+
+    #[test]
+    fn files_of_certificates_are_named_in_each_way_and_lie_beside_the_file() {
+        let dir = Path::new("/etc/vellum/certs.d/x");
+        let files = |certificate: &str, key: &str| ClientFiles {
+            certificate: dir.join(certificate),
+            key: dir.join(key),
+        };
+        for (text, roots, clients) in [
+            ("ca = 'a'", vec!["a"], vec![]),
+            ("ca = ['a', '/b']", vec!["a", "/b"], vec![]),
+            ("client = 'c'", vec![], vec![files("c", "c")]),
+            (
+                "client = ['c', 'd']",
+                vec![],
+                vec![files("c", "c"), files("d", "d")],
+            ),
+            (
+                "client = [['c', 'k'], ['/d', '']]",
+                vec![],
+                vec![files("c", "k"), files("/d", "/d")],
+            ),
+        ] {
+            let trust = &places("r.example", text)[0].trust;
+            let roots: Vec<_> = roots.into_iter().map(|name| dir.join(name)).collect();
+            assert_eq!((&trust.roots, &trust.clients), (&roots, &clients), "{text}");
+        }
+    }
+
+    #[test]
+    fn directories_are_called_as_containerd_calls_them() {
+        assert_eq!(
+            directories("r.example:5000"),
+            ["r.example_5000_", "r.example:5000"]
+        );
+        assert_eq!(directories("docker.io"), ["docker.io"]);
+        assert_eq!(registry_of("r.example_5000_"), "r.example:5000");
+        for same in ["docker.io", "_default", "a_b_"] {
+            assert_eq!(registry_of(same), same);
+        }
+    }
 }
