@@ -137,6 +137,13 @@ fn one(stats: &Stats, rate: &str) -> String {
     } else {
         out.push('\n');
     }
+    if let Some(asked) = &stats.fetcher {
+        out.push_str(&format!(
+            "\nregistries: {} parts of blobs were asked for, {} of them twice since nothing moved ({} came by the second \
+             request)\n",
+            asked.requests, asked.hedges, asked.hedges_won
+        ));
+    }
     out.push_str(&layers(stats));
     out
 }

@@ -8,7 +8,7 @@ use std::process::{Output, Stdio};
 use crate::common::{TestStore, run};
 use crate::registry_support::{Registry, Setup, store, with_images};
 
-fn login(store: &TestStore, host: &str, password: &str) -> Output {
+pub fn login(store: &TestStore, host: &str, password: &str) -> Output {
     let mut child = store
         .command()
         .args(["login", host, "-u", "user", "--password-stdin"])
@@ -23,7 +23,10 @@ fn login(store: &TestStore, host: &str, password: &str) -> Output {
 
 #[test]
 fn a_registry_that_wants_a_password_gets_it_from_where_docker_keeps_it() {
-    let registry = Registry::with(&Setup { auth: true });
+    let registry = Registry::with(&Setup {
+        auth: true,
+        ..Setup::default()
+    });
     let store = with_images();
     let name = registry.image("team/web:1");
     let host = registry.host();
@@ -69,7 +72,10 @@ fn a_registry_that_wants_a_password_gets_it_from_where_docker_keeps_it() {
 
 #[test]
 fn a_password_that_is_known_and_wrong_is_said_to_be_so() {
-    let registry = Registry::with(&Setup { auth: true });
+    let registry = Registry::with(&Setup {
+        auth: true,
+        ..Setup::default()
+    });
     let store = store();
     let host = registry.host();
     let config = store.path("docker/config.json");
@@ -88,7 +94,10 @@ fn a_password_that_is_known_and_wrong_is_said_to_be_so() {
 
 #[test]
 fn a_credential_helper_keeps_and_gives_the_password() {
-    let registry = Registry::with(&Setup { auth: true });
+    let registry = Registry::with(&Setup {
+        auth: true,
+        ..Setup::default()
+    });
     let store = with_images();
     let host = registry.host();
     let helper = store.path("docker-credential-mine");

@@ -8,6 +8,8 @@
     reason = "a test that panics has failed"
 )]
 
+#[path = "../support/bucket_support/mod.rs"]
+mod bucket_support;
 #[path = "../support/common/mod.rs"]
 mod common;
 #[path = "../support/image_support/mod.rs"]
@@ -21,9 +23,13 @@ mod crash;
 mod faults;
 mod faulty;
 mod healing;
+mod hedging;
 mod hot;
 mod lazy;
 mod login;
+mod mirrors;
+mod mutual_tls;
 mod plain;
+mod presigned;
 mod push;
 mod tls;

@@ -299,7 +299,10 @@ fn an_image_whose_block_layers_or_registry_are_gone_is_unpacked_without_delay() 
             }
             "registry" => registry.stop(),
             "right" => {
-                registry = Registry::with(&Setup { auth: true });
+                registry = Registry::with(&Setup {
+                    auth: true,
+                    ..Setup::default()
+                });
                 image.name = registry.image("web:1");
                 rig = self::rig(&registry, "off");
             }

@@ -16,6 +16,7 @@ use super::mount_point::mounted;
 pub use super::sockets::Server;
 use super::sockets::Sockets;
 use super::wire::decode;
+use crate::lazy::traffic;
 use vellum_base::block::{BLOCK_SIZE, Blocks};
 use vellum_base::error::{ErrorKind, Result};
 use vellum_base::moment::rfc3339_of_seconds;
@@ -23,6 +24,7 @@ use vellum_core::chain::{LatencySnapshot, Sample};
 use vellum_core::layer::{SpaceStatus, data_blocks_on_disk};
 use vellum_export::device::control;
 use vellum_fs::run_dir::RunDir;
+use vellum_registry::Traffic;
 use vellum_store::{ContainerRecord, SnapshotKind, SnapshotRecord, Store};
 
 /// Version of [`Stats`] as JSON: fields may be added, others only change with this number.
@@ -64,6 +66,8 @@ pub struct Stats {
     pub mounted: Option<PathBuf>,
     /// What its server counted; `None` while nobody serves it.
     pub counters: Option<Counters>,
+    /// What the store's fetcher has asked registries for since it began, for whatever container; `None` where there is none.
+    pub fetcher: Option<Traffic>,
     /// Its layers from the bottom up.
     pub layers: Vec<LayerUse>,
 }
@@ -431,7 +435,17 @@ fn assemble(
         server,
         mounted: None,
         counters: device.map(Counters::new).transpose()?,
+        fetcher: fetcher(store),
         layers,
+    })
+}
+
+/// What the fetcher counts, if there is one.
+fn fetcher(store: &Store) -> Option<Traffic> {
+    let asked = traffic(&store.runs());
+    asked.unwrap_or_else(|error| {
+        tracing::warn!("what registries were asked for is not known: {error}");
+        None
     })
 }
 

@@ -1,12 +1,13 @@
 //! Documents and blobs, fetched and checked.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use reqwest::header::{ACCEPT, CONTENT_RANGE, CONTENT_TYPE, RANGE};
-use reqwest::{Response, StatusCode};
+use reqwest::{Response, StatusCode, Url};
 use tokio::sync::Mutex;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_image::Hasher;
@@ -14,32 +15,42 @@ use vellum_image::Hasher;
 use super::client::{Repository, header};
 use super::document::{ACCEPTED, Descriptor, Document};
 use super::failure::Failure;
+use super::hosts::Capabilities;
 use super::retry::{Moved, retried, unless_stalled};
+use super::source::Source;
 
-/// The manifest or index of a tag or digest; `None` where the registry has none. What is asked for by its digest has
-/// it, and what comes by a tag has the digest that it is given here.
-pub(crate) async fn document(
-    repository: &Repository,
-    identifier: &str,
-) -> Result<Option<Document>, Failure> {
+/// The manifest or index of a tag or digest, of the first host that has it. What is asked for by its digest has it, and
+/// what comes by a tag has the digest that it is given here.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] where the registry has none.
+pub(crate) async fn document(source: &Source, identifier: &str) -> Result<Document, Failure> {
+    let by_digest = identifier.contains(':');
+    let able: fn(&Capabilities) -> bool = match by_digest {
+        true => |able| able.pull,
+        false => |able| able.pull && able.resolve,
+    };
+    let first = || async {
+        let attempt = async |repository: &Repository| document_of(repository, identifier).await;
+        let found = source.first(identifier, able, attempt).await;
+        found.map_err(|failure| Failure {
+            // What the registry itself does not have, mirrors need not be waited for.
+            passes: failure.passes && failure.error.kind() != ErrorKind::NotFound,
+            ..failure
+        })
+    };
+    retried(source.tries, first).await
+}
+
+async fn document_of(repository: &Repository, identifier: &str) -> Result<Document, Failure> {
     let host = &repository.http.host;
     let name = &repository.repository;
     let doing = format!("asking {host} for {name} {identifier}");
     let url = repository.url(&format!("manifests/{identifier}"))?;
     let accept = ACCEPTED.join(", ");
-    let build = || {
-        repository
-            .http
-            .client
-            .get(url.clone())
-            .header(ACCEPT, &accept)
-    };
-    let response = repository
-        .ask_again(&doing, &[StatusCode::NOT_FOUND], build)
-        .await?;
-    if response.status() == StatusCode::NOT_FOUND {
-        return Ok(None);
-    }
+    let client = &repository.http.client;
+    let build = || client.get(url.clone()).header(ACCEPT, &accept);
+    let response = repository.ask_once(&doing, &[], build).await?;
     let media_type = header(response.headers(), CONTENT_TYPE.as_str());
     let media_type = media_type.and_then(|kind| kind.split(';').next());
     let media_type = media_type.unwrap_or("").trim().to_owned();
@@ -58,11 +69,11 @@ pub(crate) async fn document(
         )
         .into());
     }
-    Ok(Some(Document {
+    Ok(Document {
         media_type,
         digest,
         bytes,
-    }))
+    })
 }
 
 /// What has come of a blob.
@@ -70,24 +81,31 @@ struct Part {
     file: File,
     hasher: Hasher,
     len: u64,
+    /// The hosts that it came from.
+    from: BTreeSet<Url>,
+    /// What one host has begun, no other one goes on with.
+    of_one: bool,
 }
 
 impl Part {
     /// Forgets what has come.
-    fn restart(&mut self, digest: &str) -> Result<()> {
+    fn restart(&mut self, digest: &str, moved: &AtomicU64) -> Result<()> {
         self.file
             .set_len(0)
             .and_then(|()| self.file.seek(SeekFrom::Start(0)))
             .context(|| format!("beginning the blob {digest} anew"))?;
         self.hasher = Hasher::like(digest)?;
+        moved.fetch_sub(self.len, Ordering::Relaxed);
         self.len = 0;
+        self.from.clear();
         Ok(())
     }
 }
 
-/// Fetches a blob into a new file. When it is done, its length and digest are right. `moved` counts its bytes.
+/// Fetches a blob into a new file. When it is done, its length and digest are right. `moved` counts its bytes. What one host
+/// does not give, or gives with another digest, the next one is asked for.
 pub(crate) async fn download(
-    repository: &Repository,
+    source: &Source,
     blob: &Descriptor,
     path: &Path,
     moved: &AtomicU64,
@@ -97,18 +115,46 @@ pub(crate) async fn download(
         file: File::create_new(path).context(|| format!("cannot make {}", path.display()))?,
         hasher: Hasher::like(digest)?,
         len: 0,
+        from: BTreeSet::new(),
+        of_one: false,
     });
-    let go_on = || async { fetch(repository, blob, &mut *part.lock().await, moved).await };
-    retried(repository.tries, go_on).await?;
-    let actual = part.into_inner().hasher.finish();
-    if actual != *digest {
-        return Err(damaged(
-            repository,
-            digest,
-            &format!("its bytes have the digest {actual}"),
-        ));
+    let go_on = || async {
+        let mut part = part.lock().await;
+        let attempt = async |repository: &Repository| {
+            fetch(repository, blob, &mut part, moved).await?;
+            finish(repository, blob, &mut part, moved)
+        };
+        source.first(digest, |able| able.pull, attempt).await
+    };
+    retried(source.tries, go_on).await
+}
+
+/// Makes sure that what came is the blob.
+fn finish(
+    repository: &Repository,
+    blob: &Descriptor,
+    part: &mut Part,
+    moved: &AtomicU64,
+) -> Result<(), Failure> {
+    let digest = &blob.digest;
+    let hasher = std::mem::replace(&mut part.hasher, Hasher::like(digest)?);
+    let actual = hasher.finish();
+    if actual == *digest {
+        return Ok(());
     }
-    Ok(())
+    let mixed = part.from.len() > 1;
+    part.restart(digest, moved)?;
+    part.of_one |= mixed;
+    let failure = damaged(
+        repository,
+        digest,
+        &format!("its bytes have the digest {actual}"),
+    );
+    Err(Failure {
+        // Nobody knows whose bytes were wrong.
+        passes: mixed,
+        ..failure
+    })
 }
 
 fn damaged(repository: &Repository, digest: &str, why: &str) -> Failure {
@@ -133,6 +179,9 @@ async fn fetch(
     let digest = &blob.digest;
     let host = &repository.http.host;
     let doing = format!("fetching the blob {digest} from {host}");
+    if part.of_one && !part.from.contains(repository.http.base()) {
+        part.restart(digest, moved)?;
+    }
     if part.len == blob.size && blob.size > 0 {
         return Ok(());
     }
@@ -148,14 +197,16 @@ async fn fetch(
     let own = Moved::none();
     let response = repository.ask(&doing, &own, build).await?;
     match response.status() {
-        StatusCode::OK => part.restart(digest)?,
+        StatusCode::OK => part.restart(digest, moved)?,
         StatusCode::PARTIAL_CONTENT if begins_at(&response, from) => {}
         StatusCode::RANGE_NOT_SATISFIABLE => {
             let why = format!("there are {from} bytes of {}", blob.size);
+            part.restart(digest, moved)?;
             return Err(damaged(repository, digest, &why));
         }
         _ => return Err(Failure::refused(host, &doing, response).await),
     }
+    part.from.insert(repository.http.base().clone());
     let received = receive(repository, blob, part, response, (&own, moved));
     unless_stalled(&doing, &own, received).await
 }
@@ -183,6 +234,7 @@ async fn receive(
         let len = chunk.len() as u64;
         if part.len + len > blob.size {
             let why = format!("there are more than {} bytes", blob.size);
+            part.restart(digest, moved)?;
             return Err(damaged(repository, digest, &why));
         }
         part.file

@@ -1,90 +1,215 @@
 //! One registry, as HTTP shows it.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use reqwest::header::{AUTHORIZATION, HeaderMap, WWW_AUTHENTICATE};
-use reqwest::{Client, RequestBuilder, Response, StatusCode, Url};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, WWW_AUTHENTICATE};
+use reqwest::{Client, Method, Request, RequestBuilder, Response, StatusCode, Url, redirect};
 use tokio::sync::Mutex;
 
 use super::auth::authorization;
 use super::credentials::Credential;
 use super::failure::Failure;
-use super::reference::{host_of, is_local};
+use super::hosts::{Capabilities, Place};
+use super::redirects::Redirects;
+use super::reference::is_local;
 use super::retry::{Moved, Tries, retried, unless_stalled};
-use super::tls;
+use super::tls::{self, Configs};
 use vellum_base::error::{Error, ErrorKind, Result};
 
-/// How long a connection may take to come about.
-const CONNECT: Duration = Duration::from_secs(10);
 /// How long a pooled connection waits for its next use.
 const IDLE: Duration = Duration::from_secs(30);
 /// The longest document that is read whole: a manifest, a token.
 const MAX_DOCUMENT: usize = 4 << 20;
+/// How often a request is sent on.
+const MAX_REDIRECTIONS: usize = 5;
+
+/// By which connections a request goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lane {
+    /// Those of all.
+    Usual,
+    /// Others, which share nothing with them.
+    Second,
+}
+
+/// Clients for a host, and for others that it sends us on to.
+#[derive(Debug)]
+struct Clients {
+    own: Client,
+    elsewhere: Client,
+}
+
+impl Clients {
+    fn new(place: &Place, configs: &Configs) -> Result<Self> {
+        let make = |config: &rustls::ClientConfig| {
+            let mut builder = Client::builder()
+                .user_agent(concat!("vellum/", env!("CARGO_PKG_VERSION")))
+                .connect_timeout(place.connect)
+                .pool_idle_timeout(IDLE)
+                // Those of one host are not for another: `Http::execute` follows.
+                .redirect(redirect::Policy::none())
+                .tls_backend_preconfigured(config.clone());
+            if let Some(proxy) = &place.proxy {
+                builder = builder.proxy(reqwest::Proxy::all(proxy.clone())?);
+            } else if is_local(&place.name) {
+                builder = builder.no_proxy();
+            }
+            builder.build()
+        };
+        let make = |config| {
+            make(config).map_err(|error| {
+                Error::with_source(ErrorKind::Io, "an HTTP client cannot be made", error)
+            })
+        };
+        Ok(Clients {
+            own: make(&configs.own)?,
+            elsewhere: make(&configs.elsewhere)?,
+        })
+    }
+}
 
 /// A client for one host.
 #[derive(Debug)]
 pub(crate) struct Http {
+    /// With which requests are built; [`Http::execute`] chooses by which they go.
     pub client: Client,
-    /// What users call the registry.
+    /// What users call the host.
     pub host: String,
     pub is_tls: bool,
-    base: Url,
+    pub capabilities: Capabilities,
+    usual: Clients,
+    second: OnceLock<Clients>,
+    place: Place,
+    configs: Configs,
 }
 
 impl Http {
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a registry that is no host.
-    pub fn new(registry: &str, plain: bool) -> Result<Self> {
-        let local = is_local(registry);
-        let is_tls = !local && !plain;
-        let scheme = if is_tls { "https" } else { "http" };
-        let base = format!("{scheme}://{}/v2/", host_of(registry));
-        let base = Url::parse(&base).map_err(|error| {
-            let text = format!("{registry:?} is not the name of a registry: write HOST[:PORT]");
-            Error::with_source(ErrorKind::InvalidInput, text, error)
-        })?;
-        let mut builder = Client::builder()
-            .user_agent(concat!("vellum/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(CONNECT)
-            .pool_idle_timeout(IDLE)
-            .tls_backend_preconfigured(tls::config(registry)?);
-        if local {
-            builder = builder.no_proxy();
-        }
-        let client = builder.build().map_err(|error| {
-            Error::with_source(ErrorKind::Io, "an HTTP client cannot be made", error)
-        })?;
+    /// [`ErrorKind::InvalidInput`] for files of certificates that cannot be read.
+    pub fn new(place: Place) -> Result<Self> {
+        let configs = tls::configs(&place.trust)?;
+        let usual = Clients::new(&place, &configs)?;
         Ok(Http {
-            client,
-            host: registry.to_owned(),
-            is_tls,
-            base,
+            client: usual.own.clone(),
+            host: place.name.clone(),
+            is_tls: place.base.scheme() == "https",
+            capabilities: place.capabilities,
+            usual,
+            second: OnceLock::new(),
+            place,
+            configs,
         })
+    }
+
+    /// The address of its API: one host is asked in one way.
+    pub fn base(&self) -> &Url {
+        &self.place.base
+    }
+
+    /// The clients of a lane; those of all where no others can be made.
+    fn clients(&self, lane: Lane) -> &Clients {
+        if lane == Lane::Usual {
+            return &self.usual;
+        }
+        if self.second.get().is_none()
+            && let Ok(clients) = Clients::new(&self.place, &self.configs)
+        {
+            // Another thread may have been first.
+            let _ = self.second.set(clients);
+        }
+        self.second.get().unwrap_or(&self.usual)
+    }
+
+    /// Sends a request, and goes where it is sent on to. What says who asks stays with the host that it is for.
+    async fn execute(
+        &self,
+        lane: Lane,
+        mut request: Request,
+        authorization: Option<&str>,
+    ) -> reqwest::Result<Response> {
+        let clients = self.clients(lane);
+        if self.is_own(request.url()) {
+            for (name, value) in &self.place.headers {
+                request.headers_mut().append(name, value.clone());
+            }
+            let known = authorization.and_then(|known| HeaderValue::from_str(known).ok());
+            if let Some(mut known) = known {
+                known.set_sensitive(true);
+                request.headers_mut().insert(AUTHORIZATION, known);
+            }
+        }
+        let mut left = MAX_REDIRECTIONS;
+        loop {
+            let again = request.try_clone();
+            let client = match self.is_own(request.url()) {
+                true => &clients.own,
+                false => &clients.elsewhere,
+            };
+            let response = client.execute(request).await?;
+            let next = again.filter(|_| left > 0);
+            let Some(next) = next.and_then(|again| self.sent_on(&response, again)) else {
+                return Ok(response);
+            };
+            left -= 1;
+            request = next;
+        }
+    }
+
+    /// The request that follows an answer, if it is one that sends on: a read goes anywhere, others stay on the host.
+    fn sent_on(&self, response: &Response, mut request: Request) -> Option<Request> {
+        let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+        let sends_on = match response.status().as_u16() {
+            307 | 308 => true,
+            301..=303 => reads,
+            _ => false,
+        };
+        let url = header(response.headers(), LOCATION.as_str())?;
+        let url = response.url().join(url).ok()?;
+        let stays = url.origin() == request.url().origin();
+        let is_web = matches!(url.scheme(), "http" | "https");
+        if !sends_on || !is_web || !(reads || stays) {
+            return None;
+        }
+        if !stays {
+            request.headers_mut().remove(AUTHORIZATION);
+            for name in self.place.headers.keys() {
+                request.headers_mut().remove(name);
+            }
+        }
+        *request.url_mut() = url;
+        Some(request)
     }
 
     /// The address of something below `/v2/`.
     pub fn url(&self, path: &str) -> Result<Url> {
-        self.base.join(path).map_err(|error| {
+        let mut url = self.place.base.join(path).map_err(|error| {
             let text = format!("{path:?} is no part of an address");
             Error::with_source(ErrorKind::InvalidInput, text, error)
-        })
+        })?;
+        if let Some(registry) = &self.place.namespace {
+            url.query_pairs_mut().append_pair("ns", registry);
+        }
+        Ok(url)
     }
 
     /// Sends a request without a body to speak of, and waits for the answer, whatever that is.
     pub async fn answer(&self, doing: &str, request: RequestBuilder) -> Result<Response, Failure> {
-        self.answer_to_body(doing, request, &Moved::none()).await
+        self.answer_to_body(doing, (Lane::Usual, request), &Moved::none(), None)
+            .await
     }
 
-    /// As [`Http::answer`], for a request whose body counts its bytes in `moved`.
+    /// As [`Http::answer`], for a request whose body counts its bytes in `moved`, and of one who is known.
     async fn answer_to_body(
         &self,
         doing: &str,
-        request: RequestBuilder,
+        (lane, request): (Lane, RequestBuilder),
         moved: &Moved,
+        authorization: Option<&str>,
     ) -> Result<Response, Failure> {
         let answer = async {
-            let sent = request.send().await;
+            let sent = async { self.execute(lane, request.build()?, authorization).await };
+            let sent = sent.await;
             sent.map_err(|error| Failure::unanswered(&self.host, doing, &error))
         };
         unless_stalled(doing, moved, answer).await
@@ -92,7 +217,7 @@ impl Http {
 
     /// Whether an address is one of this registry: only such ones may know who asks.
     pub fn is_own(&self, url: &Url) -> bool {
-        url.origin() == self.base.origin()
+        url.origin() == self.place.base.origin()
     }
 
     /// An address that the registry names for what comes next. One that it calls plain http by mistake, as behind a
@@ -104,9 +229,10 @@ impl Http {
         if !self.is_tls || url.scheme() == "https" {
             return Ok(url);
         }
-        let own = url.host_str() == self.base.host_str()
+        let base = &self.place.base;
+        let own = url.host_str() == base.host_str()
             && url.set_scheme("https").is_ok()
-            && url.set_port(self.base.port()).is_ok();
+            && url.set_port(base.port()).is_ok();
         match own {
             true => Ok(url),
             false => Err(Error::new(
@@ -148,6 +274,8 @@ pub(crate) struct Repository {
     pub http: Arc<Http>,
     pub repository: String,
     pub tries: Tries,
+    /// Where its blobs were found to be.
+    pub redirects: Redirects,
     scopes: Vec<String>,
     credential: Option<Credential>,
     /// What the registry takes for the moment.
@@ -165,6 +293,7 @@ impl Repository {
             http,
             repository: repository.to_owned(),
             tries: Tries::Several,
+            redirects: Redirects::default(),
             scopes,
             credential,
             authorization: Mutex::new(None),
@@ -184,12 +313,24 @@ impl Repository {
         moved: &Moved,
         build: impl Fn() -> RequestBuilder,
     ) -> Result<Response, Failure> {
+        self.ask_by(Lane::Usual, doing, moved, build).await
+    }
+
+    /// As [`Repository::ask`], by the connections of a lane.
+    pub async fn ask_by(
+        &self,
+        lane: Lane,
+        doing: &str,
+        moved: &Moved,
+        build: impl Fn() -> RequestBuilder,
+    ) -> Result<Response, Failure> {
         let mut known = self.authorization.lock().await.clone();
         for last in [false, true] {
-            let request = self
-                .with_authorization(build(), known.as_deref())
-                .map_err(|error| Failure::unanswered(&self.http.host, doing, &error))?;
-            let response = self.http.answer_to_body(doing, request, moved).await?;
+            let request = (lane, build());
+            let answer = self
+                .http
+                .answer_to_body(doing, request, moved, known.as_deref());
+            let response = answer.await?;
             let heeded = !last && self.http.is_own(response.url());
             let Some(challenge) = challenge(&response).filter(|_| heeded) else {
                 return self.not_unauthorized(doing, response).await;
@@ -197,22 +338,6 @@ impl Repository {
             known = Some(self.authorize(&challenge, known).await?);
         }
         Err(Error::internal("a request was sent twice and is not answered").into())
-    }
-
-    /// Says who asks, but to the registry alone: an upload may go elsewhere.
-    fn with_authorization(
-        &self,
-        request: RequestBuilder,
-        known: Option<&str>,
-    ) -> reqwest::Result<RequestBuilder> {
-        let (client, request) = request.build_split();
-        let request = request?;
-        let own = self.http.is_own(request.url());
-        let request = RequestBuilder::from_parts(client, request);
-        Ok(match known.filter(|_| own) {
-            Some(known) => request.header(AUTHORIZATION, known),
-            None => request,
-        })
     }
 
     async fn not_unauthorized(&self, doing: &str, response: Response) -> Result<Response, Failure> {
@@ -252,15 +377,25 @@ impl Repository {
         others: &[StatusCode],
         build: impl Fn() -> RequestBuilder,
     ) -> Result<Response, Failure> {
-        retried(self.tries, || async {
-            let response = self.ask(doing, &Moved::none(), &build).await?;
-            let status = response.status();
-            match status.is_success() || others.contains(&status) {
-                true => Ok(response),
-                false => Err(Failure::refused(&self.http.host, doing, response).await),
-            }
-        })
-        .await
+        retried(self.tries, || self.ask_once(doing, others, &build)).await
+    }
+
+    /// As [`Repository::ask_again`], once.
+    ///
+    /// # Errors
+    /// As that.
+    pub async fn ask_once(
+        &self,
+        doing: &str,
+        others: &[StatusCode],
+        build: impl Fn() -> RequestBuilder,
+    ) -> Result<Response, Failure> {
+        let response = self.ask(doing, &Moved::none(), build).await?;
+        let status = response.status();
+        match status.is_success() || others.contains(&status) {
+            true => Ok(response),
+            false => Err(Failure::refused(&self.http.host, doing, response).await),
+        }
     }
 }
 

@@ -12,12 +12,15 @@ const MAX_PAUSE: Duration = Duration::from_secs(300);
 /// Bytes of an answer that are read for its words.
 const MAX_WORDS: usize = 16 << 10;
 /// What glibc says of a host that is not there, rather than not to be found for the moment (EAI_NONAME), and rustls of
-/// a certificate that is not believed and of a server that does not speak TLS. The layers between keep their kinds to
+/// a certificate that is not believed, ours too, and of a server that does not speak TLS. The layers between keep their kinds to
 /// themselves.
-const STAYS: [&str; 3] = [
+const STAYS: [&str; 6] = [
     "Name or service not known",
     "invalid peer certificate",
     "received corrupt message",
+    "received fatal alert: CertificateRequired",
+    "received fatal alert: UnknownCA",
+    "received fatal alert: BadCertificate",
 ];
 /// How long they may take to come.
 const MAX_SPEECH: Duration = Duration::from_secs(5);
@@ -33,6 +36,8 @@ pub struct Failure {
     pub passes: bool,
     /// When the registry wants to be asked again.
     pub after: Option<Duration>,
+    /// The registry has more to do than it can (429, 503).
+    pub is_busy: bool,
 }
 
 impl From<Error> for Failure {
@@ -41,6 +46,7 @@ impl From<Error> for Failure {
             error,
             passes: false,
             after: None,
+            is_busy: false,
         }
     }
 }
@@ -110,6 +116,7 @@ impl Failure {
             error: Error::new(kind, text),
             passes: matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504),
             after: after.map(|seconds| Duration::from_secs(seconds).min(MAX_PAUSE)),
+            is_busy: matches!(status.as_u16(), 429 | 503),
         }
     }
 }

@@ -18,9 +18,11 @@ use super::client::{Http, Repository};
 use super::credentials::{self, Credential};
 use super::document::{Descriptor, Document, choose};
 use super::failure::Failure;
+use super::hosts::{self, Place};
 use super::ranges;
 use super::reference::Reference;
 use super::retry::{Tries, retried};
+use super::source::{Seen, Source};
 use super::upload;
 
 /// Blobs that are on their way at a time.
@@ -79,12 +81,36 @@ pub struct Push {
     pub documents: Vec<Document>,
 }
 
-/// A registry, for the time of one command. Blocks the thread that calls it, and no other is started.
+/// A host, and by what it knows us.
+#[derive(Debug)]
+struct Host {
+    http: Arc<Http>,
+    credential: Option<Credential>,
+}
+
+impl Host {
+    fn new(place: Place, registry: &str) -> Result<Self> {
+        let credential = match credentials::find(&place.name) {
+            Err(error) if place.name != registry => {
+                tracing::warn!("{error}; it is asked without");
+                None
+            }
+            other => other?,
+        };
+        Ok(Host {
+            http: Arc::new(Http::new(place)?),
+            credential,
+        })
+    }
+}
+
+/// A registry with its mirrors, for the time of one command. Blocks the thread that calls it, and no other is started.
 #[derive(Debug)]
 pub struct Session {
     runtime: Runtime,
-    http: Arc<Http>,
-    credential: Option<Credential>,
+    /// In the order in which they are asked; the registry itself, or what stands in its place, is the last one.
+    hosts: Vec<Host>,
+    seen: Arc<Seen>,
     reference: Reference,
     access: Access,
     deadline: Option<Instant>,
@@ -94,18 +120,27 @@ impl Session {
     /// Gets ready to speak to the registry of a reference. Nothing is sent yet.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a registry that is no host; [`ErrorKind::Permission`] for credentials that
-    /// cannot be read.
+    /// [`ErrorKind::InvalidInput`] for a registry that is no host, and for a `hosts.toml`, or a file that it names, that
+    /// cannot be read; [`ErrorKind::Permission`] for credentials that cannot.
     pub fn open(reference: &Reference, access: Access) -> Result<Self> {
         let registry = reference.registry();
+        let places = hosts::of(registry, access.plain_http)?.into_iter();
         Ok(Session {
             runtime: runtime()?,
-            http: Arc::new(Http::new(registry, access.plain_http)?),
-            credential: credentials::find(registry)?,
+            hosts: places
+                .map(|place| Host::new(place, registry))
+                .collect::<Result<_>>()?,
+            seen: Arc::default(),
             reference: reference.clone(),
             access,
             deadline: None,
         })
+    }
+
+    /// Goes by what others have seen of hosts, and lets them see.
+    pub(crate) fn sharing(mut self, seen: &Arc<Seen>) -> Self {
+        self.seen = Arc::clone(seen);
+        self
     }
 
     /// For one who can do without, and waits no longer than until `deadline`: what fails is not tried again.
@@ -139,18 +174,18 @@ impl Session {
     /// # Errors
     /// As [`Session::find`]; [`ErrorKind::Unsupported`] where it gives all of one or nothing.
     pub fn try_ranges(&self, blobs: &[Descriptor]) -> Result<()> {
-        let repository = self.to_pull();
+        let source = self.to_pull();
         let work = async {
             let each = blobs.iter().map(|blob| {
                 let first = || async {
-                    let answer = ranges::attempt(&repository, &blob.digest, 0..1).await;
+                    let answer = ranges::from_first(&source, &blob.digest, 0..1).await;
                     answer.map_err(|failure| Failure {
                         // Now is the time to say so.
                         passes: failure.passes && failure.error.kind() != ErrorKind::Unsupported,
                         ..failure
                     })
                 };
-                retried(repository.tries, first)
+                retried(source.tries, first)
             });
             let mut all = stream::iter(each).buffer_unordered(AT_A_TIME);
             while all.try_next().await?.is_some() {}
@@ -159,21 +194,41 @@ impl Session {
         self.drive(&AtomicU64::new(0), None, work)
     }
 
-    fn repository(&self, scopes: Vec<String>) -> Repository {
+    fn repository(&self, host: &Host, scopes: Vec<String>) -> Repository {
         let name = self.reference.repository();
         let mut repository =
-            Repository::new(self.http.clone(), name, scopes, self.credential.clone());
-        if self.deadline.is_some() {
-            repository.tries = Tries::One;
-        }
+            Repository::new(host.http.clone(), name, scopes, host.credential.clone());
+        repository.tries = self.tries();
         repository
     }
 
-    pub(crate) fn to_pull(&self) -> Repository {
-        self.repository(vec![format!(
-            "repository:{}:pull",
-            self.reference.repository()
-        )])
+    fn tries(&self) -> Tries {
+        match self.deadline {
+            Some(_) => Tries::One,
+            None => Tries::Several,
+        }
+    }
+
+    /// The hosts that may have what the reference is about.
+    pub(crate) fn to_pull(&self) -> Source {
+        let scope = format!("repository:{}:pull", self.reference.repository());
+        let hosts = self.hosts.iter();
+        let hosts = hosts.map(|host| self.repository(host, vec![scope.clone()]));
+        Source::new(hosts.collect(), self.tries(), Arc::clone(&self.seen))
+    }
+
+    /// The host that is pushed to.
+    fn to_push(&self, scopes: Vec<String>) -> Result<Repository> {
+        let mut hosts = self.hosts.iter();
+        let host = hosts.find(|host| host.http.capabilities.push);
+        let host = host.ok_or_else(|| {
+            let registry = self.reference.registry();
+            let text = format!(
+                "no host of {registry} may be pushed to: the capabilities in its hosts.toml name push for none"
+            );
+            Error::new(ErrorKind::Unsupported, text)
+        })?;
+        Ok(self.repository(host, scopes))
     }
 
     /// What the reference names, for a platform: an image, its block layers, or both.
@@ -182,21 +237,21 @@ impl Session {
     /// [`ErrorKind::NotFound`] without such an image; [`ErrorKind::Permission`]; [`ErrorKind::Corrupt`];
     /// [`ErrorKind::Io`] where the registry cannot be reached.
     pub fn find(&self, platform: &Platform) -> Result<Found> {
-        let repository = self.to_pull();
-        self.drive(&AtomicU64::new(0), None, self.look(&repository, platform))
+        let source = self.to_pull();
+        self.drive(&AtomicU64::new(0), None, self.look(&source, platform))
     }
 
-    async fn look(&self, repository: &Repository, platform: &Platform) -> Result<Found, Failure> {
-        let mut document = self.need(repository, self.reference.identifier()).await?;
+    async fn look(&self, source: &Source, platform: &Platform) -> Result<Found, Failure> {
+        let mut document = self.need(source, self.reference.identifier()).await?;
         for _ in 0..MAX_INDEXES {
             let Some(entries) = document.entries()? else {
-                return self.with_blocks(repository, document).await;
+                return self.with_blocks(source, document).await;
             };
             let chosen = choose(&entries, platform);
             let chosen = chosen.map_err(|error| error.context(self.reference.to_string()))?;
             // What is no digest would be a tag, or lead elsewhere, and nothing would be checked.
             blob_name(&chosen.digest)?;
-            document = self.need(repository, &chosen.digest).await?;
+            document = self.need(source, &chosen.digest).await?;
         }
         let text = format!(
             "{}: indexes nest more than {MAX_INDEXES} deep",
@@ -205,24 +260,27 @@ impl Session {
         Err(Error::new(ErrorKind::InvalidInput, text).into())
     }
 
-    async fn need(&self, repository: &Repository, identifier: &str) -> Result<Document, Failure> {
-        let found = blobs::document(repository, identifier).await?;
-        found.ok_or_else(|| {
-            let (host, name) = (&self.http.host, &repository.repository);
+    async fn need(&self, source: &Source, identifier: &str) -> Result<Document, Failure> {
+        let found = blobs::document(source, identifier).await;
+        found.map_err(|failure| {
+            if failure.error.kind() != ErrorKind::NotFound {
+                return failure;
+            }
+            let (host, name) = self.place();
+            let asked = match self.hosts.len() {
+                1 => String::new(),
+                _ => format!(" ({})", failure.error),
+            };
             let text = format!(
                 "{host} has no {identifier} in the repository {name}: look whether the name and the tag are right, \
-                 and whether it has to be logged in to (`vellum login {host}`)"
+                 and whether it has to be logged in to (`vellum login {host}`){asked}"
             );
             Error::new(ErrorKind::NotFound, text).into()
         })
     }
 
     /// Finds the block layers that an image names.
-    async fn with_blocks(
-        &self,
-        repository: &Repository,
-        document: Document,
-    ) -> Result<Found, Failure> {
+    async fn with_blocks(&self, source: &Source, document: Document) -> Result<Found, Failure> {
         let manifest = document.manifest()?;
         if manifest.artifact_type.as_deref() == Some(ARTIFACT_TYPE) {
             return Ok(Found {
@@ -232,7 +290,10 @@ impl Session {
         }
         let named = manifest.annotation(BLOCKS_ANNOTATION);
         let artifact = match named.filter(|named| blob_name(named).is_ok()) {
-            Some(digest) => blobs::document(repository, digest).await?,
+            Some(digest) => match blobs::document(source, digest).await {
+                Err(failure) if failure.error.kind() == ErrorKind::NotFound => None,
+                other => Some(other?),
+            },
             None => None,
         };
         if let (Some(digest), None) = (named, &artifact) {
@@ -250,11 +311,12 @@ impl Session {
     /// As [`Session::find`].
     pub fn try_push(&self) -> Result<()> {
         let name = self.reference.repository();
-        let repository = self.repository(vec![format!("repository:{name}:pull,push")]);
-        let doing = format!("asking {} whether it takes {name}", self.http.host);
-        let url = self.http.url("")?;
+        let repository = self.to_push(vec![format!("repository:{name}:pull,push")])?;
+        let http = &repository.http;
+        let doing = format!("asking {} whether it takes {name}", http.host);
+        let url = http.url("")?;
         let work = async {
-            let build = || self.http.client.get(url.clone());
+            let build = || http.client.get(url.clone());
             repository.ask_again(&doing, &[], build).await.map(drop)
         };
         self.drive(&AtomicU64::new(0), None, work)
@@ -270,7 +332,7 @@ impl Session {
         layout: &Path,
         progress: Option<Progress<'static>>,
     ) -> Result<()> {
-        let repository = self.to_pull();
+        let source = self.to_pull();
         let moved = AtomicU64::new(0);
         let mut seen = BTreeSet::new();
         let mut places = Vec::new();
@@ -282,7 +344,7 @@ impl Session {
         }
         let each = places
             .iter()
-            .map(|(blob, path)| blobs::download(&repository, blob, path, &moved));
+            .map(|(blob, path)| blobs::download(&source, blob, path, &moved));
         let all = stream::iter(each)
             .buffer_unordered(AT_A_TIME)
             .try_collect::<()>();
@@ -310,7 +372,7 @@ impl Session {
             from.into_iter()
                 .map(|from| format!("repository:{from}:pull")),
         );
-        let repository = self.repository(scopes);
+        let repository = self.to_push(scopes)?;
         let moved = Arc::new(AtomicU64::new(0));
         let each = push.blobs.iter().map(|blob| async {
             let outcome = upload::upload(&repository, blob, &moved).await?;
@@ -342,7 +404,9 @@ impl Session {
             user: user.to_owned(),
             password: password.to_owned(),
         };
-        let http = Arc::new(Http::new(registry, access.plain_http)?);
+        let place = hosts::of(registry, access.plain_http)?.pop();
+        let place = place.ok_or_else(|| Error::internal("a registry without a host"))?;
+        let http = Arc::new(Http::new(place)?);
         let url = http.url("")?;
         let repository = Repository::new(http.clone(), "", Vec::new(), Some(credential));
         let doing = format!("logging in to {registry}");
@@ -365,7 +429,7 @@ impl Session {
             };
             let done = tokio::time::timeout_at(deadline.into(), work).await;
             done.unwrap_or_else(|_| {
-                let text = format!("{} took too long to answer", self.http.host);
+                let text = format!("{} took too long to answer", self.reference.registry());
                 Err(Error::new(ErrorKind::Timeout, text).into())
             })
         };

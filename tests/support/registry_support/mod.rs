@@ -15,6 +15,10 @@ use crate::common::{Running, TestStore, run, wait_until};
 pub struct Setup {
     /// It wants the name `user` with the password `secret`.
     pub auth: bool,
+    /// More of the configuration's `http`.
+    pub http: String,
+    /// Another driver than files.
+    pub storage: Option<String>,
 }
 
 /// A registry that ends with this.
@@ -46,10 +50,12 @@ impl Registry {
 
     fn start(dir: &Path, port: u16, setup: &Setup) -> Running {
         let root = dir.join("data");
+        let files = || format!("filesystem: {{rootdirectory: {}}}", root.display());
+        let storage = setup.storage.clone().unwrap_or_else(files);
         let mut config = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: \
-             true}}, cache: {{}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n",
-            root.display()
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{{storage}, delete: {{enabled: true}}, cache: {{}}}}\n\
+             http: {{addr: '127.0.0.1:{port}'{}}}\n",
+            setup.http
         );
         if setup.auth {
             let users = dir.join("htpasswd");

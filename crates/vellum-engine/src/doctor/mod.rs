@@ -2,6 +2,7 @@
 
 mod annotations;
 mod containerd;
+mod mirrors;
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -102,6 +103,7 @@ pub fn examine(options: &Options) -> Report {
     look.store(&options.root);
     look.propagation(&options.root);
     look.containerd(options);
+    look.mirrors();
     Report {
         findings: look.findings,
     }

@@ -9,12 +9,15 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::fetcher::FETCHER_COMMAND;
 use super::stall::Stall;
-use super::{BACKGROUND, COMPLETE, Complete, Damaged, HEAL, Remote, STATUS, WANT, Waiting, Want};
+use super::{
+    BACKGROUND, COMPLETE, Complete, Damaged, HEAL, Remote, STATUS, TRAFFIC, WANT, Waiting, Want,
+};
 use crate::wire::encode;
 use vellum_base::block::Span;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -22,6 +25,7 @@ use vellum_base::interrupt;
 use vellum_core::layer::Fetch;
 use vellum_export::device::control;
 use vellum_fs::run_dir::{DirSocket, RunRoot};
+use vellum_registry::Traffic;
 use vellum_store::Store;
 
 /// The longest that one call waits for its answer: the fetcher gives up before.
@@ -94,17 +98,27 @@ pub(super) fn ask_to_complete(root: &Path, layer: Uuid) -> Result<()> {
 /// # Errors
 /// Where it does not answer.
 pub fn waiting(runs: &RunRoot) -> Result<Vec<Waiting>> {
-    let answer = control::call_at(&runs.fetcher(), STATUS, Value::Null, STATUS_TIMEOUT);
+    Ok(said(runs, STATUS)?.unwrap_or_else(Vec::new))
+}
+
+/// How many parts of blobs the fetcher of a store has asked registries for since it began; `None` where there is none.
+///
+/// # Errors
+/// Where it does not answer.
+pub fn traffic(runs: &RunRoot) -> Result<Option<Traffic>> {
+    said(runs, TRAFFIC)
+}
+
+/// What the fetcher says of itself, if there is one.
+fn said<T: DeserializeOwned>(runs: &RunRoot, verb: &str) -> Result<Option<T>> {
+    let answer = control::call_at(&runs.fetcher(), verb, Value::Null, STATUS_TIMEOUT);
     let answer = match answer {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         other => other?,
     };
-    serde_json::from_value(answer).map_err(|error| {
-        Error::with_source(
-            ErrorKind::Protocol,
-            "what the fetcher says of who waits",
-            error,
-        )
+    serde_json::from_value(answer).map(Some).map_err(|error| {
+        let what = format!("what the fetcher says of its {verb}");
+        Error::with_source(ErrorKind::Protocol, what, error)
     })
 }
 

@@ -13,7 +13,7 @@ mod hot;
 mod remote;
 mod stall;
 
-pub use client::{FetcherClient, waiting};
+pub use client::{FetcherClient, traffic, waiting};
 pub(crate) use client::{said_last, waits_for_registry};
 pub(crate) use complete::go_on_in_background;
 pub use complete::{CompleteReport, complete, complete_in_background};
@@ -43,6 +43,8 @@ const BACKGROUND: &str = "background";
 const COMPLETE: &str = "complete";
 /// Asks who waits: [`Waiting`] of each layer of which something is wanted.
 const STATUS: &str = "status";
+/// Asks how many parts of blobs were asked for: [`vellum_registry::Traffic`].
+const TRAFFIC: &str = "traffic";
 
 /// Windows that somebody waits for.
 #[derive(Debug, Clone, Serialize, Deserialize)]

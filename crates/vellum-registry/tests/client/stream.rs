@@ -16,7 +16,7 @@ fn streamed(range: Range<u64>, wanted: usize, said: Answer) -> Streamed {
     let said = Mutex::new(Some(said));
     let (host, seen) = serve(|_, _| 0, move |_, _| said.lock().unwrap().take().unwrap());
     let reference = Reference::parse(&format!("{host}/team/web:1")).unwrap();
-    let ranges = Ranges::open(&reference, Access::default()).unwrap();
+    let ranges = Ranges::open(&reference, Access::default(), &std::sync::Arc::default()).unwrap();
     let mut came = Vec::new();
     let result = ranges.stream(&digest(&some_bytes()), range, |bytes| {
         came.extend_from_slice(bytes);

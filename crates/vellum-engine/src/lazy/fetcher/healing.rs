@@ -58,7 +58,7 @@ impl Healing {
         let (reference, access) = remote.place()?;
         let source = Source {
             blob: remote.data.unwrap_or_else(String::new),
-            ranges: Ranges::open(&reference, access)?,
+            ranges: Ranges::open(&reference, access, &limit.seen)?,
             limit,
         };
         let mut written = Blocks::NONE;
@@ -111,7 +111,9 @@ impl Source<'_> {
         };
         let mut reader = ChunkReader::new()?;
         let mut written = Blocks::NONE;
-        for (span, bytes) in checked(&mut reader, window, &stored, &self.blob)? {
+        let blocks = checked(&mut reader, window, &stored, &self.blob);
+        let blocks = blocks.inspect_err(|why| self.ranges.distrust(&self.blob, &stored, why))?;
+        for (span, bytes) in blocks {
             written += healer.put(span, bytes)?;
         }
         Ok(written)

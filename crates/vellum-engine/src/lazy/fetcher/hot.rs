@@ -102,7 +102,7 @@ impl HotPacks {
 fn bring(fetcher: &Fetcher, noted_at: Uuid, hot: &Hot, coming: &Arc<Coming>) {
     let digest = &hot.digest;
     let brought = hot.place().and_then(|(reference, access)| {
-        let ranges = Ranges::open(&reference, access)?;
+        let ranges = Ranges::open(&reference, access, &fetcher.limit.seen)?;
         Stream::new(fetcher, hot, coming)?.run(&ranges)
     });
     let open: Vec<_> = {

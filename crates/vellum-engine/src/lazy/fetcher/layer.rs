@@ -15,7 +15,7 @@ use vellum_base::block::Span;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{Completion, LazyLayer};
 use vellum_registry::artifact::{ChunkReader, Window};
-use vellum_registry::{Failure, Ranges};
+use vellum_registry::{Failure, Ranges, Seen};
 use vellum_store::Store;
 
 /// Requests to registries that are on their way at once.
@@ -29,9 +29,10 @@ const MAX_AHEAD: u32 = 32;
 /// How often one who waits for another's fetch looks whether it has waited for too long.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// How many requests are on their way, of all layers.
+/// How many requests are on their way, of all layers, and what those before have shown of registries.
 #[derive(Debug, Default)]
 pub(super) struct Limit {
+    pub seen: Arc<Seen>,
     taken: Mutex<usize>,
     free: Condvar,
 }
@@ -168,7 +169,7 @@ impl Incoming {
             lazy,
             windows: windows.collect(),
             data: remote.data.unwrap_or_else(String::new),
-            ranges: Ranges::open(&reference, access)?,
+            ranges: Ranges::open(&reference, access, &limit.seen)?,
             limit: Arc::clone(limit),
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -441,7 +442,9 @@ impl Incoming {
         for window in windows {
             let (chunk, behind) = rest.split_at(window.chunk.len as usize);
             rest = behind;
-            let blocks = checked(&mut reader, window, chunk, &self.data)?;
+            let blocks = checked(&mut reader, window, chunk, &self.data);
+            let blocks =
+                blocks.inspect_err(|why| self.ranges.distrust(&self.data, &stored, why))?;
             self.lazy.put(window.chunk.window, blocks)?;
         }
         Ok(stored.len() as u64)

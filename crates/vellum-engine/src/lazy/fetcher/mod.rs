@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{BACKGROUND, COMPLETE, Complete, HEAL, STATUS, WANT, Waiting, Want};
+use super::{BACKGROUND, COMPLETE, Complete, HEAL, STATUS, TRAFFIC, WANT, Waiting, Want};
 use crate::wire::encode;
 use background::Background;
 use healing::Healing;
@@ -277,6 +277,7 @@ impl ControlHandler for Fetcher {
                 Ok(Value::Null)
             }
             STATUS => encode(&self.status()),
+            TRAFFIC => encode(&self.limit.seen.traffic()),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("the fetcher knows no command {verb:?}"),
