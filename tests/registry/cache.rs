@@ -190,3 +190,26 @@ fn a_bound_that_is_set_later_counts_for_what_is_here_and_one_that_is_too_small_i
     end_fetchers(&to);
     drop(from);
 }
+
+#[test]
+fn a_bound_that_is_damaged_holds_up_no_read_is_found_by_check_and_set_anew() {
+    let (_registry, _from, to) = pulled();
+    end_fetchers(&to);
+    fs::write(to.root.join("cache.json"), "{").unwrap();
+    to.ok(&["create", "big", "--name", "c"]);
+    let dir = to.mount("c");
+    assert!(fs::read(dir.join("noise")).unwrap() == noise());
+    to.ok(&["umount", "c"]);
+    end_fetchers(&to);
+    let output = to.output(&["check"]);
+    assert_eq!(output.status.code(), Some(1));
+    let said =
+        String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.contains("set it anew: `vellum space --cache SIZE`"),
+        "{said}"
+    );
+    to.ok(&["space", "--cache", "off"]);
+    end_fetchers(&to);
+    to.ok(&["check"]);
+}

@@ -58,8 +58,11 @@ pub fn serve(store: &Store) -> Result<()> {
         return Ok(());
     };
     let fetcher = Arc::new(Fetcher::new(store.clone()));
-    // Before anybody has a layer opened.
-    fetcher.cache.set_limit(store.cache_limit()?.bytes);
+    // Before anybody has a layer opened. Blocks come also where the bound is damaged.
+    match store.cache_limit() {
+        Ok(limit) => fetcher.cache.set_limit(limit.bytes),
+        Err(error) => tracing::error!("nothing is evicted: {error}"),
+    }
     let handler: Arc<dyn ControlHandler> = fetcher.clone();
     let server = ControlServer::start_for(CONNECTIONS, &store.runs().fetcher(), handler)?;
     // What a killed one, or a host that crashed, did not come to.
@@ -157,7 +160,9 @@ impl Fetcher {
                 self.cache.release(layer);
             }
         }
-        self.keep_to_limits()?;
+        if let Err(error) = self.keep_to_limits() {
+            tracing::warn!("the space that fetched blocks may take is not known: {error}");
+        }
         self.hot.look(self)?;
         self.background.look(self)
     }
