@@ -1,10 +1,14 @@
 //! `vellum space`
 
+use serde::Serialize;
+
 use super::Context;
 use super::output::{complain, human_size};
 use vellum_base::error::Result;
+use vellum_base::size::parse_size;
+use vellum_engine::lazy::{CacheUse, cache_use, set_cache_limit};
 use vellum_engine::space::{set_policy, space};
-use vellum_store::{SpacePolicy, Store, StoreSpace, Threshold};
+use vellum_store::{CacheLimit, SpacePolicy, Store, StoreSpace, Threshold};
 
 /// Arguments of `space`.
 #[derive(Debug, clap::Args)]
@@ -18,16 +22,50 @@ pub(super) struct Args {
     /// Below how much containers' writes get ENOSPC, so that the disk does not become full
     #[arg(long, value_name = "FREE")]
     stop: Option<Threshold>,
+    /// How much blocks of lazy layers may take that can be fetched again: 8M or more, or off
+    #[arg(long, value_name = "SIZE", value_parser = cache_limit)]
+    cache: Option<CacheLimit>,
+}
+
+fn cache_limit(text: &str) -> std::result::Result<CacheLimit, String> {
+    match text.trim() {
+        "off" => Ok(CacheLimit::default()),
+        text => parse_size(text).map(|bytes| CacheLimit { bytes: Some(bytes) }),
+    }
+}
+
+/// The disk under the store, and what is fetched.
+#[derive(Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    space: StoreSpace,
+    cache: CacheUse,
+}
+
+impl Shown {
+    fn of(store: &Store) -> Result<Shown> {
+        Ok(Shown {
+            space: space(store)?,
+            cache: cache_use(store)?,
+        })
+    }
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
-    if args.warn.is_none() && args.refuse.is_none() && args.stop.is_none() {
-        return context.out.print(&space(&context.store()?)?, shown);
+    let new_policy = args.warn.is_some() || args.refuse.is_some() || args.stop.is_some();
+    if !new_policy && args.cache.is_none() {
+        return context.out.print(&Shown::of(&context.store()?)?, shown);
     }
     let store = context.store_to_fill()?;
-    let set = set_policy(&store, wanted(args, &store)?)?;
-    context.out.print(&space(&store)?, shown)?;
-    for error in &set.failed {
+    if let Some(limit) = args.cache {
+        set_cache_limit(&store, limit)?;
+    }
+    let mut failed = Vec::new();
+    if new_policy {
+        failed = set_policy(&store, wanted(args, &store)?)?.failed;
+    }
+    context.out.print(&Shown::of(&store)?, shown)?;
+    for error in &failed {
         complain(error);
     }
     Ok(())
@@ -46,7 +84,7 @@ fn wanted(args: &Args, store: &Store) -> Result<SpacePolicy> {
     })
 }
 
-fn shown(space: &StoreSpace) -> String {
+fn shown(Shown { space, cache }: &Shown) -> String {
     let mut out = format!(
         "available  {} of {}\n",
         human_size(space.available),
@@ -66,5 +104,13 @@ fn shown(space: &StoreSpace) -> String {
         out.push_str(&format!("{name:9}  {at}\n"));
     }
     out.push_str(&format!("state      {}\n", space.state));
+    if cache.layers > 0 || cache.limit.bytes.is_some() {
+        let taken = human_size(cache.bytes);
+        let most = match cache.limit.bytes {
+            Some(bytes) => format!(", at most {}", human_size(bytes)),
+            None => String::new(),
+        };
+        out.push_str(&format!("cache      {taken} of lazy layers{most}\n"));
+    }
     out
 }

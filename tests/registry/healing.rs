@@ -1,4 +1,4 @@
-//! What the disk loses of a pulled layer is fetched again: docs/lazy.md, "Healing".
+//! What the disk loses of a layer that is in a registry is fetched again: docs/lazy.md, "Healing".
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::TestStore;
 use crate::lazy::{end_fetchers, files};
-use crate::registry_support::{Registry, clean, pushed};
+use crate::registry_support::{Registry, clean, digests, pushed, with_images};
 
 const BLOCK: usize = 4096;
 
@@ -131,5 +131,99 @@ fn wrong_bytes_of_a_registry_heal_nothing() {
     assert!(said.contains("does not match its SHA-256"), "{said}");
     let said = finds(&to, &["check", "--scrub"]);
     assert!(said.contains("do not match their checksums"), "{said}");
+    end_fetchers(&to);
+}
+
+#[test]
+fn layers_that_were_pushed_heal_too_also_by_check_and_by_where_they_were_pushed_last() {
+    let (mut registry, from, other) = pushed();
+    let raw = |store: &TestStore, name: &str| {
+        store.ok(&["export", "web", &store.arg(name), "--format", "raw"]);
+        fs::read(store.path(name)).unwrap()
+    };
+    let right = raw(&from, "before.raw");
+    assert!(damage(&from, 3) > 10);
+    finds(&from, &["check", "--scrub"]);
+    assert!(raw(&from, "read.raw") == right);
+    damage(&from, 4);
+    let said = from.ok(&["check", "--scrub", "--repair"]);
+    assert!(said.contains("fetched again: all of it is right"), "{said}");
+    from.ok(&["check", "--scrub"]);
+    // It moves to another one.
+    end_fetchers(&from);
+    let second = Registry::new();
+    from.ok(&["push", "web", &second.image("moved:1")]);
+    registry.stop();
+    damage(&from, 5);
+    assert!(raw(&from, "moved.raw") == right);
+    // What lies below other blocks was not read.
+    from.ok(&["check", "--scrub", "--repair"]);
+    end_fetchers(&from);
+    clean(&from);
+    drop(other);
+}
+
+#[test]
+fn a_push_of_the_image_alone_notes_nothing_and_damage_stays_an_error() {
+    let (registry, from) = (Registry::new(), with_images());
+    from.ok(&["push", "web", &registry.image("web:1"), "--format", "oci"]);
+    assert!(pulled_layers(&from).is_empty());
+}
+
+/// Directories of lazy layers of which something is here.
+fn lazy_layers(store: &TestStore) -> Vec<PathBuf> {
+    let dirs = pulled_layers(store).into_iter();
+    dirs.filter(|dir| dir.join("have").exists()).collect()
+}
+
+#[test]
+fn blocks_of_a_layer_that_is_not_whole_are_checked_and_come_again_when_the_disk_changed_them() {
+    let (registry, from, to) = pushed();
+    to.ok(&["pull", "--lazy", &registry.image("web:1"), "web"]);
+    // Some of it comes, and is noted.
+    assert_eq!(files(&to, "web"), files(&from, "web"));
+    end_fetchers(&to);
+    assert!(!lazy_layers(&to).is_empty(), "all of it came");
+    assert!(damage(&to, 3) > 10);
+    assert_eq!(files(&to, "web"), files(&from, "web"));
+    to.ok(&["export", "web", &to.arg("web.raw"), "--format", "raw"]);
+    from.ok(&["export", "web", &from.arg("web.raw"), "--format", "raw"]);
+    assert!(fs::read(to.path("web.raw")).unwrap() == fs::read(from.path("web.raw")).unwrap());
+    end_fetchers(&to);
+    clean(&to);
+}
+
+#[test]
+fn without_the_registry_damage_of_a_layer_that_is_not_whole_is_an_error_and_never_shown() {
+    let (mut registry, _from, mut to) = pushed();
+    to.ok(&["pull", "--lazy", &registry.image("web:1"), "web"]);
+    to.ok(&["export", "web", &to.arg("web.raw"), "--format", "raw"]);
+    // What came is noted, and it is not completed yet.
+    std::thread::sleep(Duration::from_millis(100));
+    end_fetchers(&to);
+    to.env.push(("VELLUM_STALL", "fail"));
+    registry.stop();
+    damage(&to, 1);
+    let said = to.fails(&["export", "web", &to.arg("again.raw"), "--format", "raw"]);
+    let known = ["does not match its checksum", "no answer from"];
+    assert!(known.iter().any(|one| said.contains(one)), "{said}");
+    end_fetchers(&to);
+    registry.start_again();
+    to.ok(&["export", "web", &to.arg("again.raw"), "--format", "raw"]);
+    assert!(fs::read(to.path("again.raw")).unwrap() == fs::read(to.path("web.raw")).unwrap());
+    end_fetchers(&to);
+}
+
+#[test]
+fn completion_fetches_damaged_windows_again_by_itself() {
+    let (registry, from, to) = pushed();
+    to.ok(&["pull", "--lazy", &registry.image("web:1"), "web"]);
+    assert_eq!(files(&to, "web"), files(&from, "web"));
+    end_fetchers(&to);
+    damage(&to, 3);
+    to.ok(&["complete", "web"]);
+    assert!(lazy_layers(&to).is_empty());
+    to.ok(&["check", "--scrub"]);
+    assert_eq!(digests(&to, "web"), digests(&from, "web"));
     end_fetchers(&to);
 }

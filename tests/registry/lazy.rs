@@ -283,7 +283,7 @@ fn a_fetcher_that_is_killed_again_and_again_costs_time_and_no_byte() {
 }
 
 /// Layers that have no seal yet. Of one whose completion was killed behind that, `have` may be left.
-fn lazy_layers(store: &TestStore) -> usize {
+pub fn lazy_layers(store: &TestStore) -> usize {
     let dirs = store.layers().into_iter();
     dirs.map(|layer| store.root.join("layers").join(layer))
         .filter(|dir| dir.join("have").exists() && !dir.join("seal").exists())

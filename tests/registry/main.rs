@@ -19,6 +19,7 @@ mod registry_support;
 #[path = "../support/uring/mod.rs"]
 mod uring;
 
+mod cache;
 mod crash;
 mod faults;
 mod faulty;

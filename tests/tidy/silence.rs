@@ -43,6 +43,7 @@ const MEANT: &[Meant] = &[
             ("crates/vellum-snapshotter/src/service.rs", 3),
             ("crates/vellum-store/src/blob_places.rs", 1),
             ("crates/vellum-store/src/containers.rs", 1),
+            ("crates/vellum-store/src/lazy_cache.rs", 1),
             ("crates/vellum-store/src/space_policy.rs", 1),
             ("src/cli/map.rs", 1),
         ],

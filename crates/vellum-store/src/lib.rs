@@ -13,6 +13,7 @@
 //! ROOT/staging/UUID/         being made; ROOT/trash/ being removed
 //! ROOT/reserve               room for commands while the disk is full
 //! ROOT/space.json            what is done before it is full; made when it is set
+//! ROOT/cache.json            how much fetched blocks may take; made when it is set
 //! ROOT/registry-blobs.json   which repositories have which blobs: a hint
 //! ROOT/quarantine/            records whose layers are damaged; made when needed
 //! ROOT/run/CONTAINER/        mounts and processes of the running system
@@ -33,6 +34,7 @@ mod containers;
 mod forks;
 mod images;
 mod layers;
+mod lazy_cache;
 mod names;
 mod prune;
 mod quarantine;
@@ -50,6 +52,7 @@ pub use container_snapshots::{Consistency, ContainerSnapshot};
 pub use containers::{NewContainer, Resolved, now};
 pub use forks::Fork;
 pub use layers::{LayerLease, PlacedLayer, StagedLayer};
+pub use lazy_cache::CacheLimit;
 pub use names::{check_name, check_reference};
 pub use prune::{Orphans, PruneReport};
 pub use quarantine::{Quarantined, Records};

@@ -10,7 +10,7 @@ use super::files::{remove_if_there, sync_names};
 use super::header::{HEADER_FILE, Header};
 use super::index::Index;
 use super::journal::AREA_FILES;
-use super::lazy::HAVE_FILE;
+use super::lazy::{HAVE_FILE, SUMS_FILE};
 use super::live::LIVE_FILE;
 use super::map_file::MAP_FILE;
 use super::recovery::{data_blocks, load_for_check};
@@ -185,6 +185,7 @@ impl Check<'_> {
                 LIVE_FILE,
                 RESERVE_FILE,
                 HAVE_FILE,
+                SUMS_FILE,
             ];
             let ours = ours.contains(&name)
                 || AREA_FILES.contains(&name)
@@ -356,7 +357,7 @@ impl Check<'_> {
 
     /// What a seal replaces, where a crash left it.
     fn left_beside_a_seal(&mut self, header: &Header) {
-        for name in [MAP_FILE, RESERVE_FILE, HAVE_FILE]
+        for name in [MAP_FILE, RESERVE_FILE, HAVE_FILE, SUMS_FILE]
             .iter()
             .chain(&AREA_FILES)
         {

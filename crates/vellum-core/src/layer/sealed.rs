@@ -243,49 +243,90 @@ impl SealedLayer {
     /// [`ErrorKind::Corrupt`] where a block does not match its checksum: it names layer and block.
     pub fn read_blocks(&self, buf: &mut [u8], start: Block) -> Result<()> {
         let span = Span::of_buffer(start, buf);
-        if let Some(lazy) = &self.lazy
-            && let Some(windows) = lazy.missing(span)
-        {
-            lazy::want(lazy, windows)?;
-        }
-        let damage = match self.read_here(buf, span) {
-            // Who may not wait, as for what is not in the page cache, leaves it to one who may.
-            Err(error) if self.is_checksummed() && is_damage(&error) && !refuses_to_stall() => {
-                error
+        let mut brought = false;
+        loop {
+            let epoch = self.epoch()?;
+            if let Some(lazy) = &self.lazy
+                && let Some(windows) = lazy.missing(span)
+            {
+                lazy::want(lazy, windows)?;
             }
-            other => return other,
-        };
-        lazy::heal(&self.dir, span, damage)?;
-        self.read_here(buf, span)
+            let read = self.read_here(buf, span);
+            if self.epoch()? != epoch {
+                // Some of these blocks may have been evicted before they were read.
+                continue;
+            }
+            match read {
+                // Who may not wait, as for what is not in the page cache, leaves it to one who may.
+                Err(damage)
+                    if !brought
+                        && self.tells_damage()
+                        && is_damage(&damage)
+                        && !refuses_to_stall() =>
+                {
+                    lazy::heal(&self.dir, span, damage)?;
+                    brought = true;
+                }
+                other => {
+                    if let Some(lazy) = &self.lazy {
+                        lazy.note_read(span);
+                    }
+                    return other;
+                }
+            }
+        }
+    }
+
+    /// See [`Lazy::epoch`]. Of other layers nothing is evicted.
+    fn epoch(&self) -> Result<u64> {
+        self.lazy.as_ref().map_or(Ok(0), |lazy| lazy.epoch())
+    }
+
+    /// Whether blocks have checksums, by which it is found what the disk lost or changed: those of a layer that is not whole
+    /// too, as far as they are here.
+    pub fn tells_damage(&self) -> bool {
+        self.is_checksummed() || self.lazy.as_ref().is_some_and(|lazy| lazy.is_checked())
     }
 
     /// Reads what the host has, and checks it.
     fn read_here(&self, buf: &mut [u8], span: Span) -> Result<()> {
         self.data.read(buf, span.start().offset())?;
+        let advice = match &self.map {
+            SealedMap::Table(_) => "restore the layer from its image",
+            _ => "it has to be fetched again",
+        };
+        match self.first_wrong(buf, span)? {
+            None => Ok(()),
+            Some(block) => Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "{}: block {block} does not match its checksum: the disk lost or changed it; {advice}",
+                    self.dir.display(),
+                ),
+            )),
+        }
+    }
+
+    /// The first of these blocks that does not match its checksum. Puts what is in a journal in its place.
+    fn first_wrong(&self, buf: &mut [u8], span: Span) -> Result<Option<Block>> {
         let table = match &self.map {
             SealedMap::Table(table) => table,
-            SealedMap::Pending(_) | SealedMap::Written(_) => return Ok(()),
+            SealedMap::Pending(_) => {
+                let lazy = self.lazy.as_ref();
+                return lazy.map_or(Ok(None), |lazy| lazy.first_wrong(span, buf));
+            }
+            SealedMap::Written(_) => return Ok(None),
             SealedMap::Unsealed(found) => {
                 found.fill(buf, span);
-                return Ok(());
+                return Ok(None);
             }
         };
         let sums = table
             .sums(span)
             .context(|| self.dir.join(SEAL_FILE).display().to_string())?;
-        for (block, (bytes, sum)) in span.blocks().zip(buf.chunks_exact(BLOCK_LEN).zip(sums)) {
-            if crc32fast::hash(bytes) != sum {
-                return Err(Error::new(
-                    ErrorKind::Corrupt,
-                    format!(
-                        "{}: block {block} does not match its checksum: the disk lost or changed \
-                         it; restore the layer from its image",
-                        self.dir.display(),
-                    ),
-                ));
-            }
-        }
-        Ok(())
+        let mut both = span.blocks().zip(buf.chunks_exact(BLOCK_LEN).zip(sums));
+        let wrong = both.find(|(_, (bytes, sum))| crc32fast::hash(bytes) != *sum);
+        Ok(wrong.map(|(block, _)| block))
     }
 
     /// A hint that blocks will be read soon.
@@ -321,10 +362,14 @@ impl SealedLayer {
                     SealedMap::Pending(_) | SealedMap::Written(_) | SealedMap::Unsealed(_) => None,
                 };
                 for (block, bytes) in span.blocks().zip(bytes.chunks_exact(BLOCK_LEN)) {
-                    let sum = sums.as_mut().and_then(Iterator::next);
-                    if sum.is_some_and(|sum| crc32fast::hash(bytes) != sum)
-                        && report.corrupt.len() < 1000
-                    {
+                    let wrong = match (&mut sums, &self.lazy) {
+                        (Some(sums), _) => {
+                            sums.next().is_some_and(|sum| crc32fast::hash(bytes) != sum)
+                        }
+                        (None, Some(lazy)) => lazy.first_wrong(Span::of(block), bytes)?.is_some(),
+                        (None, None) => false,
+                    };
+                    if wrong && report.corrupt.len() < 1000 {
                         report.corrupt.push(block);
                     }
                 }
@@ -333,6 +378,16 @@ impl SealedLayer {
                 Ok(())
             },
         )?;
+        if self.is_lazy() {
+            // Of those that were evicted before they were read nothing is known.
+            let looked: Result<Vec<bool>> = report
+                .corrupt
+                .iter()
+                .map(|one| self.is_damaged(*one))
+                .collect();
+            let mut damaged = looked?.into_iter();
+            report.corrupt.retain(|_| damaged.next() == Some(true));
+        }
         if report.corrupt.is_empty() {
             match self.digest() {
                 Some(stated) if stated != found => {
@@ -348,6 +403,23 @@ impl SealedLayer {
             }
         }
         Ok(report)
+    }
+
+    /// Whether a data block of a lazy layer is here, and damaged.
+    fn is_damaged(&self, block: Block) -> Result<bool> {
+        let span = Span::of(block);
+        let mut bytes = [0; BLOCK_LEN];
+        loop {
+            let epoch = self.epoch()?;
+            let is_here = |lazy: &Arc<Lazy>| lazy.missing(span).is_none();
+            if !self.lazy.as_ref().is_some_and(is_here) {
+                return Ok(false);
+            }
+            let damaged = self.read_here(&mut bytes, span).is_err();
+            if self.epoch()? == epoch {
+                return Ok(damaged);
+            }
+        }
     }
 
     /// The extents, without the data blocks that are not here.

@@ -22,9 +22,9 @@ use vellum_core::layer::{
 
 /// Sixteen windows of 64 KiB.
 pub const SIZE: u64 = 1 << 20;
-const POWER: WindowPower = WindowPower::LEAST;
+pub const POWER: WindowPower = WindowPower::LEAST;
 pub const WHOLE: &str = "/whole";
-const LAZY: &str = "/lazy";
+pub const LAZY: &str = "/lazy";
 const TOP: &str = "/top";
 
 type Serve = Arc<dyn Fn(Range<u32>) -> vellum_base::Result<()> + Send + Sync>;
@@ -49,7 +49,7 @@ impl Fetch for Dispatch {
 }
 
 /// From now on `serve` fetches for the layer in `dir`.
-fn serve(dir: &Path, serve: Serve) {
+pub fn serve(dir: &Path, serve: Serve) {
     fetch_by(Box::new(Dispatch));
     SERVERS.lock().unwrap().insert(dir.to_owned(), serve);
 }
@@ -65,7 +65,7 @@ fn span(start: u64, len: u64) -> Span {
 }
 
 /// What the layer holds: some windows whole, some in part, some not at all.
-fn extents() -> Vec<Run<BlockState>> {
+pub fn extents() -> Vec<Run<BlockState>> {
     vec![
         Run::new(span(0, 40), BlockState::Data),
         Run::new(span(40, 8), BlockState::Zero),
@@ -76,7 +76,7 @@ fn extents() -> Vec<Run<BlockState>> {
 }
 
 /// The windows with data: of 16 blocks each.
-fn windows() -> Vec<u32> {
+pub fn windows() -> Vec<u32> {
     vec![0, 1, 2, 4, 5, 6, 12, 13, 14, 15]
 }
 
@@ -120,7 +120,7 @@ pub fn make_whole(disk: &SimStorage) -> [u8; 32] {
 }
 
 /// An empty lazy layer of that digest, durable.
-fn make_lazy(disk: &SimStorage, digest: [u8; 32]) {
+pub fn make_lazy(disk: &SimStorage, digest: [u8; 32]) {
     let header = Header::new(None, SIZE).unwrap();
     let dir = Path::new(LAZY);
     WritableLayer::create(disk, dir, &header).unwrap();
@@ -135,14 +135,14 @@ fn make_lazy(disk: &SimStorage, digest: [u8; 32]) {
 }
 
 /// A disk with both.
-fn lazy_disk() -> (SimStorage, [u8; 32]) {
+pub fn lazy_disk() -> (SimStorage, [u8; 32]) {
     let disk = SimStorage::new();
     let digest = make_whole(&disk);
     make_lazy(&disk, digest);
     (disk, digest)
 }
 
-fn put(lazy: &LazyLayer, window: u32) -> vellum_base::Result<()> {
+pub fn put(lazy: &LazyLayer, window: u32) -> vellum_base::Result<()> {
     let whole = POWER.span(window);
     let mut blocks = Vec::new();
     for run in extents().iter().filter(|run| run.value == BlockState::Data) {
@@ -156,7 +156,7 @@ fn put(lazy: &LazyLayer, window: u32) -> vellum_base::Result<()> {
     )
 }
 
-fn open_lazy(disk: &dyn Storage) -> LazyLayer {
+pub fn open_lazy(disk: &dyn Storage) -> LazyLayer {
     LazyLayer::open(disk, Path::new(LAZY)).unwrap().unwrap()
 }
 
@@ -196,7 +196,7 @@ pub fn chain_on(disk: &SimStorage, below: &str) -> Chain {
     open_chain(&storage, &spec).unwrap()
 }
 
-fn read(device: &dyn BlockDevice, block: u64) -> [u8; BLOCK_LEN] {
+pub fn read(device: &dyn BlockDevice, block: u64) -> [u8; BLOCK_LEN] {
     let mut bytes = [0; BLOCK_LEN];
     device.read_at(&mut bytes, block * BLOCK_SIZE).unwrap();
     bytes
@@ -379,7 +379,7 @@ fn what_a_failed_sync_may_have_lost_is_missing_again() {
 }
 
 /// Brings all windows, syncs now and then, and completes.
-fn bring(disk: &SimStorage) -> vellum_base::Result<()> {
+pub fn bring(disk: &SimStorage) -> vellum_base::Result<()> {
     let Some(lazy) = LazyLayer::open(disk, Path::new(LAZY))? else {
         return seal_in_place(disk, Path::new(LAZY), |_| {}).map(drop);
     };
@@ -391,12 +391,12 @@ fn bring(disk: &SimStorage) -> vellum_base::Result<()> {
     }
     match lazy.complete(disk, |_| {})? {
         Completion::Whole => Ok(()),
-        Completion::Wrong => panic!("the right blocks with the wrong digest"),
+        other => panic!("the right blocks: {other:?}"),
     }
 }
 
 /// What is said to be here is what it should be, and the rest can be brought.
-fn check_after(disk: &SimStorage, digest: [u8; 32], when: &str) {
+pub fn check_after(disk: &SimStorage, digest: [u8; 32], when: &str) {
     for finding in check_layer(disk, Path::new(LAZY), true) {
         assert_eq!(finding.severity, Severity::Note, "{when}: {finding}");
     }

@@ -23,6 +23,7 @@ mod format_page;
 mod golden;
 mod healing;
 mod hostile_layer;
+mod lazy_evict;
 mod lazy_layer;
 mod live_layer;
 mod preallocate;

@@ -288,7 +288,7 @@ impl Check<'_> {
             format!("layer {layer}"),
             opened.dir().join("data"),
             problem,
-            "--repair fetches them again from where the layer was pulled, as does whoever reads them",
+            "--repair fetches them again from where the layer was pulled or pushed, as does whoever reads them",
             None,
         );
         finding.repairable = true;

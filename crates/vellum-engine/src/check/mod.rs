@@ -77,6 +77,7 @@ pub fn check(
     if everything {
         check.damaged_records();
         check.space_policy();
+        check.cache_limit();
     }
     let states = check.layers(&layers, watch)?;
     check.stacks(&states)?;
@@ -206,6 +207,20 @@ impl Check<'_> {
             self.store.root(),
             error.to_string(),
             "until it is set anew nothing new is made, and nothing of the disk is kept free",
+            None,
+        ));
+    }
+
+    fn cache_limit(&mut self) {
+        let Err(error) = self.store.cache_limit() else {
+            return;
+        };
+        self.find(Finding::new(
+            Severity::Error,
+            "cache of lazy layers",
+            self.store.root(),
+            error.to_string(),
+            "until it is set anew nothing is evicted",
             None,
         ));
     }

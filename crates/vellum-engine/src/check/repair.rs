@@ -164,7 +164,7 @@ pub fn finish_commits(store: &Store) -> Result<()> {
                 return false;
             }
             !sealed.is_checksummed()
-                || ["map", "have", "journal.0", "journal.1"]
+                || ["map", "have", "sums", "journal.0", "journal.1"]
                     .iter()
                     .any(|name| storage.exists(&dir.join(name)).unwrap_or(true))
                 || store

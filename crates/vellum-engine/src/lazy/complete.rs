@@ -41,10 +41,31 @@ pub fn complete(store: &Store, name: &str, watch: &dyn Watch) -> Result<Complete
         },
     };
     let lazy = lazy_layers(store, &layers)?;
+    keep(store, &lazy)?;
     for layer in &lazy {
         complete_layer(store, *layer, watch)?;
     }
     Ok(CompleteReport { layers: lazy })
+}
+
+/// Has nothing of these layers evicted any more.
+fn keep(store: &Store, lazy: &[Uuid]) -> Result<()> {
+    let storage = &**store.storage();
+    let mut noted = false;
+    for layer in lazy {
+        let dir = store.layer_dir(*layer);
+        if let Some(mut remote) = Remote::read(storage, &dir)?
+            && !remote.is_kept()
+        {
+            remote.keep = true;
+            remote.write_again(storage, &dir)?;
+            noted = true;
+        }
+    }
+    match noted {
+        true => ask_for_the_background(store.root()),
+        false => Ok(()),
+    }
 }
 
 /// Has the fetcher complete those of these layers that are lazy, although nobody waits for them: docs/lazy.md, "In the

@@ -6,6 +6,7 @@
 //! * [`FetcherClient`]: how everybody else waits for it.
 //! * [`complete()`]: has all of an image brought.
 
+mod cache;
 mod client;
 mod complete;
 pub mod fetcher;
@@ -13,6 +14,7 @@ mod hot;
 mod remote;
 mod stall;
 
+pub use cache::{CacheUse, cache_use, set_cache_limit};
 pub use client::{FetcherClient, traffic, waiting};
 pub(crate) use client::{said_last, waits_for_registry};
 pub(crate) use complete::go_on_in_background;

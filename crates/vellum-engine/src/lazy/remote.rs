@@ -37,6 +37,9 @@ pub struct Remote {
     /// The layer is to be completed although nobody waits for it.
     #[serde(default)]
     pub background: Option<Background>,
+    /// Somebody wanted all of the layer: nothing of it is evicted.
+    #[serde(default)]
+    pub keep: bool,
 }
 
 /// How a layer is completed in the background.
@@ -62,6 +65,32 @@ impl Remote {
             Error::with_source(ErrorKind::Internal, "where blocks are, as JSON", error)
         })?;
         write(storage, &dir.join(REMOTE_FILE), &remote)
+    }
+
+    /// Whether all of the layer is to be here.
+    pub fn is_kept(&self) -> bool {
+        self.keep || self.background.is_some()
+    }
+
+    /// Notes where the blocks of a sealed layer are that was pushed: the newest place counts. It is durable on return; what
+    /// a crash leaves is the note from before, or none.
+    ///
+    /// # Errors
+    /// Where the host refuses.
+    pub fn note_push(&self, storage: &dyn Storage, dir: &Path, table: &[u8]) -> Result<()> {
+        let path = dir.join(REMOTE_FILE);
+        let noted = Remote::read(storage, dir)?;
+        if noted.is_some_and(|noted| noted.table == self.table) {
+            return self.write_again(storage, dir);
+        }
+        if Remote::is_known(dir) {
+            // Never one that goes with another's table.
+            let removed = storage.remove_file(&path);
+            removed.context(|| format!("cannot remove {}", path.display()))?;
+            let synced = storage.sync_dir(dir);
+            synced.context(|| format!("cannot sync {}", dir.display()))?;
+        }
+        self.write(storage, dir, table)
     }
 
     /// Whether it is known where the blocks of the layer in `dir` are.

@@ -21,11 +21,13 @@ use super::super::watch::Watch;
 use super::description::Description;
 use super::hot::{self, Written};
 use super::layout::{Layout, digest_of, document};
+use super::pushed::PushedLayer;
 
 /// An artifact that lies in a layout.
 pub(super) struct Artifact {
     pub manifest: Document,
     pub blobs: Vec<Upload>,
+    pub layers: Vec<PushedLayer>,
 }
 
 /// Writes the layers of a subject, all of them sealed, into a layout; with a trace also the hot pack.
@@ -53,12 +55,18 @@ pub(super) fn write(
     let mut entries = Vec::new();
     let mut blobs = Vec::new();
     let mut written = Vec::new();
+    let mut layers = Vec::new();
     for layer in &subject.layers {
         let sealed = checksummed(subject.store, *layer)?;
         let known = Known::of(subject.store.layer_info(*layer)?);
         let (table, blob, data) = layer_blobs(&sealed, layout, level, watch)?;
         let diff_id = diff_ids.get(layer).map(|id| id.as_str());
         entries.push(table_entry(&sealed, &known, diff_id, &blob)?);
+        layers.push(PushedLayer {
+            layer: *layer,
+            table: blob.digest.clone(),
+            data: data.as_ref().map(|data| data.digest.clone()),
+        });
         blobs.push(blob);
         written.push(Written {
             digest: digest_of(table.digest),
@@ -89,6 +97,7 @@ pub(super) fn write(
     Ok(Artifact {
         manifest: document(MANIFEST_TYPE, &manifest),
         blobs,
+        layers,
     })
 }
 

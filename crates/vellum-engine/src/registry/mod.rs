@@ -7,6 +7,7 @@ mod hot;
 mod layout;
 mod pull;
 mod push;
+mod pushed;
 mod receive;
 mod remote_image;
 

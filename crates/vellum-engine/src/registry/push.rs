@@ -18,6 +18,7 @@ use super::super::trace::{self, Trace, TraceOptions};
 use super::super::watch::Watch;
 use super::artifact::{self, Artifact};
 use super::layout::{Layout, described, document};
+use super::pushed::{self, PushedLayer};
 
 /// What is pushed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -98,12 +99,13 @@ pub fn push(
     // Until all is sent: what lies in `staging` is nobody's once nobody does this.
     let _pin = store.pin_layers()?;
     let layout = Layout::new(store)?;
-    let mut push = assemble(store, name, options, &layout, watch)?;
+    let (mut push, layers) = assemble(store, name, options, &layout, watch)?;
     for blob in &mut push.blobs {
         let from = store.blob_place(&blob.digest, reference.registry());
         blob.from = from.filter(|from| from != reference.repository());
     }
     let report = send(&session, &push, name, reference, options.format, watch)?;
+    pushed::note(store, &layout, &layers, reference, options.access);
     let digests = push.blobs.iter().map(|blob| blob.digest.as_str());
     // A hint, without which the image is there all the same.
     let noted = store.note_blobs(digests, reference.registry(), reference.repository());
@@ -162,14 +164,14 @@ pub(super) fn short(digest: &str) -> String {
     digits.chars().take(12).collect()
 }
 
-/// Puts together what is sent.
+/// Puts together what is sent, and of which layers it has the blocks.
 fn assemble(
     store: &Store,
     name: &str,
     options: &PushOptions,
     layout: &Layout,
     watch: &dyn Watch,
-) -> Result<Push> {
+) -> Result<(Push, Vec<PushedLayer>)> {
     let format = options.format;
     let subject = Subject::find(store, name, format != PushFormat::Oci)?;
     let trace = match &options.trace {
@@ -185,19 +187,17 @@ fn assemble(
         let gzip = Compression::Gzip;
         collected = Some(image::collect(&subject, layout.path(), gzip, None, watch)?);
     }
+    let mut layers = Vec::new();
     let mut artifact = None;
     if format != PushFormat::Oci {
         let diff_ids = collected.as_ref().map_or(&[][..], |image| &image.diff_ids);
         let level = options.level;
-        artifact = Some(artifact::write(
-            &subject,
-            layout,
-            level,
-            (diff_ids, trace.as_ref()),
-            watch,
-        )?);
+        let mut written =
+            artifact::write(&subject, layout, level, (diff_ids, trace.as_ref()), watch)?;
+        layers.append(&mut written.layers);
+        artifact = Some(written);
     }
-    combine(layout, collected, artifact)
+    Ok((combine(layout, collected, artifact)?, layers))
 }
 
 /// What the tag is to name: the image, the artifact, or an index of both.

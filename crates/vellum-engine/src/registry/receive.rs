@@ -377,6 +377,7 @@ impl<'a> Receiver<'a> {
             table: layer.blob.digest.clone(),
             data: layer.data.as_ref().map(|data| data.digest.clone()),
             background: None,
+            keep: false,
         };
         let table = self.layout.read(&layer.blob.digest)?;
         remote.write(&**self.store.storage(), &staged.dir(), &table)

@@ -7,13 +7,15 @@ use super::super::header::Header;
 use super::super::table::DIGEST_LEN;
 use vellum_base::block::{Block, BlockState, Blocks, Run, WindowPower, in_memory};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
-use vellum_base::storage::Storage;
+use vellum_base::storage::{Storage, StorageFile};
 
 /// The file's name.
 pub(in crate::layer) const HAVE_FILE: &str = "have";
 
 const MAGIC: &[u8; 8] = b"VELLUMHV";
-const VERSION: u32 = 1;
+/// Without a file of checksums.
+const UNCHECKED: u32 = 1;
+const VERSION: u32 = 2;
 /// Of the header, and of a page.
 const PAGE: usize = 4096;
 /// Bytes of a page that are bits.
@@ -27,6 +29,8 @@ pub(super) struct HaveHeader {
     pub power: WindowPower,
     /// What the layer's digest is when it is whole.
     pub digest: [u8; DIGEST_LEN],
+    /// The layer has a file of checksums: one of version 1 has none.
+    pub checked: bool,
 }
 
 impl HaveHeader {
@@ -34,7 +38,10 @@ impl HaveHeader {
     pub fn encode(&self, header: &Header) -> Vec<u8> {
         let mut out = Writer::with_capacity(PAGE);
         out.bytes(MAGIC);
-        out.u32(VERSION);
+        out.u32(match self.checked {
+            true => VERSION,
+            false => UNCHECKED,
+        });
         out.u32(self.power.get());
         out.bytes(header.uuid.as_bytes());
         out.u64(header.virtual_size);
@@ -55,9 +62,9 @@ impl HaveHeader {
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
         let version = input.u32()?;
-        if version != VERSION {
+        if !(UNCHECKED..=VERSION).contains(&version) {
             let text = format!(
-                "version {version}; this build reads version {VERSION}: use a newer vellum"
+                "version {version}; this build reads versions {UNCHECKED} to {VERSION}: use a newer vellum"
             );
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
@@ -76,6 +83,7 @@ impl HaveHeader {
         Ok(HaveHeader {
             power,
             digest: input.array()?,
+            checked: version != UNCHECKED,
         })
     }
 }
@@ -141,6 +149,20 @@ impl WindowSet {
         self.0.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
+    /// Takes what the pages of the file say that can be read.
+    fn take_pages(&mut self, bytes: &[u8]) -> Result<()> {
+        let pages = bytes.chunks_exact(PAGE).skip(1).enumerate();
+        for (number, page) in pages.filter(|(number, page)| fits(page, *number)) {
+            let from = number * in_memory(BITS / 64);
+            let mut input = Reader::new(page);
+            let words = self.0.iter_mut().skip(from).take(in_memory(BITS / 64));
+            for word in words {
+                *word = input.u64()?;
+            }
+        }
+        Ok(())
+    }
+
     /// Those that are not in `other`, in order.
     pub fn without(&self, other: &WindowSet) -> Vec<u32> {
         let words = self.0.iter().zip(&other.0).enumerate();
@@ -196,16 +218,21 @@ pub(super) fn read(
     let bytes = storage.read_all(&path, page_offset(pages)).context(named)?;
     let have = HaveHeader::decode(&bytes, header).context(named)?;
     let mut set = WindowSet::none(header.blocks(), have.power);
-    let pages = bytes.chunks_exact(PAGE).skip(1).enumerate();
-    for (number, page) in pages.filter(|(number, page)| fits(page, *number)) {
-        let from = number * in_memory(BITS / 64);
-        let mut input = Reader::new(page);
-        let words = set.0.iter_mut().skip(from).take(in_memory(BITS / 64));
-        for word in words {
-            *word = input.u64()?;
-        }
-    }
+    set.take_pages(&bytes)?;
     Ok((have, set))
+}
+
+/// Reads the windows that are here once more, of a file that is open: its bytes are put into `set` anew.
+///
+/// # Errors
+/// Where the host refuses.
+pub(super) fn read_again(file: &dyn StorageFile, set: &mut WindowSet) -> Result<()> {
+    let len = file.len().context(|| HAVE_FILE)?;
+    let most = page_offset((set.0.len() as u64 * 64).div_ceil(BITS));
+    let mut bytes = vec![0; in_memory(len.min(most))];
+    file.read_at(&mut bytes, 0).context(|| HAVE_FILE)?;
+    set.0.fill(0);
+    set.take_pages(&bytes)
 }
 
 fn fits(page: &[u8], number: usize) -> bool {
@@ -224,6 +251,7 @@ mod tests {
         let have = HaveHeader {
             power: WindowPower::LEAST,
             digest: [7; 32],
+            checked: true,
         };
         (header, have)
     }
@@ -248,7 +276,7 @@ mod tests {
         let bytes = have.encode(&header);
         assert_eq!(bytes.len(), 4096);
         assert_eq!(&bytes[..8], b"VELLUMHV");
-        assert_eq!(bytes[8..16], [1, 0, 0, 0, 16, 0, 0, 0]);
+        assert_eq!(bytes[8..16], [2, 0, 0, 0, 16, 0, 0, 0]);
         assert_eq!(bytes[16..32], [5; 16]);
         assert_eq!(bytes[32..40], (1_u64 << 30).to_le_bytes());
         assert_eq!(bytes[40..72], [7; 32]);
@@ -261,6 +289,15 @@ mod tests {
         assert_eq!(page[..4], [0, 2, 0, 0]);
         assert_eq!(page[4088..4092], [1, 0, 0, 0]);
         assert_eq!(page[4092..], crc32fast::hash(&page[..4092]).to_le_bytes());
+    }
+
+    #[test]
+    fn a_file_of_version_1_is_of_a_layer_without_checksums() {
+        let (header, mut have) = layer(1 << 30);
+        have.checked = false;
+        let bytes = have.encode(&header);
+        assert_eq!(bytes[8..12], [1, 0, 0, 0]);
+        assert_eq!(HaveHeader::decode(&bytes, &header).unwrap(), have);
     }
 
     #[test]

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::super::data::DataFiles;
-use super::super::files::sync_names;
 use super::super::header::Header;
+use super::super::index::Index;
 use super::super::map_file::replace_map;
 use super::super::recovery::load_map;
 use super::super::sealed::{SEAL_FILE, seal_as_expected};
 use super::super::table::{DIGEST_LEN, push_extent};
 use super::have::{self, HAVE_FILE, HaveHeader, WindowSet};
+use super::sums::Sums;
 use vellum_base::block::{BlockState, Blocks, Run, Span, WindowPower};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{OpenMode, Storage, StorageFile};
@@ -36,31 +37,35 @@ pub enum Completion {
     Whole,
     /// What is here has another digest than it should: nothing counts as being here any more.
     Wrong,
+    /// The disk lost or changed so many windows, which do not count as being here any more.
+    Damaged(usize),
 }
 
 /// A lazy layer whose blocks come. One process at a time has it.
 #[derive(Debug)]
 pub struct LazyLayer {
     dir: PathBuf,
-    header: Header,
+    pub(super) header: Header,
     have: HaveHeader,
-    data: DataFiles,
-    file: Arc<dyn StorageFile>,
+    pub(super) data: DataFiles,
+    /// None of a layer whose blocks have no checksums until it is whole.
+    pub(super) sums: Option<Sums>,
+    pub(super) file: Arc<dyn StorageFile>,
     /// The windows that have data blocks.
-    with_data: WindowSet,
-    state: Mutex<State>,
+    pub(super) with_data: WindowSet,
+    pub(super) state: Mutex<State>,
     /// Held while what came is made durable.
-    syncing: Mutex<()>,
+    pub(super) syncing: Mutex<()>,
 }
 
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     /// All blocks of these are in the data files.
-    here: WindowSet,
+    pub here: WindowSet,
     /// The file says so.
-    durable: WindowSet,
+    pub durable: WindowSet,
     /// They came since the last sync.
-    came: Vec<u32>,
+    pub came: Vec<u32>,
 }
 
 impl LazyLayer {
@@ -84,7 +89,9 @@ impl LazyLayer {
         let have = HaveHeader {
             power: content.power,
             digest: content.digest,
+            checked: true,
         };
+        Sums::make(storage, dir, header, content.power)?;
         let path = dir.join(HAVE_FILE);
         storage
             .write_atomic(&path, &have.encode(header))
@@ -116,12 +123,15 @@ impl LazyLayer {
         let file = storage
             .open(&path, OpenMode::Write)
             .context(|| format!("cannot open {}", path.display()))?;
+        let sums = || Sums::open(storage, dir, &header, OpenMode::Write);
+        let sums = have.checked.then(sums).transpose()?;
         Ok(Some(LazyLayer {
             dir: dir.to_owned(),
             data: DataFiles::open(storage, dir, &header, OpenMode::Write)?,
             with_data: WindowSet::with_data(header.blocks(), have.power, map.iter()),
             header,
             have,
+            sums,
             file,
             state: Mutex::new(State {
                 here: durable.clone(),
@@ -175,6 +185,9 @@ impl LazyLayer {
         for (span, bytes) in blocks {
             assert!(whole.contains(span), "blocks of another window");
             self.data.write(bytes, span.offset())?;
+            if let Some(sums) = &self.sums {
+                sums.put(span.start(), bytes)?;
+            }
         }
         let mut state = self.state.lock();
         state.here.insert(window);
@@ -192,7 +205,9 @@ impl LazyLayer {
         if came.is_empty() {
             return Ok(());
         }
+        let sums = self.sums.as_ref();
         let synced = self.data.sync();
+        let synced = synced.and_then(|_| sums.map_or(Ok(()), Sums::sync));
         let mut state = self.state.lock();
         if let Err(error) = synced {
             came.iter().for_each(|window| state.here.remove(*window));
@@ -205,14 +220,14 @@ impl LazyLayer {
             .try_for_each(|page| self.write_page(&state.durable, page))
     }
 
-    fn write_page(&self, here: &WindowSet, page: u64) -> Result<()> {
+    pub(super) fn write_page(&self, here: &WindowSet, page: u64) -> Result<()> {
         self.file
             .write_at(&have::encode_page(here, page), have::page_offset(page))
             .context(|| self.what())
     }
 
     /// What could not be done.
-    fn what(&self) -> String {
+    pub(super) fn what(&self) -> String {
         format!("cannot write {}", self.dir.join(HAVE_FILE).display())
     }
 
@@ -235,35 +250,95 @@ impl LazyLayer {
         let map = load_map(storage, &self.dir, &self.header)?;
         let (header, data) = (&self.header, &self.data);
         let digest = &self.have.digest;
-        if seal_as_expected(storage, &self.dir, header, data, &map, digest, progress)? {
-            finish(storage, &self.dir, header)?;
-            return Ok(Completion::Whole);
+        let sealed = seal_as_expected(storage, &self.dir, header, data, &map, digest, progress);
+        match &sealed {
+            Ok(true) => {
+                finish(storage, &self.dir, header)?;
+                return Ok(Completion::Whole);
+            }
+            Ok(false) => {}
+            Err(error) if error.kind() == ErrorKind::Io => {}
+            Err(error) => return Err(error.clone()),
         }
-        self.forget(storage)?;
+        let damaged = self.damaged(&map);
+        if !damaged.is_empty() {
+            self.forget(&damaged)?;
+            return Ok(Completion::Damaged(damaged.len()));
+        }
+        sealed?;
+        let none = WindowSet::none(self.header.blocks(), self.power());
+        self.forget(&self.with_data.without(&none))?;
         Ok(Completion::Wrong)
     }
 
-    /// Nothing is here any more.
-    fn forget(&self, storage: &dyn Storage) -> Result<()> {
-        let _syncing = self.syncing.lock();
-        let mut state = self.state.lock();
-        let none = WindowSet::none(self.header.blocks(), self.power());
-        let had: BTreeSet<u64> = state
-            .durable
-            .without(&none)
-            .into_iter()
-            .map(have::page_of)
-            .collect();
-        *state = State {
-            here: none.clone(),
-            durable: none,
-            came: Vec::new(),
-        };
-        for page in had {
-            self.write_page(&state.durable, page)?;
+    /// Windows that are not as they came, or cannot be read, where blocks have checksums.
+    fn damaged(&self, map: &Index) -> Vec<u32> {
+        let mut damaged = BTreeSet::new();
+        for run in map.iter().filter(|run| run.value == BlockState::Data) {
+            for block in run.span.blocks() {
+                let window = self.power().window_of(block);
+                if !damaged.contains(&window) && !self.is_sound(Span::of(block)) {
+                    damaged.insert(window);
+                }
+            }
         }
-        self.file.sync_data().context(|| self.what())?;
-        sync_names(storage, &self.dir)
+        damaged.into_iter().collect()
+    }
+
+    /// Whether the host has these data blocks, of windows that are here, as they came: true of a layer whose blocks have no
+    /// checksums, false of blocks that cannot be read.
+    pub fn is_sound(&self, span: Span) -> bool {
+        let Some(sums) = &self.sums else { return true };
+        let mut bytes = vec![0; span.len().buffer_len()];
+        let read = self.data.read(&mut bytes, span.offset());
+        read.is_ok() && matches!(sums.first_wrong(span, &bytes), Ok(None))
+    }
+
+    /// Whether its blocks have checksums, by which damage is found.
+    pub fn is_checked(&self) -> bool {
+        self.sums.is_some()
+    }
+
+    /// Whether a window was put here, and not evicted since: also one that was lost.
+    pub fn takes_space(&self, window: u32) -> bool {
+        let state = self.state.lock();
+        state.here.has(window) || state.durable.has(window)
+    }
+
+    /// A window is fetched again, because the disk lost or changed blocks of it. It may still be known to be here, also
+    /// after a crash: the checksums of its blocks say that they are damaged.
+    pub fn lost(&self, window: u32) {
+        self.state.lock().here.remove(window);
+    }
+
+    /// As [`LazyLayer::sync`], and has the next reads come from the disk: one that does not keep what is written is found
+    /// out by [`LazyLayer::is_sound`].
+    ///
+    /// # Errors
+    /// As [`LazyLayer::sync`].
+    pub fn sync_to_disk(&self) -> Result<()> {
+        self.sync()?;
+        self.data.drop_cache()
+    }
+
+    /// These windows are not here any more, durably.
+    pub(super) fn forget(&self, windows: &[u32]) -> Result<()> {
+        let _syncing = self.syncing.lock();
+        let pages: BTreeSet<u64> = windows.iter().copied().map(have::page_of).collect();
+        let durable = {
+            let mut state = self.state.lock();
+            for window in windows {
+                state.here.remove(*window);
+                state.durable.remove(*window);
+            }
+            state.came.retain(|window| !windows.contains(window));
+            state.durable.clone()
+        };
+        // Only who holds `syncing` changes what is durable.
+        for page in pages {
+            self.write_page(&durable, page)?;
+        }
+        self.file.sync_data().context(|| self.what())
     }
 }
 

@@ -18,8 +18,8 @@ pub trait Fetch: Send + Sync {
     /// What the caller's client is told: [`ErrorKind::Absent`] where they cannot be had.
     fn fetch(&self, dir: &Path, windows: Range<u32>) -> Result<()>;
 
-    /// Brings data blocks of the sealed layer in `dir`, which lie in one extent, once more, and returns when they are as they
-    /// were sealed; false where nobody has them.
+    /// Brings data blocks of the sealed or lazy layer in `dir`, which lie in one extent, once more, and returns when they are
+    /// as they should be; false where nobody has them.
     ///
     /// # Errors
     /// Why they could not be had, or could not be written.
@@ -41,7 +41,7 @@ enum Wanted {
         lazy: Arc<Lazy>,
         windows: Range<u32>,
     },
-    /// Blocks of the sealed layer in `dir` that the disk lost or changed, and what the read said of that.
+    /// Blocks of the layer in `dir` that the disk lost or changed, and what the read said of that.
     Damaged {
         dir: PathBuf,
         blocks: Span,
@@ -92,8 +92,9 @@ fn fetch(lazy: &Lazy, windows: &Range<u32>) -> Result<()> {
     };
     about_to_wait();
     let _waits = waits();
+    let epoch = lazy.known_as_of();
     fetch.fetch(&lazy.dir, windows.clone())?;
-    lazy.note(windows.clone());
+    lazy.note(windows.clone(), epoch);
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use crate::layer::files::{remove_if_there, sync_names};
 use crate::layer::header::Header;
 use crate::layer::index::Index;
 use crate::layer::journal::remove_journal;
-use crate::layer::lazy::{self, HAVE_FILE};
+use crate::layer::lazy::{self, HAVE_FILE, SUMS_FILE};
 use crate::layer::map_file::MAP_FILE;
 use crate::layer::recovery::extents_of;
 use crate::layer::space::RESERVE_FILE;
@@ -73,7 +73,7 @@ pub(in crate::layer) fn remove_what_a_seal_replaces(
     storage: &dyn Storage,
     dir: &Path,
 ) -> Result<()> {
-    for name in [MAP_FILE, RESERVE_FILE, HAVE_FILE] {
+    for name in [MAP_FILE, RESERVE_FILE, HAVE_FILE, SUMS_FILE] {
         remove_if_there(storage, &dir.join(name))?;
     }
     remove_journal(storage, dir)

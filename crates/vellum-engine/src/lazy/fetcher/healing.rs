@@ -44,9 +44,7 @@ impl Healing {
         let Some(healer) = Healer::open(storage, &dir)? else {
             return Ok(false);
         };
-        let wanted = Span::checked(Block::new(damaged.first), Blocks::new(damaged.count));
-        let wanted = wanted
-            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "blocks that no device can have"))?;
+        let wanted = span_of(damaged)?;
         if healer.is_sound(wanted)? {
             return Ok(true);
         }
@@ -83,6 +81,15 @@ impl Healing {
         );
         Ok(true)
     }
+}
+
+/// The blocks that somebody asks for.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for what no device can have.
+pub(super) fn span_of(damaged: &Damaged) -> Result<Span> {
+    let wanted = Span::checked(Block::new(damaged.first), Blocks::new(damaged.count));
+    wanted.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "blocks that no device can have"))
 }
 
 /// Who has a layer's blocks.

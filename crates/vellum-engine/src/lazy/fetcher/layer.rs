@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -10,8 +11,9 @@ use uuid::Uuid;
 
 use super::super::stall::{Pauses, Stall, pause_after};
 use super::super::{Remote, Waiting};
+use super::cache::Cache;
 use super::coming::{Coming, PATIENCE};
-use vellum_base::block::Span;
+use vellum_base::block::{Blocks, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{Completion, LazyLayer};
 use vellum_registry::artifact::{ChunkReader, Window};
@@ -67,6 +69,9 @@ pub(super) struct Incoming {
     data: String,
     ranges: Ranges,
     limit: Arc<Limit>,
+    cache: Arc<Cache>,
+    /// Somebody wants all of it: nothing of it is evicted.
+    is_kept: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -133,6 +138,12 @@ pub(super) fn stored_at(first: &Window, last: &Window) -> Range<u64> {
     first.chunk.offset..last.chunk.offset + u64::from(last.chunk.len)
 }
 
+/// What a window takes on the host's disk.
+fn bytes_of(window: &Window) -> u64 {
+    let blocks: Blocks = window.blocks.iter().map(|span| span.len()).sum();
+    blocks.bytes()
+}
+
 /// The blocks of a chunk that came. What is wrong may have been changed on its way.
 pub(super) fn checked<'a>(
     reader: &'a mut ChunkReader,
@@ -150,7 +161,11 @@ impl Incoming {
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] for files that are not what they should be.
-    pub fn open(store: &Store, layer: Uuid, limit: &Arc<Limit>) -> Result<Option<Self>> {
+    pub fn open(
+        store: &Store,
+        layer: Uuid,
+        (limit, cache): (&Arc<Limit>, &Arc<Cache>),
+    ) -> Result<Option<Self>> {
         let dir = store.layer_dir(layer);
         let storage = &**store.storage();
         let Some(lazy) = LazyLayer::open(storage, &dir)? else {
@@ -166,11 +181,13 @@ impl Incoming {
         let windows = table.windows().map(|window| (window.chunk.window, window));
         Ok(Some(Incoming {
             layer,
+            is_kept: AtomicBool::new(remote.is_kept() || !lazy.is_checked()),
             lazy,
             windows: windows.collect(),
             data: remote.data.unwrap_or_else(String::new),
             ranges: Ranges::open(&reference, access, &limit.seen)?,
             limit: Arc::clone(limit),
+            cache: Arc::clone(cache),
             state: Mutex::default(),
             changed: Condvar::new(),
         }))
@@ -200,6 +217,14 @@ impl Incoming {
     pub fn complete(&self, store: &Store) -> Result<()> {
         match self.lazy.complete(&**store.storage(), |_| {})? {
             Completion::Whole => Ok(()),
+            // Whoever wants all of it brings them, and asks once more.
+            Completion::Damaged(windows) => Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "{}: the disk lost or changed {windows} windows: they are fetched again",
+                    self.lazy.dir().display()
+                ),
+            )),
             Completion::Wrong => Err(Error::new(
                 ErrorKind::Corrupt,
                 format!(
@@ -208,6 +233,83 @@ impl Incoming {
                 ),
             )),
         }
+    }
+
+    /// Whether windows of it may be evicted.
+    pub fn is_evictable(&self) -> bool {
+        !self.is_kept.load(Ordering::Acquire)
+    }
+
+    /// Looks whether somebody wants all of it by now.
+    ///
+    /// # Errors
+    /// As [`Remote::read`].
+    pub fn look_again(&self, store: &Store) -> Result<()> {
+        let remote = Remote::read(&**store.storage(), self.lazy.dir())?;
+        if remote.is_some_and(|remote| remote.is_kept()) {
+            self.is_kept.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// The windows that are here, and how many bytes each takes.
+    pub fn held(&self) -> Vec<(u32, u64)> {
+        let here = self.windows.iter();
+        here.filter(|(number, _)| self.lazy.is_here(**number))
+            .map(|(number, window)| (*number, bytes_of(window)))
+            .collect()
+    }
+
+    /// Has readers note what they read.
+    pub fn note_reads(&self) {
+        if let Err(error) = self.lazy.note_reads() {
+            tracing::warn!("reads of a lazy layer are not noted: {error}");
+        }
+    }
+
+    /// Gives the space back of what is not here. Nobody fetches yet.
+    pub fn give_back_unknown(&self) {
+        if let Err(error) = self.lazy.evict_unknown() {
+            tracing::warn!("what a lazy layer takes that is not here stays: {error}");
+        }
+    }
+
+    /// Evicts those of these windows that were not read lately and that nobody is at. Returns the others.
+    pub fn evict(&self, windows: &[u32]) -> BTreeSet<u32> {
+        let mut stay = self.lazy.take_reads(windows);
+        let claim = {
+            let mut state = self.state.lock();
+            let busy = |window: &&u32| state.on_their_way.contains(window);
+            stay.extend(windows.iter().filter(busy));
+            let go = windows.iter().filter(|window| !stay.contains(window));
+            let go: Vec<u32> = go.copied().collect();
+            self.take(&mut state, go)
+        };
+        if !claim.windows.is_empty()
+            && let Err(error) = self.lazy.evict(&claim.windows)
+        {
+            tracing::error!("windows of a lazy layer are not evicted: {error}");
+        }
+        stay
+    }
+
+    /// Puts a window that was claimed where it is read.
+    fn put<'a>(
+        &self,
+        window: &Window,
+        blocks: impl Iterator<Item = (Span, &'a [u8])>,
+    ) -> Result<()> {
+        let (number, bytes) = (window.chunk.window, bytes_of(window));
+        // One that comes again, since it was damaged, has its place.
+        let is_new = !self.lazy.takes_space(number);
+        if is_new {
+            self.cache.make_room(bytes);
+        }
+        self.lazy.put(number, blocks)?;
+        if is_new {
+            self.cache.came(self.layer, number, bytes);
+        }
+        Ok(())
     }
 
     pub fn has_waiters(&self) -> bool {
@@ -273,6 +375,42 @@ impl Incoming {
         fetched
             .map(Some)
             .map_err(|failure| Error::new(ErrorKind::Absent, failure.error.to_string()))
+    }
+
+    /// Fetches these data blocks again, as far as the disk lost or changed them; false where nobody can tell.
+    ///
+    /// # Errors
+    /// As [`Incoming::want`]; [`ErrorKind::Io`] where the disk does not keep them.
+    pub fn heal(&self, damaged: Span) -> Result<bool> {
+        if !self.lazy.is_checked() {
+            return Ok(false);
+        }
+        let sound = |spans: &[Span]| spans.iter().all(|span| self.lazy.is_sound(*span));
+        let mut healed = Vec::new();
+        for (number, window) in &self.windows {
+            let of_it = window.blocks.iter();
+            let wanted: Vec<Span> = of_it.filter_map(|one| one.intersection(damaged)).collect();
+            if wanted.is_empty() || self.lazy.is_here(*number) && sound(&wanted) {
+                continue;
+            }
+            self.lazy.lost(*number);
+            self.want(*number..*number + 1)?;
+            healed.push(wanted);
+        }
+        if healed.is_empty() {
+            return Ok(true);
+        }
+        self.lazy.sync_to_disk()?;
+        let dir = self.lazy.dir().display();
+        if !healed.iter().all(|spans| sound(spans)) {
+            let text = format!("{dir}: the disk does not keep what is written there: replace it");
+            return Err(Error::new(ErrorKind::Io, text));
+        }
+        let windows = healed.len();
+        tracing::warn!(
+            "{dir}: {windows} window(s) that the disk had lost or changed were fetched again"
+        );
+        Ok(true)
     }
 
     fn wait(&self) -> Waiter<'_> {
@@ -356,7 +494,7 @@ impl Incoming {
             }
             self.take(&mut state, vec![number])
         };
-        self.lazy.put(number, reader.blocks(window, stored)?)?;
+        self.put(window, reader.blocks(window, stored)?)?;
         drop(claim);
         Ok(())
     }
@@ -445,7 +583,7 @@ impl Incoming {
             let blocks = checked(&mut reader, window, chunk, &self.data);
             let blocks =
                 blocks.inspect_err(|why| self.ranges.distrust(&self.data, &stored, why))?;
-            self.lazy.put(window.chunk.window, blocks)?;
+            self.put(window, blocks)?;
         }
         Ok(stored.len() as u64)
     }

@@ -1,6 +1,7 @@
 //! The process that brings blocks of a store's lazy layers. docs/lazy.md, "Who does what".
 
 mod background;
+mod cache;
 mod coming;
 mod healing;
 mod hot;
@@ -17,10 +18,11 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{BACKGROUND, COMPLETE, Complete, HEAL, STATUS, TRAFFIC, WANT, Waiting, Want};
+use super::{BACKGROUND, COMPLETE, Complete, Damaged, HEAL, STATUS, TRAFFIC, WANT, Waiting, Want};
 use crate::wire::encode;
 use background::Background;
-use healing::Healing;
+use cache::Cache;
+use healing::{Healing, span_of};
 use hot::HotPacks;
 use layer::{Incoming, Limit};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -56,6 +58,11 @@ pub fn serve(store: &Store) -> Result<()> {
         return Ok(());
     };
     let fetcher = Arc::new(Fetcher::new(store.clone()));
+    // Before anybody has a layer opened. Blocks come also where the bound is damaged.
+    match store.cache_limit() {
+        Ok(limit) => fetcher.cache.set_limit(limit.bytes),
+        Err(error) => tracing::error!("nothing is evicted: {error}"),
+    }
     let handler: Arc<dyn ControlHandler> = fetcher.clone();
     let server = ControlServer::start_for(CONNECTIONS, &store.runs().fetcher(), handler)?;
     // What a killed one, or a host that crashed, did not come to.
@@ -68,6 +75,9 @@ pub fn serve(store: &Store) -> Result<()> {
         std::thread::sleep(SYNC);
         for (layer, open) in fetcher.synced() {
             fetcher.complete_if_all_is_here(layer, &open);
+        }
+        if let Err(error) = fetcher.keep_to_limits() {
+            tracing::warn!("the space that fetched blocks may take is not known: {error}");
         }
     }
     drop(workers);
@@ -85,6 +95,9 @@ struct Fetcher {
     store: Store,
     layers: Mutex<HashMap<Uuid, Arc<Incoming>>>,
     limit: Arc<Limit>,
+    cache: Arc<Cache>,
+    /// All lazy layers were opened, so that it is known what they take.
+    all_open: AtomicBool,
     healing: Healing,
     background: Background,
     hot: HotPacks,
@@ -110,6 +123,8 @@ impl Fetcher {
             store,
             layers: Mutex::default(),
             limit: Arc::default(),
+            cache: Arc::default(),
+            all_open: AtomicBool::new(false),
             healing: Healing::default(),
             background: Background::default(),
             hot: HotPacks::default(),
@@ -133,6 +148,21 @@ impl Fetcher {
 
     /// Looks for what is to be brought although nobody waits for it.
     fn look(&self) -> Result<()> {
+        let open: Vec<(Uuid, Arc<Incoming>)> = {
+            let layers = self.layers.lock();
+            let open = layers.iter();
+            open.map(|(layer, open)| (*layer, Arc::clone(open)))
+                .collect()
+        };
+        for (layer, open) in open {
+            open.look_again(&self.store)?;
+            if !open.is_evictable() {
+                self.cache.release(layer);
+            }
+        }
+        if let Err(error) = self.keep_to_limits() {
+            tracing::warn!("the space that fetched blocks may take is not known: {error}");
+        }
         self.hot.look(self)?;
         self.background.look(self)
     }
@@ -156,8 +186,13 @@ impl Fetcher {
         if let Some(open) = layers.get(&layer) {
             return Ok(Some(Arc::clone(open)));
         }
-        let opened = Incoming::open(&self.store, layer, &self.limit)?.map(Arc::new);
+        let shared = (&self.limit, &self.cache);
+        let opened = Incoming::open(&self.store, layer, shared)?.map(Arc::new);
         if let Some(opened) = &opened {
+            // Before anybody has it.
+            if opened.is_evictable() {
+                self.cache.adopt(layer, opened);
+            }
             layers.insert(layer, Arc::clone(opened));
         }
         Ok(opened)
@@ -165,6 +200,30 @@ impl Fetcher {
 
     fn forget(&self, layer: Uuid) {
         self.layers.lock().remove(&layer);
+        self.cache.release(layer);
+    }
+
+    /// Keeps to what the store says of the space that fetched blocks may take.
+    fn keep_to_limits(&self) -> Result<()> {
+        let limit = self.store.cache_limit()?.bytes;
+        self.cache.set_limit(limit);
+        let short = self.store.space()?.map_or(0, |space| {
+            let wanted = space.refuse_bytes.max(space.stop_bytes);
+            wanted.saturating_sub(space.available)
+        });
+        if limit.is_none() && short == 0 {
+            return Ok(());
+        }
+        if !self.all_open.swap(true, Ordering::AcqRel) {
+            for layer in self.store.layers()? {
+                // Of one that cannot be opened others tell.
+                let _ = self.layer(layer);
+            }
+        }
+        self.cache.note_reads();
+        self.cache.make_room(0);
+        self.cache.evict(short);
+        Ok(())
     }
 
     /// Makes durable what came. What went wrong, and what was removed, is forgotten: it is opened anew when it is
@@ -191,7 +250,10 @@ impl Fetcher {
 
     /// Tries once: it is opened anew when somebody asks for that.
     fn complete_if_all_is_here(&self, layer: Uuid, open: &Incoming) {
-        if open.is_all_here()
+        // What is whole is no cache any more.
+        let stays_lazy = self.cache.is_bounded() && self.cache.holds(layer);
+        if !stays_lazy
+            && open.is_all_here()
             && let Err(error) = self.complete(layer, open)
         {
             tracing::error!(%layer, "a lazy layer cannot be completed: {error}");
@@ -208,6 +270,13 @@ impl Fetcher {
         match self.layer(want.layer)? {
             Some(open) => open.want(want.windows.clone()),
             None => Ok(()),
+        }
+    }
+
+    fn heal(&self, damaged: &Damaged) -> Result<bool> {
+        match self.layer(damaged.layer)? {
+            Some(open) => open.heal(span_of(damaged)?),
+            None => self.healing.heal(&self.store, damaged, &self.limit),
         }
     }
 
@@ -268,8 +337,7 @@ impl ControlHandler for Fetcher {
             HEAL => {
                 let _busy = self.begin();
                 let damaged = parse(verb, args)?;
-                let healed = self.healing.heal(&self.store, &damaged, &self.limit);
-                Ok(Value::Bool(healed.map_err(own)?))
+                Ok(Value::Bool(self.heal(&damaged).map_err(own)?))
             }
             BACKGROUND => {
                 let _busy = self.begin();

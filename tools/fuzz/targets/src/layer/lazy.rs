@@ -36,18 +36,30 @@ fn lazy(virtual_size: u64) -> SimStorage {
     disk
 }
 
+/// Puts a window of which every block holds zeros.
+fn put(open: &LazyLayer, window: u32) {
+    let whole = open.power().span(window);
+    let data = [span(0, 20), span(40, 24)];
+    let here = data.into_iter().filter_map(|one| one.intersection(whole));
+    let blocks: Vec<(Span, Vec<u8>)> = here
+        .map(|span| (span, vec![0; span.len().buffer_len()]))
+        .collect();
+    let blocks = blocks.iter().map(|(span, bytes)| (*span, &bytes[..]));
+    open.put(window, blocks).unwrap();
+}
+
 /// As [`lazy`], of which the windows 0 and 3 are here.
 fn half(virtual_size: u64) -> SimStorage {
     let disk = lazy(virtual_size);
     let open = LazyLayer::open(&disk, Path::new(DIR)).unwrap().unwrap();
     for window in [0, 3] {
-        open.put(window, std::iter::empty()).unwrap();
+        put(&open, window);
     }
     open.sync().unwrap();
     disk
 }
 
-/// `have`, in a lazy layer: what is said to be here is read, what is not is an error, and what comes is completed or found
+/// `have`, in a lazy layer: what is said to be here is read or found to be damaged, what is not is an error, and what comes is completed or found
 /// out.
 pub fn have(input: &[u8]) {
     static DISKS: [OnceLock<SimStorage>; 2] = [OnceLock::new(), OnceLock::new()];
@@ -76,18 +88,29 @@ pub fn have(input: &[u8]) {
         let here = open.is_here(open.power().window_of(at));
         match layer.read_blocks(&mut block, at) {
             Ok(()) => assert!(here, "{at}"),
-            Err(error) => assert!(!here && error.kind() == ErrorKind::Absent, "{error:?}"),
+            // Said to be here, and never brought.
+            Err(error) if here => assert_eq!(error.kind(), ErrorKind::Corrupt, "{error:?}"),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Absent, "{error:?}"),
         }
     }
     for window in open.missing() {
-        open.put(window, std::iter::empty()).unwrap();
+        put(&open, window);
     }
-    assert_eq!(open.complete(&disk, |_| {}).unwrap(), Completion::Wrong);
+    let mut completed = open.complete(&disk, |_| {}).unwrap();
+    if let Completion::Damaged(_) = completed {
+        open.missing().into_iter().for_each(|one| put(&open, one));
+        completed = open.complete(&disk, |_| {}).unwrap();
+    }
+    assert_eq!(completed, Completion::Wrong);
 }
 
 pub fn have_seeds() -> Vec<Seed> {
     let (none, some) = (file(&lazy(SMALL), "have"), file(&half(SMALL), "have"));
+    let mut first = some.clone();
+    // Of version 1, without checksums.
+    first[8] = 1;
     vec![
+        ("some-v1".into(), with_mode(FIX, &first)),
         ("none".into(), with_mode(0, &none)),
         ("some".into(), with_mode(FIX, &some)),
         ("some-raw".into(), with_mode(0, &some)),

@@ -1,0 +1,47 @@
+//! Where the blocks of layers can be had again that were pushed. docs/lazy.md, "Healing".
+
+use uuid::Uuid;
+
+use super::super::lazy::Remote;
+use super::layout::Layout;
+use vellum_base::error::Result;
+use vellum_registry::{Access, Reference};
+use vellum_store::Store;
+
+/// A layer whose blobs lie in a layout.
+pub(super) struct PushedLayer {
+    pub layer: Uuid,
+    /// The digest of its table.
+    pub table: String,
+    /// The digest of its data; none where it has none.
+    pub data: Option<String>,
+}
+
+/// Notes beside layers that all of them are in a registry. Without it they are there all the same, and nobody asks for
+/// them.
+pub(super) fn note(
+    store: &Store,
+    layout: &Layout,
+    layers: &[PushedLayer],
+    reference: &Reference,
+    access: Access,
+) {
+    for pushed in layers {
+        let noted = || -> Result<()> {
+            let remote = Remote {
+                reference: reference.to_string(),
+                plain_http: access.plain_http,
+                table: pushed.table.clone(),
+                data: pushed.data.clone(),
+                background: None,
+                keep: false,
+            };
+            let table = layout.read(&pushed.table)?;
+            let dir = store.layer_dir(pushed.layer);
+            remote.note_push(&**store.storage(), &dir, &table)
+        };
+        if let Err(error) = noted() {
+            tracing::warn!(layer = %pushed.layer, "where the layer is now is not noted: {error}");
+        }
+    }
+}
