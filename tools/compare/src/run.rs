@@ -101,7 +101,7 @@ pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
     check_durability(plan, report, &work_dir(first)?, &progress)?;
     let there = plan.workloads.iter();
     let there = there.filter(|workload| workload.absent(&plan.sizes).is_none());
-    let weight: f64 = there.map(|workload| workload.weight()).sum();
+    let weight: f64 = there.map(|workload| workload.share()).sum();
     for (number, dir) in plan.dirs.iter().enumerate() {
         let mut budget = Budget::new(plan.end, plan.dirs.len() - number, weight);
         let place = report
@@ -291,7 +291,7 @@ fn measure_image(
         place, progress, ..
     } = at;
     fs::create_dir(dir)?;
-    let weight: f64 = workloads.iter().map(|workload| workload.weight()).sum();
+    let weight: f64 = workloads.iter().map(|workload| workload.share()).sum();
     let share = budget.share(weight);
     // Less than that is not even enough to make the image.
     if share < 1.0 {
@@ -323,7 +323,7 @@ fn measure_image(
     let mut prepared = prepare(plan, report, at, (&base, dir, workloads), share)?;
     for workload in workloads {
         rounds(plan, report, at, *workload, &mut prepared, budget)?;
-        budget.done(workload.weight());
+        budget.done(workload.share());
         (plan.save)(report);
     }
     Ok(())
@@ -442,7 +442,7 @@ fn rounds(
     } = at;
     let id = workload.id();
     let mut time = Rounds::new(
-        budget.share(workload.weight()),
+        budget.share(workload.share()),
         plan.rounds,
         foremost(plan, workload)
             .into_iter()

@@ -198,7 +198,9 @@ fn containers_side_by_side_answer_goals_twice_in_a_row() {
         let life = goals.iter().find(|goal| goal["figure"] == "life-64.life");
         assert_eq!(life.unwrap()["outcome"], "not-measured");
         let page = fs::read_to_string(setup.out().join("report.html")).unwrap();
-        assert!(page.contains("<h2>Goals of the project Vellum</h2>") && page.contains("≥ 0.9 × raw"));
+        assert!(
+            page.contains("<h2>Goals of the project Vellum</h2>") && page.contains("≥ 0.9 × raw")
+        );
     }
 }
 
@@ -313,7 +315,10 @@ fn a_quick_run_ends_at_its_limit_with_all_that_it_began_and_says_what_it_left_ou
         }
         if limit < 5.0 {
             // Seventeen checks do not fit into three seconds: the limit holds for them, too.
-            assert!(left_out.contains("The flush check: for lack of time"), "{left_out}");
+            assert!(
+                left_out.contains("The flush check: for lack of time"),
+                "{left_out}"
+            );
         }
     }
 }
@@ -324,11 +329,23 @@ fn the_clock_starts_after_the_build_which_hears_nothing_of_this_package() {
     let setup = Setup::new();
     let cargo = setup.dir.path().join("cargo");
     let heard = setup.dir.path().join("heard");
-    fs::write(&cargo, format!("#!/bin/sh\nenv > {}\nsleep 4\n", heard.display())).unwrap();
+    fs::write(
+        &cargo,
+        format!("#!/bin/sh\nenv > {}\nsleep 4\n", heard.display()),
+    )
+    .unwrap();
     fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
     let start = Instant::now();
     let output = Command::new(env!("CARGO_BIN_EXE_compare"))
-        .args(["--smoke", "--drivers", "overlayfs", "--workloads", "fio-fsync", "--rounds", "1"])
+        .args([
+            "--smoke",
+            "--drivers",
+            "overlayfs",
+            "--workloads",
+            "fio-fsync",
+            "--rounds",
+            "1",
+        ])
         .arg("--dir")
         .arg(setup.place())
         .arg("--out")
@@ -363,17 +380,29 @@ fn a_driver_of_two_commands_is_checked_measured_and_held_against_a_baseline() {
         output
     };
     let output = run(&[]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let mut report = setup.report();
     let drivers = report["drivers"].as_array().unwrap();
-    let driver = drivers.iter().find(|driver| driver["id"] == "mine").unwrap();
+    let driver = drivers
+        .iter()
+        .find(|driver| driver["id"] == "mine")
+        .unwrap();
     assert_eq!(driver["brought"], true);
     assert_eq!(driver["flush"]["passed"], true, "{driver}");
     let samples = report["samples"].as_array_mut().unwrap();
-    let count = samples.iter().filter(|s| s["driver"] == "mine" && s["metric"] == "steady");
+    let count = samples
+        .iter()
+        .filter(|s| s["driver"] == "mine" && s["metric"] == "steady");
     assert_eq!(count.count(), 4);
 
-    let (same, faster) = (setup.dir.path().join("a.json"), setup.dir.path().join("b.json"));
+    let (same, faster) = (
+        setup.dir.path().join("a.json"),
+        setup.dir.path().join("b.json"),
+    );
     fs::copy(setup.out().join("report.json"), &same).unwrap();
     let diff = Command::new(env!("CARGO_BIN_EXE_compare"))
         .arg("diff")
@@ -381,7 +410,10 @@ fn a_driver_of_two_commands_is_checked_measured_and_held_against_a_baseline() {
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&diff.stdout);
-    assert!(diff.status.success() && said.contains("0 faster, 0 slower"), "{said}");
+    assert!(
+        diff.status.success() && said.contains("0 faster, 0 slower"),
+        "{said}"
+    );
 
     // A baseline that was ten thousand times as fast, beside the same reference.
     for sample in report["samples"].as_array_mut().unwrap() {
@@ -393,7 +425,10 @@ fn a_driver_of_two_commands_is_checked_measured_and_held_against_a_baseline() {
     let output = run(&["--baseline", faster.to_str().unwrap()]);
     let said = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(3), "{said}");
-    assert!(said.contains("slower than the baseline: mine fio-fsync."), "{said}");
+    assert!(
+        said.contains("slower than the baseline: mine fio-fsync."),
+        "{said}"
+    );
 }
 
 #[test]

@@ -138,7 +138,7 @@ pub fn section(report: &Report) -> Result<Markup> {
                     p { "PostgreSQL in a container that was made just before, with a cold cache: how \
                          long transactions took while the run went on (median of the rounds). Copy-on-write \
                          costs most at the left end, where most blocks are touched for the first time." }
-                    @for pair in latency { (both(pair)) }
+                    div.pair { @for pair in latency { (both(pair)) } }
                 }
                 @if !touches.is_empty() {
                     h3 { "First touch beside steady" }
@@ -156,7 +156,7 @@ pub fn section(report: &Report) -> Result<Markup> {
             }
             @for (caption, picture) in &report.pictures {
                 h3 { "Where the blocks lie" }
-                figure { figcaption { "The map of the layer: " (caption) } (PreEscaped(picture)) }
+                figure.map { figcaption { "The map of the layer: " (caption) } (PreEscaped(picture)) }
             }
         }
     })
@@ -175,7 +175,7 @@ fn both([wide, narrow]: [String; 2]) -> Markup {
 }
 
 /// The width of a chart of lines on a wide screen and in a file of its own.
-const WIDE: i32 = 760;
+const WIDE: i32 = 570;
 
 /// Medians and 99th percentiles over the run, each wide and narrow.
 fn latency(report: &Report, place: &Place) -> Result<Vec<[String; 2]>> {

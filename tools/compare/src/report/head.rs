@@ -21,7 +21,13 @@ pub fn section(report: &Report) -> Result<Markup> {
             p.cut { "This run did not reach its end: " (brief(why)) ". What it had measured until then is \
                      below." }
         }
-        @for warning in calm::warnings(report) { p.cut { b { "Not a calm host. " } (warning) } }
+        @let warnings = calm::warnings(report);
+        @if !warnings.is_empty() {
+            div.cut {
+                b { "Not a calm host: do not quote these figures." }
+                ul { @for warning in &warnings { li { (warning) } } }
+            }
+        }
         @for part in parts { (part) }
     })
 }

@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn ratios_have_two_digits() {
-        let shown = [487.0, 36.4, 3.14, 1.019, 0.75, 0.0021].map(times);
+        let shown = [487.0, 36.4, 3.13, 1.019, 0.75, 0.0021].map(times);
         assert_eq!(shown, ["490", "36", "3.1", "1.02", "0.75", "0.002"]);
     }
 

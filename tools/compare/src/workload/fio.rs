@@ -169,7 +169,7 @@ impl Workload for RandomWrite {
     }
 
     fn weight(&self) -> f64 {
-        3.0
+        5.0
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {
@@ -260,7 +260,7 @@ impl Workload for RandomRead {
     }
 
     fn weight(&self) -> f64 {
-        3.0
+        7.0
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {

@@ -147,7 +147,7 @@ impl Workload for Pgbench {
     }
 
     fn weight(&self) -> f64 {
-        12.0
+        16.0
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {

@@ -78,7 +78,7 @@ impl Workload for Sqlite {
     }
 
     fn weight(&self) -> f64 {
-        2.5
+        3.0
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {

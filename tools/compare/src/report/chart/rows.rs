@@ -83,7 +83,7 @@ impl Panel {
     }
 
     fn x(&self, value: f64) -> i32 {
-        let at = self.scale.at(value).clamp(-0.03, 1.03);
+        let at = self.scale.at(value).clamp(0.0, 1.0);
         LEFT + (at * f64::from(self.right() - LEFT)).round() as i32
     }
 
@@ -179,11 +179,13 @@ impl Panel {
                 stroke(area, (x, y - 3), (x, y + 3), colour.stroke_width(1))?;
             }
         }
+        // Of fewer rounds than have an interval there are points, and no more.
+        let alone = mark.interval.is_none() && mark.points.len() < crate::stats::FEWEST;
         for &point in &mark.points {
-            draw(area.draw(&Circle::new((self.x(point), y), 2, colour.filled())))?;
+            let at = (self.x(point), y);
+            ring_or_dot(area, at, if alone { 4 } else { 2 }, mark.hollow, colour)?;
         }
-        // One round is a point and no more.
-        if mark.interval.is_none() && mark.points.len() < crate::stats::FEWEST {
+        if alone {
             return Ok(());
         }
         let x = self.x(mark.at);
@@ -191,15 +193,25 @@ impl Panel {
         if !(0.0..=1.0).contains(&at) {
             // Beyond the axis: an arrow that points there.
             let way = if at < 0.0 { -1 } else { 1 };
-            let arrow = vec![(x + 7 * way, y), (x, y - 5), (x, y + 5)];
+            let arrow = vec![(x, y), (x - 8 * way, y - 5), (x - 8 * way, y + 5)];
             return draw(area.draw(&Polygon::new(arrow, colour.filled())));
         }
-        if mark.hollow {
-            draw(area.draw(&Circle::new((x, y), 5, PAPER.filled())))?;
-            return draw(area.draw(&Circle::new((x, y), 5, colour.stroke_width(2))));
-        }
-        draw(area.draw(&Circle::new((x, y), 5, colour.filled())))
+        ring_or_dot(area, (x, y), 5, mark.hollow, colour)
     }
+}
+
+fn ring_or_dot(
+    area: &Area<'_>,
+    at: (i32, i32),
+    size: i32,
+    hollow: bool,
+    colour: RGBColor,
+) -> Result<()> {
+    if hollow {
+        draw(area.draw(&Circle::new(at, size, PAPER.filled())))?;
+        return draw(area.draw(&Circle::new(at, size, colour.stroke_width(2))));
+    }
+    draw(area.draw(&Circle::new(at, size, colour.filled())))
 }
 
 fn tick_label(tick: f64) -> String {
@@ -248,12 +260,9 @@ pub fn together(panels: &[Panel], across: usize, title: &str, notes: &[&str]) ->
 
 /// A mark in the running text, for legends.
 pub fn mark(hollow: bool) -> Result<String> {
-    drawn((14, 14), if hollow { "ring" } else { "dot" }, |area| {
-        if hollow {
-            draw(area.draw(&Circle::new((7, 7), 5, OTHER.stroke_width(2))))
-        } else {
-            draw(area.draw(&Circle::new((7, 7), 5, OTHER.filled())))
-        }
+    let alt = if hollow { "ring" } else { "dot" };
+    drawn((14, 14), alt, |area| {
+        ring_or_dot(area, (7, 7), 5, hollow, OTHER)
     })
 }
 

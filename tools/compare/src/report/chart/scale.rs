@@ -79,11 +79,6 @@ impl Scale {
     pub fn ticks(&self) -> &[f64] {
         &self.ticks
     }
-
-    /// Whether lengths from its beginning mean something: it begins at 0.
-    pub fn from_zero(&self) -> bool {
-        !self.log
-    }
 }
 
 /// The next of 1, 2, 5, 10 … at or above.
@@ -136,8 +131,8 @@ mod tests {
 
     #[test]
     fn what_differs_much_is_shown_by_powers_and_the_rest_from_zero() {
-        assert!(Scale::for_values([1.0, 5.0]).from_zero());
-        assert!(!Scale::for_values([1.0, 500.0]).from_zero());
-        assert!(Scale::for_values([]).from_zero());
+        assert!(!Scale::for_values([1.0, 5.0]).log);
+        assert!(Scale::for_values([1.0, 500.0]).log);
+        assert!(!Scale::for_values([]).log);
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use plotters::style::RGBColor;
 
 /// A colour by its name in [`STYLE`].
-const COLOURS: [(&str, RGBColor, &str); 14] = [
+const COLOURS: [(&str, RGBColor, &str); 16] = [
     ("ink", INK, "#e6e6e6"),
     ("soft", SOFT, "#a6a6a6"),
     ("grid", GRID, "#3c3c3c"),
@@ -20,6 +20,8 @@ const COLOURS: [(&str, RGBColor, &str); 14] = [
     ("l3", LINES[3], "#e39cc6"),
     ("l4", LINES[4], "#ff8f4d"),
     ("l5", LINES[5], "#b79cff"),
+    ("l6", LINES[6], "#4fd0e0"),
+    ("l7", LINES[7], "#d8b070"),
 ];
 
 /// Text and axes.
@@ -40,13 +42,15 @@ pub const OTHER: RGBColor = RGBColor(0x44, 0x44, 0x44);
 pub const BAD: RGBColor = RGBColor(0xb3, 0x26, 0x1e);
 /// Of lines beside each other, that people who see colours differently tell apart (after Okabe and
 /// Ito); this project's is [`OWN`].
-pub const LINES: [RGBColor; 6] = [
+pub const LINES: [RGBColor; 8] = [
     RGBColor(0x80, 0x80, 0x80),
     RGBColor(0xd5, 0x8f, 0x00),
     RGBColor(0x00, 0x9e, 0x73),
     RGBColor(0xb8, 0x5a, 0x93),
     RGBColor(0xd5, 0x5e, 0x00),
     RGBColor(0x6a, 0x51, 0xa3),
+    RGBColor(0x10, 0x90, 0xa0),
+    RGBColor(0x8c, 0x6d, 0x31),
 ];
 
 /// The rules of both papers. They stand in the page, and in each chart that is a file of its own.
