@@ -69,7 +69,7 @@ pub struct Measure {
     /// Scale of pgbench: 15 MB each [default: 50, so 750 MB; with --quick 3]
     #[arg(long, value_name = "N")]
     pub pg_scale: Option<u32>,
-    /// Seconds of pgbench; 60 or more for figures of the first minute [default: 12, with --quick 3]
+    /// Seconds of pgbench; 60 or more for figures of the first minute [default: 12, with --quick 2]
     #[arg(long, value_name = "N")]
     pub pg_seconds: Option<u32>,
     /// The tree of many small files

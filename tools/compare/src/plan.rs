@@ -35,7 +35,7 @@ pub fn sizes(options: &Measure) -> Sizes {
     }
     let pick = |full, small| if options.quick { small } else { full };
     let scale = options.pg_scale.unwrap_or(pick(50, 3));
-    let seconds = options.pg_seconds.unwrap_or(pick(12, 3));
+    let seconds = options.pg_seconds.unwrap_or(pick(12, 2));
     Sizes::new(
         options.quick,
         scale.max(1),

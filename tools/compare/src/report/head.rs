@@ -80,7 +80,7 @@ fn suits(report: &Report, place: &Place) -> Markup {
                 @let best: Vec<String> = of.best.iter()
                     .map(|(title, ratio)| format!("{title} ({})", times(*ratio)))
                     .collect();
-                tr { td { (of.what) br; small { "by " (of.by) } } td { (list(&best)) } }
+                tr { td { (of.what) br; small { "by " (of.by) } } td { (list(&best)) @if of.doubtful { br; small { "too few rounds to be sure" } } } }
             }
         } }
     }

@@ -61,7 +61,7 @@ impl Workload for FirstWrite {
     }
 
     fn weight(&self) -> f64 {
-        3.0
+        2.5
     }
 
     fn run(&self, run: &mut Run<'_>) -> Result<Measured> {

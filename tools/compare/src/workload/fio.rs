@@ -260,7 +260,7 @@ impl Workload for RandomRead {
     }
 
     fn weight(&self) -> f64 {
-        7.0
+        8.0
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {

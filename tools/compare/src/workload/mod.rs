@@ -76,7 +76,7 @@ impl Sizes {
             large_file: pick(1024, 256) * MIB,
             synced_writes: pick(1000, 120) as u32,
             buffered_writes: pick(16_384, 2048) as u32,
-            reads: pick(4000, 500) as u32,
+            reads: pick(4000, 300) as u32,
             commits: pick(600, 100) as u32,
             pg_scale,
             pg_seconds,

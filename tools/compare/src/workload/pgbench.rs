@@ -147,7 +147,7 @@ impl Workload for Pgbench {
     }
 
     fn weight(&self) -> f64 {
-        16.0
+        10.0
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {

@@ -78,7 +78,7 @@ impl Workload for Sqlite {
     }
 
     fn weight(&self) -> f64 {
-        3.0
+        3.5
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {
