@@ -1,5 +1,6 @@
-//! What there is time for. A time limit takes away the work that says least: further rounds of
-//! drivers that no goal names, then those drivers, then rounds of the others, then workloads.
+//! What there is time for. A time limit takes away the work that says least. Of what readers quote all
+//! drivers lose rounds together; of the rest first the drivers that say least lose rounds, then those
+//! drivers go, then rounds of the others, then workloads.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
