@@ -264,7 +264,7 @@ fn touch_panels(report: &Report, place: &Place) -> Vec<Panel> {
             panels.push(Panel {
                 title: headline.title.to_owned(),
                 unit: "first touch ÷ steady speed".to_owned(),
-                scale: Scale::log(0.01, 2.0),
+                scale: Scale::log(0.01, 10.0),
                 line: Some(1.0),
                 band: None,
                 columns: vec!["ratio".to_owned()],

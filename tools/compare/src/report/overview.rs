@@ -51,7 +51,7 @@ fn panel(report: &Report, place: &Place, headline: &Headline) -> Option<Panel> {
         title: headline.title.to_owned(),
         unit: "× as fast as a plain file".to_owned(),
         // The same for all: what lies beyond has its figure beside it.
-        scale: Scale::log(0.05, 5.0),
+        scale: Scale::log(0.1, 10.0),
         line: Some(1.0),
         band: band(report, place, headline),
         columns: [headline.called.0, headline.called.1]

@@ -175,28 +175,50 @@ impl Panel {
         if let Some([low, high]) = mark.interval {
             let (from, to) = (self.x(low), self.x(high));
             stroke(area, (from, y), (to, y), colour.stroke_width(2))?;
-            for x in [from, to] {
+            // What goes on beyond the axis does not end there.
+            let ends = [low, high].into_iter().filter(|end| self.holds(*end));
+            for x in ends.map(|end| self.x(end)) {
                 stroke(area, (x, y - 3), (x, y + 3), colour.stroke_width(1))?;
             }
         }
         // Of fewer rounds than have an interval there are points, and no more.
         let alone = mark.interval.is_none() && mark.points.len() < crate::stats::FEWEST;
         for &point in &mark.points {
-            let at = (self.x(point), y);
-            ring_or_dot(area, at, if alone { 4 } else { 2 }, mark.hollow, colour)?;
+            self.point(
+                area,
+                (point, y),
+                if alone { 4 } else { 2 },
+                mark.hollow,
+                colour,
+            )?;
         }
         if alone {
             return Ok(());
         }
-        let x = self.x(mark.at);
-        let at = self.scale.at(mark.at);
-        if !(0.0..=1.0).contains(&at) {
-            // Beyond the axis: an arrow that points there.
-            let way = if at < 0.0 { -1 } else { 1 };
-            let arrow = vec![(x, y), (x - 8 * way, y - 5), (x - 8 * way, y + 5)];
-            return draw(area.draw(&Polygon::new(arrow, colour.filled())));
+        self.point(area, (mark.at, y), 5, mark.hollow, colour)
+    }
+
+    /// Whether a value lies on the axis.
+    fn holds(&self, value: f64) -> bool {
+        (0.0..=1.0).contains(&self.scale.at(value))
+    }
+
+    /// A ring or a dot; beyond the axis an arrow that points there.
+    fn point(
+        &self,
+        area: &Area<'_>,
+        (value, y): (f64, i32),
+        size: i32,
+        hollow: bool,
+        colour: RGBColor,
+    ) -> Result<()> {
+        let x = self.x(value);
+        if self.holds(value) {
+            return ring_or_dot(area, (x, y), size, hollow, colour);
         }
-        ring_or_dot(area, (x, y), 5, mark.hollow, colour)
+        let way = if self.scale.at(value) < 0.0 { -1 } else { 1 };
+        let arrow = vec![(x, y), (x - 8 * way, y - 5), (x - 8 * way, y + 5)];
+        draw(area.draw(&Polygon::new(arrow, colour.filled())))
     }
 }
 
