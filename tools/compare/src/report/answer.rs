@@ -3,8 +3,8 @@
 
 use super::words::{bytes, sentence, times};
 use super::{DriverReport, Place, Report};
-use crate::driver::Kind;
-use crate::stats::{FEWEST, LEVEL, Ratio, Verdict, geometric_mean};
+use crate::driver::{self, Kind};
+use crate::stats::{FEWEST, LEVEL, Ratio, Verdict, geometric_mean, pairs};
 
 /// A workload that readers quote: two of its figures stand in the chart.
 #[derive(Debug)]
@@ -261,25 +261,38 @@ fn rivals<'a>(
     })
 }
 
-/// For each round, the geometric mean of the ratios of some figures to the reference. Rounds in which
-/// one of the figures is missing do not count, nor do figures that the driver has not at all.
+/// Values by their rounds.
+type Rounds = Vec<(usize, f64)>;
+
+/// For each round, the geometric mean of the ratios to the reference of those figures that the reference
+/// has here. A round in which the driver lacks one of them does not count: what remains would be of
+/// other work than the others' is.
 fn combined(
     report: &Report,
     place: &Place,
     driver: &DriverReport,
     figures: &[(&str, &str)],
-) -> Vec<f64> {
-    let of_figure =
-        |(workload, metric): &(&str, &str)| report.pairs(&place.id, workload, metric, driver);
-    let all: Vec<Vec<f64>> = figures
-        .iter()
-        .map(of_figure)
-        .filter(|p| !p.is_empty())
-        .collect();
-    let rounds = all.iter().map(Vec::len).min().unwrap_or(0);
-    (0..rounds)
-        .filter_map(|round| geometric_mean(all.iter().filter_map(|p| p.get(round).copied())))
-        .collect()
+) -> Rounds {
+    let reference = driver::reference(driver.about.kind);
+    let measured = figures.iter().filter(|(workload, metric)| {
+        report
+            .find(&place.id, workload, metric, reference)
+            .is_some()
+    });
+    let measured: Vec<&(&str, &str)> = measured.collect();
+    let of_round = |round: usize| {
+        let ratios = measured
+            .iter()
+            .map(|(workload, metric)| report.ratio_in(&place.id, workload, metric, driver, round));
+        let ratios: Vec<f64> = ratios.collect::<Option<_>>()?;
+        Some((round, geometric_mean(ratios)?))
+    };
+    (0..report.rounds).filter_map(of_round).collect()
+}
+
+/// The values without their rounds.
+fn values(rounds: &[(usize, f64)]) -> Vec<f64> {
+    rounds.iter().map(|(_, value)| *value).collect()
 }
 
 fn together(
@@ -288,17 +301,12 @@ fn together(
     driver: &DriverReport,
     figures: &[(&str, &str)],
 ) -> Option<Ratio> {
-    Ratio::of(&combined(report, place, driver, figures), LEVEL)
+    Ratio::of(&values(&combined(report, place, driver, figures)), LEVEL)
 }
 
 /// One driver over another, round by round.
-fn against(own: &[f64], other: &[f64]) -> Option<Ratio> {
-    let pairs: Vec<f64> = own
-        .iter()
-        .zip(other)
-        .map(|(own, other)| own / other)
-        .collect();
-    Ratio::of(&pairs, LEVEL)
+fn against(own: &[(usize, f64)], other: &[(usize, f64)]) -> Option<Ratio> {
+    Ratio::of(&pairs(own, other, true), LEVEL)
 }
 
 /// Something that people use containers for, and what did it best.
@@ -369,16 +377,10 @@ pub fn uses(report: &Report, place: &Place) -> Vec<Use> {
 fn best(report: &Report, place: &Place, figures: &[(&str, &str)]) -> Vec<(&'static str, f64)> {
     let drivers = report.present(Kind::Files).into_iter();
     let candidates = drivers.filter(|driver| driver.comparable() && !driver.is_reference());
-    // Who lacks a figure is not judged by the others.
-    let complete = candidates.filter(|driver| {
-        let has = |(w, m): &(&str, &str)| report.find(&place.id, w, m, driver.about.id).is_some();
-        let anyone = |(w, m): &(&str, &str)| report.find(&place.id, w, m, "raw").is_some();
-        figures.iter().filter(|f| anyone(f)).all(has)
-    });
-    let mut all: Vec<(&'static str, Vec<f64>, f64)> = complete
+    let mut all: Vec<(&'static str, Rounds, f64)> = candidates
         .filter_map(|driver| {
             let rounds = combined(report, place, driver, figures);
-            let mean = geometric_mean(rounds.iter().copied())?;
+            let mean = geometric_mean(values(&rounds))?;
             Some((driver.about.title, rounds, mean))
         })
         .collect();
@@ -387,7 +389,7 @@ fn best(report: &Report, place: &Place, figures: &[(&str, &str)]) -> Vec<(&'stat
         return Vec::new();
     };
     // Those that nothing tells from the best, and that are not far off by their means either.
-    let near = |rounds: &[f64], mean: f64, most: f64| {
+    let near = |rounds: &[(usize, f64)], mean: f64, most: f64| {
         let told = against(&first, rounds).is_some_and(|ratio| ratio.above_one());
         !told && mean * SLOW >= most
     };
@@ -479,6 +481,23 @@ mod tests {
             uses.iter()
                 .all(|of| of.best.iter().all(|(title, _)| *title != "btrfs"))
         );
+    }
+
+    #[test]
+    fn a_round_counts_only_with_all_figures_and_beside_the_same_round() {
+        let mut report = measured();
+        // What vellum lacks in one round makes no mean of other work.
+        report
+            .samples
+            .retain(|s| (s.driver, &*s.workload, s.round) != ("vellum", "pgbench", 1));
+        report.summarise();
+        let (place, drivers) = (&report.places[0], &report.drivers);
+        let driver = |id| drivers.iter().find(|driver| driver.about.id == id).unwrap();
+        let own = combined(&report, place, driver("vellum"), &STEADY);
+        let rounds: Vec<usize> = own.iter().map(|(round, _)| *round).collect();
+        assert_eq!(rounds, [0, 2]);
+        let other = combined(&report, place, driver("overlayfs"), &STEADY);
+        assert_eq!(against(&own, &other).unwrap().rounds, 2);
     }
 
     #[test]

@@ -287,6 +287,23 @@ impl Report {
         pairs(&values, &base, self.higher_is_better(workload, metric))
     }
 
+    /// The ratio of one round to the reference's, of a figure that is no cost.
+    pub fn ratio_in(
+        &self,
+        place: &str,
+        workload: &str,
+        metric: &str,
+        driver: &DriverReport,
+        round: usize,
+    ) -> Option<f64> {
+        let key = (place, workload, metric);
+        let mut values = self.rounds_of(key, driver.about.id);
+        values.retain(|(other, _)| *other == round);
+        let base = self.rounds_of(key, driver::reference(driver.about.kind));
+        let higher = self.higher_is_better(workload, metric);
+        pairs(&values, &base, higher).first().copied()
+    }
+
     /// The drivers of a kind that gave figures, in order.
     pub fn present(&self, kind: Kind) -> Vec<&DriverReport> {
         let gave = |driver: &&DriverReport| {

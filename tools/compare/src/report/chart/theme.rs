@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use plotters::style::RGBColor;
 
-/// A colour by its name in [`STYLE`].
+/// A colour by its name in [`style`], with that for dark paper.
 const COLOURS: [(&str, RGBColor, &str); 16] = [
     ("ink", INK, "#e6e6e6"),
     ("soft", SOFT, "#a6a6a6"),
