@@ -55,6 +55,51 @@ impl Stat {
     }
 }
 
+/// The processors' time of the whole host since it started, in seconds: all of it, what was not
+/// idle, and what a host below took for others (steal). See proc_stat(5).
+#[derive(Debug, Clone, Copy)]
+pub struct HostTime {
+    /// All.
+    pub all: f64,
+    /// Not idle.
+    pub busy: f64,
+    /// Stolen.
+    pub steal: f64,
+}
+
+impl HostTime {
+    /// Until now.
+    pub fn now() -> Option<Self> {
+        Self::parse(&fs::read_to_string("/proc/stat").ok()?)
+    }
+
+    fn parse(stat: &str) -> Option<Self> {
+        let line = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
+        // user nice system idle iowait irq softirq steal; what follows is part of these.
+        let ticks = line.split_whitespace().take(8).map(str::parse::<f64>);
+        let ticks: Vec<f64> = ticks.collect::<Result<_, _>>().ok()?;
+        let [_, _, _, idle, iowait, _, _, steal] = *ticks.as_slice() else {
+            return None;
+        };
+        let all: f64 = ticks.iter().sum();
+        Some(HostTime {
+            all: all / 100.0,
+            busy: (all - idle - iowait) / 100.0,
+            steal: steal / 100.0,
+        })
+    }
+
+    /// The parts of the time since `earlier` in which processors were busy, and were stolen (0 to 1).
+    pub fn since(self, earlier: Self) -> (f64, f64) {
+        let all = (self.all - earlier.all).max(f64::MIN_POSITIVE);
+        let part = |now: f64, then: f64| ((now - then) / all).clamp(0.0, 1.0);
+        (
+            part(self.busy, earlier.busy),
+            part(self.steal, earlier.steal),
+        )
+    }
+}
+
 /// Takes the CPU time of a piece of work.
 #[derive(Debug)]
 pub struct Meter {
@@ -109,6 +154,16 @@ mod tests {
         assert_eq!(stat.own, 2.0);
         assert_eq!(stat.children, 0.5);
         assert!(stat.kernel_thread);
+    }
+
+    #[test]
+    fn the_hosts_time_knows_what_was_stolen() {
+        let stat = |line: &str| HostTime::parse(&format!("{line}\ncpu0 1 2\n"));
+        let before = stat("cpu  100 0 100 700 100 0 0 0 5 0").unwrap();
+        let after = stat("cpu  200 0 200 1300 100 0 0 200 5 0").unwrap();
+        let (busy, steal) = after.since(before);
+        assert_eq!((busy, steal), (0.4, 0.2));
+        assert!(stat("cpu  1 2 3").is_none());
     }
 
     #[test]

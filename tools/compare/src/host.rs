@@ -7,14 +7,14 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, User, Whence, lseek};
 
@@ -23,19 +23,47 @@ use crate::cpu;
 /// No single command takes longer than this, or it is killed and counts as failed.
 const LONGEST_COMMAND: Duration = Duration::from_secs(900);
 
-/// When all ends; a command that is under way then may take this much longer.
+/// When all work ends.
 static END: OnceLock<Instant> = OnceLock::new();
-const GRACE: Duration = Duration::from_secs(60);
 
-/// From here on no command runs for much longer than until `end`.
+/// What only cleans up has this long, also after the end.
+const CLEANING: Duration = Duration::from_secs(60);
+static CLEANING_UP: AtomicUsize = AtomicUsize::new(0);
+
+/// From here on no command runs for longer than until `end`, but for those that clean up.
 pub fn limit_commands(end: Instant) {
     let _ = END.set(end);
 }
 
+/// Whether the time that was given is over.
+pub fn out_of_time() -> bool {
+    END.get().is_some_and(|end| Instant::now() >= *end)
+}
+
+/// While it lives, commands clean up: they have a minute each, whatever the time.
+pub struct CleaningUp(());
+
+impl CleaningUp {
+    /// From here on.
+    pub fn begin() -> Self {
+        CLEANING_UP.fetch_add(1, Ordering::Relaxed);
+        CleaningUp(())
+    }
+}
+
+impl Drop for CleaningUp {
+    fn drop(&mut self) {
+        CLEANING_UP.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 fn longest_command() -> Duration {
+    if CLEANING_UP.load(Ordering::Relaxed) > 0 {
+        return CLEANING;
+    }
     END.get().map_or(LONGEST_COMMAND, |end| {
         let left = end.saturating_duration_since(Instant::now());
-        (left + GRACE).min(LONGEST_COMMAND)
+        left.min(LONGEST_COMMAND)
     })
 }
 
@@ -85,6 +113,10 @@ pub struct Finished {
 /// Without the program, when it fails (with what it said), when the user interrupts.
 pub fn run(command: &mut Command) -> Result<Finished> {
     let name = shown(command);
+    let limit = longest_command();
+    if limit.is_zero() {
+        bail!("{name}: not started, since the time limit is over");
+    }
     // Files, not pipes: nobody has to read along.
     let mut stdout = tempfile::tempfile()?;
     let mut stderr = tempfile::tempfile()?;
@@ -96,7 +128,7 @@ pub fn run(command: &mut Command) -> Result<Finished> {
         .process_group(0)
         .spawn()
         .with_context(|| format!("cannot start {name}"))?;
-    let ended = wait(&mut child, longest_command());
+    let ended = wait(&mut child, limit);
     let seconds = start.elapsed().as_secs_f64();
     let (status, cpu) = ended.with_context(|| name.clone())?;
     if !status.success() {
@@ -152,12 +184,13 @@ fn wait(child: &mut Child, limit: Duration) -> Result<(ExitStatus, f64)> {
         }
         let elapsed = start.elapsed();
         if interrupted() || elapsed > limit {
-            let _ = kill(pid, Signal::SIGKILL);
+            // With all that it has started, which is of its process group.
+            let _ = killpg(pid, Signal::SIGKILL);
             child.wait()?;
             bail!(if interrupted() {
                 "interrupted".to_owned()
             } else {
-                format!("killed after {} s", limit.as_secs())
+                format!("killed after {} s, at its limit of time", limit.as_secs())
             });
         }
         // Short waits for short commands: an error of 2 % at most.
@@ -191,7 +224,8 @@ impl Server {
     /// Starts it and waits until it is `ready`. `stop` is the signal that ends it well.
     ///
     /// # Errors
-    /// When it ends before it is ready, with what it said; or is not ready within 60 s.
+    /// When it ends before it is ready, with what it said; or is not ready within 60 s, or within
+    /// the time that is left.
     pub fn start(
         command: &mut Command,
         stop: Signal,
@@ -213,7 +247,7 @@ impl Server {
             name,
         };
         let mut ended = false;
-        let is_ready = poll(Duration::from_secs(60), || {
+        let is_ready = poll(longest_command().min(Duration::from_secs(60)), || {
             ended = server
                 .child
                 .as_mut()
@@ -481,6 +515,12 @@ fn files_below(path: &Path) -> Vec<(PathBuf, fs::Metadata)> {
 pub fn read_all(path: &Path) -> Result<()> {
     let mut buf = vec![0; 1 << 20];
     for (path, metadata) in files_below(path) {
+        if interrupted() || (out_of_time() && CLEANING_UP.load(Ordering::Relaxed) == 0) {
+            bail!(
+                "not read to its end, since the time is over: {}",
+                path.display()
+            );
+        }
         // What is only a hole takes nothing from the disk.
         if !metadata.is_file() || metadata.blocks() == 0 {
             continue;
@@ -516,6 +556,16 @@ fn read_data(file: &File, buf: &mut [u8]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Bytes that the disk below a path was asked to write so far, by everybody (Documentation/block/
+/// stat.rst of Linux: the 7th figure, in sectors of 512 bytes); none of a tmpfs.
+pub fn written(path: &Path) -> Option<u64> {
+    let device = fs::metadata(path).ok()?.dev();
+    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    let stat = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
+    let sectors: u64 = stat.split_whitespace().nth(6)?.parse().ok()?;
+    Some(sectors * 512)
 }
 
 /// Writes back all that is dirty on the file system of a path.

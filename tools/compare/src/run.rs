@@ -9,10 +9,12 @@ use anyhow::{Context, Result, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tempfile::TempDir;
 
-use crate::driver::{self, Base, Driver, Image, Kind};
+use crate::driver::{self, Base, Driver, Image};
 use crate::durability;
 use crate::host::{self, interrupted};
-use crate::report::{Curve, DriverReport, Failure, Place, Report, Sample, WorkloadReport, goals};
+use crate::report::{
+    Curve, DriverReport, Failure, Latency, Place, Report, Sample, WorkloadReport, goals,
+};
 use crate::schedule::{Budget, Rounds};
 use crate::workload::{BaseKind, Measured, Run, Sizes, Workload, make_base};
 
@@ -72,6 +74,8 @@ pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
             id: workload.id(),
             title: workload.title(),
             what: workload.what(&plan.sizes),
+            caveats: workload.caveats(),
+            headline: workload.headline(),
             kind: workload.kind(),
             metrics: workload.metrics(),
         });
@@ -97,7 +101,7 @@ pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
     check_durability(plan, report, &work_dir(first)?, &progress)?;
     let there = plan.workloads.iter();
     let there = there.filter(|workload| workload.absent(&plan.sizes).is_none());
-    let weight: f64 = there.map(|workload| workload.weight()).sum();
+    let weight: f64 = there.map(|workload| workload.share()).sum();
     for (number, dir) in plan.dirs.iter().enumerate() {
         let mut budget = Budget::new(plan.end, plan.dirs.len() - number, weight);
         let place = report
@@ -147,12 +151,16 @@ fn work_dir(dir: &Path) -> Result<TempDir> {
         .with_context(|| dir.display().to_string())
 }
 
+/// Those that say most first, as far as there is time: what took so long for one takes so long for
+/// the next.
 fn check_durability(
     plan: &Plan,
     report: &mut Report,
     work: &TempDir,
     progress: &Progress,
 ) -> Result<()> {
+    let mut longest = Duration::ZERO;
+    let mut unchecked = Vec::new();
     for driver in &plan.drivers {
         let about = driver.about();
         progress
@@ -160,25 +168,37 @@ fn check_durability(
             .set_message(format!("flush check: {}", about.title));
         let absent = driver.absent();
         let mut flush = None;
-        if absent.is_none() {
+        let time = plan.end.is_none_or(|end| Instant::now() + longest < end);
+        if absent.is_none() && !time {
+            unchecked.push(about.id);
+        } else if absent.is_none() {
             let start = Instant::now();
             match durability::check(driver.as_ref(), work.path()) {
                 Ok(found) => flush = Some(found),
+                Err(_) if host::out_of_time() => unchecked.push(about.id),
                 Err(error) => {
                     stop_if_interrupted()?;
                     fail(report, progress, ("-", "flush check", about.id), &error);
                 }
             }
+            longest = longest.max(start.elapsed());
             let seconds = start.elapsed().as_secs_f64();
             report.took("-", "flush check", about.id, seconds);
         }
         stop_if_interrupted()?;
         report.drivers.push(DriverReport {
             about,
+            version: absent.is_none().then(|| driver.version()).flatten(),
             absent,
             flush,
         });
         progress.bar.inc(1);
+    }
+    if !unchecked.is_empty() {
+        report.left_out.push(format!(
+            "The flush check: for lack of time without {}, whose speed is compared with nothing",
+            unchecked.join(", ")
+        ));
     }
     Ok(())
 }
@@ -271,14 +291,11 @@ fn measure_image(
         place, progress, ..
     } = at;
     fs::create_dir(dir)?;
-    let weight: f64 = workloads.iter().map(|workload| workload.weight()).sum();
+    let weight: f64 = workloads.iter().map(|workload| workload.share()).sum();
     let share = budget.share(weight);
     // Less than that is not even enough to make the image.
     if share < 1.0 {
-        for workload in workloads {
-            let line = format!("{} in {}: no time was left", workload.title(), place.dir);
-            report.left_out.push(line);
-        }
+        no_time(report, place, workloads);
         budget.done(weight);
         return Ok(());
     }
@@ -291,6 +308,10 @@ fn measure_image(
     stop_if_interrupted()?;
     let base = match base {
         Ok(base) => base,
+        Err(_) if host::out_of_time() => {
+            no_time(report, place, workloads);
+            return Ok(());
+        }
         Err(error) => {
             for workload in workloads {
                 fail(report, progress, (&place.id, &workload.id(), "-"), &error);
@@ -302,22 +323,33 @@ fn measure_image(
     let mut prepared = prepare(plan, report, at, (&base, dir, workloads), share)?;
     for workload in workloads {
         rounds(plan, report, at, *workload, &mut prepared, budget)?;
-        budget.done(workload.weight());
+        budget.done(workload.share());
         (plan.save)(report);
     }
     Ok(())
 }
 
-/// The drivers that say most about a workload: its reference, ours, and those that goals name.
-fn foremost(workload: &dyn Workload) -> Vec<&'static str> {
-    let mut foremost = vec![
-        driver::reference(workload.kind()),
-        driver::own(workload.kind()),
-    ];
-    // What most hosts use today.
-    if workload.kind() == Kind::Files {
-        foremost.push("overlayfs");
+fn no_time(report: &mut Report, place: &Place, workloads: &[&dyn Workload]) {
+    for workload in workloads {
+        let line = format!("{} in {}: no time was left", workload.title(), place.dir);
+        report.left_out.push(line);
     }
+}
+
+/// The drivers that say most about a workload: all of them where readers quote it; else its reference,
+/// ours, what most hosts use today, those that goals name, and those that the user brought.
+fn foremost(plan: &Plan, workload: &dyn Workload) -> Vec<&'static str> {
+    let kind = workload.kind();
+    let of_kind = plan.drivers.iter().map(|driver| driver.about());
+    let of_kind = of_kind.filter(|about| about.kind == kind);
+    let mut foremost: Vec<&str> = of_kind
+        .filter(|about| {
+            workload.headline()
+                || about.brought
+                || [driver::reference(kind), driver::own(kind), "overlayfs"].contains(&about.id)
+        })
+        .map(|about| about.id)
+        .collect();
     foremost.extend(goals::drivers_of(&workload.id()));
     foremost
 }
@@ -336,7 +368,7 @@ fn prepare<'a>(
     } = at;
     let begin = Instant::now();
     let kind = workloads.first().map(|workload| workload.kind());
-    let first: Vec<&str> = workloads.iter().flat_map(|w| foremost(*w)).collect();
+    let first: Vec<&str> = workloads.iter().flat_map(|w| foremost(plan, *w)).collect();
     let mut drivers: Vec<&dyn Driver> = plan
         .drivers
         .iter()
@@ -356,7 +388,7 @@ fn prepare<'a>(
     for (number, driver) in drivers.into_iter().enumerate() {
         let about = driver.about();
         let time = begin.elapsed().as_secs_f64() + longest < share / 3.0;
-        if !time && !first.contains(&about.id) {
+        if host::out_of_time() || (!time && !first.contains(&about.id)) {
             without.push(about.id);
             continue;
         }
@@ -376,6 +408,7 @@ fn prepare<'a>(
         stop_if_interrupted()?;
         match image {
             Ok(image) => prepared.push(Prepared { driver, image, dir }),
+            Err(_) if host::out_of_time() => without.push(about.id),
             Err(error) => fail(report, progress, (&place.id, "image", about.id), &error),
         }
     }
@@ -409,9 +442,9 @@ fn rounds(
     } = at;
     let id = workload.id();
     let mut time = Rounds::new(
-        budget.share(workload.weight()),
+        budget.share(workload.share()),
         plan.rounds,
-        foremost(workload)
+        foremost(plan, workload)
             .into_iter()
             .filter(|id| prepared.iter().any(|p| p.driver.about().id == *id)),
     );
@@ -461,9 +494,15 @@ fn rounds(
             match result {
                 Ok(measured) => record(report, place, &id, (driver, round), measured),
                 Err(error) => {
-                    fail(report, progress, (&place.id, &id, driver), &error);
-                    broken.push(driver);
-                    time.gave_up(driver);
+                    // What was stopped at the limit has not failed.
+                    if host::out_of_time() {
+                        *skipped.entry(driver).or_default() += 1;
+                    } else {
+                        fail(report, progress, (&place.id, &id, driver), &error);
+                        broken.push(driver);
+                        time.gave_up(driver);
+                    }
+                    let _cleaning = host::CleaningUp::begin();
                     drop(image.stop(&name));
                     drop(image.remove(&name));
                 }
@@ -526,6 +565,15 @@ fn record(
             driver,
             round,
             values: measured.curve,
+        });
+    }
+    if !measured.latency.is_empty() {
+        report.latencies.push(Latency {
+            place: place.id.clone(),
+            workload: workload.to_owned(),
+            driver,
+            round,
+            pieces: measured.latency,
         });
     }
     if let Some(picture) = measured.picture.filter(|_| round == 0) {

@@ -1,5 +1,6 @@
-//! What there is time for. A time limit takes away the work that says least: further rounds of
-//! drivers that no goal names, then those drivers, then rounds of the others, then workloads.
+//! What there is time for. A time limit takes away the work that says least. Of what readers quote all
+//! drivers lose rounds together; of the rest first the drivers that say least lose rounds, then those
+//! drivers go, then rounds of the others, then workloads.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -92,7 +93,11 @@ impl Rounds {
                 // It may take from the workloads that follow: it says the most.
                 return place_left > cost;
             }
-            // A round of one says nothing without the others': there is time for all that have not had it.
+            // A round of one says nothing without the others': what has begun is finished, at the cost of
+            // what follows, and a round begins with time for all.
+            if self.first.values().any(|had| *had > round) {
+                return place_left > cost;
+            }
             let waiting = self.first.iter().filter(|(_, had)| **had <= round);
             return left > waiting.map(|(driver, _)| self.cost(driver)).sum();
         }
@@ -166,6 +171,9 @@ mod tests {
         assert!(rounds.fits("raw", 1, 12.0, 100.0));
         rounds.had("raw", 10.0);
         assert!(rounds.fits("vellum", 1, 2.0, 100.0));
+        // The other took longer than last time, which leaves this one no share; it has its round.
+        assert!(rounds.fits("vellum", 1, 0.0, 100.0));
+        assert!(!rounds.fits("vellum", 1, 0.0, 0.5), "there is an end");
     }
 
     #[test]

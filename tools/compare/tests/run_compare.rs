@@ -198,7 +198,9 @@ fn containers_side_by_side_answer_goals_twice_in_a_row() {
         let life = goals.iter().find(|goal| goal["figure"] == "life-64.life");
         assert_eq!(life.unwrap()["outcome"], "not-measured");
         let page = fs::read_to_string(setup.out().join("report.html")).unwrap();
-        assert!(page.contains("<h2>Goals</h2>") && page.contains("≥ 0.9 × raw"));
+        assert!(
+            page.contains("<h2>Goals of the project Vellum</h2>") && page.contains("≥ 0.9 × raw")
+        );
     }
 }
 
@@ -235,14 +237,14 @@ fn a_limit_of_time_leaves_out_further_drivers_first_and_says_so() {
     let setup = Setup::new();
     let rounds = |report: &Value, driver: &str| {
         let samples = report["samples"].as_array().unwrap().iter();
-        let of = samples.filter(|s| s["workload"] == "sqlite-wal" && s["metric"] == "steady");
+        let of = samples.filter(|s| s["workload"] == "sqlite-rollback" && s["metric"] == "steady");
         of.filter(|s| s["driver"] == driver).count()
     };
     // On a busy machine no round may fit into the first.
     let limits = [0.4, 1.6, 6.4];
     let report = limits.into_iter().find_map(|minutes| {
         let output = setup
-            .command("vellum,copy", "sqlite-wal,untar")
+            .command("vellum,copy", "sqlite-rollback,untar")
             .args([
                 "--rounds",
                 "1000",
@@ -270,6 +272,163 @@ fn a_limit_of_time_leaves_out_further_drivers_first_and_says_so() {
     assert!(left_out.contains("for lack of time"), "{left_out}");
     let took = report["took"].as_array().unwrap();
     assert!(took.iter().any(|took| took["what"] == "flush check"));
+}
+
+#[test]
+fn a_quick_run_ends_at_its_limit_with_all_that_it_began_and_says_what_it_left_out() {
+    let setup = Setup::new();
+    let compare = Path::new(env!("CARGO_BIN_EXE_compare"));
+    for limit in [3.0, 25.0] {
+        let start = Instant::now();
+        let output = Command::new(compare)
+            .args(["--quick", "--time-limit", &(limit / 60.0).to_string()])
+            .arg("--vellum")
+            .arg(compare.with_file_name("vellum"))
+            .arg("--dir")
+            .arg(setup.place())
+            .arg("--out")
+            .arg(setup.out())
+            .output()
+            .unwrap();
+        let took = start.elapsed();
+        let said = String::from_utf8_lossy(&output.stderr);
+        // What the limit stops has not failed.
+        assert!(output.status.success(), "{said}");
+        assert_eq!(setup.leftovers(), Vec::<String>::new());
+        // What comes after the limit is unmounting what was mounted.
+        assert!(took < Duration::from_secs_f64(limit + 30.0), "{took:?}");
+        let report = setup.report();
+        assert_eq!(report["limit"], limit);
+        assert!(report["seconds"].as_f64().unwrap() <= took.as_secs_f64());
+        assert_eq!(report["failures"], Value::Array(Vec::new()), "{report}");
+        assert_eq!(report["cut_short"], Value::Null);
+        let left_out = report["left_out"].to_string();
+        assert!(left_out.contains("no time was left"), "{left_out}");
+        // Who was not checked has no place in any comparison.
+        for driver in report["drivers"].as_array().unwrap() {
+            let id = driver["id"].as_str().unwrap();
+            if driver["absent"].is_null() && driver["flush"].is_null() {
+                assert!(left_out.contains(id), "{id}: {left_out}");
+                let mut summary = report["summary"].as_array().unwrap().iter();
+                assert!(summary.all(|s| s["driver"] != id || s["comparable"] == false));
+            }
+        }
+        if limit < 5.0 {
+            // Seventeen checks do not fit into three seconds: the limit holds for them, too.
+            assert!(
+                left_out.contains("The flush check: for lack of time"),
+                "{left_out}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_clock_starts_after_the_build_which_hears_nothing_of_this_package() {
+    use std::os::unix::fs::PermissionsExt;
+    let setup = Setup::new();
+    let cargo = setup.dir.path().join("cargo");
+    let heard = setup.dir.path().join("heard");
+    fs::write(
+        &cargo,
+        format!("#!/bin/sh\nenv > {}\nsleep 4\n", heard.display()),
+    )
+    .unwrap();
+    fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
+    let start = Instant::now();
+    let output = Command::new(env!("CARGO_BIN_EXE_compare"))
+        .args([
+            "--smoke",
+            "--drivers",
+            "overlayfs",
+            "--workloads",
+            "fio-fsync",
+            "--rounds",
+            "1",
+        ])
+        .arg("--dir")
+        .arg(setup.place())
+        .arg("--out")
+        .arg(setup.out())
+        .env_remove("VELLUM_BIN")
+        .env("CARGO", &cargo)
+        .env("CARGO_PKG_NAME", "compare")
+        .env("CARGO_MANIFEST_DIR", "/nowhere")
+        .env("CARGO_HOME", setup.dir.path())
+        .output()
+        .unwrap();
+    let took = start.elapsed().as_secs_f64();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let seconds = setup.report()["seconds"].as_f64().unwrap();
+    assert!(seconds <= took - 4.0, "{seconds} of {took}");
+    let heard = fs::read_to_string(heard).unwrap();
+    assert!(!heard.contains("CARGO_PKG_NAME=") && !heard.contains("CARGO_MANIFEST_DIR="));
+    assert!(heard.contains("CARGO_HOME="));
+}
+
+#[test]
+fn a_driver_of_two_commands_is_checked_measured_and_held_against_a_baseline() {
+    let setup = Setup::new();
+    let mine = "mine=up:mkdir -p \"$DIR/u\" \"$DIR/w\" && mount -t overlay mine -o \
+                \"lowerdir=$LAYERS,upperdir=$DIR/u,workdir=$DIR/w\" \"$MNT\",down:umount \"$MNT\"";
+    let run = |more: &[&str]| {
+        let mut command = setup.command("mine", "fio-fsync");
+        command.args(["--driver", mine, "--rounds", "4"]).args(more);
+        let output = command.output().unwrap();
+        assert_eq!(setup.leftovers(), Vec::<String>::new());
+        output
+    };
+    let output = run(&[]);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let mut report = setup.report();
+    let drivers = report["drivers"].as_array().unwrap();
+    let driver = drivers
+        .iter()
+        .find(|driver| driver["id"] == "mine")
+        .unwrap();
+    assert_eq!(driver["brought"], true);
+    assert_eq!(driver["flush"]["passed"], true, "{driver}");
+    let samples = report["samples"].as_array_mut().unwrap();
+    let count = samples
+        .iter()
+        .filter(|s| s["driver"] == "mine" && s["metric"] == "steady");
+    assert_eq!(count.count(), 4);
+
+    let (same, faster) = (
+        setup.dir.path().join("a.json"),
+        setup.dir.path().join("b.json"),
+    );
+    fs::copy(setup.out().join("report.json"), &same).unwrap();
+    let diff = Command::new(env!("CARGO_BIN_EXE_compare"))
+        .arg("diff")
+        .args([&same, &same])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&diff.stdout);
+    assert!(
+        diff.status.success() && said.contains("0 faster, 0 slower"),
+        "{said}"
+    );
+
+    // A baseline that was ten thousand times as fast, beside the same reference.
+    for sample in report["samples"].as_array_mut().unwrap() {
+        if sample["driver"] == "mine" {
+            sample["value"] = (sample["value"].as_f64().unwrap() * 1e4).into();
+        }
+    }
+    fs::write(&faster, report.to_string()).unwrap();
+    let output = run(&["--baseline", faster.to_str().unwrap()]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(
+        said.contains("slower than the baseline: mine fio-fsync."),
+        "{said}"
+    );
 }
 
 #[test]

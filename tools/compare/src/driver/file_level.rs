@@ -28,12 +28,14 @@ impl Driver for FileLevel {
                 what: "File-level, in the kernel, what Docker uses by default: a file is copied \
                        whole when it is first opened for writing.",
                 kind: Kind::Files,
+                brought: false,
             },
             FileLevel::FuseOverlay => About {
                 id: "fuse-overlayfs",
                 title: "fuse-overlayfs",
                 what: "The same in user space, what rootless Podman uses on older kernels.",
                 kind: Kind::Files,
+                brought: false,
             },
             FileLevel::Copy => About {
                 id: "copy",
@@ -41,6 +43,7 @@ impl Driver for FileLevel {
                 what: "Docker's driver “vfs”: each container is a copy of all files, on the \
                        host's file system.",
                 kind: Kind::Files,
+                brought: false,
             },
         }
     }
@@ -52,6 +55,14 @@ impl Driver for FileLevel {
                 missing(&[("fuse-overlayfs", "fuse-overlayfs")]).or_else(|| not_in_kernel("fuse"))
             }
             FileLevel::Copy => None,
+        }
+    }
+
+    fn version(&self) -> Option<String> {
+        match self {
+            FileLevel::Overlay => super::kernel(),
+            FileLevel::FuseOverlay => super::version_of("fuse-overlayfs", "fuse-overlayfs"),
+            FileLevel::Copy => super::version_of("cp", "cp"),
         }
     }
 

@@ -73,6 +73,7 @@ impl Driver for LoopFile {
                 what: "The reference: a full copy of the image as a raw file, ext4 on a loop \
                        device on it. No copy-on-write at all.",
                 kind: Kind::Files,
+                brought: false,
             },
             LoopFile::Qcow2 => About {
                 id: "qcow2",
@@ -81,6 +82,7 @@ impl Driver for LoopFile {
                        export; ext4 on a loop device on it (through the page cache: with direct \
                        I/O, QEMU 7.2's export damages data).",
                 kind: Kind::Files,
+                brought: false,
             },
         }
     }
@@ -98,6 +100,13 @@ impl Driver for LoopFile {
                 })
                 .or_else(|| super::not_in_kernel("fuse"))
                 .or_else(without_fuse_export),
+        }
+    }
+
+    fn version(&self) -> Option<String> {
+        match self {
+            LoopFile::Raw => super::kernel(),
+            LoopFile::Qcow2 => super::version_of("qemu-storage-daemon", "version"),
         }
     }
 

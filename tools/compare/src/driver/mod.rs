@@ -1,5 +1,6 @@
 //! The drivers: ways to give a container its own writable copy of an image.
 
+mod by_command;
 mod file_level;
 mod loop_file;
 mod nbd;
@@ -13,6 +14,8 @@ use std::sync::OnceLock;
 use anyhow::{Result, bail};
 
 use crate::host::{self, find_program};
+
+pub use by_command::Brought;
 
 /// What containers are made from.
 #[derive(Debug)]
@@ -79,6 +82,8 @@ pub struct About {
     pub what: &'static str,
     /// What its containers are used through.
     pub kind: Kind,
+    /// Given on the command line.
+    pub brought: bool,
 }
 
 /// A driver.
@@ -88,6 +93,9 @@ pub trait Driver {
 
     /// Why this host cannot have it; none when it can.
     fn absent(&self) -> Option<String>;
+
+    /// Which version of it is measured.
+    fn version(&self) -> Option<String>;
 
     /// Makes an image in an empty directory.
     fn prepare(&self, dir: &Path, base: &Base) -> Result<()>;
@@ -179,8 +187,8 @@ pub fn control(kind: Kind) -> &'static str {
     }
 }
 
-/// All drivers, in the order of tables. `vellum` is the program of that name.
-pub fn all(vellum: &Path) -> Vec<Box<dyn Driver>> {
+/// All drivers, in the order of tables. `vellum` is the program of that name; `brought` are the user's.
+pub fn all(vellum: &Path, brought: &[Brought]) -> Vec<Box<dyn Driver>> {
     let mut drivers: Vec<Box<dyn Driver>> = vec![
         Box::new(loop_file::LoopFile::Raw),
         Box::new(Again(
@@ -190,6 +198,7 @@ pub fn all(vellum: &Path) -> Vec<Box<dyn Driver>> {
                 title: "raw file (again)",
                 what: "The reference once more in each round: what differs is noise.",
                 kind: Kind::Files,
+                brought: false,
             },
         )),
         Box::new(vellum::Mounted(vellum.to_owned())),
@@ -200,6 +209,9 @@ pub fn all(vellum: &Path) -> Vec<Box<dyn Driver>> {
         Box::new(loop_file::LoopFile::Qcow2),
         Box::new(file_level::FileLevel::FuseOverlay),
     ];
+    for driver in brought {
+        drivers.push(Box::new(by_command::ByCommand::new(driver.clone())));
+    }
     drivers.push(Box::new(nbd::Server::NbdkitFile));
     drivers.push(Box::new(Again(
         Box::new(nbd::Server::NbdkitFile),
@@ -208,6 +220,7 @@ pub fn all(vellum: &Path) -> Vec<Box<dyn Driver>> {
             title: "nbdkit file (again)",
             what: "The reference once more in each round: what differs is noise.",
             kind: Kind::Nbd,
+            brought: false,
         },
     )));
     drivers.push(Box::new(vellum::Served(vellum.to_owned())));
@@ -230,6 +243,10 @@ impl Driver for Again {
         self.0.absent()
     }
 
+    fn version(&self) -> Option<String> {
+        self.0.version()
+    }
+
     fn prepare(&self, dir: &Path, base: &Base) -> Result<()> {
         self.0.prepare(dir, base)
     }
@@ -237,6 +254,26 @@ impl Driver for Again {
     fn open(&self, dir: &Path) -> Result<Box<dyn Image>> {
         self.0.open(dir)
     }
+}
+
+/// The kernel that runs, for drivers that are part of it.
+fn kernel() -> Option<String> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
+    Some(format!("Linux {}", release.trim()))
+}
+
+/// The first line of what `PROGRAM --version` says, or the line that names `word`.
+fn version_of(program: &str, word: &str) -> Option<String> {
+    let done = host::sh("sh", &["-c", "\"$0\" --version 2>&1", program]).ok()?;
+    let line = done.stdout.lines().find(|line| line.contains(word))?;
+    Some(line.trim().chars().take(70).collect())
+}
+
+/// The kernel, with a program beside it.
+fn kernel_and(program: &str, word: &str) -> Option<String> {
+    let both = [kernel(), version_of(program, word)];
+    let both: Vec<String> = both.into_iter().flatten().collect();
+    (!both.is_empty()).then(|| both.join(", "))
 }
 
 /// The reason when one of the programs is not installed; each with its Debian package.

@@ -59,6 +59,7 @@ impl Driver for Server {
             title,
             what,
             kind: Kind::Nbd,
+            brought: false,
         }
     }
 
@@ -66,6 +67,13 @@ impl Driver for Server {
         match self {
             Server::NbdkitFile | Server::NbdkitCow => missing(&[("nbdkit", "nbdkit")]),
             _ => missing(&[("qemu-nbd", "qemu-utils"), ("qemu-img", "qemu-utils")]),
+        }
+    }
+
+    fn version(&self) -> Option<String> {
+        match self {
+            Server::NbdkitFile | Server::NbdkitCow => super::version_of("nbdkit", "nbdkit"),
+            _ => super::version_of("qemu-nbd", "qemu-nbd"),
         }
     }
 

@@ -30,11 +30,16 @@ impl Driver for Mounted {
             what: "This project: block-level copy-on-write with a journal; ext4 on a loop device \
                    on a file that its FUSE server serves.",
             kind: Kind::Files,
+            brought: false,
         }
     }
 
     fn absent(&self) -> Option<String> {
         missing(&[("mke2fs", "e2fsprogs")]).or_else(|| not_in_kernel("fuse"))
+    }
+
+    fn version(&self) -> Option<String> {
+        super::version_of(&self.0.to_string_lossy(), "vellum")
     }
 
     fn prepare(&self, dir: &Path, base: &Base) -> Result<()> {
@@ -70,11 +75,16 @@ impl Driver for Served {
             title: "vellum",
             what: "This project: block-level copy-on-write with a journal, through its NBD server.",
             kind: Kind::Nbd,
+            brought: false,
         }
     }
 
     fn absent(&self) -> Option<String> {
         None
+    }
+
+    fn version(&self) -> Option<String> {
+        super::version_of(&self.0.to_string_lossy(), "vellum")
     }
 
     fn prepare(&self, dir: &Path, base: &Base) -> Result<()> {

@@ -25,6 +25,7 @@ impl Driver for Volume {
                 title: "btrfs",
                 what: "A snapshot of a subvolume for each container, on a btrfs on a raw file.",
                 kind: Kind::Files,
+                brought: false,
             },
             Volume::Xfs => About {
                 id: "xfs-reflink",
@@ -32,6 +33,7 @@ impl Driver for Volume {
                 what: "A copy of all files that shares their blocks (cp --reflink), on an XFS on \
                        a raw file.",
                 kind: Kind::Files,
+                brought: false,
             },
         }
     }
@@ -41,6 +43,13 @@ impl Driver for Volume {
             Volume::Btrfs => missing(&[("mkfs.btrfs", "btrfs-progs"), ("btrfs", "btrfs-progs")])
                 .or_else(|| not_in_kernel("btrfs")),
             Volume::Xfs => missing(&[("mkfs.xfs", "xfsprogs")]).or_else(|| not_in_kernel("xfs")),
+        }
+    }
+
+    fn version(&self) -> Option<String> {
+        match self {
+            Volume::Btrfs => super::kernel_and("mkfs.btrfs", "btrfs"),
+            Volume::Xfs => super::kernel(),
         }
     }
 

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::{DriverReport, Place, Report};
-use crate::stats::{Spread, ratios};
+use crate::stats::{Spread, pairs};
 
 /// What is wanted.
 #[derive(Debug, Clone, Copy)]
@@ -313,14 +313,14 @@ impl Goal {
         let higher = report.higher_is_better(self.workload, self.metric);
         let (reached, limit, at_least, wanted) = match self.target {
             Target::TimesAsFast(limit, than) => (
-                ratios(&own, &other(than), higher),
+                Spread::of(pairs(&own, &other(than), higher)),
                 limit,
                 true,
                 format!("≥ {limit} × {than}"),
             ),
             TimesTheTime(limit, than) => (
                 // Times: what counts here is how many times as long it took.
-                ratios(&own, &other(than), true),
+                Spread::of(pairs(&own, &other(than), true)),
                 limit,
                 false,
                 format!("≤ {limit} × the time of {than}"),
@@ -377,7 +377,7 @@ mod tests {
     #[test]
     fn every_goal_names_a_figure_and_drivers_that_exist() {
         let workloads = workload::all();
-        let drivers = driver::all(std::path::Path::new("vellum"));
+        let drivers = driver::all(std::path::Path::new("vellum"), &[]);
         for goal in GOALS {
             let workload = workloads.iter().find(|w| w.id() == goal.workload);
             let workload = workload.unwrap_or_else(|| panic!("{}", goal.workload));

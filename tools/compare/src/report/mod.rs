@@ -1,25 +1,41 @@
-//! What a run has found, as data; [`html`] shows it.
+//! What a run has found, as data; the modules below say what it means and show it.
 
+mod answer;
+pub mod calm;
+mod chart;
+mod cost;
+pub mod files;
+mod goal_table;
 pub mod goals;
-pub mod html;
-mod plots;
+mod head;
+mod html;
+mod overview;
+mod section;
+mod words;
 
 use serde::Serialize;
 
 use crate::driver::{self, About, Kind};
 use crate::durability::Flush;
-use crate::stats::{Spread, Verdict, ratios, verdict};
+use crate::stats::{LEVEL, Ratio, Spread, Verdict, pairs, verdict};
 use crate::workload::{Better, Metric, Sizes};
 
+/// The form of report.json; docs/comparing.md has it.
+pub const FORMAT: u32 = 2;
+
 /// Everything.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Report {
+    /// [`FORMAT`].
+    pub format: u32,
     /// The command that was run.
     pub command: String,
     /// When it began (RFC 3339).
     pub started: String,
     /// How long it took, in seconds.
     pub seconds: f64,
+    /// How long it was allowed to take, in seconds; none without a limit.
+    pub limit: Option<f64>,
     /// Why it ended before its end; none when it did not. What was measured until then is here.
     pub cut_short: Option<String>,
     /// The host.
@@ -38,6 +54,8 @@ pub struct Report {
     pub samples: Vec<Sample>,
     /// pgbench's transactions a second.
     pub curves: Vec<Curve>,
+    /// How long transactions took, from the first one on.
+    pub latencies: Vec<Latency>,
     /// Where a container's blocks lie (SVG) after pgbench, from drivers that draw it.
     #[serde(skip)]
     pub pictures: Vec<(String, String)>,
@@ -60,11 +78,15 @@ pub struct Host {
     pub kernel: String,
     /// Processor, and how many.
     pub processors: String,
+    /// How many.
+    pub processor_count: usize,
     /// Bytes of memory.
     pub memory: u64,
     /// The mean number of running processes over a minute, at the start and at the end.
-    pub load: Vec<String>,
-    /// Versions of programs.
+    pub load: Vec<f64>,
+    /// The part of the processors' time that a host below took for others (0 to 1).
+    pub steal: f64,
+    /// Versions of the programs that do the work.
     pub versions: Vec<String>,
 }
 
@@ -87,6 +109,8 @@ pub struct DriverReport {
     /// What it is.
     #[serde(flatten)]
     pub about: About,
+    /// Which version of it.
+    pub version: Option<String>,
     /// Why this host has it not.
     pub absent: Option<String>,
     /// The flush check.
@@ -102,6 +126,10 @@ pub struct WorkloadReport {
     pub title: String,
     /// What it does.
     pub what: String,
+    /// What its figures do not say.
+    pub caveats: &'static str,
+    /// One of the few that readers quote.
+    pub headline: bool,
     /// For which drivers.
     pub kind: Kind,
     /// Its figures.
@@ -138,6 +166,22 @@ pub struct Curve {
     pub round: usize,
     /// One figure for each second.
     pub values: Vec<f64>,
+}
+
+/// How long transactions took, over a run.
+#[derive(Debug, Serialize)]
+pub struct Latency {
+    /// Of [`Place`].
+    pub place: String,
+    /// Of [`WorkloadReport`].
+    pub workload: String,
+    /// Of [`About`].
+    pub driver: &'static str,
+    /// From 0.
+    pub round: usize,
+    /// Pieces of the run: each one's end in seconds, and the median and the 99th percentile of the
+    /// transactions that ended in it, in milliseconds.
+    pub pieces: Vec<[f64; 3]>,
 }
 
 /// How long something took.
@@ -180,7 +224,7 @@ pub struct Summary {
     /// The figure itself.
     pub value: Spread,
     /// How many times as fast as the reference, pair by pair; none for costs.
-    pub ratio: Option<Spread>,
+    pub ratio: Option<Ratio>,
     /// What the ratio says.
     pub verdict: Option<Verdict>,
     /// Its durability check was passed: the ratio compares like with like.
@@ -188,8 +232,14 @@ pub struct Summary {
 }
 
 impl DriverReport {
+    /// Whether it is the reference, or that once more.
+    pub fn is_reference(&self) -> bool {
+        let about = &self.about;
+        [driver::reference(about.kind), driver::control(about.kind)].contains(&about.id)
+    }
+
     /// Whether it passed its durability check, so that its speed compares like with like.
-    fn comparable(&self) -> bool {
+    pub fn comparable(&self) -> bool {
         self.flush.as_ref().is_some_and(|flush| flush.passed)
     }
 }
@@ -208,6 +258,7 @@ impl Report {
                 }
             }
         }
+        self.format = FORMAT;
         self.summary = summary;
         self.goals = goals::goals(self);
     }
@@ -220,6 +271,46 @@ impl Report {
             driver,
             seconds,
         });
+    }
+
+    /// The ratios of single rounds to the reference, of a figure that is no cost.
+    pub fn pairs(
+        &self,
+        place: &str,
+        workload: &str,
+        metric: &str,
+        driver: &DriverReport,
+    ) -> Vec<f64> {
+        let key = (place, workload, metric);
+        let values = self.rounds_of(key, driver.about.id);
+        let base = self.rounds_of(key, driver::reference(driver.about.kind));
+        pairs(&values, &base, self.higher_is_better(workload, metric))
+    }
+
+    /// The ratio of one round to the reference's, of a figure that is no cost.
+    pub fn ratio_in(
+        &self,
+        place: &str,
+        workload: &str,
+        metric: &str,
+        driver: &DriverReport,
+        round: usize,
+    ) -> Option<f64> {
+        let key = (place, workload, metric);
+        let mut values = self.rounds_of(key, driver.about.id);
+        values.retain(|(other, _)| *other == round);
+        let base = self.rounds_of(key, driver::reference(driver.about.kind));
+        let higher = self.higher_is_better(workload, metric);
+        pairs(&values, &base, higher).first().copied()
+    }
+
+    /// The drivers of a kind that gave figures, in order.
+    pub fn present(&self, kind: Kind) -> Vec<&DriverReport> {
+        let gave = |driver: &&DriverReport| {
+            let id = driver.about.id;
+            driver.about.kind == kind && self.samples.iter().any(|sample| sample.driver == id)
+        };
+        self.drivers.iter().filter(gave).collect()
     }
 
     fn metric(&self, workload: &str, metric: &str) -> Option<&Metric> {
@@ -254,12 +345,12 @@ impl Report {
         let higher = metric.better == Better::Higher;
         let against = |values: &[(usize, f64)]| {
             let base = self.rounds_of(key, reference);
-            ratios(values, &base, higher)
+            pairs(values, &base, higher)
         };
         let ratio = (metric.better != Better::Cost && driver.about.id != reference)
-            .then(|| against(&values))
+            .then(|| Ratio::of(&against(&values), LEVEL))
             .flatten();
-        let control = against(&self.rounds_of(key, driver::control(kind)));
+        let control = Spread::of(against(&self.rounds_of(key, driver::control(kind))));
         Some(Summary {
             place: key.0.to_owned(),
             workload: key.1.to_owned(),
@@ -300,85 +391,101 @@ pub(crate) mod tests {
     use super::*;
     use crate::workload;
 
-    /// A report of three rounds in which overlayfs is twice as fast as raw, though the machine
-    /// gets slower from round to round, and btrfs fails its flush check.
-    #[expect(clippy::too_many_lines, reason = "a value in one piece")]
-    pub(crate) fn example() -> Report {
-        let sizes = crate::sizes(false, 1, 1, "/".into());
-        let all = workload::all();
-        let workload = all.iter().find(|w| w.id() == "fio-fsync").unwrap();
-        let place = Place {
-            id: "disk".into(),
-            title: "ext4".into(),
-            dir: "/x".into(),
-            in_memory: false,
-        };
-        let drivers = driver::all(std::path::Path::new("vellum"))
-            .iter()
-            .map(|driver| {
-                let about = driver.about();
-                DriverReport {
-                    about,
-                    absent: (about.id == "qcow2").then(|| "qemu <is> not here".to_owned()),
-                    flush: Some(Flush {
-                        passed: about.id != "btrfs",
-                        detail: "for a test".into(),
-                    }),
-                }
-            })
-            .collect();
-        let mut samples = Vec::new();
-        for round in 0..3 {
-            let speed = 1000.0 / (round + 1) as f64;
-            for (driver, factor) in [
-                ("raw", 1.0),
-                ("raw-again", 0.95 + 0.05 * round as f64),
-                ("overlayfs", 2.0),
-                ("btrfs", 9.0),
-                ("vellum", 1.02),
-            ] {
-                samples.push(Sample {
-                    place: "disk".into(),
-                    workload: "fio-fsync".into(),
-                    metric: "first",
-                    driver,
-                    round,
-                    value: speed * factor,
-                });
-            }
+    /// Adds the rounds of a figure.
+    pub(crate) fn add(
+        report: &mut Report,
+        (workload, metric): (&str, &'static str),
+        driver: &'static str,
+        values: &[f64],
+    ) {
+        for (round, &value) in values.iter().enumerate() {
+            report.samples.push(Sample {
+                place: "disk".into(),
+                workload: workload.into(),
+                metric,
+                driver,
+                round,
+                value,
+            });
         }
-        let mut report = Report {
+    }
+
+    /// A report without figures: the six workloads that readers quote, all drivers, of which btrfs
+    /// fails its flush check and qcow2 is not there.
+    pub(crate) fn empty() -> Report {
+        let sizes = Sizes::new(false, 1, 1, "/".into());
+        let workloads = workload::all();
+        let workloads = workloads.iter().filter(|workload| workload.headline());
+        let drivers = driver::all(std::path::Path::new("vellum"), &[]);
+        Report {
             command: "compare".into(),
             started: "now".into(),
-            seconds: 1.0,
-            cut_short: None,
-            host: Host::default(),
-            workloads: vec![WorkloadReport {
-                id: workload.id(),
-                title: workload.title(),
-                what: workload.what(&sizes),
-                kind: workload.kind(),
-                metrics: workload.metrics(),
-            }],
-            sizes,
             rounds: 3,
-            places: vec![place],
-            drivers,
-            samples,
-            curves: vec![Curve {
-                place: "disk".into(),
-                workload: "fio-fsync".into(),
-                driver: "raw",
-                round: 0,
-                values: vec![1.0, 2.0, 3.0],
+            workloads: workloads
+                .map(|workload| WorkloadReport {
+                    id: workload.id(),
+                    title: workload.title(),
+                    what: workload.what(&sizes),
+                    caveats: workload.caveats(),
+                    headline: true,
+                    kind: workload.kind(),
+                    metrics: workload.metrics(),
+                })
+                .collect(),
+            sizes,
+            places: vec![Place {
+                id: "disk".into(),
+                title: "Disk (ext4)".into(),
+                dir: "/x".into(),
+                in_memory: false,
             }],
-            pictures: Vec::new(),
-            took: Vec::new(),
-            failures: Vec::new(),
+            drivers: drivers
+                .iter()
+                .map(|driver| {
+                    let about = driver.about();
+                    DriverReport {
+                        about,
+                        version: Some("1.0".into()),
+                        absent: (about.id == "qcow2").then(|| "qemu <is> not here".to_owned()),
+                        flush: Some(Flush {
+                            passed: about.id != "btrfs",
+                            detail: "3 of 16 flushed pieces were lost".into(),
+                        }),
+                    }
+                })
+                .collect(),
             left_out: vec!["MariaDB".into()],
-            summary: Vec::new(),
-            goals: Vec::new(),
-        };
+            ..Report::default()
+        }
+    }
+
+    /// A report of three rounds in which overlayfs is twice as fast as raw, though the machine
+    /// gets slower from round to round, and btrfs fails its flush check.
+    pub(crate) fn example() -> Report {
+        let mut report = empty();
+        report
+            .workloads
+            .retain(|workload| workload.id == "fio-fsync");
+        for (driver, factors) in [
+            ("raw", [1.0, 1.0, 1.0]),
+            ("raw-again", [0.95, 1.0, 1.05]),
+            ("overlayfs", [2.0, 2.0, 2.0]),
+            ("btrfs", [9.0, 9.0, 9.0]),
+            ("vellum", [1.02, 1.02, 1.02]),
+        ] {
+            let rounds = factors.iter().enumerate();
+            let rounds: Vec<f64> = rounds
+                .map(|(round, factor)| 1000.0 / (round + 1) as f64 * factor)
+                .collect();
+            add(&mut report, ("fio-fsync", "first"), driver, &rounds);
+        }
+        report.curves.push(Curve {
+            place: "disk".into(),
+            workload: "fio-fsync".into(),
+            driver: "raw",
+            round: 0,
+            values: vec![1.0, 2.0, 3.0],
+        });
         report.summarise();
         report
     }
@@ -390,7 +497,14 @@ pub(crate) mod tests {
             .find("disk", "fio-fsync", "first", "overlayfs")
             .unwrap();
         let ratio = found.ratio.unwrap();
-        assert_eq!((ratio.low, ratio.median, ratio.high), (2.0, 2.0, 2.0));
+        assert!((ratio.mean - 2.0).abs() < 1e-9);
+        assert!(
+            ratio
+                .interval
+                .unwrap()
+                .iter()
+                .all(|end| (end - 2.0).abs() < 1e-9)
+        );
         assert_eq!(found.verdict, Some(Verdict::Faster));
         assert!(found.comparable);
     }

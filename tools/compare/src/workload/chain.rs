@@ -65,6 +65,10 @@ impl Workload for Chain {
         )
     }
 
+    fn caveats(&self) -> &'static str {
+        "The data is the same at each depth; what grows is the way to it."
+    }
+
     fn metrics(&self) -> Vec<Metric> {
         let mut metrics = vec![
             Metric::new("cold", "cold reads", "reads/s", Better::Higher),
@@ -153,6 +157,10 @@ impl Workload for Life {
              would type, so starting a program is part of it.",
             self.depth
         )
+    }
+
+    fn caveats(&self) -> &'static str {
+        "The commands that a user would call, so the start of programs is in it."
     }
 
     fn metrics(&self) -> Vec<Metric> {

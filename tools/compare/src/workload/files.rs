@@ -37,6 +37,16 @@ impl Workload for FirstWrite {
         )
     }
 
+    fn headline(&self) -> bool {
+        true
+    }
+
+    fn caveats(&self) -> &'static str {
+        "The container is new and its cache is cold, so the time holds opening the file. A \
+         driver that copies whole files pays with the size of the file, others do not: with a \
+         file of another size the ratio is another."
+    }
+
     fn metrics(&self) -> Vec<Metric> {
         let mut metrics = vec![
             Metric::new("first", "first write", "ms", Better::Lower),
@@ -51,7 +61,7 @@ impl Workload for FirstWrite {
     }
 
     fn weight(&self) -> f64 {
-        2.0
+        2.5
     }
 
     fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
@@ -93,6 +103,11 @@ impl Workload for Untar {
              are read back; they are removed.",
             sizes.tree.display()
         )
+    }
+
+    fn caveats(&self) -> &'static str {
+        "All files are new, so nothing is copied on a write: it shows a file system's own \
+         work with many small files."
     }
 
     fn metrics(&self) -> Vec<Metric> {

@@ -148,6 +148,16 @@ impl Workload for RandomWrite {
         )
     }
 
+    fn headline(&self) -> bool {
+        true
+    }
+
+    fn caveats(&self) -> &'static str {
+        "Both passes write the same places in the same order: a first touch is told apart \
+         from a rewrite, and from nothing else. What the disk does with an fsync decides much \
+         of the figure; a virtual disk may answer faster than a real one."
+    }
+
     fn metrics(&self) -> Vec<Metric> {
         let mut metrics = vec![
             Metric::new("first", "first touch", "writes/s", Better::Higher),
@@ -159,7 +169,7 @@ impl Workload for RandomWrite {
     }
 
     fn weight(&self) -> f64 {
-        3.0
+        5.0
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {
@@ -228,6 +238,16 @@ impl Workload for RandomRead {
         )
     }
 
+    fn headline(&self) -> bool {
+        true
+    }
+
+    fn caveats(&self) -> &'static str {
+        "Cold is cold in this host's page cache alone: a cache below the disk, as virtual \
+         machines have one, knows the image of each driver alike. Warm reads never leave \
+         memory, so they show the file system above the driver more than the driver."
+    }
+
     fn metrics(&self) -> Vec<Metric> {
         let mut metrics = vec![
             Metric::new("cold", "cold, one at a time", "reads/s", Better::Higher),
@@ -240,7 +260,7 @@ impl Workload for RandomRead {
     }
 
     fn weight(&self) -> f64 {
-        3.0
+        8.0
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {
@@ -309,6 +329,10 @@ impl Workload for Sequential {
              file of {0} MiB with one fsync at the end, and writes it again. 1 MiB a request.",
             sizes.file >> 20
         )
+    }
+
+    fn caveats(&self) -> &'static str {
+        "Megabytes a second of one stream. The disk itself is the limit of most of these."
     }
 
     fn metrics(&self) -> Vec<Metric> {

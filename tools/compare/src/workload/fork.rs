@@ -38,6 +38,11 @@ impl Workload for Fork {
         )
     }
 
+    fn caveats(&self) -> &'static str {
+        "Drivers that copy files do not copy one moment of them; raw and qcow2 are unmounted \
+         for the copy, which counts."
+    }
+
     fn metrics(&self) -> Vec<Metric> {
         vec![
             Metric::new("fork", "fork made, durable", "ms", Better::Lower),

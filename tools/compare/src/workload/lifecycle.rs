@@ -46,6 +46,11 @@ impl Workload for Lifecycle {
         )
     }
 
+    fn caveats(&self) -> &'static str {
+        "The time of the commands that a user would call, so the start of each driver's \
+         programs is in it; an engine that keeps them running saves that."
+    }
+
     fn metrics(&self) -> Vec<Metric> {
         vec![
             Metric::new("create", "create", "ms", Better::Lower).detail(),

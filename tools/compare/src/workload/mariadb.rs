@@ -114,6 +114,11 @@ impl Workload for Sysbench {
         )
     }
 
+    fn caveats(&self) -> &'static str {
+        "As for PostgreSQL: start-up and first touches come together, and short runs see no \
+         late checkpoint."
+    }
+
     fn metrics(&self) -> Vec<Metric> {
         let mut metrics = vec![
             Metric::new("first", "first third", "TPS", Better::Higher),

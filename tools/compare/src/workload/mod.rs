@@ -21,7 +21,7 @@ use crate::driver::{Access, Base, Image, Kind};
 use crate::host;
 
 /// How much of everything.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Sizes {
     /// Bytes of the file in the image that fio works on.
     pub file: u64,
@@ -63,6 +63,61 @@ pub struct Sizes {
     pub millis: u32,
     /// The tree that is unpacked.
     pub tree: PathBuf,
+}
+
+const MIB: u64 = 1 << 20;
+
+impl Sizes {
+    /// Of a full run, or of a quick one.
+    pub fn new(quick: bool, pg_scale: u32, pg_seconds: u32, tree: PathBuf) -> Self {
+        let pick = |full, small| if quick { small } else { full };
+        Sizes {
+            file: pick(256, 32) * MIB,
+            large_file: pick(1024, 256) * MIB,
+            synced_writes: pick(1000, 120) as u32,
+            buffered_writes: pick(16_384, 2048) as u32,
+            reads: pick(4000, 300) as u32,
+            commits: pick(600, 100) as u32,
+            pg_scale,
+            pg_seconds,
+            maria_rows: pick(100_000, 5000) as u32,
+            maria_seconds: pick(20, 4) as u32,
+            containers: pick(10, 3) as u32,
+            swarm: 16,
+            swarm_file: pick(32, 8) * MIB,
+            swarm_writes: pick(2048, 256) as u32,
+            swarm_synced: pick(150, 16) as u32,
+            fork_data: pick(256, 64) * MIB,
+            chain: pick(64, 32) * MIB,
+            device: pick(256, 64) * MIB,
+            millis: pick(1000, 200) as u32,
+            tree,
+        }
+    }
+
+    /// The smallest of everything.
+    pub fn smoke(tree: PathBuf) -> Self {
+        Sizes {
+            file: 4 * MIB,
+            large_file: 8 * MIB,
+            synced_writes: 8,
+            buffered_writes: 32,
+            reads: 16,
+            commits: 4,
+            containers: 1,
+            maria_rows: 50,
+            maria_seconds: 2,
+            swarm: 3,
+            swarm_file: MIB,
+            swarm_writes: 16,
+            swarm_synced: 4,
+            fork_data: 4 * MIB,
+            chain: 4 * MIB,
+            device: 8 * MIB,
+            millis: 50,
+            ..Self::new(true, 1, 2, tree)
+        }
+    }
 }
 
 /// Which way a figure counts.
@@ -112,6 +167,12 @@ impl Metric {
     /// What every workload costs besides time.
     fn costs() -> Vec<Self> {
         let mut costs = Self::cpu();
+        costs.push(Metric::new(
+            "written",
+            "written to the disk (whole host)",
+            "MB",
+            Better::Cost,
+        ));
         costs.push(Self::space("space taken by the container afterwards"));
         costs
     }
@@ -139,6 +200,11 @@ pub struct Measured {
     pub values: Vec<(&'static str, f64)>,
     /// Something a second, from the start on.
     pub curve: Vec<f64>,
+    /// How long transactions took, from the start on: the end of each piece of the run in seconds,
+    /// and the median and the 99th percentile of those that ended in it, in milliseconds.
+    pub latency: Vec<[f64; 3]>,
+    /// What the disk had written when the work began, in bytes.
+    disk_before: Option<u64>,
     /// A drawing of the container (SVG), if the driver has one.
     pub picture: Option<String>,
 }
@@ -148,7 +214,8 @@ impl Measured {
         self.values.push((id, value));
     }
 
-    fn cpu(&mut self, cpu: Cpu) {
+    fn cpu(&mut self, (cpu, disk_before): (Cpu, Option<u64>)) {
+        self.disk_before = disk_before;
         self.add("cpu_client", cpu.client);
         self.add("cpu_server", cpu.server);
         self.add("cpu_kernel", cpu.kernel);
@@ -206,13 +273,21 @@ impl Run<'_> {
         }
         let used = self.image.used()?.saturating_sub(started.before);
         measured.add("space", used as f64 / 1e6);
+        let written = measured.disk_before.zip(host::written(self.place));
+        if let Some((before, after)) = written {
+            measured.add("written", after.saturating_sub(before) as f64 / 1e6);
+        }
+        let _cleaning = host::CleaningUp::begin();
         self.image.stop(self.name)?;
         self.image.remove(self.name)
     }
 
-    /// Counts CPU time from here on.
-    fn meter(&self) -> Meter {
-        Meter::start(self.image.servers(self.name))
+    /// Counts CPU time, and what the disk writes, from here on.
+    fn meter(&self) -> Counting {
+        Counting {
+            disk: host::written(self.place),
+            cpu: Meter::start(self.image.servers(self.name)),
+        }
     }
 
     /// Empties the page cache, and leaves nothing to write back to disturb what follows.
@@ -231,6 +306,19 @@ impl Run<'_> {
         let mut places: Vec<&Path> = dirs.iter().map(PathBuf::as_path).collect();
         places.push(self.place);
         host::drop_caches(&places)
+    }
+}
+
+/// What a piece of work takes, while it runs.
+struct Counting {
+    disk: Option<u64>,
+    cpu: Meter,
+}
+
+impl Counting {
+    /// The CPU time until here, `client` of it of the clients; what the disk had written before.
+    fn stop(&self, client: f64) -> (Cpu, Option<u64>) {
+        (self.cpu.stop(client), self.disk)
     }
 }
 
@@ -264,7 +352,21 @@ pub trait Workload {
         BaseKind::General
     }
 
-    /// Its share of the time there is, beside 1 for the shortest ones.
+    /// One of the few that readers quote: all drivers have their rounds of it before anything else.
+    fn headline(&self) -> bool {
+        false
+    }
+
+    /// What its figures do not say.
+    fn caveats(&self) -> &'static str;
+
+    /// Its share of the time there is by its value to readers: of what nobody quotes, less than it
+    /// would take.
+    fn share(&self) -> f64 {
+        self.weight() * if self.headline() { 1.0 } else { 0.4 }
+    }
+
+    /// How long it takes beside others; 1.5 for the shortest.
     fn weight(&self) -> f64 {
         1.5
     }
@@ -278,19 +380,20 @@ pub trait Workload {
     fn run(&self, run: &mut Run<'_>) -> Result<Measured>;
 }
 
-/// All workloads, in the order in which they run: the longest last, which take what time the others
-/// leave.
+/// All workloads: those that readers quote first, and of the others the longest last, which take what
+/// time the others leave.
 pub fn all() -> Vec<Box<dyn Workload>> {
     let mut all: Vec<Box<dyn Workload>> = vec![
+        Box::new(files::FirstWrite),
         Box::new(fio::RandomWrite { synced: true }),
         Box::new(fio::RandomWrite { synced: false }),
         Box::new(fio::RandomRead),
         Box::new(sqlite::Sqlite { wal: true }),
+        Box::new(pgbench::Pgbench),
         Box::new(sqlite::Sqlite { wal: false }),
         Box::new(lifecycle::Lifecycle),
         Box::new(files::Untar),
         Box::new(fio::Sequential),
-        Box::new(files::FirstWrite),
         Box::new(nbd::Nbd),
         Box::new(swarm::Swarm),
         Box::new(fork::Fork),
@@ -300,8 +403,13 @@ pub fn all() -> Vec<Box<dyn Workload>> {
         all.push(Box::new(chain::Chain { depth }));
     }
     all.push(Box::new(mariadb::Sysbench));
-    all.push(Box::new(pgbench::Pgbench));
     all
+}
+
+/// The PostgreSQL server that is used, if there is one.
+pub fn postgres_program() -> Option<String> {
+    let dir = pgbench::programs()?;
+    Some(dir.join("postgres").to_string_lossy().into_owned())
 }
 
 /// Makes the image that workloads of this kind start from, in an empty directory.

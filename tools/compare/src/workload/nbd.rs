@@ -29,6 +29,11 @@ impl Workload for Nbd {
         )
     }
 
+    fn caveats(&self) -> &'static str {
+        "The client is QEMU's or fio's over a unix socket in user space; a kernel client \
+         would add its own cost to all servers alike."
+    }
+
     fn metrics(&self) -> Vec<Metric> {
         let mut metrics: Vec<Metric> = [
             ("read4k", "4 KiB random read", "requests/s"),

@@ -16,7 +16,7 @@ const CLUSTER: &str = "cluster";
 const USER: &str = "postgres";
 
 /// Where Debian puts the newest version's programs.
-fn programs() -> Option<PathBuf> {
+pub(super) fn programs() -> Option<PathBuf> {
     let mut versions: Vec<PathBuf> = fs::read_dir("/usr/lib/postgresql")
         .ok()?
         .flatten()
@@ -117,6 +117,17 @@ impl Workload for Pgbench {
         )
     }
 
+    fn headline(&self) -> bool {
+        true
+    }
+
+    fn caveats(&self) -> &'static str {
+        "Start-up and first touches come together, as they do in use. Short runs end before a \
+         checkpoint of PostgreSQL, which writes each page anew; with --pg-seconds 360 there \
+         is one. Two processors for clients, server and driver are few, and then what a \
+         driver computes counts twice."
+    }
+
     fn metrics(&self) -> Vec<Metric> {
         let mut metrics = vec![
             Metric::new("first30", "first 30 s", "TPS", Better::Higher),
@@ -136,7 +147,7 @@ impl Workload for Pgbench {
     }
 
     fn weight(&self) -> f64 {
-        18.0
+        10.0
     }
 
     fn absent(&self, _sizes: &Sizes) -> Option<String> {
@@ -223,11 +234,31 @@ impl Transactions {
         within.count() as f64 / (to - from)
     }
 
+    /// Of each of some twenty pieces of a run of so many seconds: its end, and the median and the 99th
+    /// percentile of the latencies of what ended in it. A piece in which nothing ended has none.
+    fn latencies(&self, seconds: f64) -> Vec<[f64; 3]> {
+        const PIECES: u32 = 24;
+        let step = seconds / f64::from(PIECES);
+        (1..=PIECES)
+            .filter_map(|number| {
+                let end = f64::from(number) * step;
+                let within = self
+                    .done
+                    .iter()
+                    .filter(|(at, _)| (end - step..end).contains(at));
+                let mut of: Vec<f64> = within.map(|(_, latency)| *latency).collect();
+                of.sort_by(f64::total_cmp);
+                Some([end, percentile(&of, 0.5)?, percentile(&of, 0.99)?])
+            })
+            .collect()
+    }
+
     fn summary(&self, seconds: u32, measured: &mut Measured) {
         let (first, steady) = windows(seconds);
         measured.curve = (0..seconds)
             .map(|second| self.rate(f64::from(second), f64::from(second + 1)))
             .collect();
+        measured.latency = self.latencies(f64::from(seconds));
         measured.add("first30", self.rate(0.0, f64::from(first)));
         if seconds >= 60 {
             measured.add("minute", self.rate(0.0, 60.0));
@@ -284,6 +315,21 @@ mod tests {
         };
         assert_eq!((value("first30"), value("minute")), (1.0, 1.0));
         assert_eq!(value("steady"), 10.0);
+    }
+
+    #[test]
+    fn latencies_are_of_pieces_of_the_run_from_its_start_on() {
+        // One of 1 s at the start, then one of 10 ms every half second, until 12 s.
+        let mut log = "0 0 1000000 0 100 0\n".to_owned();
+        for half in 0..22 {
+            let (second, micro) = (101 + half / 2, (half % 2) * 500_000 + 100_000);
+            log.push_str(&format!("0 0 10000 0 {second} {micro}\n"));
+        }
+        let found = Transactions::parse(&log).unwrap().latencies(12.0);
+        assert_eq!(found.first().unwrap()[1..], [1000.0, 1000.0]);
+        assert!(found.iter().skip(1).all(|piece| piece[1..] == [10.0, 10.0]));
+        assert!(found.last().unwrap()[0] <= 12.0 && found.is_sorted());
+        assert!(Transactions::default().latencies(12.0).is_empty());
     }
 
     #[test]
