@@ -14,11 +14,14 @@ static VOLATILE: LazyLock<Vec<(Regex, &'static str)>> = LazyLock::new(|| {
         (r"[0-9a-f]{8}-[0-9a-f-]{27}", "ID"),
         (r"\b[0-9a-f]{12}\b", "ID"),
         (r"\b\d+(\.\d+)? ?([kMGT]i?B|B)\b", "SIZE"),
+        (r"\b\d+(\.\d+)?[KMGT]\b", "SIZE"),
         (r"\b\d+(\.\d+)? (ms|s)\b", "DURATION"),
+        (r"/dev/loop\d+|/dev/ublkb\d+", "DEVICE"),
+        (r"\b\d+%", "PART"),
         (r"\bpid \d+", "pid PID"),
         (r"\b12\.\d+\b", "RELEASE"),
         // Columns are as wide as what they hold.
-        (r"[ ─]+", " "),
+        (r" +", " "),
     ]
     .into_iter()
     .map(|(pattern, word)| (Regex::new(pattern).unwrap(), word))

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::blocks::Block;
@@ -30,11 +31,6 @@ pub fn play(scene: &[Block]) -> Result<Vec<(Block, Vec<String>)>, String> {
     let output = command
         .arg("bash")
         .arg(&script)
-        .env_clear()
-        .env(
-            "PATH",
-            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        )
         .env("STAGE", &dir)
         .env("VELLUM", VELLUM)
         .env("VELLUM_ROOT", &store.root)
@@ -46,7 +42,8 @@ pub fn play(scene: &[Block]) -> Result<Vec<(Block, Vec<String>)>, String> {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         let tail: Vec<&str> = said.lines().rev().take(30).collect();
         let tail: Vec<&str> = tail.into_iter().rev().collect();
-        return Err(format!("{}\n{}", output.status, tail.join("\n")));
+        let console = last_output(&dir, scene);
+        return Err(format!("{}\n{}\n{console}", output.status, tail.join("\n")));
     }
     store.assert_nothing_runs();
     let consoles = scene.iter().enumerate().filter(|(_, block)| block.console);
@@ -60,30 +57,40 @@ pub fn play(scene: &[Block]) -> Result<Vec<(Block, Vec<String>)>, String> {
         .collect())
 }
 
+/// The last command of a console that was begun, and what it printed.
+fn last_output(dir: &Path, scene: &[Block]) -> String {
+    let consoles = scene.iter().enumerate().filter(|(_, block)| block.console);
+    let all = consoles.flat_map(|(at, block)| {
+        let commands = block.commands().into_iter().enumerate();
+        commands.map(move |(n, command)| (format!("out.{at}.{n}"), command.text))
+    });
+    let printed = all.filter_map(|(file, text)| Some((text, fs::read(dir.join(file)).ok()?)));
+    printed.last().map_or(String::new(), |(text, printed)| {
+        format!("{text}\n{}", String::from_utf8_lossy(&printed))
+    })
+}
+
 /// The script of a scene. Each command of a console prints into a file of its own; the reader of a page
 /// waits for what a command in the background prints there, and so does the script.
 fn script_of(scene: &[Block]) -> String {
     let mut script = STAGE.to_owned();
     for (at, block) in scene.iter().enumerate() {
-        let _ = writeln!(script, "set +x\n{}\nset -x", block.first);
+        let _ = writeln!(script, "set +x\n{}", block.first);
         if block.console {
             for (n, command) in block.commands().iter().enumerate() {
+                // No descriptor of ours is left open to it.
                 let _ = writeln!(
                     script,
-                    "out=\"$STAGE/out.{at}.{n}\"\nexec 3>&1 4>&2 >\"$out\" 2>&1\n{}\nexec >&3 2>&4 3>&- 4>&-",
+                    "set +x\nout=\"$STAGE/out.{at}.{n}\"\n{{\n{}\n}} >\"$out\" 2>&1",
                     command.text
                 );
                 if command.text.ends_with('&') {
-                    let lines = command.output.len();
-                    let _ = writeln!(
-                        script,
-                        "{{ set +x; printed {lines} \"$out\"; set -x; }} 2>/dev/null"
-                    );
+                    let _ = writeln!(script, "printed {} \"$out\"", command.output.len());
                 }
             }
         } else {
             let file = format!("$STAGE/block.{at}");
-            let _ = writeln!(script, "BLOCK={file}\n. \"$BLOCK\"");
+            let _ = writeln!(script, "BLOCK={file}\nset -x\n. \"$BLOCK\"");
         }
         let _ = writeln!(script, "set +x\n{}", block.then);
     }

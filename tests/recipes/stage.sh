@@ -1,8 +1,7 @@
 # What a recipe finds: a home of its own at /root, an /etc, /usr/local, /run and /mnt that nobody else sees,
 # `vellum` with an empty store, and other hosts under the names that pages give them.
 set -eE -o pipefail
-exec 9>&2
-BASH_XTRACEFD=9 PS4='+ '
+PATH=$PATH:/usr/sbin:/sbin
 
 cleanup() {
     local status=$?
@@ -15,7 +14,7 @@ cleanup() {
     done
     wait
     local root container
-    for root in "$STAGE"/store "$STAGE"/store-of-*; do
+    for root in "$STAGE"/store "$STAGE"/store-of-* "$VELLUM_ROOT"; do
         [ -e "$root/vellum.json" ] || continue
         for container in $(vellum --root "$root" ps -q); do
             vellum -q --root "$root" rm --force --snapshots "$container" >&2
@@ -40,7 +39,7 @@ mount --bind "$STAGE/home" /root
 export HOME=/root
 cd /root
 busybox ip link set lo up 2>/dev/null || true
-printf '127.0.0.1 %s\n' localhost storage1.example.com registry.example registry-1.docker.io >/etc/hosts
+printf '127.0.0.1 %s\n' localhost storage1.example.com >>/etc/hosts
 
 # Another host is another store here.
 cat >"$STAGE/bin/ssh" <<'END'
@@ -69,6 +68,14 @@ image() {
     for name in "$@"; do
         vellum -q import "$name" "$STAGE/root" --size 256M >/dev/null
     done
+}
+
+# The store of the first chapter.
+learn_store() {
+    mkdir -p root/bin root/etc root/var/log
+    cp /bin/busybox root/bin/ && chroot root /bin/busybox --install -s /bin
+    echo 'Made to be changed.' >root/etc/motd
+    vellum -q import busybox:1 root --size 1G >/dev/null
 }
 
 # Containers of these names.
