@@ -125,6 +125,29 @@ pages! {
     vhost: "docs/vhost.md",
 }
 
+/// Whoever reads them does not begin anew with each.
+#[test]
+fn the_chapters_for_newcomers_can_be_followed_one_after_the_other() {
+    let chapters = [
+        "layers",
+        "copy-on-write",
+        "deleting",
+        "sharing",
+        "volumes",
+        "sizes",
+    ];
+    let mut all = Vec::new();
+    for chapter in chapters {
+        all.extend(blocks::of(&read(&format!("docs/learn/{chapter}.md"))).unwrap());
+    }
+    for block in &mut all {
+        block.first.clear();
+    }
+    if let Err(trouble) = stage::play(&all) {
+        panic!("{trouble}");
+    }
+}
+
 /// The pages below a directory, from the top of the checkout.
 fn pages_below(dir: &Path, into: &mut BTreeSet<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap() {
