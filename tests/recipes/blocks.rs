@@ -62,7 +62,7 @@ impl Block {
                     last.output.push(line.to_owned());
                     continue;
                 }
-                (None, None) => unreachable!("a console begins with a prompt"),
+                (None, None) => panic!("a console begins with a prompt"),
             }
             open = line.ends_with('\\');
         }

@@ -64,10 +64,12 @@ fn last_output(dir: &Path, scene: &[Block]) -> String {
         let commands = block.commands().into_iter().enumerate();
         commands.map(move |(n, command)| (format!("out.{at}.{n}"), command.text))
     });
-    let printed = all.filter_map(|(file, text)| Some((text, fs::read(dir.join(file)).ok()?)));
-    printed.last().map_or(String::new(), |(text, printed)| {
-        format!("{text}\n{}", String::from_utf8_lossy(&printed))
-    })
+    let mut printed = all.filter_map(|(file, text)| Some((text, fs::read(dir.join(file)).ok()?)));
+    printed
+        .next_back()
+        .map_or(String::new(), |(text, printed)| {
+            format!("{text}\n{}", String::from_utf8_lossy(&printed))
+        })
 }
 
 /// The script of a scene. Each command of a console prints into a file of its own; the reader of a page
