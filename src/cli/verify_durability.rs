@@ -127,6 +127,17 @@ fn run_check(args: &CheckArgs, context: &Context) -> Result<()> {
     if report.is_lossless() {
         return Ok(());
     }
+    if report.absent {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "{}: the file that was written to is not there: mount what is tested at this \
+                 directory and check again; if it is mounted, this stack has lost the file, with all \
+                 {} blocks that it acknowledged",
+                args.target, report.lost
+            ),
+        ));
+    }
     Err(Error::new(
         ErrorKind::Corrupt,
         format!(

@@ -9,10 +9,10 @@ use crate::tree;
 
 type Arrows = BTreeMap<String, BTreeSet<String>>;
 
-/// Lines such as `    vellum-store → vellum-base, vellum-core`.
+/// Lines such as `vellum-store → vellum-base, vellum-core`.
 fn on_the_page() -> Arrows {
     let page = tree::read("docs/design.md");
-    let lines = page.lines().filter(|line| line.starts_with("    vellum"));
+    let lines = page.lines().filter(|line| line.starts_with("vellum"));
     lines
         .filter_map(|line| line.trim().split_once('→'))
         .map(|(from, to)| {

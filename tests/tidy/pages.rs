@@ -65,6 +65,28 @@ fn links_within_the_project_lead_somewhere() {
     assert!(dead.is_empty(), "{dead:#?}");
 }
 
+/// The book is made of docs/ alone.
+#[test]
+fn pages_of_the_book_are_in_its_summary_and_link_to_each_other_alone() {
+    let summary = tree::read("docs/SUMMARY.md");
+    let mut wrong = Vec::new();
+    for path in tree::files("docs", ".md") {
+        let name = path.strip_prefix("docs").unwrap().display().to_string();
+        if name != "SUMMARY.md" && !summary.contains(&format!("]({name})")) {
+            wrong.push(format!("docs/SUMMARY.md does not list {name}"));
+        }
+        let depth = name.matches('/').count();
+        for event in events(&tree::read(&path)) {
+            if let Event::Start(Tag::Link { dest_url, .. } | Tag::Image { dest_url, .. }) = event
+                && (dest_url.starts_with('/') || dest_url.matches("../").count() > depth)
+            {
+                wrong.push(format!("{name}: {dest_url} leads out of docs/"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
 /// Everything between single backticks, and lines of code.
 fn code(page: &str) -> Vec<String> {
     let mut code = Vec::new();

@@ -85,6 +85,9 @@ pub struct CheckReport {
     /// The target could be read through the page cache only, which may hide what is not on the
     /// disk.
     pub cached: bool,
+    /// The target is a directory without the file that was written: either what was tested is not
+    /// mounted there, or all of it is lost.
+    pub absent: bool,
 }
 
 impl CheckReport {
@@ -135,6 +138,7 @@ pub fn check(target: &Target, log: &Log) -> Result<CheckReport> {
         ended: expected.ended,
         damaged_log_lines: expected.damaged_lines,
         cached: reader.is_cached(),
+        absent: reader.is_absent(),
     };
     let block_len = expected.region.block as usize;
     let len = expected.region.blocks * expected.region.block;

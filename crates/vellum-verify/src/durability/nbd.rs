@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use percent_encoding::percent_decode_str;
 
@@ -18,6 +18,8 @@ use vellum_export::nbd::protocol::{
 const DEFAULT_PORT: u16 = 10809;
 /// A server that says nothing for so long has failed.
 const SILENCE: Duration = Duration::from_secs(60);
+/// How long a server that was just started, or started again, may take until it listens.
+const START: Duration = Duration::from_secs(5);
 /// The longest reply to an option that makes sense here.
 const MAX_OPTION_REPLY: u32 = 64 << 10;
 
@@ -25,6 +27,25 @@ const READ: u16 = 0;
 const WRITE: u16 = 1;
 const DISCONNECT: u16 = 2;
 const FLUSH: u16 = 3;
+
+/// Connects, also to a server that does not listen yet: who starts one in the background and then tests it
+/// would have to wait for it otherwise.
+fn patiently<T>(connect: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let deadline = Instant::now() + START;
+    loop {
+        let result = connect();
+        let starting = result.as_ref().is_err_and(|error| {
+            matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            )
+        });
+        if !starting || Instant::now() >= deadline {
+            return result;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
 
 /// Where an export is: an `nbd://` or `nbd+unix://` URI.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,7 +121,7 @@ impl Address {
     pub(super) fn connect(&self) -> Result<Client> {
         let stream = match &self.place {
             Place::Unix(path) => {
-                let stream = UnixStream::connect(path)
+                let stream = patiently(|| UnixStream::connect(path))
                     .context(|| format!("cannot connect to {}", path.display()))?;
                 stream
                     .set_read_timeout(Some(SILENCE))
@@ -109,7 +130,7 @@ impl Address {
                 Stream::Unix(stream)
             }
             Place::Tcp(host, port) => {
-                let stream = TcpStream::connect((host.as_str(), *port))
+                let stream = patiently(|| TcpStream::connect((host.as_str(), *port)))
                     .context(|| format!("cannot connect to {host} port {port}"))?;
                 stream
                     .set_read_timeout(Some(SILENCE))
@@ -385,6 +406,21 @@ mod tests {
                 stream.write_all(field).unwrap();
             }
         })
+    }
+
+    #[test]
+    fn a_server_that_is_still_starting_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let address = Address::parse(&format!("nbd+unix:///x?socket={}", socket.display()));
+        let address = address.unwrap().unwrap();
+        let late = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            half_a_server(&socket)
+        });
+        let error = address.connect().map(drop).unwrap_err();
+        late.join().unwrap().join().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Protocol, "it was reached: {error}");
     }
 
     #[test]

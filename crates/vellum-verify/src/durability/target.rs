@@ -315,6 +315,11 @@ impl Reader {
         matches!(self, Reader::File { direct: false, .. })
     }
 
+    /// True for a directory without the file that is looked for.
+    pub(super) fn is_absent(&self) -> bool {
+        matches!(self, Reader::Missing)
+    }
+
     /// Fills `buf`, which is aligned as [`AlignedBuf`] is; zeros beyond the end.
     pub(super) fn read(&mut self, buf: &mut [u8], offset: u64) -> Result<()> {
         match self {
