@@ -1,4 +1,5 @@
-//! `vellum push`, `pull`, `login` and `run REF` against a real registry, with skopeo, podman and containerd as judges.
+//! `vellum push`, `pull`, `login` and `run REF` against a real registry and a real object store, `save` and `load`, with
+//! skopeo, podman and containerd as judges.
 
 #![allow(
     clippy::unwrap_used,
@@ -8,6 +9,8 @@
     reason = "a test that panics has failed"
 )]
 
+#[path = "../support/bucket_support/mod.rs"]
+mod bucket_support;
 #[path = "../support/common/mod.rs"]
 mod common;
 #[path = "../support/image_support/mod.rs"]
@@ -17,11 +20,14 @@ mod registry_support;
 #[path = "../support/uring/mod.rs"]
 mod uring;
 
+mod archive;
+mod buckets;
 mod crash;
 mod faults;
 mod faulty;
 mod healing;
 mod hot;
+mod layouts;
 mod lazy;
 mod login;
 mod plain;

@@ -66,13 +66,24 @@ pub(crate) async fn document(
 }
 
 /// What has come of a blob.
-struct Part {
-    file: File,
-    hasher: Hasher,
-    len: u64,
+pub(crate) struct Part {
+    pub file: File,
+    pub hasher: Hasher,
+    /// In bytes.
+    pub len: u64,
 }
 
 impl Part {
+    /// Adds what came next of the blob.
+    pub fn take(&mut self, digest: &str, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_all(bytes)
+            .context(|| format!("writing the blob {digest}"))?;
+        self.hasher.update(bytes);
+        self.len += bytes.len() as u64;
+        Ok(())
+    }
+
     /// Forgets what has come.
     fn restart(&mut self, digest: &str) -> Result<()> {
         self.file
@@ -185,11 +196,7 @@ async fn receive(
             let why = format!("there are more than {} bytes", blob.size);
             return Err(damaged(repository, digest, &why));
         }
-        part.file
-            .write_all(&chunk)
-            .context(|| format!("writing the blob {digest}"))?;
-        part.hasher.update(&chunk);
-        part.len += len;
+        part.take(digest, &chunk)?;
         own.counter().fetch_add(len, Ordering::Relaxed);
         moved.fetch_add(len, Ordering::Relaxed);
     }

@@ -192,7 +192,7 @@ async fn stream(
 }
 
 /// Waits for something that should come soon.
-async fn patiently<T>(doing: &str, work: impl Future<Output = T>) -> Result<T, Failure> {
+pub(crate) async fn patiently<T>(doing: &str, work: impl Future<Output = T>) -> Result<T, Failure> {
     tokio::time::timeout(PATIENCE, work).await.map_err(|_| {
         let seconds = PATIENCE.as_secs();
         let text = format!("{doing}: nothing has moved for {seconds} seconds");

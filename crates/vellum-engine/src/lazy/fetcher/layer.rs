@@ -15,7 +15,7 @@ use vellum_base::block::Span;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{Completion, LazyLayer};
 use vellum_registry::artifact::{ChunkReader, Window};
-use vellum_registry::{Failure, Ranges};
+use vellum_registry::{BlobReader, Failure};
 use vellum_store::Store;
 
 /// Requests to registries that are on their way at once.
@@ -64,7 +64,7 @@ pub(super) struct Incoming {
     windows: BTreeMap<u32, Window>,
     /// The digest of the data's blob.
     data: String,
-    ranges: Ranges,
+    ranges: BlobReader,
     limit: Arc<Limit>,
     state: Mutex<State>,
     changed: Condvar,
@@ -168,7 +168,7 @@ impl Incoming {
             lazy,
             windows: windows.collect(),
             data: remote.data.unwrap_or_else(String::new),
-            ranges: Ranges::open(&reference, access)?,
+            ranges: BlobReader::open(&reference, access)?,
             limit: Arc::clone(limit),
             state: Mutex::default(),
             changed: Condvar::new(),
