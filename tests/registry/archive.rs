@@ -1,11 +1,11 @@
 //! `vellum save` and `vellum load`: archives that others read, and that others wrote.
 
 use std::fs;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::common::{run, shell};
+use crate::common::{Running, TestStore, run, shell, wait_until};
 use crate::image_support::{assert_same, snapshot};
 use crate::registry_support::{clean, digests, store, with_images};
 
@@ -114,6 +114,65 @@ fn skopeo_and_umoci_take_the_plain_image_of_an_archive_and_what_skopeo_writes_is
     assert_eq!(digests(&to, "all:1"), digests(&from, "web"));
     let error = to.fails(&["load", "-i", &from.arg("unnamed.tar")]);
     assert!(error.contains("vellum import NAME"), "{error}");
+    clean(&to);
+}
+
+/// A containerd of this test's own.
+fn containerd(store: &TestStore) -> (Running, String) {
+    let dir = store.arg("containerd");
+    fs::create_dir_all(&dir).unwrap();
+    let socket = format!("{dir}/s");
+    let config = format!(
+        "version = 2\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\ndisabled_plugins = \
+         [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = \"{socket}\"\n"
+    );
+    let file = format!("{dir}/config.toml");
+    fs::write(&file, config).unwrap();
+    let child = Command::new("containerd")
+        .args(["-c", &file])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("apt-get install containerd");
+    wait_until("containerd answers", || {
+        let version = Command::new("ctr")
+            .args(["-a", &socket, "version"])
+            .output();
+        version.unwrap().status.success()
+    });
+    (Running(child), socket)
+}
+
+#[test]
+fn containerd_and_podman_take_an_archive_and_what_containerd_writes_is_loaded() {
+    let (from, to) = (with_images(), store());
+    let (both, one) = (from.arg("both.tar"), from.arg("one.tar"));
+    from.ok(&["save", "web", "base", "-o", &both]);
+    from.ok(&["save", "web", "-o", &one]);
+    let (_containerd, socket) = containerd(&from);
+    let ctr = |arguments: &[&str]| run("ctr", &[&["-a", &socket, "images"], arguments].concat());
+    ctr(&["import", "--snapshotter", "native", &both]);
+    assert_eq!(
+        ctr(&["ls", "-q"]),
+        "docker.io/library/base:latest\ndocker.io/library/web:latest\n"
+    );
+    let back = from.arg("back.tar");
+    ctr(&["export", &back, "docker.io/library/web:latest"]);
+    to.ok(&["load", "-i", &back]);
+    let said = to.ok(&["run", "--rm", "web", "--", "/bin/sh", "-c", "cat /etc/web"]);
+    assert_eq!(said, "web\n");
+    let (root, runroot) = (from.arg("podman"), from.arg("runroot"));
+    let podman = [
+        "--root",
+        &root,
+        "--runroot",
+        &runroot,
+        "--storage-driver",
+        "vfs",
+    ];
+    let loaded = run("podman", &[&podman[..], &["load", "-i", &one]].concat());
+    assert!(loaded.contains("docker.io/library/web:latest"), "{loaded}");
+    run("podman", &[&podman[..], &["rmi", "-f", "-a"]].concat());
     clean(&to);
 }
 
