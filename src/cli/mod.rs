@@ -3,6 +3,7 @@
 //! Exit status: 0 success, 1 failure with one line `vellum: …` on standard error, 2 usage, 128 + N
 //! when signal N ended it; `run` and `exec` end with the status of the command that they ran.
 
+mod archive;
 mod backup;
 mod bar;
 mod bench;
@@ -108,12 +109,16 @@ enum Command {
     Import(import::Args),
     /// Write an image, container or snapshot to a file: raw, qcow2, tar, OCI, Docker, or its layers for another store
     Export(export::Args),
-    /// Fetch an image from a registry
+    /// Fetch an image from a registry or an object store
     Pull(registry::PullArgs),
     /// Fetch all that is missing of an image that was pulled lazily
     Complete(registry::CompleteArgs),
-    /// Send an image, container or snapshot to a registry, for everybody
+    /// Send an image, container or snapshot to a registry or an object store, for everybody
     Push(registry::PushArgs),
+    /// Write images to an OCI archive, as a push sends them
+    Save(archive::SaveArgs),
+    /// Make images from an OCI archive, by the names that they have in it
+    Load(archive::LoadArgs),
     /// Record what a command touches first of an image, container or snapshot, for a push of it
     Trace(trace::Args),
     /// Give a registry a name and a password, and keep them where docker does
@@ -377,6 +382,8 @@ impl Command {
                 | Command::Pull(_)
                 | Command::Complete(_)
                 | Command::Push(_)
+                | Command::Save(_)
+                | Command::Load(_)
                 | Command::Trace(_)
                 | Command::Create(_)
                 | Command::Rm(_)
@@ -418,6 +425,8 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode> {
         Command::Pull(args) => registry::run_pull(&args, context)?,
         Command::Complete(args) => registry::run_complete(&args, context)?,
         Command::Push(args) => registry::run_push(&args, context)?,
+        Command::Save(args) => archive::run_save(&args, context)?,
+        Command::Load(args) => archive::run_load(&args, context)?,
         Command::Trace(args) => trace::run(&args, context)?,
         Command::Login(args) => registry::run_login(&args, context)?,
         Command::Logout(args) => registry::run_logout(&args, context)?,

@@ -18,7 +18,7 @@ use vellum_engine::registry::{
     Came, PullOptions, PullReport, PushFormat, PushOptions, PushReport, pull, push,
 };
 use vellum_image::Platform;
-use vellum_registry::{Access, Reference, Session, Stored, login, logout};
+use vellum_registry::{Access, Location, Session, Stored, login, logout};
 use vellum_store::Store;
 
 /// The longest password that is read.
@@ -35,6 +35,7 @@ Examples:
   vellum push web registry.example/team/web:1
   vellum push web@before-upgrade localhost:5000/web:old --format oci
   vellum push web registry.example/team/web:1 --trace 'nginx -t'
+  vellum push web s3://bucket/team/web:1
 
 Credentials are docker's and podman's, see `vellum login`.")]
 pub(super) struct PushArgs {
@@ -45,7 +46,7 @@ pub(super) struct PushArgs {
     // Not as above: rustdoc takes brackets for links.
     #[arg(
         value_name = "REF",
-        help = "Where it goes: HOST[:PORT]/REPOSITORY[:TAG]"
+        help = "Where it goes: HOST[:PORT]/REPOSITORY[:TAG], or file:///DIR[:TAG], s3://BUCKET[/PREFIX][:TAG], gs://…, az://…"
     )]
     reference: String,
     /// What to push
@@ -79,7 +80,7 @@ impl AccessArgs {
 
 /// What can be pushed, as people say it.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum FormatArg {
+pub(super) enum FormatArg {
     /// The container image, and its block layers beside it
     Both,
     /// The container image alone
@@ -109,6 +110,7 @@ Examples:
   vellum pull registry.example/team/web:1 web
   vellum pull --platform linux/arm64 alpine alpine-arm64
   vellum pull --lazy registry.example/team/web:1 web
+  vellum pull --lazy s3://bucket/team/web:1 web
   vellum pull --lazy --background=20M registry.example/team/web:1 web
 
 Credentials are docker's and podman's, see `vellum login`.")]
@@ -116,7 +118,8 @@ pub(super) struct PullArgs {
     /// What is fetched
     #[arg(
         value_name = "REF",
-        help = "The image: [HOST[:PORT]/]REPOSITORY[:TAG|@DIGEST]; without a host, Docker Hub's"
+        help = "The image: [HOST[:PORT]/]REPOSITORY[:TAG|@DIGEST], without a host Docker Hub's; or file:///DIR[:TAG], \
+                s3://BUCKET[/PREFIX][:TAG], gs://…, az://…"
     )]
     reference: String,
     /// What it is called here [default: REF]
@@ -216,7 +219,7 @@ pub(super) fn run_push(args: &PushArgs, context: &Context) -> Result<()> {
         let text = "a hot pack is of block layers, which --format oci leaves out: leave one of the two out";
         return Err(Error::new(ErrorKind::InvalidInput, text));
     }
-    let reference = Reference::parse(&args.reference)?;
+    let reference = Location::parse(&args.reference)?;
     let store = context.store_to_change()?;
     let watch = Bars::new(context.out);
     let report = push(&store, &args.name, &reference, &options, &watch)?;
@@ -246,16 +249,19 @@ pub(super) fn run_pull(args: &PullArgs, context: &Context) -> Result<()> {
     crash_point::arm()?;
     let store = context.store_to_fill()?;
     let options = args.lazily.options(args.platform.clone(), args.access);
-    let reference = Reference::parse(&args.reference)?;
+    let reference = Location::parse(&args.reference)?;
     let name = match &args.name {
         Some(name) => name.clone(),
-        None => name_of(&args.reference, &reference),
+        None => reference.name(&args.reference),
     };
     let report = pull(&store, &reference, &name, &options, &Bars::new(context.out))?;
-    context.out.print(&report, pulled)
+    context
+        .out
+        .print(&report, |report| pulled("pulled", report))
 }
 
-fn pulled(report: &PullReport) -> String {
+/// What came of an image that was `done`: pulled, loaded.
+pub(super) fn pulled(done: &str, report: &PullReport) -> String {
     let layers = report.layers.len();
     let plural = if layers == 1 { "" } else { "s" };
     let existed = report.layers.iter().filter(|layer| layer.existed).count();
@@ -274,22 +280,11 @@ fn pulled(report: &PullReport) -> String {
         Came::Tars => "unpacked",
     };
     format!(
-        "pulled {}: {layers} layer{plural}{shared}, {} written, {how}\n{}\n",
+        "{done} {}: {layers} layer{plural}{shared}, {} written, {how}\n{}\n",
         report.image.name,
         human_size(bytes),
         report.digest
     )
-}
-
-/// What an image of a registry is called here, where nobody says: as its reference; digests are shortened, to
-/// REPOSITORY:sha256-DIGITS.
-fn name_of(text: &str, reference: &Reference) -> String {
-    let Some((kind, digits)) = reference.digest().and_then(|digest| digest.split_once(':')) else {
-        return text.to_owned();
-    };
-    let digits: String = digits.chars().take(12).collect();
-    let (repository, _) = text.split_once('@').unwrap_or((text, ""));
-    format!("{repository}:{kind}-{digits}")
 }
 
 /// Pulls what is to be run, where the store has no image of that name, and it can be one of a registry. Returns what
@@ -304,9 +299,9 @@ pub(super) fn pull_absent(
     args: AccessArgs,
     lazily: LazyArgs,
 ) -> Result<String> {
-    let reference = Reference::parse(image);
+    let reference = Location::parse(image);
     let name = match &reference {
-        Ok(reference) => name_of(image, reference),
+        Ok(reference) => reference.name(image),
         Err(_) => image.to_owned(),
     };
     let absent = match store.image(&name) {

@@ -1,4 +1,5 @@
-//! `vellum push`, `pull`, `login` and `run REF` against a real registry, with skopeo, podman and containerd as judges.
+//! `vellum push`, `pull`, `login` and `run REF` against a real registry and a real object store, `save` and `load`, with
+//! skopeo, podman and containerd as judges.
 
 #![allow(
     clippy::unwrap_used,
@@ -19,6 +20,8 @@ mod registry_support;
 #[path = "../support/uring/mod.rs"]
 mod uring;
 
+mod archive;
+mod buckets;
 mod cache;
 mod crash;
 mod faults;
@@ -26,6 +29,7 @@ mod faulty;
 mod healing;
 mod hedging;
 mod hot;
+mod layouts;
 mod lazy;
 mod login;
 mod mirrors;

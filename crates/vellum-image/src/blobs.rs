@@ -109,7 +109,13 @@ impl Archive {
         self.file
     }
 
-    fn find(&self, name: &[u8]) -> Option<(u64, u64)> {
+    /// The tar itself, which goes on being read here.
+    pub fn file(&self) -> Arc<File> {
+        self.file.clone()
+    }
+
+    /// At which byte the content of a file begins, and how many it has.
+    pub fn find(&self, name: &[u8]) -> Option<(u64, u64)> {
         let mut name = name.to_vec();
         for _ in 0..MAX_LINKS {
             match self.places.get(&name)? {

@@ -14,6 +14,7 @@
 
 mod acl;
 mod apply;
+mod archive;
 mod blobs;
 mod compress;
 mod config;
@@ -46,6 +47,7 @@ mod write_blob;
 mod write_oci;
 
 pub use apply::{ApplyOptions, apply_layer};
+pub use archive::OciArchive;
 pub use blobs::blob_name;
 pub use compress::Compression;
 pub use config::{HistoryEntry, HistoryStep, ImageConfig, RunConfig, chain_id, chain_ids};
@@ -58,6 +60,7 @@ pub use disk::DiskImage;
 pub use install::ApplyStats;
 pub use layer::{Hasher, LayerReader, LayerRef, hex};
 pub use measure::Measure;
+pub use oci::tag_of;
 pub use platform::Platform;
 pub use qcow2::{Qcow2Writer, cluster_size};
 pub use raw::Holds;
@@ -67,7 +70,7 @@ pub use tree::{Attributes, Directory, MountedTrees, Trees};
 pub use view::View;
 pub use write::{LayerTarOptions, write_layer_tar, write_rootfs_tar};
 pub use write_blob::{LayerBlob, write_blob};
-pub use write_oci::{LAYOUT, OciWriter};
+pub use write_oci::{LAYOUT, LayoutBlob, OciWriter, archive_name, familiar_name, write_layout_tar};
 
 use vellum_base::Error;
 

@@ -237,7 +237,7 @@ pub(super) fn canonical_name(name: &str) -> String {
 }
 
 /// The tag in the name of an image.
-pub(super) fn tag_of(name: &str) -> Option<&str> {
+pub fn tag_of(name: &str) -> Option<&str> {
     let (_, tag) = name.rsplit_once(':')?;
     (!tag.contains('/')).then_some(tag)
 }

@@ -133,7 +133,7 @@ impl OciWriter {
         let (digest, mut manifest) =
             self.add_json(manifest_type, manifest.to_string().as_bytes())?;
         manifest["platform"] = platform;
-        let name = name.map(reference);
+        let name = name.map(archive_name);
         if let Some(name) = &name {
             manifest["annotations"] = json!({
                 "io.containerd.image.name": name,
@@ -238,28 +238,53 @@ impl OciWriter {
     }
 
     fn write_tar(&self, sealed: &Sealed, docker: Option<&[u8]>, output: impl Write) -> Result<()> {
-        let mut tar = TarWriter::new(output);
-        for directory in ["blobs", "blobs/sha256"] {
-            let mut node = plain_file(directory.into(), 0, 0o755);
-            node.kind = Kind::Directory;
-            tar.append(&node, 0, &mut Bytes(&[]))?;
-        }
-        for (name, size) in &self.blobs {
-            let path = self.spool.path().join(name);
-            append_file(&mut tar, format!("blobs/sha256/{name}"), &path, *size)?;
-        }
-        let documents = [
-            ("index.json", Some(&sealed.index[..])),
-            ("manifest.json", docker),
-            ("oci-layout", Some(LAYOUT)),
-        ];
-        for (name, data) in documents {
-            let Some(data) = data else { continue };
-            let node = file(name.into(), data.len() as u64);
-            tar.append(&node, data.len() as u64, &mut Bytes(data))?;
-        }
-        tar.finish().map(drop)
+        let blobs = self.blobs.iter().map(|(digits, size)| LayoutBlob {
+            name: format!("blobs/sha256/{digits}"),
+            path: self.spool.path().join(digits),
+            size: *size,
+        });
+        let mut documents = vec![("index.json", &sealed.index[..])];
+        documents.extend(docker.map(|docker| ("manifest.json", docker)));
+        write_layout_tar(blobs, &documents, output)
     }
+}
+
+/// A blob of an OCI layout that is written as a tar.
+#[derive(Debug, Clone)]
+pub struct LayoutBlob {
+    /// What it is called there: [`blob_name`](super::blob_name).
+    pub name: String,
+    /// The file that is the blob.
+    pub path: PathBuf,
+    /// In bytes.
+    pub size: u64,
+}
+
+/// Writes an OCI layout as a tar: its blobs, then the documents that stand beside them, `index.json` among them, and the
+/// file that marks a layout last.
+///
+/// # Errors
+///
+/// `NoSpace` and `Io` of the blobs or of `output`.
+pub fn write_layout_tar(
+    blobs: impl IntoIterator<Item = LayoutBlob>,
+    documents: &[(&str, &[u8])],
+    output: impl Write,
+) -> Result<()> {
+    let mut tar = TarWriter::new(output);
+    for directory in ["blobs", "blobs/sha256"] {
+        let mut node = plain_file(directory.into(), 0, 0o755);
+        node.kind = Kind::Directory;
+        tar.append(&node, 0, &mut Bytes(&[]))?;
+    }
+    for blob in blobs {
+        append_file(&mut tar, blob.name, &blob.path, blob.size)?;
+    }
+    for (name, data) in documents.iter().chain([&("oci-layout", LAYOUT)]) {
+        let node = file((*name).into(), data.len() as u64);
+        tar.append(&node, data.len() as u64, &mut Bytes(data))?;
+    }
+    tar.finish().map(drop)
 }
 
 /// What stands beside the blobs of an image.
@@ -289,7 +314,7 @@ fn move_file(from: &Path, to: &Path) -> io::Result<()> {
 
 /// A name in full, as others take it: in lower case but for its tag. A digest in it was another image's,
 /// and what stands behind a container's `@` is as good as a tag.
-fn reference(name: &str) -> String {
+pub fn archive_name(name: &str) -> String {
     let (name, behind) = name.split_once('@').unwrap_or((name, ""));
     let tag = tag_of(name).or((!behind.is_empty() && !behind.contains(':')).then_some(behind));
     let path = tag_of(name).and_then(|tag| name.strip_suffix(tag)?.strip_suffix(':'));
@@ -301,7 +326,7 @@ fn reference(name: &str) -> String {
 }
 
 /// A full name as Docker shows it.
-fn familiar_name(name: &str) -> &str {
+pub fn familiar_name(name: &str) -> &str {
     let hub = name.strip_prefix("docker.io/").unwrap_or(name);
     hub.strip_prefix("library/").unwrap_or(hub)
 }
@@ -364,7 +389,7 @@ mod tests {
             ("ghcr.io/a/b:1+2", "ghcr.io/a/b:1-2", "ghcr.io/a/b:1-2"),
             ("a@sha256:00", "docker.io/library/a:latest", "a:latest"),
         ] {
-            assert_eq!(reference(name), full);
+            assert_eq!(archive_name(name), full);
             assert_eq!(familiar_name(full), familiar);
         }
     }

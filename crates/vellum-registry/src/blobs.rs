@@ -77,10 +77,11 @@ async fn document_of(repository: &Repository, identifier: &str) -> Result<Docume
 }
 
 /// What has come of a blob.
-struct Part {
-    file: File,
-    hasher: Hasher,
-    len: u64,
+pub(crate) struct Part {
+    pub file: File,
+    pub hasher: Hasher,
+    /// In bytes.
+    pub len: u64,
     /// The hosts that it came from.
     from: BTreeSet<Url>,
     /// What one host has begun, no other one goes on with.
@@ -88,6 +89,27 @@ struct Part {
 }
 
 impl Part {
+    /// Nothing yet, of a blob that is to be that new file.
+    pub fn new(path: &Path, digest: &str) -> Result<Self> {
+        Ok(Part {
+            file: File::create_new(path).context(|| format!("cannot make {}", path.display()))?,
+            hasher: Hasher::like(digest)?,
+            len: 0,
+            from: BTreeSet::new(),
+            of_one: false,
+        })
+    }
+
+    /// Adds what came next of the blob.
+    pub fn take(&mut self, digest: &str, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_all(bytes)
+            .context(|| format!("writing the blob {digest}"))?;
+        self.hasher.update(bytes);
+        self.len += bytes.len() as u64;
+        Ok(())
+    }
+
     /// Forgets what has come.
     fn restart(&mut self, digest: &str, moved: &AtomicU64) -> Result<()> {
         self.file
@@ -111,13 +133,7 @@ pub(crate) async fn download(
     moved: &AtomicU64,
 ) -> Result<(), Failure> {
     let digest = &blob.digest;
-    let part = Mutex::new(Part {
-        file: File::create_new(path).context(|| format!("cannot make {}", path.display()))?,
-        hasher: Hasher::like(digest)?,
-        len: 0,
-        from: BTreeSet::new(),
-        of_one: false,
-    });
+    let part = Mutex::new(Part::new(path, digest)?);
     let go_on = || async {
         let mut part = part.lock().await;
         let attempt = async |repository: &Repository| {
@@ -237,11 +253,7 @@ async fn receive(
             part.restart(digest, moved)?;
             return Err(damaged(repository, digest, &why));
         }
-        part.file
-            .write_all(&chunk)
-            .context(|| format!("writing the blob {digest}"))?;
-        part.hasher.update(&chunk);
-        part.len += len;
+        part.take(digest, &chunk)?;
         own.counter().fetch_add(len, Ordering::Relaxed);
         moved.fetch_add(len, Ordering::Relaxed);
     }

@@ -12,6 +12,13 @@ use vellum_image::Platform;
 pub const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 /// The type of a manifest.
 pub const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+/// By what an index of a layout has an image: a tag, or what another program calls it. The image specification 1.1,
+/// annotations.md.
+pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// The full name of an image in an archive, as containerd and Docker write it.
+pub const CONTAINERD_NAME: &str = "io.containerd.image.name";
+/// What an image was called in the store that saved it.
+pub const NAME_ANNOTATION: &str = "dev.vellum.image.name";
 const DOCKER_INDEX_TYPE: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_MANIFEST_TYPE: &str = "application/vnd.docker.distribution.manifest.v2+json";
 

@@ -1,8 +1,10 @@
-//! Images in registries: docs/registry.md.
+//! Images in registries, object stores and archives: docs/registry.md, docs/object-stores.md.
 //!
 //! * [`artifact`]: an image's block layers as blobs, and back.
-//! * [`Session`]: talks to a registry for one command: what a tag names, blobs fetched and sent.
-//! * [`Ranges`]: parts of blobs, for lazy layers.
+//! * [`Location`]: where an image is: in a registry, or in an OCI layout in a directory or a bucket.
+//! * [`Place`]: what it names there, for one command; blobs fetched and sent. [`BlobReader`]: parts of blobs, for lazy
+//!   layers. Who uses these does not care which of the two it is.
+//! * [`Session`], [`Ranges`]: the same of a registry.
 //! * [`login`], [`logout`]: credentials where docker keeps them.
 //!
 //! Nothing here knows of a store: blobs are files in a directory that the caller names.
@@ -20,8 +22,12 @@ mod client;
 mod credentials;
 mod document;
 mod failure;
+mod find;
 mod hedge;
 mod hosts;
+mod layout;
+mod location;
+mod place;
 mod ranges;
 mod redirects;
 mod reference;
@@ -32,11 +38,17 @@ mod tls;
 mod upload;
 
 pub use credentials::{Stored, login, logout};
-pub use document::{Descriptor, Document, INDEX_TYPE, MANIFEST_TYPE, Manifest};
+pub use document::{
+    CONTAINERD_NAME, Descriptor, Document, INDEX_TYPE, MANIFEST_TYPE, Manifest, NAME_ANNOTATION,
+    REF_NAME,
+};
 pub use failure::Failure;
+pub use find::Found;
 pub use hedge::Traffic;
 pub use hosts::{HostsFile, all_hosts_files};
+pub use location::{LayoutReference, Location};
+pub use place::{BlobReader, Named, Place};
 pub use ranges::{Flow, Part, Ranges};
 pub use reference::Reference;
-pub use session::{Access, Found, Outcome, Push, Session, Upload};
+pub use session::{Access, Outcome, Push, Session, Upload};
 pub use source::Seen;

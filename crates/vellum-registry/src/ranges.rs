@@ -45,7 +45,14 @@ pub struct Ranges {
 #[derive(Debug)]
 pub struct Part {
     bytes: Vec<u8>,
-    from: Url,
+    /// The host, where there may be several.
+    from: Option<Url>,
+}
+
+impl From<Vec<u8>> for Part {
+    fn from(bytes: Vec<u8>) -> Self {
+        Part { bytes, from: None }
+    }
 }
 
 impl Deref for Part {
@@ -82,7 +89,7 @@ impl Ranges {
         let hosts = self.source.order(digest, |_| true);
         for host in hosts
             .into_iter()
-            .filter(|host| *host.http.base() == part.from)
+            .filter(|host| Some(host.http.base()) == part.from.as_ref())
         {
             host.redirects.forget(digest);
             self.source.seen.failed(host, digest, why);
@@ -300,7 +307,7 @@ async fn attempt(
     let bytes = bytes.inspect_err(|_| repository.redirects.forget(digest))?;
     Ok(Part {
         bytes,
-        from: repository.http.base().clone(),
+        from: Some(repository.http.base().clone()),
     })
 }
 
@@ -371,7 +378,7 @@ async fn stream(
 }
 
 /// Waits for something that should come soon.
-async fn patiently<T>(doing: &str, work: impl Future<Output = T>) -> Result<T, Failure> {
+pub(crate) async fn patiently<T>(doing: &str, work: impl Future<Output = T>) -> Result<T, Failure> {
     tokio::time::timeout(PATIENCE, work).await.map_err(|_| {
         let seconds = PATIENCE.as_secs();
         let text = format!("{doing}: nothing has moved for {seconds} seconds");

@@ -12,12 +12,12 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::interrupt;
 use vellum_image::{Platform, Progress, blob_name};
 
-use super::artifact::{ARTIFACT_TYPE, BLOCKS_ANNOTATION};
 use super::blobs;
 use super::client::{Http, Repository};
 use super::credentials::{self, Credential};
-use super::document::{Descriptor, Document, choose};
+use super::document::{Descriptor, Document};
 use super::failure::Failure;
+use super::find::{Documents, Found, find};
 use super::hosts::{self, Place};
 use super::ranges;
 use super::reference::Reference;
@@ -26,26 +26,15 @@ use super::source::{Seen, Source};
 use super::upload;
 
 /// Blobs that are on their way at a time.
-const AT_A_TIME: usize = 4;
+pub(crate) const AT_A_TIME: usize = 4;
 /// How often progress is shown, and interruption looked for.
 const TICK: Duration = Duration::from_millis(100);
-/// How deep indexes nest.
-const MAX_INDEXES: usize = 4;
 
 /// How a registry is spoken to.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Access {
     /// Without TLS, though it is not this host.
     pub plain_http: bool,
-}
-
-/// What a reference leads to. One of the two is there.
-#[derive(Debug, Clone)]
-pub struct Found {
-    /// The manifest of the image, for the platform.
-    pub image: Option<Document>,
-    /// The manifest of its block layers.
-    pub artifact: Option<Document>,
 }
 
 /// A blob to be sent.
@@ -238,71 +227,13 @@ impl Session {
     /// [`ErrorKind::Io`] where the registry cannot be reached.
     pub fn find(&self, platform: &Platform) -> Result<Found> {
         let source = self.to_pull();
-        self.drive(&AtomicU64::new(0), None, self.look(&source, platform))
-    }
-
-    async fn look(&self, source: &Source, platform: &Platform) -> Result<Found, Failure> {
-        let mut document = self.need(source, self.reference.identifier()).await?;
-        for _ in 0..MAX_INDEXES {
-            let Some(entries) = document.entries()? else {
-                return self.with_blocks(source, document).await;
-            };
-            let chosen = choose(&entries, platform);
-            let chosen = chosen.map_err(|error| error.context(self.reference.to_string()))?;
-            // What is no digest would be a tag, or lead elsewhere, and nothing would be checked.
-            blob_name(&chosen.digest)?;
-            document = self.need(source, &chosen.digest).await?;
-        }
-        let text = format!(
-            "{}: indexes nest more than {MAX_INDEXES} deep",
-            self.reference
-        );
-        Err(Error::new(ErrorKind::InvalidInput, text).into())
-    }
-
-    async fn need(&self, source: &Source, identifier: &str) -> Result<Document, Failure> {
-        let found = blobs::document(source, identifier).await;
-        found.map_err(|failure| {
-            if failure.error.kind() != ErrorKind::NotFound {
-                return failure;
-            }
-            let (host, name) = self.place();
-            let asked = match self.hosts.len() {
-                1 => String::new(),
-                _ => format!(" ({})", failure.error),
-            };
-            let text = format!(
-                "{host} has no {identifier} in the repository {name}: look whether the name and the tag are right, \
-                 and whether it has to be logged in to (`vellum login {host}`){asked}"
-            );
-            Error::new(ErrorKind::NotFound, text).into()
-        })
-    }
-
-    /// Finds the block layers that an image names.
-    async fn with_blocks(&self, source: &Source, document: Document) -> Result<Found, Failure> {
-        let manifest = document.manifest()?;
-        if manifest.artifact_type.as_deref() == Some(ARTIFACT_TYPE) {
-            return Ok(Found {
-                image: None,
-                artifact: Some(document),
-            });
-        }
-        let named = manifest.annotation(BLOCKS_ANNOTATION);
-        let artifact = match named.filter(|named| blob_name(named).is_ok()) {
-            Some(digest) => match blobs::document(source, digest).await {
-                Err(failure) if failure.error.kind() == ErrorKind::NotFound => None,
-                other => Some(other?),
-            },
-            None => None,
+        let asked = Asked {
+            session: self,
+            source: &source,
         };
-        if let (Some(digest), None) = (named, &artifact) {
-            tracing::info!("the block layers {digest} are not there: the image is unpacked");
-        }
-        Ok(Found {
-            image: Some(document),
-            artifact,
-        })
+        let shown = self.reference.to_string();
+        let found = find(&asked, self.reference.identifier(), &shown, platform);
+        self.drive(&AtomicU64::new(0), None, found)
     }
 
     /// Makes sure that the registry answers, and takes what is known of who asks.
@@ -334,14 +265,7 @@ impl Session {
     ) -> Result<()> {
         let source = self.to_pull();
         let moved = AtomicU64::new(0);
-        let mut seen = BTreeSet::new();
-        let mut places = Vec::new();
-        for blob in wanted.iter().filter(|blob| seen.insert(&blob.digest)) {
-            let path = layout.join(blob_name(&blob.digest)?);
-            let dir = path.parent().unwrap_or(layout);
-            std::fs::create_dir_all(dir).context(|| format!("cannot make {}", dir.display()))?;
-            places.push((blob, path));
-        }
+        let places = places(wanted, layout)?;
         let each = places
             .iter()
             .map(|(blob, path)| blobs::download(&source, blob, path, &moved));
@@ -437,7 +361,48 @@ impl Session {
     }
 }
 
-fn runtime() -> Result<Runtime> {
+/// Where in an OCI layout blobs are to lie, each once.
+pub(crate) fn places<'a>(
+    wanted: &'a [Descriptor],
+    layout: &Path,
+) -> Result<Vec<(&'a Descriptor, PathBuf)>> {
+    let mut seen = BTreeSet::new();
+    let mut places = Vec::new();
+    for blob in wanted.iter().filter(|blob| seen.insert(&blob.digest)) {
+        let path = layout.join(blob_name(&blob.digest)?);
+        let dir = path.parent().unwrap_or(layout);
+        std::fs::create_dir_all(dir).context(|| format!("cannot make {}", dir.display()))?;
+        places.push((blob, path));
+    }
+    Ok(places)
+}
+
+/// The registry of a session with its mirrors, which are asked for documents.
+struct Asked<'a> {
+    session: &'a Session,
+    source: &'a Source,
+}
+
+impl Documents for Asked<'_> {
+    async fn document(&self, identifier: &str) -> Result<Document, Failure> {
+        blobs::document(self.source, identifier).await
+    }
+
+    fn absent(&self, identifier: &str, why: &Error) -> Error {
+        let (host, name) = self.session.place();
+        let asked = match self.session.hosts.len() {
+            1 => String::new(),
+            _ => format!(" ({why})"),
+        };
+        let text = format!(
+            "{host} has no {identifier} in the repository {name}: look whether the name and the tag are right, and whether \
+             it has to be logged in to (`vellum login {host}`){asked}"
+        );
+        Error::new(ErrorKind::NotFound, text)
+    }
+}
+
+pub(crate) fn runtime() -> Result<Runtime> {
     Builder::new_current_thread()
         .enable_all()
         .build()
@@ -445,7 +410,7 @@ fn runtime() -> Result<Runtime> {
 }
 
 /// Works in this thread until it is done or a signal asks for an end, and shows what has moved.
-fn drive<T>(
+pub(crate) fn drive<T>(
     runtime: &Runtime,
     moved: &AtomicU64,
     mut progress: Option<Progress<'static>>,

@@ -3,7 +3,7 @@
 mod disk;
 pub(crate) mod image;
 pub(crate) mod layers;
-mod output;
+pub(crate) mod output;
 pub(crate) mod subject;
 
 use std::io::{BufWriter, Write};

@@ -15,10 +15,10 @@ use vellum_base::inherit::result_mode;
 use vellum_base::interrupt::{Interruptible, standard_output};
 
 /// Standard output, a pipe or such: written from the first byte to the last.
-pub(super) type Stream = Interruptible<File>;
+pub(crate) type Stream = Interruptible<File>;
 
 /// Where an export goes.
-pub(super) enum Out {
+pub(crate) enum Out {
     /// From the first byte to the last.
     Stream(Stream),
     File(NewFile),
@@ -45,6 +45,17 @@ impl Out {
         match options.layers || options.format == Format::Oci && !is_tar {
             true => NewDir::new(target).map(Out::Dir),
             false => NewFile::new(target, options.replace).map(Out::File),
+        }
+    }
+
+    /// Begins a file or stream; with `replace` a file may be there.
+    ///
+    /// # Errors
+    /// As [`Out::new`].
+    pub fn file(target: &Path, replace: bool) -> Result<Out> {
+        match stream(target)? {
+            Some(stream) => Ok(Out::Stream(stream)),
+            None => NewFile::new(target, replace).map(Out::File),
         }
     }
 
@@ -158,7 +169,7 @@ fn sync_dir(dir: &Path) -> Result<()> {
 
 /// A file that is being written. Dropped before its end it is gone.
 #[derive(Debug)]
-pub(super) struct NewFile {
+pub(crate) struct NewFile {
     path: PathBuf,
     parent: PathBuf,
     file: NamedTempFile,
@@ -221,7 +232,7 @@ impl NewFile {
 
 /// A directory that is being filled. Dropped before its end it is gone.
 #[derive(Debug)]
-pub(super) struct NewDir {
+pub(crate) struct NewDir {
     path: PathBuf,
     parent: PathBuf,
     /// The directory, open since before anything was written into it: syncfs tells of failures since then.

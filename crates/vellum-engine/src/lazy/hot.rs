@@ -9,7 +9,7 @@ use super::client::ask_for_the_background;
 use super::{lazy_layers, read_noted};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
-use vellum_registry::{Access, Descriptor, Reference};
+use vellum_registry::{Access, Descriptor, Location};
 use vellum_store::Store;
 
 const HOT_FILE: &str = "hot";
@@ -19,7 +19,7 @@ const MAX_HOT: u64 = 1 << 20;
 /// Where a hot pack is, and of which layers. It lies in the directory of the topmost of them that is lazy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Hot {
-    /// Registry and repository, with the tag or digest that was pulled.
+    /// The registry and repository, or the layout, with the tag or digest that was pulled.
     reference: String,
     /// The registry is spoken to without TLS.
     #[serde(default)]
@@ -58,15 +58,15 @@ impl Hot {
         }
     }
 
-    /// Which repository to ask, and how.
+    /// Which place to ask, and how.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for what is no reference.
-    pub fn place(&self) -> Result<(Reference, Access)> {
+    pub fn place(&self) -> Result<(Location, Access)> {
         let access = Access {
             plain_http: self.plain_http,
         };
-        Ok((Reference::parse(&self.reference)?, access))
+        Ok((Location::parse(&self.reference)?, access))
     }
 }
 

@@ -1,5 +1,5 @@
-//! Lazy layers in the store: docs/lazy.md. [`vellum_core::layer::LazyLayer`] has their bytes, [`vellum_registry::Ranges`]
-//! talks to registries; here one process brings them together, and all others ask it.
+//! Lazy layers in the store: docs/lazy.md. [`vellum_core::layer::LazyLayer`] has their bytes, [`vellum_registry::BlobReader`]
+//! reads blobs; here one process brings them together, and all others ask it.
 //!
 //! * [`Remote`]: where a layer's blocks are.
 //! * [`fetcher`]: the process that brings them.

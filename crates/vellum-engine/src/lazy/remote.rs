@@ -12,7 +12,7 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
 use vellum_core::layer::LazyLayer;
 use vellum_registry::artifact::{MAX_TABLE, Table};
-use vellum_registry::{Access, Reference};
+use vellum_registry::{Access, Location};
 
 const REMOTE_FILE: &str = "remote";
 const TABLE_FILE: &str = "table";
@@ -25,7 +25,8 @@ pub const REMOTE_FILES: [&str; 2] = [REMOTE_FILE, TABLE_FILE];
 /// Where a layer's blocks are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remote {
-    /// Registry and repository, with the tag or digest that was pulled, as [`Reference::parse`] takes them.
+    /// The registry and repository, or the layout, with the tag or digest that was pulled, as [`Location::parse`] takes
+    /// them.
     pub reference: String,
     /// The registry is spoken to without TLS.
     #[serde(default)]
@@ -130,15 +131,15 @@ impl Remote {
         Table::decode(&bytes).map_err(|error| error.context(named()))
     }
 
-    /// Which repository to ask, and how.
+    /// Which place to ask, and how.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for what is no reference.
-    pub fn place(&self) -> Result<(Reference, Access)> {
+    pub fn place(&self) -> Result<(Location, Access)> {
         let access = Access {
             plain_http: self.plain_http,
         };
-        Ok((Reference::parse(&self.reference)?, access))
+        Ok((Location::parse(&self.reference)?, access))
     }
 }
 

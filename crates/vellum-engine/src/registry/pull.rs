@@ -6,7 +6,7 @@ use serde::Serialize;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_image::{Format, ImageConfig, Platform, chain_ids};
-use vellum_registry::{Access, Descriptor, Document, Found, Reference, Session};
+use vellum_registry::{Access, Descriptor, Document, Found, Location, Place};
 use vellum_store::{ImageRecord, Store, StoreGuard};
 
 use super::super::import::{DEFAULT_SIZE, ImportOptions, LayerOutcome, import};
@@ -57,32 +57,53 @@ pub struct PullReport {
     pub layers: Vec<LayerOutcome>,
 }
 
-/// Makes the image `name` of what a registry has. Nothing can be seen of it before all of it is there and checked.
+/// Makes the image `name` of what a registry or a layout has. Nothing can be seen of it before all of it is there and checked.
 ///
 /// # Errors
-/// [`ErrorKind::AlreadyExists`] for the name; as [`Session::find`], [`Session::fetch`] and
+/// [`ErrorKind::AlreadyExists`] for the name; as [`Place::find`], [`Place::fetch`] and
 /// [`import`].
 pub fn pull(
     store: &Store,
-    reference: &Reference,
+    location: &Location,
     name: &str,
     options: &PullOptions,
     watch: &dyn Watch,
 ) -> Result<PullReport> {
     store.check_new_image(name)?;
     store.check_space_for("image")?;
-    let session = Session::open(reference, options.access)?;
-    let platform = options.platform.clone().unwrap_or_else(Platform::host);
-    let Found { image, artifact } = session.find(&platform)?;
+    let place = Place::open(location, options.access)?;
+    let found = place.find(&platform(options))?;
+    let report = take(store, &place, found, name, options, watch);
+    report.map_err(|error| error.context(format!("pulling {location}")))
+}
+
+/// Which platform is wanted.
+pub(super) fn platform(options: &PullOptions) -> Platform {
+    options.platform.clone().unwrap_or_else(Platform::host)
+}
+
+/// Makes the image `name` of what was found at a place.
+///
+/// # Errors
+/// As [`pull`].
+pub(super) fn take(
+    store: &Store,
+    place: &Place,
+    found: Found,
+    name: &str,
+    options: &PullOptions,
+    watch: &dyn Watch,
+) -> Result<PullReport> {
+    let Found { image, artifact } = found;
     let pin = store.pin_layers()?;
     let puller = Puller {
         store,
         pin: &pin,
-        session: &session,
+        place,
         watch,
         options,
     };
-    let report = match (image, artifact) {
+    match (image, artifact) {
         (Some(image), Some(artifact)) => match puller.blocks(name, &artifact) {
             // What a newer program pushed, this one takes as everybody does.
             Err(error) if error.kind() == ErrorKind::Unsupported => {
@@ -94,14 +115,13 @@ pub fn pull(
         (None, Some(artifact)) => puller.blocks(name, &artifact),
         (Some(image), None) => puller.tars(name, &image),
         (None, None) => Err(Error::internal("a reference leads to nothing")),
-    };
-    report.map_err(|error| error.context(format!("pulling {reference}")))
+    }
 }
 
 struct Puller<'a> {
     store: &'a Store,
     pin: &'a StoreGuard,
-    session: &'a Session,
+    place: &'a Place,
     watch: &'a dyn Watch,
     options: &'a PullOptions,
 }
@@ -116,7 +136,7 @@ impl Puller<'_> {
             .map(|blob| blob.size)
             .fold(0, u64::saturating_add);
         let progress = self.watch.begin(name, Some(total));
-        self.session.fetch(blobs, layout.path(), progress)?;
+        self.place.fetch(blobs, layout.path(), progress)?;
         self.watch.done();
         Ok(())
     }
@@ -127,8 +147,9 @@ impl Puller<'_> {
         let parts = receive::parts(&artifact.manifest()?)?;
         let first: Vec<Descriptor> = parts.descriptions().cloned().collect();
         self.fetch(name, &first, &layout)?;
+        let from = self.place.whereabouts().map(receive::Origin::at);
         let mut receiver = receive::Receiver::new(
-            &receive::Origin::of(self.session),
+            from.as_ref(),
             self.store,
             self.pin,
             &layout,
@@ -140,7 +161,7 @@ impl Puller<'_> {
             true => {
                 receiver = receiver.lazily()?;
                 // Now rather than when somebody reads.
-                self.session.try_ranges(&receiver.wanted())?;
+                self.place.try_ranges(&receiver.wanted())?;
             }
             false => self.fetch(name, &receiver.wanted(), &layout)?,
         }
@@ -173,12 +194,16 @@ impl Puller<'_> {
         let Some(pack) = parts.hot.as_ref().filter(|_| self.options.lazy) else {
             return;
         };
-        expect_hot_pack(self.store, &image.layers, pack, self.session.whereabouts());
+        if let Some(whereabouts) = self.place.whereabouts() {
+            expect_hot_pack(self.store, &image.layers, pack, whereabouts);
+        }
     }
 
     /// Notes where the blobs came from: a push of the same layers to another repository has the same ones.
     fn note(&self, parts: &receive::Parts) {
-        let (registry, repository) = self.session.place();
+        let Some((registry, repository)) = self.place.repository() else {
+            return;
+        };
         let noted = self.store.note_blobs(parts.digests(), registry, repository);
         if let Err(error) = noted {
             // A hint, without which the image is there all the same.
@@ -193,7 +218,7 @@ impl Puller<'_> {
         let manifest = image.manifest()?;
         check_size(&manifest.config, MAX_CONFIG, "configuration")?;
         let config = std::slice::from_ref(&manifest.config);
-        self.session.fetch(config, layout.path(), None)?;
+        self.place.fetch(config, layout.path(), None)?;
         let config = ImageConfig::from_json(&layout.read(&manifest.config.digest)?)?;
         let there = self.layers_there(&config)?.min(manifest.layers().len());
         let (there, missing) = manifest.layers().split_at(there);

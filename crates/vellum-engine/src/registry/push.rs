@@ -8,7 +8,7 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_image::Compression;
 use vellum_registry::artifact::{ARTIFACT_TYPE, BLOCKS_ANNOTATION, IMAGE_ANNOTATION};
 use vellum_registry::{
-    Access, Document, INDEX_TYPE, MANIFEST_TYPE, Outcome, Push, Reference, Session, Upload,
+    Access, Document, INDEX_TYPE, Location, MANIFEST_TYPE, Outcome, Place, Push, Upload,
 };
 use vellum_store::Store;
 
@@ -75,51 +75,57 @@ pub struct PushReport {
     pub mounted: usize,
 }
 
-/// Sends the image, snapshot or container `name` to a registry.
+/// Sends the image, snapshot or container `name` to a registry or a layout.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidInput`] for a reference by digest; [`ErrorKind::Unsupported`] for a disk that holds no files, but as
-/// blocks; as [`Session::push`] and [`super::super::export::export`].
+/// blocks; as [`Place::push`] and [`super::super::export::export`].
 pub fn push(
     store: &Store,
     name: &str,
-    reference: &Reference,
+    location: &Location,
     options: &PushOptions,
     watch: &dyn Watch,
 ) -> Result<PushReport> {
-    if reference.digest().is_some() {
+    if location.digest().is_some() {
         return Err(Error::new(
             ErrorKind::InvalidInput,
-            format!("{reference} names a digest, which the image has by itself: push it to a tag"),
+            format!("{location} names a digest, which the image has by itself: push it to a tag"),
         ));
     }
-    let session = Session::open(reference, options.access)?;
-    // Before anything is put together for a registry that does not take it.
-    session.try_push()?;
+    let place = Place::open(location, options.access)?;
+    // Before anything is put together for one that does not take it.
+    place.try_push()?;
     // Until all is sent: what lies in `staging` is nobody's once nobody does this.
     let _pin = store.pin_layers()?;
     let layout = Layout::new(store)?;
     let (mut push, layers) = assemble(store, name, options, &layout, watch)?;
-    for blob in &mut push.blobs {
-        let from = store.blob_place(&blob.digest, reference.registry());
-        blob.from = from.filter(|from| from != reference.repository());
+    if let Some((registry, repository)) = place.repository() {
+        for blob in &mut push.blobs {
+            let from = store.blob_place(&blob.digest, registry);
+            blob.from = from.filter(|from| from != repository);
+        }
     }
-    let report = send(&session, &push, name, reference, options.format, watch)?;
-    pushed::note(store, &layout, &layers, reference, options.access);
-    let digests = push.blobs.iter().map(|blob| blob.digest.as_str());
-    // A hint, without which the image is there all the same.
-    let noted = store.note_blobs(digests, reference.registry(), reference.repository());
-    if let Err(error) = noted {
-        tracing::warn!("where blobs are is not noted: {error}");
+    let report = send(&place, &push, name, location, options.format, watch)?;
+    if let Some((reference, access)) = place.whereabouts() {
+        pushed::note(store, &layout, &layers, &reference, access);
+    }
+    if let Some((registry, repository)) = place.repository() {
+        let digests = push.blobs.iter().map(|blob| blob.digest.as_str());
+        // A hint, without which the image is there all the same.
+        let noted = store.note_blobs(digests, registry, repository);
+        if let Err(error) = noted {
+            tracing::warn!("where blobs are is not noted: {error}");
+        }
     }
     Ok(report)
 }
 
 fn send(
-    session: &Session,
+    place: &Place,
     push: &Push,
     name: &str,
-    reference: &Reference,
+    location: &Location,
     format: PushFormat,
     watch: &dyn Watch,
 ) -> Result<PushReport> {
@@ -127,7 +133,7 @@ fn send(
     let tagged = tagged.ok_or_else(|| Error::internal("a push of no document"))?;
     let report = std::cell::RefCell::new(PushReport {
         name: name.to_owned(),
-        reference: reference.to_string(),
+        reference: location.to_string(),
         format,
         digest: tagged.digest.clone(),
         sent: 0,
@@ -136,8 +142,12 @@ fn send(
         mounted: 0,
     });
     let total = push.blobs.iter().map(|blob| blob.size).sum();
-    let progress = watch.begin(reference.repository(), Some(total));
-    session.push(push, progress, &|blob: &Upload, outcome| {
+    let shown = match place.repository() {
+        Some((_, repository)) => repository.to_owned(),
+        None => location.to_string(),
+    };
+    let progress = watch.begin(&shown, Some(total));
+    place.push(push, progress, &|blob: &Upload, outcome| {
         let mut report = report.borrow_mut();
         match outcome {
             Outcome::Sent => {
@@ -165,7 +175,7 @@ pub(super) fn short(digest: &str) -> String {
 }
 
 /// Puts together what is sent, and of which layers it has the blocks.
-fn assemble(
+pub(super) fn assemble(
     store: &Store,
     name: &str,
     options: &PushOptions,

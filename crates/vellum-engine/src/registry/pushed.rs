@@ -5,7 +5,7 @@ use uuid::Uuid;
 use super::super::lazy::Remote;
 use super::layout::Layout;
 use vellum_base::error::Result;
-use vellum_registry::{Access, Reference};
+use vellum_registry::Access;
 use vellum_store::Store;
 
 /// A layer whose blobs lie in a layout.
@@ -17,19 +17,19 @@ pub(super) struct PushedLayer {
     pub data: Option<String>,
 }
 
-/// Notes beside layers that all of them are in a registry. Without it they are there all the same, and nobody asks for
+/// Notes beside layers that all of them are in that place. Without it they are there all the same, and nobody asks for
 /// them.
 pub(super) fn note(
     store: &Store,
     layout: &Layout,
     layers: &[PushedLayer],
-    reference: &Reference,
+    reference: &str,
     access: Access,
 ) {
     for pushed in layers {
         let noted = || -> Result<()> {
             let remote = Remote {
-                reference: reference.to_string(),
+                reference: reference.to_owned(),
                 plain_http: access.plain_http,
                 table: pushed.table.clone(),
                 data: pushed.data.clone(),

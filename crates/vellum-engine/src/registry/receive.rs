@@ -15,7 +15,7 @@ use vellum_registry::artifact::{
     CONFIG_TYPE, ChunkReader, DATA_TYPE, DIGEST_ANNOTATION, HOT_HEADER_LEN, HOT_TYPE,
     MAX_HOT_FRAMES, MAX_LAYERS, MAX_TABLE, TABLE_TYPE, TEMPLATE_ANNOTATION, Table,
 };
-use vellum_registry::{Access, Descriptor, Manifest, Session};
+use vellum_registry::{Access, Descriptor, Manifest};
 use vellum_store::{DiskInfo, ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
 
 use super::super::import::LayerOutcome;
@@ -59,13 +59,12 @@ pub(super) struct Origin {
 }
 
 impl Origin {
-    /// Where a session asks.
-    pub fn of(session: &Session) -> Self {
-        let (reference, access) = session.whereabouts();
+    /// What [`vellum_registry::Place::whereabouts`] says.
+    pub fn at((reference, access): (String, Access)) -> Self {
         Origin { reference, access }
     }
 
-    /// As [`Session::whereabouts`].
+    /// As [`vellum_registry::Place::whereabouts`].
     pub fn whereabouts(&self) -> (String, Access) {
         (self.reference.clone(), self.access)
     }
@@ -167,18 +166,20 @@ pub(super) struct Receiver<'a> {
     watch: &'a dyn Watch,
     description: Description,
     layers: Vec<Layer>,
-    from: Origin,
+    /// Where the blobs can be had again; nowhere, where they came in a file.
+    from: Option<Origin>,
     /// Layers are made of which nothing is here.
     lazily: bool,
 }
 
 impl<'a> Receiver<'a> {
-    /// Looks at the configuration and the tables, which were fetched `from` there, and for layers that the store has.
+    /// Looks at the configuration and the tables, which were fetched
+    /// `from` there, and for layers that the store has.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`].
     pub fn new(
-        from: &Origin,
+        from: Option<&Origin>,
         store: &'a Store,
         pin: &'a StoreGuard,
         layout: &'a Layout,
@@ -202,7 +203,7 @@ impl<'a> Receiver<'a> {
             watch,
             description,
             layers,
-            from: from.clone(),
+            from: from.cloned(),
             lazily: false,
         };
         receiver.make_template(parts)?;
@@ -371,9 +372,12 @@ impl<'a> Receiver<'a> {
 
     /// Notes where a layer's blocks can be had again.
     fn note_remote(&self, layer: &Layer, staged: &StagedLayer) -> Result<()> {
+        let Some(from) = &self.from else {
+            return Ok(());
+        };
         let remote = Remote {
-            reference: self.from.reference.clone(),
-            plain_http: self.from.access.plain_http,
+            reference: from.reference.clone(),
+            plain_http: from.access.plain_http,
             table: layer.blob.digest.clone(),
             data: layer.data.as_ref().map(|data| data.digest.clone()),
             background: None,

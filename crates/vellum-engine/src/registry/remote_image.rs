@@ -101,7 +101,7 @@ impl RemoteImage {
             kept.insert(blob.digest, bytes);
         }
         Ok(RemoteImage {
-            from: Origin::of(session),
+            from: Origin::at(session.whereabouts()),
             parts,
             kept,
             counts,
@@ -122,7 +122,8 @@ impl RemoteImage {
         layout: &'a Layout,
         pin: &'a StoreGuard,
     ) -> Result<Receiver<'a>> {
-        let receiver = Receiver::new(&self.from, store, pin, layout, &Quiet, &self.parts)?;
+        let from = Some(&self.from);
+        let receiver = Receiver::new(from, store, pin, layout, &Quiet, &self.parts)?;
         let disk = receiver.disk();
         match disk.fs.is_some() && disk.device_size.is_none() {
             true => receiver.lazily(),

@@ -11,7 +11,7 @@ use vellum_base::block::{Block, Blocks, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::Healer;
 use vellum_registry::artifact::{ChunkReader, Window};
-use vellum_registry::{Failure, Ranges};
+use vellum_registry::{BlobReader, Failure};
 use vellum_store::Store;
 
 /// How long a turn of another may take for one who would not wait for a registry.
@@ -56,7 +56,7 @@ impl Healing {
         let (reference, access) = remote.place()?;
         let source = Source {
             blob: remote.data.unwrap_or_else(String::new),
-            ranges: Ranges::open(&reference, access, &limit.seen)?,
+            ranges: BlobReader::open(&reference, access, &limit.seen)?,
             limit,
         };
         let mut written = Blocks::NONE;
@@ -95,7 +95,7 @@ pub(super) fn span_of(damaged: &Damaged) -> Result<Span> {
 /// Who has a layer's blocks.
 struct Source<'a> {
     blob: String,
-    ranges: Ranges,
+    ranges: BlobReader,
     limit: &'a Limit,
 }
 

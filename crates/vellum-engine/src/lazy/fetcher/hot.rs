@@ -15,7 +15,7 @@ use super::coming::Coming;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
 use vellum_registry::artifact::{ChunkReader, HOT_HEADER_LEN, HotFrame, HotPack};
-use vellum_registry::{Failure, Flow, Ranges};
+use vellum_registry::{BlobReader, Failure, Flow};
 
 /// How often a thread looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(50);
@@ -102,7 +102,7 @@ impl HotPacks {
 fn bring(fetcher: &Fetcher, noted_at: Uuid, hot: &Hot, coming: &Arc<Coming>) {
     let digest = &hot.digest;
     let brought = hot.place().and_then(|(reference, access)| {
-        let ranges = Ranges::open(&reference, access, &fetcher.limit.seen)?;
+        let ranges = BlobReader::open(&reference, access, &fetcher.limit.seen)?;
         Stream::new(fetcher, hot, coming)?.run(&ranges)
     });
     let open: Vec<_> = {
@@ -161,7 +161,7 @@ impl<'a> Stream<'a> {
     }
 
     /// Fetches it to its end. What breaks off goes on there.
-    fn run(mut self, ranges: &Ranges) -> Result<()> {
+    fn run(mut self, ranges: &BlobReader) -> Result<()> {
         let mut pauses = Pauses::default();
         let mut moved = Instant::now();
         loop {

@@ -17,7 +17,7 @@ use vellum_base::block::{Blocks, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{Completion, LazyLayer};
 use vellum_registry::artifact::{ChunkReader, Window};
-use vellum_registry::{Failure, Ranges, Seen};
+use vellum_registry::{BlobReader, Failure, Seen};
 use vellum_store::Store;
 
 /// Requests to registries that are on their way at once.
@@ -67,7 +67,7 @@ pub(super) struct Incoming {
     windows: BTreeMap<u32, Window>,
     /// The digest of the data's blob.
     data: String,
-    ranges: Ranges,
+    ranges: BlobReader,
     limit: Arc<Limit>,
     cache: Arc<Cache>,
     /// Somebody wants all of it: nothing of it is evicted.
@@ -185,7 +185,7 @@ impl Incoming {
             lazy,
             windows: windows.collect(),
             data: remote.data.unwrap_or_else(String::new),
-            ranges: Ranges::open(&reference, access, &limit.seen)?,
+            ranges: BlobReader::open(&reference, access, &limit.seen)?,
             limit: Arc::clone(limit),
             cache: Arc::clone(cache),
             state: Mutex::default(),
