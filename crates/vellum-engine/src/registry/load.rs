@@ -23,7 +23,7 @@ pub struct LoadReport {
 ///
 /// # Errors
 /// [`ErrorKind::AlreadyExists`] for a name, before anything is done; [`ErrorKind::InvalidInput`] where nothing in it has a
-/// name; [`ErrorKind::Corrupt`]; as [`OciArchive::open`] and [`super::pull`].
+/// name; [`ErrorKind::Corrupt`]; as [`OciArchive::open`] and [`super::pull()`].
 pub fn load(store: &Store, source: &Path, watch: &dyn Watch) -> Result<LoadReport> {
     store.check_space_for("image")?;
     let shown = source.display().to_string();

@@ -60,7 +60,7 @@ pub struct SaveReport {
 ///
 /// # Errors
 /// [`ErrorKind::AlreadyExists`] for what is there; [`ErrorKind::InvalidInput`] for a name that comes twice; as
-/// [`super::push`] otherwise.
+/// [`super::push()`] otherwise.
 pub fn save(
     store: &Store,
     names: &[String],
