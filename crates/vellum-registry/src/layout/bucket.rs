@@ -441,9 +441,8 @@ mod tests {
                         .unwrap()
                         .unwrap();
                 }
-                let mut bytes = there.unwrap_or(Vec::new());
-                bytes.extend_from_slice(b" mine");
-                Ok(Some(bytes))
+                let there = there.as_deref().unwrap_or(b"");
+                Ok(Some([there, b" mine"].concat()))
             };
             within(bucket.change("index", 100, &change)).unwrap();
             assert_eq!(asked.get(), 2);
