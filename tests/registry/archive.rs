@@ -57,6 +57,22 @@ fn the_same_images_give_the_same_archive_and_each_blob_is_in_it_once() {
 }
 
 #[test]
+fn layers_of_equal_content_are_in_an_archive_once() {
+    let (from, to) = (with_images(), store());
+    from.ok(&["create", "web", "--name", "c"]);
+    // Two layers in which nothing was written.
+    from.ok(&["snapshot", "c", "one"]);
+    from.ok(&["snapshot", "c", "two"]);
+    let file = from.arg("snapshot.tar");
+    from.ok(&["save", "c@two", "-o", &file]);
+    to.ok(&["load", "-i", &file]);
+    let name = &to.names("images")[0];
+    assert_eq!(digests(&to, name), digests(&from, "c@two"));
+    clean(&to);
+    clean(&from);
+}
+
+#[test]
 fn an_archive_goes_through_a_pipe_compressed_too() {
     let (from, to) = (with_images(), store());
     let mut save = from.command();

@@ -172,7 +172,10 @@ fn a_push_that_is_killed_at_any_moment_leaves_the_layout_whole() {
     to.ok(&["pull", &format!("{name}:2"), "web"]);
     assert_eq!(digests(&to, "web"), digests(&from, "web"));
     let left = shell(from.dir.path(), "ls -A layout");
-    assert_eq!(left, "blobs\nindex.json\noci-layout\n");
+    assert_eq!(
+        left,
+        ".vellum-index.lock\n.vellum-push.lock\nblobs\nindex.json\noci-layout\n"
+    );
     clean(&to);
     from.ok(&["prune"]);
     clean(&from);

@@ -168,7 +168,9 @@ impl Http {
         let url = response.url().join(url).ok()?;
         let stays = url.origin() == request.url().origin();
         let is_web = matches!(url.scheme(), "http" | "https");
-        if !sends_on || !is_web || !(reads || stays) {
+        // Who is on the way could answer in the registry's place, and a tag has no digest to compare.
+        let loses_tls = response.url().scheme() == "https" && url.scheme() != "https";
+        if !sends_on || !is_web || loses_tls || !(reads || stays) {
             return None;
         }
         if !stays {

@@ -171,8 +171,8 @@ impl File<'_> {
             let before = text
                 .get(..start)
                 .map_or(0, |before| before.matches('\n').count());
-            let line = text.lines().nth(before).map_or("", str::trim);
-            self.bad(&format!("line {}, {line:?}", before + 1), error.message())
+            // Not what stands there: it may be a secret.
+            self.bad(&format!("line {}", before + 1), error.message())
         })
     }
 
@@ -272,7 +272,10 @@ impl File<'_> {
             .as_ref()
             .filter(|url| !matches!(url.scheme(), "http" | "https"))
         {
-            let why = format!("{other} is no address of an http or https proxy");
+            let why = format!(
+                "{}: is no scheme of a proxy, but http and https are",
+                other.scheme()
+            );
             return Err(self.bad(&sub("proxy"), why));
         }
         let trust = Trust {
@@ -381,26 +384,33 @@ pub(crate) fn directories(registry: &str) -> Vec<String> {
     }
 }
 
-/// The file for a registry.
-fn file(registry: &str) -> Option<PathBuf> {
+/// The file for a registry. What may not be looked at is not gone round.
+fn file(registry: &str) -> Result<Option<PathBuf>> {
     let places = places();
     let own = directories(registry);
     let own = places
         .iter()
         .flat_map(|place| own.iter().map(|name| place.join(name)));
     let default = places.iter().map(|place| place.join(DEFAULT));
-    let mut files = own.chain(default).map(|dir| dir.join(FILE));
-    files.find(|file| file.exists())
+    for file in own.chain(default).map(|dir| dir.join(FILE)) {
+        let there = file.try_exists();
+        if there.map_err(|error| unreadable(&file, error))? {
+            return Ok(Some(file));
+        }
+    }
+    Ok(None)
+}
+
+fn unreadable(path: &Path, error: std::io::Error) -> Error {
+    let text = format!(
+        "cannot read {}: look who may read it, or move it away",
+        path.display()
+    );
+    Error::io(text, error)
 }
 
 fn read(path: &Path) -> Result<String> {
-    let failed = |error| {
-        let text = format!(
-            "cannot read {}: look who may read it, or move it away",
-            path.display()
-        );
-        Error::io(text, error)
-    };
+    let failed = |error| unreadable(path, error);
     let len = std::fs::metadata(path).map_err(failed)?.len();
     if len > MAX_FILE {
         let text = format!("{}: more than {MAX_FILE} bytes", path.display());
@@ -415,7 +425,7 @@ fn read(path: &Path) -> Result<String> {
 /// # Errors
 /// [`ErrorKind::InvalidInput`] for a file that is wrong; the message names it and the key.
 pub(crate) fn of(registry: &str, plain: bool) -> Result<Vec<Place>> {
-    let Some(path) = file(registry) else {
+    let Some(path) = file(registry)? else {
         let base = own_base(registry, plain)?;
         return Ok(vec![Place {
             name: registry.to_owned(),

@@ -205,13 +205,19 @@ async fn hedged(source: &Source, digest: &str, range: Range<u64>) -> Result<Part
     let pace = Pace::new();
     let second = pin!(attempt(repository, lane, digest, range, &pace));
     let answer = match select(first, second).await {
-        Either::Left((Err(failure), second)) => second.await.map_err(|_| failure),
+        Either::Left((Err(failure), second)) => second.await.map_err(|other| {
+            source.seen.failed(repository, digest, &other);
+            failure
+        }),
         Either::Left((answer, _)) => answer,
         Either::Right((Ok(part), _)) => {
             hedging.won();
             Ok(part)
         }
-        Either::Right((Err(_), first)) => first.await,
+        Either::Right((Err(failure), first)) => {
+            source.seen.failed(repository, digest, &failure);
+            first.await
+        }
     };
     hedging.done(progress.pace.longest());
     answer

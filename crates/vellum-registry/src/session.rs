@@ -330,6 +330,14 @@ impl Session {
         };
         let place = hosts::of(registry, access.plain_http)?.pop();
         let place = place.ok_or_else(|| Error::internal("a registry without a host"))?;
+        if place.name != registry {
+            let text = format!(
+                "a hosts.toml puts {} in the place of {registry}, which would be sent the password of another: log in to \
+                 the one that is asked (`vellum login {}`)",
+                place.name, place.name
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, text));
+        }
         let http = Arc::new(Http::new(place)?);
         let url = http.url("")?;
         let repository = Repository::new(http.clone(), "", Vec::new(), Some(credential));

@@ -66,25 +66,39 @@ pub(crate) fn configs(trust: &Trust) -> Result<Configs> {
     let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(failed)?;
-    let (kept_roots, kept_clients) = kept(&trust.name);
+    let (kept_roots, mut kept_clients) = kept(&trust.name);
+    // Nobody has named them here: a server that wants none is spoken to without.
+    kept_clients.retain(|files| may_be_read(&files.key));
     let roots = roots(trust.roots.iter().chain(&kept_roots))?;
-    let mut elsewhere = match trust.skip_verify {
-        true => config
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Anybody(Arc::clone(&provider))))
-            .with_no_client_auth(),
-        false => config.with_root_certificates(roots).with_no_client_auth(),
-    };
+    let mut elsewhere = config.with_root_certificates(roots).with_no_client_auth();
     elsewhere.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let clients = trust.clients.iter().chain(&kept_clients);
     let clients: Vec<_> = clients
         .map(|files| client(files, &provider))
         .collect::<Result<_>>()?;
     let mut own = elsewhere.clone();
+    if trust.skip_verify {
+        let anybody = Arc::new(Anybody(provider));
+        own.dangerous().set_certificate_verifier(anybody);
+    }
     if !clients.is_empty() {
         own.client_auth_cert_resolver = Arc::new(Clients(clients));
     }
     Ok(Configs { own, elsewhere })
+}
+
+/// Whether this user may read a key; says so where not.
+fn may_be_read(key: &Path) -> bool {
+    match std::fs::File::open(key) {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            tracing::warn!(
+                "{} may not be read, and is left out: {error}",
+                key.display()
+            );
+            false
+        }
+        _ => true,
+    }
 }
 
 /// The roots of this host and of those files.

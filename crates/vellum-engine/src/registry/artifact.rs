@@ -1,6 +1,6 @@
 //! An image's block layers as blobs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::BufWriter;
 
 use serde_json::{Value, json};
@@ -94,6 +94,9 @@ pub(super) fn write(
         "layers": entries,
     });
     blobs.push(config);
+    // Layers of equal content have one table, and one blob of data.
+    let mut known = BTreeSet::new();
+    blobs.retain(|blob| known.insert(blob.digest.clone()));
     Ok(Artifact {
         manifest: document(MANIFEST_TYPE, &manifest),
         blobs,

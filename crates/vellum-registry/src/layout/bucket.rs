@@ -32,6 +32,8 @@ const PUT: Duration = Duration::from_secs(900);
 const RACES: usize = 100;
 /// The longest pause before that.
 const RACE_PAUSE_MS: u64 = 400;
+/// How many writes may fail in one change before the failure is what is said. Each doubles the longest pause.
+const PUT_FAILURES: u32 = 5;
 
 /// A bucket, and what the names of the layout's objects begin with.
 #[derive(Debug)]
@@ -97,8 +99,8 @@ impl Bucket {
             ..GetOptions::default()
         };
         let place = self.object(name)?;
-        let asked = patiently(doing, self.store().get_opts(&place, options)).await?;
-        match asked {
+        let whole = format!("{doing} {name} of {}", self.shown);
+        match patiently(&whole, self.store().get_opts(&place, options)).await? {
             Ok(found) => Ok(Some(found)),
             Err(error @ object_store::Error::NotFound { .. }) => {
                 match provider::no_bucket(&error) {
@@ -286,6 +288,7 @@ impl Bucket {
         most: u64,
         change: &dyn Fn(Option<Vec<u8>>) -> Result<Option<Vec<u8>>>,
     ) -> Result<(), Failure> {
+        let mut failures = 0;
         for _ in 0..RACES {
             let seen: Seen = self.read(name, most).await?;
             let (bytes, version) = match seen {
@@ -295,10 +298,18 @@ impl Bucket {
             let Some(bytes) = change(bytes)? else {
                 return Ok(());
             };
-            if self.put_unless_changed(name, bytes, version).await? {
-                return Ok(());
+            let mut most = RACE_PAUSE_MS;
+            match self.put_unless_changed(name, bytes, version).await {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                // Whether it was written shows when it is read again.
+                Err(failure) if failure.passes && failures < PUT_FAILURES => {
+                    failures += 1;
+                    most <<= failures;
+                }
+                Err(failure) => return Err(failure),
             }
-            let pause = Duration::from_millis(fastrand::u64(0..RACE_PAUSE_MS));
+            let pause = Duration::from_millis(fastrand::u64(0..most));
             tokio::time::sleep(pause).await;
         }
         let text = format!(
@@ -309,7 +320,7 @@ impl Bucket {
         Err(Error::new(ErrorKind::InUse, text).into())
     }
 
-    /// False where it was changed meanwhile, or may have been.
+    /// False where it was changed meanwhile.
     async fn put_unless_changed(
         &self,
         name: &str,
@@ -330,14 +341,7 @@ impl Bucket {
                 object_store::Error::Precondition { .. }
                 | object_store::Error::AlreadyExists { .. },
             ) => Ok(false),
-            Err(error) => {
-                let failure = self.failed("writing", name, &error);
-                match failure.passes {
-                    // Whether it was written shows when it is read again.
-                    true => Ok(false),
-                    false => Err(failure),
-                }
-            }
+            Err(error) => Err(self.failed("writing", name, &error)),
         }
     }
 }

@@ -9,6 +9,10 @@ use tempfile::NamedTempFile;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::inherit::result_mode;
 
+/// Those who push share the lock on it.
+const FILL_LOCK: &str = ".vellum-push.lock";
+/// Whoever changes the index has the lock on it.
+const CHANGE_LOCK: &str = ".vellum-index.lock";
 /// What the names of files that are not whole begin with.
 const UNFINISHED: &str = ".vellum-unfinished-";
 
@@ -55,8 +59,14 @@ impl Directory {
     /// Where the host refuses.
     pub fn fill(&self) -> Result<Filling> {
         let doing = || format!("cannot write into {}", self.path.display());
-        fs::create_dir_all(self.path.join("blobs/sha256")).context(doing)?;
-        let lock = File::open(&self.path).context(doing)?;
+        for dir in ["blobs/sha256", "blobs", ""] {
+            let dir = self.path.join(dir);
+            fs::create_dir_all(&dir).context(doing)?;
+            File::open(dir)
+                .and_then(|dir| dir.sync_all())
+                .context(doing)?;
+        }
+        let lock = self.lock_file(FILL_LOCK)?;
         if lock.try_lock().is_ok() {
             // Nobody else is at it.
             remove_unfinished(&self.path).context(doing)?;
@@ -66,6 +76,17 @@ impl Directory {
             path: self.path.clone(),
             _lock: lock,
         })
+    }
+
+    /// A plain file that is open for writing: what network file systems lock for all hosts.
+    fn lock_file(&self, name: &str) -> Result<File> {
+        let path = self.path.join(name);
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path);
+        file.context(|| format!("cannot open {}", path.display()))
     }
 }
 
@@ -155,11 +176,11 @@ impl Filling {
         most: u64,
         change: impl FnOnce(Option<Vec<u8>>) -> Result<Option<Vec<u8>>>,
     ) -> Result<()> {
-        let blobs = self.path.join("blobs");
-        let held = File::open(&blobs).context(|| format!("cannot read {}", blobs.display()))?;
+        let directory = Directory::new(self.path.clone());
+        let held = directory.lock_file(CHANGE_LOCK)?;
         held.lock()
-            .context(|| format!("cannot lock {}", blobs.display()))?;
-        let there = Directory::new(self.path.clone()).open(name)?;
+            .context(|| format!("cannot lock {CHANGE_LOCK} in {}", self.path.display()))?;
+        let there = directory.open(name)?;
         let there = there.map(|(file, len)| read_all(&file, len, most, name));
         match change(there.transpose()?)? {
             Some(bytes) => self.put(name, &bytes),

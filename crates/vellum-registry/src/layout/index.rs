@@ -99,14 +99,16 @@ impl Index {
         let entries = entries.as_array_mut();
         let entries =
             entries.ok_or_else(|| Error::new(ErrorKind::Corrupt, "index.json has no list"))?;
-        if entries.contains(&entry) {
-            return Ok(false);
-        }
         let named = |entry: &Value| {
             let annotations = entry.get("annotations");
             let name = annotations.and_then(|all| all.get(REF_NAME));
             name.and_then(Value::as_str) == Some(tag)
         };
+        // All of the name: of several the first one counts.
+        let mut of_name = entries.iter().filter(|entry| named(entry));
+        if of_name.next() == Some(&entry) && of_name.next().is_none() {
+            return Ok(false);
+        }
         entries.retain(|entry| !named(entry));
         entries.push(entry);
         Ok(true)
@@ -146,6 +148,21 @@ mod tests {
         let found = read.find(Some("a")).unwrap().unwrap();
         assert_eq!(found.digest, document("3").digest);
         assert!(read.find(None).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_tag_that_several_entries_have_becomes_that_of_one() {
+        let mut index = Index::parse(br#"{"manifests":[]}"#).unwrap();
+        index.set("b", &document("2")).unwrap();
+        index.set("a", &document("1")).unwrap();
+        // As others may write it: the first one of a name is the one that is found.
+        let mut first = index.0["manifests"][0].clone();
+        first["annotations"][REF_NAME] = json!("a");
+        index.0["manifests"][0] = first;
+        assert!(index.set("a", &document("1")).unwrap());
+        assert_eq!(index.tags().unwrap(), ["a"]);
+        let found = index.find(Some("a")).unwrap().unwrap();
+        assert_eq!(found.digest, document("1").digest);
     }
 
     #[test]

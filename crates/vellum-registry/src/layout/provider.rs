@@ -60,6 +60,8 @@ impl HttpConnector for Connector {
             .user_agent(concat!("vellum/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT)
             .https_only(!plain)
+            // What a request is signed with is for whom it was made for.
+            .redirect(reqwest::redirect::Policy::none())
             .tls_backend_preconfigured(configs.elsewhere)
             .build()
             .map_err(|error| generic(error.into()))?;
@@ -111,12 +113,11 @@ fn s3(reference: &LayoutReference, access: Access) -> Result<Provider> {
         .with_retry(once())
         .with_http_connector(Connector)
         .build();
-    let store = Arc::new(store.map_err(|error| unusable(reference, &error))?);
-    Ok(Provider {
-        store: store.clone(),
-        parts: store,
-        settings: settings([("endpoint", endpoint), ("region", region)]),
-    })
+    provider(
+        reference,
+        store,
+        [("endpoint", endpoint), ("region", region)],
+    )
 }
 
 fn google(reference: &LayoutReference, access: Access) -> Result<Provider> {
@@ -137,12 +138,7 @@ fn google(reference: &LayoutReference, access: Access) -> Result<Provider> {
         .with_retry(once())
         .with_http_connector(Connector)
         .build();
-    let store = Arc::new(store.map_err(|error| unusable(reference, &error))?);
-    Ok(Provider {
-        store: store.clone(),
-        parts: store,
-        settings: settings([("endpoint", endpoint)]),
-    })
+    provider(reference, store, [("endpoint", endpoint)])
 }
 
 fn azure(reference: &LayoutReference, access: Access) -> Result<Provider> {
@@ -165,23 +161,32 @@ fn azure(reference: &LayoutReference, access: Access) -> Result<Provider> {
         .with_retry(once())
         .with_http_connector(Connector)
         .build();
-    let store = Arc::new(store.map_err(|error| unusable(reference, &error))?);
-    Ok(Provider {
-        store: store.clone(),
-        parts: store,
-        settings: settings([("account", account), ("endpoint", endpoint)]),
-    })
+    provider(
+        reference,
+        store,
+        [("account", account), ("endpoint", endpoint)],
+    )
 }
 
 fn said(reference: &LayoutReference, name: &str) -> Option<String> {
     reference.setting(name).map(str::to_owned)
 }
 
-fn settings<const N: usize>(known: [(&str, Option<String>); N]) -> Vec<(String, String)> {
+/// What was made for a reference, and what is noted of where it is.
+fn provider<S: ObjectStore + MultipartStore, const N: usize>(
+    reference: &LayoutReference,
+    store: object_store::Result<S>,
+    known: [(&str, Option<String>); N],
+) -> Result<Provider> {
+    let store = Arc::new(store.map_err(|error| unusable(reference, &error))?);
     let known = known.into_iter();
-    known
-        .filter_map(|(name, value)| Some((name.to_owned(), value?)))
-        .collect()
+    Ok(Provider {
+        store: store.clone(),
+        parts: store,
+        settings: known
+            .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+            .collect(),
+    })
 }
 
 /// Whether a store is spoken to without TLS: on this host, or where somebody says so.
@@ -198,6 +203,16 @@ fn may_be_plain(endpoint: Option<&str>, access: Access, env: Option<&str>) -> Re
     };
     let url = Url::parse(endpoint);
     let url = url.map_err(|error| bad(&format!("is none: {error}; write https://HOST[:PORT]")))?;
+    // It is noted beside layers, as a part of a reference.
+    if !url.username().is_empty()
+        || url.password().is_some()
+        || url.query().is_some()
+        || url.fragment().is_some()
+    {
+        let text = "the object store's address holds a name, a password, a query or a fragment: write https://HOST[:PORT], \
+                    and give credentials as docs/object-stores.md has it";
+        return Err(Error::new(ErrorKind::InvalidInput, text));
+    }
     match url.scheme() {
         "https" => Ok(access.plain_http),
         "http" => {
