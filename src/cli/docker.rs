@@ -83,10 +83,9 @@ fn instead_of_dockers(command: &str) -> Option<&'static str> {
              go on"
         }
         "top" => "there is no top: `vellum exec C ps` lists its processes",
-        "save" | "dump" => {
+        "dump" => {
             "images are written by `vellum export IMAGE FILE --format docker` (or oci, layer)"
         }
-        "load" => "images are read by `vellum import NAME FILE`, whatever format they have",
         "search" => "Vellum does not search registries: look there, then `vellum pull REF`",
         "info" | "system" | "status" => {
             "there are `vellum doctor` (the host), `vellum df` (what takes the space), `vellum ps` and `vellum check`"
