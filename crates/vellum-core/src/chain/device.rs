@@ -17,6 +17,10 @@ use vellum_base::block::{
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::storage::Storage;
 
+/// Bytes that have to be here at once, at most, of what is read where blocks come when they are wanted: much less than the
+/// least bound of their cache, so that the end of a read does not evict its beginning before it was read (lazy.md).
+const AT_ONCE: usize = 1 << 20;
+
 /// Hears what is read of sealed layers: for a trace (registry.md).
 pub trait Touches: std::fmt::Debug + Send + Sync {
     /// Data blocks of that layer were read, or copied up. Threads call it at once, and wait for it.
@@ -290,7 +294,16 @@ impl BlockDevice for Chain {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         check_range(offset, buf.len() as u64, self.size())?;
         self.stats.read(buf.len() as u64);
-        once_here(|| self.read_bytes(buf, Offset::new(offset)))
+        let most = match self.base.is_lazy() {
+            true => AT_ONCE,
+            false => buf.len().max(1),
+        };
+        let mut offset = offset;
+        for piece in buf.chunks_mut(most) {
+            once_here(|| self.read_bytes(piece, Offset::new(offset)))?;
+            offset += piece.len() as u64;
+        }
+        Ok(())
     }
 
     fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> Result<()> {

@@ -369,7 +369,11 @@ impl SealedLayer {
                         (None, Some(lazy)) => lazy.first_wrong(Span::of(block), bytes)?.is_some(),
                         (None, None) => false,
                     };
-                    if wrong && report.corrupt.len() < 1000 {
+                    // Of one that was evicted before it was read nothing is known.
+                    if wrong
+                        && report.corrupt.len() < 1000
+                        && (!self.is_lazy() || self.is_damaged(block)?)
+                    {
                         report.corrupt.push(block);
                     }
                 }
@@ -378,16 +382,6 @@ impl SealedLayer {
                 Ok(())
             },
         )?;
-        if self.is_lazy() {
-            // Of those that were evicted before they were read nothing is known.
-            let looked: Result<Vec<bool>> = report
-                .corrupt
-                .iter()
-                .map(|one| self.is_damaged(*one))
-                .collect();
-            let mut damaged = looked?.into_iter();
-            report.corrupt.retain(|_| damaged.next() == Some(true));
-        }
         if report.corrupt.is_empty() {
             match self.digest() {
                 Some(stated) if stated != found => {

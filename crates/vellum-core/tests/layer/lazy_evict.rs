@@ -1,14 +1,21 @@
 //! Blocks of a lazy layer that are not whole yet are checked when they are read, and may go again: whatever is evicted or
 //! damaged meanwhile, and whatever cuts that off, a reader sees the layer's bytes.
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use vellum_base::ErrorKind;
-use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, BlockDevice, BlockState, Span};
+use vellum_base::block::{
+    BLOCK_LEN, BLOCK_SIZE, Block, BlockDevice, BlockState, Blocks, Run, Span,
+};
 use vellum_base::storage::{OpenMode, SeededRng, SimStorage, Storage};
-use vellum_core::layer::{Completion, LazyLayer, SealedLayer, check_layer};
+use vellum_base::{Error, ErrorKind};
+use vellum_core::chain::{ChainSpec, open_chain};
+use vellum_core::layer::{
+    Completion, Header, LayerOptions, LazyContent, LazyLayer, SealedLayer, WritableLayer,
+    check_layer,
+};
 
 use crate::lazy_layer::{
     LAZY, POWER, bring, bytes_of, chain_on, check_after, expected, extents, heal_by, lazy_disk,
@@ -204,6 +211,124 @@ fn reads_are_noted_once_somebody_wants_to_know() {
     );
 }
 
+#[test]
+fn checksums_whose_header_is_lost_are_made_anew_and_all_of_the_layer_comes_again() {
+    let at = Path::new(LAZY).join("sums");
+    let zeroed = |disk: &SimStorage| {
+        let file = disk.open(&at, OpenMode::Write).unwrap();
+        file.write_at(&[0; 4096], 0).unwrap();
+        file.sync_data().unwrap();
+    };
+    let removed = |disk: &SimStorage| {
+        disk.remove_file(&at).unwrap();
+        disk.sync_dir(Path::new(LAZY)).unwrap();
+    };
+    for lose in [&zeroed as &dyn Fn(&SimStorage), &removed] {
+        let (disk, digest) = lazy_disk();
+        bring_some(&disk);
+        lose(&disk);
+        assert!(SealedLayer::open(&disk, Path::new(LAZY)).is_err());
+        assert_eq!(open_lazy(&disk).missing(), windows());
+        assert_eq!(open_lazy(&disk.cut(1)).missing(), windows());
+        bring(&disk).unwrap();
+        let layer = SealedLayer::open(&disk, Path::new(LAZY)).unwrap();
+        assert_eq!(layer.digest(), Some(digest));
+        assert_eq!(layer.scrub(|_| {}).unwrap().corrupt, []);
+    }
+}
+
+fn bring_some(disk: &SimStorage) {
+    let lazy = open_lazy(disk);
+    for window in [0, 1, 12] {
+        put(&lazy, window).unwrap();
+    }
+    lazy.sync().unwrap();
+    assert_eq!(lazy.missing().len(), windows().len() - 3);
+}
+
+/// Completion has seen that all is here, and reads it for long; afterwards others still have the layer open.
+#[test]
+fn nothing_is_evicted_of_a_layer_that_is_being_sealed_or_has_its_seal() {
+    let (disk, digest) = lazy_disk();
+    let lazy = open_lazy(&disk);
+    windows()
+        .into_iter()
+        .for_each(|window| put(&lazy, window).unwrap());
+    let mut asked = 0;
+    let completed = lazy.complete(&disk, |_| {
+        std::thread::scope(|scope| {
+            let evicted = scope.spawn(|| lazy.evict(&windows()).unwrap());
+            assert!(!evicted.join().unwrap(), "evicted while it is sealed");
+        });
+        asked += 1;
+    });
+    assert_eq!(completed.unwrap(), Completion::Whole);
+    assert!(asked > 0, "nobody asked");
+    assert!(!lazy.evict(&windows()).unwrap(), "evicted behind the seal");
+    // One who asked for that at the same time.
+    assert_eq!(lazy.complete(&disk, |_| {}).unwrap(), Completion::Whole);
+    let layer = SealedLayer::open(&disk, Path::new(LAZY)).unwrap();
+    let scrubbed = layer.scrub(|_| {}).unwrap();
+    assert_eq!(scrubbed.corrupt, []);
+    assert_eq!(scrubbed.digest, Some(digest));
+}
+
+/// A cache of 20 windows, and one read of 64 of them.
+#[test]
+fn a_read_of_more_than_the_bound_ends() {
+    const LARGE: &str = "/large";
+    let _one = ONE.lock();
+    let (disk, _) = lazy_disk();
+    let dir = Path::new(LARGE);
+    let size = 4 << 20;
+    let header = Header::new(None, size).unwrap();
+    WritableLayer::create(&disk, dir, &header).unwrap();
+    let all = Run::new(
+        Span::new(Block::FIRST, Blocks::whole_in(size)),
+        BlockState::Data,
+    );
+    let content = LazyContent {
+        power: POWER,
+        digest: [0; 32],
+        extents: &[all],
+    };
+    LazyLayer::make(&disk, dir, &header, &content).unwrap();
+    let lazy = LazyLayer::open(&disk, dir).unwrap().unwrap();
+    let held = Mutex::new(VecDeque::new());
+    let asked = AtomicUsize::new(0);
+    serve(
+        dir,
+        Arc::new(move |wanted| {
+            if asked.fetch_add(1, Ordering::SeqCst) > 200 {
+                return Err(Error::new(ErrorKind::Absent, "the read does not end"));
+            }
+            let mut held = held.lock().unwrap();
+            for window in wanted.filter(|window| !lazy.is_here(*window)) {
+                let span = POWER.span(window);
+                let bytes: Vec<u8> = span.blocks().flat_map(bytes_of).collect();
+                lazy.put(window, [(span, &bytes[..])].into_iter())?;
+                held.push_back(window);
+                if held.len() > 20 {
+                    lazy.evict(&[held.pop_front().unwrap()])?;
+                }
+            }
+            Ok(())
+        }),
+    );
+    let spec = ChainSpec {
+        sealed: vec![LARGE.into()],
+        top: None,
+        options: LayerOptions::default(),
+    };
+    let storage: Arc<dyn Storage> = Arc::new(disk.clone());
+    let chain = open_chain(&storage, &spec).unwrap();
+    let mut bytes = vec![0; size as usize];
+    chain.read_at(&mut bytes, 0).unwrap();
+    for (block, bytes) in all.span.blocks().zip(bytes.chunks_exact(BLOCK_LEN)) {
+        assert_eq!(bytes, bytes_of(block), "{block}");
+    }
+}
+
 /// Two readers with what they know, a fetcher, and one who evicts whatever is here.
 #[test]
 fn who_reads_while_windows_are_evicted_never_sees_zeros() {
@@ -276,7 +401,7 @@ fn work(disk: &SimStorage, seed: u64) -> vellum_base::Result<()> {
         let window = windows[rng.below(windows.len() as u64) as usize];
         match rng.below(8) {
             0 | 1 => lazy.sync()?,
-            2 | 3 => lazy.evict(&[window])?,
+            2 | 3 => drop(lazy.evict(&[window])?),
             4 => {
                 lazy.evict(&windows[..4])?;
                 lazy.take_reads(&windows);

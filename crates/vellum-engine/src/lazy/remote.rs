@@ -13,6 +13,7 @@ use vellum_base::storage::Storage;
 use vellum_core::layer::LazyLayer;
 use vellum_registry::artifact::{MAX_TABLE, Table};
 use vellum_registry::{Access, Location};
+use vellum_store::Store;
 
 const REMOTE_FILE: &str = "remote";
 const TABLE_FILE: &str = "table";
@@ -74,7 +75,8 @@ impl Remote {
     }
 
     /// Notes where the blocks of a sealed layer are that was pushed: the newest place counts. It is durable on return; what
-    /// a crash leaves is the note from before, or none.
+    /// a crash leaves is the note from before, or none. The caller holds the store's lock: another push may note another
+    /// table.
     ///
     /// # Errors
     /// Where the host refuses.
@@ -129,6 +131,30 @@ impl Remote {
             return Err(Error::new(ErrorKind::Corrupt, text));
         }
         Table::decode(&bytes).map_err(|error| error.context(named()))
+    }
+
+    /// Where the blocks of the layer in `dir` are, with its table; `None` where it came from nowhere. A push that notes
+    /// another place meanwhile is waited for.
+    ///
+    /// # Errors
+    /// As [`Remote::read`] and [`Remote::read_table`].
+    pub(super) fn read_with_table(store: &Store, dir: &Path) -> Result<Option<(Self, Table)>> {
+        let storage = &**store.storage();
+        let read = || -> Result<Option<(Self, Table)>> {
+            let Some(remote) = Remote::read(storage, dir)? else {
+                return Ok(None);
+            };
+            let table = remote.read_table(storage, dir)?;
+            Ok(Some((remote, table)))
+        };
+        match read() {
+            // The two were of different pushes.
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                let _guard = store.lock()?;
+                read()
+            }
+            other => other,
+        }
     }
 
     /// Which place to ask, and how.

@@ -38,6 +38,7 @@ pub(super) fn note(
             };
             let table = layout.read(&pushed.table)?;
             let dir = store.layer_dir(pushed.layer);
+            let _guard = store.lock()?;
             remote.note_push(&**store.storage(), &dir, &table)
         };
         if let Err(error) = noted() {

@@ -3,19 +3,36 @@
 use std::collections::BTreeSet;
 
 use super::LazyLayer;
+use super::sums::Sums;
 use vellum_base::block::{Block, Span};
 use vellum_base::error::Result;
 
 impl LazyLayer {
     /// Evicts windows: they are not here any more, and take no space. Others may read them meanwhile; nobody may put
-    /// them. Of a layer whose blocks have no checksums nothing is evicted.
+    /// them. False where nothing is evicted: of a layer whose blocks have no checksums, and of one that is being sealed, or
+    /// has its seal.
     ///
     /// # Errors
     /// Where the host refuses: they are not here any more, and may take their space.
-    pub fn evict(&self, windows: &[u32]) -> Result<()> {
+    pub fn evict(&self, windows: &[u32]) -> Result<bool> {
         let Some(sums) = &self.sums else {
-            return Ok(());
+            return Ok(false);
         };
+        // Whoever seals it has seen that all of it is here, and reads it for long.
+        let sealed = self.sealing.try_read();
+        if sealed.as_deref() != Some(&false) {
+            return Ok(false);
+        }
+        let evicted = self.forget_and_punch(sums, windows);
+        let mut state = self.state.lock();
+        match &evicted {
+            Ok(()) => state.left.retain(|window| !windows.contains(window)),
+            Err(_) => state.left.extend(windows),
+        }
+        evicted.map(|()| true)
+    }
+
+    fn forget_and_punch(&self, sums: &Sums, windows: &[u32]) -> Result<()> {
         // First nobody finds them, not even after a crash; then readers are told; and only then they go.
         self.forget(windows)?;
         sums.note_eviction()?;
@@ -47,7 +64,7 @@ impl LazyLayer {
         let unknown: Vec<u32> = unknown.into_iter().collect();
         match unknown.is_empty() {
             true => Ok(()),
-            false => self.evict(&unknown),
+            false => self.evict(&unknown).map(drop),
         }
     }
 

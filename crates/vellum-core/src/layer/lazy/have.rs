@@ -178,6 +178,11 @@ impl WindowSet {
     }
 }
 
+/// How many pages a set has.
+pub(super) fn pages_of(set: &WindowSet) -> u64 {
+    (set.words().len() as u64 * 64).div_ceil(BITS)
+}
+
 /// The page that a window's bit is in.
 pub(super) fn page_of(window: u32) -> u64 {
     u64::from(window) / BITS
@@ -200,6 +205,17 @@ pub(super) fn encode_page(set: &WindowSet, page: u64) -> Vec<u8> {
     out.u32(count(in_memory(page)));
     out.crc();
     out.into_bytes()
+}
+
+/// Writes all pages of a set into the file that is open, durably.
+///
+/// # Errors
+/// Where the host refuses.
+pub(super) fn write_pages(file: &dyn StorageFile, set: &WindowSet) -> std::io::Result<()> {
+    for page in 0..pages_of(set) {
+        file.write_at(&encode_page(set, page), page_offset(page))?;
+    }
+    file.sync_data()
 }
 
 /// Reads the file: its header, and the windows that are here. What of the pages is not there or does not fit says
@@ -228,7 +244,7 @@ pub(super) fn read(
 /// Where the host refuses.
 pub(super) fn read_again(file: &dyn StorageFile, set: &mut WindowSet) -> Result<()> {
     let len = file.len().context(|| HAVE_FILE)?;
-    let most = page_offset((set.0.len() as u64 * 64).div_ceil(BITS));
+    let most = page_offset(pages_of(set));
     let mut bytes = vec![0; in_memory(len.min(most))];
     file.read_at(&mut bytes, 0).context(|| HAVE_FILE)?;
     set.0.fill(0);
@@ -260,8 +276,7 @@ mod tests {
         let path = dir.join(HAVE_FILE);
         let file = FileStorage.open(&path, OpenMode::Create).unwrap();
         file.write_at(&have.encode(header), 0).unwrap();
-        let pages = (set.words().len() as u64 * 64).div_ceil(BITS);
-        for page in 0..pages {
+        for page in 0..pages_of(set) {
             file.write_at(&encode_page(set, page), page_offset(page))
                 .unwrap();
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use super::super::data::DataFiles;
 use super::super::header::Header;
@@ -56,6 +56,9 @@ pub struct LazyLayer {
     pub(super) state: Mutex<State>,
     /// Held while what came is made durable.
     pub(super) syncing: Mutex<()>,
+    /// It has its seal, or may have: nothing is evicted any more. Held for writing while it gets it, for reading while
+    /// windows are evicted.
+    pub(super) sealing: RwLock<bool>,
 }
 
 #[derive(Debug)]
@@ -66,6 +69,8 @@ pub(super) struct State {
     pub durable: WindowSet,
     /// They came since the last sync.
     pub came: Vec<u32>,
+    /// They are not here, but may take their space: they could not be evicted to the end.
+    pub left: BTreeSet<u32>,
 }
 
 impl LazyLayer {
@@ -104,7 +109,8 @@ impl LazyLayer {
         lazy.write(storage, dir)
     }
 
-    /// Opens the lazy layer in `dir`; `None` where all of it is here and it has its seal.
+    /// Opens the lazy layer in `dir`; `None` where all of it is here and it has its seal. Where its checksums are lost as a
+    /// whole, they are made anew, and nothing of it is here.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`]; the message names the file.
@@ -117,14 +123,27 @@ impl LazyLayer {
         if !header.lazy || sealed {
             return Ok(None);
         }
-        let (have, durable) = have::read(storage, dir, &header)?;
+        let (have, mut durable) = have::read(storage, dir, &header)?;
         let map = load_map(storage, dir, &header)?;
         let path = dir.join(HAVE_FILE);
         let file = storage
             .open(&path, OpenMode::Write)
             .context(|| format!("cannot open {}", path.display()))?;
-        let sums = || Sums::open(storage, dir, &header, OpenMode::Write);
-        let sums = have.checked.then(sums).transpose()?;
+        let sums = match have.checked.then(|| open_sums(storage, dir, &header)) {
+            Some(Err(error))
+                if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) =>
+            {
+                tracing::warn!("{error}: nothing of the layer counts as being here any more");
+                durable = WindowSet::none(header.blocks(), have.power);
+                have::write_pages(&*file, &durable).context(|| path.display().to_string())?;
+                Sums::make(storage, dir, &header, have.power)?;
+                storage
+                    .sync_dir(dir)
+                    .context(|| format!("cannot sync {}", dir.display()))?;
+                Some(open_sums(storage, dir, &header)?)
+            }
+            other => other.transpose()?,
+        };
         Ok(Some(LazyLayer {
             dir: dir.to_owned(),
             data: DataFiles::open(storage, dir, &header, OpenMode::Write)?,
@@ -137,8 +156,10 @@ impl LazyLayer {
                 here: durable.clone(),
                 durable,
                 came: Vec::new(),
+                left: BTreeSet::new(),
             }),
             syncing: Mutex::default(),
+            sealing: RwLock::default(),
         }))
     }
 
@@ -232,11 +253,32 @@ impl LazyLayer {
     }
 
     /// Makes a layer of which nothing is missing a sealed one like any other: reads all of it, and compares its digest.
-    /// `progress` is called with the number of blocks just read.
+    /// `progress` is called with the number of blocks just read. Nothing is evicted meanwhile, nor once it has its seal.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] where blocks are missing; where the host refuses: then it is lazy as before, or sealed.
     pub fn complete(
+        &self,
+        storage: &dyn Storage,
+        progress: impl FnMut(Blocks),
+    ) -> Result<Completion> {
+        let mut sealed = self.sealing.write();
+        if *sealed {
+            // By another, who may have failed behind the seal.
+            finish(storage, &self.dir, &self.header)?;
+            return Ok(Completion::Whole);
+        }
+        let completed = self.complete_alone(storage, progress);
+        *sealed = match &completed {
+            Ok(completion) => *completion == Completion::Whole,
+            // Where the host does not say, it may have one.
+            Err(_) => storage.exists(&self.dir.join(SEAL_FILE)).unwrap_or(true),
+        };
+        completed
+    }
+
+    /// As [`LazyLayer::complete`], for whoever holds `sealing`.
+    fn complete_alone(
         &self,
         storage: &dyn Storage,
         progress: impl FnMut(Blocks),
@@ -299,10 +341,10 @@ impl LazyLayer {
         self.sums.is_some()
     }
 
-    /// Whether a window was put here, and not evicted since: also one that was lost.
+    /// Whether a window was put here, and not evicted to the end since: also one that was lost.
     pub fn takes_space(&self, window: u32) -> bool {
         let state = self.state.lock();
-        state.here.has(window) || state.durable.has(window)
+        state.here.has(window) || state.durable.has(window) || state.left.contains(&window)
     }
 
     /// A window is fetched again, because the disk lost or changed blocks of it. It may still be known to be here, also
@@ -324,14 +366,15 @@ impl LazyLayer {
     /// These windows are not here any more, durably.
     pub(super) fn forget(&self, windows: &[u32]) -> Result<()> {
         let _syncing = self.syncing.lock();
-        let pages: BTreeSet<u64> = windows.iter().copied().map(have::page_of).collect();
+        let gone: BTreeSet<u32> = windows.iter().copied().collect();
+        let pages: BTreeSet<u64> = gone.iter().copied().map(have::page_of).collect();
         let durable = {
             let mut state = self.state.lock();
-            for window in windows {
+            for window in &gone {
                 state.here.remove(*window);
                 state.durable.remove(*window);
             }
-            state.came.retain(|window| !windows.contains(window));
+            state.came.retain(|window| !gone.contains(window));
             state.durable.clone()
         };
         // Only who holds `syncing` changes what is durable.
@@ -340,6 +383,10 @@ impl LazyLayer {
         }
         self.file.sync_data().context(|| self.what())
     }
+}
+
+fn open_sums(storage: &dyn Storage, dir: &Path, header: &Header) -> Result<Sums> {
+    Sums::open(storage, dir, header, OpenMode::Write)
 }
 
 /// What is left to do for a layer that was lazy and has its seal. Safe to repeat.

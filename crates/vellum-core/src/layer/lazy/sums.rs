@@ -103,8 +103,9 @@ impl Sums {
     fn check_header(&self, bytes: &[u8; HEADER], header: &Header) -> Result<()> {
         let mut input = Reader::new(bytes);
         if input.take(8)? != MAGIC {
+            // `have` says that they are there.
             let text = "no checksums of a lazy layer (wrong magic)";
-            return Err(Error::new(ErrorKind::Unsupported, text));
+            return Err(Error::new(ErrorKind::Corrupt, text));
         }
         let version = input.u32()?;
         if version != VERSION {

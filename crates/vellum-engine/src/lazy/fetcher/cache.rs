@@ -13,13 +13,17 @@ const BEYOND: u64 = 16;
 
 /// The windows that may be evicted, of all open layers.
 #[derive(Default)]
-pub(super) struct Cache(Mutex<State>);
+pub(super) struct Cache {
+    state: Mutex<State>,
+    /// Held while windows are evicted: whoever wants room then waits until it is there.
+    evicting: Mutex<()>,
+}
 
 #[derive(Default)]
 struct State {
     /// Bytes; none is no bound.
     limit: Option<u64>,
-    /// Bytes of the windows in the queue.
+    /// Bytes of the windows in the queue, and of those that are being evicted.
     used: u64,
     layers: HashMap<Uuid, Weak<Incoming>>,
     /// The next to go first, unless it was read since it was put here.
@@ -31,6 +35,10 @@ struct Entry {
     layer: Uuid,
     window: u32,
     bytes: u64,
+}
+
+fn bytes_of(entries: &[Entry]) -> u64 {
+    entries.iter().map(|entry| entry.bytes).sum()
 }
 
 impl State {
@@ -47,17 +55,17 @@ impl State {
 impl Cache {
     /// Sets the bound.
     pub fn set_limit(&self, limit: Option<u64>) {
-        self.0.lock().limit = limit;
+        self.state.lock().limit = limit;
     }
 
     /// Whether there is a bound.
     pub fn is_bounded(&self) -> bool {
-        self.0.lock().limit.is_some()
+        self.state.lock().limit.is_some()
     }
 
     /// Whether windows of a layer may be evicted.
     pub fn holds(&self, layer: Uuid) -> bool {
-        self.0.lock().layers.contains_key(&layer)
+        self.state.lock().layers.contains_key(&layer)
     }
 
     /// From now on windows of a layer may be evicted, which nobody has yet: those that are here first.
@@ -65,7 +73,7 @@ impl Cache {
         if self.is_bounded() {
             open.give_back_unknown();
         }
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.layers.insert(layer, Arc::downgrade(open));
         for (window, bytes) in open.held() {
             state.push(layer, window, bytes);
@@ -74,7 +82,7 @@ impl Cache {
 
     /// Has those who read note it, so that what is read stays.
     pub fn note_reads(&self) {
-        let layers: Vec<_> = self.0.lock().layers.values().cloned().collect();
+        let layers: Vec<_> = self.state.lock().layers.values().cloned().collect();
         for open in layers.iter().filter_map(Weak::upgrade) {
             open.note_reads();
         }
@@ -82,7 +90,7 @@ impl Cache {
 
     /// Nothing of a layer is evicted any more.
     pub fn release(&self, layer: Uuid) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         if state.layers.remove(&layer).is_none() {
             return;
         }
@@ -97,7 +105,7 @@ impl Cache {
 
     /// A window has come.
     pub fn came(&self, layer: Uuid, window: u32, bytes: u64) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         if state.layers.contains_key(&layer) {
             state.push(layer, window, bytes);
         }
@@ -105,22 +113,35 @@ impl Cache {
 
     /// Evicts what is too much once `coming` more bytes are here.
     pub fn make_room(&self, coming: u64) {
-        let excess = {
-            let state = self.0.lock();
-            let Some(limit) = state.limit else { return };
-            match (state.used + coming).checked_sub(limit) {
-                None | Some(0) => return,
-                Some(excess) => excess + limit / BEYOND,
-            }
-        };
-        self.evict(excess);
+        if self.excess(coming) == 0 {
+            return;
+        }
+        let _evicting = self.evicting.lock();
+        // Others may have made it.
+        self.evict_alone(self.excess(coming));
+    }
+
+    /// How much is to be evicted before `coming` more bytes are here.
+    fn excess(&self, coming: u64) -> u64 {
+        let state = self.state.lock();
+        let Some(limit) = state.limit else { return 0 };
+        match (state.used + coming).saturating_sub(limit) {
+            0 => 0,
+            excess => excess + limit / BEYOND,
+        }
     }
 
     /// Evicts so many bytes of the windows that were not read for longest, if there are as many.
     pub fn evict(&self, bytes: u64) {
+        let _evicting = self.evicting.lock();
+        self.evict_alone(bytes);
+    }
+
+    /// As [`Cache::evict`], for whoever holds `evicting`.
+    fn evict_alone(&self, bytes: u64) {
         let mut left = bytes;
         // Who was read has one more turn, in which it is not asked for that again.
-        let mut turns = 2 * self.0.lock().queue.len();
+        let mut turns = 2 * self.state.lock().queue.len();
         while left > 0 && turns > 0 {
             let batch = self.take(left, turns);
             if batch.is_empty() {
@@ -139,7 +160,7 @@ impl Cache {
 
     /// Takes the next windows from the queue.
     fn take(&self, bytes: u64, most: usize) -> Vec<Entry> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         let mut batch: Vec<Entry> = Vec::new();
         let mut taken = 0;
         while taken < bytes
@@ -147,7 +168,6 @@ impl Cache {
             && let Some(entry) = state.queue.pop_front()
         {
             taken += entry.bytes;
-            state.used -= entry.bytes;
             batch.push(entry);
         }
         batch
@@ -156,21 +176,32 @@ impl Cache {
     /// Evicts windows of a layer; those that were read, or that somebody is at, go behind all others. Returns how many bytes
     /// went.
     fn evict_of(&self, layer: Uuid, entries: Vec<Entry>) -> u64 {
-        let open = self.0.lock().layers.get(&layer).and_then(Weak::upgrade);
+        let open = self.state.lock().layers.get(&layer).and_then(Weak::upgrade);
         let Some(open) = open else {
             // It was opened anew, or removed.
-            return entries.iter().map(|entry| entry.bytes).sum();
+            return self.gone(&entries);
         };
         let windows: Vec<u32> = entries.iter().map(|entry| entry.window).collect();
         let stay = open.evict(&windows);
         let (stay, gone): (Vec<Entry>, Vec<Entry>) = entries
             .into_iter()
             .partition(|entry| stay.contains(&entry.window));
-        let mut state = self.0.lock();
-        if state.layers.contains_key(&layer) {
-            state.used += stay.iter().map(|entry| entry.bytes).sum::<u64>();
+        let mut state = self.state.lock();
+        let known = state.layers.get(&layer);
+        if known.is_some_and(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(&open))) {
             state.queue.extend(stay);
+        } else {
+            // Those that it has count anew.
+            state.used -= bytes_of(&stay);
         }
-        gone.iter().map(|entry| entry.bytes).sum()
+        drop(state);
+        self.gone(&gone)
+    }
+
+    /// These take no space any more. Returns how many bytes that were.
+    fn gone(&self, entries: &[Entry]) -> u64 {
+        let bytes = bytes_of(entries);
+        self.state.lock().used -= bytes;
+        bytes
     }
 }

@@ -38,9 +38,9 @@ impl Healing {
         };
         let dir = store.layer_dir(damaged.layer);
         let storage = &**store.storage();
-        let Some(remote) = Remote::read(storage, &dir)? else {
+        if !Remote::is_known(&dir) {
             return Ok(false);
-        };
+        }
         let Some(healer) = Healer::open(storage, &dir)? else {
             return Ok(false);
         };
@@ -48,7 +48,9 @@ impl Healing {
         if healer.is_sound(wanted)? {
             return Ok(true);
         }
-        let table = remote.read_table(storage, &dir)?;
+        let Some((remote, table)) = Remote::read_with_table(store, &dir)? else {
+            return Ok(false);
+        };
         if table.digest != healer.digest() {
             let text = format!("{}: its table is of another layer", dir.display());
             return Err(Error::new(ErrorKind::Corrupt, text));

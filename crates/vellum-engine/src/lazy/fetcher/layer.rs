@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard};
 use uuid::Uuid;
 
 use super::super::stall::{Pauses, Stall, pause_after};
 use super::super::{Remote, Waiting};
 use super::cache::Cache;
 use super::coming::{Coming, PATIENCE};
-use vellum_base::block::{Blocks, Span};
+use vellum_base::block::{Block, Blocks, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{Completion, LazyLayer};
 use vellum_registry::artifact::{ChunkReader, Window};
@@ -72,6 +72,8 @@ pub(super) struct Incoming {
     cache: Arc<Cache>,
     /// Somebody wants all of it: nothing of it is evicted.
     is_kept: AtomicBool,
+    /// The layer is whole, or is opened anew. Held for reading by whoever changes something of it.
+    retired: RwLock<bool>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -188,6 +190,7 @@ impl Incoming {
             ranges: BlobReader::open(&reference, access, &limit.seen)?,
             limit: Arc::clone(limit),
             cache: Arc::clone(cache),
+            retired: RwLock::default(),
             state: Mutex::default(),
             changed: Condvar::new(),
         }))
@@ -196,9 +199,38 @@ impl Incoming {
     /// Makes durable what came.
     ///
     /// # Errors
-    /// As [`LazyLayer::sync`]: the layer has to be opened anew.
+    /// As [`LazyLayer::sync`]: the layer has to be opened anew; as [`Incoming::in_use`].
     pub fn sync(&self) -> Result<()> {
+        let _in_use = self.in_use()?;
         self.lazy.sync()
+    }
+
+    /// From now on this one changes nothing of the layer, which may be opened anew. Waits for what it is at.
+    pub fn retire(&self) {
+        *self.retired.write() = true;
+    }
+
+    /// Whether the layer is whole, or opened anew.
+    pub fn is_retired(&self) -> bool {
+        *self.retired.read()
+    }
+
+    /// Keeps this one from being retired.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] where it is.
+    fn in_use(&self) -> Result<RwLockReadGuard<'_, bool>> {
+        let retired = self.retired.read();
+        match *retired {
+            false => Ok(retired),
+            true => Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "{}: the layer was completed, or opened anew, meanwhile: ask once more",
+                    self.lazy.dir().display()
+                ),
+            )),
+        }
     }
 
     /// False for one that was removed meanwhile.
@@ -213,8 +245,9 @@ impl Incoming {
     /// As [`LazyLayer::complete`].
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for blocks with another digest than the layer should have.
+    /// [`ErrorKind::Corrupt`] for blocks with another digest than the layer should have; as [`Incoming::in_use`].
     pub fn complete(&self, store: &Store) -> Result<()> {
+        let _in_use = self.in_use()?;
         match self.lazy.complete(&**store.storage(), |_| {})? {
             Completion::Whole => Ok(()),
             // Whoever wants all of it brings them, and asks once more.
@@ -276,6 +309,11 @@ impl Incoming {
 
     /// Evicts those of these windows that were not read lately and that nobody is at. Returns the others.
     pub fn evict(&self, windows: &[u32]) -> BTreeSet<u32> {
+        // Without waiting: whoever retires it may hold what others wait for.
+        let retired = self.retired.try_read();
+        if retired.as_deref() != Some(&false) {
+            return windows.iter().copied().collect();
+        }
         let mut stay = self.lazy.take_reads(windows);
         let claim = {
             let mut state = self.state.lock();
@@ -285,15 +323,29 @@ impl Incoming {
             let go: Vec<u32> = go.copied().collect();
             self.take(&mut state, go)
         };
-        if !claim.windows.is_empty()
-            && let Err(error) = self.lazy.evict(&claim.windows)
-        {
+        if claim.windows.is_empty() {
+            return stay;
+        }
+        // Somebody may want all of it by now.
+        let evicted = match self.is_evictable() {
+            true => self.lazy.evict(&claim.windows),
+            false => Ok(false),
+        };
+        let evicted = evicted.unwrap_or_else(|error| {
             tracing::error!("windows of a lazy layer are not evicted: {error}");
+            false
+        });
+        if !evicted {
+            // They take their space.
+            stay.extend(&claim.windows);
         }
         stay
     }
 
     /// Puts a window that was claimed where it is read.
+    ///
+    /// # Errors
+    /// As [`LazyLayer::put`] and [`Incoming::in_use`].
     fn put<'a>(
         &self,
         window: &Window,
@@ -305,6 +357,8 @@ impl Incoming {
         if is_new {
             self.cache.make_room(bytes);
         }
+        // Not while room is made, which may be of this layer.
+        let _in_use = self.in_use()?;
         self.lazy.put(number, blocks)?;
         if is_new {
             self.cache.came(self.layer, number, bytes);
@@ -334,12 +388,13 @@ impl Incoming {
     /// Waits until those windows are here.
     ///
     /// # Errors
-    /// [`ErrorKind::Absent`] with what the registry says, where they did not come in time.
+    /// [`ErrorKind::Absent`] with what the registry says, where they did not come in time, or not to stay.
     pub fn want(&self, wanted: Range<u32>) -> Result<()> {
         let deadline = Stall::of_environment().deadline();
         let _waiter = self.wait();
         let began = Instant::now();
         let mut pauses = Pauses::default();
+        let mut least = usize::MAX;
         loop {
             let missing = |window: &u32| !self.lazy.is_here(*window);
             let missing: Vec<u32> = wanted.clone().filter(missing).collect();
@@ -354,7 +409,10 @@ impl Incoming {
                 continue;
             };
             let failure = match self.fetch(&claim) {
-                Ok(_) => continue,
+                Ok(_) => {
+                    self.check_that_more_is_here(missing.len(), &mut least, deadline)?;
+                    continue;
+                }
                 Err(failure) => failure,
             };
             drop(claim);
@@ -387,7 +445,10 @@ impl Incoming {
         }
         let sound = |spans: &[Span]| spans.iter().all(|span| self.lazy.is_sound(*span));
         let mut healed = Vec::new();
-        for (number, window) in &self.windows {
+        let Some(near) = self.windows_of(damaged) else {
+            return Ok(true);
+        };
+        for (number, window) in self.windows.range(near) {
             let of_it = window.blocks.iter();
             let wanted: Vec<Span> = of_it.filter_map(|one| one.intersection(damaged)).collect();
             if wanted.is_empty() || self.lazy.is_here(*number) && sound(&wanted) {
@@ -395,14 +456,21 @@ impl Incoming {
             }
             self.lazy.lost(*number);
             self.want(*number..*number + 1)?;
-            healed.push(wanted);
+            healed.push((*number, wanted));
         }
         if healed.is_empty() {
             return Ok(true);
         }
-        self.lazy.sync_to_disk()?;
+        {
+            let _in_use = self.in_use()?;
+            self.lazy.sync_to_disk()?;
+        }
         let dir = self.lazy.dir().display();
-        if !healed.iter().all(|spans| sound(spans)) {
+        // What was evicted meanwhile reads as zeros, or came once more behind our back.
+        let kept = |(number, spans): &(u32, Vec<Span>)| {
+            sound(spans) || !self.lazy.is_here(*number) || sound(spans)
+        };
+        if !healed.iter().all(kept) {
             let text = format!("{dir}: the disk does not keep what is written there: replace it");
             return Err(Error::new(ErrorKind::Io, text));
         }
@@ -411,6 +479,15 @@ impl Incoming {
             "{dir}: {windows} window(s) that the disk had lost or changed were fetched again"
         );
         Ok(true)
+    }
+
+    /// The windows that may have blocks of a span; `None` where the table has none.
+    fn windows_of(&self, span: Span) -> Option<RangeInclusive<u32>> {
+        let power = self.lazy.power();
+        let (last, _) = self.windows.last_key_value()?;
+        let known = Span::between(Block::FIRST, power.span(*last).end()).intersection(span)?;
+        let last = Block::new(known.end().get() - 1);
+        Some(power.window_of(known.start())..=power.window_of(last))
     }
 
     fn wait(&self) -> Waiter<'_> {
@@ -422,6 +499,27 @@ impl Incoming {
             layer: self,
             number,
         }
+    }
+
+    /// Of a request of which so many windows were missing, and `least` at some time before: they come, but others may go
+    /// as fast.
+    fn check_that_more_is_here(
+        &self,
+        missing: usize,
+        least: &mut usize,
+        deadline: Option<Instant>,
+    ) -> Result<()> {
+        let comes_nearer = missing < *least;
+        *least = missing.min(*least);
+        if comes_nearer || deadline.is_none_or(|deadline| Instant::now() < deadline) {
+            return Ok(());
+        }
+        let text = format!(
+            "{}: blocks of the layer are evicted as fast as they come: give the cache more \
+             (`vellum space --cache SIZE`)",
+            self.lazy.dir().display()
+        );
+        Err(Error::new(ErrorKind::Absent, text))
     }
 
     /// Waits until somebody has fetched something, or has failed.
@@ -494,9 +592,13 @@ impl Incoming {
             }
             self.take(&mut state, vec![number])
         };
-        self.put(window, reader.blocks(window, stored)?)?;
+        let put = self.put(window, reader.blocks(window, stored)?);
         drop(claim);
-        Ok(())
+        match put {
+            // It comes when it is read.
+            Err(_) if self.is_retired() => Ok(()),
+            other => other,
+        }
     }
 
     /// Takes the first of those windows that nobody fetches, with what follows it and can come in the same

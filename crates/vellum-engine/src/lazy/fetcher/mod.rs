@@ -6,6 +6,8 @@ mod coming;
 mod healing;
 mod hot;
 mod layer;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::collections::HashMap;
@@ -61,7 +63,7 @@ pub fn serve(store: &Store) -> Result<()> {
     // Before anybody has a layer opened. Blocks come also where the bound is damaged.
     match store.cache_limit() {
         Ok(limit) => fetcher.cache.set_limit(limit.bytes),
-        Err(error) => tracing::error!("nothing is evicted: {error}"),
+        Err(error) => tracing::error!("nothing is evicted but for a full disk: {error}"),
     }
     let handler: Arc<dyn ControlHandler> = fetcher.clone();
     let server = ControlServer::start_for(CONNECTIONS, &store.runs().fetcher(), handler)?;
@@ -76,9 +78,7 @@ pub fn serve(store: &Store) -> Result<()> {
         for (layer, open) in fetcher.synced() {
             fetcher.complete_if_all_is_here(layer, &open);
         }
-        if let Err(error) = fetcher.keep_to_limits() {
-            tracing::warn!("the space that fetched blocks may take is not known: {error}");
-        }
+        fetcher.keep_to_limits();
     }
     drop(workers);
     // From now on another one may start; who still has a connection here is answered.
@@ -98,6 +98,8 @@ struct Fetcher {
     cache: Arc<Cache>,
     /// All lazy layers were opened, so that it is known what they take.
     all_open: AtomicBool,
+    /// Why it is not known how much they may take, as it was told last.
+    told: Mutex<String>,
     healing: Healing,
     background: Background,
     hot: HotPacks,
@@ -125,6 +127,7 @@ impl Fetcher {
             limit: Arc::default(),
             cache: Arc::default(),
             all_open: AtomicBool::new(false),
+            told: Mutex::default(),
             healing: Healing::default(),
             background: Background::default(),
             hot: HotPacks::default(),
@@ -155,14 +158,14 @@ impl Fetcher {
                 .collect()
         };
         for (layer, open) in open {
-            open.look_again(&self.store)?;
+            if let Err(error) = open.look_again(&self.store) {
+                tracing::warn!(%layer, "whether somebody wants all of it is not known: {error}");
+            }
             if !open.is_evictable() {
                 self.cache.release(layer);
             }
         }
-        if let Err(error) = self.keep_to_limits() {
-            tracing::warn!("the space that fetched blocks may take is not known: {error}");
-        }
+        self.keep_to_limits();
         self.hot.look(self)?;
         self.background.look(self)
     }
@@ -198,32 +201,72 @@ impl Fetcher {
         Ok(opened)
     }
 
-    fn forget(&self, layer: Uuid) {
-        self.layers.lock().remove(&layer);
-        self.cache.release(layer);
+    /// A layer that was opened changes no more, and is opened anew when it is wanted.
+    fn forget(&self, layer: Uuid, open: &Arc<Incoming>) {
+        let mut layers = self.layers.lock();
+        // Before another one can be opened: what this one knows of the layer is not so any more then.
+        open.retire();
+        if layers
+            .get(&layer)
+            .is_some_and(|known| Arc::ptr_eq(known, open))
+        {
+            layers.remove(&layer);
+            self.cache.release(layer);
+        }
     }
 
-    /// Keeps to what the store says of the space that fetched blocks may take.
-    fn keep_to_limits(&self) -> Result<()> {
-        let limit = self.store.cache_limit()?.bytes;
-        self.cache.set_limit(limit);
-        let short = self.store.space()?.map_or(0, |space| {
-            let wanted = space.refuse_bytes.max(space.stop_bytes);
-            wanted.saturating_sub(space.available)
-        });
-        if limit.is_none() && short == 0 {
+    /// Keeps to what the store says of the space that fetched blocks may take, as far as that is known.
+    fn keep_to_limits(&self) {
+        let limit = self.store.cache_limit();
+        let limit = limit.map(|limit| self.cache.set_limit(limit.bytes));
+        let space = self.store.space();
+        let short = space
+            .as_ref()
+            .ok()
+            .and_then(Option::as_ref)
+            .map_or(0, |space| {
+                let wanted = space.refuse_bytes.max(space.stop_bytes);
+                wanted.saturating_sub(space.available)
+            });
+        let wants_room = self.cache.is_bounded() || short > 0;
+        let opened = match wants_room {
+            true => self.open_all(),
+            false => Ok(()),
+        };
+        self.tell(
+            [limit.err(), space.err(), opened.err()]
+                .into_iter()
+                .flatten(),
+        );
+        if wants_room {
+            self.cache.note_reads();
+            self.cache.make_room(0);
+            self.cache.evict(short);
+        }
+    }
+
+    /// Opens all lazy layers, once.
+    fn open_all(&self) -> Result<()> {
+        if self.all_open.load(Ordering::Acquire) {
             return Ok(());
         }
-        if !self.all_open.swap(true, Ordering::AcqRel) {
-            for layer in self.store.layers()? {
-                // Of one that cannot be opened others tell.
-                let _ = self.layer(layer);
-            }
+        for layer in self.store.layers()? {
+            // Of one that cannot be opened others tell.
+            let _ = self.layer(layer);
         }
-        self.cache.note_reads();
-        self.cache.make_room(0);
-        self.cache.evict(short);
+        self.all_open.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Tells why it is not known how much may be taken, unless that was told last time.
+    fn tell(&self, errors: impl Iterator<Item = Error>) {
+        let errors: Vec<String> = errors.map(|error| error.to_string()).collect();
+        let now = errors.join("; ");
+        let mut told = self.told.lock();
+        if !now.is_empty() && *told != now {
+            tracing::warn!("the space that fetched blocks may take is not known: {now}");
+        }
+        *told = now;
     }
 
     /// Makes durable what came. What went wrong, and what was removed, is forgotten: it is opened anew when it is
@@ -236,12 +279,15 @@ impl Fetcher {
                 .collect()
         };
         layers.retain(|(layer, open)| {
-            let synced = open.sync().inspect_err(|error| {
+            let synced = open.sync();
+            if let Err(error) = &synced
+                && !open.is_retired()
+            {
                 tracing::error!(%layer, "what came of a lazy layer is not durable: {error}");
-            });
+            }
             let stays = synced.is_ok() && open.is_there();
             if !stays {
-                self.forget(*layer);
+                self.forget(*layer, open);
             }
             stays
         });
@@ -249,7 +295,7 @@ impl Fetcher {
     }
 
     /// Tries once: it is opened anew when somebody asks for that.
-    fn complete_if_all_is_here(&self, layer: Uuid, open: &Incoming) {
+    fn complete_if_all_is_here(&self, layer: Uuid, open: &Arc<Incoming>) {
         // What is whole is no cache any more.
         let stays_lazy = self.cache.is_bounded() && self.cache.holds(layer);
         if !stays_lazy
@@ -260,22 +306,36 @@ impl Fetcher {
         }
     }
 
-    fn complete(&self, layer: Uuid, open: &Incoming) -> Result<()> {
+    fn complete(&self, layer: Uuid, open: &Arc<Incoming>) -> Result<()> {
         let completed = open.complete(&self.store);
-        self.forget(layer);
+        self.forget(layer, open);
         completed
     }
 
     fn want(&self, want: &Want) -> Result<()> {
-        match self.layer(want.layer)? {
-            Some(open) => open.want(want.windows.clone()),
-            None => Ok(()),
+        let wanted = self.with_layer(want.layer, |open| open.want(want.windows.clone()));
+        wanted.map(|_| ())
+    }
+
+    /// Does something with a layer; once more where it was opened anew meanwhile. `None` where it is whole.
+    fn with_layer<T>(
+        &self,
+        layer: Uuid,
+        work: impl Fn(&Incoming) -> Result<T>,
+    ) -> Result<Option<T>> {
+        while let Some(open) = self.layer(layer)? {
+            match work(&open) {
+                Err(_) if open.is_retired() => {}
+                other => return other.map(Some),
+            }
         }
+        Ok(None)
     }
 
     fn heal(&self, damaged: &Damaged) -> Result<bool> {
-        match self.layer(damaged.layer)? {
-            Some(open) => open.heal(span_of(damaged)?),
+        let span = span_of(damaged)?;
+        match self.with_layer(damaged.layer, |open| open.heal(span))? {
+            Some(healed) => Ok(healed),
             None => self.healing.heal(&self.store, damaged, &self.limit),
         }
     }
