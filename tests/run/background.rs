@@ -153,7 +153,7 @@ fn the_exit_status_stays_with_the_container_and_goes_with_rm() {
             "box",
             "sh",
             "-c",
-            "sleep 1; exit 3",
+            "sleep 4; exit 3",
         ]);
         assert_eq!(store.must(&["wait", "r"]), "3\n");
         store.wait_until(|| store.must(&["ps", "--json"]).trim() == "[]");
