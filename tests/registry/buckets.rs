@@ -6,7 +6,7 @@ use crate::bucket_support::{Buckets, blob, data_blobs, with_credentials};
 use crate::common::{TestStore, kill};
 use crate::image_support::{assert_same, snapshot};
 use crate::lazy::end_fetchers;
-use crate::registry_support::{clean, digests, store, with_images};
+use crate::registry_support::{clean, digests, goes_once_and_comes_as_blocks, store, with_images};
 
 /// An object store, a store with images that knows its credentials, and one without images that does.
 fn ready() -> (Buckets, TestStore, TestStore) {
@@ -18,15 +18,7 @@ fn ready() -> (Buckets, TestStore, TestStore) {
 fn another_store_pulls_the_same_layers_from_a_bucket() {
     let (buckets, from, to) = ready();
     let image = buckets.image("team/web:1");
-    let pushed = from.json(&["push", "web", &image]);
-    assert!(pushed["sent"].as_u64().unwrap() > 6, "{pushed}");
-    let again = from.json(&["push", "web", &image]);
-    assert_eq!(
-        (&again["sent"], &again["existed"]),
-        (&0.into(), &pushed["sent"])
-    );
-    let pulled = to.json(&["pull", &image]);
-    assert_eq!(pulled["came"], "blocks", "{pulled}");
+    goes_once_and_comes_as_blocks(&from, &to, &image);
     assert_eq!(to.names("images"), ["s3://bucket/team/web:1"]);
     assert_eq!(
         digests(&to, "s3://bucket/team/web:1"),

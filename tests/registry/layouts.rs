@@ -10,7 +10,7 @@ use crate::bucket_support::{blob, data_blobs};
 use crate::common::{TestStore, kill, shell};
 use crate::image_support::{assert_same, snapshot};
 use crate::lazy::end_fetchers;
-use crate::registry_support::{clean, digests, store, with_images};
+use crate::registry_support::{clean, digests, goes_once_and_comes_as_blocks, store, with_images};
 
 fn layout(store: &TestStore) -> (PathBuf, String) {
     let dir = store.path("layout");
@@ -27,15 +27,7 @@ fn another_store_pulls_the_same_layers_from_a_directory() {
     let (from, to) = (with_images(), store());
     let (dir, name) = layout(&from);
     let image = format!("{name}:1");
-    let pushed = from.json(&["push", "web", &image]);
-    assert!(pushed["sent"].as_u64().unwrap() > 6, "{pushed}");
-    let again = from.json(&["push", "web", &image]);
-    assert_eq!(
-        (&again["sent"], &again["existed"]),
-        (&0.into(), &pushed["sent"])
-    );
-    let pulled = to.json(&["pull", &image]);
-    assert_eq!(pulled["came"], "blocks", "{pulled}");
+    let pushed = goes_once_and_comes_as_blocks(&from, &to, &image);
     assert_eq!(digests(&to, &image), digests(&from, "web"));
     assert_same(&to.look(&image, snapshot), &from.look("web", snapshot));
     // By its digest, and alone without a tag.

@@ -1,19 +1,23 @@
 //! Which hosts are asked for what is in a registry: `hosts.toml` as containerd has it (its docs/hosts.md).
 //! docs/registry.md, "Mirrors: hosts.toml".
 
-use std::collections::{BTreeMap, BTreeSet};
+mod all;
+mod file;
+
+pub use all::{HostsFile, all_hosts_files};
+
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use reqwest::Url;
-use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
-use serde::Deserialize;
-use toml::Spanned;
+use reqwest::header::HeaderMap;
 use vellum_base::error::{Error, ErrorKind, Result};
 
 use super::reference::{host_of, is_local};
-use super::tls::{self, ClientFiles, Trust};
+use super::tls::Trust;
+use file::File;
 
 /// Names other directories than these, with `:` between them.
 const VARIABLE: &str = "VELLUM_CERTS_D";
@@ -25,20 +29,6 @@ pub(crate) const FILE: &str = "hosts.toml";
 const CONNECT: Duration = Duration::from_secs(10);
 /// The longest file that is read.
 const MAX_FILE: u64 = 1 << 20;
-/// The keys of a host, and of the server at the top.
-const KEYS: [&str; 8] = [
-    "capabilities",
-    "ca",
-    "client",
-    "skip_verify",
-    "header",
-    "override_path",
-    "dial_timeout",
-    "proxy",
-];
-/// Those at the top alone.
-const TOP_KEYS: [&str; 2] = ["server", "host"];
-
 /// What was warned about in this process.
 static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
@@ -77,285 +67,6 @@ pub(crate) struct Place {
     pub namespace: Option<String>,
 }
 
-#[derive(Deserialize)]
-struct Top {
-    server: Option<String>,
-    #[serde(default)]
-    host: BTreeMap<Spanned<String>, Keys>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(default)]
-struct Keys {
-    capabilities: Vec<Capability>,
-    ca: OneOrMany,
-    client: Pairs,
-    skip_verify: bool,
-    header: BTreeMap<String, OneOrMany>,
-    override_path: bool,
-    dial_timeout: Option<String>,
-    proxy: Option<String>,
-}
-
-#[derive(Deserialize, Clone, Copy, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-enum Capability {
-    Pull,
-    Resolve,
-    Push,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "a string or a list of strings is wanted")]
-enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
-}
-
-impl Default for OneOrMany {
-    fn default() -> Self {
-        OneOrMany::Many(Vec::new())
-    }
-}
-
-impl OneOrMany {
-    fn all(&self) -> &[String] {
-        match self {
-            OneOrMany::One(one) => std::slice::from_ref(one),
-            OneOrMany::Many(many) => many,
-        }
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(
-    untagged,
-    expecting = "a file, a list of files, or a list of pairs of a certificate and a key is wanted"
-)]
-enum Pairs {
-    One(String),
-    Many(Vec<Pair>),
-}
-
-impl Default for Pairs {
-    fn default() -> Self {
-        Pairs::Many(Vec::new())
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Pair {
-    Both(String),
-    Apart(String, String),
-}
-
-/// A file, with what its messages need.
-struct File<'a> {
-    path: &'a Path,
-    registry: &'a str,
-}
-
-impl File<'_> {
-    fn bad(&self, key: &str, why: impl std::fmt::Display) -> Error {
-        let text = format!(
-            "{}: {key}: {why}: mend it (docs/registry.md says what can stand there), or move the file away",
-            self.path.display()
-        );
-        Error::new(ErrorKind::InvalidInput, text)
-    }
-
-    fn parse<T: serde::de::DeserializeOwned>(&self, text: &str) -> Result<T> {
-        toml::from_str(text).map_err(|error| {
-            let start = error.span().map_or(0, |span| span.start.min(text.len()));
-            let before = text
-                .get(..start)
-                .map_or(0, |before| before.matches('\n').count());
-            // Not what stands there: it may be a secret.
-            self.bad(&format!("line {}", before + 1), error.message())
-        })
-    }
-
-    /// A file that it names.
-    fn named(&self, name: &str) -> PathBuf {
-        self.path.parent().unwrap_or(Path::new("/")).join(name)
-    }
-
-    /// The hosts that it names, in order, with the server as the last one.
-    fn places(&self, text: &str, plain: bool) -> Result<Vec<Place>> {
-        let top: Top = self.parse(text)?;
-        let keys: Keys = self.parse(text)?;
-        let mut hosts: Vec<_> = top.host.into_iter().collect();
-        hosts.sort_by_key(|(address, _)| address.span().start);
-        let mut places = Vec::with_capacity(hosts.len() + 1);
-        for (address, keys) in &hosts {
-            let address = address.get_ref();
-            let key = format!("host.{address:?}");
-            let base = self.base(&key, address, keys.override_path)?;
-            places.push(self.place(&key, base, keys)?);
-        }
-        places.push(match &top.server {
-            Some(server) => {
-                let base = self.base("server", server, keys.override_path)?;
-                self.place("server", base, &keys)?
-            }
-            None => Place {
-                name: self.registry.to_owned(),
-                base: own_base(self.registry, plain)?,
-                namespace: None,
-                ..self.place("server", own_base(self.registry, plain)?, &keys)?
-            },
-        });
-        Ok(places)
-    }
-
-    /// The address of a host's API.
-    fn base(&self, key: &str, address: &str, override_path: bool) -> Result<Url> {
-        let with_scheme = match address.contains("://") {
-            true => address.to_owned(),
-            false => format!("https://{address}"),
-        };
-        let url = Url::parse(&with_scheme).map_err(|error| self.bad(key, error))?;
-        let host = url
-            .host_str()
-            .filter(|_| matches!(url.scheme(), "http" | "https"));
-        let Some(host) = host.map(|host| host_of(host).to_owned()) else {
-            return Err(self.bad(key, "it is no address of a host (https://HOST[:PORT])"));
-        };
-        let mut base = url.clone();
-        base.set_host(Some(&host))
-            .map_err(|error| self.bad(key, error))?;
-        base.set_query(None);
-        base.set_fragment(None);
-        let path = url.path().trim_end_matches('/');
-        let version = match override_path || path.ends_with("/v2") {
-            true => "/",
-            false => "/v2/",
-        };
-        base.set_path(&format!("{path}{version}"));
-        Ok(base)
-    }
-
-    fn place(&self, key: &str, base: Url, keys: &Keys) -> Result<Place> {
-        let sub = |name: &str| match key {
-            "server" => name.to_owned(),
-            key => format!("{key}.{name}"),
-        };
-        let Some(host) = base.host_str() else {
-            return Err(self.bad(key, "it is no address of a host (https://HOST[:PORT])"));
-        };
-        let address = match base.port() {
-            Some(port) => format!("{host}:{port}"),
-            None => host.to_owned(),
-        };
-        let place = |url: &Url| {
-            (
-                url.host_str().map(str::to_owned),
-                url.port_or_known_default(),
-            )
-        };
-        let own = place(&own_base(self.registry, false)?) == place(&base);
-        let own = own || address == host_of(self.registry);
-        let name = if own {
-            self.registry.to_owned()
-        } else {
-            address
-        };
-        let has = |one| keys.capabilities.is_empty() || keys.capabilities.contains(&one);
-        let connect = keys.dial_timeout.as_deref().map(humantime::parse_duration);
-        let connect = connect
-            .transpose()
-            .map_err(|error| self.bad(&sub("dial_timeout"), error))?;
-        let proxy = keys.proxy.as_deref().map(Url::parse).transpose();
-        let proxy = proxy.map_err(|error| self.bad(&sub("proxy"), error))?;
-        if let Some(other) = proxy
-            .as_ref()
-            .filter(|url| !matches!(url.scheme(), "http" | "https"))
-        {
-            let why = format!(
-                "{}: is no scheme of a proxy, but http and https are",
-                other.scheme()
-            );
-            return Err(self.bad(&sub("proxy"), why));
-        }
-        let trust = Trust {
-            name: name.clone(),
-            roots: keys.ca.all().iter().map(|name| self.named(name)).collect(),
-            clients: self.clients(&keys.client),
-            skip_verify: keys.skip_verify,
-        };
-        Ok(Place {
-            namespace: (!own).then(|| self.registry.to_owned()),
-            name,
-            base,
-            capabilities: Capabilities {
-                pull: has(Capability::Pull),
-                resolve: has(Capability::Resolve),
-                push: has(Capability::Push),
-            },
-            trust,
-            headers: self.headers(&sub("header"), &keys.header)?,
-            connect: connect.unwrap_or(CONNECT),
-            proxy,
-        })
-    }
-
-    fn clients(&self, pairs: &Pairs) -> Vec<ClientFiles> {
-        let both = |file: &str| ClientFiles {
-            certificate: self.named(file),
-            key: self.named(file),
-        };
-        let pair = |pair: &Pair| match pair {
-            Pair::Both(file) => both(file),
-            Pair::Apart(file, key) if key.is_empty() => both(file),
-            Pair::Apart(certificate, key) => ClientFiles {
-                certificate: self.named(certificate),
-                key: self.named(key),
-            },
-        };
-        match pairs {
-            Pairs::One(file) => vec![both(file)],
-            Pairs::Many(many) => many.iter().map(pair).collect(),
-        }
-    }
-
-    fn headers(&self, key: &str, named: &BTreeMap<String, OneOrMany>) -> Result<HeaderMap> {
-        let mut headers = HeaderMap::new();
-        for (name, values) in named {
-            let bad = |why: String| self.bad(&format!("{key}.{name}"), why);
-            let header: HeaderName = name
-                .parse()
-                .map_err(|_| bad("no name of a header".into()))?;
-            for value in values.all() {
-                let mut value: HeaderValue = value
-                    .parse()
-                    .map_err(|_| bad("no value of a header".into()))?;
-                // It may be a password.
-                value.set_sensitive(true);
-                headers.append(header.clone(), value);
-            }
-        }
-        Ok(headers)
-    }
-
-    /// Keys that nobody knows.
-    fn unknown(&self, text: &str) -> Result<Vec<String>> {
-        let table: toml::Table = self.parse(text)?;
-        let is_known = |key: &str| KEYS.contains(&key);
-        let top = table
-            .keys()
-            .filter(|key| !is_known(key) && !TOP_KEYS.contains(&key.as_str()));
-        let mut unknown: Vec<String> = top.cloned().collect();
-        let hosts = table.get("host").and_then(toml::Value::as_table);
-        for (host, keys) in hosts.into_iter().flatten() {
-            let keys = keys.as_table().into_iter().flat_map(toml::Table::keys);
-            let keys = keys.filter(|key| !is_known(key));
-            unknown.extend(keys.map(|key| format!("host.{host:?}.{key}")));
-        }
-        Ok(unknown)
-    }
-}
-
 /// The address of a registry's own API.
 fn own_base(registry: &str, plain: bool) -> Result<Url> {
     let scheme = match plain || is_local(registry) {
@@ -385,7 +96,7 @@ pub(crate) fn directories(registry: &str) -> Vec<String> {
 }
 
 /// The file for a registry. What may not be looked at is not gone round.
-fn file(registry: &str) -> Result<Option<PathBuf>> {
+fn file_for(registry: &str) -> Result<Option<PathBuf>> {
     let places = places();
     let own = directories(registry);
     let own = places
@@ -425,7 +136,7 @@ fn read(path: &Path) -> Result<String> {
 /// # Errors
 /// [`ErrorKind::InvalidInput`] for a file that is wrong; the message names it and the key.
 pub(crate) fn of(registry: &str, plain: bool) -> Result<Vec<Place>> {
-    let Some(path) = file(registry)? else {
+    let Some(path) = file_for(registry)? else {
         let base = own_base(registry, plain)?;
         return Ok(vec![Place {
             name: registry.to_owned(),
@@ -452,81 +163,10 @@ pub(crate) fn of(registry: &str, plain: bool) -> Result<Vec<Place>> {
     file.places(&text, plain)
 }
 
-/// What a `hosts.toml` says.
-#[derive(Debug)]
-pub struct HostsFile {
-    /// Where it is.
-    pub path: PathBuf,
-    /// The registry, or `_default` for all others.
-    pub registry: String,
-    /// The addresses that are asked, in order; or what is wrong with the file, or with one that it names.
-    pub hosts: Result<Vec<String>>,
-    /// Keys that nobody knows.
-    pub unknown: Vec<String>,
-}
-
-/// All files of this host that say which hosts are asked, sorted by their paths.
-pub fn all_hosts_files() -> Vec<HostsFile> {
-    let dirs = places()
-        .into_iter()
-        .filter_map(|place| std::fs::read_dir(place).ok());
-    let mut dirs: Vec<PathBuf> = dirs.flatten().flatten().map(|entry| entry.path()).collect();
-    dirs.sort();
-    let there = dirs.into_iter().filter(|dir| dir.join(FILE).exists());
-    there
-        .filter_map(|dir| {
-            let registry = registry_of(&dir.file_name()?.to_string_lossy());
-            let path = dir.join(FILE);
-            let looked = look(&path, &registry);
-            let (hosts, unknown) = match looked {
-                Ok((hosts, unknown)) => (Ok(hosts), unknown),
-                Err(error) => (Err(error), Vec::new()),
-            };
-            Some(HostsFile {
-                path,
-                registry,
-                hosts,
-                unknown,
-            })
-        })
-        .collect()
-}
-
-/// The registry that a directory is for: `HOST_PORT_` is `HOST:PORT`.
-fn registry_of(directory: &str) -> String {
-    let port = directory
-        .strip_suffix('_')
-        .and_then(|rest| rest.rsplit_once('_'));
-    match port {
-        Some((host, port)) if port.parse::<u16>().is_ok() => format!("{host}:{port}"),
-        _ => directory.to_owned(),
-    }
-}
-
-fn look(path: &Path, registry: &str) -> Result<(Vec<String>, Vec<String>)> {
-    let text = read(path)?;
-    let file = File { path, registry };
-    let unknown = file.unknown(&text)?;
-    // What stands in no file has no address: any will do.
-    let registry = if registry == DEFAULT {
-        "localhost"
-    } else {
-        registry
-    };
-    let places = File { path, registry }.places(&text, false)?;
-    for place in &places {
-        tls::configs(&place.trust)?;
-    }
-    let mut hosts: Vec<String> = places.iter().map(|place| place.base.to_string()).collect();
-    if registry == "localhost" && file.parse::<Top>(&text)?.server.is_none() {
-        hosts.pop();
-        hosts.push("the registry itself".into());
-    }
-    Ok((hosts, unknown))
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::tls::ClientFiles;
+    use super::all::registry_of;
     use super::*;
 
     fn places(registry: &str, text: &str) -> Vec<Place> {

@@ -7,7 +7,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use futures_util::stream::{self, StreamExt, TryStreamExt};
 use tokio::runtime::Runtime;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_image::{OciArchive, Platform, Progress, blob_name, familiar_name};
@@ -19,7 +18,7 @@ use super::layout::Layout;
 use super::location::{LayoutReference, Location};
 use super::ranges::{Flow, Part, Ranges};
 use super::retry::{Tries, retried};
-use super::session::{AT_A_TIME, Access, Outcome, Push, Session, Upload, drive, places, runtime};
+use super::session::{Access, Outcome, Push, Session, Upload, drive, places, runtime, several};
 use super::source::Seen;
 
 /// Where one command has blobs from, or puts them. Blocks the thread that calls it, and no other is started.
@@ -193,9 +192,7 @@ impl Place {
         let first = |digest| retried(Tries::Several, move || session.layout.range(digest, 0..1));
         session.drive(async {
             let each = blobs.iter().map(|blob| first(blob.digest.as_str()));
-            let mut all = stream::iter(each).buffer_unordered(AT_A_TIME);
-            while all.try_next().await?.is_some() {}
-            Ok(())
+            several(each).await.map(drop)
         })
     }
 
@@ -218,10 +215,7 @@ impl Place {
         let each = places
             .iter()
             .map(|(blob, path)| session.layout.download(blob, path, &moved));
-        let all = stream::iter(each)
-            .buffer_unordered(AT_A_TIME)
-            .try_collect::<()>();
-        drive(&session.runtime, &moved, progress, all)
+        drive(&session.runtime, &moved, progress, several(each)).map(drop)
     }
 
     /// As [`Session::push`]. Of a layout the index comes last.
@@ -272,8 +266,7 @@ impl LayoutSession {
             Ok::<(), Failure>(())
         });
         let work = async {
-            let blobs = stream::iter(each).buffer_unordered(AT_A_TIME);
-            blobs.try_collect::<()>().await?;
+            several(each).await?;
             for document in &push.documents {
                 layout.put_document(&filling, document).await?;
             }

@@ -26,7 +26,7 @@ use super::source::{Seen, Source};
 use super::upload;
 
 /// Blobs that are on their way at a time.
-pub(crate) const AT_A_TIME: usize = 4;
+const AT_A_TIME: usize = 4;
 /// How often progress is shown, and interruption looked for.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -176,9 +176,7 @@ impl Session {
                 };
                 retried(source.tries, first)
             });
-            let mut all = stream::iter(each).buffer_unordered(AT_A_TIME);
-            while all.try_next().await?.is_some() {}
-            Ok(())
+            several(each).await.map(drop)
         };
         self.drive(&AtomicU64::new(0), None, work)
     }
@@ -269,10 +267,7 @@ impl Session {
         let each = places
             .iter()
             .map(|(blob, path)| blobs::download(&source, blob, path, &moved));
-        let all = stream::iter(each)
-            .buffer_unordered(AT_A_TIME)
-            .try_collect::<()>();
-        self.drive(&moved, progress, all)
+        self.drive(&moved, progress, several(each)).map(drop)
     }
 
     /// Sends blobs, several at a time, and then documents. `done` hears of each blob.
@@ -304,8 +299,7 @@ impl Session {
             Ok::<(), Failure>(())
         });
         let work = async {
-            let blobs = stream::iter(each).buffer_unordered(AT_A_TIME);
-            blobs.try_collect::<()>().await?;
+            several(each).await?;
             let last = push.documents.len().saturating_sub(1);
             for (index, document) in push.documents.iter().enumerate() {
                 let identifier = match index == last {
@@ -383,6 +377,17 @@ pub(crate) fn places<'a>(
         places.push((blob, path));
     }
     Ok(places)
+}
+
+/// Does all of these, a few at a time, in any order.
+///
+/// # Errors
+/// The first that comes; the others are left.
+pub(crate) async fn several<T>(
+    each: impl Iterator<Item = impl Future<Output = Result<T, Failure>>>,
+) -> Result<Vec<T>, Failure> {
+    let all = stream::iter(each).buffer_unordered(AT_A_TIME);
+    all.try_collect().await
 }
 
 /// The registry of a session with its mirrors, which are asked for documents.

@@ -216,6 +216,22 @@ pub fn digests(store: &TestStore, image: &str) -> Vec<String> {
         .collect()
 }
 
+/// Pushes the image `web` twice, the second time without sending anything, and pulls it. Returns the report of the first
+/// push.
+#[track_caller]
+pub fn goes_once_and_comes_as_blocks(from: &TestStore, to: &TestStore, image: &str) -> Value {
+    let pushed = from.json(&["push", "web", image]);
+    assert!(pushed["sent"].as_u64().unwrap() > 6, "{pushed}");
+    let again = from.json(&["push", "web", image]);
+    assert_eq!(
+        (&again["sent"], &again["existed"]),
+        (&0.into(), &pushed["sent"])
+    );
+    let pulled = to.json(&["pull", image]);
+    assert_eq!(pulled["came"], "blocks", "{pulled}");
+    pushed
+}
+
 /// Nothing half made, nothing that no record names, nothing damaged.
 #[track_caller]
 pub fn clean(store: &TestStore) {

@@ -70,6 +70,43 @@ enum Place {
     Here,
 }
 
+/// The pieces that somebody has or will have, by number, those of the pull first.
+#[derive(Default)]
+struct Pieces(HashMap<usize, Place>);
+
+/// Whether a piece is there for one who needs it.
+enum Need {
+    Here(Then),
+    Coming,
+    /// It has to be fetched.
+    Absent,
+}
+
+impl Pieces {
+    /// Keeps what is to be done until the piece is there; gives it back where it is.
+    fn need(&mut self, number: usize, then: Then) -> Need {
+        match self.0.get_mut(&number) {
+            Some(Place::Here) => Need::Here(then),
+            Some(Place::Coming(waiting)) => {
+                waiting.push(then);
+                Need::Coming
+            }
+            None => {
+                self.0.insert(number, Place::Coming(vec![then]));
+                Need::Absent
+            }
+        }
+    }
+
+    /// It is there: what is to be done now.
+    fn arrived(&mut self, number: usize) -> Vec<Then> {
+        match self.0.insert(number, Place::Here) {
+            Some(Place::Coming(waiting)) => waiting,
+            Some(Place::Here) | None => Vec::new(),
+        }
+    }
+}
+
 struct Server {
     link: Resource,
     cpu: Resource,
@@ -79,14 +116,13 @@ struct Host {
     down: Resource,
     up: Resource,
     cpu: Resource,
-    /// By number of the piece, those of the pull first.
-    pieces: HashMap<usize, Place>,
+    pieces: Pieces,
 }
 
 struct Mirror {
     server: Server,
     down: Resource,
-    pieces: HashMap<usize, Place>,
+    pieces: Pieces,
 }
 
 struct World {
@@ -174,7 +210,7 @@ fn build(sim: &mut Sim) {
             down: sim.resource(cluster.host_link),
             up: sim.resource(cluster.host_link),
             cpu: cpu(sim, cluster.host_cpus),
-            pieces: HashMap::new(),
+            pieces: Pieces::default(),
         };
         sim.world.hosts.push(host);
     }
@@ -186,7 +222,7 @@ fn build(sim: &mut Sim) {
                     cpu: cpu(sim, cluster.mirror_cpus),
                 },
                 down: sim.resource(cluster.mirror_link),
-                pieces: HashMap::new(),
+                pieces: Pieces::default(),
             };
             sim.world.mirrors.push(mirror);
         }
@@ -265,22 +301,16 @@ fn started(sim: &mut Sim) {
 
 /// Does that once the host has the piece, which comes once for all that need it.
 fn need(sim: &mut Sim, host: usize, number: usize, then: impl FnOnce(&mut Sim) + 'static) {
-    match sim.world.hosts[host].pieces.get_mut(&number) {
-        Some(Place::Here) => return sim.after(0.0, then),
-        Some(Place::Coming(waiting)) => return waiting.push(Box::new(then)),
-        None => {}
+    match sim.world.hosts[host].pieces.need(number, Box::new(then)) {
+        Need::Here(then) => sim.after(0.0, then),
+        Need::Coming => {}
+        Need::Absent => fetch(sim, host, number),
     }
-    let coming = Place::Coming(vec![Box::new(then)]);
-    sim.world.hosts[host].pieces.insert(number, coming);
-    fetch(sim, host, number);
 }
 
 fn arrived(sim: &mut Sim, host: usize, number: usize) {
-    let was = sim.world.hosts[host].pieces.insert(number, Place::Here);
-    if let Some(Place::Coming(waiting)) = was {
-        for then in waiting {
-            then(sim);
-        }
+    for then in sim.world.hosts[host].pieces.arrived(number) {
+        then(sim);
     }
 }
 
@@ -341,21 +371,15 @@ fn from_mirror(sim: &mut Sim, mirror: usize, host: usize, number: usize) {
         });
     });
     let mirror_down = sim.world.mirrors[mirror].down;
-    match sim.world.mirrors[mirror].pieces.get_mut(&number) {
-        Some(Place::Here) => return give(sim),
-        Some(Place::Coming(waiting)) => return waiting.push(give),
-        None => {}
-    }
-    let coming = Place::Coming(vec![give]);
-    sim.world.mirrors[mirror].pieces.insert(number, coming);
-    from_registry(sim, mirror_down, number, move |sim| {
-        let was = sim.world.mirrors[mirror].pieces.insert(number, Place::Here);
-        if let Some(Place::Coming(waiting)) = was {
-            for give in waiting {
+    match sim.world.mirrors[mirror].pieces.need(number, give) {
+        Need::Here(give) => give(sim),
+        Need::Coming => {}
+        Need::Absent => from_registry(sim, mirror_down, number, move |sim| {
+            for give in sim.world.mirrors[mirror].pieces.arrived(number) {
                 give(sim);
             }
-        }
-    });
+        }),
+    }
 }
 
 /// A piece from a server: the way there and the request's work where it is asked for, then its bytes over both links

@@ -1,9 +1,15 @@
 //! What a run needs of the host: other programs, servers, mounts and loop devices, each with an
 //! end that is certain.
 
+mod devices;
+mod files;
+
+pub use devices::{Loop, Mount, is_mounted};
+pub use files::{allocated, copy_tree, drop_caches, read_all, sync_fs, written};
+
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Seek};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::io::{Read, Seek};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -13,10 +19,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::{Pid, User, Whence, lseek};
+use nix::unistd::{Pid, User};
 
 use crate::cpu;
 
@@ -319,140 +324,6 @@ pub fn report(result: Result<()>) {
     }
 }
 
-/// A mounted directory (or file); unmounted when dropped.
-#[derive(Debug)]
-pub struct Mount {
-    dir: Option<PathBuf>,
-}
-
-impl Mount {
-    /// Mounts with mount(8), which is given `arguments` and then the directory, from the working
-    /// directory `cwd`.
-    pub fn new(dir: &Path, cwd: &Path, arguments: &[&str]) -> Result<Self> {
-        fs::create_dir_all(dir)?;
-        run(Command::new("mount")
-            .current_dir(cwd)
-            .args(arguments)
-            .arg(dir))?;
-        Ok(Self::existing(dir))
-    }
-
-    /// Takes over what somebody else has mounted.
-    pub fn existing(dir: &Path) -> Self {
-        Mount {
-            dir: Some(dir.to_owned()),
-        }
-    }
-
-    /// Where.
-    pub fn dir(&self) -> &Path {
-        self.dir.as_deref().unwrap_or(Path::new(""))
-    }
-
-    /// Unmounts; also through dropping, which only says what went wrong.
-    pub fn unmount(mut self) -> Result<()> {
-        self.end()
-    }
-
-    fn end(&mut self) -> Result<()> {
-        let Some(dir) = self.dir.take() else {
-            return Ok(());
-        };
-        let mut last = nix::errno::Errno::EBUSY;
-        let done = poll_uninterrupted(Duration::from_secs(10), || {
-            match nix::mount::umount2(&dir, nix::mount::MntFlags::empty()) {
-                Ok(()) => true,
-                Err(error) => {
-                    last = error;
-                    error != nix::errno::Errno::EBUSY
-                }
-            }
-        });
-        if !done || (last != nix::errno::Errno::EBUSY && is_mounted(&dir)) {
-            let _ = nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_DETACH);
-            bail!("cannot unmount {}: {last}; detached it", dir.display());
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        report(self.end());
-    }
-}
-
-/// Whether something is mounted exactly there.
-pub fn is_mounted(path: &Path) -> bool {
-    let path = path.to_string_lossy();
-    fs::read_to_string("/proc/self/mountinfo").is_ok_and(|table| {
-        table
-            .lines()
-            .any(|line| line.split(' ').nth(4) == Some(&*path))
-    })
-}
-
-/// A loop device; detached when dropped.
-#[derive(Debug)]
-pub struct Loop {
-    device: String,
-}
-
-impl Loop {
-    /// A loop device on a file, past the page cache.
-    pub fn new(file: &Path) -> Result<Self> {
-        Self::with(file, "--direct-io=on")
-    }
-
-    /// A loop device on a file, through the page cache.
-    pub fn buffered(file: &Path) -> Result<Self> {
-        Self::with(file, "--direct-io=off")
-    }
-
-    fn with(file: &Path, option: &str) -> Result<Self> {
-        let file = file.to_string_lossy();
-        let shown = sh("losetup", &["--find", "--show", option, &file])?.stdout;
-        Ok(Loop {
-            device: shown.trim().to_owned(),
-        })
-    }
-
-    /// Like `/dev/loop7`.
-    pub fn device(&self) -> &str {
-        &self.device
-    }
-
-    /// Flush requests that the device has carried out so far (Documentation/block/stat.rst of
-    /// Linux: the 16th figure).
-    pub fn flushes(&self) -> Result<u64> {
-        let name = self.device.trim_start_matches("/dev/");
-        let stat = fs::read_to_string(format!("/sys/block/{name}/stat"))?;
-        stat.split_whitespace()
-            .nth(15)
-            .and_then(|figure| figure.parse().ok())
-            .context("this kernel counts no flushes of block devices")
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        report(detach(&self.device));
-    }
-}
-
-fn detach(device: &str) -> Result<()> {
-    // Not through `run`, which ends when the user interrupts.
-    let status = Command::new("losetup").args(["-d", device]).status()?;
-    if !status.success() {
-        bail!("losetup -d {device}: {status}");
-    }
-    // The kernel detaches when the last user has closed it, perhaps a moment later.
-    let name = device.trim_start_matches("/dev/").to_owned();
-    let backing = PathBuf::from(format!("/sys/block/{name}/loop/backing_file"));
-    poll_uninterrupted(Duration::from_secs(5), || !backing.exists());
-    Ok(())
-}
-
 /// Where a program is, looked for in PATH and in the places of system programs.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -471,126 +342,6 @@ pub fn kernel_mounts(kind: &str) -> bool {
         })
     };
     listed() || (sh("modprobe", &["-q", kind]).is_ok() && listed())
-}
-
-/// Bytes that a file or all files of a tree take on the disk. Files that vanish meanwhile count
-/// nothing; other file systems mounted below are left out.
-pub fn allocated(path: &Path) -> u64 {
-    files_below(path)
-        .iter()
-        .map(|(_, metadata)| metadata.blocks() * 512)
-        .sum()
-}
-
-/// What lies below a path on its own file system, each file once.
-fn files_below(path: &Path) -> Vec<(PathBuf, fs::Metadata)> {
-    let Ok(metadata) = fs::symlink_metadata(path) else {
-        return Vec::new();
-    };
-    let device = metadata.dev();
-    let mut seen = std::collections::HashSet::new();
-    let mut found = Vec::new();
-    let mut todo = vec![path.to_owned()];
-    while let Some(path) = todo.pop() {
-        let Ok(metadata) = fs::symlink_metadata(&path) else {
-            continue;
-        };
-        if metadata.dev() != device {
-            continue;
-        }
-        if metadata.is_dir() {
-            let entries = fs::read_dir(&path).into_iter().flatten().flatten();
-            todo.extend(entries.map(|entry| entry.path()));
-        } else if metadata.nlink() > 1 && !seen.insert(metadata.ino()) {
-            continue;
-        }
-        found.push((path, metadata));
-    }
-    found
-}
-
-/// Reads all data of the files below a path once, so that a cache below the host's disk, as that of
-/// a virtual machine has one, knows the image of each driver alike: what was copied just now is in
-/// it, and what was made an hour ago may take a hundred times as long to come.
-pub fn read_all(path: &Path) -> Result<()> {
-    let mut buf = vec![0; 1 << 20];
-    for (path, metadata) in files_below(path) {
-        if interrupted() || (out_of_time() && CLEANING_UP.load(Ordering::Relaxed) == 0) {
-            bail!(
-                "not read to its end, since the time is over: {}",
-                path.display()
-            );
-        }
-        // What is only a hole takes nothing from the disk.
-        if !metadata.is_file() || metadata.blocks() == 0 {
-            continue;
-        }
-        match File::open(&path) {
-            Ok(file) => read_data(&file, &mut buf),
-            // Gone meanwhile.
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error.into()),
-        }
-        .with_context(|| path.display().to_string())?;
-    }
-    Ok(())
-}
-
-/// Reads the extents of a file that hold data.
-fn read_data(file: &File, buf: &mut [u8]) -> Result<()> {
-    let len = file.metadata()?.len();
-    let mut at = 0;
-    while at < len {
-        at = match lseek(file, at as i64, Whence::SeekData) {
-            Ok(data) => data as u64,
-            Err(Errno::ENXIO) => break,
-            Err(errno) => return Err(errno.into()),
-        };
-        let end = lseek(file, at as i64, Whence::SeekHole)? as u64;
-        while at < end {
-            let piece = (end - at).min(buf.len() as u64) as usize;
-            match file.read_at(buf.get_mut(..piece).unwrap_or_default(), at)? {
-                0 => return Ok(()),
-                read => at += read as u64,
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Bytes that the disk below a path was asked to write so far, by everybody (Documentation/block/
-/// stat.rst of Linux: the 7th figure, in sectors of 512 bytes); none of a tmpfs.
-pub fn written(path: &Path) -> Option<u64> {
-    let device = fs::metadata(path).ok()?.dev();
-    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
-    let stat = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
-    let sectors: u64 = stat.split_whitespace().nth(6)?.parse().ok()?;
-    Some(sectors * 512)
-}
-
-/// Writes back all that is dirty on the file system of a path.
-pub fn sync_fs(path: &Path) -> Result<()> {
-    let file = File::open(path).with_context(|| path.display().to_string())?;
-    nix::unistd::syncfs(&file).with_context(|| format!("syncfs {}", path.display()))
-}
-
-/// Makes the page cache cold. What is on these paths is written back first.
-pub fn drop_caches(paths: &[&Path]) -> Result<()> {
-    for path in paths {
-        sync_fs(path)?;
-    }
-    fs::write("/proc/sys/vm/drop_caches", "3").context("/proc/sys/vm/drop_caches")
-}
-
-/// Copies a tree with `cp -a`.
-pub fn copy_tree(from: &Path, to: &Path, options: &[&str]) -> Result<()> {
-    fs::create_dir_all(to)?;
-    run(Command::new("cp")
-        .arg("-a")
-        .args(options)
-        .arg(from.join("."))
-        .arg(to))?;
-    Ok(())
 }
 
 /// The user of that name.

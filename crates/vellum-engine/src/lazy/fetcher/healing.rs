@@ -6,7 +6,8 @@ use parking_lot::Mutex;
 
 use super::super::stall::{Pauses, Stall, pause_after};
 use super::super::{Damaged, Remote};
-use super::layer::{Limit, checked, stored_at};
+use super::layer::{checked, stored_at};
+use super::limit::Limit;
 use vellum_base::block::{Block, Blocks, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::Healer;

@@ -1,9 +1,13 @@
-//! A lazy layer whose blocks come: who wants what, and who is at it.
+//! A lazy layer whose blocks come.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ops::{Range, RangeInclusive};
+mod claims;
+mod evicting;
+mod healing;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard};
@@ -13,51 +17,17 @@ use super::super::stall::{Pauses, Stall, pause_after};
 use super::super::{Remote, Waiting};
 use super::cache::Cache;
 use super::coming::{Coming, PATIENCE};
-use vellum_base::block::{Block, Blocks, Span};
+use super::limit::Limit;
+use claims::{Claim, State};
+use vellum_base::block::{Blocks, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::{Completion, LazyLayer};
 use vellum_registry::artifact::{ChunkReader, Window};
-use vellum_registry::{BlobReader, Failure, Seen};
+use vellum_registry::{BlobReader, Failure};
 use vellum_store::Store;
 
-/// Requests to registries that are on their way at once.
-const AT_ONCE: usize = 16;
-/// Stored bytes that one request asks for, at most, but for a single window.
-const MAX_REQUEST: u64 = 4 << 20;
-/// As that, of one that nobody waits for: whoever wants something meanwhile has to share the link with it.
-const REQUEST_IN_BACKGROUND: u64 = 1 << 20;
-/// Windows that are fetched ahead of one who reads in order, at most.
-const MAX_AHEAD: u32 = 32;
 /// How often one who waits for another's fetch looks whether it has waited for too long.
 const LOOK: Duration = Duration::from_millis(200);
-
-/// How many requests are on their way, of all layers, and what those before have shown of registries.
-#[derive(Debug, Default)]
-pub(super) struct Limit {
-    pub seen: Arc<Seen>,
-    taken: Mutex<usize>,
-    free: Condvar,
-}
-
-impl Limit {
-    pub fn take(&self) -> Taken<'_> {
-        let mut taken = self.taken.lock();
-        while *taken >= AT_ONCE {
-            self.free.wait(&mut taken);
-        }
-        *taken += 1;
-        Taken(self)
-    }
-}
-
-pub(super) struct Taken<'a>(&'a Limit);
-
-impl Drop for Taken<'_> {
-    fn drop(&mut self) {
-        *self.0.taken.lock() -= 1;
-        self.0.free.notify_one();
-    }
-}
 
 /// A lazy layer, open to be filled.
 pub(super) struct Incoming {
@@ -76,63 +46,6 @@ pub(super) struct Incoming {
     retired: RwLock<bool>,
     state: Mutex<State>,
     changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    /// Windows that somebody fetches.
-    on_their_way: BTreeSet<u32>,
-    /// When those who wait began, by the order in which they came.
-    waiting: BTreeMap<u64, Instant>,
-    came: u64,
-    error: Option<String>,
-    /// Where one who reads in order reads next, and how much is fetched for them.
-    next: u32,
-    ahead: u32,
-    /// Hot packs that may bring windows.
-    packs: Vec<Arc<Coming>>,
-}
-
-impl State {
-    /// The first of those windows that nobody fetches.
-    fn first_free(&self, missing: &[u32]) -> Option<u32> {
-        let free = |window: &&u32| !self.on_their_way.contains(window);
-        missing.iter().find(free).copied()
-    }
-
-    /// Whether a hot pack is about to bring a window.
-    fn comes_soon(&self, layer: Uuid, window: u32) -> bool {
-        let mut packs = self.packs.iter();
-        packs.any(|pack| pack.brings_soon(layer, window))
-    }
-}
-
-/// One who waits.
-struct Waiter<'a> {
-    layer: &'a Incoming,
-    number: u64,
-}
-
-impl Drop for Waiter<'_> {
-    fn drop(&mut self) {
-        self.layer.state.lock().waiting.remove(&self.number);
-    }
-}
-
-/// Windows that this thread fetches; whoever waits for them looks again when it is dropped.
-struct Claim<'a> {
-    layer: &'a Incoming,
-    windows: Vec<u32>,
-}
-
-impl Drop for Claim<'_> {
-    fn drop(&mut self) {
-        let mut state = self.layer.state.lock();
-        for window in &self.windows {
-            state.on_their_way.remove(window);
-        }
-        self.layer.changed.notify_all();
-    }
 }
 
 /// Where the chunks of windows that lie next to each other are in their blob.
@@ -268,80 +181,6 @@ impl Incoming {
         }
     }
 
-    /// Whether windows of it may be evicted.
-    pub fn is_evictable(&self) -> bool {
-        !self.is_kept.load(Ordering::Acquire)
-    }
-
-    /// Looks whether somebody wants all of it by now.
-    ///
-    /// # Errors
-    /// As [`Remote::read`].
-    pub fn look_again(&self, store: &Store) -> Result<()> {
-        let remote = Remote::read(&**store.storage(), self.lazy.dir())?;
-        if remote.is_some_and(|remote| remote.is_kept()) {
-            self.is_kept.store(true, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    /// The windows that are here, and how many bytes each takes.
-    pub fn held(&self) -> Vec<(u32, u64)> {
-        let here = self.windows.iter();
-        here.filter(|(number, _)| self.lazy.is_here(**number))
-            .map(|(number, window)| (*number, bytes_of(window)))
-            .collect()
-    }
-
-    /// Has readers note what they read.
-    pub fn note_reads(&self) {
-        if let Err(error) = self.lazy.note_reads() {
-            tracing::warn!("reads of a lazy layer are not noted: {error}");
-        }
-    }
-
-    /// Gives the space back of what is not here. Nobody fetches yet.
-    pub fn give_back_unknown(&self) {
-        if let Err(error) = self.lazy.evict_unknown() {
-            tracing::warn!("what a lazy layer takes that is not here stays: {error}");
-        }
-    }
-
-    /// Evicts those of these windows that were not read lately and that nobody is at. Returns the others.
-    pub fn evict(&self, windows: &[u32]) -> BTreeSet<u32> {
-        // Without waiting: whoever retires it may hold what others wait for.
-        let retired = self.retired.try_read();
-        if retired.as_deref() != Some(&false) {
-            return windows.iter().copied().collect();
-        }
-        let mut stay = self.lazy.take_reads(windows);
-        let claim = {
-            let mut state = self.state.lock();
-            let busy = |window: &&u32| state.on_their_way.contains(window);
-            stay.extend(windows.iter().filter(busy));
-            let go = windows.iter().filter(|window| !stay.contains(window));
-            let go: Vec<u32> = go.copied().collect();
-            self.take(&mut state, go)
-        };
-        if claim.windows.is_empty() {
-            return stay;
-        }
-        // Somebody may want all of it by now.
-        let evicted = match self.is_evictable() {
-            true => self.lazy.evict(&claim.windows),
-            false => Ok(false),
-        };
-        let evicted = evicted.unwrap_or_else(|error| {
-            tracing::error!("windows of a lazy layer are not evicted: {error}");
-            false
-        });
-        if !evicted {
-            // They take their space.
-            stay.extend(&claim.windows);
-        }
-        stay
-    }
-
     /// Puts a window that was claimed where it is read.
     ///
     /// # Errors
@@ -433,72 +272,6 @@ impl Incoming {
         fetched
             .map(Some)
             .map_err(|failure| Error::new(ErrorKind::Absent, failure.error.to_string()))
-    }
-
-    /// Fetches these data blocks again, as far as the disk lost or changed them; false where nobody can tell.
-    ///
-    /// # Errors
-    /// As [`Incoming::want`]; [`ErrorKind::Io`] where the disk does not keep them.
-    pub fn heal(&self, damaged: Span) -> Result<bool> {
-        if !self.lazy.is_checked() {
-            return Ok(false);
-        }
-        let sound = |spans: &[Span]| spans.iter().all(|span| self.lazy.is_sound(*span));
-        let mut healed = Vec::new();
-        let Some(near) = self.windows_of(damaged) else {
-            return Ok(true);
-        };
-        for (number, window) in self.windows.range(near) {
-            let of_it = window.blocks.iter();
-            let wanted: Vec<Span> = of_it.filter_map(|one| one.intersection(damaged)).collect();
-            if wanted.is_empty() || self.lazy.is_here(*number) && sound(&wanted) {
-                continue;
-            }
-            self.lazy.lost(*number);
-            self.want(*number..*number + 1)?;
-            healed.push((*number, wanted));
-        }
-        if healed.is_empty() {
-            return Ok(true);
-        }
-        {
-            let _in_use = self.in_use()?;
-            self.lazy.sync_to_disk()?;
-        }
-        let dir = self.lazy.dir().display();
-        // What was evicted meanwhile reads as zeros, or came once more behind our back.
-        let kept = |(number, spans): &(u32, Vec<Span>)| {
-            sound(spans) || !self.lazy.is_here(*number) || sound(spans)
-        };
-        if !healed.iter().all(kept) {
-            let text = format!("{dir}: the disk does not keep what is written there: replace it");
-            return Err(Error::new(ErrorKind::Io, text));
-        }
-        let windows = healed.len();
-        tracing::warn!(
-            "{dir}: {windows} window(s) that the disk had lost or changed were fetched again"
-        );
-        Ok(true)
-    }
-
-    /// The windows that may have blocks of a span; `None` where the table has none.
-    fn windows_of(&self, span: Span) -> Option<RangeInclusive<u32>> {
-        let power = self.lazy.power();
-        let (last, _) = self.windows.last_key_value()?;
-        let known = Span::between(Block::FIRST, power.span(*last).end()).intersection(span)?;
-        let last = Block::new(known.end().get() - 1);
-        Some(power.window_of(known.start())..=power.window_of(last))
-    }
-
-    fn wait(&self) -> Waiter<'_> {
-        let mut state = self.state.lock();
-        let number = state.came;
-        state.came += 1;
-        state.waiting.insert(number, Instant::now());
-        Waiter {
-            layer: self,
-            number,
-        }
     }
 
     /// Of a request of which so many windows were missing, and `least` at some time before: they come, but others may go
@@ -598,58 +371,6 @@ impl Incoming {
             // It comes when it is read.
             Err(_) if self.is_retired() => Ok(()),
             other => other,
-        }
-    }
-
-    /// Takes the first of those windows that nobody fetches, with what follows it and can come in the same
-    /// request; `None` where others fetch all of them.
-    fn claim(&self, missing: &[u32]) -> Option<Claim<'_>> {
-        let mut state = self.state.lock();
-        let first = state.first_free(missing)?;
-        let last = *missing.last()?;
-        state.ahead = match state.next == first {
-            true => (state.ahead * 2).clamp(1, MAX_AHEAD),
-            false => 0,
-        };
-        let end = last.saturating_add(state.ahead);
-        let windows = self.neighbours(&state, first..=end, MAX_REQUEST);
-        state.next = windows.last().map_or(first, |last| last + 1);
-        Some(self.take(&mut state, windows))
-    }
-
-    /// As [`Incoming::claim`], for nobody who reads.
-    fn claim_next(&self) -> Option<Claim<'_>> {
-        let missing = self.lazy.missing();
-        let mut state = self.state.lock();
-        let first = state.first_free(&missing)?;
-        let windows = self.neighbours(&state, first..=u32::MAX, REQUEST_IN_BACKGROUND);
-        Some(self.take(&mut state, windows))
-    }
-
-    /// The first of those windows, with what follows it and fits in a request of `most` bytes.
-    fn neighbours(&self, state: &State, range: RangeInclusive<u32>, most: u64) -> Vec<u32> {
-        let mut windows = Vec::new();
-        let mut bytes = 0;
-        for (number, window) in self.windows.range(range) {
-            // Chunks of neighbours lie next to each other; one that is here, or on its way, ends the request.
-            bytes += u64::from(window.chunk.len);
-            let more = windows.is_empty() || bytes <= most;
-            if !more || state.on_their_way.contains(number) || self.lazy.is_here(*number) {
-                break;
-            }
-            if !windows.is_empty() && state.comes_soon(self.layer, *number) {
-                break;
-            }
-            windows.push(*number);
-        }
-        windows
-    }
-
-    fn take(&self, state: &mut State, windows: Vec<u32>) -> Claim<'_> {
-        state.on_their_way.extend(&windows);
-        Claim {
-            layer: self,
-            windows,
         }
     }
 

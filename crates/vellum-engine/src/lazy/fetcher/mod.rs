@@ -6,6 +6,7 @@ mod coming;
 mod healing;
 mod hot;
 mod layer;
+mod limit;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -26,7 +27,8 @@ use background::Background;
 use cache::Cache;
 use healing::{Healing, span_of};
 use hot::HotPacks;
-use layer::{Incoming, Limit};
+use layer::Incoming;
+use limit::Limit;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
 use vellum_export::device::ControlHandler;
