@@ -5,7 +5,7 @@ use anyhow::Result;
 use maud::{Markup, PreEscaped, html};
 
 use super::answer::HEADLINES;
-use super::chart::{self, Line, Mark, NARROW, Panel, Row, Scale, lines};
+use super::chart::{self, Line, Mark, NARROW, Panel, Row, Scale, lines, points};
 use super::overview::look;
 use super::words::{figure, times};
 use super::{DriverReport, Place, Report};
@@ -369,21 +369,10 @@ fn disk(report: &Report, place: &Place) -> Result<Vec<String>> {
                 shown: (0, figure(spread.median)),
             })
         });
-        let values: Vec<f64> = rows
-            .iter()
-            .flat_map(|r| &r.marks)
-            .flat_map(|m| m.points.clone())
-            .collect();
-        if values.iter().any(|value| *value > 0.0) {
-            charts.push(chart::panel(&Panel {
-                title: title.to_owned(),
-                unit: "bytes for each byte written".to_owned(),
-                scale: Scale::for_values(values),
-                line: None,
-                band: None,
-                columns: vec!["median".to_owned()],
-                rows,
-            })?);
+        if points(&rows).any(|value| value > 0.0) {
+            let unit = "bytes for each byte written".to_owned();
+            let panel = Panel::of_medians(title.to_owned(), unit, rows);
+            charts.push(chart::panel(&panel)?);
         }
     }
     Ok(charts)

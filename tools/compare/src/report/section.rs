@@ -4,7 +4,7 @@
 use anyhow::Result;
 use maud::{Markup, PreEscaped, html};
 
-use super::chart::{self, Line, Mark, NARROW, Panel, Row, Scale, lines};
+use super::chart::{self, Line, Mark, NARROW, Panel, Row, lines, points};
 use super::overview::{look, why_not};
 use super::words::{figure, times};
 use super::{DriverReport, Place, Report, Summary, WorkloadReport};
@@ -71,31 +71,20 @@ fn charts(report: &Report, workload: &WorkloadReport, place: &Place) -> Result<V
             .into_iter()
             .filter_map(|driver| row(report, workload, place, metric, driver))
             .collect();
-        let values: Vec<f64> = rows
-            .iter()
-            .flat_map(|r| &r.marks)
-            .flat_map(|m| m.points.clone())
-            .collect();
         // Like the first minute of what took less.
-        if values.is_empty() {
+        if points(&rows).next().is_none() {
             continue;
         }
         let way = match metric.better {
             Better::Higher => "more is better",
             _ => "less is better",
         };
-        charts.push(chart::panel(&Panel {
-            title: super::words::sentence(&metric.title),
-            unit: match metric.unit {
-                "" => way.to_owned(),
-                unit => format!("{unit}, {way}"),
-            },
-            scale: Scale::for_values(values),
-            line: None,
-            band: None,
-            columns: vec!["median".to_owned()],
-            rows,
-        })?);
+        let unit = match metric.unit {
+            "" => way.to_owned(),
+            unit => format!("{unit}, {way}"),
+        };
+        let panel = Panel::of_medians(super::words::sentence(&metric.title), unit, rows);
+        charts.push(chart::panel(&panel)?);
     }
     Ok(charts)
 }

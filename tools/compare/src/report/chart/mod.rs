@@ -11,7 +11,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 pub use lines::{Line, lines};
-pub use rows::{Look, Mark, Panel, Row, mark, panel, together};
+pub use rows::{Look, Mark, Panel, Row, mark, panel, points, together};
 pub use scale::Scale;
 
 /// What charts are drawn on; whole pixels.

@@ -64,6 +64,27 @@ pub struct Panel {
     pub rows: Vec<Row>,
 }
 
+impl Panel {
+    /// One of medians beside their single rounds, with nothing to compare with.
+    pub fn of_medians(title: String, unit: String, rows: Vec<Row>) -> Self {
+        Panel {
+            title,
+            unit,
+            scale: Scale::for_values(points(&rows)),
+            line: None,
+            band: None,
+            columns: vec!["median".to_owned()],
+            rows,
+        }
+    }
+}
+
+/// The single rounds of all rows.
+pub fn points(rows: &[Row]) -> impl Iterator<Item = f64> {
+    let marks = rows.iter().flat_map(|row| &row.marks);
+    marks.flat_map(|mark| mark.points.iter().copied())
+}
+
 const LEFT: i32 = 112;
 const COLUMN: i32 = 50;
 const ROW: i32 = 21;
