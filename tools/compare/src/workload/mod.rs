@@ -72,12 +72,12 @@ impl Sizes {
     pub fn new(quick: bool, pg_scale: u32, pg_seconds: u32, tree: PathBuf) -> Self {
         let pick = |full, small| if quick { small } else { full };
         Sizes {
-            file: pick(256, 32) * MIB,
+            file: pick(256, 64) * MIB,
             large_file: pick(1024, 256) * MIB,
-            synced_writes: pick(1000, 120) as u32,
-            buffered_writes: pick(16_384, 2048) as u32,
-            reads: pick(4000, 300) as u32,
-            commits: pick(600, 100) as u32,
+            synced_writes: pick(1000, 400) as u32,
+            buffered_writes: pick(16_384, 4096) as u32,
+            reads: pick(4000, 2500) as u32,
+            commits: pick(600, 300) as u32,
             pg_scale,
             pg_seconds,
             maria_rows: pick(100_000, 5000) as u32,
