@@ -62,6 +62,8 @@ struct Piece {
     asked: bool,
     /// It comes without being asked for, behind the one before.
     streamed: bool,
+    /// It is the last of its answer, which has so many bytes.
+    completes: Option<u64>,
 }
 
 /// Where a piece is on its way to somebody.
@@ -192,6 +194,7 @@ fn pieces(bytes: u64, streamed: bool) -> Vec<Piece> {
             bytes: PIECE.min(bytes - number * PIECE),
             asked: number == 0,
             streamed: streamed && number > 0,
+            completes: (number + 1 == whole).then_some(bytes),
         })
         .collect()
 }
@@ -240,10 +243,12 @@ fn pull(sim: &mut Sim, host: usize, number: usize) {
         return;
     }
     let bytes: u64 = sim.world.pull.iter().map(|piece| piece.bytes).sum();
-    let share = sim.world.piece(number).bytes as f64 / bytes as f64;
-    let work = sim.world.start.pull_cpu_s * share;
     let cpu = sim.world.hosts[host].cpu;
-    // It is unpacked while the next one comes; the last is waited for.
+    let Some(answer) = sim.world.piece(number).completes else {
+        return need(sim, host, number, move |sim| pull(sim, host, number + 1));
+    };
+    let work = sim.world.start.pull_cpu_s * answer as f64 / bytes as f64;
+    // A blob is unpacked when it is here and checked, while the next one comes; the last is waited for.
     let last = number + 1 == pieces;
     need(sim, host, number, move |sim| {
         if last {
@@ -511,6 +516,17 @@ mod tests {
         let outcome = simulate(&calibration, &cluster, Strategy::Ranges);
         assert_eq!(outcome.first_output_s.len(), 10);
         assert_eq!(outcome.registry_requests, 9);
+    }
+
+    #[test]
+    fn a_blob_is_unpacked_when_all_of_it_is_here() {
+        let mut calibration = calibration();
+        calibration.full.pull_cpu_s = 1.0;
+        let outcome = simulate(&calibration, &calibration.cluster, Strategy::Full);
+        near(
+            outcome.first_output_s[0],
+            0.1 + 8.0 * PIECE as f64 / 10e6 + 1.0,
+        );
     }
 
     #[test]
