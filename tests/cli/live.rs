@@ -8,13 +8,15 @@ use std::process::{Command, ExitStatus};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde_json::json;
 use vellum_engine::device::Target;
 use vellum_store::Store;
 
-use crate::common::{Running, TestStore, run, wait_until};
+use crate::common::{Running, TestStore, need_root, run, wait_until};
 
 const MIB: u64 = 1 << 20;
 
@@ -24,6 +26,15 @@ fn capacity(dir: &Path) -> u64 {
     stat.blocks() * stat.fragment_size()
 }
 
+/// Takes this test into mounts of its own. A program of another test that unshares its mounts meanwhile would
+/// have this test's containers mounted too, and without CAP_SYS_RESOURCE nothing grows that somebody has mounted.
+fn own_mounts() {
+    need_root();
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+}
+
 fn size_of(store: &TestStore, container: &str) -> u64 {
     let shown = store.json(&["inspect", container]);
     shown[0]["container"]["virtual_size"].as_u64().unwrap()
@@ -31,6 +42,7 @@ fn size_of(store: &TestStore, container: &str) -> u64 {
 
 #[test]
 fn a_container_grows_under_those_who_write_it_and_its_file_system_with_it() {
+    own_mounts();
     let store = TestStore::new();
     store.small_image("base");
     store.ok(&["create", "base", "--name", "c"]);
@@ -189,6 +201,7 @@ fn steps(mounted: bool) -> &'static [&'static str] {
 
 #[test]
 fn a_resize_that_is_killed_at_any_step_is_finished_by_the_next_mount_or_did_nothing() {
+    own_mounts();
     let store = TestStore::new();
     store.small_image("base");
     for mounted in [false, true] {
@@ -288,6 +301,7 @@ fn a_growth_goes_on_where_its_command_was_killed_and_the_next_mount_has_all_of_i
 
 #[test]
 fn a_container_that_is_mounted_twice_grows_with_both_mounts_or_not_at_all() {
+    own_mounts();
     let store = TestStore::new();
     store.small_image("base");
     store.ok(&["create", "base", "--name", "c"]);
