@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 use std::time::Duration;
 
@@ -249,4 +250,46 @@ fn bitmaps_are_written_where_as_much_was_freed_as_taken() {
     import("two", &["--from", "three"], Tar::new().file(".wh.a", ""));
     // It gets what was of the first: lower numbers than it had.
     import("other", &["--from", "two"], Tar::new().file("c", "other"));
+}
+
+/// Contents are kept beside the file system while it is filled. One of another form is not laid out, so they go into
+/// it after all.
+#[test]
+fn a_file_system_that_cannot_be_laid_out_gets_the_contents_of_all_its_files() {
+    let store = TestStore::new();
+    shell(
+        store.dir.path(),
+        r#"mkdir tree old new; echo base > tree/base
+        truncate -s 64M disk.raw; mke2fs -q -t ext4 -O ^metadata_csum,^64bit -d tree disk.raw
+        head -c 300000 /dev/urandom > old/replaced; ln old/replaced old/linked
+        cp old/replaced kept; echo new > new/replaced
+        truncate -s 20M new/sparse; echo in the middle | dd of=new/sparse bs=1M seek=9 conv=notrunc status=none
+        mkdir -p old/gone new/gone; echo x > old/gone/x; : > new/empty
+        touch -d '2001-02-03 04:05:06' old/replaced new/sparse
+        tar -C old -cf more.tar replaced linked gone; tar -C new -S -rf more.tar replaced sparse empty"#,
+    );
+    store.ok(&["import", "disk", &store.arg("disk.raw")]);
+    let output = store.output(&["import", "app", &store.arg("more.tar"), "--from", "disk"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("stays as the kernel wrote it"), "{said}");
+    store.ok(&["create", "app", "--name", "c"]);
+    let dir = store.mount("c");
+    let read = |name: &str| fs::read(dir.join(name)).unwrap();
+    let kept = fs::read(store.path("kept")).unwrap();
+    assert!(read("linked") == kept, "the name that is left");
+    assert_eq!(read("replaced"), b"new\n");
+    assert_eq!(read("base"), b"base\n");
+    assert_eq!(read("gone/x"), b"x\n");
+    assert_eq!(read("empty"), b"");
+    let sparse = read("sparse");
+    assert!(sparse == fs::read(store.path("new/sparse")).unwrap());
+    for name in ["linked", "sparse"] {
+        let times = fs::metadata(dir.join(name)).unwrap();
+        assert_eq!(times.mtime(), 981_173_106, "{name}");
+    }
+    let blocks = fs::metadata(dir.join("sparse")).unwrap().blocks();
+    assert!(blocks < 1000, "its holes are holes: {blocks}");
+    store.ok(&["umount", "c"]);
+    store.ok(&["check", "--scrub"]);
 }

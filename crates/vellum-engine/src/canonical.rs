@@ -11,14 +11,15 @@ use super::staged::open_staged;
 use vellum_base::block::{BLOCK_SIZE, Block, BlockState, Offset, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_core::layer::WritableLayer;
-use vellum_fs::unmounted::{self, FileSystem, Replayed, Sink};
+use vellum_fs::unmounted::{self, Apart, FileSystem, Replayed, Sink};
+use vellum_image::Aside;
 use vellum_store::{StagedLayer, Store};
 
 /// Bytes that are written at a time.
 const BATCH: usize = 1 << 20;
 
 /// Writes what the top of `filled`, whose file system was unmounted, changed on the sealed layer `parent` into
-/// a new layer. `None` where the file system is none that can be laid out, as in an image of a disk that
+/// a new layer; what new files hold is `aside`, where it is not in their file system. `None` where the file system is none that can be laid out, as in an image of a disk that
 /// came from elsewhere.
 ///
 /// # Errors
@@ -27,6 +28,7 @@ pub(super) fn lay_out(
     store: &Store,
     parent: Uuid,
     filled: &OpenChain,
+    aside: &Aside,
 ) -> Result<Option<(StagedLayer, Arc<WritableLayer>)>> {
     let newer = filled.chain();
     let top = newer.top();
@@ -39,6 +41,7 @@ pub(super) fn lay_out(
         &**older.chain(),
         &**newer,
         &bytes_in(&top, newer.whole_size()),
+        aside,
         &mut writer,
     );
     match laid.and_then(|()| writer.write()) {
@@ -58,11 +61,29 @@ fn lay_out_devices(
     older: &dyn unmounted::Source,
     newer: &dyn unmounted::Source,
     differing: &[Range<u64>],
+    aside: &Aside,
     sink: &mut dyn Sink,
 ) -> Result<()> {
     let (older, newer) = (Replayed::new(older)?, Replayed::new(newer)?);
     let (older, newer) = (FileSystem::open(&older)?, FileSystem::open(&newer)?);
-    unmounted::lay_out(&older, &newer, differing, sink)
+    unmounted::lay_out(&older, &newer, differing, &Contents(aside), sink)
+}
+
+/// What an import keeps aside of files, as the layout asks for it.
+struct Contents<'a>(&'a Aside);
+
+impl Apart for Contents<'_> {
+    fn blocks(&self, inode: u32) -> Option<Vec<Range<u64>>> {
+        let bytes = self.0.written(inode.into())?;
+        let blocks = bytes
+            .iter()
+            .map(|bytes| bytes.start / BLOCK_SIZE..bytes.end.div_ceil(BLOCK_SIZE));
+        Some(blocks.collect())
+    }
+
+    fn fill(&self, inode: u32, buf: &mut [u8], block: u64) -> Result<()> {
+        self.0.fill(inode.into(), buf, block * BLOCK_SIZE)
+    }
 }
 
 /// The bytes of which a layer says something.

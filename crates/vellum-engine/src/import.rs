@@ -1,19 +1,17 @@
 //! Images into the store: each layer of a source becomes one block layer.
 
+mod layer;
+
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::canonical;
 use super::complete::finish_layer;
-use super::device::{Target, forget_ext4_journal};
 use super::layer_file;
 use super::raw;
-use super::seal::sync_file_system;
 use super::staged::open_staged;
 use super::template;
-use super::temporary::TemporaryMount;
 use super::watch::Watch;
 use vellum_backup::LAYER_FILE_MAGIC;
 use vellum_base::block::{BLOCK_SIZE, MAX_VIRTUAL_SIZE};
@@ -23,7 +21,7 @@ use vellum_fs::ext4;
 use vellum_fs::superblock::Superblock;
 use vellum_image::{
     ApplyOptions, DiskImage, Format, HistoryEntry, Holds, Image, ImageConfig, Measure, Platform,
-    Source, SourceOptions, apply_layer, chain_ids, copy_tree,
+    Source, SourceOptions, apply_layer_aside, chain_ids, copy_tree_aside,
 };
 use vellum_store::{DiskInfo, FsInfo, ImageRecord, LayerInfo, Store, StoreGuard, now};
 
@@ -270,18 +268,20 @@ impl Importer<'_> {
                     whiteouts: ground.has_image,
                     ..ApplyOptions::default()
                 };
-                let outcome = self.layer(&ground, file_origin(path), None, None, |dir| {
-                    apply_layer(reader, dir, &apply)
-                        .map(drop)
-                        .map_err(|error| error.context(&shown))
-                })?;
+                let outcome =
+                    self.layer(&ground, file_origin(path), None, None, |dir, aside| {
+                        apply_layer_aside(reader, dir, aside, &apply)
+                            .map(drop)
+                            .map_err(|error| error.context(&shown))
+                    })?;
                 self.added(&mut ground, &mut outcomes, outcome, path);
             }
             Source::Directory(directory) => {
                 let progress = self.watch.begin(&shown, None);
-                let outcome = self.layer(&ground, file_origin(path), None, None, |dir| {
-                    copy_tree(directory, dir, progress).map(drop)
-                })?;
+                let outcome =
+                    self.layer(&ground, file_origin(path), None, None, |dir, aside| {
+                        copy_tree_aside(directory, dir, aside, progress).map(drop)
+                    })?;
                 self.added(&mut ground, &mut outcomes, outcome, path);
             }
             Source::Disk(_) | Source::Layers(_) => {
@@ -354,9 +354,11 @@ impl Importer<'_> {
                     let progress = self.watch.begin(&short, Some(layer.size));
                     let reader = image.open_layer(index, progress)?;
                     let origin = format!("layer {}", layer.diff_id);
-                    let outcome = self.layer(ground, origin, diff_id, Some(key), |dir| {
-                        apply_layer(reader, dir, &ApplyOptions::default()).map(drop)
-                    })?;
+                    let outcome =
+                        self.layer(ground, origin, diff_id, Some(key), |dir, aside| {
+                            apply_layer_aside(reader, dir, aside, &ApplyOptions::default())
+                                .map(drop)
+                        })?;
                     self.watch.done();
                     outcome
                 }
@@ -365,88 +367,6 @@ impl Importer<'_> {
             outcomes.push(outcome);
         }
         Ok(())
-    }
-
-    /// Makes one layer: `fill` writes into the mounted file system.
-    fn layer(
-        &self,
-        ground: &Ground,
-        origin: String,
-        diff_id: Option<String>,
-        chain_key: Option<String>,
-        fill: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<LayerOutcome> {
-        let staged = self
-            .store
-            .stage_layer(Some(ground.top()), ground.virtual_size)?;
-        let target = Target::Staged(staged.header.uuid);
-        let mount = TemporaryMount::new(self.store, &target)?;
-        fill(mount.dir()).map_err(|error| self.name_the_limit(error, mount.dir(), ground))?;
-        mount.end()?;
-        let open = target.open(self.store)?;
-        let (staged, layer) = match canonical::lay_out(self.store, ground.top(), &open)? {
-            Some(laid) => laid,
-            None => {
-                forget_ext4_journal(&open)?;
-                open.close()?;
-                // It was not to stay, so nothing of it is durable yet.
-                sync_file_system(&staged.dir())?;
-                let layer = open_staged(self.store, &staged)?;
-                (staged, layer)
-            }
-        };
-        drop(open);
-        let bytes = layer.data_blocks().bytes();
-        let info = LayerInfo {
-            origin,
-            diff_id: diff_id.clone(),
-            chain_key,
-            bytes,
-            damaged: None,
-        };
-        let layer = finish_layer(staged, layer, info, self.pin)?;
-        Ok(LayerOutcome {
-            diff_id,
-            layer,
-            existed: false,
-            bytes,
-        })
-    }
-
-    /// Says which of its limits the file system at `dir` has reached, and what to do.
-    fn name_the_limit(&self, error: Error, dir: &Path, ground: &Ground) -> Error {
-        let Ok(usage) = ext4::usage(dir) else {
-            return error;
-        };
-        if error.kind() != ErrorKind::NoSpace {
-            return error;
-        }
-        let size = ground.virtual_size;
-        let remedy = match ground.has_image {
-            true => "import the image that --from names anew with a larger --size",
-            false => "give a larger --size",
-        };
-        if usage.files_used >= usage.files {
-            return error.context(format!(
-                "the image's file system of {size} bytes has {} inodes, one for each file and \
-                 directory, and all are in use: {remedy}",
-                usage.files
-            ));
-        }
-        if usage.free < (size / 100).max(1 << 20) {
-            return error.context(format!(
-                "the image's file system of {size} bytes is full: {remedy}"
-            ));
-        }
-        match nix::sys::statvfs::statvfs(self.store.root()) {
-            Ok(disk) if disk.blocks_available() * disk.fragment_size() < 16 << 20 => {
-                error.context(format!(
-                    "the disk of the store {} is full",
-                    self.store.root().display()
-                ))
-            }
-            _ => error,
-        }
     }
 
     fn disk(

@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::path::Path;
 
+use super::aside::Aside;
 use super::content::Content;
 use super::install::{ApplyStats, Installer};
 use super::members::Members;
@@ -85,8 +86,33 @@ impl<R: Read> Content for MemberContent<'_, R> {
 /// are too long, `Permission` without the right to set an owner or make a device,
 /// `NoSpace` when the tree is full. The message names the member.
 pub fn apply_layer(reader: impl Read, target: &Path, options: &ApplyOptions) -> Result<ApplyStats> {
+    apply(
+        reader,
+        Installer::new(target, options.devices, None)?,
+        options,
+    )
+}
+
+/// As [`apply_layer`], but for what new files hold, which goes to `aside`: in the tree they have their sizes and no
+/// content.
+///
+/// # Errors
+/// As [`apply_layer`].
+pub fn apply_layer_aside(
+    reader: impl Read,
+    target: &Path,
+    aside: &mut Aside,
+    options: &ApplyOptions,
+) -> Result<ApplyStats> {
+    apply(
+        reader,
+        Installer::new(target, options.devices, Some(aside))?,
+        options,
+    )
+}
+
+fn apply(reader: impl Read, mut tree: Installer<'_>, options: &ApplyOptions) -> Result<ApplyStats> {
     let mut members = Members::new(reader);
-    let mut tree = Installer::new(target, options.devices)?;
     let mut count = 0u64;
     while let Some(member) = members.next()? {
         count += 1;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use vellum_base::error::ResultExt;
@@ -19,6 +20,15 @@ pub(super) trait Content {
     fn read(&mut self, into: &mut [u8]) -> Result<usize>;
 }
 
+/// Where the bytes of a file are written.
+pub(super) struct Place<'a> {
+    pub file: &'a File,
+    /// The byte of it at which the file's first is.
+    pub first: u64,
+    /// Hears which bytes of the file were written.
+    pub written: &'a mut dyn FnMut(Range<u64>),
+}
+
 /// Writes `length` bytes of `content` at `offset`, except for long runs of zeros, by way of `buffer`, which has
 /// [`CHUNK`] bytes. Returns the bytes written.
 #[expect(
@@ -26,7 +36,7 @@ pub(super) trait Content {
     reason = "`filled` stays below `step` while the loop runs"
 )]
 pub(super) fn fill(
-    file: &File,
+    place: &mut Place<'_>,
     buffer: &mut [u8],
     offset: u64,
     length: u64,
@@ -51,7 +61,7 @@ pub(super) fn fill(
             filled += count;
         }
         written +=
-            write_with_holes(file, buffer, at).context(|| format!("writing at byte {at}"))?;
+            write_with_holes(place, buffer, at).context(|| format!("writing at byte {at}"))?;
         at += step as u64;
         left -= step as u64;
     }
@@ -63,18 +73,20 @@ pub(super) fn fill(
     clippy::indexing_slicing,
     reason = "pieces are cut out of `data`, in order, up to its length"
 )]
-fn write_with_holes(file: &File, data: &[u8], offset: u64) -> io::Result<u64> {
+fn write_with_holes(place: &mut Place<'_>, data: &[u8], offset: u64) -> io::Result<u64> {
     let mut written = 0;
     let mut at = offset;
     let mut pending: (u64, usize, usize) = (offset, 0, 0);
     let mut position = 0;
     // Neighbouring data pieces go out in one call.
-    let flush = |(start, from, to): (u64, usize, usize)| -> io::Result<u64> {
+    let mut flush = |(start, from, to): (u64, usize, usize)| -> io::Result<u64> {
         let piece = &data[from..to];
+        let len = piece.len() as u64;
         if !piece.is_empty() {
-            file.write_all_at(piece, start)?;
+            place.file.write_all_at(piece, place.first + start)?;
+            (place.written)(start..start + len);
         }
-        Ok(piece.len() as u64)
+        Ok(len)
     };
     while position < data.len() {
         let step = (HOLE - (at % HOLE as u64) as usize).min(data.len() - position);
@@ -105,6 +117,14 @@ fn is_zero(data: &[u8]) -> bool {
 mod tests {
     use super::*;
 
+    fn whole(file: &File) -> Place<'_> {
+        Place {
+            file,
+            first: 0,
+            written: Box::leak(Box::new(|_| ())),
+        }
+    }
+
     #[test]
     fn zero_runs_are_left_out_and_the_rest_is_written() {
         use std::os::unix::fs::MetadataExt;
@@ -114,7 +134,7 @@ mod tests {
         data[700_000] = 2;
         let mut written = 0;
         for (index, chunk) in data.chunks(CHUNK).enumerate() {
-            written += write_with_holes(&file, chunk, (index * CHUNK) as u64).unwrap();
+            written += write_with_holes(&mut whole(&file), chunk, (index * CHUNK) as u64).unwrap();
         }
         file.set_len(1 << 20).unwrap();
         assert_eq!(written, 2 * HOLE as u64);
@@ -130,7 +150,7 @@ mod tests {
         let mut data = vec![0u8; 200_000];
         data[0] = 9;
         data[199_999] = 9;
-        write_with_holes(&file, &data, 1000).unwrap();
+        write_with_holes(&mut whole(&file), &data, 1000).unwrap();
         let mut back = vec![1u8; 200_000];
         file.read_exact_at(&mut back, 1000).unwrap();
         assert_eq!(back, data);

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::Progress;
+use super::aside::Aside;
 use super::content::Content;
 use super::install::{ApplyStats, Installer};
 use super::walk::{FileContent, NoContent, walk};
@@ -26,6 +27,28 @@ use vellum_base::{Error, ErrorKind, Result};
 pub fn copy_tree(
     source: &Path,
     target: &Path,
+    progress: Option<Progress<'_>>,
+) -> Result<ApplyStats> {
+    copy(source, target, None, progress)
+}
+
+/// As [`copy_tree`], but for what new files hold, which goes to `aside`.
+///
+/// # Errors
+/// As [`copy_tree`].
+pub fn copy_tree_aside(
+    source: &Path,
+    target: &Path,
+    aside: &mut Aside,
+    progress: Option<Progress<'_>>,
+) -> Result<ApplyStats> {
+    copy(source, target, Some(aside), progress)
+}
+
+fn copy(
+    source: &Path,
+    target: &Path,
+    aside: Option<&mut Aside>,
     mut progress: Option<Progress<'_>>,
 ) -> Result<ApplyStats> {
     let real = |path: &Path| {
@@ -38,7 +61,7 @@ pub fn copy_tree(
             format!("{target:?} lies in {source:?}: a tree cannot be copied into itself"),
         ));
     }
-    let mut tree = Installer::new(target, true)?;
+    let mut tree = Installer::new(target, true, aside)?;
     walk(source, &mut |node, file| {
         interrupt::check()?;
         match &file {

@@ -20,8 +20,9 @@ use nix::sys::stat::{
 use nix::unistd::{Gid, Uid, fchown, fchownat, linkat, symlinkat};
 use xattr::FileExt as _;
 
-use super::content::{CHUNK, Content, fill};
-use super::node::{CAPABILITY, Kind, Node, Time, Xattrs, shown};
+use super::aside::{Aside, Part};
+use super::content::{CHUNK, Content, Place, fill};
+use super::node::{CAPABILITY, Extent, Kind, Node, Time, Xattrs, shown};
 use super::rooted::{
     Directory, Rooted, failure, is_directory, look, open_directory, parent_of, proc_path, remove,
 };
@@ -73,8 +74,10 @@ impl std::ops::AddAssign for ApplyStats {
 }
 
 /// A tree that nodes are put into.
-pub(super) struct Installer {
+pub(super) struct Installer<'a> {
     tree: Rooted,
+    /// Takes what new files hold.
+    aside: Option<&'a mut Aside>,
     devices: bool,
     /// As programs change a tree, and not as layers do.
     strict: bool,
@@ -87,27 +90,30 @@ pub(super) struct Installer {
     pub stats: ApplyStats,
 }
 
-impl Installer {
-    /// Starts on the tree at `target`; `devices` says whether device nodes may be made.
-    pub fn new(target: &Path, devices: bool) -> Result<Installer> {
+impl<'a> Installer<'a> {
+    /// Starts on the tree at `target`; `devices` says whether device nodes may be made, `aside` takes what new files
+    /// hold, where it is not to be in the tree.
+    pub fn new(target: &Path, devices: bool, aside: Option<&'a mut Aside>) -> Result<Self> {
         let mut tree = Rooted::open(target)?;
         tree.keep_times();
-        Ok(Installer::on(tree, devices))
+        let installer = Installer::on(tree, devices);
+        Ok(Installer { aside, ..installer })
     }
 
     /// As [`Installer::new`], for one who changes the tree and does not add a layer to it: a file never
     /// takes the place of a directory, nor a directory that of anything else, and a directory that is not
     /// listed has the times that changes give it.
-    pub fn strict(tree: Rooted) -> Installer {
+    pub fn strict(tree: Rooted) -> Self {
         Installer {
             strict: true,
             ..Installer::on(tree, true)
         }
     }
 
-    fn on(tree: Rooted, devices: bool) -> Installer {
+    fn on(tree: Rooted, devices: bool) -> Self {
         Installer {
             tree,
+            aside: None,
             devices,
             strict: false,
             mine: HashSet::new(),
@@ -156,14 +162,7 @@ impl Installer {
                     openat(parent, name, flags, Mode::from_bits_truncate(0o600))
                 })?;
                 let file = File::from(fd.ok_or_else(|| unmade("file"))?);
-                match extents {
-                    None => self.fill(&file, 0, *size, content)?,
-                    Some(extents) => {
-                        for extent in extents {
-                            self.fill(&file, extent.offset, extent.length, content)?;
-                        }
-                    }
-                }
+                self.fill(&file, node, *size, extents.as_deref(), content)?;
                 file.set_len(*size)
                     .context(|| format!("setting its size to {size} bytes"))?;
                 self.finish_file(node, &file)?;
@@ -176,7 +175,7 @@ impl Installer {
                 self.finish_other(node, &parent, name)?;
                 self.stats.symlinks += 1;
             }
-            Kind::HardLink(target) => self.link(target, &parent, name)?,
+            Kind::HardLink(target) => self.link(target, &parent, name, &node.path)?,
             Kind::CharDevice { major, minor } => {
                 self.special(node, &parent, name, SFlag::S_IFCHR, (*major, *minor))?;
             }
@@ -268,7 +267,13 @@ impl Installer {
         make(parent).map(Some).context(|| "making it")
     }
 
-    fn link(&mut self, target: &[u8], parent: &Rc<Directory>, name: &[u8]) -> Result<()> {
+    fn link(
+        &mut self,
+        target: &[u8],
+        parent: &Rc<Directory>,
+        name: &[u8],
+        path: &[u8],
+    ) -> Result<()> {
         let missing = || {
             Error::new(
                 ErrorKind::NotFound,
@@ -292,6 +297,9 @@ impl Installer {
                 linkat(&*source, target_name, parent, name, AtFlags::empty())
             })
             .context(|| format!("linking it to {}", shown(target)))?;
+            if let Some(aside) = &mut self.aside {
+                aside.named(there.st_ino, path);
+            }
         }
         self.stats.hard_links += 1;
         Ok(())
@@ -321,14 +329,39 @@ impl Installer {
         Ok(())
     }
 
+    /// Puts the content of a new file where it belongs.
     fn fill(
         &mut self,
         file: &File,
-        offset: u64,
-        length: u64,
+        node: &Node,
+        size: u64,
+        extents: Option<&[Extent]>,
         content: &mut dyn Content,
     ) -> Result<()> {
-        self.stats.written += fill(file, &mut self.buffer, offset, length, content)?;
+        let aside = self.aside.as_mut();
+        let part = aside.map(|aside| aside.begin(file, &node.path, size));
+        let mut part = part.transpose().context(|| "looking at it")?.flatten();
+        let whole = [Extent {
+            offset: 0,
+            length: size,
+        }];
+        for extent in extents.unwrap_or(&whole) {
+            let mut written = Vec::new();
+            let (to, first) = part.as_ref().map_or((file, 0), Part::place);
+            let mut place = Place {
+                file: to,
+                first,
+                written: &mut |bytes| written.push(bytes),
+            };
+            let (offset, length) = (extent.offset, extent.length);
+            self.stats.written += fill(&mut place, &mut self.buffer, offset, length, content)?;
+            if let Some(part) = &mut part {
+                written.into_iter().for_each(|bytes| part.note(bytes));
+            }
+        }
+        if let Some(part) = part {
+            part.end();
+        }
         Ok(())
     }
 

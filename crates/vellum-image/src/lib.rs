@@ -15,6 +15,7 @@
 mod acl;
 mod apply;
 mod archive;
+mod aside;
 mod blobs;
 mod compress;
 mod config;
@@ -46,12 +47,13 @@ mod write;
 mod write_blob;
 mod write_oci;
 
-pub use apply::{ApplyOptions, apply_layer};
+pub use apply::{ApplyOptions, apply_layer, apply_layer_aside};
 pub use archive::OciArchive;
+pub use aside::Aside;
 pub use blobs::blob_name;
 pub use compress::Compression;
 pub use config::{HistoryEntry, HistoryStep, ImageConfig, RunConfig, chain_id, chain_ids};
-pub use copy::copy_tree;
+pub use copy::{copy_tree, copy_tree_aside};
 pub use diff::{
     Change, ChangeKind, Comparison, ContentChange, Difference, Foreign, compare_trees, diff_trees,
     diff_trees_but,

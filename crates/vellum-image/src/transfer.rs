@@ -297,7 +297,7 @@ struct Sink<'a> {
     owners: Owners,
     devices: bool,
     /// One for each tree that something came to, by its number.
-    installers: BTreeMap<usize, Installer>,
+    installers: BTreeMap<usize, Installer<'static>>,
     /// The last directory that was asked for, and what it is without links.
     known: Option<(Vec<u8>, Vec<u8>)>,
     /// Device nodes that were not made, and their further names.
@@ -400,7 +400,7 @@ impl<'a> Sink<'a> {
         Ok(join(&settled, name))
     }
 
-    fn installer(&mut self, tree: usize) -> Result<&mut Installer> {
+    fn installer(&mut self, tree: usize) -> Result<&mut Installer<'static>> {
         Ok(match self.installers.entry(tree) {
             btree_map::Entry::Occupied(there) => there.into_mut(),
             btree_map::Entry::Vacant(place) => {

@@ -20,7 +20,7 @@ mod layout;
 mod parents;
 mod xattrs;
 
-pub use canonical::{Sink, lay_out};
+pub use canonical::{Apart, Sink, lay_out};
 pub use changed::{Changed, changed};
 pub use content::{Contents, differences};
 pub use directory::Entry;

@@ -1,7 +1,10 @@
 //! One file: its content in its new place, and the bytes of its inode.
 
+use std::ops::Range;
+
 use super::super::FileSystem;
 use super::super::checksum::{crc, crc_but};
+use super::super::extents::Extent;
 use super::super::inode::{Inode, MAP_LEN, OLD_SIZE};
 use super::attributes::{EXTRA_SIZE, IN_INODE_AT, value_hash};
 use super::changes::{Listing, MAP_AT};
@@ -50,6 +53,15 @@ mod flag {
 const BATCH: u64 = 256;
 /// Sectors of 512 bytes in a block.
 const SECTORS: u64 = BLOCK_SIZE / 512;
+
+/// Blocks of a file's content, side by side.
+struct Run {
+    /// The first of them in the file.
+    logical: u64,
+    len: u64,
+    /// The first of them in the newer state; none where they lie apart from it.
+    physical: Option<u64>,
+}
 
 /// Where the content of a file lies.
 pub(super) struct Content {
@@ -169,8 +181,14 @@ impl Laying<'_> {
         })
     }
 
-    /// Copies the content of a file that is no directory to its new place.
-    pub(super) fn content(&mut self, inode: &Inode, seed: u32) -> Result<Content> {
+    /// Copies the content of a file that is no directory to its new place: from those of its blocks that lie
+    /// `apart`, or from the newer state.
+    pub(super) fn content(
+        &mut self,
+        inode: &Inode,
+        seed: u32,
+        apart: Option<Vec<Range<u64>>>,
+    ) -> Result<Content> {
         if inode.map()?.is_none() {
             return Ok(Content {
                 map: map_of(inode),
@@ -178,48 +196,78 @@ impl Laying<'_> {
                 directory: None,
             });
         }
-        let end = inode.size().div_ceil(BLOCK_SIZE);
-        let mut extents = self.newer.blocks_of(inode)?.content;
-        // What is kept for later reads as zeros, and so does a hole.
-        extents.retain(|extent| extent.written && extent.logical < end);
-        for extent in &mut extents {
-            extent.len = extent.len.min(end - extent.logical);
-        }
-        let count: u64 = extents.iter().map(|extent| extent.len).sum();
+        let runs = self.runs(inode, apart)?;
+        let count: u64 = runs.iter().map(|run| run.len).sum();
         if count >= ALIGNED {
             self.space.align();
         }
         let mut free = self.space.take_blocks(count)?.into_iter();
-        let mut run = 0..0;
+        let mut to = 0..0;
         let mut pieces = Vec::new();
-        for extent in extents {
+        for run in runs {
             let mut done = 0;
-            while done < extent.len {
-                if run.is_empty() {
-                    run = free.next().unwrap_or(0..0);
+            while done < run.len {
+                if to.is_empty() {
+                    to = free.next().unwrap_or(0..0);
                 }
-                let len = (extent.len - done).min(run.end - run.start).min(BATCH);
-                let logical = extent.logical + done;
-                self.copy(extent.physical + done, len, run.start, |bytes| {
-                    clear_tail(bytes, logical, inode.size());
-                })?;
-                extents::push(&mut pieces, logical as u32, run.start, len);
-                run.start += len;
+                let len = (run.len - done).min(to.end - to.start).min(BATCH);
+                self.copy(inode, &run, done..done + len, to.start)?;
+                extents::push(&mut pieces, (run.logical + done) as u32, to.start, len);
+                to.start += len;
                 done += len;
             }
         }
         self.mapped(&pieces, count, seed)
     }
 
-    /// Copies blocks of the newer state to `to`, once `change` has had them.
-    fn copy(&mut self, from: u64, len: u64, to: u64, change: impl FnOnce(&mut [u8])) -> Result<()> {
+    /// Where the blocks of a file's content are, up to its end.
+    fn runs(&self, inode: &Inode, apart: Option<Vec<Range<u64>>>) -> Result<Vec<Run>> {
+        let end = inode.size().div_ceil(BLOCK_SIZE);
+        let mut runs: Vec<Run> = match apart {
+            Some(blocks) => {
+                let run = |blocks: Range<u64>| Run {
+                    logical: blocks.start,
+                    len: blocks.end.saturating_sub(blocks.start),
+                    physical: None,
+                };
+                blocks.into_iter().map(run).collect()
+            }
+            None => {
+                let extents = self.newer.blocks_of(inode)?.content;
+                // What is kept for later reads as zeros, and so does a hole.
+                let written = extents.into_iter().filter(|extent| extent.written);
+                let run = |extent: Extent| Run {
+                    logical: extent.logical,
+                    len: extent.len,
+                    physical: Some(extent.physical),
+                };
+                written.map(run).collect()
+            }
+        };
+        runs.retain(|run| run.logical < end);
+        for run in &mut runs {
+            run.len = run.len.min(end - run.logical);
+        }
+        Ok(runs)
+    }
+
+    /// Copies those blocks of a run to `to`.
+    fn copy(&mut self, inode: &Inode, run: &Run, blocks: Range<u64>, to: u64) -> Result<()> {
+        let len = blocks.end - blocks.start;
+        let logical = run.logical + blocks.start;
         self.buffer.resize(in_memory(BATCH * BLOCK_SIZE), 0);
         let bytes = part_mut(&mut self.buffer, 0, in_memory(len * BLOCK_SIZE));
-        self.newer
-            .source
-            .fill(bytes, from * BLOCK_SIZE)
-            .context(|| format!("reading {len} blocks of an ext4 from {from}"))?;
-        change(bytes);
+        match run.physical {
+            Some(physical) => {
+                let from = physical + blocks.start;
+                let source = self.newer.source;
+                source
+                    .fill(bytes, from * BLOCK_SIZE)
+                    .context(|| format!("reading {len} blocks of an ext4 from {from}"))?;
+            }
+            None => self.apart.fill(inode.number(), bytes, logical)?,
+        }
+        clear_tail(bytes, logical, inode.size());
         self.sink.put(to, bytes)
     }
 

@@ -48,19 +48,34 @@ pub trait Sink {
     fn put(&mut self, first: u64, bytes: &[u8]) -> Result<()>;
 }
 
+/// What files hold that a file system names, and does not hold itself.
+pub trait Apart {
+    /// The blocks of the new file with that number that hold data: ascending, apart from each other. `None` of a file
+    /// whose content is in the file system.
+    fn blocks(&self, inode: u32) -> Option<Vec<Range<u64>>>;
+
+    /// Fills `buf` with the content of that file from that block of it on.
+    ///
+    /// # Errors
+    /// Those of where it is.
+    fn fill(&self, inode: u32, buf: &mut [u8], block: u64) -> Result<()>;
+}
+
 /// Writes what `newer` has, and `older` has not, over the blocks of `older`, of which the bytes in
 /// `differing` may differ in `newer` and all others do not. A block that is not written is as in `older`.
-/// Equal blocks of `older` and equal files in `newer` give equal blocks.
+/// Equal blocks of `older` and equal files in `newer` give equal blocks, whether their contents are in `newer` or
+/// `apart`.
 ///
 /// # Errors
 /// [`vellum_base::ErrorKind::Unsupported`] where the file system has another form than [`crate::ext4::make`]
 /// gives it, or holds something that is not known here; [`vellum_base::ErrorKind::NoSpace`] where its blocks
 /// lie so that its files need more in this order; [`vellum_base::ErrorKind::Corrupt`]; as
-/// [`super::Source::fill`] and [`Sink::put`].
+/// [`super::Source::fill`], [`Apart::fill`] and [`Sink::put`].
 pub fn lay_out(
     older: &FileSystem<'_>,
     newer: &FileSystem<'_>,
     differing: &[Range<u64>],
+    apart: &dyn Apart,
     sink: &mut dyn Sink,
 ) -> Result<()> {
     let form = Form::of(older, newer)?;
@@ -71,6 +86,7 @@ pub fn lay_out(
     let mut laying = Laying {
         older,
         newer,
+        apart,
         seed,
         // A state is a second older than the next one, so that a file that changes has another time.
         time: form.written() + 1,
@@ -108,6 +124,7 @@ pub fn lay_out(
 struct Laying<'a> {
     older: &'a FileSystem<'a>,
     newer: &'a FileSystem<'a>,
+    apart: &'a dyn Apart,
     /// With what checksums of metadata begin.
     seed: u32,
     /// What new and changed files have as the time of that, in seconds since 1970.
@@ -202,7 +219,7 @@ impl Laying<'_> {
         let content = match (&kept.listing, kept.same_content) {
             (_, true) => file::Content::kept(self.older, &kept.old)?,
             (Some(listing), false) => self.directory(number, listing, seed)?,
-            (None, false) => self.content(&kept.new, seed)?,
+            (None, false) => self.content(&kept.new, seed, None)?,
         };
         let attributes = match kept.same_attributes {
             true => file::Attached::kept(self.older, &kept.old)?,
@@ -223,7 +240,7 @@ impl Laying<'_> {
         let seed = file::fresh_seed(self.seed, number);
         let content = match &fresh.listing {
             Some(listing) => self.directory(number, listing, seed)?,
-            None => self.content(&fresh.inode, seed)?,
+            None => self.content(&fresh.inode, seed, self.apart.blocks(before))?,
         };
         let attributes = self.attach(&fresh.inode)?;
         self.put_inode(number, None, &fresh.inode, &content, &attributes);
