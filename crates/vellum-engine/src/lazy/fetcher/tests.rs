@@ -99,6 +99,21 @@ impl Stage {
     }
 }
 
+/// Whoever sees that a window is missing has to ask once more when nobody else can be at it: it may have come meanwhile.
+#[test]
+fn windows_that_came_since_they_were_seen_missing_are_not_fetched() {
+    let stage = Stage::new();
+    let layer = stage.open();
+    let missing = [2, 3, 4];
+    layer.want(2..4).unwrap();
+    let claim = layer.claim(&missing).unwrap();
+    assert_eq!(claim.windows.first(), Some(&4));
+    assert!(layer.claim(&missing).is_none());
+    drop(claim);
+    layer.want(4..5).unwrap();
+    assert!(layer.claim(&missing).is_none());
+}
+
 /// Two who have a layer open each forget it, where one has failed and the other has opened it anew.
 #[test]
 fn who_was_forgotten_changes_nothing_of_a_layer_that_was_opened_anew() {

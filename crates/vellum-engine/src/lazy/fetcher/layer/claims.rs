@@ -59,7 +59,7 @@ impl Drop for Waiter<'_> {
 }
 
 /// Windows that this thread fetches; whoever waits for them looks again when it is dropped.
-pub(super) struct Claim<'a> {
+pub(in super::super) struct Claim<'a> {
     layer: &'a Incoming,
     pub windows: Vec<u32>,
 }
@@ -88,9 +88,9 @@ impl Incoming {
 
     /// Takes the first of those windows that nobody fetches, with what follows it and can come in the same
     /// request; `None` where others fetch all of them.
-    pub(super) fn claim(&self, missing: &[u32]) -> Option<Claim<'_>> {
+    pub(in super::super) fn claim(&self, missing: &[u32]) -> Option<Claim<'_>> {
         let mut state = self.state.lock();
-        let first = state.first_free(missing)?;
+        let first = self.first_to_fetch(&state, missing)?;
         let last = *missing.last()?;
         state.ahead = match state.next == first {
             true => (state.ahead * 2).clamp(1, MAX_AHEAD),
@@ -106,9 +106,16 @@ impl Incoming {
     pub(super) fn claim_next(&self) -> Option<Claim<'_>> {
         let missing = self.lazy.missing();
         let mut state = self.state.lock();
-        let first = state.first_free(&missing)?;
+        let first = self.first_to_fetch(&state, &missing)?;
         let windows = self.neighbours(&state, first..=u32::MAX, REQUEST_IN_BACKGROUND);
         Some(self.take(&mut state, windows))
+    }
+
+    /// The first of those windows that nobody fetches, and that has not come since somebody saw it missing.
+    fn first_to_fetch(&self, state: &State, missing: &[u32]) -> Option<u32> {
+        let free = |window: &&u32| !state.on_their_way.contains(window);
+        let mut missing = missing.iter().filter(free).copied();
+        missing.find(|window| !self.lazy.is_here(*window))
     }
 
     /// The first of those windows, with what follows it and fits in a request of `most` bytes.
