@@ -329,8 +329,13 @@ impl Workload for Pull {
 impl Pull {
     fn when_all_is_here(&self, run: &mut Run<'_>, measured: &mut Measured) -> Result<()> {
         let name = run.name;
-        pulling(run)?.complete(name)?;
-        run.image.stop(name)?;
+        if pulling(run)?.completes_by_reading() {
+            pulling(run)?.complete()?;
+            run.image.stop(name)?;
+        } else {
+            run.image.stop(name)?;
+            pulling(run)?.complete()?;
+        }
         let access = run.image.start(name)?;
         let dir = access.dir()?;
         let filename = format!("--filename={}", dir.join(FILE).display());
@@ -368,7 +373,7 @@ impl Workload for Fetch {
     fn what(&self, _sizes: &Sizes) -> String {
         "The image of the workload before, over a link without a limit and without a delay, into an empty \
          store: fetched, checked, unpacked or decoded, and written. Megabytes of its files a second. What is \
-         lazy is mounted and brought here whole."
+         lazy is brought here whole: by its command, or, of stargz, by reading all files."
             .to_owned()
     }
 
@@ -405,14 +410,18 @@ impl Workload for Fetch {
     fn run(&self, run: &mut Run<'_>) -> Result<Measured> {
         let name = run.name;
         pulling(run)?.remote().limit(false)?;
+        let by_reading = pulling(run)?.completes_by_reading();
         let start = Instant::now();
         run.image.create(name)?;
-        let mut seconds = start.elapsed().as_secs_f64();
-        let access = run.image.start(name)?;
-        if !pulling(run)?.whole() {
-            pulling(run)?.complete(name)?;
-            seconds = start.elapsed().as_secs_f64();
+        if by_reading {
+            run.image.start(name)?;
         }
+        pulling(run)?.complete()?;
+        let seconds = start.elapsed().as_secs_f64();
+        if by_reading {
+            run.image.stop(name)?;
+        }
+        let access = run.image.start(name)?;
         let dir = access.dir()?.to_string_lossy().into_owned();
         let du = host::sh("du", &["-sb", &dir])?.stdout;
         let bytes: f64 = du.split_whitespace().next().unwrap_or_default().parse()?;

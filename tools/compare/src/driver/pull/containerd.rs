@@ -267,14 +267,14 @@ impl Image for Daemon {
 }
 
 impl Pulling for Daemon {
-    fn whole(&self) -> bool {
-        self.stargz.is_none()
+    fn completes_by_reading(&self) -> bool {
+        self.stargz.is_some()
     }
 
-    fn complete(&mut self, _name: &str) -> Result<()> {
-        // It has no command for that: what was read once is in its cache.
+    fn complete(&mut self) -> Result<()> {
+        // What was read once is in its cache.
         match &self.mounted {
-            Some(mounted) if !self.whole() => host::read_files(mounted.dir()),
+            Some(mounted) if self.completes_by_reading() => host::read_files(mounted.dir()),
             _ => Ok(()),
         }
     }

@@ -146,11 +146,11 @@ impl Driver for Pull {
 /// What only pulls have. [`Image::create`] pulls into an empty store, and makes the container;
 /// [`Image::remove`] makes the store empty again.
 pub trait Pulling {
-    /// Whether all is here when a container was made.
-    fn whole(&self) -> bool;
+    /// Whether the rest comes by reading a started container, since there is no command for it.
+    fn completes_by_reading(&self) -> bool;
 
     /// Brings everything that is not here yet; afterwards no read asks the registry.
-    fn complete(&mut self, name: &str) -> Result<()>;
+    fn complete(&mut self) -> Result<()>;
 
     /// The registry and the link to it.
     fn remote(&self) -> &Remote;

@@ -129,11 +129,11 @@ impl Image for Store {
 }
 
 impl Pulling for Store {
-    fn whole(&self) -> bool {
-        self.way == Way::Full
+    fn completes_by_reading(&self) -> bool {
+        false
     }
 
-    fn complete(&mut self, _name: &str) -> Result<()> {
+    fn complete(&mut self) -> Result<()> {
         match self.way {
             Way::Full => Ok(()),
             _ => self.vellum(&["complete", IMAGE]),
