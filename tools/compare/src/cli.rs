@@ -37,6 +37,19 @@ pub enum Other {
         /// The later one
         b: PathBuf,
     },
+    /// Pass on what comes over TCP, later: the round trip of the link that images are pulled over
+    #[command(hide = true)]
+    Relay {
+        /// Where to listen
+        #[arg(long, value_name = "ADDRESS")]
+        listen: String,
+        /// Who is asked
+        #[arg(long, value_name = "ADDRESS")]
+        to: String,
+        /// Microseconds in each direction
+        #[arg(long, value_name = "N")]
+        micros: u64,
+    },
 }
 
 /// What to measure, and how.
@@ -72,6 +85,12 @@ pub struct Measure {
     /// Seconds of pgbench; 60 or more for figures of the first minute [default: 12, with --quick 2]
     #[arg(long, value_name = "N")]
     pub pg_seconds: Option<u32>,
+    /// Rate of the link to the registry that containers are pulled from, as tc(8) has it
+    #[arg(long, value_name = "RATE", default_value = "100mbit")]
+    pub pull_rate: String,
+    /// Milliseconds of its round trip
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub pull_delay: u32,
     /// The tree of many small files
     #[arg(long, value_name = "DIR", default_value = "/usr/include")]
     pub tree: PathBuf,

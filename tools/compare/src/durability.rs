@@ -137,6 +137,7 @@ fn make_base(kind: Kind, at: &Path) -> Result<Base> {
             fs::write(&raw, vec![1; usize::try_from(BASE)?])?;
             Base::of_raw(raw, BASE)
         }
+        Kind::Pull => bail!("a pull acknowledges no write"),
     })
 }
 

@@ -3,9 +3,11 @@
 
 mod devices;
 mod files;
+mod link;
 
-pub use devices::{Loop, Mount, is_mounted};
-pub use files::{allocated, copy_tree, drop_caches, read_all, sync_fs, written};
+pub use devices::{Loop, Mount, detach_below, is_mounted};
+pub use files::{allocated, copy_tree, drop_caches, read_all, read_files, sync_fs, written};
+pub use link::{End, Link, SERVER};
 
 use std::fs::{self, File};
 use std::io::{Read, Seek};
@@ -62,7 +64,8 @@ impl Drop for CleaningUp {
     }
 }
 
-fn longest_command() -> Duration {
+/// How long a command that begins now may take.
+pub fn longest_command() -> Duration {
     if CLEANING_UP.load(Ordering::Relaxed) > 0 {
         return CLEANING;
     }
@@ -236,6 +239,15 @@ impl Server {
         stop: Signal,
         mut ready: impl FnMut() -> bool,
     ) -> Result<Self> {
+        Self::start_knowing(command, stop, |_| ready())
+    }
+
+    /// [`Server::start`], where `ready` has to know the process.
+    pub fn start_knowing(
+        command: &mut Command,
+        stop: Signal,
+        mut ready: impl FnMut(u32) -> bool,
+    ) -> Result<Self> {
         let name = shown(command);
         let mut output = tempfile::tempfile()?;
         let child = command
@@ -246,6 +258,7 @@ impl Server {
             .process_group(0)
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
+        let pid = child.id();
         let mut server = Server {
             child: Some(child),
             stop,
@@ -257,7 +270,7 @@ impl Server {
                 .child
                 .as_mut()
                 .is_none_or(|child| !matches!(child.try_wait(), Ok(None)));
-            ended || ready()
+            ended || ready(pid)
         });
         if ended || !is_ready {
             let why = if ended { "ended" } else { "is not ready" };
@@ -306,7 +319,7 @@ impl Drop for Server {
 }
 
 /// [`poll`], also after an interrupt: for cleaning up.
-fn poll_uninterrupted(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
+pub fn poll_uninterrupted(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
     while start.elapsed() < limit {
         if holds() {

@@ -10,6 +10,7 @@ mod durability;
 mod host;
 mod plan;
 mod program;
+mod relay;
 mod report;
 mod run;
 mod schedule;
@@ -19,7 +20,7 @@ mod workload;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -35,6 +36,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match &cli.other {
         Some(Other::Diff { a, b }) => baseline::diff(a, b).map(|()| ExitCode::SUCCESS),
+        Some(Other::Relay { listen, to, micros }) => {
+            relay::serve(listen, to, Duration::from_micros(*micros)).map(|()| ExitCode::SUCCESS)
+        }
         None if cli.measure.list => {
             list(&cli.measure);
             Ok(ExitCode::SUCCESS)

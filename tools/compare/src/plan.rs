@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::cli::Measure;
-use crate::driver::{self, Driver};
+use crate::driver::{self, Driver, Link};
 use crate::workload::{self, BaseKind, Sizes, Workload};
 
 /// What a command line asks for.
@@ -30,6 +30,16 @@ pub struct Chosen {
 
 /// How much of everything.
 pub fn sizes(options: &Measure) -> Sizes {
+    let mut sizes = amounts(options);
+    sizes.pull_link = Link {
+        rate: options.pull_rate.clone(),
+        round_trip: options.pull_delay,
+        estargz_level: options.smoke.then_some(1),
+    };
+    sizes
+}
+
+fn amounts(options: &Measure) -> Sizes {
     if options.smoke {
         return Sizes::smoke(options.tree.clone());
     }
@@ -99,7 +109,8 @@ pub fn choose(options: &Measure, vellum: &Path) -> Result<Chosen> {
     });
     left_out.push(
         "Drivers that need a kernel module of their own (ublk, device-mapper thin pools, ZFS), and \
-         containerd's snapshotters as such, are not part of this comparison."
+         containerd's snapshotters as such, are not part of this comparison; where containers are \
+         pulled from a registry, containerd unpacks for those of overlayfs and stargz."
             .to_owned(),
     );
     let dirs = places(&options.dir)?;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tempfile::TempDir;
 
-use crate::driver::{self, Base, Driver, Image};
+use crate::driver::{self, Base, Driver, Image, Kind};
 use crate::durability;
 use crate::host::{self, interrupted};
 use crate::report::{
@@ -169,9 +169,10 @@ fn check_durability(
         let absent = driver.absent();
         let mut flush = None;
         let time = plan.end.is_none_or(|end| Instant::now() + longest < end);
-        if absent.is_none() && !time {
+        let checked = absent.is_none() && about.kind != Kind::Pull;
+        if checked && !time {
             unchecked.push(about.id);
-        } else if absent.is_none() {
+        } else if checked {
             let start = Instant::now();
             match durability::check(driver.as_ref(), work.path()) {
                 Ok(found) => flush = Some(found),

@@ -4,21 +4,25 @@ mod by_command;
 mod file_level;
 mod loop_file;
 mod nbd;
+mod pull;
 mod vellum;
 mod volume;
 
+use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::OnceLock;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::host::{self, find_program};
+use pull::{Pull, Way};
 
 pub use by_command::Brought;
+pub use pull::{Link, Pulling, Remote, SERVICE};
 
 /// What containers are made from.
-#[derive(Debug)]
 pub struct Base {
     /// Trees, from the bottom up; each adds files to those below.
     pub layers: Vec<PathBuf>,
@@ -26,6 +30,10 @@ pub struct Base {
     pub size: u64,
     /// The same as one raw disk image, when a driver has asked for it.
     raw: OnceLock<PathBuf>,
+    /// What the registry is like that it is pulled from.
+    link: Link,
+    /// The same in that registry, when a driver has asked for it.
+    remote: OnceCell<Rc<Remote>>,
 }
 
 impl Base {
@@ -35,6 +43,8 @@ impl Base {
             layers,
             size,
             raw: OnceLock::new(),
+            link: Link::default(),
+            remote: OnceCell::new(),
         }
     }
 
@@ -44,7 +54,31 @@ impl Base {
             layers: Vec::new(),
             size,
             raw: OnceLock::from(raw),
+            link: Link::default(),
+            remote: OnceCell::new(),
         }
+    }
+
+    /// The same, pulled over such a link.
+    pub fn over(self, link: Link) -> Self {
+        Base { link, ..self }
+    }
+
+    /// A registry that has it, made once; `vellum` is the program of that name.
+    fn remote(&self, vellum: &Path) -> Result<Rc<Remote>> {
+        if let Some(remote) = self.remote.get() {
+            return Ok(Rc::clone(remote));
+        }
+        let [tree] = &*self.layers else {
+            bail!(
+                "an image of one layer is pulled, not of {}",
+                self.layers.len()
+            );
+        };
+        let dir = tree.with_extension("remote");
+        let remote = Remote::new(vellum, &dir, (tree, self.size), &self.link);
+        let remote = Rc::new(remote.context("a registry with the image")?);
+        Ok(Rc::clone(self.remote.get_or_init(|| remote)))
     }
 
     /// A raw disk image with all layers on one ext4, made once.
@@ -69,6 +103,8 @@ pub enum Kind {
     Files,
     /// A network block device.
     Nbd,
+    /// A directory, of an image that is pulled from a registry each time.
+    Pull,
 }
 
 /// What a reader should know of a driver.
@@ -157,6 +193,11 @@ pub trait Image {
     /// Bytes on the disk that the image and its containers take.
     fn used(&self) -> Result<u64>;
 
+    /// What only pulls have.
+    fn pulling(&mut self) -> Option<&mut dyn Pulling> {
+        None
+    }
+
     /// A drawing (SVG) of where a started container's blocks lie, if the driver makes one.
     fn picture(&self, _name: &str, _scratch: &Path) -> Option<String> {
         None
@@ -168,6 +209,7 @@ pub fn reference(kind: Kind) -> &'static str {
     match kind {
         Kind::Files => "raw",
         Kind::Nbd => "nbdkit-file",
+        Kind::Pull => "pull-overlayfs",
     }
 }
 
@@ -176,7 +218,13 @@ pub fn own(kind: Kind) -> &'static str {
     match kind {
         Kind::Files => "vellum",
         Kind::Nbd => "vellum-nbd",
+        Kind::Pull => "pull-full",
     }
+}
+
+/// Whether a driver is this project's.
+pub fn is_own(id: &str) -> bool {
+    ["vellum", "vellum-nbd", "pull-full", "pull-lazy", "pull-hot"].contains(&id)
 }
 
 /// The reference measured once more, which shows how much is noise.
@@ -184,6 +232,7 @@ pub fn control(kind: Kind) -> &'static str {
     match kind {
         Kind::Files => "raw-again",
         Kind::Nbd => "nbdkit-file-again",
+        Kind::Pull => "pull-overlayfs-again",
     }
 }
 
@@ -228,6 +277,20 @@ pub fn all(vellum: &Path, brought: &[Brought]) -> Vec<Box<dyn Driver>> {
     drivers.push(Box::new(nbd::Server::QemuQcow2));
     drivers.push(Box::new(nbd::Server::QemuQcow2ExtendedL2));
     drivers.push(Box::new(nbd::Server::NbdkitCow));
+    drivers.push(Box::new(Pull::new(Way::Overlay, vellum)));
+    drivers.push(Box::new(Again(
+        Box::new(Pull::new(Way::Overlay, vellum)),
+        About {
+            id: "pull-overlayfs-again",
+            title: "overlayfs (again)",
+            what: "The reference once more in each round: what differs is noise.",
+            kind: Kind::Pull,
+            brought: false,
+        },
+    )));
+    for way in [Way::Full, Way::Lazy, Way::Hot, Way::Stargz] {
+        drivers.push(Box::new(Pull::new(way, vellum)));
+    }
     drivers
 }
 

@@ -143,7 +143,7 @@ impl Image for Containers {
 
     fn start(&mut self, name: &str) -> Result<Access> {
         match self.kind {
-            Kind::Files => {
+            Kind::Files | Kind::Pull => {
                 let dir = self.dir.join(format!("{name}.mnt"));
                 fs::create_dir_all(&dir)?;
                 self.vellum(&["mount", name, &dir.to_string_lossy()])?;
@@ -197,7 +197,7 @@ impl Image for Containers {
         if let Some(server) = self.served.get(name) {
             return server.pid().into_iter().collect();
         }
-        device_servers(&self.dir)
+        servers_of("@vellum-device", &self.dir)
     }
 
     fn used(&self) -> Result<u64> {
@@ -237,8 +237,8 @@ impl Drop for Containers {
     }
 }
 
-/// The processes of mounted containers of the store in a directory.
-fn device_servers(dir: &Path) -> Vec<u32> {
+/// The processes of this kind whose store lies in a directory.
+pub(super) fn servers_of(kind: &str, dir: &Path) -> Vec<u32> {
     let dir = dir.to_string_lossy();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
@@ -246,7 +246,7 @@ fn device_servers(dir: &Path) -> Vec<u32> {
         .filter(|pid: &u32| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line);
-            line.starts_with("@vellum-device") && line.contains(&*dir)
+            line.starts_with(kind) && line.contains(&*dir)
         })
         .collect()
 }

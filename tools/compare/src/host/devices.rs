@@ -82,6 +82,18 @@ pub fn is_mounted(path: &Path) -> bool {
     })
 }
 
+/// Detaches whatever is still mounted below a directory, the last first: for what a program left that
+/// did not end well.
+pub fn detach_below(dir: &Path) {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounted = table.lines().filter_map(|line| line.split(' ').nth(4));
+    let mut below: Vec<&Path> = mounted.map(Path::new).collect();
+    below.retain(|path| path.starts_with(dir) && *path != dir);
+    for path in below.iter().rev() {
+        let _ = nix::mount::umount2(*path, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
 /// A loop device; detached when dropped.
 #[derive(Debug)]
 pub struct Loop {

@@ -24,6 +24,8 @@ enum Target {
     TimesAsFast(f64, &'static str),
     /// At most so many times the time of that driver.
     TimesTheTime(f64, &'static str),
+    /// At most so many times the bytes of that driver.
+    TimesTheBytes(f64, &'static str),
     /// The figure itself is at least this.
     AtLeast(f64),
     /// The figure itself is at most this.
@@ -66,6 +68,22 @@ const fn nbd(what: &'static str, metric: &'static str, target: f64, than: &'stat
     }
 }
 
+const fn pulled(
+    what: &'static str,
+    metric: &'static str,
+    driver: &'static str,
+    target: Target,
+) -> Goal {
+    Goal {
+        what,
+        workload: "pull",
+        metric,
+        driver,
+        target,
+        at: Where::Both,
+    }
+}
+
 const fn itself(
     what: &'static str,
     workload: &'static str,
@@ -82,7 +100,7 @@ const fn itself(
     }
 }
 
-use Target::{AtLeast, AtMost, TimesTheTime};
+use Target::{AtLeast, AtMost, TimesTheBytes, TimesTheTime};
 use Where::{Both, Disk, Memory};
 
 const FSYNC: &str = "mounted ext4: 8 KiB random writes, fsync each, steady";
@@ -91,6 +109,10 @@ const BUFFERED: &str = "mounted ext4: buffered 8 KiB random writes, first touch"
 const BUFFERED_STEADY: &str = "the same, steady";
 const COLD: &str = "mounted ext4: cold 8 KiB random reads, depth 1";
 const COLD64: &str = "mounted ext4: cold 8 KiB random reads, depth 64";
+const FIRST: &str = "from a registry: until the first line";
+const READY: &str = "the same: until a service answers";
+const HERE: &str = "all of it is here: 4 KiB random reads";
+const HERE_ORDERED: &str = "the same: 1 MiB reads in order";
 const PG: &str = "pgbench, steady TPS";
 const WAL: &str = "SQLite commits, write-ahead log, steady";
 const ROLLBACK: &str = "SQLite commits, rollback journal, steady";
@@ -228,6 +250,44 @@ const GOALS: &[Goal] = &[
         "life",
         AtMost(60.0, "ms"),
     ),
+    pulled(FIRST, "first", "pull-lazy", TimesTheTime(0.15, "pull-full")),
+    pulled(FIRST, "first", "pull-hot", TimesTheTime(0.1, "pull-full")),
+    pulled(FIRST, "first", "pull-hot", TimesTheTime(0.6, "pull-stargz")),
+    pulled(READY, "ready", "pull-lazy", TimesTheTime(0.35, "pull-full")),
+    pulled(READY, "ready", "pull-hot", TimesTheTime(0.35, "pull-full")),
+    pulled(READY, "ready", "pull-hot", TimesTheTime(0.6, "pull-stargz")),
+    pulled(
+        "the same: over the link until then",
+        "ready_bytes",
+        "pull-hot",
+        TimesTheBytes(0.08, "pull-full"),
+    ),
+    pulled(
+        "the same: until all files were read",
+        "all",
+        "pull-lazy",
+        TimesTheTime(1.1, "pull-full"),
+    ),
+    pulled(
+        HERE,
+        "random",
+        "pull-lazy",
+        Target::TimesAsFast(0.98, "pull-full"),
+    ),
+    pulled(
+        HERE_ORDERED,
+        "ordered",
+        "pull-lazy",
+        Target::TimesAsFast(0.98, "pull-full"),
+    ),
+    Goal {
+        what: "fetched, checked and decoded, without a limit on the link, MB/s",
+        workload: "fetch",
+        metric: "rate",
+        driver: "pull-full",
+        target: AtLeast(400.0),
+        at: Memory,
+    },
 ];
 
 /// Whether a goal was reached.
@@ -300,7 +360,9 @@ impl Goal {
 
     fn beside(&self) -> Option<&'static str> {
         match self.target {
-            Target::TimesAsFast(_, than) | TimesTheTime(_, than) => Some(than),
+            Target::TimesAsFast(_, than) | TimesTheTime(_, than) | TimesTheBytes(_, than) => {
+                Some(than)
+            }
             AtLeast(_) | AtMost(..) => None,
         }
     }
@@ -324,6 +386,12 @@ impl Goal {
                 limit,
                 false,
                 format!("≤ {limit} × the time of {than}"),
+            ),
+            TimesTheBytes(limit, than) => (
+                Spread::of(pairs(&own, &other(than), true)),
+                limit,
+                false,
+                format!("≤ {limit} × the bytes of {than}"),
             ),
             AtLeast(limit) => (alone(), limit, true, format!("≥ {limit}")),
             AtMost(limit, unit) => (alone(), limit, false, format!("≤ {limit} {unit}")),

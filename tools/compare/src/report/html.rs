@@ -89,6 +89,10 @@ fn reading() -> Markup {
                      rounds are points."
                 }
                 li {
+                    "Containers from a registry have a reference of their own: overlayfs, whose image \
+                     containerd pulls whole."
+                }
+                li {
                     "The reference runs twice in each round. What lies within the rounds of the \
                      reference beside itself, or whose interval holds 1, is "
                     span.noise { "noise (grey)" } ". " span.faster { "Green" } " is faster, "
@@ -136,6 +140,9 @@ fn drivers(report: &Report) -> Markup {
 fn flush(driver: &DriverReport) -> Markup {
     match (&driver.absent, &driver.flush) {
         (Some(reason), _) => html! { span.noise { "absent: " (reason) } },
+        (None, None) if driver.about.kind == Kind::Pull => {
+            html! { span.noise { "not asked: it only fetches" } }
+        }
         (None, None) => html! { span.noise { "not checked" } },
         (None, Some(flush)) if flush.passed => html! { span.faster { "✓ " (flush.detail) } },
         (None, Some(flush)) => html! { span.fails { "✗ " (flush.detail) } },

@@ -1,6 +1,7 @@
 //! What a run has found, as data; the modules below say what it means and show it.
 
 mod answer;
+mod beside;
 pub mod calm;
 mod chart;
 mod cost;
@@ -238,9 +239,10 @@ impl DriverReport {
         [driver::reference(about.kind), driver::control(about.kind)].contains(&about.id)
     }
 
-    /// Whether it passed its durability check, so that its speed compares like with like.
+    /// Whether it passed its durability check, so that its speed compares like with like. Who only
+    /// pulls is not asked to keep anything.
     pub fn comparable(&self) -> bool {
-        self.flush.as_ref().is_some_and(|flush| flush.passed)
+        self.about.kind == Kind::Pull || self.flush.as_ref().is_some_and(|flush| flush.passed)
     }
 }
 

@@ -111,7 +111,7 @@ pub fn look(driver: &DriverReport) -> Look {
     let about = &driver.about;
     if !driver.comparable() {
         Look::NotComparable
-    } else if about.id == driver::own(about.kind) {
+    } else if driver::is_own(about.id) {
         Look::Own
     } else {
         Look::Other

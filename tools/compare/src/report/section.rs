@@ -4,6 +4,7 @@
 use anyhow::Result;
 use maud::{Markup, PreEscaped, html};
 
+use super::beside;
 use super::chart::{self, Line, Mark, NARROW, Panel, Row, lines, points};
 use super::overview::{look, why_not};
 use super::words::{figure, times};
@@ -28,6 +29,7 @@ pub fn section(report: &Report, workload: &WorkloadReport) -> Result<Markup> {
                 @if report.places.len() > 1 { h3 { (place.title) } }
                 @if charts.is_empty() { p.noise { "Not measured here; see “" a href="#left-out" { "What was left out" } "”." } }
                 div.grid { @for chart in &charts { figure { (PreEscaped(chart)) } } }
+                @if workload.kind == Kind::Pull { (beside::table(report, workload, place)) }
                 @if !charts.is_empty() { (figures(report, workload, place)) }
             }
         }
@@ -55,6 +57,13 @@ fn how(report: &Report, workload: &WorkloadReport) -> String {
         (Some(least), Some(most)) => format!("{least} to {most} rounds"),
         _ => "no round".to_owned(),
     };
+    if workload.kind == Kind::Pull {
+        return format!(
+            "{rounds} of {} ways in turns, each round beginning with another; each time into an empty store, \
+             while the registry has the image in memory.",
+            report.present(workload.kind).len()
+        );
+    }
     format!(
         "{rounds} of {} drivers in turns, each round beginning with another; a new container for each run, \
          the page cache emptied before it, and all that lay in the image read once before that.",

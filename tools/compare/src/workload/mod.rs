@@ -8,6 +8,7 @@ mod lifecycle;
 mod mariadb;
 mod nbd;
 mod pgbench;
+mod pull;
 mod sqlite;
 mod swarm;
 
@@ -17,7 +18,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::cpu::{Cpu, Meter};
-use crate::driver::{Access, Base, Image, Kind};
+use crate::driver::{Access, Base, Image, Kind, Link};
 use crate::host;
 
 /// How much of everything.
@@ -59,6 +60,12 @@ pub struct Sizes {
     pub chain: u64,
     /// Bytes of the block device behind NBD.
     pub device: u64,
+    /// Bytes of libraries in the image that is pulled, beside Python.
+    pub pull_libraries: u64,
+    /// Bytes of the file in it that is read when all is here.
+    pub pull_file: u64,
+    /// What it is pulled over.
+    pub pull_link: Link,
     /// Milliseconds of what has no other end: reads from memory, requests over NBD.
     pub millis: u32,
     /// The tree that is unpacked.
@@ -90,6 +97,9 @@ impl Sizes {
             fork_data: pick(256, 64) * MIB,
             chain: pick(64, 32) * MIB,
             device: pick(256, 64) * MIB,
+            pull_libraries: pick(256, 64) * MIB,
+            pull_file: 64 * MIB,
+            pull_link: Link::default(),
             millis: pick(1000, 200) as u32,
             tree,
         }
@@ -114,6 +124,8 @@ impl Sizes {
             fork_data: 4 * MIB,
             chain: 4 * MIB,
             device: 8 * MIB,
+            pull_libraries: 0,
+            pull_file: 2 * MIB,
             millis: 50,
             ..Self::new(true, 1, 2, tree)
         }
@@ -239,6 +251,8 @@ pub enum BaseKind {
     Layers(u32),
     /// A block device full of random bytes.
     Device,
+    /// Python and libraries, in a registry.
+    Pulled,
 }
 
 /// What a run needs.
@@ -403,6 +417,8 @@ pub fn all() -> Vec<Box<dyn Workload>> {
         all.push(Box::new(chain::Chain { depth }));
     }
     all.push(Box::new(mariadb::Sysbench));
+    all.push(Box::new(pull::Pull));
+    all.push(Box::new(pull::Fetch));
     all
 }
 
@@ -426,6 +442,11 @@ pub fn make_base(kind: BaseKind, dir: &Path, sizes: &Sizes) -> Result<Base> {
         BaseKind::Cluster => pgbench::fill(&layer, sizes)?,
         BaseKind::MariaDb => mariadb::fill(&layer, sizes)?,
         BaseKind::Swarm => swarm::fill(&layer, sizes)?,
+        BaseKind::Pulled => {
+            pull::fill(&layer, sizes)?;
+            let size = device_size(&layer, sizes)?;
+            return Ok(Base::of_layers(vec![layer], size).over(sizes.pull_link.clone()));
+        }
         BaseKind::Layers(depth) => return chain::make(dir, depth, sizes),
         BaseKind::Device => {
             let raw = dir.join("device.raw");
