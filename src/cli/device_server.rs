@@ -108,7 +108,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         {
             open.chain().tell_touches(Box::new(recorder));
         }
-        if let Target::Layer(_) = target {
+        if let Target::Layer(_) | Target::Container(_) = target {
             // Which is mounted at once.
             open.prepare_journal();
         }

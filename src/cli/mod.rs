@@ -34,6 +34,7 @@ mod map;
 mod merge;
 mod mount;
 mod nbd;
+mod often;
 mod output;
 mod prewarm;
 mod progress;
@@ -86,6 +87,15 @@ const DEFAULT_ROOT: &str = "/var/lib/vellum";
 #[derive(Debug, Parser)]
 #[command(name = "vellum", version, about, max_term_width = 100)]
 pub struct Cli {
+    #[command(flatten)]
+    global: GlobalArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+// No doc comment, which would be that of the program.
+#[derive(Debug, clap::Args)]
+struct GlobalArgs {
     /// Where images, containers and volumes are kept
     #[arg(long, global = true, value_name = "DIR", env = "VELLUM_ROOT")]
     #[arg(default_value = DEFAULT_ROOT)]
@@ -99,8 +109,6 @@ pub struct Cli {
     /// Say more on standard error; twice for still more
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
-    #[command(subcommand)]
-    command: Command,
 }
 
 #[derive(Debug, Subcommand)]
@@ -318,22 +326,23 @@ fn writable(store: Store) -> Result<Store> {
 pub fn main() -> ExitCode {
     completions::answer_shell();
     limits::survive_size_limit();
-    let cli = match Cli::try_parse() {
+    let cli = match often::try_parse().map_or_else(Cli::try_parse, Ok) {
         Ok(cli) => cli,
         Err(said) => return say_usage(&said),
     };
+    let global = cli.global;
     // The snapshotter's log is as its configuration says.
     if !matches!(cli.command, Command::Snapshotter(_)) {
-        start_log(cli.verbose, cli.quiet);
+        start_log(global.verbose, global.quiet);
     }
     limits::raise_file_limit();
     fetch_by(Box::new(FetcherClient));
     let out = Output {
-        json: cli.json,
-        quiet: cli.quiet,
+        json: global.json,
+        quiet: global.quiet,
     };
     let context = Context {
-        root: cli.root,
+        root: global.root,
         out,
     };
     let listening = match cli.command.undoes() {

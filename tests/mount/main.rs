@@ -19,6 +19,7 @@ mod nbd_client;
 #[path = "../support/uring/mod.rs"]
 mod uring;
 
+mod come_up;
 mod crash;
 mod databases;
 mod device;

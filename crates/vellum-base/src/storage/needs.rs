@@ -11,9 +11,11 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::host_offset;
 
-/// Length of the file to try with, and how much of it is written.
+/// Length of the file to try with, how much of it is reserved, and how much is written. Each device that comes
+/// up tries, so it is little.
 const LEN: u64 = 1 << 20;
-const WRITTEN: usize = 128 << 10;
+const RESERVED: u64 = 128 << 10;
+const WRITTEN: usize = 4 << 10;
 
 /// What the file system of the directory `dir` cannot do and a store needs; empty where it has all.
 /// Leaves nothing behind. Where there is no room to try, nothing is known to be missing.
@@ -38,15 +40,16 @@ fn is_full(error: &io::Error) -> bool {
 fn try_all(file: &File) -> io::Result<Vec<&'static str>> {
     let mut missing = Vec::new();
     file.set_len(LEN)?;
-    let len = host_offset(WRITTEN as u64)?;
+    let len = host_offset(RESERVED)?;
     if !is_there(fallocate(file, FallocateFlags::empty(), 0, len))? {
         missing.push("reserve space for a file (fallocate)");
     }
-    file.write_all_at(&[1; WRITTEN], 0)?;
+    // Before anything is written: older kernels wait for the disk where a hole is made in what is not there yet.
     let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     if !is_there(fallocate(file, punch, 0, len))? {
         missing.push("punch holes into files");
     }
+    file.write_all_at(&[1; WRITTEN], 0)?;
     // Some refuse, some say yes and do nothing.
     let set = file.set_permissions(Permissions::from_mode(0o600));
     if set.is_err() || file.metadata()?.mode() & 0o777 != 0o600 {

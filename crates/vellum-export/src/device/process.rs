@@ -1,7 +1,7 @@
 //! Processes by identity: a pid with its start time, waited for through a pidfd.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::OnceLock;
@@ -20,6 +20,17 @@ pub struct Identity {
     pub pid: i32,
     /// Start time in clock ticks since boot (field 22 of /proc/PID/stat).
     pub start: u64,
+}
+
+/// What a process is seen to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Seen {
+    /// It runs, or it cannot be said.
+    Runs,
+    /// Somebody stopped it, by SIGSTOP or with a debugger.
+    Stopped,
+    /// It is dead, and so are all its threads.
+    Gone,
 }
 
 impl Identity {
@@ -52,21 +63,28 @@ impl Identity {
     /// have its files, and their locks. One that cannot be looked at (too many open files) is not taken
     /// for dead: what its death allows cannot be taken back.
     pub fn is_alive(self) -> bool {
-        self.lives().unwrap_or(true)
+        self.look() != Seen::Gone
     }
 
-    fn lives(self) -> io::Result<bool> {
+    /// What it is seen to do, as [`Identity::is_alive`] and [`Identity::is_stopped`] would say, with one look.
+    pub(super) fn look(self) -> Seen {
+        self.seen().unwrap_or(Seen::Runs)
+    }
+
+    fn seen(self) -> io::Result<Seen> {
         Ok(match stat(self.pid)? {
-            Some((state, start)) if start == self.start => {
-                !matches!(state, b'Z' | b'X') || has_threads(self.pid)?
-            }
-            _ => false,
+            Some((state, start)) if start == self.start => match state {
+                b'T' | b't' => Seen::Stopped,
+                b'Z' | b'X' if !has_threads(self.pid)? => Seen::Gone,
+                _ => Seen::Runs,
+            },
+            _ => Seen::Gone,
         })
     }
 
     /// True while it is seen to be stopped: by SIGSTOP, or by a debugger.
     pub fn is_stopped(self) -> bool {
-        matches!(stat(self.pid), Ok(Some((b'T' | b't', start))) if start == self.start)
+        self.look() == Seen::Stopped
     }
 
     /// True while its main thread is seen to wait in the kernel for what cannot be interrupted, as the disk.
@@ -91,7 +109,7 @@ impl Identity {
     pub fn open(self) -> Result<Option<Process>> {
         let open = || match Process::open(self.pid) {
             // The handle is on whoever had the pid just now: look again.
-            Ok(process) => Ok(self.lives()?.then_some(process)),
+            Ok(process) => Ok((self.seen()? != Seen::Gone).then_some(process)),
             // The number is none of a process, or a thread of another process has it now.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(None),
             Err(error) => present(Err(error)),
@@ -176,9 +194,19 @@ pub fn namespaces() -> String {
         .join(" ")
 }
 
-/// /proc/PID/stat; `None` where there is no such process.
+/// More than /proc/PID/stat holds: 52 numbers, and a name of at most 15 bytes.
+const STAT_MAX: usize = 2048;
+
+/// /proc/PID/stat; `None` where there is no such process. In one read: a command looks at the processes of a
+/// device many times.
 fn stat_file(pid: i32) -> io::Result<Option<Vec<u8>>> {
-    present(fs::read(format!("/proc/{pid}/stat")))
+    let read = || {
+        let mut text = vec![0; STAT_MAX];
+        let len = fs::File::open(format!("/proc/{pid}/stat"))?.read(&mut text)?;
+        text.truncate(len);
+        Ok(text)
+    };
+    present(read())
 }
 
 /// From include/linux/sched.h: the process is on its way out.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::command_line::{argument, command_line};
 use super::failure::Failure;
-use super::process::{Identity, boot_id, namespaces};
+use super::process::{Identity, Seen, boot_id, namespaces};
 use crate::fuse::session::Features;
 use crate::local_disk::LocalDisk;
 use crate::loop_device::LoopDevice;
@@ -178,13 +178,6 @@ impl RunState {
     fn is_of_our_namespaces(&self) -> bool {
         self.namespaces.is_empty() || self.namespaces == namespaces()
     }
-
-    /// False when supervisor and standby are known to be dead.
-    fn is_supervised(&self) -> bool {
-        !self.is_of_our_namespaces()
-            || self.supervisor.is_alive()
-            || self.standby.is_some_and(Identity::is_alive)
-    }
 }
 
 /// A device as other commands see it.
@@ -227,14 +220,16 @@ pub fn status(run_dir: &RunDir) -> Result<Option<DeviceStatus>> {
     };
     let disk = hinted_disk(run_dir);
     let listened = is_listened(run_dir);
-    let alive: Vec<Identity> = state.named().filter(|one| one.is_alive()).collect();
-    let stopped = alive.iter().filter(|one| one.is_stopped());
-    let stopped: Vec<i32> = stopped.map(|one| one.pid).collect();
+    let looked: Vec<(Identity, Seen)> = state.named().map(|one| (one, one.look())).collect();
+    let alive = || looked.iter().filter(|(_, seen)| *seen != Seen::Gone);
+    let stopped = alive().filter(|(_, seen)| *seen == Seen::Stopped);
+    let stopped: Vec<i32> = stopped.map(|(one, _)| one.pid).collect();
+    let supervises = |one: Identity| one == state.supervisor || Some(one) == state.standby;
     Ok(Some(DeviceStatus {
         alive: listened,
         abandoned: !listened && disk.is_some_and(LocalDisk::outlives_its_server),
-        supervised: state.is_supervised(),
-        halted: !stopped.is_empty() && stopped.len() == alive.len(),
+        supervised: !state.is_of_our_namespaces() || alive().any(|(one, _)| supervises(*one)),
+        halted: !stopped.is_empty() && stopped.len() == alive().count(),
         stopped,
         disk,
         state,

@@ -356,14 +356,9 @@ fn main_loop(context: &Arc<Context>, threads: &mut Vec<JoinHandle<Result<Ended>>
 /// Waits for the serving threads, waking those that wait for a request. The session is over when
 /// one of them found it so.
 fn join(threads: Vec<JoinHandle<Result<Ended>>>) -> Result<Ended> {
+    wake_until_ended(&threads);
     let mut all = Ok(Ended::Stopped);
     for thread in threads {
-        // A signal that comes just before the thread begins to wait is lost: send it again.
-        while !thread.is_finished() {
-            // SAFETY: the thread was not joined, so its handle is valid.
-            unsafe { libc::pthread_kill(thread.as_pthread_t() as libc::pthread_t, libc::SIGUSR1) };
-            std::thread::sleep(Duration::from_micros(200));
-        }
         match thread.join() {
             Ok(Ok(Ended::SessionOver)) => all = all.map(|_| Ended::SessionOver),
             Ok(Ok(Ended::Stopped)) => {}
@@ -374,6 +369,25 @@ fn join(threads: Vec<JoinHandle<Result<Ended>>>) -> Result<Ended> {
         }
     }
     all
+}
+
+/// Returns once all threads have ended. All are woken before any is waited for: whoever unmounts waits
+/// for this.
+fn wake_until_ended(threads: &[JoinHandle<Result<Ended>>]) {
+    let mut pause = Duration::from_micros(50);
+    loop {
+        let running = || threads.iter().filter(|thread| !thread.is_finished());
+        // A signal that comes just before a thread begins to wait is lost: it is sent again.
+        for thread in running() {
+            // SAFETY: the thread was not joined, so its handle is valid.
+            unsafe { libc::pthread_kill(thread.as_pthread_t() as libc::pthread_t, libc::SIGUSR1) };
+        }
+        if running().next().is_none() {
+            return;
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(1));
+    }
 }
 
 /// Gives this thread the priority that the kernel gives its own block workers: those who wait for it

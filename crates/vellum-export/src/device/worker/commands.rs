@@ -1,10 +1,13 @@
 //! The commands that a worker takes over its control socket.
 
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{MsgFlags, recv};
 use serde_json::{Value, json};
 
 use super::context::{Context, report};
@@ -28,6 +31,8 @@ pub(super) fn accept(context: &Arc<Context>) {
         return;
     }
     match context.worker.listener.accept() {
+        // Most only ask whether somebody listens, several of each command: a thread costs more than that.
+        Ok((stream, _)) if is_closed(&stream) => {}
         Ok((stream, _)) => {
             context.connections.fetch_add(1, Ordering::AcqRel);
             context.fresh.fetch_add(1, Ordering::AcqRel);
@@ -52,6 +57,12 @@ pub(super) fn accept(context: &Arc<Context>) {
         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
         Err(error) => tracing::warn!("the control socket: {error}"),
     }
+}
+
+/// True where the other side has closed the connection, and sent nothing before.
+fn is_closed(stream: &UnixStream) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    recv(stream.as_raw_fd(), &mut [0], flags) == Ok(0)
 }
 
 /// Waits for commands that are being carried out, so that no caller is left without an answer
@@ -147,4 +158,23 @@ fn report_status(context: &Context) -> Value {
         // Not every path is text that JSON can carry.
         "log": worker.run_dir.now().log().display().to_string(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_connection_closed_without_a_word_is_told_from_one_that_brings_a_command() {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        assert!(!is_closed(&server));
+        client.write_all(b"{").unwrap();
+        drop(client);
+        assert!(!is_closed(&server));
+        let (client, server) = UnixStream::pair().unwrap();
+        drop(client);
+        assert!(is_closed(&server));
+    }
 }
