@@ -4,6 +4,7 @@ mod by_command;
 mod file_level;
 mod loop_file;
 mod nbd;
+mod qemu;
 mod vellum;
 mod volume;
 
@@ -14,6 +15,7 @@ use std::sync::OnceLock;
 use anyhow::{Result, bail};
 
 use crate::host::{self, find_program};
+use qemu::Qemu;
 
 pub use by_command::Brought;
 
@@ -84,6 +86,26 @@ pub struct About {
     pub kind: Kind,
     /// Given on the command line.
     pub brought: bool,
+}
+
+impl About {
+    /// The same with that QEMU. One of a root has its version in the name, and stands beside this
+    /// host's: `qemu-qcow2` and `qemu10-qcow2`, `qcow2` and `qcow2-qemu10`.
+    fn of_qemu(self, qemu: Qemu) -> Self {
+        let Some(major) = qemu.major() else {
+            return self;
+        };
+        let id = match self.id.strip_prefix("qemu-") {
+            Some(rest) => format!("qemu{major}-{rest}"),
+            None => format!("{}-qemu{major}", self.id),
+        };
+        About {
+            id: id.leak(),
+            title: format!("{} (QEMU {major})", self.title).leak(),
+            brought: true,
+            ..self
+        }
+    }
 }
 
 /// A driver.
@@ -187,8 +209,14 @@ pub fn control(kind: Kind) -> &'static str {
     }
 }
 
-/// All drivers, in the order of tables. `vellum` is the program of that name; `brought` are the user's.
-pub fn all(vellum: &Path, brought: &[Brought]) -> Vec<Box<dyn Driver>> {
+/// All drivers, in the order of tables. `vellum` is the program of that name, `qemu` are roots whose
+/// QEMU is measured beside this host's; `brought` are the user's.
+///
+/// # Errors
+/// For a root without QEMU.
+pub fn all(vellum: &Path, qemu: &[PathBuf], brought: &[Brought]) -> Result<Vec<Box<dyn Driver>>> {
+    let qemus = qemu.iter().map(|root| Qemu::of_root(root));
+    let newer: Vec<Qemu> = qemus.collect::<Result<_>>()?;
     let mut drivers: Vec<Box<dyn Driver>> = vec![
         Box::new(loop_file::LoopFile::Raw),
         Box::new(Again(
@@ -206,9 +234,12 @@ pub fn all(vellum: &Path, brought: &[Brought]) -> Vec<Box<dyn Driver>> {
         Box::new(volume::Volume::Btrfs),
         Box::new(volume::Volume::Xfs),
         Box::new(file_level::FileLevel::Copy),
-        Box::new(loop_file::LoopFile::Qcow2),
+        Box::new(loop_file::LoopFile::Qcow2(Qemu::Host)),
         Box::new(file_level::FileLevel::FuseOverlay),
     ];
+    for qemu in &newer {
+        drivers.push(Box::new(loop_file::LoopFile::Qcow2(*qemu)));
+    }
     for driver in brought {
         drivers.push(Box::new(by_command::ByCommand::new(driver.clone())));
     }
@@ -224,11 +255,17 @@ pub fn all(vellum: &Path, brought: &[Brought]) -> Vec<Box<dyn Driver>> {
         },
     )));
     drivers.push(Box::new(vellum::Served(vellum.to_owned())));
-    drivers.push(Box::new(nbd::Server::QemuRaw));
-    drivers.push(Box::new(nbd::Server::QemuQcow2));
-    drivers.push(Box::new(nbd::Server::QemuQcow2ExtendedL2));
+    for qemu in [Qemu::Host].into_iter().chain(newer) {
+        for format in [
+            nbd::Format::Raw,
+            nbd::Format::Qcow2,
+            nbd::Format::Qcow2ExtendedL2,
+        ] {
+            drivers.push(Box::new(nbd::Server::Qemu(qemu, format)));
+        }
+    }
     drivers.push(Box::new(nbd::Server::NbdkitCow));
-    drivers
+    Ok(drivers)
 }
 
 /// A driver under another name.
