@@ -142,7 +142,7 @@ def build(directory, vellum, modules, scripts, test=None, bench=False, postgres=
 
 
 def build_small(directory, modules, scripts):
-    """An archive that only finds the disk of `vellum vhost`."""
+    """An archive that only goes over to Debian on a disk."""
     tree = Tree(directory / "root")
     tree.program(find("busybox"), "bin", "busybox")
-    return tree.archive(directory, modules, scripts, "vhost-init")
+    return tree.archive(directory, modules, scripts, "debian-init")

@@ -77,6 +77,8 @@ def memory(options):
     """MiB that the guest has: its programs are in memory too, and what is measured."""
     if options.bench:
         return "3584"
+    if options.compare:
+        return "2048"
     return "1024" if options.ublk else "768"
 
 

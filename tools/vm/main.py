@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 
-from . import bench, initramfs, kernel, power, vhost
+from . import bench, compare, initramfs, kernel, power, vhost
 from .common import Failure, fail_on_signals, run, say
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -41,7 +41,8 @@ def arguments():
         description="Boots a small virtual machine with a Vellum store on a disk that loses what "
         "was not flushed, cuts its power at random moments, and checks that nothing is lost that "
         "was acknowledged. Then exercises the guest kernel's NBD client against `vellum nbd`."
-        " With --vhost: Debian on a disk of `vellum vhost`, whose server is killed.",
+        " With --vhost: Debian on a disk of `vellum vhost`, whose server is killed."
+        " With --compare: tools/compare with drivers that the host's kernel may lack.",
         epilog="Needs no root, once these Debian packages are installed: "
         + " ".join(PACKAGES.values()) + ". The kernel comes from Debian's archive, once, and is kept in the "
         "target directory. docs/durability.md says what is checked.",
@@ -84,7 +85,24 @@ def arguments():
         help="only measure ublk against FUSE and loop, and against a file (`--kernel trixie` or newer)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="with --bench: rounds of each work [5]"
+        "--compare", type=pathlib.Path, metavar="PROGRAM",
+        help="only run this build of tools/compare: raw, vellum, overlayfs and thin volumes of "
+        "device-mapper, in Debian 13 (`--kernel trixie` or newer)",
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("."), metavar="DIR",
+        help="with --compare: where its reports go [.]",
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="with --compare: hardly any work of two drivers, to see that all works"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=3600, metavar="SECONDS",
+        help="with --compare: how long it may take [3600]",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N",
+        help="with --bench and --compare: rounds of each work [5]",
     )
     parser.add_argument(
         "--seconds", type=int, default=3, metavar="N", help="with --bench: for each work [3]"
@@ -168,10 +186,16 @@ def main():
         guest_kernel = kernel.get(options.kernel, target / "vmtest")
         say(f"kernel {guest_kernel.version}, seed {seed}, files in {directory}")
         scripts = pathlib.Path(__file__).with_name("guest")
-        if options.vhost:
-            modules = guest_kernel.load_order("ext4", kernel.DISK_MODULES)
+        if options.vhost or options.compare:
+            modules = compare.MODULES if options.compare else kernel.DISK_MODULES
+            modules = guest_kernel.load_order("ext4", modules)
             archive = initramfs.build_small(directory, modules, scripts)
-            vhost.exercise(options, vellum, guest_kernel, archive, target / "vmtest", directory, seed)
+            if options.compare:
+                compare.exercise(options, vellum, guest_kernel, archive, target / "vmtest", directory)
+            else:
+                vhost.exercise(
+                    options, vellum, guest_kernel, archive, target / "vmtest", directory, seed
+                )
             say("passed")
             keep = options.keep
             return 0

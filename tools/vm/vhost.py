@@ -4,12 +4,11 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import time
 
-from . import initramfs
+from . import debian, initramfs
 from .common import Failure, end_with_parent, run, say
 from .machine import Machine
 
@@ -33,15 +32,10 @@ def disk_image(tar, cache):
         return image
     say("making Debian's disk")
     tree, unfinished = cache / "debian.tree", cache / "debian.img.new"
-    shutil.rmtree(tree, ignore_errors=True)
-    tree.mkdir(parents=True)
-    run("tar", "-xpf", tar, "-C", tree, "--numeric-owner", "--exclude=./dev/*",
-        "--exclude=./usr/share/doc", "--exclude=./usr/share/locale", "--exclude=./usr/share/man")
+    debian.unpack(tar, tree)
     for name, place in PROGRAMS.items():
         initramfs.add_program(tree, initramfs.find(name), place, name)
-    unfinished.unlink(missing_ok=True)
-    run("mke2fs", "-q", "-t", "ext4", "-d", tree, unfinished, DISK_SIZE)
-    shutil.rmtree(tree)
+    debian.disk(tree, unfinished, DISK_SIZE)
     unfinished.rename(image)
     return image
 
@@ -118,7 +112,7 @@ class Rig:
                 "-chardev", f"socket,id=disk,path={server.socket},reconnect=1",
                 "-device", "vhost-user-blk-pci,chardev=disk,num-queues=2",
             ]
-            machine = Machine(self.options, self.kernel, self.archive, drive, console, f"vm={what}")
+            machine = Machine(self.options, self.kernel, self.archive, drive, console, f"script=vhost vm={what}")
             if machine.comes_up(BOOT):
                 return machine
             machine.kill()

@@ -58,10 +58,15 @@ pub struct Measure {
     /// Only these drivers (the references always run too); see --list
     #[arg(long, value_delimiter = ',', value_name = "ID")]
     pub drivers: Vec<String>,
-    /// A driver of your own, as commands for sh that mount and unmount a container; may be given
-    /// several times. They find $LAYERS, $DIR, $NAME and $MNT: see docs/comparing.md
-    #[arg(long, value_name = "NAME=up:CMD,down:CMD")]
+    /// A driver of your own, as commands for sh that mount and unmount a container, or a program like
+    /// those in tools/compare/drivers; may be given several times. They find $LAYERS, $DIR, $NAME and
+    /// $MNT: see docs/comparing.md
+    #[arg(long, value_name = "NAME=up:CMD,down:CMD | FILE")]
     pub driver: Vec<Brought>,
+    /// The directory of a Debian root of another release: QEMU of that root is measured, too, beside
+    /// this host's; may be given several times
+    #[arg(long, value_name = "ROOT")]
+    pub qemu: Vec<PathBuf>,
     /// Only these workloads; see --list
     #[arg(long, value_delimiter = ',', value_name = "ID")]
     pub workloads: Vec<String>,

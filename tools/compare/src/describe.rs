@@ -56,6 +56,7 @@ pub fn host() -> Host {
         kernel: format!("Linux {}", read("/proc/sys/kernel/osrelease").trim()),
         processors: format!("{number} × {model}"),
         processor_count: number,
+        emulated: model.contains("QEMU TCG"),
         memory: memory * 1024,
         load: load().into_iter().collect(),
         steal: 0.0,

@@ -39,10 +39,7 @@ fn main() -> ExitCode {
         Some(Other::Relay { listen, to, micros }) => {
             relay::serve(listen, to, Duration::from_micros(*micros)).map(|()| ExitCode::SUCCESS)
         }
-        None if cli.measure.list => {
-            list(&cli.measure);
-            Ok(ExitCode::SUCCESS)
-        }
+        None if cli.measure.list => list(&cli.measure).map(|()| ExitCode::SUCCESS),
         None => compare(&cli.measure),
     };
     done.unwrap_or_else(|error| {
@@ -151,14 +148,14 @@ impl Clock {
     }
 }
 
-fn list(options: &Measure) {
+fn list(options: &Measure) -> Result<()> {
     let sizes = plan::sizes(options);
     let line = |id: &str, title: &str, absent: Option<String>| {
         let absent = absent.map(|why| format!(" (absent: {why})"));
         println!("  {id:18} {title}{}", absent.unwrap_or_default());
     };
     println!("Drivers:");
-    for driver in driver::all(Path::new("vellum"), &options.driver) {
+    for driver in driver::all(Path::new("vellum"), &options.qemu, &options.driver)? {
         line(driver.about().id, driver.about().title, driver.absent());
     }
     println!("Workloads (* the six of --quick, which come first):");
@@ -167,4 +164,5 @@ fn list(options: &Measure) {
         let title = format!("{star}{}", workload.title());
         line(&workload.id(), &title, workload.absent(&sizes));
     }
+    Ok(())
 }

@@ -59,7 +59,7 @@ fn amounts(options: &Measure) -> Sizes {
 /// # Errors
 /// For a driver or a workload of no such name, a driver of a name that is taken.
 pub fn check_names(options: &Measure) -> Result<()> {
-    let ids: Vec<_> = driver::all(Path::new("vellum"), &options.driver)
+    let ids: Vec<_> = driver::all(Path::new("vellum"), &options.qemu, &options.driver)?
         .iter()
         .map(|driver| driver.about().id.to_owned())
         .collect();
@@ -69,6 +69,13 @@ pub fn check_names(options: &Measure) -> Result<()> {
             "--driver {}: there is a driver of that name: choose another",
             brought.name
         );
+    }
+    let twice = ids
+        .iter()
+        .enumerate()
+        .find(|(number, id)| ids.iter().skip(number + 1).any(|other| other == *id));
+    if let Some((_, id)) = twice {
+        bail!("--qemu: two are of one version, and both would be {id}: name one of them");
     }
     known("driver", &options.drivers, &ids)?;
     let workloads: Vec<_> = workload::all().iter().map(|w| w.id()).collect();
@@ -100,7 +107,7 @@ pub fn choose(options: &Measure, vellum: &Path) -> Result<Chosen> {
             || options.drivers.iter().any(|name| name == id)
             || options.driver.iter().any(|brought| brought.name == id)
     };
-    let mut drivers = driver::all(vellum, &options.driver);
+    let mut drivers = driver::all(vellum, &options.qemu, &options.driver)?;
     drivers.retain(|driver| {
         let about = driver.about();
         let reference = [driver::reference(about.kind), driver::control(about.kind)];
@@ -108,9 +115,10 @@ pub fn choose(options: &Measure, vellum: &Path) -> Result<Chosen> {
             && (wanted(about.id) || reference.contains(&about.id))
     });
     left_out.push(
-        "Drivers that need a kernel module of their own (ublk, device-mapper thin pools, ZFS), and \
-         containerd's snapshotters as such, are not part of this comparison; where containers are \
-         pulled from a registry, containerd unpacks for those of overlayfs and stargz."
+        "Drivers that need a kernel module or a daemon of their own (ublk, device-mapper thin pools, \
+         ZFS, containerd's snapshotters) are not part of this comparison, but for those that were \
+         brought; docs/comparing.md says how to. Where containers are pulled from a registry, containerd unpacks for \
+         those of overlayfs and stargz."
             .to_owned(),
     );
     let dirs = places(&options.dir)?;
@@ -170,9 +178,13 @@ mod tests {
     use crate::cli::Cli;
     use crate::driver::Kind;
 
-    fn chosen(arguments: &[&str]) -> Chosen {
+    fn options(arguments: &[&str]) -> Measure {
         let line = [&["compare", "--dir", "/tmp"], arguments].concat();
-        let options = Cli::try_parse_from(line).unwrap().measure;
+        Cli::try_parse_from(line).unwrap().measure
+    }
+
+    fn chosen(arguments: &[&str]) -> Chosen {
+        let options = options(arguments);
         check_names(&options).unwrap();
         choose(&options, Path::new("vellum")).unwrap()
     }
@@ -199,7 +211,7 @@ mod tests {
         assert_eq!(quick.rounds, 3);
         let limit = quick.limit.unwrap();
         assert!(limit < Duration::from_secs(300) && limit > Duration::from_secs(200));
-        let every = driver::all(Path::new("vellum"), &[]);
+        let every = driver::all(Path::new("vellum"), &[], &[]).unwrap();
         let files = every
             .iter()
             .filter(|d| d.about().kind == Kind::Files)
@@ -236,6 +248,19 @@ mod tests {
         let taken = Cli::try_parse_from(["compare", "--driver", "raw=up:true,down:true"]);
         let error = check_names(&taken.unwrap().measure).unwrap_err();
         assert!(format!("{error}").contains("choose another"));
+    }
+
+    #[test]
+    fn a_qemu_of_a_root_stands_beside_this_hosts_with_its_version_in_the_name() {
+        let of_root = options(&["--qemu", "/", "--drivers", "raw"]);
+        let all = driver::all(Path::new("vellum"), &of_root.qemu, &[]).unwrap();
+        let ids: Vec<_> = all.iter().map(|d| d.about().id).collect();
+        let newer = |id: &&str| id.starts_with("qemu") && !id.starts_with("qemu-");
+        assert_eq!(ids.iter().filter(|id| newer(id)).count(), 3, "{ids:?}");
+        assert!(ids.iter().any(|id| id.starts_with("qcow2-qemu")), "{ids:?}");
+        check_names(&of_root).unwrap();
+        let error = check_names(&options(&["--qemu", "/", "--qemu", "/"])).unwrap_err();
+        assert!(format!("{error}").contains("of one version"), "{error}");
     }
 
     #[test]

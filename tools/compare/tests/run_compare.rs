@@ -6,6 +6,9 @@
     clippy::indexing_slicing
 )]
 
+#[path = "rivals/mod.rs"]
+mod rivals;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

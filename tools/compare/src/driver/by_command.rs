@@ -1,9 +1,11 @@
-//! A driver that the user brings: commands that mount and unmount a container (docs/comparing.md).
+//! A driver that the user brings: commands that mount and unmount a container, or a program that does
+//! (docs/comparing.md).
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 
@@ -19,19 +21,26 @@ pub struct Brought {
     up: String,
     /// Unmounts it.
     down: String,
+    /// What knows further commands than these two.
+    program: Option<PathBuf>,
 }
 
 impl std::str::FromStr for Brought {
     type Err = String;
 
-    /// `NAME=up:CMD,down:CMD`; commands may hold commas and colons.
+    /// `NAME=up:CMD,down:CMD`, whose commands may hold commas and colons; or the path of a program.
     fn from_str(given: &str) -> Result<Self, String> {
         let wrong = |what: &str| {
-            format!("{given}: {what}; a driver is given like name=up:COMMAND,down:COMMAND")
+            format!(
+                "{given}: {what}; a driver is given like name=up:COMMAND,down:COMMAND, or is the path of \
+                 a program, with a slash in it"
+            )
         };
+        if given.contains('/') && !given.contains("=up:") {
+            return Self::program(Path::new(given)).map_err(|what| wrong(&what));
+        }
         let (name, commands) = given.split_once('=').ok_or_else(|| wrong("has no name"))?;
-        let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if name.is_empty() || !name.chars().all(good) {
+        if !is_name(name) {
             return Err(wrong("its name may hold letters, digits, -, _ and . alone"));
         }
         let (up, down) = commands
@@ -45,7 +54,46 @@ impl std::str::FromStr for Brought {
             name: name.to_owned(),
             up: up.to_owned(),
             down: down.to_owned(),
+            program: None,
         })
+    }
+}
+
+/// Whether a driver may be called so.
+fn is_name(name: &str) -> bool {
+    let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !name.is_empty() && name.chars().all(good)
+}
+
+impl Brought {
+    /// A program, which is called with the name of a step.
+    fn program(file: &Path) -> Result<Self, String> {
+        let program = fs::canonicalize(file).map_err(|error| error.to_string())?;
+        let name = program.file_name().unwrap_or_default().to_string_lossy();
+        if !program.is_file() || !is_name(&name) || program.to_string_lossy().contains('\'') {
+            return Err("is no program that a driver can be called by".to_owned());
+        }
+        let own = |step: &str| format!("exec '{}' {step}", program.display());
+        Ok(Brought {
+            name: name.into_owned(),
+            up: own("up"),
+            down: own("down"),
+            program: Some(program.clone()),
+        })
+    }
+
+    /// What the program says of itself, or why this host cannot have it.
+    fn ask(&self, program: &Path) -> Result<String, String> {
+        let asked = Command::new(program)
+            .arg("version")
+            .stdin(Stdio::null())
+            .output();
+        let asked = asked.map_err(|error| format!("{}: {error}", program.display()))?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        match asked.status.success() {
+            true => Ok(text(&asked.stdout)),
+            false => Err(text(&asked.stderr)),
+        }
     }
 }
 
@@ -53,6 +101,8 @@ impl std::str::FromStr for Brought {
 pub(super) struct ByCommand {
     about: About,
     brought: Brought,
+    /// What a program said of itself.
+    said: OnceLock<Result<String, String>>,
 }
 
 impl ByCommand {
@@ -68,12 +118,21 @@ impl ByCommand {
                 brought: true,
             },
             brought,
+            said: OnceLock::new(),
         }
+    }
+
+    /// None where there are only two commands.
+    fn said(&self) -> Option<&Result<String, String>> {
+        let program = self.brought.program.as_ref()?;
+        Some(self.said.get_or_init(|| self.brought.ask(program)))
     }
 }
 
 /// Where the image's layers lie, from the bottom up, beside the containers.
 const LAYERS: &str = "layers.json";
+/// What a program makes of them.
+const IMAGE: &str = "image";
 
 impl Driver for ByCommand {
     fn about(&self) -> About {
@@ -81,56 +140,98 @@ impl Driver for ByCommand {
     }
 
     fn absent(&self) -> Option<String> {
-        None
+        self.said()?.as_ref().err().cloned()
     }
 
     fn version(&self) -> Option<String> {
         let Brought { up, down, .. } = &self.brought;
-        Some(format!("up: {up}; down: {down}"))
+        self.said().map_or_else(
+            || Some(format!("up: {up}; down: {down}")),
+            |said| said.as_ref().ok().cloned(),
+        )
     }
 
     fn prepare(&self, dir: &Path, base: &Base) -> Result<()> {
-        fs::write(dir.join(LAYERS), serde_json::to_vec(&base.layers)?)?;
-        Ok(())
+        let kept = Kept {
+            layers: base.layers.clone(),
+            size: base.size,
+        };
+        fs::write(dir.join(LAYERS), serde_json::to_vec(&kept)?)?;
+        fs::create_dir(dir.join(IMAGE))?;
+        Containers::of(&self.brought, dir)?.step("prepare")
     }
 
     fn open(&self, dir: &Path) -> Result<Box<dyn Image>> {
-        let layers = fs::read(dir.join(LAYERS)).context(LAYERS)?;
-        Ok(Box::new(Containers {
-            brought: self.brought.clone(),
-            dir: dir.to_owned(),
-            layers: serde_json::from_slice(&layers).context(LAYERS)?,
-            started: BTreeMap::new(),
-        }))
+        let containers = Containers::of(&self.brought, dir)?;
+        containers.step("open")?;
+        Ok(Box::new(containers))
     }
+}
+
+/// What an image is made from.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Kept {
+    /// From the bottom up.
+    layers: Vec<PathBuf>,
+    /// Bytes of block devices and file systems for it.
+    size: u64,
 }
 
 struct Containers {
     brought: Brought,
     dir: PathBuf,
-    layers: Vec<PathBuf>,
+    kept: Kept,
     /// Their mount points.
     started: BTreeMap<String, PathBuf>,
 }
 
 impl Containers {
-    fn own(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
+    fn of(brought: &Brought, dir: &Path) -> Result<Self> {
+        let kept = fs::read(dir.join(LAYERS)).context(LAYERS)?;
+        Ok(Containers {
+            brought: brought.clone(),
+            dir: dir.to_owned(),
+            kept: serde_json::from_slice(&kept).context(LAYERS)?,
+            started: BTreeMap::new(),
+        })
     }
 
-    fn command(&self, script: &str, name: &str, at: &Path) -> Command {
+    /// Has a program do what concerns the image as a whole; nothing where there are only two commands.
+    fn step(&self, step: &str) -> Result<()> {
+        if let Some(program) = &self.brought.program {
+            host::run(self.told(program).arg(step))
+                .with_context(|| format!("{step} of {}", self.brought.name))?;
+        }
+        Ok(())
+    }
+
+    /// A command that finds the image.
+    fn told(&self, program: &Path) -> Command {
         // The uppermost first, as mount(8) of overlayfs wants them.
         let layers: Vec<_> = self
+            .kept
             .layers
             .iter()
             .rev()
             .map(|l| l.to_string_lossy())
             .collect();
-        let mut command = Command::new("sh");
+        let mut command = Command::new(program);
         command
-            .args(["-c", script])
             .current_dir(&self.dir)
             .env("LAYERS", layers.join(":"))
+            .env("SIZE", self.kept.size.to_string())
+            .env("IMAGE", self.dir.join(IMAGE));
+        command
+    }
+
+    fn own(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    fn command(&self, script: &str, name: &str, at: &Path) -> Command {
+        let mut command = self.told(Path::new("sh"));
+        command
+            .args(["-c", script])
             .env("DIR", self.own(name))
             .env("NAME", name)
             .env("MNT", at);
@@ -179,8 +280,14 @@ impl Image for Containers {
     }
 
     fn remove(&mut self, name: &str) -> Result<()> {
+        let at = self.dir.join(format!("{name}.mnt"));
+        if let Some(program) = &self.brought.program {
+            let script = format!("exec '{}' remove", program.display());
+            host::run(&mut self.command(&script, name, &at))
+                .with_context(|| format!("removing {name} by {}", self.brought.name))?;
+        }
         fs::remove_dir_all(self.own(name))?;
-        fs::remove_dir_all(self.dir.join(format!("{name}.mnt")))?;
+        fs::remove_dir_all(at)?;
         Ok(())
     }
 
@@ -206,6 +313,11 @@ impl Drop for Containers {
             if host::is_mounted(&at) {
                 report(host::Mount::existing(&at).unmount());
             }
+        }
+        // Also after a step that failed half way.
+        if let Some(program) = &self.brought.program {
+            let status = self.told(program).arg("close").status();
+            report(status.map(drop).context("closing an image by command"));
         }
     }
 }
@@ -233,6 +345,8 @@ mod tests {
             "a=up:x",
             "a=up:,down:b",
             "a=down:b,up:a",
+            "/",
+            "./nowhere",
         ] {
             let error = wrong.parse::<Brought>().unwrap_err();
             assert!(
@@ -267,5 +381,61 @@ mod tests {
         image.create("c").unwrap();
         let error = format!("{:#}", image.start("c").unwrap_err());
         assert!(error.contains("$LAYERS at $MNT"), "{error}");
+    }
+
+    /// A program of that name with this body, made executable.
+    fn program(dir: &Path, body: &str) -> ByCommand {
+        use std::os::unix::fs::PermissionsExt;
+        let file = dir.join("mine");
+        fs::write(&file, format!("#!/bin/sh -e\n{body}\n")).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+        ByCommand::new(file.to_str().unwrap().parse().unwrap())
+    }
+
+    #[test]
+    fn a_program_makes_the_image_once_and_is_told_of_every_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("d");
+        fs::create_dir(&at).unwrap();
+        let driver = program(
+            dir.path(),
+            "case $1 in version) echo 'mine 3'; exit;; esac
+             echo \"$1 $NAME\" >> ../steps
+             case $1 in
+             prepare) echo \"$SIZE\" > \"$IMAGE/size\";;
+             up) cp \"$IMAGE/size\" \"$MNT\";;
+             esac",
+        );
+        assert_eq!(driver.about().id, "mine");
+        assert_eq!(
+            (driver.absent(), driver.version()),
+            (None, Some("mine 3".into()))
+        );
+        driver
+            .prepare(&at, &Base::of_layers(vec![dir.path().to_owned()], 1 << 20))
+            .unwrap();
+        let mut image = driver.open(&at).unwrap();
+        image.create("c").unwrap();
+        let access = image.start("c").unwrap();
+        let seen = fs::read_to_string(access.dir().unwrap().join("size")).unwrap();
+        assert_eq!(seen, "1048576\n");
+        image.stop("c").unwrap();
+        image.remove("c").unwrap();
+        drop(image);
+        let steps = fs::read_to_string(dir.path().join("steps")).unwrap();
+        let steps: Vec<&str> = steps.lines().map(str::trim).collect();
+        // What makes an image closes it as well.
+        let all = [
+            "prepare", "close", "open", "up c", "down c", "remove c", "close",
+        ];
+        assert_eq!(steps, all);
+    }
+
+    #[test]
+    fn a_program_says_why_a_host_cannot_have_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let driver = program(dir.path(), "echo 'no such module' >&2; exit 1");
+        assert_eq!(driver.absent().as_deref(), Some("no such module"));
+        assert_eq!(driver.version(), None);
     }
 }

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::Result;
 use nix::sys::signal::Signal;
 
+use super::qemu::Qemu;
 use super::{About, Access, Base, Driver, Image, Kind, copy_sparse, link_or_copy, missing};
 use crate::host::{self, Loop, Mount, Server, allocated, copy_tree, is_mounted, sh};
 
@@ -61,7 +61,7 @@ fn mount_ext4(device: &Loop, dir: &Path) -> Result<Mount> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum LoopFile {
     Raw,
-    Qcow2,
+    Qcow2(Qemu),
 }
 
 impl Driver for LoopFile {
@@ -75,7 +75,7 @@ impl Driver for LoopFile {
                 kind: Kind::Files,
                 brought: false,
             },
-            LoopFile::Qcow2 => About {
+            LoopFile::Qcow2(qemu) => About {
                 id: "qcow2",
                 title: "qcow2",
                 what: "A qcow2 overlay on the image, as a file through qemu-storage-daemon's FUSE \
@@ -83,7 +83,8 @@ impl Driver for LoopFile {
                        I/O, QEMU 7.2's export damages data).",
                 kind: Kind::Files,
                 brought: false,
-            },
+            }
+            .of_qemu(*qemu),
         }
     }
 
@@ -91,22 +92,22 @@ impl Driver for LoopFile {
         let ext4 = missing(&[("mke2fs", "e2fsprogs"), ("losetup", "mount")]);
         match self {
             LoopFile::Raw => ext4,
-            LoopFile::Qcow2 => ext4
+            LoopFile::Qcow2(qemu) => ext4
                 .or_else(|| {
-                    missing(&[
+                    qemu.missing(&[
                         ("qemu-storage-daemon", "qemu-system-common or qemu-utils"),
                         ("qemu-img", "qemu-utils"),
                     ])
                 })
                 .or_else(|| super::not_in_kernel("fuse"))
-                .or_else(without_fuse_export),
+                .or_else(|| without_fuse_export(*qemu)),
         }
     }
 
     fn version(&self) -> Option<String> {
         match self {
             LoopFile::Raw => super::kernel(),
-            LoopFile::Qcow2 => super::version_of("qemu-storage-daemon", "version"),
+            LoopFile::Qcow2(qemu) => qemu.version("qemu-storage-daemon"),
         }
     }
 
@@ -114,7 +115,7 @@ impl Driver for LoopFile {
         match self {
             LoopFile::Raw => link_or_copy(base.raw()?, &dir.join("base.raw")),
             // A chain as deep as the image: one overlay for each layer.
-            LoopFile::Qcow2 if base.layers.len() > 1 => {
+            LoopFile::Qcow2(_) if base.layers.len() > 1 => {
                 let first = base.layers.get(..1).unwrap_or_default();
                 make_ext4(&dir.join("base.raw"), base.size, first)?;
                 let mut image = Containers::open(*self, dir);
@@ -127,7 +128,7 @@ impl Driver for LoopFile {
                 }
                 Ok(())
             }
-            LoopFile::Qcow2 => link_or_copy(base.raw()?, &dir.join("base.raw")),
+            LoopFile::Qcow2(_) => link_or_copy(base.raw()?, &dir.join("base.raw")),
         }
     }
 
@@ -137,8 +138,9 @@ impl Driver for LoopFile {
 }
 
 /// The reason when the storage daemon was built without FUSE.
-fn without_fuse_export() -> Option<String> {
-    let help = sh("qemu-storage-daemon", &["--help"]).ok()?.stdout;
+fn without_fuse_export(qemu: Qemu) -> Option<String> {
+    let help = host::run(qemu.command("qemu-storage-daemon").arg("--help"));
+    let help = help.ok()?.stdout;
     (!help.contains("fuse,id="))
         .then(|| "this qemu-storage-daemon was built without the FUSE export".to_owned())
 }
@@ -181,9 +183,9 @@ impl Containers {
     }
 
     /// Makes an overlay on what lies below in the directory.
-    fn overlay(&self, file: &Path, below: &str, format: &str) -> Result<()> {
+    fn overlay(&self, qemu: Qemu, file: &Path, below: &str, format: &str) -> Result<()> {
         host::run(
-            Command::new("qemu-img")
+            qemu.command("qemu-img")
                 .current_dir(&self.dir)
                 .args(["create", "-q", "-f", "qcow2", "-b", below, "-F", format])
                 .arg(file),
@@ -192,11 +194,11 @@ impl Containers {
     }
 
     /// The overlay as a raw file, through FUSE.
-    fn serve(&self, file: &Path, name: &str) -> Result<(PathBuf, Mount, Server)> {
+    fn serve(&self, qemu: Qemu, file: &Path, name: &str) -> Result<(PathBuf, Mount, Server)> {
         let export = self.dir.join(format!("{name}.fuse"));
         File::create(&export)?;
         let server = Server::start(
-            Command::new("qemu-storage-daemon")
+            qemu.command("qemu-storage-daemon")
                 .arg("--blockdev")
                 .arg(format!(
                     "driver=file,node-name=file,discard=unmap,filename={}",
@@ -223,9 +225,9 @@ impl Image for Containers {
         let file = self.file(name);
         match self.driver {
             LoopFile::Raw => copy_sparse(&self.dir.join("base.raw"), &file),
-            LoopFile::Qcow2 => {
+            LoopFile::Qcow2(qemu) => {
                 let (top, format) = self.top();
-                self.overlay(&file, &top, format)
+                self.overlay(qemu, &file, &top, format)
             }
         }
     }
@@ -234,8 +236,8 @@ impl Image for Containers {
         let file = self.file(name);
         let (file, server) = match self.driver {
             LoopFile::Raw => (file, None),
-            LoopFile::Qcow2 => {
-                let (export, mount, server) = self.serve(&file, name)?;
+            LoopFile::Qcow2(qemu) => {
+                let (export, mount, server) = self.serve(qemu, &file, name)?;
                 (export, Some((mount, server)))
             }
         };
@@ -243,7 +245,7 @@ impl Image for Containers {
             LoopFile::Raw => Loop::new(&file)?,
             // QEMU 7.2's FUSE export mixes up the data of requests that are under way at once,
             // as those of direct I/O are: ext4 on it finds damaged blocks within seconds.
-            LoopFile::Qcow2 => Loop::buffered(&file)?,
+            LoopFile::Qcow2(_) => Loop::buffered(&file)?,
         };
         let dir = self.dir.join(format!("{name}.mnt"));
         let mount = mount_ext4(&device, &dir)?;
@@ -261,11 +263,11 @@ impl Image for Containers {
         self.stop(name)?;
         match self.driver {
             LoopFile::Raw => copy_sparse(&self.file(name), &self.file(new))?,
-            LoopFile::Qcow2 => {
+            LoopFile::Qcow2(qemu) => {
                 let below = format!("{name}.below");
                 fs::rename(self.file(name), self.dir.join(&below))?;
                 for above in [name, new] {
-                    self.overlay(&self.file(above), &below, "qcow2")?;
+                    self.overlay(qemu, &self.file(above), &below, "qcow2")?;
                 }
             }
         }

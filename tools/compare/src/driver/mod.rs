@@ -5,6 +5,7 @@ mod file_level;
 mod loop_file;
 mod nbd;
 mod pull;
+mod qemu;
 mod vellum;
 mod volume;
 
@@ -18,6 +19,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::host::{self, find_program};
 use pull::{Pull, Way};
+use qemu::Qemu;
 
 pub use by_command::Brought;
 pub use pull::{Link, Pulling, Remote, SERVICE};
@@ -120,6 +122,26 @@ pub struct About {
     pub kind: Kind,
     /// Given on the command line.
     pub brought: bool,
+}
+
+impl About {
+    /// The same with that QEMU. One of a root has its version in the name, and stands beside this
+    /// host's: `qemu-qcow2` and `qemu10-qcow2`, `qcow2` and `qcow2-qemu10`.
+    fn of_qemu(self, qemu: Qemu) -> Self {
+        let Some(major) = qemu.major() else {
+            return self;
+        };
+        let id = match self.id.strip_prefix("qemu-") {
+            Some(rest) => format!("qemu{major}-{rest}"),
+            None => format!("{}-qemu{major}", self.id),
+        };
+        About {
+            id: id.leak(),
+            title: format!("{} (QEMU {major})", self.title).leak(),
+            brought: true,
+            ..self
+        }
+    }
 }
 
 /// A driver.
@@ -236,8 +258,14 @@ pub fn control(kind: Kind) -> &'static str {
     }
 }
 
-/// All drivers, in the order of tables. `vellum` is the program of that name; `brought` are the user's.
-pub fn all(vellum: &Path, brought: &[Brought]) -> Vec<Box<dyn Driver>> {
+/// All drivers, in the order of tables. `vellum` is the program of that name, `qemu` are roots whose
+/// QEMU is measured beside this host's; `brought` are the user's.
+///
+/// # Errors
+/// For a root without QEMU.
+pub fn all(vellum: &Path, qemu: &[PathBuf], brought: &[Brought]) -> Result<Vec<Box<dyn Driver>>> {
+    let qemus = qemu.iter().map(|root| Qemu::of_root(root));
+    let newer: Vec<Qemu> = qemus.collect::<Result<_>>()?;
     let mut drivers: Vec<Box<dyn Driver>> = vec![
         Box::new(loop_file::LoopFile::Raw),
         Box::new(Again(
@@ -255,9 +283,12 @@ pub fn all(vellum: &Path, brought: &[Brought]) -> Vec<Box<dyn Driver>> {
         Box::new(volume::Volume::Btrfs),
         Box::new(volume::Volume::Xfs),
         Box::new(file_level::FileLevel::Copy),
-        Box::new(loop_file::LoopFile::Qcow2),
+        Box::new(loop_file::LoopFile::Qcow2(Qemu::Host)),
         Box::new(file_level::FileLevel::FuseOverlay),
     ];
+    for qemu in &newer {
+        drivers.push(Box::new(loop_file::LoopFile::Qcow2(*qemu)));
+    }
     for driver in brought {
         drivers.push(Box::new(by_command::ByCommand::new(driver.clone())));
     }
@@ -273,9 +304,15 @@ pub fn all(vellum: &Path, brought: &[Brought]) -> Vec<Box<dyn Driver>> {
         },
     )));
     drivers.push(Box::new(vellum::Served(vellum.to_owned())));
-    drivers.push(Box::new(nbd::Server::QemuRaw));
-    drivers.push(Box::new(nbd::Server::QemuQcow2));
-    drivers.push(Box::new(nbd::Server::QemuQcow2ExtendedL2));
+    for qemu in [Qemu::Host].into_iter().chain(newer) {
+        for format in [
+            nbd::Format::Raw,
+            nbd::Format::Qcow2,
+            nbd::Format::Qcow2ExtendedL2,
+        ] {
+            drivers.push(Box::new(nbd::Server::Qemu(qemu, format)));
+        }
+    }
     drivers.push(Box::new(nbd::Server::NbdkitCow));
     drivers.push(Box::new(Pull::new(Way::Overlay, vellum)));
     drivers.push(Box::new(Again(
@@ -291,7 +328,7 @@ pub fn all(vellum: &Path, brought: &[Brought]) -> Vec<Box<dyn Driver>> {
     for way in [Way::Full, Way::Lazy, Way::Hot, Way::Stargz] {
         drivers.push(Box::new(Pull::new(way, vellum)));
     }
-    drivers
+    Ok(drivers)
 }
 
 /// A driver under another name.

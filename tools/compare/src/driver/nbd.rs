@@ -10,6 +10,7 @@ use anyhow::Result;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
+use super::qemu::Qemu;
 use super::{About, Access, Base, Driver, Image, Kind, copy_sparse, link_or_copy, missing};
 use crate::host::{self, allocated};
 
@@ -18,9 +19,15 @@ use crate::host::{self, allocated};
 pub(super) enum Server {
     NbdkitFile,
     NbdkitCow,
-    QemuRaw,
-    QemuQcow2,
-    QemuQcow2ExtendedL2,
+    Qemu(Qemu, Format),
+}
+
+/// What qemu-nbd serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    Raw,
+    Qcow2,
+    Qcow2ExtendedL2,
 }
 
 impl Driver for Server {
@@ -38,42 +45,48 @@ impl Driver for Server {
                 "nbdkit's filter “cow” on the image; what is written goes when the server ends, \
                  by design.",
             ),
-            Server::QemuRaw => (
+            Server::Qemu(_, Format::Raw) => (
                 "qemu-raw",
                 "qemu-nbd raw",
                 "A full copy of the image as a raw file, served by qemu-nbd.",
             ),
-            Server::QemuQcow2 => (
+            Server::Qemu(_, Format::Qcow2) => (
                 "qemu-qcow2",
                 "qemu-nbd qcow2",
                 "A qcow2 overlay on the image (clusters of 64 KiB), served by qemu-nbd.",
             ),
-            Server::QemuQcow2ExtendedL2 => (
+            Server::Qemu(_, Format::Qcow2ExtendedL2) => (
                 "qemu-qcow2-l2",
                 "qemu-nbd qcow2, extended L2",
                 "The same with subclusters of 4 KiB (128 KiB clusters, extended_l2=on).",
             ),
         };
-        About {
+        let about = About {
             id,
             title,
             what,
             kind: Kind::Nbd,
             brought: false,
+        };
+        match self {
+            Server::Qemu(qemu, _) => about.of_qemu(*qemu),
+            _ => about,
         }
     }
 
     fn absent(&self) -> Option<String> {
         match self {
             Server::NbdkitFile | Server::NbdkitCow => missing(&[("nbdkit", "nbdkit")]),
-            _ => missing(&[("qemu-nbd", "qemu-utils"), ("qemu-img", "qemu-utils")]),
+            Server::Qemu(qemu, _) => {
+                qemu.missing(&[("qemu-nbd", "qemu-utils"), ("qemu-img", "qemu-utils")])
+            }
         }
     }
 
     fn version(&self) -> Option<String> {
         match self {
             Server::NbdkitFile | Server::NbdkitCow => super::version_of("nbdkit", "nbdkit"),
-            _ => super::version_of("qemu-nbd", "qemu-nbd"),
+            Server::Qemu(qemu, _) => qemu.version("qemu-nbd"),
         }
     }
 
@@ -108,16 +121,18 @@ impl Containers {
 impl Image for Containers {
     fn create(&mut self, name: &str) -> Result<()> {
         let file = self.file(name);
-        let options: &[&str] = match self.driver {
-            Server::NbdkitFile | Server::QemuRaw => {
+        let (qemu, options): (Qemu, &[&str]) = match self.driver {
+            Server::NbdkitFile | Server::Qemu(_, Format::Raw) => {
                 return copy_sparse(&self.dir.join("base.raw"), &file);
             }
             Server::NbdkitCow => return Ok(()),
-            Server::QemuQcow2 => &[],
-            Server::QemuQcow2ExtendedL2 => &["-o", "extended_l2=on,cluster_size=128k"],
+            Server::Qemu(qemu, Format::Qcow2) => (qemu, &[]),
+            Server::Qemu(qemu, Format::Qcow2ExtendedL2) => {
+                (qemu, &["-o", "extended_l2=on,cluster_size=128k"])
+            }
         };
         host::run(
-            Command::new("qemu-img")
+            qemu.command("qemu-img")
                 .current_dir(&self.dir)
                 .args(["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw"])
                 .args(options)
@@ -153,12 +168,12 @@ impl Image for Containers {
                     .env("TMPDIR", &self.dir);
                 command
             }
-            _ => {
-                let format = match self.driver {
-                    Server::QemuRaw => "raw",
-                    _ => "qcow2",
+            Server::Qemu(qemu, format) => {
+                let format = match format {
+                    Format::Raw => "raw",
+                    Format::Qcow2 | Format::Qcow2ExtendedL2 => "qcow2",
                 };
-                let mut command = Command::new("qemu-nbd");
+                let mut command = qemu.command("qemu-nbd");
                 command
                     .args(["-t", "-e", "8", "-f", format, "--discard=unmap", "-k"])
                     .arg(&socket)

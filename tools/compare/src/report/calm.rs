@@ -15,10 +15,23 @@ const APART: f64 = 1.5;
 
 /// What was too restless, each with what to do; none for a calm host.
 pub fn warnings(report: &Report) -> Vec<String> {
-    [load(report), steal(report), reference(report)]
-        .into_iter()
-        .flatten()
-        .collect()
+    let all = [
+        emulated(report),
+        load(report),
+        steal(report),
+        reference(report),
+    ];
+    all.into_iter().flatten().collect()
+}
+
+/// An emulated processor takes ten times as long for some instructions and fifty times for others.
+fn emulated(report: &Report) -> Option<String> {
+    report.host.emulated.then(|| {
+        "This machine's processors are emulated (QEMU TCG): absolute times mean nothing, and ratios \
+         are mostly of how much each driver computes. The flush checks hold all the same. Run on a \
+         machine of its own, or with hardware virtualisation, for figures."
+            .to_owned()
+    })
 }
 
 fn load(report: &Report) -> Option<String> {
@@ -94,6 +107,17 @@ mod tests {
         report.host.load = vec![0.5, 9.0];
         report.host.steal = 0.01;
         assert_eq!(warnings(&report), Vec::<String>::new());
+    }
+
+    #[test]
+    fn an_emulated_machine_says_so_before_all_else() {
+        let mut report = empty();
+        report.host.emulated = true;
+        report.host.processor_count = 2;
+        report.host.load = vec![1.9];
+        let said = warnings(&report);
+        assert!(said[0].contains("QEMU TCG"), "{said:?}");
+        assert_eq!(said.len(), 2);
     }
 
     #[test]

@@ -445,7 +445,7 @@ mod tests {
     #[test]
     fn every_goal_names_a_figure_and_drivers_that_exist() {
         let workloads = workload::all();
-        let drivers = driver::all(std::path::Path::new("vellum"), &[]);
+        let drivers = driver::all(std::path::Path::new("vellum"), &[], &[]).unwrap();
         for goal in GOALS {
             let workload = workloads.iter().find(|w| w.id() == goal.workload);
             let workload = workload.unwrap_or_else(|| panic!("{}", goal.workload));

@@ -81,6 +81,8 @@ pub struct Host {
     pub processors: String,
     /// How many.
     pub processor_count: usize,
+    /// Its processors are emulated.
+    pub emulated: bool,
     /// Bytes of memory.
     pub memory: u64,
     /// The mean number of running processes over a minute, at the start and at the end.
@@ -418,7 +420,7 @@ pub(crate) mod tests {
         let sizes = Sizes::new(false, 1, 1, "/".into());
         let workloads = workload::all();
         let workloads = workloads.iter().filter(|workload| workload.headline());
-        let drivers = driver::all(std::path::Path::new("vellum"), &[]);
+        let drivers = driver::all(std::path::Path::new("vellum"), &[], &[]).unwrap();
         Report {
             command: "compare".into(),
             started: "now".into(),

@@ -1,0 +1,94 @@
+"""tools/compare in a machine whose kernel has what hosts lack, such as thin volumes: guest/compare."""
+
+import json
+import pathlib
+
+from . import debian
+from .common import Failure, run, say
+from .kernel import DISK_MODULES
+from .machine import Machine
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+DRIVERS = REPOSITORY / "tools/compare/drivers"
+RELEASE = "trixie"
+# What compare and the drivers call.
+PACKAGES = ("dmsetup", "e2fsprogs", "fio", "fuse3", "kmod", "mount", "sqlite3", "util-linux")
+MODULES = (*DISK_MODULES, "loop", "fuse", "overlay", "dm_thin_pool")
+# Sparse.
+DISK_SIZE = "12G"
+BOOT, BOOT_ATTEMPTS = 120, 4
+REPORTS = ("report.json", "report.html", "said")
+
+
+def add(tree, program, name):
+    """A program of ours, without what is for debugging."""
+    target = tree / "usr/bin" / name
+    run("strip", "-o", target, program)
+    target.chmod(0o755)
+
+
+def make_disk(options, vellum, cache, directory):
+    """Debian with compare, vellum and the drivers on a disk."""
+    tree, image = directory / "tree", directory / "debian.img"
+    debian.unpack(debian.archive(RELEASE, PACKAGES, cache), tree)
+    add(tree, options.compare, "compare")
+    add(tree, vellum, "vellum")
+    drivers = tree / "drivers"
+    drivers.mkdir()
+    for driver in DRIVERS.iterdir():
+        target = drivers / driver.name
+        target.write_bytes(driver.read_bytes())
+        target.chmod(0o755)
+    debian.disk(tree, image, DISK_SIZE)
+    return image
+
+
+def boot(options, guest_kernel, archive, image, directory):
+    """Turns the machine on."""
+    drive = [
+        "-drive", f"file={image},format=raw,if=none,id=disk,cache=unsafe",
+        "-device", "virtio-blk-pci,drive=disk",
+    ]
+    for attempt in range(1, BOOT_ATTEMPTS + 1):
+        console = directory / f"console-{attempt}-compare.log"
+        machine = Machine(
+            options, guest_kernel, archive, drive, console,
+            f"script=compare vm=compare rounds={options.rounds} {'smoke=1' if options.smoke else ''}",
+        )
+        if machine.comes_up(BOOT):
+            return machine
+        machine.kill()
+        say(f"the machine does not come up (attempt {attempt}): see {console}")
+    raise Failure(f"the machine does not come up: see {console}")
+
+
+def exercise(options, vellum, guest_kernel, archive, cache, directory):
+    """Runs guest/compare, and puts its reports into --out."""
+    image = make_disk(options, vellum, cache, directory)
+    machine = boot(options, guest_kernel, archive, image, directory)
+    try:
+        machine.wait_for("off", options.limit, lambda said: said == "off" or say(said))
+        machine.wait_off(options.limit)
+        machine.check_console()
+    finally:
+        machine.kill()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in REPORTS:
+        run("debugfs", "-R", f"dump /out/{name} {options.out / name}", image)
+    show(options.out)
+
+
+def show(out):
+    """A line for each driver; fails where nothing was measured."""
+    said = (out / "said").read_text(encoding="utf-8", errors="replace")
+    try:
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise Failure(f"no report from the guest: {said}") from None
+    for driver in report["drivers"]:
+        flush = driver["flush"]
+        checked = f"flush check {'passed' if flush['passed'] else 'FAILED'}" if flush else "not checked"
+        say(f"compare: {driver['id']} ({driver['version']}): {driver['absent'] or checked}")
+    if not report["samples"] or report["failures"]:
+        raise Failure(f"not all was measured: {report['failures']}: {said}")
+    say(f"compare: {len(report['samples'])} figures, {out / 'report.html'}")
