@@ -55,7 +55,7 @@ fn within(limit: u64, pieces: &[Piece], layers: &[Written]) -> Vec<Of> {
     let mut wanted: Vec<(Purpose, u64)> = Vec::new();
     let mut seen = HashSet::new();
     for (purpose, bytes) in pieces {
-        let size = BLOCK_SIZE as u64;
+        let size = BLOCK_SIZE;
         for block in bytes.start / size..bytes.end.div_ceil(size) {
             if seen.insert((*purpose, block)) {
                 wanted.push((*purpose, block));
@@ -110,7 +110,7 @@ mod tests {
     use vellum_base::block::{Run, WindowPower};
     use vellum_registry::artifact::Chunk;
 
-    const BLOCK: u64 = BLOCK_SIZE as u64;
+    const BLOCK: u64 = BLOCK_SIZE;
 
     /// A layer with data, or zeros, in these blocks; a chunk has 10 bytes for each window.
     fn layer(extents: &[(Range<u64>, BlockState)]) -> Written {
