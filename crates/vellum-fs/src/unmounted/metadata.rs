@@ -281,7 +281,7 @@ mod tests {
         for block_size in [1024, 4096] {
             let (_dir, file) = made(block_size);
             let whole = Only {
-                here: vec![0..64 << 20],
+                here: std::iter::once(0..64 << 20).collect(),
                 file: file.try_clone().unwrap(),
             };
             let pieces = metadata(&whole).unwrap();
@@ -311,7 +311,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let source = Only {
-            here: vec![0..1 << 20],
+            here: std::iter::once(0..1 << 20).collect(),
             file,
         };
         let error = metadata(&source).unwrap_err();
