@@ -214,6 +214,7 @@ pub(super) fn run_push(args: &PushArgs, context: &Context) -> Result<()> {
         level: args.level,
         access: args.access.access(),
         trace: args.trace.source()?,
+        hot: args.trace.is_hot(),
     };
     if options.trace.is_some() && options.format == PushFormat::Oci {
         let text = "a hot pack is of block layers, which --format oci leaves out: leave one of the two out";

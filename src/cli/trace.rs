@@ -41,7 +41,7 @@ pub(super) struct Args {
 /// Where a push has its trace from.
 #[derive(Debug, clap::Args)]
 pub(super) struct PushTraceArgs {
-    /// Run CMD in a container of its own, and push what it touches once more as a hot pack, which lazy pulls fetch
+    /// Run CMD in a container of its own, and push what it touches first in the hot pack, which lazy pulls fetch
     /// ahead; an empty one is the image's
     #[arg(long, value_name = "CMD", conflicts_with = "trace_file")]
     trace: Option<String>,
@@ -51,6 +51,9 @@ pub(super) struct PushTraceArgs {
     /// Make the hot pack of what `vellum trace` wrote
     #[arg(long, value_name = "FILE")]
     trace_file: Option<PathBuf>,
+    /// Push no hot pack, not even one of the file system's metadata: a lazy pull fetches nothing ahead
+    #[arg(long, conflicts_with_all = ["trace", "trace_file"])]
+    no_hot: bool,
 }
 
 fn parse_seconds(text: &str) -> std::result::Result<Duration, String> {
@@ -65,6 +68,11 @@ fn parse_seconds(text: &str) -> std::result::Result<Duration, String> {
 }
 
 impl PushTraceArgs {
+    /// Whether a hot pack is pushed.
+    pub(super) fn is_hot(&self) -> bool {
+        !self.no_hot
+    }
+
     /// What was said.
     ///
     /// # Errors

@@ -127,7 +127,7 @@ fn pushed() -> (Registry, TestStore, String, String) {
 }
 
 /// The digest of an artifact's hot pack.
-fn pack_of(registry: &Registry, artifact: &str) -> Option<String> {
+pub fn pack_of(registry: &Registry, artifact: &str) -> Option<String> {
     let manifest = registry.document(artifact);
     let layers = manifest["layers"].as_array().unwrap();
     let pack = layers
@@ -137,7 +137,7 @@ fn pack_of(registry: &Registry, artifact: &str) -> Option<String> {
 }
 
 /// Packs that have not come.
-fn noted(store: &TestStore) -> usize {
+pub fn noted(store: &TestStore) -> usize {
     let dirs = store.layers().into_iter();
     dirs.filter(|layer| store.root.join("layers").join(layer).join("hot").exists())
         .count()

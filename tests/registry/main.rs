@@ -32,6 +32,7 @@ mod hot;
 mod layouts;
 mod lazy;
 mod login;
+mod metadata;
 mod mirrors;
 mod mutual_tls;
 mod plain;

@@ -13,6 +13,8 @@ pub mod opener;
 mod pace;
 pub mod shortage;
 pub mod space_thread;
+#[cfg(test)]
+mod stalling;
 mod ublk;
 pub mod unix_socket;
 mod uring;

@@ -200,10 +200,10 @@ pub fn with_images() -> TestStore {
     store
 }
 
-/// A registry that has `web:1`, the store that pushed it, and one that has nothing yet.
+/// A registry that has `web:1`, without a hot pack, the store that pushed it, and one that has nothing yet.
 pub fn pushed() -> (Registry, TestStore, TestStore) {
     let (registry, from) = (Registry::new(), with_images());
-    from.ok(&["push", "web", &registry.image("web:1")]);
+    from.ok(&["push", "web", &registry.image("web:1"), "--no-hot"]);
     (registry, from, store())
 }
 

@@ -16,11 +16,11 @@ use vellum_registry::{Document, MANIFEST_TYPE, Upload};
 use super::super::export::layers::{Piece, checksummed, config, each_piece};
 use super::super::export::subject::Subject;
 use super::super::layer_file::Known;
-use super::super::trace::Trace;
 use super::super::watch::Watch;
 use super::description::Description;
-use super::hot::{self, Written};
+use super::hot::{self, Hot, Written};
 use super::layout::{Layout, digest_of, document};
+use super::metadata;
 use super::pushed::PushedLayer;
 
 /// An artifact that lies in a layout.
@@ -30,7 +30,7 @@ pub(super) struct Artifact {
     pub layers: Vec<PushedLayer>,
 }
 
-/// Writes the layers of a subject, all of them sealed, into a layout; with a trace also the hot pack.
+/// Writes the layers of a subject, all of them sealed, into a layout; and the hot pack, if there is to be one.
 ///
 /// # Errors
 /// Where a layer cannot be read, or the layout written; as [`hot::write`].
@@ -38,7 +38,7 @@ pub(super) fn write(
     subject: &Subject<'_>,
     layout: &Layout,
     level: i32,
-    (diff_ids, trace): (&[(Uuid, String)], Option<&Trace>),
+    (diff_ids, hot): (&[(Uuid, String)], Hot<'_>),
     watch: &dyn Watch,
 ) -> Result<Artifact> {
     if subject.container.is_some() {
@@ -71,6 +71,7 @@ pub(super) fn write(
         written.push(Written {
             digest: digest_of(table.digest),
             power: table.power,
+            extents: table.extents,
             chunks: table.chunks,
             data: data.as_ref().map(|data| data.path.clone()),
         });
@@ -80,8 +81,9 @@ pub(super) fn write(
         }
         description.layers.push(known);
     }
-    if let Some(trace) = trace {
-        let pack = hot::write(trace, &written, layout)?;
+    if let Hot::Pack(trace) = hot
+        && let Some(pack) = hot::write(trace, &metadata::find(subject)?, &written, layout)?
+    {
         entries.push(entry(HOT_TYPE, &pack));
         blobs.push(pack);
     }

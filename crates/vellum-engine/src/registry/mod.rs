@@ -6,6 +6,7 @@ mod description;
 mod hot;
 mod layout;
 mod load;
+mod metadata;
 mod pull;
 mod push;
 mod pushed;

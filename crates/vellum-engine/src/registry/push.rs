@@ -17,6 +17,7 @@ use super::super::export::subject::Subject;
 use super::super::trace::{self, Trace, TraceOptions};
 use super::super::watch::Watch;
 use super::artifact::{self, Artifact};
+use super::hot::Hot;
 use super::layout::{Layout, described, document};
 use super::pushed::{self, PushedLayer};
 
@@ -41,8 +42,10 @@ pub struct PushOptions {
     pub level: i32,
     /// How the registry is spoken to.
     pub access: Access,
-    /// Of what the hot pack is made; there is none where it is `None`.
+    /// Of what the hot pack is made, beside the file system's metadata.
     pub trace: Option<TraceSource>,
+    /// There is a hot pack.
+    pub hot: bool,
 }
 
 /// Where a push has its trace from.
@@ -190,6 +193,10 @@ pub(super) fn assemble(
         Some(TraceSource::Recorded(trace)) => Some(trace.clone()),
         None => None,
     };
+    let hot = match options.hot {
+        true => Hot::Pack(trace.as_ref()),
+        false => Hot::No,
+    };
     let mut collected = None;
     if format != PushFormat::Blocks {
         let advice = || "`vellum push --format blocks` takes a disk as it is";
@@ -202,8 +209,7 @@ pub(super) fn assemble(
     if format != PushFormat::Oci {
         let diff_ids = collected.as_ref().map_or(&[][..], |image| &image.diff_ids);
         let level = options.level;
-        let mut written =
-            artifact::write(&subject, layout, level, (diff_ids, trace.as_ref()), watch)?;
+        let mut written = artifact::write(&subject, layout, level, (diff_ids, hot), watch)?;
         layers.append(&mut written.layers);
         artifact = Some(written);
     }

@@ -117,6 +117,8 @@ impl Archive {
             level: options.level,
             access: Access::default(),
             trace: None,
+            // Nobody reads an archive lazily.
+            hot: false,
         };
         let (push, _) = assemble(store, name, &options, &layout, watch)?;
         let Push { blobs, documents } = push;

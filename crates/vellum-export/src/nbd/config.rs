@@ -25,6 +25,9 @@ pub struct ServerConfig {
     pub drain_timeout: Duration,
     /// Threads of one connection, at least 1, hence its requests in flight.
     pub threads_per_connection: usize,
+    /// Threads of one connection whose requests may wait for what others bring, such as the blocks of a lazy image: they
+    /// are started as requests wait.
+    pub threads_where_reads_stall: usize,
     /// Threads of all connections together, beyond two that each may have. A connection that gets none
     /// serves its slow requests with those two.
     pub helpers: usize,
@@ -48,7 +51,9 @@ impl Default for ServerConfig {
             stall_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(10),
             threads_per_connection: 16,
-            helpers: 256,
+            // Linux sends 128 requests, and one thread reads on.
+            threads_where_reads_stall: 130,
+            helpers: 1024,
             bytes_in_flight: 16 << 20,
             memory: 256 << 20,
             tls: None,

@@ -28,6 +28,7 @@ use super::stream::Stream;
 use crate::pace::{Class, Pace};
 use vellum_base::block::in_memory;
 use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::storage::unless_it_stalls;
 
 /// Size of the buffer that requests are received into, in bytes.
 const INPUT: usize = 256 << 10;
@@ -49,6 +50,8 @@ const PIECE: usize = 1 << 20;
 pub(super) struct Limits {
     /// Threads, at least 1.
     pub(super) threads: usize,
+    /// Threads where requests may wait for what others bring.
+    pub(super) threads_where_reads_stall: usize,
     /// Those that other connections want, too.
     pub(super) helpers: Arc<Helpers>,
     /// Bytes of long requests in flight; one request is always let through.
@@ -101,6 +104,10 @@ enum Step<'c> {
 
 impl<S: Stream> Connection<S> {
     pub(super) fn new(stream: S, session: Session, limits: Limits, ends: Arc<AtomicBool>) -> Self {
+        let threads = match session.may_stall() {
+            true => limits.threads.max(limits.threads_where_reads_stall),
+            false => limits.threads,
+        };
         Connection {
             stream,
             session,
@@ -115,7 +122,7 @@ impl<S: Stream> Connection<S> {
             writer: Mutex::new(()),
             pace: Pace::default(),
             budget: Budget::new(Arc::clone(&limits.memory), limits.bytes_in_flight),
-            threads: Threads::new(limits.threads, Arc::clone(&limits.helpers)),
+            threads: Threads::new(threads, Arc::clone(&limits.helpers)),
             limits,
             held: AtomicUsize::new(0),
             held_bytes: AtomicUsize::new(0),
@@ -210,7 +217,8 @@ impl<S: Stream> Connection<S> {
         }
         let long = matches!(command, Command::Read | Command::Write) && request.len > SHORT;
         let class = class(command, &request, long);
-        let slow = self.pace.is_slow(class);
+        // Half of a long read may be sent when it turns out that the rest is elsewhere.
+        let slow = self.pace.is_slow(class) || (long && self.session.may_stall());
         if !long {
             let whole = head_len + payload_len;
             if reader.available().len() < whole && !self.fill(reader, whole)? {
@@ -249,8 +257,8 @@ impl<S: Stream> Connection<S> {
         }
     }
 
-    /// Serves a request that was received whole, straight from the input. A write that finds no room on
-    /// the host is set apart, since whoever reads must not wait for that.
+    /// Serves a request that was received whole, straight from the input. What wants blocks from elsewhere and a write
+    /// that finds no room on the host are set apart, since whoever reads must not wait for that.
     #[expect(clippy::indexing_slicing, reason = "`step` received the whole request")]
     fn serve_at_once(
         &self,
@@ -267,32 +275,46 @@ impl<S: Stream> Connection<S> {
         let from = *start + headers.request_len();
         *start = from + len;
         let payload = &input[from..*start];
-        let serve = |patience, out: &mut Buffer| {
-            let sink = &mut |out: &mut Buffer| self.send(out);
+        let before = out.len();
+        // What may have to be done once more is not sent before it is done; it is short.
+        let keep = &mut |_: &mut Buffer| Ok(());
+        let mut execute = |payload: &[u8], patience: Patience<'_>, out: &mut Buffer| {
             self.session
-                .execute(command, request, payload, patience, out, sink)
+                .execute(command, request, payload, patience, out, keep)
         };
         let began = Instant::now();
-        if serve(self.first_patience(), out)? != Outcome::WantsRoom {
-            self.pace.record(class, began.elapsed());
-            reader.learn(self.session.expects_flush(command, request));
-            return self.next(reader);
-        }
-        let Some(share) = self.budget.try_take(len) else {
-            serve(Patience::Refuse, out)?;
+        let done = unless_it_stalls(|| execute(payload, self.first_patience(), out));
+        let wants_room = match done.transpose()? {
+            Some(Outcome::Done) => {
+                self.pace.record(class, began.elapsed());
+                reader.learn(self.session.expects_flush(command, request));
+                return self.next(reader);
+            }
+            Some(Outcome::WantsRoom) => true,
+            None => {
+                out.truncate(before);
+                false
+            }
+        };
+        let mut kept = self.budget.memory().buffer(len);
+        kept.push(payload);
+        let share = match wants_room {
+            true => self.budget.try_take(len),
+            false => Some(self.share(reader, self.session.memory(command, request))?),
+        };
+        let Some(share) = share else {
+            execute(kept.filled(), Patience::Refuse, &mut reader.out)?;
             return self.next(reader);
         };
-        let mut job = Job {
+        self.send(&mut reader.out)?;
+        Ok(Step::HandOver(Job {
             command,
             request: *request,
             class,
-            payload: self.budget.memory().buffer(len),
+            payload: kept,
             share,
-            wants_room: true,
-        };
-        job.payload.push(payload);
-        self.send(out)?;
-        Ok(Step::HandOver(job))
+            wants_room,
+        }))
     }
 
     /// Memory of `cost` bytes for a request. What was answered before is sent if there is none yet:

@@ -12,7 +12,7 @@ use super::status::{Contexts, clip};
 use crate::pace::Class;
 use vellum_base::block::{BlockDevice, Durability, ExtentKind, ZeroMode, in_memory};
 use vellum_base::crash_point;
-use vellum_base::error::{Error, Result};
+use vellum_base::error::{Error, ErrorKind, Result};
 
 /// The longest run of bytes that a structured read sends in one chunk, where the client lets it:
 /// so much memory a long read takes. Shorter chunks cost the client more than they gain.
@@ -86,6 +86,8 @@ impl Buffer {
 pub(super) struct Refusal {
     pub(super) errno: Errno,
     text: Cow<'static, str>,
+    /// Blocks are not here; the request may be done again by who may wait for them.
+    absent: bool,
 }
 
 impl Refusal {
@@ -93,13 +95,17 @@ impl Refusal {
         Refusal {
             errno,
             text: text.into(),
+            absent: false,
         }
     }
 }
 
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
-        Refusal::new(error.kind().into(), error.to_string())
+        Refusal {
+            absent: error.kind() == ErrorKind::Absent,
+            ..Refusal::new(error.kind().into(), error.to_string())
+        }
     }
 }
 
@@ -228,6 +234,11 @@ impl Session {
             Command::BlockStatus => self.contexts.memory(self.headers),
             _ => 0,
         }
+    }
+
+    /// True where requests may wait for what others bring.
+    pub(super) fn may_stall(&self) -> bool {
+        self.device.may_stall()
     }
 
     /// True when a read may be answered in several chunks.
@@ -359,8 +370,12 @@ impl Session {
 
     /// Appends the error reply to a request.
     pub(super) fn refuse(&self, request: &Request, refusal: &Refusal, out: &mut Buffer) {
-        let Refusal { errno, text } = refusal;
-        if matches!(errno, Errno::Io) {
+        let Refusal {
+            errno,
+            text,
+            absent,
+        } = refusal;
+        if matches!(errno, Errno::Io) && !absent {
             tracing::warn!(export = %self.name, ?request, "request failed: {text}");
         } else {
             tracing::debug!(export = %self.name, ?request, ?errno, "request refused: {text}");

@@ -461,6 +461,7 @@ impl Visit {
         handshake.greet(&mut stream)?;
         let limits = Limits {
             threads: config.threads_per_connection,
+            threads_where_reads_stall: config.threads_where_reads_stall,
             helpers: Arc::clone(&self.shared.helpers),
             bytes_in_flight: config.bytes_in_flight,
             memory: Arc::clone(&self.shared.memory),

@@ -31,6 +31,7 @@ pub fn session_over(stream: impl Read + Write, exports: &[Arc<Export>]) -> Resul
     };
     let limits = Limits {
         threads: 1,
+        threads_where_reads_stall: 1,
         helpers: Arc::new(Helpers::new(0)),
         bytes_in_flight: 0,
         memory: Arc::new(Memory::new(0)),

@@ -2,7 +2,7 @@
 
 use vellum_base::block::{BlockDevice, Durability};
 use vellum_base::crash_point;
-use vellum_base::error::{Error, Result};
+use vellum_base::error::{Error, ErrorKind, Result};
 
 use super::Disk;
 use super::chain::{Chain, Malformed, Memory, Table};
@@ -135,7 +135,13 @@ impl Executor<'_> {
             Ok(()) => Outcome::Done(Status::Ok),
             Err(Stop::Left) => Outcome::Left,
             Err(Stop::Failed(error)) => {
-                tracing::warn!(disk = %self.disk.serial, ?request, "request failed: {error}");
+                match error.kind() {
+                    // It may be done again by a thread that may wait for the blocks.
+                    ErrorKind::Absent => tracing::debug!(?request, "{error}"),
+                    _ => {
+                        tracing::warn!(disk = %self.disk.serial, ?request, "request failed: {error}");
+                    }
+                }
                 Outcome::Done(Status::IoErr)
             }
             Err(Stop::Refused(malformed)) => Outcome::Done(refuse(self.disk, malformed.into())),

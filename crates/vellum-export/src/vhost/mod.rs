@@ -65,4 +65,6 @@ impl fmt::Debug for Disk {
 }
 
 #[cfg(test)]
+mod stalling_tests;
+#[cfg(test)]
 mod tests;

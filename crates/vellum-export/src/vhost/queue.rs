@@ -23,9 +23,11 @@ use crate::pace::Pace;
 use vellum_base::block::Durability;
 use vellum_base::crash_point;
 use vellum_base::error::{Result, ResultExt};
+use vellum_base::storage::unless_it_stalls;
 
-/// Threads of a queue at most, hence its requests that are carried out at once.
-const MAX_THREADS: usize = 16;
+/// Threads of a queue at most, hence its requests that are carried out at once, where none waits for what others bring;
+/// else it may have one for each request that there can be, and one to take them.
+const USUAL_THREADS: usize = 16;
 
 /// What a queue is made of beside its rings.
 pub(super) struct Parts {
@@ -62,6 +64,8 @@ struct Shared {
     /// Readable for ever once the queue stops.
     stop: EventFd,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// How many these may be.
+    most: usize,
 }
 
 impl RunningQueue {
@@ -79,6 +83,10 @@ impl RunningQueue {
         }
         // The one before may have died between an answer and its interrupt.
         ring.interrupt();
+        let most = match parts.disk.device.may_stall() {
+            true => USUAL_THREADS.max(usize::from(ring.size()) + 1),
+            false => USUAL_THREADS,
+        };
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let shared = Arc::new(Shared {
             parts,
@@ -90,6 +98,7 @@ impl RunningQueue {
             stopping: AtomicBool::new(false),
             stop: EventFd::from_value_and_flags(0, flags).context(|| "making an eventfd")?,
             threads: Mutex::default(),
+            most,
         });
         shared
             .add_thread()
@@ -235,7 +244,8 @@ impl Shared {
         }
     }
 
-    /// Carries out a request. Gives up the lead before, where it may take long.
+    /// Carries out a request. Gives up the lead before, where it may take long, and where it has to wait for blocks from
+    /// elsewhere.
     fn carry_out<'a>(
         self: &'a Arc<Self>,
         lead: MutexGuard<'a, ()>,
@@ -253,26 +263,30 @@ impl Shared {
             }
         };
         let class = class(&request, parts.durability);
-        let kept = match self.pace.is_slow(class) {
-            true => {
-                drop(lead);
-                self.want_follower();
-                None
-            }
-            false => Some(lead),
-        };
+        let mut kept = Some(lead);
+        if self.pace.is_slow(class) {
+            self.hand_over(&mut kept);
+        }
         let began = Instant::now();
         if matches!(request, Request::Flush) {
             crash_point::here("vhost: flush");
         }
-        let outcome = Executor {
+        let mut executor = Executor {
             disk: &parts.disk,
             memory,
             durability: parts.durability,
             ends: &|| parts.leaves && self.stopping(),
             buffer,
-        }
-        .execute(&chain, &request);
+        };
+        let mut execute = || executor.execute(&chain, &request);
+        let at_once = match kept {
+            Some(_) => unless_it_stalls(&mut execute),
+            None => None,
+        };
+        let outcome = at_once.unwrap_or_else(|| {
+            self.hand_over(&mut kept);
+            execute()
+        });
         self.pace.record(class, began.elapsed());
         match outcome {
             Outcome::Done(status) => {
@@ -290,11 +304,18 @@ impl Shared {
         kept
     }
 
+    /// Gives up the lead, unless it was given up before.
+    fn hand_over(self: &Arc<Self>, kept: &mut Option<MutexGuard<'_, ()>>) {
+        if kept.take().is_some() {
+            self.want_follower();
+        }
+    }
+
     /// Sees to it that somebody takes requests while this thread does not.
     fn want_follower(self: &Arc<Self>) {
         let enough = self.followers.load(SeqCst) > 0
             || self.stopping()
-            || self.threads.lock().len() >= MAX_THREADS;
+            || self.threads.lock().len() >= self.most;
         if enough {
             return;
         }

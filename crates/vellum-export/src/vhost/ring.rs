@@ -109,6 +109,11 @@ impl Ring {
         self.queue.next_avail()
     }
 
+    /// How many requests there can be.
+    pub(super) fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// The table that chains begin in.
     pub(super) fn table(&self) -> Table {
         Table {

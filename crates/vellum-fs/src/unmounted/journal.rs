@@ -106,6 +106,11 @@ impl<'a> Replayed<'a> {
         self.recovered
     }
 
+    /// The blocks of the journal that the replay writes elsewhere.
+    pub(super) fn journaled(&self) -> impl Iterator<Item = u64> {
+        self.blocks.values().map(|from| from.block)
+    }
+
     /// The bytes that the replay writes, in order.
     pub fn written(&self) -> impl Iterator<Item = Range<u64>> {
         let bytes = |block: &u64| block * self.block_size..(block + 1) * self.block_size;

@@ -17,6 +17,7 @@ mod extents;
 mod inode;
 mod journal;
 mod layout;
+mod metadata;
 mod parents;
 mod xattrs;
 
@@ -26,6 +27,7 @@ pub use content::{Contents, differences};
 pub use directory::Entry;
 pub use inode::{Inode, Timestamp};
 pub use journal::Replayed;
+pub use metadata::{Piece, Purpose, metadata};
 pub use xattrs::Xattrs;
 
 use layout::{Group, Layout};

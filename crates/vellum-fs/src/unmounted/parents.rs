@@ -22,9 +22,16 @@ const CHUNK: u64 = 16;
 #[derive(Debug, Clone)]
 pub(super) struct Chunk {
     first_inode: u32,
-    blocks: Range<u64>,
+    pub blocks: Range<u64>,
     /// How many of its inodes may be in use.
     used: u32,
+}
+
+impl Chunk {
+    /// How many blocks it has.
+    pub fn len(&self) -> u64 {
+        self.blocks.end - self.blocks.start
+    }
 }
 
 impl FileSystem<'_> {
@@ -41,35 +48,49 @@ impl FileSystem<'_> {
 
     /// All parts of inode tables that may be in use, in order.
     pub(super) fn chunks(&self) -> Vec<Chunk> {
+        let groups = self.groups.iter().enumerate();
+        groups
+            .flat_map(|(number, group)| self.chunks_of(number, group))
+            .collect()
+    }
+
+    /// As [`Self::chunks`], of the group `number`.
+    pub(super) fn chunks_of(&self, number: usize, group: &Group) -> Vec<Chunk> {
         let per_block = self.block_size() / self.layout.inode_size as u64;
         let mut chunks = Vec::new();
-        for (number, group) in self.groups.iter().enumerate() {
-            let used = u64::from(group.inodes_used);
-            let end = used.div_ceil(per_block);
-            for start in (0..end).step_by(CHUNK as usize) {
-                let before = start * per_block;
-                let blocks = start..end.min(start + CHUNK);
-                chunks.push(Chunk {
-                    first_inode: self.first_inode(number) + before as u32,
-                    used: (used - before).min(CHUNK * per_block) as u32,
-                    blocks: group.inode_table + blocks.start..group.inode_table + blocks.end,
-                });
-            }
+        let used = u64::from(group.inodes_used);
+        let end = used.div_ceil(per_block);
+        for start in (0..end).step_by(CHUNK as usize) {
+            let before = start * per_block;
+            let blocks = start..end.min(start + CHUNK);
+            chunks.push(Chunk {
+                first_inode: self.first_inode(number) + before as u32,
+                used: (used - before).min(CHUNK * per_block) as u32,
+                blocks: group.inode_table + blocks.start..group.inode_table + blocks.end,
+            });
         }
         chunks
     }
 
     /// The directories among the inodes of a chunk.
     pub(super) fn directories_in(&self, chunk: &Chunk) -> Result<Vec<Inode>> {
-        let count = chunk.blocks.end - chunk.blocks.start;
-        let bytes = self.blocks(chunk.blocks.start, count)?;
+        self.inodes_in(chunk, Inode::is_used_directory)
+    }
+
+    /// The inodes of a chunk that are in use, of those whose bytes are `wanted`.
+    pub(super) fn inodes_in(
+        &self,
+        chunk: &Chunk,
+        wanted: impl Fn(&[u8]) -> bool,
+    ) -> Result<Vec<Inode>> {
+        let bytes = self.blocks(chunk.blocks.start, chunk.len())?;
         let mut found = Vec::new();
         let slots = bytes.chunks_exact(self.layout.inode_size);
         for (slot, raw) in (0..chunk.used).zip(slots) {
-            if Inode::is_used_directory(raw)
-                && let Some(directory) = self.parse_inode(chunk.first_inode + slot, raw)?
+            if wanted(raw)
+                && let Some(inode) = self.parse_inode(chunk.first_inode + slot, raw)?
             {
-                found.push(directory);
+                found.push(inode);
             }
         }
         Ok(found)

@@ -3,6 +3,7 @@
 mod devices;
 mod extended;
 mod handshake;
+mod stalling;
 mod transmission;
 
 use std::collections::VecDeque;

@@ -102,7 +102,7 @@ impl Remote {
         run(&["import", IMAGE, &tree, "--size", &size])?;
         let push = ["push", "--format", "blocks", "--plain-http", IMAGE];
         let (blocks, hot) = (self.reference("blocks"), self.reference("hot"));
-        run(&[&push[..], &[&blocks]].concat())?;
+        run(&[&push[..], &[&blocks, "--no-hot"]].concat())?;
         run(&[&push[..], &[&hot, "--trace", &start]].concat())?;
         fs::remove_dir_all(&store).with_context(|| store.display().to_string())
     }
