@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use super::Context;
+use super::encryption::{FormatArgs, IdentityArgs};
 use super::output::{counted, human_size};
 use super::progress::Bars;
-use super::registry::{FormatArg, pulled};
+use super::registry::pulled;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_engine::registry::{LoadReport, SaveOptions, SaveReport, load, save};
@@ -28,9 +29,8 @@ pub(super) struct SaveArgs {
     /// The file to write; - is standard output
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// What to save of each
-    #[arg(long, value_enum, default_value = "both")]
-    format: FormatArg,
+    #[command(flatten)]
+    format: FormatArgs,
     /// How much the block layers are compressed (zstd), 1 to 19
     #[arg(long, value_name = "N", default_value_t = 3)]
     #[arg(value_parser = clap::value_parser!(i32).range(1..=19))]
@@ -50,6 +50,8 @@ pub(super) struct LoadArgs {
     /// An OCI archive, as vellum save, docker save (since 25) and skopeo write it; - is standard input
     #[arg(short, long, value_name = "FILE")]
     input: PathBuf,
+    #[command(flatten)]
+    identity: IdentityArgs,
 }
 
 pub(super) fn run_save(args: &SaveArgs, context: &Context) -> Result<()> {
@@ -60,14 +62,16 @@ pub(super) fn run_save(args: &SaveArgs, context: &Context) -> Result<()> {
             "standard output has the archive, and no place for --json: name a file",
         ));
     }
+    let (format, encryption) = args.format.wanted()?;
     let options = SaveOptions {
-        format: args.format.into(),
+        format,
+        encryption,
         level: args.level,
         replace: args.force,
     };
     let store = context.store_to_change()?;
     let watch = Bars::new(context.out);
-    let report = save(&store, &args.names, &args.output, options, &watch)?;
+    let report = save(&store, &args.names, &args.output, &options, &watch)?;
     match to_stdout {
         true => Ok(()),
         false => context.out.print(&report, saved),
@@ -90,7 +94,8 @@ fn saved(report: &SaveReport) -> String {
 pub(super) fn run_load(args: &LoadArgs, context: &Context) -> Result<()> {
     crash_point::arm()?;
     let store = context.store_to_fill()?;
-    let report = load(&store, &args.input, &Bars::new(context.out))?;
+    let watch = Bars::new(context.out);
+    let report = load(&store, &args.input, &args.identity.identity, &watch)?;
     context.out.print(&report, loaded)
 }
 

@@ -19,6 +19,7 @@ mod df;
 mod diff;
 mod docker;
 mod doctor;
+mod encryption;
 mod exec;
 mod export;
 mod fetcher;

@@ -7,6 +7,7 @@ use console::Term;
 use serde::Serialize;
 
 use super::Context;
+use super::encryption::{FormatArgs, IdentityArgs};
 use super::output::{counted, human_size};
 use super::progress::Bars;
 use super::trace::PushTraceArgs;
@@ -36,6 +37,7 @@ Examples:
   vellum push web@before-upgrade localhost:5000/web:old --format oci
   vellum push web registry.example/team/web:1 --trace 'nginx -t'
   vellum push web s3://bucket/team/web:1
+  vellum push web registry.example/team/web:1 --encrypt-to age1… --encrypt-to ops.recipients
 
 Credentials are docker's and podman's, see `vellum login`.")]
 pub(super) struct PushArgs {
@@ -49,9 +51,8 @@ pub(super) struct PushArgs {
         help = "Where it goes: HOST[:PORT]/REPOSITORY[:TAG], or file:///DIR[:TAG], s3://BUCKET[/PREFIX][:TAG], gs://…, az://…"
     )]
     reference: String,
-    /// What to push
-    #[arg(long, value_enum, default_value = "both")]
-    format: FormatArg,
+    #[command(flatten)]
+    format: FormatArgs,
     /// How much the block layers are compressed (zstd), 1 to 19
     #[arg(long, value_name = "N", default_value_t = 3)]
     #[arg(value_parser = clap::value_parser!(i32).range(1..=19))]
@@ -112,6 +113,7 @@ Examples:
   vellum pull --lazy registry.example/team/web:1 web
   vellum pull --lazy s3://bucket/team/web:1 web
   vellum pull --lazy --background=20M registry.example/team/web:1 web
+  vellum pull registry.example/team/secret:1 --identity web.key
 
 Credentials are docker's and podman's, see `vellum login`.")]
 pub(super) struct PullArgs {
@@ -129,6 +131,8 @@ pub(super) struct PullArgs {
     platform: Option<Platform>,
     #[command(flatten)]
     lazily: LazyArgs,
+    #[command(flatten)]
+    identity: IdentityArgs,
     #[command(flatten)]
     access: AccessArgs,
 }
@@ -157,9 +161,15 @@ fn parse_rate(text: &str) -> std::result::Result<NonZeroU64, String> {
 }
 
 impl LazyArgs {
-    fn options(self, platform: Option<Platform>, access: AccessArgs) -> PullOptions {
+    fn options(
+        self,
+        platform: Option<Platform>,
+        access: AccessArgs,
+        identity: &IdentityArgs,
+    ) -> PullOptions {
         PullOptions {
             platform,
+            identities: identity.identity.clone(),
             access: access.access(),
             lazy: self.lazy,
             background: self.background.map(|rate| Background { rate }),
@@ -209,8 +219,10 @@ pub(super) struct LogoutArgs {
 }
 
 pub(super) fn run_push(args: &PushArgs, context: &Context) -> Result<()> {
+    let (format, encryption) = args.format.wanted()?;
     let options = PushOptions {
-        format: args.format.into(),
+        format,
+        encryption,
         level: args.level,
         access: args.access.access(),
         trace: args.trace.source()?,
@@ -249,7 +261,9 @@ fn pushed(report: &PushReport) -> String {
 pub(super) fn run_pull(args: &PullArgs, context: &Context) -> Result<()> {
     crash_point::arm()?;
     let store = context.store_to_fill()?;
-    let options = args.lazily.options(args.platform.clone(), args.access);
+    let options = args
+        .lazily
+        .options(args.platform.clone(), args.access, &args.identity);
     let reference = Location::parse(&args.reference)?;
     let name = match &args.name {
         Some(name) => name.clone(),
@@ -298,7 +312,7 @@ pub(super) fn pull_absent(
     image: &str,
     context: &Context,
     args: AccessArgs,
-    lazily: LazyArgs,
+    (lazily, identity): (LazyArgs, &IdentityArgs),
 ) -> Result<String> {
     let reference = Location::parse(image);
     let name = match &reference {
@@ -313,7 +327,7 @@ pub(super) fn pull_absent(
     let Ok(reference) = reference else {
         return Err(absent);
     };
-    let options = lazily.options(None, args);
+    let options = lazily.options(None, args, identity);
     context.out.note(&format!(
         "there is no image {image} here: pulling {reference}"
     ));

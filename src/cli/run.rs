@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use super::Context;
 use super::confinement::ConfinementArgs;
 use super::docker::DockerArgs;
+use super::encryption::IdentityArgs;
 use super::output::{complain, say};
 use super::registry::{AccessArgs, LazyArgs, pull_absent};
 use super::transport::TransportArgs;
@@ -44,6 +45,8 @@ pub(super) struct Args {
     made: MadeArgs,
     #[command(flatten)]
     lazily: LazyArgs,
+    #[command(flatten)]
+    identity: IdentityArgs,
     /// Remove the container when the command has ended
     #[arg(long)]
     rm: bool,
@@ -250,7 +253,8 @@ fn start(args: &Args, context: &Context) -> Result<Begun> {
     }
     args.transport.choose();
     let store = context.store_to_fill()?;
-    let image = pull_absent(&store, made.image(), context, args.access, args.lazily)?;
+    let how = (args.lazily, &args.identity);
+    let image = pull_absent(&store, made.image(), context, args.access, how)?;
     let new = made.container(&image)?;
     if !args.detach {
         return run::run(&store, &new, &options).map(Begun::Ended);

@@ -116,6 +116,7 @@ pages! {
     containerd: "docs/containerd.md",
     design: "docs/design.md",
     durability: "docs/durability.md",
+    encryption: "docs/encryption.md",
     format: "docs/format.md",
     images: "docs/images.md",
     lazy: "docs/lazy.md",

@@ -24,6 +24,7 @@ mod archive;
 mod buckets;
 mod cache;
 mod crash;
+mod encrypted;
 mod faults;
 mod faulty;
 mod healing;

@@ -5,6 +5,7 @@
 //! * [`Place`]: what it names there, for one command; blobs fetched and sent. [`BlobReader`]: parts of blobs, for lazy
 //!   layers. Who uses these does not care which of the two it is.
 //! * [`Session`], [`Ranges`]: the same of a registry.
+//! * [`Recipients`], [`Identities`]: to whom an artifact is encrypted, and who reads it.
 //! * [`login`], [`logout`]: credentials where docker keeps them.
 //!
 //! Nothing here knows of a store: blobs are files in a directory that the caller names.
@@ -21,6 +22,7 @@ mod blobs;
 mod client;
 mod credentials;
 mod document;
+mod encryption;
 mod failure;
 mod find;
 mod hedge;
@@ -42,6 +44,7 @@ pub use document::{
     CONTAINERD_NAME, Descriptor, Document, INDEX_TYPE, MANIFEST_TYPE, Manifest, NAME_ANNOTATION,
     REF_NAME,
 };
+pub use encryption::{Identities, Recipients};
 pub use failure::Failure;
 pub use find::Found;
 pub use hedge::Traffic;

@@ -100,6 +100,18 @@ impl Location {
         }
     }
 
+    /// What holds this image and those that belong together with it: a registry and namespace, or a layout.
+    /// docs/encryption.md, "The salt".
+    pub fn namespace(&self) -> String {
+        match self {
+            Location::Layout(reference) => reference.layout(),
+            Location::Registry(reference) => match reference.repository().rsplit_once('/') {
+                Some((namespace, _)) => format!("{}/{namespace}", reference.registry()),
+                None => reference.registry().to_owned(),
+            },
+        }
+    }
+
     /// What an image from there is called here, where nobody says and it was written as `text`. Digests are shortened.
     pub fn name(&self, text: &str) -> String {
         let text = text.split_once('?').map_or(text, |(text, _)| text);

@@ -181,7 +181,7 @@ fn each_field_of_a_header_is_looked_at() {
         (0, &b"VELLUMMP"[..], "wrong magic"),
         (8, &[2], "version 2"),
         (12, &[0, 2], "blocks of 512"),
-        (16, &[1], "feature bit(s) 0"),
+        (16, &[2], "feature bit(s) 1"),
         (32, &[1], "a layer of"),
         (40, &[15], "to the power of 15"),
         (40, &[21], "to the power of 21"),

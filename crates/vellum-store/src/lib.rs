@@ -15,6 +15,7 @@
 //! ROOT/space.json            what is done before it is full; made when it is set
 //! ROOT/cache.json            how much fetched blocks may take; made when it is set
 //! ROOT/registry-blobs.json   which repositories have which blobs: a hint
+//! ROOT/salts/                 salts by which pushes encrypt, one for each namespace; made when needed
 //! ROOT/quarantine/            records whose layers are damaged; made when needed
 //! ROOT/run/CONTAINER/        mounts and processes of the running system
 //! ```

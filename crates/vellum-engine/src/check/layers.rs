@@ -18,7 +18,7 @@ use vellum_core::layer::{
 use vellum_store::Store;
 
 /// Files that the store keeps beside those of a layer.
-const STORE_FILES: [&str; 5] = ["info.json", "lease", "readers", "remote", "table"];
+const STORE_FILES: [&str; 6] = ["info.json", "key", "lease", "readers", "remote", "table"];
 
 /// What is known of a layer after it was looked at.
 #[derive(Debug, Default)]

@@ -1,4 +1,5 @@
-//! Where the blocks of a lazy layer are: the files `remote` and `table`. docs/lazy.md.
+//! Where the blocks of a lazy layer are: the files `remote` and `table`, and of an encrypted one `key`. docs/lazy.md,
+//! docs/encryption.md.
 
 use std::num::NonZeroU64;
 use std::path::Path;
@@ -11,17 +12,21 @@ use crate::registry::digest_of;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::Storage;
 use vellum_core::layer::LazyLayer;
-use vellum_registry::artifact::{MAX_TABLE, Table};
+use vellum_registry::artifact::{LayerKey, MAX_TABLE, Table};
 use vellum_registry::{Access, Location};
 use vellum_store::Store;
+use zeroize::Zeroizing;
 
 const REMOTE_FILE: &str = "remote";
 const TABLE_FILE: &str = "table";
+const KEY_FILE: &str = "key";
+/// The longest file `key`.
+const MAX_KEY: u64 = 1 << 10;
 /// The longest file `remote`.
 const MAX_REMOTE: u64 = 64 << 10;
 
 /// The files of a lazy layer's directory that say where its blocks are.
-pub const REMOTE_FILES: [&str; 2] = [REMOTE_FILE, TABLE_FILE];
+pub const REMOTE_FILES: [&str; 3] = [REMOTE_FILE, TABLE_FILE, KEY_FILE];
 
 /// Where a layer's blocks are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,11 +57,17 @@ pub struct Background {
 }
 
 impl Remote {
-    /// Writes the files of a new layer. They are durable with its names.
+    /// Writes the files of a new layer, with the table's key if it is encrypted. They are durable with its names.
     ///
     /// # Errors
     /// Where the host refuses.
-    pub fn write(&self, storage: &dyn Storage, dir: &Path, table: &[u8]) -> Result<()> {
+    pub fn write(
+        &self,
+        storage: &dyn Storage,
+        dir: &Path,
+        (table, key): (&[u8], Option<&LayerKey>),
+    ) -> Result<()> {
+        write_key(storage, dir, key)?;
         write(storage, &dir.join(TABLE_FILE), table)?;
         self.write_again(storage, dir)
     }
@@ -80,10 +91,16 @@ impl Remote {
     ///
     /// # Errors
     /// Where the host refuses.
-    pub fn note_push(&self, storage: &dyn Storage, dir: &Path, table: &[u8]) -> Result<()> {
+    pub fn note_push(
+        &self,
+        storage: &dyn Storage,
+        dir: &Path,
+        (table, key): (&[u8], Option<&LayerKey>),
+    ) -> Result<()> {
         let path = dir.join(REMOTE_FILE);
         let noted = Remote::read(storage, dir)?;
         if noted.is_some_and(|noted| noted.table == self.table) {
+            write_key(storage, dir, key)?;
             return self.write_again(storage, dir);
         }
         if Remote::is_known(dir) {
@@ -93,7 +110,12 @@ impl Remote {
             let synced = storage.sync_dir(dir);
             synced.context(|| format!("cannot sync {}", dir.display()))?;
         }
-        self.write(storage, dir, table)
+        self.write(storage, dir, (table, key))
+    }
+
+    /// Whether the layer in `dir` is encrypted where its blocks are.
+    pub fn is_encrypted(dir: &Path) -> bool {
+        dir.join(KEY_FILE).exists()
     }
 
     /// Whether it is known where the blocks of the layer in `dir` are.
@@ -130,7 +152,11 @@ impl Remote {
             let text = format!("{}: it has the digest {found}, not {}", named(), self.table);
             return Err(Error::new(ErrorKind::Corrupt, text));
         }
-        Table::decode(&bytes).map_err(|error| error.context(named()))
+        let table = match Table::is_encrypted(&bytes) {
+            true => Table::decode_encrypted(&bytes, &read_key(storage, dir)?),
+            false => Table::decode(&bytes),
+        };
+        table.map_err(|error| error.context(named()))
     }
 
     /// Where the blocks of the layer in `dir` are, with its table; `None` where it came from nowhere. A push that notes
@@ -166,6 +192,37 @@ impl Remote {
             plain_http: self.plain_http,
         };
         Ok((Location::parse(&self.reference)?, access))
+    }
+}
+
+/// The key of an encrypted layer's table.
+fn read_key(storage: &dyn Storage, dir: &Path) -> Result<LayerKey> {
+    let path = dir.join(KEY_FILE);
+    let lost = |why: &str| {
+        let text = format!(
+            "{}: the key of the encrypted layer {why}: remove the image and pull it again, or push it once more, \
+             encrypted",
+            path.display()
+        );
+        Error::new(ErrorKind::Corrupt, text)
+    };
+    let bytes = storage.read_all(&path, MAX_KEY).map(Zeroizing::new);
+    let bytes = bytes.map_err(|error| lost(&format!("cannot be read ({error})")))?;
+    let key = str::from_utf8(&bytes).ok().map(LayerKey::parse);
+    key.and_then(Result::ok).ok_or_else(|| lost("is damaged"))
+}
+
+/// Writes the key of a table that is to be written next, or removes that of another.
+fn write_key(storage: &dyn Storage, dir: &Path, key: Option<&LayerKey>) -> Result<()> {
+    let path = dir.join(KEY_FILE);
+    match key {
+        // The storage makes all files for the owner alone.
+        Some(key) => write(storage, &path, key.digits().as_bytes()),
+        None if path.exists() => {
+            let removed = storage.remove_file(&path);
+            removed.context(|| format!("cannot remove {}", path.display()))
+        }
+        None => Ok(()),
     }
 }
 

@@ -8,8 +8,9 @@ use uuid::Uuid;
 use vellum_base::error::{Error, Result};
 use vellum_core::layer::SealedLayer;
 use vellum_registry::artifact::{
-    ARTIFACT_TYPE, CONFIG_TYPE, DATA_TYPE, DIFF_ID_ANNOTATION, DIGEST_ANNOTATION, Encoded,
-    HOT_TYPE, LayerEncoder, SIZE_ANNOTATION, TABLE_TYPE, TEMPLATE_ANNOTATION, Table, power_for,
+    ARTIFACT_TYPE, CONFIG_TYPE, DATA_TYPE, DIFF_ID_ANNOTATION, DIGEST_ANNOTATION,
+    ENCRYPTED_CONFIG_TYPE, Encoded, HOT_TYPE, LayerEncoder, LayerKey, SIZE_ANNOTATION, TABLE_TYPE,
+    TEMPLATE_ANNOTATION, Table, power_for,
 };
 use vellum_registry::{Document, MANIFEST_TYPE, Upload};
 
@@ -22,6 +23,7 @@ use super::hot::{self, Hot, Written};
 use super::layout::{Layout, digest_of, document};
 use super::metadata;
 use super::pushed::PushedLayer;
+use super::sealed::{Sealing, Secret, seal};
 
 /// An artifact that lies in a layout.
 pub(super) struct Artifact {
@@ -30,14 +32,15 @@ pub(super) struct Artifact {
     pub layers: Vec<PushedLayer>,
 }
 
-/// Writes the layers of a subject, all of them sealed, into a layout; and the hot pack, if there is to be one.
+/// Writes the layers of a subject, all of them sealed, into a layout, encrypted if it is said with what; and the hot pack, if
+/// there is to be one.
 ///
 /// # Errors
 /// Where a layer cannot be read, or the layout written; as [`hot::write`].
 pub(super) fn write(
     subject: &Subject<'_>,
     layout: &Layout,
-    level: i32,
+    (level, sealing): (i32, Option<&Sealing>),
     (diff_ids, hot): (&[(Uuid, String)], Hot<'_>),
     watch: &dyn Watch,
 ) -> Result<Artifact> {
@@ -52,47 +55,40 @@ pub(super) fn write(
         config: config(subject),
         layers: Vec::new(),
     };
-    let mut entries = Vec::new();
-    let mut blobs = Vec::new();
-    let mut written = Vec::new();
-    let mut layers = Vec::new();
+    let mut parts = Parts::default();
     for layer in &subject.layers {
         let sealed = checksummed(subject.store, *layer)?;
         let known = Known::of(subject.store.layer_info(*layer)?);
-        let (table, blob, data) = layer_blobs(&sealed, layout, level, watch)?;
-        let diff_id = diff_ids.get(layer).map(|id| id.as_str());
-        entries.push(table_entry(&sealed, &known, diff_id, &blob)?);
-        layers.push(PushedLayer {
-            layer: *layer,
-            table: blob.digest.clone(),
-            data: data.as_ref().map(|data| data.digest.clone()),
-        });
-        blobs.push(blob);
-        written.push(Written {
-            digest: digest_of(table.digest),
-            power: table.power,
-            extents: table.extents,
-            chunks: table.chunks,
-            data: data.as_ref().map(|data| data.path.clone()),
-        });
-        if let Some(data) = data {
-            entries.push(entry(DATA_TYPE, &data));
-            blobs.push(data);
-        }
+        let blobs = layer_blobs(&sealed, layout, (level, sealing), watch)?;
+        parts.add(*layer, blobs, &known, diff_ids.get(layer).copied());
         description.layers.push(known);
     }
+    let Parts {
+        mut entries,
+        mut blobs,
+        written,
+        layers,
+        secrets,
+    } = parts;
     if let Hot::Pack(trace) = hot
         && let Some(pack) = hot::write(trace, &metadata::find(subject)?, &written, layout)?
     {
         entries.push(entry(HOT_TYPE, &pack));
         blobs.push(pack);
     }
-    let config = layout.add(&description.encode()?)?;
+    let (config_type, config) = match sealing {
+        Some(sealing) => {
+            let sealed = seal(description, secrets, &sealing.recipients)?;
+            (ENCRYPTED_CONFIG_TYPE, sealed)
+        }
+        None => (CONFIG_TYPE, description.encode()?),
+    };
+    let config = layout.add(&config)?;
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
         "artifactType": ARTIFACT_TYPE,
-        "config": entry(CONFIG_TYPE, &config),
+        "config": entry(config_type, &config),
         "layers": entries,
     });
     blobs.push(config);
@@ -106,27 +102,82 @@ pub(super) fn write(
     })
 }
 
+/// What was written of the layers so far.
+#[derive(Default)]
+struct Parts {
+    /// Of the manifest.
+    entries: Vec<Value>,
+    blobs: Vec<Upload>,
+    written: Vec<Written>,
+    layers: Vec<PushedLayer>,
+    /// Of each layer, if they are encrypted.
+    secrets: Vec<Secret>,
+}
+
+impl Parts {
+    /// Adds the next layer, which lies on those before.
+    fn add(&mut self, layer: Uuid, blobs: LayerBlobs, known: &Known, diff_id: Option<&String>) {
+        let LayerBlobs {
+            table,
+            blob,
+            data,
+            key,
+        } = blobs;
+        let said = match &key {
+            Some(key) => {
+                self.secrets.push(Secret {
+                    digest: digest_of(table.digest),
+                    template: known.template.clone(),
+                    key: key.clone(),
+                });
+                BTreeMap::new()
+            }
+            None => annotations(&table, known, diff_id),
+        };
+        self.entries.push(table_entry(&table, said, &blob));
+        self.layers.push(PushedLayer {
+            layer,
+            table: blob.digest.clone(),
+            data: data.as_ref().map(|data| data.digest.clone()),
+            key,
+        });
+        self.blobs.push(blob);
+        self.written.push(Written {
+            digest: digest_of(table.digest),
+            power: table.power,
+            extents: table.extents,
+            chunks: table.chunks,
+            data: data.as_ref().map(|data| data.path.clone()),
+        });
+        if let Some(data) = data {
+            self.entries.push(entry(DATA_TYPE, &data));
+            self.blobs.push(data);
+        }
+    }
+}
+
 fn entry(media_type: &str, blob: &Upload) -> Value {
     json!({ "mediaType": media_type, "digest": blob.digest, "size": blob.size })
 }
 
-#[expect(clippy::indexing_slicing, reason = "a JSON object takes any key")]
-fn table_entry(
-    sealed: &SealedLayer,
+/// What everybody is told of a layer that is not encrypted.
+fn annotations(
+    table: &Table,
     known: &Known,
-    diff_id: Option<&str>,
-    table: &Upload,
-) -> Result<Value> {
-    let size = sealed.header().virtual_size.to_string();
-    let mut said = BTreeMap::from([
-        (DIGEST_ANNOTATION, digest_of(digest(sealed)?)),
-        (SIZE_ANNOTATION, size),
-    ]);
+    diff_id: Option<&String>,
+) -> BTreeMap<&'static str, String> {
+    let mut said = BTreeMap::from([(DIGEST_ANNOTATION, digest_of(table.digest))]);
     said.extend(known.template.clone().map(|key| (TEMPLATE_ANNOTATION, key)));
-    said.extend(diff_id.map(|id| (DIFF_ID_ANNOTATION, id.to_owned())));
-    let mut entry = entry(TABLE_TYPE, table);
+    said.extend(diff_id.map(|id| (DIFF_ID_ANNOTATION, id.clone())));
+    said
+}
+
+#[expect(clippy::indexing_slicing, reason = "a JSON object takes any key")]
+fn table_entry(table: &Table, mut said: BTreeMap<&'static str, String>, blob: &Upload) -> Value {
+    said.insert(SIZE_ANNOTATION, table.virtual_size.to_string());
+    let mut entry = entry(TABLE_TYPE, blob);
     entry["annotations"] = json!(said);
-    Ok(entry)
+    entry
 }
 
 fn digest(sealed: &SealedLayer) -> Result<[u8; 32]> {
@@ -135,17 +186,30 @@ fn digest(sealed: &SealedLayer) -> Result<[u8; 32]> {
         .ok_or_else(|| Error::internal("a layer with checksums has no digest"))
 }
 
-/// Writes a layer's table, and its data unless it has none. Returns the table too.
+/// What a layer was written to.
+struct LayerBlobs {
+    table: Table,
+    /// The table's.
+    blob: Upload,
+    /// None where the layer has no data.
+    data: Option<Upload>,
+    /// The layer's key, if it is encrypted.
+    key: Option<LayerKey>,
+}
+
+/// Writes a layer's table, and its data unless it has none.
 fn layer_blobs(
     sealed: &SealedLayer,
     layout: &Layout,
-    level: i32,
+    (level, sealing): (i32, Option<&Sealing>),
     watch: &dyn Watch,
-) -> Result<(Table, Upload, Option<Upload>)> {
+) -> Result<LayerBlobs> {
+    let salt = sealing.map(|sealing| &sealing.salt);
     let blocks = sealed.data_blocks();
     let (path, file) = layout.unnamed()?;
     let out = BufWriter::with_capacity(1 << 20, file);
-    let mut encoder = LayerEncoder::new(out, power_for(blocks), level)?;
+    let encoder = LayerEncoder::new(out, power_for(blocks), level)?;
+    let mut encoder = encoder.encrypted(salt);
     let name = sealed.header().uuid.to_string();
     let progress = watch.begin(&name, Some(blocks.bytes()));
     each_piece(sealed, progress, |piece| {
@@ -163,6 +227,17 @@ fn layer_blobs(
         0 => None,
         len => Some(layout.name(&path, sha256, len)?),
     };
-    let blob = layout.add(&table.encode()?)?;
-    Ok((table, blob, data))
+    let (bytes, key) = match salt {
+        Some(salt) => {
+            let (bytes, key) = table.encode_encrypted(salt)?;
+            (bytes, Some(key))
+        }
+        None => (table.encode()?, None),
+    };
+    Ok(LayerBlobs {
+        blob: layout.add(&bytes)?,
+        table,
+        data,
+        key,
+    })
 }

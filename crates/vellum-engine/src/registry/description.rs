@@ -25,6 +25,14 @@ impl Description {
             .map_err(|error| Error::internal(format!("an image cannot be described: {error}")))
     }
 
+    /// Makes sure that its disk is one that this build knows.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`]; [`ErrorKind::Unsupported`] for a file system that is not known.
+    pub fn check(&self) -> Result<()> {
+        check_disk(&self.disk)
+    }
+
     /// Reads what anybody may have written.
     ///
     /// # Errors
@@ -34,7 +42,7 @@ impl Description {
             let text = "what the artifact says of its image makes no sense";
             Error::with_source(ErrorKind::Corrupt, text, error)
         })?;
-        check_disk(&description.disk)?;
+        description.check()?;
         Ok(description)
     }
 }

@@ -1,6 +1,6 @@
 //! `vellum load`: the images of an OCI archive, by the names that they have in it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -19,17 +19,26 @@ pub struct LoadReport {
 }
 
 /// Makes the images of the OCI archive `source`, `-` for standard input: of block layers where it has them, else of tars,
-/// which are unpacked. An image is there when all of it is and was checked; those before it stay where one fails.
+/// which are unpacked. Encrypted layers are read by these identities, or those that
+/// [`vellum_registry::Identities::find`] finds. An image is there when all of it is and was checked; those before it stay where one fails.
 ///
 /// # Errors
 /// [`ErrorKind::AlreadyExists`] for a name, before anything is done; [`ErrorKind::InvalidInput`] where nothing in it has a
 /// name; [`ErrorKind::Corrupt`]; as [`OciArchive::open`] and [`super::pull()`].
-pub fn load(store: &Store, source: &Path, watch: &dyn Watch) -> Result<LoadReport> {
+pub fn load(
+    store: &Store,
+    source: &Path,
+    identities: &[PathBuf],
+    watch: &dyn Watch,
+) -> Result<LoadReport> {
     store.check_space_for("image")?;
     let shown = source.display().to_string();
     let archive = OciArchive::open(source, &store.root().join("staging"))?;
     let place = Place::of_archive(archive, &shown)?;
-    let options = PullOptions::default();
+    let options = PullOptions {
+        identities: identities.to_vec(),
+        ..PullOptions::default()
+    };
     let platform = platform(&options);
     let named = place.named(&platform)?;
     if named.is_empty() {

@@ -12,11 +12,14 @@ mod push;
 mod pushed;
 mod receive;
 mod remote_image;
+mod salt;
 mod save;
+mod sealed;
 
 pub(crate) use layout::digest_of;
 pub use load::{LoadReport, load};
 pub use pull::{Came, PullOptions, PullReport, pull};
 pub use push::{PushFormat, PushOptions, PushReport, TraceSource, push};
 pub use remote_image::RemoteImage;
+pub use salt::{Encryption, SaltSource};
 pub use save::{SaveOptions, SaveReport, SavedImage, save};

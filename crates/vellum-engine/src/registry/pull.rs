@@ -1,12 +1,13 @@
 //! `vellum pull`: an image is fetched into `staging`, checked, and made one of the store's.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 use serde::Serialize;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_image::{Format, ImageConfig, Platform, chain_ids};
-use vellum_registry::{Access, Descriptor, Document, Found, Location, Place};
+use vellum_registry::{Access, Descriptor, Document, Found, Identities, Location, Place};
 use vellum_store::{ImageRecord, Store, StoreGuard};
 
 use super::super::import::{DEFAULT_SIZE, ImportOptions, LayerOutcome, import};
@@ -30,6 +31,9 @@ pub struct PullOptions {
     pub lazy: bool,
     /// Those that nobody reads come too.
     pub background: Option<Background>,
+    /// Files with identities, by which encrypted layers are read; where there are none, those that
+    /// [`Identities::find`] finds.
+    pub identities: Vec<PathBuf>,
 }
 
 /// How an image came.
@@ -147,6 +151,8 @@ impl Puller<'_> {
         let parts = receive::parts(&artifact.manifest()?)?;
         let first: Vec<Descriptor> = parts.descriptions().cloned().collect();
         self.fetch(name, &first, &layout)?;
+        let identities = || Identities::find(&self.options.identities);
+        let opened = receive::open(&layout, &parts, identities)?;
         let from = self.place.whereabouts().map(receive::Origin::at);
         let mut receiver = receive::Receiver::new(
             from.as_ref(),
@@ -154,7 +160,7 @@ impl Puller<'_> {
             self.pin,
             &layout,
             self.watch,
-            &parts,
+            (&parts, opened),
         )?;
         crash_point::here("pull: tables fetched");
         match self.options.lazy {

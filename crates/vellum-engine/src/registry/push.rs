@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 use serde_json::json;
+use uuid::Uuid;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_image::Compression;
 use vellum_registry::artifact::{ARTIFACT_TYPE, BLOCKS_ANNOTATION, IMAGE_ANNOTATION};
@@ -14,12 +15,15 @@ use vellum_store::Store;
 
 use super::super::export::image::{self, Collected};
 use super::super::export::subject::Subject;
+use super::super::lazy::Remote;
 use super::super::trace::{self, Trace, TraceOptions};
 use super::super::watch::Watch;
 use super::artifact::{self, Artifact};
 use super::hot::Hot;
 use super::layout::{Layout, described, document};
 use super::pushed::{self, PushedLayer};
+use super::salt::Encryption;
+use super::sealed::Sealing;
 
 /// What is pushed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -46,6 +50,8 @@ pub struct PushOptions {
     pub trace: Option<TraceSource>,
     /// There is a hot pack.
     pub hot: bool,
+    /// Block layers alone are pushed, encrypted: `format` says so too.
+    pub encryption: Option<Encryption>,
 }
 
 /// Where a push has its trace from.
@@ -96,13 +102,17 @@ pub fn push(
             format!("{location} names a digest, which the image has by itself: push it to a tag"),
         ));
     }
+    refuse_plain_beside(options.format, options.encryption.as_ref())?;
     let place = Place::open(location, options.access)?;
     // Before anything is put together for one that does not take it.
     place.try_push()?;
     // Until all is sent: what lies in `staging` is nobody's once nobody does this.
     let _pin = store.pin_layers()?;
     let layout = Layout::new(store)?;
-    let (mut push, layers) = assemble(store, name, options, &layout, watch)?;
+    let sealing = options.encryption.as_ref();
+    let sealing = sealing.map(|how| how.sealing(store, &location.namespace()));
+    let sealing = sealing.transpose()?;
+    let (mut push, layers) = assemble(store, name, options, sealing.as_ref(), &layout, watch)?;
     if let Some((registry, repository)) = place.repository() {
         for blob in &mut push.blobs {
             let from = store.blob_place(&blob.digest, registry);
@@ -177,16 +187,45 @@ pub(super) fn short(digest: &str) -> String {
     digits.chars().take(12).collect()
 }
 
+/// Refuses to encrypt blocks and to push the same plain beside them.
+pub(super) fn refuse_plain_beside(
+    format: PushFormat,
+    encryption: Option<&Encryption>,
+) -> Result<()> {
+    if encryption.is_none() || format == PushFormat::Blocks {
+        return Ok(());
+    }
+    let text = "only block layers are encrypted, and a container image beside them would show all of it: leave --format \
+                out, or give --format blocks";
+    Err(Error::new(ErrorKind::InvalidInput, text))
+}
+
+/// Warns of layers that came, or went, encrypted, and are to go plain now.
+fn warn_of_plain(subject: &Subject<'_>, name: &str) {
+    let store = subject.store;
+    let is_encrypted = |layer: &Uuid| Remote::is_encrypted(&store.layer_dir(*layer));
+    if subject.layers.iter().any(is_encrypted) {
+        tracing::warn!(
+            "{name} has layers that were encrypted where they came from, or went to, and goes as it is here, plain: \
+             --encrypt-to encrypts it"
+        );
+    }
+}
+
 /// Puts together what is sent, and of which layers it has the blocks.
 pub(super) fn assemble(
     store: &Store,
     name: &str,
     options: &PushOptions,
+    sealing: Option<&Sealing>,
     layout: &Layout,
     watch: &dyn Watch,
 ) -> Result<(Push, Vec<PushedLayer>)> {
     let format = options.format;
     let subject = Subject::find(store, name, format != PushFormat::Oci)?;
+    if sealing.is_none() {
+        warn_of_plain(&subject, name);
+    }
     let trace = match &options.trace {
         _ if format == PushFormat::Oci => None,
         Some(TraceSource::Command(command)) => Some(trace::record(&subject, command)?),
@@ -208,8 +247,8 @@ pub(super) fn assemble(
     let mut artifact = None;
     if format != PushFormat::Oci {
         let diff_ids = collected.as_ref().map_or(&[][..], |image| &image.diff_ids);
-        let level = options.level;
-        let mut written = artifact::write(&subject, layout, level, (diff_ids, hot), watch)?;
+        let how = (options.level, sealing);
+        let mut written = artifact::write(&subject, layout, how, (diff_ids, hot), watch)?;
         layers.append(&mut written.layers);
         artifact = Some(written);
     }

@@ -6,6 +6,7 @@ use super::super::lazy::Remote;
 use super::layout::Layout;
 use vellum_base::error::Result;
 use vellum_registry::Access;
+use vellum_registry::artifact::LayerKey;
 use vellum_store::Store;
 
 /// A layer whose blobs lie in a layout.
@@ -15,6 +16,8 @@ pub(super) struct PushedLayer {
     pub table: String,
     /// The digest of its data; none where it has none.
     pub data: Option<String>,
+    /// Its key, if it is encrypted.
+    pub key: Option<LayerKey>,
 }
 
 /// Notes beside layers that all of them are in that place. Without it they are there all the same, and nobody asks for
@@ -39,7 +42,7 @@ pub(super) fn note(
             let table = layout.read(&pushed.table)?;
             let dir = store.layer_dir(pushed.layer);
             let _guard = store.lock()?;
-            remote.note_push(&**store.storage(), &dir, &table)
+            remote.note_push(&**store.storage(), &dir, (&table, pushed.key.as_ref()))
         };
         if let Err(error) = noted() {
             tracing::warn!(layer = %pushed.layer, "where the layer is now is not noted: {error}");

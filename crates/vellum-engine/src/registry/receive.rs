@@ -12,10 +12,10 @@ use vellum_base::interrupt;
 use vellum_core::layer::{Header, LazyContent, LazyLayer, SealedLayer};
 use vellum_image::blob_name;
 use vellum_registry::artifact::{
-    CONFIG_TYPE, ChunkReader, DATA_TYPE, DIGEST_ANNOTATION, HOT_HEADER_LEN, HOT_TYPE,
-    MAX_HOT_FRAMES, MAX_LAYERS, MAX_TABLE, TABLE_TYPE, TEMPLATE_ANNOTATION, Table,
+    CONFIG_TYPE, ChunkReader, DATA_TYPE, ENCRYPTED_CONFIG_TYPE, HOT_HEADER_LEN, HOT_TYPE, LayerKey,
+    MAX_HOT_FRAMES, MAX_LAYERS, MAX_TABLE, TABLE_TYPE, Table,
 };
-use vellum_registry::{Access, Descriptor, Manifest};
+use vellum_registry::{Access, Descriptor, Identities, Manifest};
 use vellum_store::{DiskInfo, ImageRecord, LayerInfo, StagedLayer, Store, StoreGuard, now};
 
 use super::super::import::LayerOutcome;
@@ -27,6 +27,7 @@ use super::description::Description;
 use super::layout::{Layout, digest_of};
 use super::pull::check_size;
 use super::push::short;
+use super::sealed::Opened;
 
 /// The longest configuration of an artifact.
 const MAX_CONFIG: u64 = 4 << 20;
@@ -77,6 +78,11 @@ impl Parts {
         std::iter::once(&self.config).chain(tables)
     }
 
+    /// Whether its configuration, and so its layers, are encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.config.is(ENCRYPTED_CONFIG_TYPE)
+    }
+
     /// Of all its blobs.
     pub fn digests(&self) -> impl Iterator<Item = &str> {
         let layers = self.layers.iter();
@@ -97,7 +103,7 @@ pub(super) fn parts(manifest: &Manifest) -> Result<Parts> {
             format!("an artifact {what}"),
         ))
     };
-    if !manifest.config.is(CONFIG_TYPE) {
+    if !manifest.config.is(CONFIG_TYPE) && !manifest.config.is(ENCRYPTED_CONFIG_TYPE) {
         return bad("with a configuration of another type");
     }
     check_size(&manifest.config, MAX_CONFIG, "configuration")?;
@@ -148,9 +154,27 @@ pub(super) fn parts(manifest: &Manifest) -> Result<Parts> {
     })
 }
 
+/// Reads the configuration, which was fetched; identities are looked for only where it is encrypted.
+///
+/// # Errors
+/// As [`Opened::plain`] and [`Opened::encrypted`], and those of `identities`.
+pub(super) fn open(
+    layout: &Layout,
+    parts: &Parts,
+    identities: impl FnOnce() -> Result<Identities>,
+) -> Result<Opened> {
+    let config = layout.read(&parts.config.digest)?;
+    match parts.is_encrypted() {
+        true => Opened::encrypted(&config, &identities()?),
+        false => Opened::plain(&config),
+    }
+}
+
 /// A layer of the artifact.
 struct Layer {
     table: Table,
+    /// The table's key, if it is encrypted.
+    key: Option<LayerKey>,
     /// The table's blob.
     blob: Descriptor,
     data: Option<Descriptor>,
@@ -173,8 +197,7 @@ pub(super) struct Receiver<'a> {
 }
 
 impl<'a> Receiver<'a> {
-    /// Looks at the configuration and the tables, which were fetched
-    /// `from` there, and for layers that the store has.
+    /// Looks at the tables, which were fetched `from` there as the configuration was, and for layers that the store has.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`].
@@ -184,29 +207,33 @@ impl<'a> Receiver<'a> {
         pin: &'a StoreGuard,
         layout: &'a Layout,
         watch: &'a dyn Watch,
-        parts: &Parts,
+        (parts, opened): (&Parts, Opened),
     ) -> Result<Self> {
-        let description = Description::decode(&layout.read(&parts.config.digest)?)?;
         let mut layers = Vec::new();
-        for blobs in &parts.layers {
-            layers.push(open_table(layout, blobs)?);
+        if !opened.is_of(parts.layers.len()) {
+            return Err(of_other_layers());
+        }
+        for (index, blobs) in parts.layers.iter().enumerate() {
+            layers.push(open_table(layout, blobs, &opened, index)?);
         }
         let size = layers.last().map(|layer| layer.table.virtual_size);
-        if description.layers.len() != layers.len() || size != Some(description.disk.virtual_size) {
-            let text = "an artifact whose configuration is of other layers";
-            return Err(Error::new(ErrorKind::Corrupt, text));
+        if size != Some(opened.description.disk.virtual_size) {
+            return Err(of_other_layers());
         }
+        let bottom = parts.layers.first();
+        let template = bottom.and_then(|blobs| opened.template(0, &blobs.table));
+        let template = template.map(str::to_owned);
         let mut receiver = Receiver {
             store,
             pin,
             layout,
             watch,
-            description,
+            description: opened.description,
             layers,
             from: from.cloned(),
             lazily: false,
         };
-        receiver.make_template(parts)?;
+        receiver.make_template(template.as_deref())?;
         receiver.look()?;
         Ok(receiver)
     }
@@ -242,12 +269,11 @@ impl<'a> Receiver<'a> {
     }
 
     /// Makes the empty file system at the bottom, where this host makes such ones: then it is not fetched.
-    fn make_template(&self, parts: &Parts) -> Result<()> {
-        let (Some(blobs), Some(layer)) = (parts.layers.first(), self.layers.first()) else {
+    fn make_template(&self, key: Option<&str>) -> Result<()> {
+        let Some(layer) = self.layers.first() else {
             return Ok(());
         };
         let size = layer.table.virtual_size;
-        let key = blobs.table.annotation(TEMPLATE_ANNOTATION);
         if key == Some(&template::key(size)) {
             let made = template::get(self.store, size, self.pin);
             if let Err(error) = made {
@@ -384,7 +410,11 @@ impl<'a> Receiver<'a> {
             keep: false,
         };
         let table = self.layout.read(&layer.blob.digest)?;
-        remote.write(&**self.store.storage(), &staged.dir(), &table)
+        remote.write(
+            &**self.store.storage(),
+            &staged.dir(),
+            (&table, layer.key.as_ref()),
+        )
     }
 
     /// Makes a layer of which nothing is here. Returns the bytes that its data blocks will have.
@@ -438,26 +468,24 @@ enum Ready {
     Staged(Box<StagedLayer>, LayerInfo),
 }
 
-fn open_table(layout: &Layout, blobs: &LayerBlobs) -> Result<Layer> {
-    let bad = |what: &str| {
-        let text = format!("the table {} {what}", blobs.table.digest);
-        Error::new(ErrorKind::Corrupt, text)
-    };
-    let table = Table::decode(&layout.read(&blobs.table.digest)?)
-        .map_err(|error| error.context(format!("the table {}", blobs.table.digest)))?;
-    let said = blobs.table.annotation(DIGEST_ANNOTATION);
-    if said != Some(&digest_of(table.digest)) {
-        return Err(bad("is of another layer than the manifest says"));
-    }
+fn of_other_layers() -> Error {
+    let text = "an artifact whose configuration is of other layers";
+    Error::new(ErrorKind::Corrupt, text)
+}
+
+fn open_table(layout: &Layout, blobs: &LayerBlobs, opened: &Opened, index: usize) -> Result<Layer> {
+    let table = opened.table(index, &blobs.table, layout)?;
     let len = blobs.data.as_ref().map_or(0, |data| data.size);
     if len != table.data_len {
-        return Err(bad(&format!(
-            "is of {} bytes of data, not {len}",
-            table.data_len
-        )));
+        let text = format!(
+            "the table {} is of {} bytes of data, not {len}",
+            blobs.table.digest, table.data_len
+        );
+        return Err(Error::new(ErrorKind::Corrupt, text));
     }
     Ok(Layer {
         table,
+        key: opened.key(index),
         blob: blobs.table.clone(),
         data: blobs.data.clone(),
         there: None,

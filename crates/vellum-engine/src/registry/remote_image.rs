@@ -17,6 +17,7 @@ use super::super::lazy;
 use super::super::watch::Quiet;
 use super::layout::Layout;
 use super::receive::{Origin, Parts, Receiver, parts};
+use super::sealed::Opened;
 
 /// Bytes of configuration and tables together that are kept in memory for one image, whose blocks are then some 80 GB.
 const MAX_KEPT: u64 = 32 << 20;
@@ -84,6 +85,11 @@ impl RemoteImage {
     /// Fetches what describes the layers.
     fn fetch(store: &Store, session: &Session, artifact: &Document) -> Result<Self> {
         let parts = parts(&artifact.manifest()?)?;
+        if parts.is_encrypted() {
+            return unusable(
+                "is encrypted, which containers of other programs cannot use: `vellum pull` takes it",
+            );
+        }
         let counts = counts(&parts)?;
         let wanted: Vec<Descriptor> = parts.descriptions().cloned().collect();
         let size = wanted
@@ -123,7 +129,9 @@ impl RemoteImage {
         pin: &'a StoreGuard,
     ) -> Result<Receiver<'a>> {
         let from = Some(&self.from);
-        let receiver = Receiver::new(from, store, pin, layout, &Quiet, &self.parts)?;
+        let opened = Opened::plain(&layout.read(&self.parts.config.digest)?)?;
+        let parts = (&self.parts, opened);
+        let receiver = Receiver::new(from, store, pin, layout, &Quiet, parts)?;
         let disk = receiver.disk();
         match disk.fs.is_some() && disk.device_size.is_none() {
             true => receiver.lazily(),

@@ -16,13 +16,17 @@ use vellum_store::{Store, check_reference};
 use super::super::export::output::Out;
 use super::super::watch::Watch;
 use super::layout::{Layout, described};
-use super::push::{PushFormat, PushOptions, assemble};
+use super::push::{PushFormat, PushOptions, assemble, refuse_plain_beside};
+use super::salt::Encryption;
+use super::sealed::Sealing;
 
+/// The trust domain of archives, whose salt is the store's own.
+const NAMESPACE: &str = "archives";
 /// Bytes that are written at a time.
 const BUFFER: usize = 256 << 10;
 
 /// What a user says about an archive.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct SaveOptions {
     /// What of each image is saved.
     pub format: PushFormat,
@@ -30,6 +34,8 @@ pub struct SaveOptions {
     pub level: i32,
     /// A file that is there is replaced.
     pub replace: bool,
+    /// Block layers alone are saved, encrypted: `format` says so too.
+    pub encryption: Option<Encryption>,
 }
 
 /// An image of an archive.
@@ -65,7 +71,7 @@ pub fn save(
     store: &Store,
     names: &[String],
     target: &Path,
-    options: SaveOptions,
+    options: &SaveOptions,
     watch: &dyn Watch,
 ) -> Result<SaveReport> {
     let mut seen = BTreeSet::new();
@@ -73,13 +79,19 @@ pub fn save(
         let text = format!("an archive has each name once, and {twice} comes twice: leave one out");
         return Err(Error::new(ErrorKind::InvalidInput, text));
     }
+    refuse_plain_beside(options.format, options.encryption.as_ref())?;
     // First, so that nothing is done for what has no place to go to.
     let mut out = Out::file(target, options.replace)?;
     // Until all is written: what lies in `staging` is nobody's once nobody does this.
     let _pin = store.pin_layers()?;
+    let sealing = options.encryption.as_ref();
+    let sealing = sealing
+        .map(|how| how.sealing(store, NAMESPACE))
+        .transpose()?;
     let mut archive = Archive::default();
     for name in names {
-        archive.add(store, name, options, names.len() == 1, watch)?;
+        let how = (options, sealing.as_ref());
+        archive.add(store, name, how, names.len() == 1, watch)?;
     }
     let what = || format!("saving to {}", target.display());
     let (images, bytes) = archive.write(out.writer()?).context(what)?;
@@ -107,7 +119,7 @@ impl Archive {
         &mut self,
         store: &Store,
         name: &str,
-        options: SaveOptions,
+        (options, sealing): (&SaveOptions, Option<&Sealing>),
         alone: bool,
         watch: &dyn Watch,
     ) -> Result<()> {
@@ -119,8 +131,9 @@ impl Archive {
             trace: None,
             // Nobody reads an archive lazily.
             hot: false,
+            encryption: None,
         };
-        let (push, _) = assemble(store, name, &options, &layout, watch)?;
+        let (push, _) = assemble(store, name, &options, sealing, &layout, watch)?;
         let Push { blobs, documents } = push;
         for blob in blobs {
             if !self.digests.insert(blob.digest.clone()) {

@@ -7,6 +7,7 @@ use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::{CParameter, DParameter};
 
 use super::bytes::corrupt;
+use super::keys::Salt;
 use super::table::{Chunk, Table, Window};
 use vellum_base::block::{Block, BlockState, Run, Span, WindowPower, part, part_from, push_run};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -18,6 +19,8 @@ const WINDOW_LOG: u32 = 20;
 pub struct LayerEncoder<W> {
     out: W,
     compressor: Compressor<'static>,
+    /// What chunks are encrypted with, if they are.
+    salt: Option<Salt>,
     power: WindowPower,
     extents: Vec<Run<BlockState>>,
     chunks: Vec<Chunk>,
@@ -59,6 +62,7 @@ impl<W: Write> LayerEncoder<W> {
         Ok(LayerEncoder {
             out,
             compressor,
+            salt: None,
             power,
             extents: Vec::new(),
             chunks: Vec::new(),
@@ -67,6 +71,12 @@ impl<W: Write> LayerEncoder<W> {
             len: 0,
             hasher: Sha256::new(),
         })
+    }
+
+    /// The same, but chunks are encrypted with keys of the salt, if there is one: docs/encryption.md, "Bytes".
+    pub fn encrypted(mut self, salt: Option<&Salt>) -> Self {
+        self.salt = salt.cloned();
+        self
     }
 
     /// Adds data blocks. Asserts that they come behind those before.
@@ -110,11 +120,16 @@ impl<W: Write> LayerEncoder<W> {
         let Some(window) = self.window.take() else {
             return Ok(());
         };
-        let stored = self
+        let mut stored = self
             .compressor
             .compress(&self.plain)
             .context(|| "compressing blocks")?;
         self.plain.clear();
+        // Of exactly what is encrypted with it: another level gives another frame of the same blocks.
+        let key = self.salt.as_ref().map(|salt| salt.chunk_key(&stored));
+        if let Some(key) = &key {
+            key.seal(&mut stored);
+        }
         self.out
             .write_all(&stored)
             .context(|| "writing the data of a layer")?;
@@ -124,6 +139,7 @@ impl<W: Write> LayerEncoder<W> {
             len: stored.len() as u32,
             offset: self.len,
             sha256: Sha256::digest(&stored).into(),
+            key,
         });
         self.len += stored.len() as u64;
         Ok(())
@@ -154,6 +170,8 @@ impl<W: Write> LayerEncoder<W> {
 /// Turns stored chunks into blocks.
 pub struct ChunkReader {
     decompressor: Decompressor<'static>,
+    /// A frame that was decrypted.
+    frame: Vec<u8>,
     plain: Vec<u8>,
 }
 
@@ -169,12 +187,13 @@ impl ChunkReader {
             .context(|| "limiting the memory of zstd")?;
         Ok(ChunkReader {
             decompressor,
+            frame: Vec::new(),
             plain: Vec::new(),
         })
     }
 
     /// The blocks of a window, with their bytes, of what is stored for it. It is compared with its SHA-256
-    /// before it is decoded.
+    /// before it is decoded, and with its tag where it is encrypted.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`].
@@ -199,10 +218,19 @@ impl ChunkReader {
         if <[u8; 32]>::from(Sha256::digest(stored)) != chunk.sha256 {
             return Err(bad("does not match its SHA-256"));
         }
+        let frame = match &chunk.key {
+            None => stored,
+            Some(key) => {
+                self.frame.clear();
+                self.frame.extend_from_slice(stored);
+                let opened = key.open(&mut self.frame);
+                opened.ok_or_else(|| bad("does not match its tag, and cannot be decrypted"))?
+            }
+        };
         self.plain.resize(window.plain_len(), 0);
         let written = self
             .decompressor
-            .decompress_to_buffer(stored, &mut self.plain[..])
+            .decompress_to_buffer(frame, &mut self.plain[..])
             .map_err(|error| bad(&format!("cannot be decompressed: {error}")))?;
         if written != self.plain.len() {
             let need = self.plain.len();

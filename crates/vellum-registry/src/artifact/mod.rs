@@ -4,16 +4,20 @@
 mod bytes;
 mod data;
 mod hot;
+mod keys;
 mod table;
 
 pub use data::{ChunkReader, Encoded, LayerEncoder};
 pub use hot::{HOT_HEADER_LEN, HotFrame, HotPack, MAX_HOT_FRAMES};
+pub use keys::{ChunkKey, LayerKey, Salt};
 pub use table::{Chunk, MAX_TABLE, Table, Window, power_for};
 
 /// The `artifactType` of an image's block layers.
 pub const ARTIFACT_TYPE: &str = "application/vnd.vellum.image.v1";
 /// The type of an artifact's configuration.
 pub const CONFIG_TYPE: &str = "application/vnd.vellum.image.config.v1+json";
+/// The type of an encrypted artifact's configuration: an age file of JSON.
+pub const ENCRYPTED_CONFIG_TYPE: &str = "application/vnd.vellum.image.config.v1+json+age";
 /// The type of a table.
 pub const TABLE_TYPE: &str = "application/vnd.vellum.layer.table.v1";
 /// The type of a data blob.

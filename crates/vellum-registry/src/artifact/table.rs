@@ -4,6 +4,7 @@ use std::iter::Peekable;
 use std::slice;
 
 use super::bytes::{corrupt, put};
+use super::keys::{ChunkKey, KEY_LEN, LayerKey, Salt, TAG_LEN};
 use vellum_base::block::{
     BLOCK_SIZE, Block, BlockState, Blocks, MAX_VIRTUAL_SIZE, Run, Span, WindowPower, array_at,
     part, part_from, push_run, u32_at, u64_at,
@@ -17,7 +18,11 @@ const BODY_CRC_AT: usize = 248;
 const CRC_AT: usize = 252;
 const EXTENT_LEN: usize = 16;
 const CHUNK_LEN: usize = 48;
-/// By how much stored bytes may be longer than plain ones: what zstd adds to what cannot be compressed.
+const FEATURES_AT: usize = 16;
+const DIGEST_AT: usize = 72;
+/// The incompatible feature bit of encrypted layers.
+const ENCRYPTED: u64 = 1;
+/// By how much stored bytes may be longer than plain ones: what zstd adds to what cannot be compressed, and a tag.
 pub(super) const MAX_GROWTH: usize = 1024;
 
 /// The longest table in bytes.
@@ -46,6 +51,8 @@ pub struct Chunk {
     pub offset: u64,
     /// Their SHA-256.
     pub sha256: [u8; 32],
+    /// What they are encrypted with, if they are.
+    pub key: Option<ChunkKey>,
 }
 
 /// A chunk, and the data blocks that it holds, in order.
@@ -87,6 +94,40 @@ impl Table {
     /// # Errors
     /// [`ErrorKind::Unsupported`] where it would be too long.
     pub fn encode(&self) -> Result<Vec<u8>> {
+        let is_plain = self.chunks.iter().all(|chunk| chunk.key.is_none());
+        assert!(is_plain, "the table of an encrypted layer is encrypted");
+        let mut bytes = self.front(0)?;
+        put(&mut bytes, DIGEST_AT, &self.digest);
+        put_crcs(&mut bytes);
+        Ok(bytes)
+    }
+
+    /// As the format has it for a layer whose chunks were encrypted with the salt, with the key that
+    /// [`Table::decode_encrypted`] wants: docs/encryption.md, "Bytes". The same table and salt give the same bytes and key.
+    /// Asserts that each chunk has a key.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where it would be too long.
+    pub fn encode_encrypted(&self, salt: &Salt) -> Result<(Vec<u8>, LayerKey)> {
+        let mut secret = self.digest.to_vec();
+        for chunk in &self.chunks {
+            let key = chunk.key.as_ref();
+            assert!(key.is_some(), "each chunk of an encrypted layer has a key");
+            key.iter().for_each(|key| secret.extend_from_slice(&key.0));
+        }
+        let mut bytes = self.front(secret.len() + TAG_LEN)?;
+        put(&mut bytes, FEATURES_AT, &ENCRYPTED.to_le_bytes());
+        let public = without_crcs(&bytes, bytes.len());
+        let key = salt.layer_key(&public, &secret);
+        key.seal(&public, &mut secret);
+        bytes.extend_from_slice(&secret);
+        put_crcs(&mut bytes);
+        Ok((bytes, key))
+    }
+
+    /// Header, extents and chunk entries, without what differs between plain and encrypted tables, and without CRCs.
+    /// `more` bytes will stand behind them.
+    fn front(&self, more: usize) -> Result<Vec<u8>> {
         let mut extents = Vec::new();
         for run in &self.extents {
             // A length has 32 bits.
@@ -97,7 +138,7 @@ impl Table {
             }
         }
         let count = extents.len() / EXTENT_LEN;
-        let len = HEADER_LEN + extents.len() + CHUNK_LEN * self.chunks.len();
+        let len = HEADER_LEN + extents.len() + CHUNK_LEN * self.chunks.len() + more;
         if len as u64 > MAX_TABLE {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -118,7 +159,6 @@ impl Table {
         put(&mut bytes, 48, &(count as u64).to_le_bytes());
         put(&mut bytes, 56, &(self.chunks.len() as u64).to_le_bytes());
         put(&mut bytes, 64, &self.data_len.to_le_bytes());
-        put(&mut bytes, 72, &self.digest);
         bytes.extend_from_slice(&extents);
         for chunk in &self.chunks {
             bytes.extend_from_slice(&chunk.window.to_le_bytes());
@@ -126,42 +166,55 @@ impl Table {
             bytes.extend_from_slice(&chunk.offset.to_le_bytes());
             bytes.extend_from_slice(&chunk.sha256);
         }
-        let body = crc32fast::hash(part_from(&bytes, HEADER_LEN));
-        put(&mut bytes, BODY_CRC_AT, &body.to_le_bytes());
-        let header = crc32fast::hash(part(&bytes, 0, CRC_AT));
-        put(&mut bytes, CRC_AT, &header.to_le_bytes());
         Ok(bytes)
     }
 
-    /// Reads a table that anybody may have written.
+    /// Reads the table of a layer that is not encrypted, which anybody may have written.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] for another kind of file, version or feature; [`ErrorKind::Corrupt`] for what
-    /// contradicts itself. It takes memory in proportion to `bytes`.
+    /// contradicts itself; [`ErrorKind::Permission`] for one of an encrypted layer. It takes memory in proportion to
+    /// `bytes`.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let counts = check_front(bytes)?;
-        let virtual_size = u64_at(bytes, 32);
-        if virtual_size == 0
-            || !virtual_size.is_multiple_of(BLOCK_SIZE)
-            || virtual_size > MAX_VIRTUAL_SIZE
-        {
-            return Err(corrupt(format!("a layer of {virtual_size} bytes")));
+        if counts.encrypted {
+            let text = "the table is of an encrypted layer, whose key is not known";
+            return Err(Error::new(ErrorKind::Permission, text));
         }
-        let power = u32_at(bytes, 40);
-        let power = WindowPower::new(power)
-            .ok_or_else(|| corrupt(format!("chunks of two to the power of {power} bytes")))?;
-        let body = part_from(bytes, HEADER_LEN);
-        let (extents, chunks) = body.split_at(counts.extents * EXTENT_LEN);
-        let table = Table {
-            virtual_size,
-            power,
-            digest: array_at(bytes, 72),
-            extents: decode_extents(extents, Blocks::whole_in(virtual_size))?,
-            chunks: chunks.chunks_exact(CHUNK_LEN).map(decode_chunk).collect(),
-            data_len: u64_at(bytes, 64),
-        };
-        table.check_chunks()?;
+        decode_front(bytes, &counts)
+    }
+
+    /// Reads the table of an encrypted layer, which anybody may have written.
+    ///
+    /// # Errors
+    /// As [`Table::decode`]; [`ErrorKind::Corrupt`] also for one that the key does not fit, and for one that is not encrypted.
+    pub fn decode_encrypted(bytes: &[u8], key: &LayerKey) -> Result<Self> {
+        let counts = check_front(bytes)?;
+        if !counts.encrypted {
+            let text = "the table is not encrypted, and should be";
+            return Err(corrupt(text));
+        }
+        let mut table = decode_front(bytes, &counts)?;
+        if table.digest != [0; 32] {
+            return Err(corrupt("the encrypted table names its layer's digest"));
+        }
+        let at = counts.section();
+        let mut section = part_from(bytes, at).to_vec();
+        let secret = key.open(&without_crcs(bytes, at), &mut section);
+        let secret = secret.ok_or_else(|| {
+            corrupt("the key section of the table, or the table, does not match its tag")
+        })?;
+        table.digest = array_at(secret, 0);
+        let keys = part_from(secret, 32).chunks_exact(KEY_LEN);
+        for (chunk, key) in table.chunks.iter_mut().zip(keys) {
+            chunk.key = Some(ChunkKey(array_at(key, 0)));
+        }
         Ok(table)
+    }
+
+    /// Whether these are bytes of an encrypted layer's table; false also for what is no table.
+    pub fn is_encrypted(bytes: &[u8]) -> bool {
+        bytes.len() >= HEADER_LEN && u64_at(bytes, FEATURES_AT) & ENCRYPTED != 0
     }
 
     /// The chunks with what they hold. Ends early where chunks and extents do not fit.
@@ -184,7 +237,8 @@ impl Table {
     }
 
     /// Makes sure that each window with data has its chunk, and that these fill the data blob.
-    fn check_chunks(&self) -> Result<()> {
+    fn check_chunks(&self, encrypted: bool) -> Result<()> {
+        let least = if encrypted { TAG_LEN + 1 } else { 1 };
         let mut windows = Windows::new(&self.extents, self.power);
         let mut end = 0;
         for chunk in &self.chunks {
@@ -196,7 +250,8 @@ impl Table {
                 )));
             };
             let plain: usize = blocks.iter().map(|span| span.len().buffer_len()).sum();
-            if chunk.len == 0 || chunk.len as usize > plain + MAX_GROWTH || chunk.offset != end {
+            let len = chunk.len as usize;
+            if len < least || len > plain + MAX_GROWTH || chunk.offset != end {
                 return Err(corrupt(format!(
                     "the chunk of the window {window}, {} bytes at {}, does not fit",
                     chunk.len, chunk.offset
@@ -220,6 +275,54 @@ impl Table {
 /// How much follows a table's header, whose length fits that.
 struct Counts {
     extents: usize,
+    chunks: usize,
+    encrypted: bool,
+}
+
+impl Counts {
+    /// Where the key section begins, or the table ends.
+    fn section(&self) -> usize {
+        HEADER_LEN + self.extents * EXTENT_LEN + self.chunks * CHUNK_LEN
+    }
+}
+
+/// What is authenticated with a key section that begins at `end`: what stands in front of it, but for the CRCs.
+fn without_crcs(bytes: &[u8], end: usize) -> Vec<u8> {
+    let body = part(bytes, HEADER_LEN, end - HEADER_LEN);
+    [part(bytes, 0, BODY_CRC_AT), body].concat()
+}
+
+fn put_crcs(bytes: &mut [u8]) {
+    let body = crc32fast::hash(part_from(bytes, HEADER_LEN));
+    put(bytes, BODY_CRC_AT, &body.to_le_bytes());
+    let header = crc32fast::hash(part(bytes, 0, CRC_AT));
+    put(bytes, CRC_AT, &header.to_le_bytes());
+}
+
+/// What a table says that is not encrypted.
+fn decode_front(bytes: &[u8], counts: &Counts) -> Result<Table> {
+    let virtual_size = u64_at(bytes, 32);
+    if virtual_size == 0
+        || !virtual_size.is_multiple_of(BLOCK_SIZE)
+        || virtual_size > MAX_VIRTUAL_SIZE
+    {
+        return Err(corrupt(format!("a layer of {virtual_size} bytes")));
+    }
+    let power = u32_at(bytes, 40);
+    let power = WindowPower::new(power)
+        .ok_or_else(|| corrupt(format!("chunks of two to the power of {power} bytes")))?;
+    let body = part(bytes, HEADER_LEN, counts.section() - HEADER_LEN);
+    let (extents, chunks) = body.split_at(counts.extents * EXTENT_LEN);
+    let table = Table {
+        virtual_size,
+        power,
+        digest: array_at(bytes, DIGEST_AT),
+        extents: decode_extents(extents, Blocks::whole_in(virtual_size))?,
+        chunks: chunks.chunks_exact(CHUNK_LEN).map(decode_chunk).collect(),
+        data_len: u64_at(bytes, 64),
+    };
+    table.check_chunks(counts.encrypted)?;
+    Ok(table)
 }
 
 fn check_front(bytes: &[u8]) -> Result<Counts> {
@@ -241,7 +344,8 @@ fn check_front(bytes: &[u8]) -> Result<Counts> {
     if crc32fast::hash(part(bytes, 0, CRC_AT)) != u32_at(bytes, CRC_AT) {
         return Err(corrupt("the header of the table does not match its CRC"));
     }
-    let unknown = u64_at(bytes, 16);
+    let features = u64_at(bytes, FEATURES_AT);
+    let (encrypted, unknown) = (features & ENCRYPTED != 0, features & !ENCRYPTED);
     if unknown != 0 {
         let bits = (0..64).filter(|bit| unknown >> bit & 1 == 1);
         let bits: Vec<String> = bits.map(|bit| bit.to_string()).collect();
@@ -261,7 +365,13 @@ fn check_front(bytes: &[u8]) -> Result<Counts> {
         ));
     }
     let (extents, chunks) = (u64_at(bytes, 48), u64_at(bytes, 56));
-    let need = u128::from(extents) * EXTENT_LEN as u128 + u128::from(chunks) * CHUNK_LEN as u128;
+    let (per_chunk, more) = match encrypted {
+        true => (CHUNK_LEN + KEY_LEN, 32 + TAG_LEN),
+        false => (CHUNK_LEN, 0),
+    };
+    let need = u128::from(extents) * EXTENT_LEN as u128
+        + u128::from(chunks) * per_chunk as u128
+        + more as u128;
     if need != (bytes.len() - HEADER_LEN) as u128 {
         return Err(corrupt(format!(
             "a table of {} bytes with {extents} extents and {chunks} chunks",
@@ -274,6 +384,8 @@ fn check_front(bytes: &[u8]) -> Result<Counts> {
     }
     Ok(Counts {
         extents: extents as usize,
+        chunks: chunks as usize,
+        encrypted,
     })
 }
 
@@ -309,6 +421,7 @@ fn decode_chunk(bytes: &[u8]) -> Chunk {
         len: u32_at(bytes, 4),
         offset: u64_at(bytes, 8),
         sha256: array_at(bytes, 16),
+        key: None,
     }
 }
 

@@ -2,13 +2,20 @@
 
 use vellum_base::ErrorKind;
 use vellum_base::block::{BLOCK_LEN, BLOCK_SIZE, Block, Blocks, Span, WindowPower};
-use vellum_registry::artifact::{HOT_HEADER_LEN, HotFrame, HotPack, LayerEncoder, Table};
+use vellum_registry::artifact::{
+    HOT_HEADER_LEN, HotFrame, HotPack, LayerEncoder, LayerKey, Salt, Table,
+};
 
 use crate::input::with_mode;
 use crate::{Seed, fixup};
 
 /// Bit of the first byte: checksums are made to fit.
 const FIX: u8 = 1;
+
+/// The salt of the seeds that are encrypted.
+const SALT: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+/// The key of the seed `encrypted`.
+const KEY: &str = "c0de851de3a065f0eb9713e453ccd98d75b86516db04b95ca26c4e29d61d1bff";
 
 /// Extents are in order and within the layer, each chunk has its blocks, and the same is written again.
 pub fn table(input: &[u8]) {
@@ -19,7 +26,15 @@ pub fn table(input: &[u8]) {
     if mode & FIX != 0 {
         fixup::registry_table(&mut bytes);
     }
-    let table = match Table::decode(&bytes) {
+    let decoded = match Table::is_encrypted(&bytes) {
+        true => {
+            // Without the key it is refused, whatever it is.
+            Table::decode(&bytes).unwrap_err();
+            Table::decode_encrypted(&bytes, &LayerKey::parse(KEY).unwrap())
+        }
+        false => Table::decode(&bytes),
+    };
+    let table = match decoded {
         Ok(table) => table,
         Err(error) => {
             assert!(
@@ -48,13 +63,21 @@ pub fn table(input: &[u8]) {
     }
     assert_eq!(chunks, table.chunks.len());
     assert_eq!((end, blocks), (table.data_len, table.data_blocks().get()));
-    assert_eq!(Table::decode(&table.encode().unwrap()).unwrap(), table);
+    let again = match Table::is_encrypted(&bytes) {
+        false => Table::decode(&table.encode().unwrap()),
+        true => {
+            let (again, key) = table.encode_encrypted(&Salt::parse(SALT).unwrap()).unwrap();
+            Table::decode_encrypted(&again, &key)
+        }
+    };
+    assert_eq!(again.unwrap(), table);
 }
 
-/// A layer with each kind of extent, one of zeros alone, and an empty one.
+/// A layer with each kind of extent, one of zeros alone, an empty one, and one that is encrypted.
 pub fn table_seeds() -> Vec<Seed> {
-    let written = |extents: &[(u64, u64, bool)]| {
-        let mut encoder = LayerEncoder::new(Vec::new(), WindowPower::USUAL, 1).unwrap();
+    let table = |extents: &[(u64, u64, bool)], salt: Option<&Salt>| {
+        let encoder = LayerEncoder::new(Vec::new(), WindowPower::USUAL, 1).unwrap();
+        let mut encoder = encoder.encrypted(salt);
         for &(start, len, zero) in extents {
             let span = Span::new(Block::new(start), Blocks::new(len));
             match zero {
@@ -65,19 +88,30 @@ pub fn table_seeds() -> Vec<Seed> {
                 }
             }
         }
-        let table = encoder.finish(1 << 40, [5; 32]).unwrap().table;
-        table.encode().unwrap()
+        encoder.finish(1 << 40, [5; 32]).unwrap().table
     };
+    let some = &[
+        (0, 2, false),
+        (9, 70, false),
+        (79, 1, true),
+        (300, 1, false),
+    ];
+    let written = |extents| table(extents, None).encode().unwrap();
+    let salt = Salt::parse(SALT).unwrap();
+    let mut encrypted = table(some, Some(&salt));
+    // What every version of zstd would give.
+    for (chunk, number) in encrypted.chunks.iter_mut().zip(0..) {
+        chunk.len = 100;
+        chunk.offset = u64::from(number) * 100;
+        chunk.sha256 = [number; 32];
+        chunk.key = Some(salt.chunk_key(&[number]));
+    }
+    encrypted.data_len = encrypted.chunks.len() as u64 * 100;
+    let (encrypted, key) = encrypted.encode_encrypted(&salt).unwrap();
+    assert_eq!(*key.digits(), KEY);
     [
-        (
-            "some",
-            written(&[
-                (0, 2, false),
-                (9, 70, false),
-                (79, 1, true),
-                (300, 1, false),
-            ]),
-        ),
+        ("some", written(some)),
+        ("encrypted", encrypted),
         ("zeros", written(&[(2, 1 << 20, true)])),
         ("empty", written(&[])),
     ]

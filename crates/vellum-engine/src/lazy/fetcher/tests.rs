@@ -74,7 +74,7 @@ impl Stage {
             extents: &extents,
         };
         LazyLayer::make(&*faults, &layer_dir, &header, &content).unwrap();
-        remote.write(&*faults, &layer_dir, &table).unwrap();
+        remote.write(&*faults, &layer_dir, (&table, None)).unwrap();
         let fetcher = Fetcher::new(store);
         fetcher.cache.set_limit(Some(16 * WINDOW));
         Stage {
@@ -239,7 +239,7 @@ fn whoever_reads_where_blocks_are_while_a_push_notes_that_anew_has_a_pair_of_one
             if kind == OpKind::Open && path.ends_with("table") && once.swap(false, Ordering::SeqCst)
             {
                 noted
-                    .note_push(&*faults as &dyn Storage, &at, &table)
+                    .note_push(&*faults as &dyn Storage, &at, (&table, None))
                     .unwrap();
             }
         })));
