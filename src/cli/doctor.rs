@@ -34,6 +34,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         address,
         containerd_config: args.containerd_config.clone(),
         remote: !config.remote.from.is_empty(),
+        image_service: config.cri.image_service,
     });
     context.out.print(&report, lines)?;
     match report.count(State::Missing) {

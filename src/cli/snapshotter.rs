@@ -13,10 +13,13 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::LockMode;
 use vellum_base::{crash_point, fault};
 use vellum_engine::device::choose_transport;
+use vellum_engine::lazy::PullSecretServer;
 use vellum_engine::space::set_policy;
 use vellum_export::unix_socket::{SocketFile, bind_unix};
 use vellum_snapshotter::config::{Config, DEFAULT_ADDRESS, LogFormat, check_path};
 use vellum_snapshotter::content::{ContentStore, DEFAULT_CONTAINERD};
+use vellum_snapshotter::image_service::ImageService;
+use vellum_snapshotter::pull_secrets::PullSecrets;
 use vellum_snapshotter::{Defaults, Snapshotter, service};
 use vellum_store::Store;
 
@@ -36,6 +39,13 @@ pub(super) struct Args {
     /// The socket for containerd [default: /run/vellum/vellum.sock]
     #[arg(long, value_name = "SOCK")]
     address: Option<PathBuf>,
+    /// A socket for the kubelet (--image-service-endpoint), by which pods' pull secrets get here; calls are handed on to
+    /// containerd [default: none]
+    #[arg(long, value_name = "SOCK")]
+    cri_image_service: Option<PathBuf>,
+    /// containerd's socket, to which they are handed on [default: /run/containerd/containerd.sock]
+    #[arg(long, value_name = "SOCK", requires = "cri_image_service")]
+    cri_upstream: Option<PathBuf>,
     /// error, warn, info, debug or trace [default: info]
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
@@ -89,11 +99,9 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         size: config.size()?,
         mounts: config.mounts,
     };
-    let snapshotter = Arc::new(Snapshotter::start(
-        &store,
-        defaults,
-        config.remote.remote()?,
-    )?);
+    let secrets = Secrets::keep(args, &config, &store)?;
+    let remote = config.remote.remote()?.with_secrets(&secrets.known);
+    let snapshotter = Arc::new(Snapshotter::start(&store, defaults, remote)?);
     let containerd = config.diff.containerd.as_deref();
     let content = ContentStore::new(containerd.unwrap_or(Path::new(DEFAULT_CONTAINERD)));
     let served = service::serve(&snapshotter, listener, metrics, &content, || {
@@ -103,10 +111,53 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     notify("STOPPING=1");
     // Nobody connects any more; the next to start makes it anew.
     drop(socket);
+    secrets.leave();
     if let Some(snapshotter) = Arc::into_inner(snapshotter) {
         snapshotter.stop();
     }
     served
+}
+
+/// The pull secrets that are known, and who learns and hears of them.
+struct Secrets {
+    known: Arc<PullSecrets>,
+    service: Option<(ImageService, SocketFile, PullSecretServer)>,
+}
+
+impl Secrets {
+    /// Learns of pull secrets, where a socket is named for that.
+    fn keep(args: &Args, config: &Config, store: &Store) -> Result<Self> {
+        let known = Arc::new(PullSecrets::default());
+        let of_line = args.cri_image_service.as_ref();
+        let Some(address) = of_line.or(config.cri.image_service.as_ref()) else {
+            PullSecretServer::none(&store.runs())?;
+            let service = None;
+            return Ok(Secrets { known, service });
+        };
+        let upstream = args.cri_upstream.as_deref();
+        let upstream = upstream.or(config.cri.upstream.as_deref());
+        let upstream = upstream.or(config.diff.containerd.as_deref());
+        let upstream = upstream.unwrap_or(Path::new(DEFAULT_CONTAINERD));
+        check_path("--cri-image-service", address)?;
+        check_path("--cri-upstream", upstream)?;
+        // The fetcher may ask from now on.
+        let server = PullSecretServer::start(&store.runs(), known.clone())?;
+        let (listener, socket) = listen(address)?;
+        let service = ImageService::start(listener, upstream, Arc::clone(&known))?;
+        tracing::info!(address = %address.display(), upstream = %upstream.display(), "image service");
+        Ok(Secrets {
+            known,
+            service: Some((service, socket, server)),
+        })
+    }
+
+    fn leave(self) {
+        if let Some((service, socket, server)) = self.service {
+            drop(socket);
+            drop(service);
+            server.leave();
+        }
+    }
 }
 
 fn start_log(args: &Args, config: &Config) -> Result<()> {

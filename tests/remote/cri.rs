@@ -14,11 +14,24 @@ pub struct ImageSpec {
     pub image: String,
 }
 
-/// The requests of both that name an image.
+/// What the kubelet sends of a pull secret.
+#[derive(Clone, PartialEq, Message)]
+pub struct Auth {
+    #[prost(string, tag = "1")]
+    pub username: String,
+    #[prost(string, tag = "2")]
+    pub password: String,
+    #[prost(string, tag = "3")]
+    pub auth: String,
+}
+
+/// The requests of all that name an image.
 #[derive(Clone, PartialEq, Message)]
 struct ImageRequest {
     #[prost(message, optional, tag = "1")]
     image: Option<ImageSpec>,
+    #[prost(message, optional, tag = "2")]
+    auth: Option<Auth>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -122,11 +135,22 @@ impl Cri {
         Ok(answers.into_iter().next().unwrap_or_default().name)
     }
 
-    fn of_image(&self, method: &str, image: &str) -> Result<String, Failure> {
+    fn of_image(&self, method: &str, image: &str, auth: Option<Auth>) -> Result<String, Failure> {
         let image = Some(ImageSpec {
             image: image.into(),
         });
-        self.call(method, &ImageRequest { image })
+        self.call(method, &ImageRequest { image, auth })
+    }
+
+    /// What is answered, to the byte, to a call of any service that says nothing but an image, or nothing at all.
+    pub fn bytes(&self, method: &str, image: Option<&str>) -> Result<Vec<u8>, Failure> {
+        let (service, method) = method.split_once('/').unwrap();
+        let image = image.map(|image| ImageSpec {
+            image: image.into(),
+        });
+        let request = ImageRequest { image, auth: None };
+        self.0
+            .bytes_of(service, method, &[], request.encode_to_vec())
     }
 
     /// Whether it takes calls: it does some time after containerd does.
@@ -139,11 +163,16 @@ impl Cri {
     }
 
     pub fn pull(&self, image: &str) -> Result<String, Failure> {
-        self.of_image("PullImage", image)
+        self.of_image("PullImage", image, None)
+    }
+
+    /// Pulls with a pod's secret.
+    pub fn pull_with(&self, image: &str, auth: Auth) -> Result<String, Failure> {
+        self.of_image("PullImage", image, Some(auth))
     }
 
     pub fn remove_image(&self, image: &str) -> Result<String, Failure> {
-        self.of_image("RemoveImage", image)
+        self.of_image("RemoveImage", image, None)
     }
 
     /// Starts a pod in this host's network.

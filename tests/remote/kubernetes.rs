@@ -14,11 +14,19 @@ use crate::snapshotter_support::oci::{archive_of, tar_of};
 use crate::snapshotter_support::{Area, Daemon, PACKAGES, wait_for};
 
 /// Bytes in the image that nothing reads.
-const LOAD: usize = 24 << 20;
+pub const LOAD: usize = 24 << 20;
 
 /// A registry that has `web:1`, which sleeps where nobody says what else.
 fn pushed(format: &str) -> (Registry, TestStore, Image) {
-    let (registry, from) = (Registry::new(), store());
+    pushed_to(Registry::new(), store(), format)
+}
+
+/// As [`pushed`], by a store that knows what the registry wants to know.
+pub fn pushed_to(
+    registry: Registry,
+    from: TestStore,
+    format: &str,
+) -> (Registry, TestStore, Image) {
     let busybox = fs::read("/bin/busybox")
         .unwrap_or_else(|error| panic!("/bin/busybox: {error}: {PACKAGES}"));
     let mut state = 1_u64;
@@ -42,15 +50,20 @@ fn pushed(format: &str) -> (Registry, TestStore, Image) {
 }
 
 /// containerd with its CRI plugin, and the snapshotter, which takes blocks from a registry.
-struct Node {
-    snapshotter: Option<Daemon>,
+pub struct Node {
+    pub snapshotter: Option<Daemon>,
     containerd: Option<Daemon>,
-    area: Area,
-    cri: Cri,
+    pub area: Area,
+    pub cri: Cri,
 }
 
 impl Node {
     fn start(registry: &Registry) -> Node {
+        Node::with(registry, false)
+    }
+
+    /// With the snapshotter's image service at [`Node::service`], or without.
+    pub fn with(registry: &Registry, serves_images: bool) -> Node {
         let area = Area::new();
         let host = registry.host();
         let config = format!(
@@ -70,9 +83,16 @@ impl Node {
             area.path().display()
         );
         fs::write(area.at("containerd.toml"), config).unwrap();
-        let config = format!(
+        let mut config = format!(
             "version = 1\ndefault_size = '256M'\n[remote]\nfrom = ['{host}']\nbackground = 'off'\n"
         );
+        if serves_images {
+            config += &format!(
+                "[cri]\nimage_service = '{}'\nupstream = '{}'\n",
+                area.at("images.sock"),
+                area.at("containerd.sock")
+            );
+        }
         fs::write(area.at("vellum.toml"), config).unwrap();
         let cri = Cri::new(area.at("containerd.sock"));
         let mut node = Node {
@@ -85,25 +105,46 @@ impl Node {
         node
     }
 
-    fn start_again(&mut self) {
+    /// The image service of the snapshotter.
+    pub fn service(&self) -> Cri {
+        Cri::new(self.area.at("images.sock"))
+    }
+
+    pub fn start_again(&mut self) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vellum"));
         command
             .args(["--root", &self.area.at("root"), "snapshotter"])
             .args(["--config", &self.area.at("vellum.toml")])
-            .args(["--address", &self.area.at("vellum.sock")]);
+            .args(["--address", &self.area.at("vellum.sock")])
+            // The host's own credentials are nobody's business here.
+            .env("DOCKER_CONFIG", self.area.at("docker"))
+            .env("XDG_RUNTIME_DIR", self.area.at("docker"))
+            .env("REGISTRY_AUTH_FILE", "/nonexistent");
         self.snapshotter = Some(Daemon::start(&mut command, &self.area.path().join("log")));
         let limit = Duration::from_secs(30);
         wait_for("the snapshotter listens", limit, || {
             std::os::unix::net::UnixStream::connect(self.area.at("vellum.sock")).is_ok()
         });
+        self.start_containerd();
+    }
+
+    fn start_containerd(&mut self) {
         self.containerd = Some(Daemon::start(
             Command::new("containerd").args(["--config", &self.area.at("containerd.toml")]),
             &self.area.path().join("containerd.log"),
         ));
+        let limit = Duration::from_secs(30);
         wait_for("containerd answers", limit, || self.cri.is_ready());
     }
 
-    fn stop(&mut self) {
+    /// Stops containerd, and starts it again after `meanwhile`.
+    pub fn restart_containerd(&mut self, meanwhile: impl FnOnce()) {
+        self.containerd.take().unwrap().signal(Signal::SIGTERM);
+        meanwhile();
+        self.start_containerd();
+    }
+
+    pub fn stop(&mut self) {
         for daemon in [&mut self.containerd, &mut self.snapshotter] {
             daemon.take().unwrap().signal(Signal::SIGTERM);
         }
@@ -119,22 +160,27 @@ impl Node {
     }
 
     /// What containerd has of the image's layers as tars.
-    fn fetched(&self, image: &Image) -> usize {
+    pub fn fetched(&self, image: &Image) -> usize {
         let content = self.ctr(&["content", "ls", "-q"]);
         let there = String::from_utf8(content.stdout).unwrap();
         let layers = image.layers.iter();
         layers.filter(|layer| there.contains(*layer)).count()
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         fs::read_to_string(self.area.at("log")).unwrap()
     }
 
     /// Runs a container whose output is one line, and waits for that.
-    fn says(&self, pod: &str, config: &PodConfig, image: &Image, name: &str) -> String {
+    pub fn says(&self, pod: &str, config: &PodConfig, image: &Image, name: &str) -> String {
         let script = "read line < /etc/web; echo said $line";
         let command = ["/bin/busybox", "sh", "-c", script];
         self.cri.run(pod, config, &image.name, name, &command);
+        self.said(name)
+    }
+
+    /// The last two words of what a container says, the last one first, once it has.
+    pub fn said(&self, name: &str) -> String {
         let log = self.area.at(&format!("{name}.log"));
         let mut said = String::new();
         wait_for(

@@ -24,3 +24,4 @@ mod api;
 mod cri;
 mod image;
 mod kubernetes;
+mod secrets;

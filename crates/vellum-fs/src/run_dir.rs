@@ -77,6 +77,11 @@ impl RunRoot {
         self.path.join("fetcher.log")
     }
 
+    /// Where the snapshotter tells the fetcher the pull secrets that it knows.
+    pub fn pull_secrets(&self) -> DirSocket {
+        DirSocket::new(&self.path, "pull-secrets.sock".to_owned())
+    }
+
     /// Held by the fetcher.
     pub fn fetcher_lock(&self) -> PathBuf {
         self.path.join("fetcher.lock")
@@ -480,6 +485,7 @@ mod tests {
             assert_eq!(beside(output), Some(id.to_string()));
         }
         assert_eq!(beside(runs.fetcher_log()), None);
+        assert_eq!(beside(runs.pull_secrets().path()), None);
         assert_eq!(beside(runs.nbd_socket()), None);
         assert_eq!(beside(runs.snapshotter_lock()), None);
     }

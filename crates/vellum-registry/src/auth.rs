@@ -47,6 +47,9 @@ pub(crate) async fn authorization(
         (Some(Wanted::Basic), Some(Credential::Password { user, password })) => {
             Ok(basic(user, password))
         }
+        (Some(Wanted::Bearer { .. }), Some(Credential::RegistryToken(token))) => {
+            Ok(format!("Bearer {token}"))
+        }
         (Some(Wanted::Bearer { realm, service }), credential) => {
             let url = token_url(http, &realm)?;
             let token = fetch_token(http, url, service.as_deref(), scopes, credential).await?;

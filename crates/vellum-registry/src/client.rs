@@ -8,7 +8,7 @@ use reqwest::{Client, Method, Request, RequestBuilder, Response, StatusCode, Url
 use tokio::sync::Mutex;
 
 use super::auth::authorization;
-use super::credentials::Credential;
+use super::credentials::{Credential, Keychain};
 use super::failure::Failure;
 use super::hosts::{Capabilities, Place};
 use super::redirects::Redirects;
@@ -280,6 +280,8 @@ pub(crate) struct Repository {
     pub redirects: Redirects,
     scopes: Vec<String>,
     credential: Option<Credential>,
+    /// Who knows what goes before that, and what is asked for there: the registry.
+    pub keychain: Option<(Arc<dyn Keychain>, String)>,
     /// What the registry takes for the moment.
     authorization: Mutex<Option<String>>,
 }
@@ -298,6 +300,7 @@ impl Repository {
             redirects: Redirects::default(),
             scopes,
             credential,
+            keychain: None,
             authorization: Mutex::new(None),
         }
     }
@@ -335,9 +338,11 @@ impl Repository {
             let response = answer.await?;
             let heeded = !last && self.http.is_own(response.url());
             let Some(challenge) = challenge(&response).filter(|_| heeded) else {
-                return self.not_unauthorized(doing, response).await;
+                let answer = self.not_unauthorized(doing, response).await;
+                return answer.map_err(|failure| self.until_known(failure));
             };
-            known = Some(self.authorize(&challenge, known).await?);
+            let found = self.authorize(&challenge, known).await;
+            known = Some(found.map_err(|failure| self.until_known(failure))?);
         }
         Err(Error::internal("a request was sent twice and is not answered").into())
     }
@@ -363,10 +368,50 @@ impl Repository {
         if let Some(newer) = held.clone().filter(|held| tried.as_ref() != Some(held)) {
             return Ok(newer);
         }
-        let credential = self.credential.as_ref();
+        let lent = self.ask_keychain().await?;
+        let credential = lent.as_ref().or(self.credential.as_ref());
         let found = authorization(&self.http, challenge, &self.scopes, credential).await?;
         *held = Some(found.clone());
         Ok(found)
+    }
+
+    /// What the keychain has, asked where it holds up nobody else.
+    async fn ask_keychain(&self) -> Result<Option<Credential>> {
+        let Some((keychain, registry)) = self.keychain.clone() else {
+            return Ok(None);
+        };
+        let repository = self.repository.clone();
+        let asked = tokio::task::spawn_blocking(move || keychain.find(&registry, &repository));
+        asked
+            .await
+            .map_err(|error| Error::internal(format!("asking for credentials broke off: {error}")))
+    }
+
+    /// A refusal passes where another credential may become known.
+    fn until_known(&self, failure: Failure) -> Failure {
+        let keychain = self.keychain.as_ref();
+        let advice = keychain.and_then(|(keychain, _)| keychain.advice());
+        match advice {
+            Some(advice) if failure.error.kind() == ErrorKind::Permission => Failure {
+                error: Error::new(
+                    ErrorKind::Permission,
+                    format!("{}; or {advice}", failure.error),
+                ),
+                passes: true,
+                ..failure
+            },
+            _ => failure,
+        }
+    }
+
+    /// As [`Failure::refused`], for a host that may let another in: who asks is not known any more then.
+    pub async fn refused(&self, doing: &str, response: Response) -> Failure {
+        let failure = Failure::refused(&self.http.host, doing, response).await;
+        let failure = self.until_known(failure);
+        if failure.error.kind() == ErrorKind::Permission {
+            *self.authorization.lock().await = None;
+        }
+        failure
     }
 
     /// As [`Repository::ask`], again where it fails in a way that passes; for requests without a body to speak of.

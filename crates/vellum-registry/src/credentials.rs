@@ -5,9 +5,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::reference::host_of;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
@@ -15,10 +17,70 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 const HUB: &str = "https://index.docker.io/v1/";
 
 /// By what a registry knows its users.
-#[derive(Clone, PartialEq, Eq)]
-pub(crate) enum Credential {
-    Password { user: String, password: String },
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Credential {
+    /// A name and a password, for the registry itself or its token server.
+    Password {
+        /// The name.
+        user: String,
+        /// The password.
+        password: String,
+    },
+    /// For which the token server gives tokens (OAuth2's refresh token).
     IdentityToken(String),
+    /// A token that the registry itself takes.
+    RegistryToken(String),
+}
+
+impl Credential {
+    /// Reads a name and a password as docker's files have them: `NAME:PASSWORD` in base64. `None` for anything else.
+    pub fn of_basic(text: &str) -> Option<Self> {
+        let bytes = STANDARD.decode(text.trim()).ok()?;
+        let text = String::from_utf8(bytes).ok()?;
+        let (user, password) = text.split_once(':')?;
+        Some(Credential::Password {
+            user: user.to_owned(),
+            // As docker does, which once wrote one there.
+            password: password.trim_matches('\0').to_owned(),
+        })
+    }
+
+    /// How many bytes of text it is.
+    pub fn len(&self) -> usize {
+        match self {
+            Credential::Password { user, password } => user.len() + password.len(),
+            Credential::IdentityToken(token) | Credential::RegistryToken(token) => token.len(),
+        }
+    }
+
+    /// Whether it is no text at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Who knows credentials that are not in docker's files.
+pub trait Keychain: std::fmt::Debug + Send + Sync {
+    /// What there is for a repository of a registry, which goes before what docker's files have. It is asked for whenever
+    /// the registry wants to know who asks, and may block for a moment.
+    fn find(&self, registry: &str, repository: &str) -> Option<Credential>;
+
+    /// What to do where a registry takes nothing that is known. Whoever waits then goes on, as one that is good may become
+    /// known at any time; `None` where that cannot be.
+    fn advice(&self) -> Option<&str>;
+}
+
+/// Whether an address, as docker's files and Kubernetes' have it, is that of a registry: `https://index.docker.io/v1/` of
+/// `docker.io`.
+pub fn is_of_registry(address: &str, registry: &str) -> bool {
+    let address = address.trim();
+    let bare = address
+        .strip_prefix("https://")
+        .or_else(|| address.strip_prefix("http://"));
+    let bare = bare.unwrap_or(address);
+    let host = bare.split('/').next().unwrap_or(bare);
+    host_of(host) == host_of(registry)
 }
 
 impl std::fmt::Debug for Credential {
@@ -216,4 +278,52 @@ fn run_helper(name: &str, action: &str, input: &[u8]) -> Result<()> {
         ErrorKind::Command,
         format!("{program} {action}: {}: {said}", output.status),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_and_a_password_are_read_from_base64_and_nothing_else_is() {
+        let read = |text: &str| Credential::of_basic(&STANDARD.encode(text));
+        let is = |user: &str, password: &str| {
+            Some(Credential::Password {
+                user: user.into(),
+                password: password.into(),
+            })
+        };
+        assert_eq!(read("user:secret"), is("user", "secret"));
+        assert_eq!(read("user:a:b\0"), is("user", "a:b"));
+        assert_eq!(read("user"), None);
+        assert_eq!(Credential::of_basic("user:secret"), None);
+    }
+
+    #[test]
+    fn an_address_is_that_of_its_registry_alone_however_it_is_written() {
+        for (address, registry) in [
+            ("https://index.docker.io/v1/", "docker.io"),
+            ("docker.io", "docker.io"),
+            ("registry-1.docker.io", "docker.io"),
+            ("https://registry.example:5000", "registry.example:5000"),
+            ("http://registry.example/v2/", "registry.example"),
+        ] {
+            assert!(is_of_registry(address, registry), "{address}");
+        }
+        for address in [
+            "",
+            "https://",
+            "registry.example.evil",
+            "evil/registry.example",
+        ] {
+            assert!(!is_of_registry(address, "registry.example"), "{address}");
+        }
+        assert!(!is_of_registry("registry.example", "registry.example:5000"));
+    }
+
+    #[test]
+    fn a_credential_shows_nothing_of_itself() {
+        let shown = format!("{:?}", Credential::IdentityToken("s3cret".into()));
+        assert_eq!(shown, "Credential(..)");
+    }
 }

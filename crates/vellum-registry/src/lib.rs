@@ -39,7 +39,7 @@ mod source;
 mod tls;
 mod upload;
 
-pub use credentials::{Stored, login, logout};
+pub use credentials::{Credential, Keychain, Stored, is_of_registry, login, logout};
 pub use document::{
     CONTAINERD_NAME, Descriptor, Document, INDEX_TYPE, MANIFEST_TYPE, Manifest, NAME_ANNOTATION,
     REF_NAME,

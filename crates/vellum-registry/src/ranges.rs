@@ -292,7 +292,7 @@ async fn ask(
             let failure = Failure::refused(host, doing, response).await;
             Err(Failure::passing(failure.error))
         }
-        _ => Err(Failure::refused(host, doing, response).await),
+        _ => Err(repository.refused(doing, response).await),
     }
 }
 

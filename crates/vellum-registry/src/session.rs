@@ -14,7 +14,7 @@ use vellum_image::{Platform, Progress, blob_name};
 
 use super::blobs;
 use super::client::{Http, Repository};
-use super::credentials::{self, Credential};
+use super::credentials::{self, Credential, Keychain};
 use super::document::{Descriptor, Document};
 use super::failure::Failure;
 use super::find::{Documents, Found, find};
@@ -75,6 +75,8 @@ pub struct Push {
 struct Host {
     http: Arc<Http>,
     credential: Option<Credential>,
+    /// The registry itself and no mirror: it is sent what others know for it.
+    is_registry: bool,
 }
 
 impl Host {
@@ -87,6 +89,7 @@ impl Host {
             other => other?,
         };
         Ok(Host {
+            is_registry: place.name == registry,
             http: Arc::new(Http::new(place)?),
             credential,
         })
@@ -129,6 +132,12 @@ impl Session {
     /// Goes by what others have seen of hosts, and lets them see.
     pub(crate) fn sharing(mut self, seen: &Arc<Seen>) -> Self {
         self.seen = Arc::clone(seen);
+        self
+    }
+
+    /// Has the registry itself, and none of its mirrors, sent what a keychain knows.
+    pub fn knowing(mut self, keychain: Arc<dyn Keychain>) -> Self {
+        self.seen = Arc::new(Seen::knowing(keychain));
         self
     }
 
@@ -186,6 +195,10 @@ impl Session {
         let mut repository =
             Repository::new(host.http.clone(), name, scopes, host.credential.clone());
         repository.tries = self.tries();
+        let keychain = self.seen.keychain.clone();
+        repository.keychain = keychain
+            .filter(|_| host.is_registry)
+            .map(|keychain| (keychain, self.reference.registry().to_owned()));
         repository
     }
 

@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 use vellum_base::error::{Error, ErrorKind};
 
 use super::client::Repository;
+use super::credentials::Keychain;
 use super::failure::Failure;
 use super::hedge::{Hedging, Traffic};
 use super::hosts::Capabilities;
@@ -18,15 +19,24 @@ const REST: Duration = Duration::from_secs(60);
 /// How many of them are known.
 const MOST: usize = 4096;
 
-/// What requests have shown of hosts so far. Whoever talks to many repositories keeps one.
+/// What requests have shown of hosts so far, and who else knows credentials. Whoever talks to many repositories keeps one.
 #[derive(Debug, Default)]
 pub struct Seen {
+    pub(crate) keychain: Option<Arc<dyn Keychain>>,
     /// Until when a host is asked behind the others, for all or for one blob.
     resting: Mutex<HashMap<(String, Option<String>), Instant>>,
     pub(crate) hedging: Hedging,
 }
 
 impl Seen {
+    /// Nothing yet, but who knows credentials that are not in docker's files.
+    pub fn knowing(keychain: Arc<dyn Keychain>) -> Self {
+        Seen {
+            keychain: Some(keychain),
+            ..Seen::default()
+        }
+    }
+
     /// How many parts of blobs were asked for.
     pub fn traffic(&self) -> Traffic {
         self.hedging.traffic()

@@ -48,6 +48,9 @@ pub struct Config {
     /// Images that are used before they are here.
     #[serde(default)]
     pub remote: RemoteConfig,
+    /// Kubernetes' image service.
+    #[serde(default)]
+    pub cri: CriConfig,
     /// The log.
     #[serde(default)]
     pub log: Log,
@@ -120,6 +123,16 @@ impl RemoteConfig {
     }
 }
 
+/// `[cri]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CriConfig {
+    /// The socket on which the image service is handed on to containerd, without which it is not.
+    pub image_service: Option<PathBuf>,
+    /// containerd's socket; where nothing is said, that of `[diff]`.
+    pub upstream: Option<PathBuf>,
+}
+
 /// `[log]`
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -174,6 +187,8 @@ impl Config {
             ("root", &config.root),
             ("address", &config.address),
             ("[diff] containerd", &config.diff.containerd),
+            ("[cri] image_service", &config.cri.image_service),
+            ("[cri] upstream", &config.cri.upstream),
         ] {
             if let Some(given) = given {
                 check_path(key, given).map_err(|error| error.context(path.display()))?;
@@ -239,7 +254,8 @@ mod tests {
             "version = 1\nroot = '/r'\naddress = '/s'\ndefault_size = '20G'\nmounts = 'device'\n\
              [space]\nrefuse = '5%'\nstop = '1G'\n\
              [metrics]\naddress = '127.0.0.1:9142'\n[diff]\ncontainerd = '/c'\n\
-             [remote]\nfrom = ['registry.example/team']\nbackground = '20M'\n[log]\nlevel = 'debug'\nformat = 'json'\n",
+             [remote]\nfrom = ['registry.example/team']\nbackground = '20M'\n\
+             [cri]\nimage_service = '/i'\nupstream = '/u'\n[log]\nlevel = 'debug'\nformat = 'json'\n",
         )
         .unwrap();
         assert_eq!(config.root.as_deref(), Some(Path::new("/r")));
@@ -249,6 +265,8 @@ mod tests {
         let space = config.space.unwrap().to_string();
         assert_eq!(space, "warn = 5%, refuse = 5%, stop = 1G");
         assert_eq!(config.diff.containerd.as_deref(), Some(Path::new("/c")));
+        assert_eq!(config.cri.image_service.as_deref(), Some(Path::new("/i")));
+        assert_eq!(config.cri.upstream.as_deref(), Some(Path::new("/u")));
         assert_eq!(config.log.format, LogFormat::Json);
     }
 
@@ -269,6 +287,8 @@ mod tests {
             ("[remote]\nfrom = ['team/web']", "names no registry"),
             ("[remote]\nbackground = 'slow'", "[remote] background"),
             ("[diff]\ncontainerd = 'c.sock'", "containerd is \"c.sock\""),
+            ("[cri]\nimage_service = 'i'", "[cri] image_service is \"i\""),
+            ("[cri]\nupstream = ''", "[cri] upstream is empty"),
         ] {
             let error = load(text).unwrap_err().to_string();
             assert!(error.contains(word) && error.contains('/'), "{error}");

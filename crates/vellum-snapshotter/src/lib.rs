@@ -15,6 +15,7 @@
 //! * [`metadata`]: what containerd knows of snapshots, in memory and on disk.
 //! * [`mounts`]: devices and mounts of snapshots.
 //! * [`remote`]: layers that a registry has as blocks.
+//! * [`image_service`], [`pull_secrets`]: what the kubelet pulls images with.
 //! * [`retire`]: what comes after an answer: detaching, removing, checksums.
 //! * [`metrics`]: counters, and the HTTP server that shows them to Prometheus.
 //! * [`filter`]: containerd's language for choosing from a list.
@@ -24,15 +25,18 @@ mod commit;
 pub mod config;
 mod container_metrics;
 pub mod content;
+mod cri;
 pub mod diff;
 mod diff_service;
 mod failure;
 pub mod filter;
+pub mod image_service;
 mod labels;
 pub mod metadata;
 pub mod metrics;
 pub mod mounts;
 mod operations;
+pub mod pull_secrets;
 pub mod remote;
 pub mod retire;
 pub mod service;

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::Snapshotter;
 use super::failure::{Result, request};
 use super::labels::{IMAGE_LABEL, MANIFEST_LABEL, REF_LABEL};
+use super::pull_secrets::{PullSecrets, Secret};
 use super::retire::Job;
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind};
@@ -18,7 +19,7 @@ use vellum_core::layer::Header;
 use vellum_engine::lazy::{Background, complete_in_background};
 use vellum_engine::registry::RemoteImage;
 use vellum_engine::template;
-use vellum_registry::Reference;
+use vellum_registry::{Keychain, Reference};
 use vellum_store::{SnapshotKind, SnapshotRecord, Store, StoreGuard};
 
 /// How long containerd waits at most to hear that there are no block layers.
@@ -76,11 +77,15 @@ impl Source {
 struct Known {
     since: Instant,
     image: Option<Arc<RemoteImage>>,
+    /// Of which pull the secret was that it was asked with.
+    pull: Option<u64>,
 }
 
 impl Known {
-    fn is_fresh(&self) -> bool {
-        self.since.elapsed() < KNOWN_FOR
+    /// Whether one who would ask with the secret of that pull need not.
+    fn is_good_for(&self, pull: Option<u64>) -> bool {
+        // Another secret may open what was closed.
+        self.since.elapsed() < KNOWN_FOR && (self.image.is_some() || self.pull == pull)
     }
 }
 
@@ -92,6 +97,7 @@ type Slot = Arc<Mutex<Option<Known>>>;
 pub struct Remote {
     sources: Vec<Source>,
     background: Option<Background>,
+    secrets: Arc<PullSecrets>,
     images: Mutex<HashMap<String, Slot>>,
     /// Held while layers are made: two pulls of the same ones share them.
     making: Mutex<()>,
@@ -104,8 +110,15 @@ impl Remote {
         Remote {
             sources,
             background,
-            images: Mutex::default(),
-            making: Mutex::default(),
+            ..Remote::default()
+        }
+    }
+
+    /// Asks registries with what pods pull with.
+    pub fn with_secrets(self, secrets: &Arc<PullSecrets>) -> Self {
+        Remote {
+            secrets: Arc::clone(secrets),
+            ..self
         }
     }
 
@@ -125,17 +138,20 @@ impl Remote {
         if !self.sources.iter().any(|source| source.covers(&reference)) {
             return None;
         }
+        let secret = self.secrets.of_image(&reference);
+        let pull = secret.as_ref().map(|secret| secret.number);
         let slot = self.slot(&format!(
             "{}/{}@{manifest}",
             reference.registry(),
             reference.repository()
         ));
         let mut slot = slot.lock();
-        if slot.as_ref().is_none_or(|known| !known.is_fresh()) {
-            let found = find(store, &reference, manifest);
+        if slot.as_ref().is_none_or(|known| !known.is_good_for(pull)) {
+            let found = find(store, &reference, manifest, secret);
             *slot = Some(Known {
                 since: Instant::now(),
                 image: found.map(Arc::new),
+                pull,
             });
         }
         let remote = slot.as_ref()?.image.clone()?;
@@ -188,12 +204,19 @@ fn forget_oldest(
     }
 }
 
-/// Asks the registry.
-fn find(store: &Store, reference: &Reference, manifest: &str) -> Option<RemoteImage> {
+/// Asks the registry, with the image's pull secret where it has one.
+fn find(
+    store: &Store,
+    reference: &Reference,
+    manifest: &str,
+    secret: Option<Secret>,
+) -> Option<RemoteImage> {
     let begin = Instant::now();
-    let found = store
-        .pin_layers()
-        .and_then(|pin| RemoteImage::find(store, reference, manifest, begin + PATIENCE, &pin));
+    let keychain = secret.map(|secret| Arc::new(secret) as Arc<dyn Keychain>);
+    let found = store.pin_layers().and_then(|pin| {
+        let deadline = begin + PATIENCE;
+        RemoteImage::find(store, reference, manifest, deadline, keychain, &pin)
+    });
     let micros = begin.elapsed().as_micros() as u64;
     match found {
         Ok(Some(remote)) => {
@@ -400,6 +423,7 @@ mod tests {
             *slot.lock() = Some(Known {
                 since: Instant::now(),
                 image: None,
+                pull: None,
             });
         }
         assert_eq!(remote.images.lock().len(), MAX_IMAGES);

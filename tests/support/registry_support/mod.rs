@@ -13,8 +13,9 @@ use crate::common::{Running, TestStore, run, wait_until};
 /// How a registry is set up.
 #[derive(Default)]
 pub struct Setup {
-    /// It wants the name `user` with the password `secret`.
+    /// It wants the name `user` with the password `secret`, or this one.
     pub auth: bool,
+    pub password: Option<&'static str>,
     /// More of the configuration's `http`.
     pub http: String,
     /// Another driver than files.
@@ -59,7 +60,10 @@ impl Registry {
         );
         if setup.auth {
             let users = dir.join("htpasswd");
-            let line = run("htpasswd", &["-Bbn", "user", "secret"]);
+            let line = run(
+                "htpasswd",
+                &["-Bbn", "user", setup.password.unwrap_or("secret")],
+            );
             fs::write(&users, line).unwrap();
             config += &format!(
                 "auth: {{htpasswd: {{realm: here, path: {}}}}}\n",

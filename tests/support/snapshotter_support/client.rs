@@ -80,18 +80,7 @@ impl Client {
         fields: &[(&str, &str)],
         request: &impl Message,
     ) -> Result<Vec<T>, Failure> {
-        let method = format!("{service}/{method}");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        let body = request.encode_to_vec();
-        let (status, text, bytes) = runtime
-            .block_on(exchange(&self.socket, &method, fields, body))
-            .map_err(Failure::Broken)?;
-        if status != 0 {
-            return Err(Failure::Status(status, text));
-        }
+        let bytes = self.bytes_of(service, method, fields, request.encode_to_vec())?;
         let mut rest = &bytes[..];
         let mut messages = Vec::new();
         while !rest.is_empty() {
@@ -100,6 +89,28 @@ impl Client {
             rest = &rest[5 + len..];
         }
         Ok(messages)
+    }
+
+    /// As [`Client::call_of`], of a message of bytes; the messages of the answer as they came.
+    pub fn bytes_of(
+        &self,
+        service: &str,
+        method: &str,
+        fields: &[(&str, &str)],
+        body: Vec<u8>,
+    ) -> Result<Vec<u8>, Failure> {
+        let method = format!("{service}/{method}");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let (status, text, bytes) = runtime
+            .block_on(exchange(&self.socket, &method, fields, body))
+            .map_err(Failure::Broken)?;
+        if status != 0 {
+            return Err(Failure::Status(status, text));
+        }
+        Ok(bytes)
     }
 
     fn one<T: Message + Default>(

@@ -64,7 +64,7 @@ impl Area {
     }
 
     /// Processes whose arguments or environment name the directory.
-    fn processes(&self) -> Vec<Pid> {
+    pub fn processes(&self) -> Vec<Pid> {
         let path = self.path().display().to_string();
         let named = |file: PathBuf| {
             let bytes = fs::read(file).unwrap_or_default();

@@ -2,6 +2,7 @@
 
 mod annotations;
 mod containerd;
+mod image_service;
 mod mirrors;
 
 use std::fs::{self, OpenOptions};
@@ -88,6 +89,8 @@ pub struct Options {
     pub containerd_config: PathBuf,
     /// The snapshotter takes block layers from registries.
     pub remote: bool,
+    /// The socket of its image service, where it has one.
+    pub image_service: Option<PathBuf>,
 }
 
 /// Looks at the host.
@@ -103,6 +106,7 @@ pub fn examine(options: &Options) -> Report {
     look.store(&options.root);
     look.propagation(&options.root);
     look.containerd(options);
+    look.image_service(options);
     look.mirrors();
     Report {
         findings: look.findings,

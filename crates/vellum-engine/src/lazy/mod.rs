@@ -5,12 +5,14 @@
 //! * [`fetcher`]: the process that brings them.
 //! * [`FetcherClient`]: how everybody else waits for it.
 //! * [`complete()`]: has all of an image brought.
+//! * [`PullSecretServer`]: what the snapshotter tells the fetcher of credentials.
 
 mod cache;
 mod client;
 mod complete;
 pub mod fetcher;
 mod hot;
+mod pull_secrets;
 mod remote;
 mod stall;
 
@@ -21,6 +23,7 @@ pub(crate) use complete::go_on_in_background;
 pub use complete::{CompleteReport, complete, complete_in_background};
 pub use fetcher::FETCHER_COMMAND;
 pub(crate) use hot::expect_hot_pack;
+pub use pull_secrets::PullSecretServer;
 pub use remote::{Background, REMOTE_FILES, Remote};
 
 use std::ops::Range;

@@ -2,6 +2,7 @@
 //! docs/containerd.md.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use uuid::Uuid;
@@ -9,7 +10,7 @@ use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_image::{Platform, chain_ids};
 use vellum_registry::artifact::DIFF_ID_ANNOTATION;
-use vellum_registry::{Access, Descriptor, Document, Reference, Session};
+use vellum_registry::{Access, Descriptor, Document, Keychain, Reference, Session};
 use vellum_store::{Store, StoreGuard};
 
 use super::super::import::LayerOutcome;
@@ -36,7 +37,7 @@ pub struct RemoteImage {
 impl RemoteImage {
     /// Looks for the block layers of the image whose manifest has this digest in the repository of `reference`, and
     /// makes sure that their data can be had by ranges. `None` for an image that names none. Waits no longer than
-    /// until `deadline`.
+    /// until `deadline`. What `keychain` knows goes before docker's credentials.
     ///
     /// # Errors
     /// Where the registry does not answer in time, does not let us, or has something that makes no sense or cannot be
@@ -46,6 +47,7 @@ impl RemoteImage {
         reference: &Reference,
         manifest: &str,
         deadline: Instant,
+        keychain: Option<Arc<dyn Keychain>>,
         pin: &StoreGuard,
     ) -> Result<Option<Self>> {
         let pinned = format!(
@@ -55,6 +57,10 @@ impl RemoteImage {
         );
         let reference = Reference::parse(&pinned)?;
         let session = Session::open(&reference, Access::default())?.within(deadline);
+        let session = match keychain {
+            Some(keychain) => session.knowing(keychain),
+            None => session,
+        };
         let found = Self::ask(store, &session, manifest, pin);
         session.leave();
         found

@@ -11,5 +11,6 @@
 
 mod fake;
 mod flaky;
+mod keychain;
 mod ranges;
 mod stream;

@@ -15,7 +15,7 @@ fn ranges(host: &str) -> Ranges {
 }
 
 /// The part of the bytes that a request asks for.
-fn part(request: &Request, bytes: &[u8]) -> Answer {
+pub fn part(request: &Request, bytes: &[u8]) -> Answer {
     let range = request.header("range").expect("a range is asked for");
     let (from, last) = range
         .strip_prefix("bytes=")

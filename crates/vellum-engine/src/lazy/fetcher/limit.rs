@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
-use vellum_registry::Seen;
+use vellum_registry::{Keychain, Seen};
 
 /// Requests to registries that are on their way at once.
 const AT_ONCE: usize = 16;
@@ -17,6 +17,14 @@ pub(super) struct Limit {
 }
 
 impl Limit {
+    /// Of one who asks a keychain for credentials.
+    pub fn knowing(keychain: Arc<dyn Keychain>) -> Self {
+        Limit {
+            seen: Arc::new(Seen::knowing(keychain)),
+            ..Limit::default()
+        }
+    }
+
     pub fn take(&self) -> Taken<'_> {
         let mut taken = self.taken.lock();
         while *taken >= AT_ONCE {

@@ -21,6 +21,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::pull_secrets::OfSnapshotter;
 use super::{BACKGROUND, COMPLETE, Complete, Damaged, HEAL, STATUS, TRAFFIC, WANT, Waiting, Want};
 use crate::wire::encode;
 use background::Background;
@@ -123,10 +124,11 @@ impl Drop for Busy<'_> {
 
 impl Fetcher {
     fn new(store: Store) -> Self {
+        let keychain = Arc::new(OfSnapshotter::new(&store.runs()));
         Fetcher {
             store,
             layers: Mutex::default(),
-            limit: Arc::default(),
+            limit: Arc::new(Limit::knowing(keychain)),
             cache: Arc::default(),
             all_open: AtomicBool::new(false),
             told: Mutex::default(),
