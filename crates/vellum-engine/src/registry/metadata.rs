@@ -135,6 +135,7 @@ mod tests {
             len: 10,
             offset: 0,
             sha256: [0; 32],
+            key: None,
         };
         Written {
             digest: String::new(),
