@@ -318,6 +318,25 @@ fn a_path_that_vanished_is_named() {
 }
 
 #[test]
+fn holes_are_zeros_for_those_who_cannot_read_them_unless_there_are_too_many() {
+    let (_work, lower, upper) =
+        pair("echo data > few; truncate -s 3M few; echo data > many; truncate -s 300M many");
+    let changes = diff_trees(&lower, &upper).unwrap();
+    let length = |dense| {
+        let mut layer = Vec::new();
+        let options = LayerTarOptions {
+            dense,
+            ..LayerTarOptions::default()
+        };
+        write_layer_tar(&upper, &changes, &mut layer, options, None).unwrap();
+        layer.len()
+    };
+    assert!(length(false) < 1 << 20);
+    let dense = length(true);
+    assert!((3 << 20..4 << 20).contains(&dense), "{dense}");
+}
+
+#[test]
 fn of_a_tree_that_changes_what_is_gone_again_is_a_deletion_if_it_was_there_before() {
     let (_work, lower, upper) = pair(
         "mkdir new; echo x > new/file; echo more >> usr/bin/odd; mkdir -p etc/below; echo x > etc/below/x",

@@ -157,6 +157,10 @@ fn put_kind(entry: &mut EntryBuilder, kind: &Kind) -> Result<()> {
     Ok(())
 }
 
+/// Bytes of holes that are written as zeros for those who cannot read sparse files, at most: a disk image or a log with
+/// more would make a layer that nobody wants.
+const LARGEST_HOLES: u64 = 256 << 20;
+
 /// The map of a file of `size` bytes that has data in `extents` alone.
 fn sparse_map(extents: &[Extent], size: u64) -> Vec<SparseEntry> {
     let data = extents.iter().map(|extent| SparseEntry {
@@ -316,14 +320,37 @@ fn is_empty_lost_found(root: &Path) -> Result<bool> {
     }
 }
 
+/// Has the holes of a file written as zeros, unless that would be too much.
+fn fill_holes(node: &mut Node) {
+    if let Kind::File {
+        size,
+        extents: Some(runs),
+    } = &node.kind
+    {
+        let data: u64 = runs.iter().map(|run| run.length).sum();
+        let holes = size.saturating_sub(data);
+        if holes > LARGEST_HOLES {
+            tracing::warn!(
+                "{}: is written as a sparse file, since it has {holes} bytes of holes: not every program can read that",
+                node.shown()
+            );
+            return;
+        }
+    }
+    if let Kind::File { extents, .. } = &mut node.kind {
+        *extents = None;
+    }
+}
+
 /// How to write a layer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LayerTarOptions {
     /// Programs change the tree meanwhile: what they removed since it was compared is left out, or a
     /// deletion if it was there before, and a file counts as it is when its turn comes.
     pub changing: bool,
-    /// Holes of files are written as zeros. The OCI image specification advises against sparse files in
-    /// layers that others read, since not all of them can.
+    /// Holes of files are written as zeros, but for files with more than 256 MiB of them. The OCI image specification
+    /// advises against sparse files in layers that others read, since not all of them can: stargz-snapshotter's
+    /// converter takes what is behind a hole for what is in it.
     pub dense: bool,
     /// No modification time is later than this one, in seconds since 1970, and deletions have it.
     pub newest: Option<i64>,
@@ -432,10 +459,8 @@ impl<W: Write> LayerTar<'_, W> {
             };
             node.mtime = node.mtime.min(newest);
         }
-        if self.options.dense
-            && let Kind::File { extents, .. } = &mut node.kind
-        {
-            *extents = None;
+        if self.options.dense {
+            fill_holes(&mut node);
         }
         match self.options.changing {
             true => append_changing(&mut self.tar, node, file),

@@ -67,7 +67,10 @@ pub(crate) fn collect(
         if index < known || !changes.is_empty() {
             let (shown, size) = shown(subject, *state);
             let progress = watch.begin(&shown, size);
-            let options = LayerTarOptions::default();
+            let options = LayerTarOptions {
+                dense: true,
+                ..LayerTarOptions::default()
+            };
             let write =
                 |out: &mut dyn Write| write_layer_tar(here.dir(), &changes, out, options, progress);
             let diff_id = writer.add_layer(write)?;

@@ -107,8 +107,8 @@ impl Remote {
         fs::remove_dir_all(&store).with_context(|| store.display().to_string())
     }
 
-    /// Pushes the image as a gzip layer, once. By containerd, of GNU tar's archive: Vellum's own tars hold
-    /// sparse files, which the converter to eStargz takes for others.
+    /// Pushes the image as a gzip layer, once. By containerd, of GNU tar's archive without sparse files: nothing of it was
+    /// made by the driver that it stands beside.
     pub fn plain(&self) -> Result<()> {
         if self.plain.get().is_some() {
             return Ok(());
