@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::process::Command;
 use std::time::Duration;
 
@@ -265,8 +265,10 @@ fn a_file_system_that_cannot_be_laid_out_gets_the_contents_of_all_its_files() {
         cp old/replaced kept; echo new > new/replaced
         truncate -s 20M new/sparse; echo in the middle | dd of=new/sparse bs=1M seek=9 conv=notrunc status=none
         mkdir -p old/gone new/gone; echo x > old/gone/x; : > new/empty
+        echo able > old/able; setcap cap_net_raw+ep old/able; echo held > old/number; mkfifo new/number
         touch -d '2001-02-03 04:05:06' old/replaced new/sparse
-        tar -C old -cf more.tar replaced linked gone; tar -C new -S -rf more.tar replaced sparse empty"#,
+        tar --xattrs --xattrs-include='*' -C old -cf more.tar replaced linked gone able number
+        tar -C new -S -rf more.tar number replaced sparse empty"#,
     );
     store.ok(&["import", "disk", &store.arg("disk.raw")]);
     let output = store.output(&["import", "app", &store.arg("more.tar"), "--from", "disk"]);
@@ -282,6 +284,11 @@ fn a_file_system_that_cannot_be_laid_out_gets_the_contents_of_all_its_files() {
     assert_eq!(read("base"), b"base\n");
     assert_eq!(read("gone/x"), b"x\n");
     assert_eq!(read("empty"), b"");
+    assert_eq!(read("able"), b"able\n");
+    let able = xattr::get(dir.join("able"), "security.capability").unwrap();
+    assert!(able.is_some(), "writing takes it away");
+    let number = fs::symlink_metadata(dir.join("number")).unwrap();
+    assert!(number.file_type().is_fifo(), "{number:?}");
     let sparse = read("sparse");
     assert!(sparse == fs::read(store.path("new/sparse")).unwrap());
     for name in ["linked", "sparse"] {
@@ -292,4 +299,25 @@ fn a_file_system_that_cannot_be_laid_out_gets_the_contents_of_all_its_files() {
     assert!(blocks < 1000, "its holes are holes: {blocks}");
     store.ok(&["umount", "c"]);
     store.ok(&["check", "--scrub"]);
+}
+
+/// Numbers of inodes are used again at once, also for files of another kind.
+#[test]
+fn a_link_in_the_place_of_a_file_has_nothing_of_its_content() {
+    let store = TestStore::new();
+    let target = format!("/{}", "long/".repeat(30));
+    let link = format!("ln -s {target} new/a; ln -s short new/b");
+    shell(
+        store.dir.path(),
+        &format!(
+            "mkdir old new; echo content > old/a; echo more > old/b; {link}
+             tar -C old -cf x.tar a b; tar -C new -rf x.tar a b"
+        ),
+    );
+    store.ok(&["import", "x", &store.arg("x.tar"), "--size", SIZE]);
+    store.look("x", |dir| {
+        let read = |name: &str| fs::read_link(dir.join(name)).unwrap();
+        assert_eq!(read("a").to_str(), Some(&target[..]));
+        assert_eq!(read("b").to_str(), Some("short"));
+    });
 }

@@ -271,9 +271,9 @@ fn damage(store: &TestStore) {
 }
 
 #[test]
-fn a_layer_whose_key_is_lost_is_an_error_that_says_so_and_comes_back_by_a_push() {
+fn a_layer_whose_key_is_lost_is_an_error_that_says_so_and_comes_back_by_a_pull() {
     let (mut from, registry) = (with_images(), Registry::new());
-    let (_, recipient) = identity(&from, "web.key");
+    let (key, recipient) = identity(&from, "web.key");
     let image = registry.image("team/web:1");
     let push = ["push", "web", &image, "--encrypt-to", &recipient];
     from.ok(&push);
@@ -292,6 +292,10 @@ fn a_layer_whose_key_is_lost_is_an_error_that_says_so_and_comes_back_by_a_push()
     end_fetchers(&from);
     let error = from.fails(&["export", "web", &raw, "--format", "raw"]);
     assert!(error.contains("the key of the encrypted layer"), "{error}");
+    assert!(error.contains("pull the image once more"), "{error}");
+    end_fetchers(&from);
+    from.ok(&["pull", &image, "again", "--identity", &key]);
+    from.ok(&["export", "web", &raw, "--format", "raw"]);
     end_fetchers(&from);
 }
 

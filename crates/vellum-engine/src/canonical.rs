@@ -19,8 +19,8 @@ use vellum_store::{StagedLayer, Store};
 const BATCH: usize = 1 << 20;
 
 /// Writes what the top of `filled`, whose file system was unmounted, changed on the sealed layer `parent` into
-/// a new layer; what new files hold is `aside`, where it is not in their file system. `None` where the file system is none that can be laid out, as in an image of a disk that
-/// came from elsewhere.
+/// a new layer; what new files hold is `aside`, where it is not in their file system. `None` where the file
+/// system is none that can be laid out, as in an image of a disk that came from elsewhere.
 ///
 /// # Errors
 /// Where one of the two cannot be read, or the new one not be written.

@@ -120,6 +120,8 @@ impl TemporaryMount {
         interrupt::check()?;
         let options = ext4::MountOptions {
             read_only,
+            // Nobody opens devices there.
+            no_dev: true,
             scratch: matches!(target, Target::Staged(_)),
             ..ext4::MountOptions::default()
         };

@@ -94,7 +94,7 @@ pub fn apply_layer(reader: impl Read, target: &Path, options: &ApplyOptions) -> 
 }
 
 /// As [`apply_layer`], but for what new files hold, which goes to `aside`: in the tree they have their sizes and no
-/// content.
+/// content. Memory grows with the number of files, and of the pieces of sparse ones.
 ///
 /// # Errors
 /// As [`apply_layer`].

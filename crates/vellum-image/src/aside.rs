@@ -4,10 +4,13 @@
 //! files hold need not go through the kernel's file system for that: it lies in a file without a name meanwhile.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use nix::sys::stat::futimens;
@@ -15,10 +18,11 @@ use nix::sys::time::TimeSpec;
 use vellum_base::block::in_memory;
 use vellum_base::error::ResultExt;
 use vellum_base::{Error, Result, interrupt};
+use xattr::FileExt as _;
 
 use super::content::CHUNK;
-use super::node::shown;
-use super::rooted::{Rooted, look, parent_of, proc_path};
+use super::node::CAPABILITY;
+use super::walk::walk;
 
 /// Contents lie on borders of so many bytes, and are told by so many: a block of the file system.
 const BLOCK: u64 = 4096;
@@ -44,8 +48,6 @@ struct Kept {
     size: u64,
     /// Bytes of the file that were written, in whole blocks: ascending, apart from each other.
     written: Vec<Range<u64>>,
-    /// The names that it was given: some may be gone, or another file's.
-    names: Vec<Vec<u8>>,
 }
 
 impl Aside {
@@ -60,12 +62,7 @@ impl Aside {
     }
 
     /// Begins the content of a new file of the tree. `None` where it is to be written into the file itself.
-    pub(super) fn begin(
-        &mut self,
-        file: &File,
-        path: &[u8],
-        size: u64,
-    ) -> io::Result<Option<Part<'_>>> {
+    pub(super) fn begin(&mut self, file: &File, size: u64) -> io::Result<Option<Part<'_>>> {
         let inode = file.metadata()?.ino();
         // Another file may have had the number.
         self.files.remove(&inode);
@@ -79,7 +76,6 @@ impl Aside {
             start,
             size,
             written: Vec::new(),
-            names: vec![path.to_vec()],
         });
         Ok(Some(Part {
             spool: &self.spool,
@@ -134,54 +130,36 @@ impl Aside {
         Ok(())
     }
 
-    /// The file with that number has another name.
-    pub(super) fn named(&mut self, inode: u64, path: &[u8]) {
-        if let Some(kept) = self.files.get_mut(&inode) {
-            kept.names.push(path.to_vec());
-        }
-    }
-
     /// Writes all contents into their files after all, in the tree at `target`, which has not changed since.
     ///
     /// # Errors
     /// [`vellum_base::ErrorKind::NoSpace`] where they do not fit; as reading and writing files.
     pub fn write_back(&self, target: &Path) -> Result<()> {
-        let mut tree = Rooted::open(target)?;
         let mut buffer = vec![0; CHUNK];
-        for (inode, kept) in &self.files {
+        walk(target, &mut |node, file| {
             interrupt::check()?;
-            for name in &kept.names {
-                let written = self.write_under(&mut tree, name, *inode, kept, &mut buffer);
-                if written.context(|| format!("unpacking {}", shown(name)))? {
-                    break;
-                }
+            match file {
+                Some(file) => self.write_file(&file, &mut buffer),
+                None => Ok(()),
             }
-        }
-        Ok(())
+            .context(|| format!("unpacking {}", node.shown()))
+        })
     }
 
-    /// Writes the content of a file under that name of its. False where that leads to it no more.
-    fn write_under(
-        &self,
-        tree: &mut Rooted,
-        name: &[u8],
-        inode: u64,
-        kept: &Kept,
-        buffer: &mut [u8],
-    ) -> Result<bool> {
-        let (above, name) = parent_of(name)?;
-        let Some(parent) = tree.find(above)? else {
-            return Ok(false);
-        };
-        let there = look(&*parent, name).context(|| "looking at it")?;
-        if there.is_none_or(|there| there.st_ino != inode) {
-            return Ok(false);
-        }
-        let mut options = OpenOptions::new();
-        let options = options.write(true).custom_flags(libc::O_NOFOLLOW);
-        let file = options.open(proc_path(&*parent, name));
-        let file = file.context(|| "opening it")?;
+    /// Writes the content of a regular file, if it is here. Whatever else had its number is gone, or is none.
+    fn write_file(&self, file: &File, buffer: &mut [u8]) -> Result<()> {
         let before = file.metadata().context(|| "reading its times")?;
+        let Some(kept) = self.files.get(&before.ino()) else {
+            return Ok(());
+        };
+        let capability = OsStr::from_bytes(CAPABILITY);
+        let able = file
+            .get_xattr(capability)
+            .context(|| "reading what it may do")?;
+        // It is open for reading.
+        let again = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let file = OpenOptions::new().write(true).open(again);
+        let file = file.context(|| "opening it")?;
         for range in &kept.written {
             let mut at = range.start;
             let end = range.end.min(kept.size);
@@ -193,10 +171,14 @@ impl Aside {
                 at += count;
             }
         }
+        // The kernel takes it from whatever is written.
+        if let Some(able) = able {
+            let set = file.set_xattr(capability, &able);
+            set.context(|| "setting what it may do")?;
+        }
         let accessed = TimeSpec::new(before.atime(), before.atime_nsec());
         let modified = TimeSpec::new(before.mtime(), before.mtime_nsec());
-        futimens(&file, &accessed, &modified).context(|| "setting its times")?;
-        Ok(true)
+        futimens(&file, &accessed, &modified).context(|| "setting its times")
     }
 }
 
@@ -249,7 +231,7 @@ mod tests {
     }
 
     fn put(aside: &mut Aside, file: &File, bytes: &[u8], pieces: &[Range<u64>]) -> bool {
-        let part = aside.begin(file, b"name", bytes.len() as u64).unwrap();
+        let part = aside.begin(file, bytes.len() as u64).unwrap();
         let Some(mut part) = part else {
             return false;
         };

@@ -162,7 +162,7 @@ impl<'a> Installer<'a> {
                     openat(parent, name, flags, Mode::from_bits_truncate(0o600))
                 })?;
                 let file = File::from(fd.ok_or_else(|| unmade("file"))?);
-                self.fill(&file, node, *size, extents.as_deref(), content)?;
+                self.fill(&file, *size, extents.as_deref(), content)?;
                 file.set_len(*size)
                     .context(|| format!("setting its size to {size} bytes"))?;
                 self.finish_file(node, &file)?;
@@ -175,7 +175,7 @@ impl<'a> Installer<'a> {
                 self.finish_other(node, &parent, name)?;
                 self.stats.symlinks += 1;
             }
-            Kind::HardLink(target) => self.link(target, &parent, name, &node.path)?,
+            Kind::HardLink(target) => self.link(target, &parent, name)?,
             Kind::CharDevice { major, minor } => {
                 self.special(node, &parent, name, SFlag::S_IFCHR, (*major, *minor))?;
             }
@@ -267,13 +267,7 @@ impl<'a> Installer<'a> {
         make(parent).map(Some).context(|| "making it")
     }
 
-    fn link(
-        &mut self,
-        target: &[u8],
-        parent: &Rc<Directory>,
-        name: &[u8],
-        path: &[u8],
-    ) -> Result<()> {
+    fn link(&mut self, target: &[u8], parent: &Rc<Directory>, name: &[u8]) -> Result<()> {
         let missing = || {
             Error::new(
                 ErrorKind::NotFound,
@@ -297,9 +291,6 @@ impl<'a> Installer<'a> {
                 linkat(&*source, target_name, parent, name, AtFlags::empty())
             })
             .context(|| format!("linking it to {}", shown(target)))?;
-            if let Some(aside) = &mut self.aside {
-                aside.named(there.st_ino, path);
-            }
         }
         self.stats.hard_links += 1;
         Ok(())
@@ -333,13 +324,12 @@ impl<'a> Installer<'a> {
     fn fill(
         &mut self,
         file: &File,
-        node: &Node,
         size: u64,
         extents: Option<&[Extent]>,
         content: &mut dyn Content,
     ) -> Result<()> {
         let aside = self.aside.as_mut();
-        let part = aside.map(|aside| aside.begin(file, &node.path, size));
+        let part = aside.map(|aside| aside.begin(file, size));
         let mut part = part.transpose().context(|| "looking at it")?.flatten();
         let whole = [Extent {
             offset: 0,

@@ -86,7 +86,11 @@ fn parse_recipient(text: &str) -> Result<x25519::Recipient> {
                     take another key if others have seen this one";
         return Err(Error::new(ErrorKind::InvalidInput, text));
     }
-    let shown: String = text.chars().take(80).collect();
+    // What is no recipient may be a secret: a salt, or a key of a layer.
+    let shown: String = match is_recipient(text) {
+        true => text.chars().take(80).collect(),
+        false => "what stands there".to_owned(),
+    };
     if text.starts_with("ssh-") {
         let text = format!(
             "{shown}: SSH keys are no recipients here: make an age key (`age-keygen`), and give its recipient (age1…)"
@@ -120,8 +124,12 @@ fn read_file(path: &Path, otherwise: &str) -> Result<Zeroizing<String>> {
         other => other.context(failed)?,
     };
     let mut text = Zeroizing::new(String::new());
-    let read = file.take(MAX_FILE).read_to_string(&mut text);
+    let read = file.take(MAX_FILE + 1).read_to_string(&mut text);
     read.context(failed)?;
+    if text.len() as u64 > MAX_FILE {
+        let text = format!("{}: it has more than {MAX_FILE} bytes", path.display());
+        return Err(Error::new(ErrorKind::InvalidInput, text));
+    }
     Ok(text)
 }
 
@@ -244,6 +252,22 @@ mod tests {
     use age::secrecy::ExposeSecret;
 
     use super::*;
+
+    #[test]
+    fn a_file_of_secrets_that_is_taken_for_recipients_is_refused_without_saying_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("team.salt");
+        let digits = "0123456789abcdef".repeat(4);
+        std::fs::write(&path, format!("# keep it secret\n{digits}\n")).unwrap();
+        let named = [path.display().to_string()];
+        let error = Recipients::parse(&named).unwrap_err().to_string();
+        assert!(error.contains("team.salt, line 2"), "{error}");
+        assert!(!error.contains("0123456789"), "{error}");
+        let long = "# nothing\n".repeat(MAX_FILE as usize / 10 + 1);
+        std::fs::write(&path, long).unwrap();
+        let error = Recipients::parse(&named).unwrap_err().to_string();
+        assert!(error.contains("more than"), "{error}");
+    }
 
     fn identities(dir: &Path, keys: &[&x25519::Identity]) -> Identities {
         let path = dir.join("keys");

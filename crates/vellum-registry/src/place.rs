@@ -113,6 +113,20 @@ impl Place {
         Some((reference.to_string(), session.access))
     }
 
+    /// What holds the image of `location`, which is here, and those that belong together with it: a registry and namespace, or a
+    /// layout, with the endpoint or account that it is at. docs/encryption.md, "The salt".
+    pub fn namespace(&self, location: &Location) -> String {
+        match (&self.0, location) {
+            (Kind::Layout(session), Location::Layout(reference)) => {
+                let settings = session.layout.settings().into_iter();
+                let settings = settings.filter(|(name, _)| name != "region");
+                let settings = settings.map(|(name, value)| format!("?{name}={value}"));
+                reference.layout() + &settings.collect::<String>()
+            }
+            _ => location.namespace(),
+        }
+    }
+
     /// The images of a layout that have a name, each once, for a platform.
     ///
     /// # Errors

@@ -13,14 +13,15 @@ use vellum_base::storage::Entry;
 use vellum_core::layer::{Header, SealedLayer};
 use vellum_fs::run_dir::{RunDir, RunRoot};
 
-/// Directories of records; the last three are made when they are needed.
-const RECORDS: [&str; 6] = [
+/// Directories of records, and of salts; the last four are made when they are needed.
+const RECORDS: [&str; 7] = [
     "images",
     "containers",
     "templates",
     "snapshots",
     "quarantine/images",
     "quarantine/containers",
+    "salts",
 ];
 
 /// What [`Store::prune`] removed.

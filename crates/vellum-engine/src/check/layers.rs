@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::repair::mark_sound;
 use super::{Check, Finding, Remedy, Severity};
-use crate::lazy::{FetcherClient, Remote};
+use crate::lazy::{FetcherClient, REMOTE_FILES, Remote};
 use crate::progress::BlocksWatch;
 use vellum_base::block::{Block, Blocks, Span};
 use vellum_base::error::{Error, ErrorKind, Result};
@@ -17,8 +17,8 @@ use vellum_core::layer::{
 };
 use vellum_store::Store;
 
-/// Files that the store keeps beside those of a layer.
-const STORE_FILES: [&str; 6] = ["info.json", "key", "lease", "readers", "remote", "table"];
+/// Files that the store keeps beside those of a layer, and beside [`REMOTE_FILES`].
+const STORE_FILES: [&str; 3] = ["info.json", "lease", "readers"];
 
 /// What is known of a layer after it was looked at.
 #[derive(Debug, Default)]
@@ -96,7 +96,8 @@ impl Check<'_> {
         fail_on_damage(&found)?;
         for finding in found {
             let name = finding.file.file_name().and_then(|name| name.to_str());
-            if name.is_some_and(|name| STORE_FILES.contains(&name)) {
+            if name.is_some_and(|name| STORE_FILES.contains(&name) || REMOTE_FILES.contains(&name))
+            {
                 continue;
             }
             let remedy = finding

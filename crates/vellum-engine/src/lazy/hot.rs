@@ -12,7 +12,8 @@ use vellum_base::storage::Storage;
 use vellum_registry::{Access, Descriptor, Location};
 use vellum_store::Store;
 
-const HOT_FILE: &str = "hot";
+/// The file of a layer whose hot pack has not come.
+pub(super) const HOT_FILE: &str = "hot";
 /// The longest file `hot`: its layers are 4096 at most.
 const MAX_HOT: u64 = 1 << 20;
 

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::hot::HOT_FILE;
 use super::read_noted;
 use crate::registry::digest_of;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -26,7 +27,7 @@ const MAX_KEY: u64 = 1 << 10;
 const MAX_REMOTE: u64 = 64 << 10;
 
 /// The files of a lazy layer's directory that say where its blocks are.
-pub const REMOTE_FILES: [&str; 3] = [REMOTE_FILE, TABLE_FILE, KEY_FILE];
+pub const REMOTE_FILES: [&str; 4] = [REMOTE_FILE, TABLE_FILE, KEY_FILE, HOT_FILE];
 
 /// Where a layer's blocks are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -183,6 +184,20 @@ impl Remote {
         }
     }
 
+    /// Puts the key of a table beside the layer in `dir`, where that is of the table and has lost it, or has another.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn bring_key(storage: &dyn Storage, dir: &Path, table: &str, key: &LayerKey) -> Result<()> {
+        let remote = Remote::read(storage, dir);
+        let is_of_it = matches!(remote, Ok(Some(remote)) if remote.table == table);
+        let has_it = || read_key(storage, dir).is_ok_and(|there| *there.digits() == *key.digits());
+        match is_of_it && !has_it() {
+            true => write_key(storage, dir, Some(key)),
+            false => Ok(()),
+        }
+    }
+
     /// Which place to ask, and how.
     ///
     /// # Errors
@@ -200,8 +215,8 @@ fn read_key(storage: &dyn Storage, dir: &Path) -> Result<LayerKey> {
     let path = dir.join(KEY_FILE);
     let lost = |why: &str| {
         let text = format!(
-            "{}: the key of the encrypted layer {why}: remove the image and pull it again, or push it once more, \
-             encrypted",
+            "{}: the key of the encrypted layer {why}: pull the image once more, under another name if need be (`vellum pull REF \
+             NAME`)",
             path.display()
         );
         Error::new(ErrorKind::Corrupt, text)

@@ -15,6 +15,7 @@ use vellum_store::Store;
 
 use super::super::export::image::{self, Collected};
 use super::super::export::subject::Subject;
+use super::super::layer_file::Known;
 use super::super::lazy::Remote;
 use super::super::trace::{self, Trace, TraceOptions};
 use super::super::watch::Watch;
@@ -110,7 +111,7 @@ pub fn push(
     let _pin = store.pin_layers()?;
     let layout = Layout::new(store)?;
     let sealing = options.encryption.as_ref();
-    let sealing = sealing.map(|how| how.sealing(store, &location.namespace()));
+    let sealing = sealing.map(|how| how.sealing(store, &place.namespace(location)));
     let sealing = sealing.transpose()?;
     let (mut push, layers) = assemble(store, name, options, sealing.as_ref(), &layout, watch)?;
     if let Some((registry, repository)) = place.repository() {
@@ -203,7 +204,14 @@ pub(super) fn refuse_plain_beside(
 /// Warns of layers that came, or went, encrypted, and are to go plain now.
 fn warn_of_plain(subject: &Subject<'_>, name: &str) {
     let store = subject.store;
-    let is_encrypted = |layer: &Uuid| Remote::is_encrypted(&store.layer_dir(*layer));
+    // The empty file system at the bottom is everybody's.
+    let is_shared = |layer| {
+        store
+            .layer_info(layer)
+            .is_ok_and(|info| Known::of(info).template.is_some())
+    };
+    let is_encrypted =
+        |layer: &Uuid| Remote::is_encrypted(&store.layer_dir(*layer)) && !is_shared(*layer);
     if subject.layers.iter().any(is_encrypted) {
         tracing::warn!(
             "{name} has layers that were encrypted where they came from, or went to, and goes as it is here, plain: \

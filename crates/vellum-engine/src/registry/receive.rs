@@ -332,7 +332,12 @@ impl<'a> Receiver<'a> {
         let layers = self.layers.iter().zip(&self.description.layers);
         for (index, (layer, known)) in layers.enumerate() {
             if let Some(uuid) = layer.there {
-                let header = Header::read(&**self.store.storage(), &self.store.layer_dir(uuid))?;
+                let (storage, dir) = (&**self.store.storage(), self.store.layer_dir(uuid));
+                let header = Header::read(storage, &dir)?;
+                if let Some(key) = &layer.key {
+                    let _guard = self.store.lock()?;
+                    Remote::bring_key(storage, &dir, &layer.blob.digest, key)?;
+                }
                 ready.push(Ready::There(uuid, self.store.layer_info(uuid)?));
                 below = Some(header);
                 continue;

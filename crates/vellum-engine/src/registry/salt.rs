@@ -1,8 +1,6 @@
 //! The salts of trust domains: docs/encryption.md, "The salt".
 
-use std::fs::OpenOptions;
 use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -83,24 +81,22 @@ impl Encryption {
 fn make(path: &Path) -> Result<Salt> {
     let salt = Salt::random()?;
     let failed = || format!("cannot make the salt {}", path.display());
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path);
-    let mut file = match file {
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+    let dir = dir.unwrap_or(Path::new("."));
+    // Whole, for its owner alone, or not there.
+    let mut file = tempfile::NamedTempFile::new_in(dir).context(failed)?;
+    let text = text_of(&salt, "of a trust domain: keep it secret");
+    let written = file.write_all(text.as_bytes());
+    let written = written.and_then(|()| file.as_file().sync_all());
+    written.context(failed)?;
+    match file.persist_noclobber(path) {
+        Err(error) if error.error.kind() == std::io::ErrorKind::AlreadyExists => {
             let text = format!("{} is there already: --salt uses it", path.display());
             return Err(Error::new(ErrorKind::AlreadyExists, text));
         }
-        other => other.context(failed)?,
+        other => other.map_err(|error| error.error).context(failed)?,
     };
-    let written = file
-        .write_all(text_of(&salt, "of a trust domain: keep it secret").as_bytes())
-        .and_then(|()| file.sync_all());
-    written.context(failed)?;
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
-    let dir = std::fs::File::open(dir.unwrap_or(Path::new(".")));
+    let dir = std::fs::File::open(dir);
     dir.and_then(|dir| dir.sync_all()).context(failed)?;
     Ok(salt)
 }
@@ -115,14 +111,19 @@ fn of_namespace(store: &Store, namespace: &str) -> Result<Salt> {
     match storage.read_all(&path, MAX_FILE).map(Zeroizing::new) {
         Ok(bytes) => {
             let text = std::str::from_utf8(&bytes).ok();
-            text.and_then(|text| Salt::parse(text).ok()).ok_or_else(|| {
+            let salt = text.and_then(|text| Salt::parse(text).ok()).ok_or_else(|| {
                 let text = format!(
                     "{}: the salt of {namespace} is damaged: bring it back from a copy, or remove it, and what is pushed \
                      from then on shares nothing with what is there",
                     path.display()
                 );
                 Error::new(ErrorKind::Corrupt, text)
-            })
+            })?;
+            // Whoever made it may have been killed before its name was durable.
+            let synced = storage.sync_dir(&dir);
+            let synced = synced.and_then(|()| storage.sync_dir(store.root()));
+            synced.context(|| format!("cannot sync {}", dir.display()))?;
+            Ok(salt)
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let failed = || format!("cannot make the salt {}", path.display());

@@ -13,6 +13,7 @@ use crate::pace::Class;
 use vellum_base::block::{BlockDevice, Durability, ExtentKind, ZeroMode, in_memory};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::storage::refuses_to_stall;
 
 /// The longest run of bytes that a structured read sends in one chunk, where the client lets it:
 /// so much memory a long read takes. Shorter chunks cost the client more than they gain.
@@ -103,7 +104,7 @@ impl Refusal {
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         Refusal {
-            absent: error.kind() == ErrorKind::Absent,
+            absent: error.kind() == ErrorKind::Absent && refuses_to_stall(),
             ..Refusal::new(error.kind().into(), error.to_string())
         }
     }

@@ -3,6 +3,7 @@
 use vellum_base::block::{BlockDevice, Durability};
 use vellum_base::crash_point;
 use vellum_base::error::{Error, ErrorKind, Result};
+use vellum_base::storage::refuses_to_stall;
 
 use super::Disk;
 use super::chain::{Chain, Malformed, Memory, Table};
@@ -136,8 +137,10 @@ impl Executor<'_> {
             Err(Stop::Left) => Outcome::Left,
             Err(Stop::Failed(error)) => {
                 match error.kind() {
-                    // It may be done again by a thread that may wait for the blocks.
-                    ErrorKind::Absent => tracing::debug!(?request, "{error}"),
+                    // It is done again by a thread that may wait for the blocks.
+                    ErrorKind::Absent if refuses_to_stall() => {
+                        tracing::debug!(?request, "{error}");
+                    }
                     _ => {
                         tracing::warn!(disk = %self.disk.serial, ?request, "request failed: {error}");
                     }

@@ -28,6 +28,8 @@ use vellum_base::storage::unless_it_stalls;
 /// Threads of a queue at most, hence its requests that are carried out at once, where none waits for what others bring;
 /// else it may have one for each request that there can be, and one to take them.
 const USUAL_THREADS: usize = 16;
+/// Bytes of its buffer that a thread keeps while it waits for the lead.
+const KEPT_BUFFER: usize = 128 << 10;
 
 /// What a queue is made of beside its rings.
 pub(super) struct Parts {
@@ -64,6 +66,8 @@ struct Shared {
     /// Readable for ever once the queue stops.
     stop: EventFd,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// How many have not ended.
+    live: AtomicUsize,
     /// How many these may be.
     most: usize,
 }
@@ -98,6 +102,7 @@ impl RunningQueue {
             stopping: AtomicBool::new(false),
             stop: EventFd::from_value_and_flags(0, flags).context(|| "making an eventfd")?,
             threads: Mutex::default(),
+            live: AtomicUsize::new(0),
             most,
         });
         shared
@@ -138,13 +143,16 @@ impl Drop for RunningQueue {
 impl Shared {
     fn add_thread(self: &Arc<Self>) -> std::io::Result<()> {
         let mut threads = self.threads.lock();
+        threads.retain(|thread| !thread.is_finished());
         let shared = Arc::clone(self);
-        let name = format!("vhost-{}.{}", self.parts.index, threads.len());
-        threads.push(
-            thread::Builder::new()
-                .name(name)
-                .spawn(move || shared.serve())?,
-        );
+        let number = self.live.fetch_add(1, SeqCst);
+        let name = format!("vhost-{}.{number}", self.parts.index);
+        let thread = thread::Builder::new().name(name);
+        let started = thread.spawn(move || shared.serve());
+        if started.is_err() {
+            self.live.fetch_sub(1, SeqCst);
+        }
+        threads.push(started?);
         Ok(())
     }
 
@@ -162,10 +170,18 @@ impl Shared {
                 Ok(Some(head)) => {
                     let kept = self.carry_out(lead, &memory, head, &mut buffer);
                     drop(memory);
-                    lead = kept.unwrap_or_else(|| {
-                        self.flush_ahead();
-                        self.follow()
-                    });
+                    lead = match kept {
+                        Some(lead) => lead,
+                        None => {
+                            self.flush_ahead();
+                            if self.leaves_others_enough() {
+                                return;
+                            }
+                            buffer.truncate(0);
+                            buffer.shrink_to(KEPT_BUFFER);
+                            self.follow()
+                        }
+                    };
                 }
                 Ok(None) => {
                     // What the client takes away meanwhile is not to stay mapped.
@@ -179,6 +195,13 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// Whether a thread that has given up the lead may end: others wait for it, and there are more than are needed once no
+    /// request waits for what others bring. It counts as ended then.
+    fn leaves_others_enough(&self) -> bool {
+        let fewer = |live: usize| (live > USUAL_THREADS).then(|| live - 1);
+        self.followers.load(SeqCst) > 0 && self.live.fetch_update(SeqCst, SeqCst, fewer).is_ok()
     }
 
     /// Begins what the next flush would have to do, where one is likely to come next and nothing else is
@@ -315,7 +338,7 @@ impl Shared {
     fn want_follower(self: &Arc<Self>) {
         let enough = self.followers.load(SeqCst) > 0
             || self.stopping()
-            || self.threads.lock().len() >= self.most;
+            || self.live.load(SeqCst) >= self.most;
         if enough {
             return;
         }

@@ -44,7 +44,7 @@ pub type Piece = (Purpose, Range<u64>);
 pub fn metadata(source: &dyn Source) -> Result<Vec<Piece>> {
     let noting = Noting {
         source,
-        read: Mutex::default(),
+        read: Mutex::new(Some(Vec::new())),
     };
     let replayed = Replayed::new(&noting)?;
     let (layout, groups) = layout::read(&replayed, replayed.is_recovered())?;
@@ -55,7 +55,8 @@ pub fn metadata(source: &dyn Source) -> Result<Vec<Piece>> {
         groups,
     };
     let mut found = Found::new(&files);
-    let read = std::mem::take(&mut *noting.read.lock()).into_iter();
+    // From here on nothing is noted.
+    let read = noting.read.lock().take().into_iter().flatten();
     let journaled = replayed.journaled().map(|block| found.bytes(block, 1));
     let mount: Vec<_> = read.chain(journaled).collect();
     let mount = mount.into_iter().map(|range| (Purpose::Mount, range));
@@ -70,7 +71,7 @@ pub fn metadata(source: &dyn Source) -> Result<Vec<Piece>> {
 /// Notes what is read.
 struct Noting<'a> {
     source: &'a dyn Source,
-    read: Mutex<Vec<Range<u64>>>,
+    read: Mutex<Option<Vec<Range<u64>>>>,
 }
 
 impl Source for Noting<'_> {
@@ -80,7 +81,9 @@ impl Source for Noting<'_> {
 
     fn fill(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.source.fill(buf, offset)?;
-        self.read.lock().push(offset..offset + buf.len() as u64);
+        if let Some(read) = &mut *self.read.lock() {
+            read.push(offset..offset + buf.len() as u64);
+        }
         Ok(())
     }
 }

@@ -11,6 +11,7 @@ mod plan;
 mod queue;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -45,6 +46,8 @@ pub(super) struct Flusher {
     queue: FlushQueue,
     /// Records may carry so many blocks wherever they lie.
     few: Blocks,
+    /// It was closed: a journal that nobody needs yet is not made any more.
+    closed: AtomicBool,
 }
 
 impl Flusher {
@@ -55,6 +58,7 @@ impl Flusher {
             shared,
             queue: FlushQueue::default(),
             few: options.few(),
+            closed: AtomicBool::new(false),
         }
     }
 
@@ -113,15 +117,18 @@ impl Flusher {
 
     /// As [`super::WritableLayer::prepare_journal`].
     pub(super) fn prepare_journal(&self) -> Result<()> {
-        self.lead(|journal| match self.shared.is_sealed() {
-            true => Ok(()),
-            false => journal.prepare(),
-        })
+        self.lead(
+            |journal| match self.shared.is_sealed() || self.closed.load(Relaxed) {
+                true => Ok(()),
+                false => journal.prepare(),
+            },
+        )
     }
 
     /// As [`super::WritableLayer::close`].
     pub(super) fn close(&self) -> Result<()> {
         self.lead(|journal| {
+            self.closed.store(true, Relaxed);
             if self.shared.is_sealed() {
                 return Ok(());
             }

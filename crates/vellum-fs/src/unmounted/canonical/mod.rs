@@ -240,7 +240,12 @@ impl Laying<'_> {
         let seed = file::fresh_seed(self.seed, number);
         let content = match &fresh.listing {
             Some(listing) => self.directory(number, listing, seed)?,
-            None => self.content(&fresh.inode, seed, self.apart.blocks(before))?,
+            None => {
+                // Of the number of another kind of file a regular one may have had, which is gone.
+                let is_file = fresh.inode.is_file();
+                let apart = is_file.then(|| self.apart.blocks(before)).flatten();
+                self.content(&fresh.inode, seed, apart)?
+            }
         };
         let attributes = self.attach(&fresh.inode)?;
         self.put_inode(number, None, &fresh.inode, &content, &attributes);
