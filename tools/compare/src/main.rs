@@ -18,6 +18,7 @@ mod stats;
 mod workload;
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
@@ -150,19 +151,23 @@ impl Clock {
 
 fn list(options: &Measure) -> Result<()> {
     let sizes = plan::sizes(options);
+    let mut text = "Drivers:\n".to_owned();
     let line = |id: &str, title: &str, absent: Option<String>| {
         let absent = absent.map(|why| format!(" (absent: {why})"));
-        println!("  {id:18} {title}{}", absent.unwrap_or_default());
+        format!("  {id:18} {title}{}\n", absent.unwrap_or_default())
     };
-    println!("Drivers:");
     for driver in driver::all(Path::new("vellum"), &options.qemu, &options.driver)? {
-        line(driver.about().id, driver.about().title, driver.absent());
+        text += &line(driver.about().id, driver.about().title, driver.absent());
     }
-    println!("Workloads (* the six of --quick, which come first):");
+    text += "Workloads (* the six of --quick, which come first):\n";
     for workload in workload::all() {
         let star = if workload.headline() { "* " } else { "" };
         let title = format!("{star}{}", workload.title());
-        line(&workload.id(), &title, workload.absent(&sizes));
+        text += &line(&workload.id(), &title, workload.absent(&sizes));
     }
-    Ok(())
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // Who reads has seen enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("standard output"),
+    }
 }

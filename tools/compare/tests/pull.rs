@@ -161,13 +161,7 @@ fn a_container_starts_from_a_registry_whole_and_lazily_and_nothing_is_left() {
     let setup = Setup::new();
     let report = setup.measure("pull-full,pull-lazy,pull-hot", "pull,fetch");
     assert_eq!(setup.leftovers(), Vec::<String>::new());
-    for driver in [
-        "pull-overlayfs",
-        "pull-overlayfs-again",
-        "pull-full",
-        "pull-lazy",
-        "pull-hot",
-    ] {
+    for driver in ["pull-overlayfs", "pull-full", "pull-lazy", "pull-hot"] {
         assert_in_order(&report, driver);
         assert!(figure(&report, "fetch", "rate", driver) > 0.0);
     }

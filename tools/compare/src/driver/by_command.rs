@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Seek;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -304,20 +305,32 @@ impl Image for Containers {
     }
 }
 
+/// Runs a command to its end, which an interrupt of the user does not take away as it does with `host::run`.
+fn clean_up(mut command: Command) -> Result<()> {
+    // A file, not a pipe, which a server that it leaves behind would hold open.
+    let mut stderr = tempfile::tempfile()?;
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let status = command.stderr(stderr.try_clone()?).status()?;
+    stderr.rewind()?;
+    let said = std::io::read_to_string(stderr)?;
+    ensure!(status.success(), "{status}: {}", said.trim());
+    Ok(())
+}
+
 impl Drop for Containers {
     fn drop(&mut self) {
         for (name, at) in std::mem::take(&mut self.started) {
-            // Not through `host::run`, which ends when the user interrupts.
-            let status = self.command(&self.brought.down, &name, &at).status();
-            report(status.map(drop).context("unmounting by command"));
+            let down = self.command(&self.brought.down, &name, &at);
+            report(clean_up(down).with_context(|| format!("unmounting {name} by command")));
             if host::is_mounted(&at) {
                 report(host::Mount::existing(&at).unmount());
             }
         }
         // Also after a step that failed half way.
         if let Some(program) = &self.brought.program {
-            let status = self.told(program).arg("close").status();
-            report(status.map(drop).context("closing an image by command"));
+            let mut close = self.told(program);
+            close.arg("close");
+            report(clean_up(close).with_context(|| format!("close of {}", self.brought.name)));
         }
     }
 }
@@ -429,6 +442,28 @@ mod tests {
             "prepare", "close", "open", "up c", "down c", "remove c", "close",
         ];
         assert_eq!(steps, all);
+    }
+
+    #[test]
+    fn a_close_that_fails_says_what_is_left_and_so_does_the_step_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("d");
+        fs::create_dir(&at).unwrap();
+        let driver = program(dir.path(), "echo \"no $1 today\" >&2; exit 3");
+        let base = Base::of_layers(vec![dir.path().to_owned()], 1 << 20);
+        let error = driver.prepare(&at, &base).unwrap_err();
+        let said = format!("{error:#}");
+        assert!(
+            said.contains("prepare of mine") && said.contains("no prepare today"),
+            "{said}"
+        );
+        let mut close = Command::new(dir.path().join("mine"));
+        close.arg("close");
+        let said = format!("{:#}", clean_up(close).unwrap_err());
+        assert!(
+            said.contains("status: 3") && said.contains("no close today"),
+            "{said}"
+        );
     }
 
     #[test]

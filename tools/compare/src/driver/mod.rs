@@ -66,8 +66,8 @@ impl Base {
         Base { link, ..self }
     }
 
-    /// A registry that has it, made once; `vellum` is the program of that name.
-    fn remote(&self, vellum: &Path) -> Result<Rc<Remote>> {
+    /// A registry for it, made once.
+    fn remote(&self) -> Result<Rc<Remote>> {
         if let Some(remote) = self.remote.get() {
             return Ok(Rc::clone(remote));
         }
@@ -78,7 +78,7 @@ impl Base {
             );
         };
         let dir = tree.with_extension("remote");
-        let remote = Remote::new(vellum, &dir, (tree, self.size), &self.link);
+        let remote = Remote::new(&dir, (tree, self.size), &self.link);
         let remote = Rc::new(remote.context("a registry with the image")?);
         Ok(Rc::clone(self.remote.get_or_init(|| remote)))
     }

@@ -73,6 +73,8 @@ pub(super) struct Daemon {
     remote: Rc<Remote>,
     /// The daemon of stargz-snapshotter.
     stargz: Option<PathBuf>,
+    /// The key of the image's uppermost snapshot, which a runtime computes without asking.
+    parent: String,
     /// Before those whose files it shows.
     mounted: Option<Mount>,
     started: Option<Servers>,
@@ -127,11 +129,17 @@ fn serving(command: &mut Command, socket: &Path) -> Result<Server> {
 
 impl Daemon {
     /// Starts it in a directory of its own.
-    pub(super) fn start(dir: &Path, remote: Rc<Remote>, stargz: Option<PathBuf>) -> Result<Self> {
+    pub(super) fn start(
+        dir: &Path,
+        remote: Rc<Remote>,
+        stargz: Option<PathBuf>,
+        parent: String,
+    ) -> Result<Self> {
         let mut daemon = Daemon {
             dir: dir.to_owned(),
             remote,
             stargz,
+            parent,
             mounted: None,
             started: None,
         };
@@ -196,20 +204,6 @@ pub(super) fn ctr(
     )
 }
 
-/// The committed snapshot on which no other lies, of the table that `ctr snapshots ls` prints: KEY,
-/// PARENT (if any), KIND.
-fn uppermost(table: &str) -> Option<&str> {
-    let rows = table.lines().skip(1);
-    let rows: Vec<Vec<&str>> = rows.map(|row| row.split_whitespace().collect()).collect();
-    let is_parent = |key: &str| {
-        let mut parents = rows.iter().filter(|row| row.len() == 3);
-        parents.any(|row| row.get(1) == Some(&key))
-    };
-    let committed = rows.iter().filter(|row| row.last() == Some(&"Committed"));
-    let mut keys = committed.filter_map(|row| row.first().copied());
-    keys.find(|key| !is_parent(key))
-}
-
 impl Image for Daemon {
     fn create(&mut self, name: &str) -> Result<()> {
         let form = self.stargz.as_ref().map_or("plain", |_| "estargz");
@@ -221,9 +215,7 @@ impl Image for Daemon {
             )?,
             None => self.ctr("ctr", &["images", "pull", "--plain-http", &reference])?,
         };
-        let table = self.snapshots(&["ls"])?;
-        let parent = uppermost(&table).context("containerd has unpacked no layer")?;
-        self.snapshots(&["prepare", name, parent]).map(drop)
+        self.snapshots(&["prepare", name, &self.parent]).map(drop)
     }
 
     fn start(&mut self, name: &str) -> Result<Access> {
@@ -271,6 +263,14 @@ impl Pulling for Daemon {
         self.stargz.is_some()
     }
 
+    fn warm(&self) -> Result<()> {
+        let programs = match self.stargz {
+            Some(_) => &["ctr", "ctr-remote"].map(Path::new)[..],
+            None => &[Path::new("ctr")],
+        };
+        self.remote.warm(programs)
+    }
+
     fn complete(&mut self) -> Result<()> {
         // What was read once is in its cache.
         match &self.mounted {
@@ -287,20 +287,5 @@ impl Pulling for Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         host::report(self.end());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_container_lies_on_the_snapshot_that_nothing_lies_on() {
-        let table = "KEY PARENT KIND\nsha256:b sha256:a Committed\nsha256:a        Committed \n";
-        assert_eq!(uppermost(table), Some("sha256:b"));
-        let used = format!("{table}c sha256:b Active\n");
-        // One that has a container is a parent, too.
-        assert_eq!(uppermost(&used), None);
-        assert_eq!(uppermost("KEY PARENT KIND\n"), None);
     }
 }

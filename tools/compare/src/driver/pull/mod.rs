@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 
 use super::{About, Base, Driver, Image, Kind, missing, not_in_kernel};
 
+use remote::Estargz;
 pub use remote::{Link, Remote, SERVICE};
 
 /// What is done.
@@ -66,7 +67,7 @@ impl Driver for Pull {
             Way::Lazy => (
                 "pull-lazy",
                 "vellum, lazily",
-                "vellum pull --lazy: blocks come when they are read.",
+                "vellum pull --lazy, of an image that was pushed with --no-hot: blocks come when they are read.",
             ),
             Way::Hot => (
                 "pull-hot",
@@ -96,12 +97,14 @@ impl Driver for Pull {
             ("ip", "iproute2"),
             ("tc", "iproute2"),
             ("unshare", "util-linux"),
-            ("mke2fs", "e2fsprogs"),
-            ("crun", "crun"),
         ]);
+        // What `vellum push` lays the image out by, and mounts.
+        let pushed = || missing(&[("mke2fs", "e2fsprogs")]).or_else(|| not_in_kernel("fuse"));
         all.or_else(|| match self.way {
             Way::Overlay => containerd::absent(),
-            Way::Full | Way::Lazy | Way::Hot => not_in_kernel("fuse"),
+            Way::Full | Way::Lazy => pushed(),
+            // Its start is traced in a container.
+            Way::Hot => missing(&[("crun", "crun")]).or_else(pushed),
             Way::Stargz => containerd::absent().or_else(containerd::stargz_absent),
         })
     }
@@ -117,11 +120,13 @@ impl Driver for Pull {
     }
 
     fn prepare(&self, _dir: &Path, base: &Base) -> Result<()> {
-        let remote = base.remote(&self.vellum)?;
+        let remote = base.remote()?;
+        remote.limit(false)?;
         match self.way {
-            Way::Overlay => remote.plain()?,
+            Way::Overlay => drop(remote.plain()?),
             Way::Stargz => drop(remote.estargz()?),
-            Way::Full | Way::Lazy | Way::Hot => {}
+            Way::Full | Way::Lazy => remote.blocks(&self.vellum)?,
+            Way::Hot => remote.hot(&self.vellum)?,
         }
         self.remote.replace(Some(remote));
         Ok(())
@@ -134,10 +139,18 @@ impl Driver for Pull {
             Way::Full | Way::Lazy | Way::Hot => {
                 Box::new(vellum::Store::new(self.way, &self.vellum, dir, remote))
             }
-            Way::Overlay => Box::new(containerd::Daemon::start(dir, remote, None)?),
+            Way::Overlay => {
+                let parent = remote.plain()?;
+                Box::new(containerd::Daemon::start(dir, remote, None, parent)?)
+            }
             Way::Stargz => {
-                let stargz = remote.estargz()?;
-                Box::new(containerd::Daemon::start(dir, remote, Some(stargz))?)
+                let Estargz { daemon, parent } = remote.estargz()?;
+                Box::new(containerd::Daemon::start(
+                    dir,
+                    remote,
+                    Some(daemon),
+                    parent,
+                )?)
             }
         })
     }
@@ -148,6 +161,10 @@ impl Driver for Pull {
 pub trait Pulling {
     /// Whether the rest comes by reading a started container, since there is no command for it.
     fn completes_by_reading(&self) -> bool;
+
+    /// Has in memory what the registry and the programs of this way read from the disk: all begin alike, whoever
+    /// ran before. Not a part of what is timed.
+    fn warm(&self) -> Result<()>;
 
     /// Brings everything that is not here yet; afterwards no read asks the registry.
     fn complete(&mut self) -> Result<()>;

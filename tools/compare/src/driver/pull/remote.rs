@@ -37,7 +37,15 @@ pub struct Link {
     pub estargz_level: Option<u32>,
 }
 
-/// A registry with the image in each form, and the way to it.
+/// The image for stargz-snapshotter.
+#[derive(Clone)]
+pub struct Estargz {
+    pub daemon: PathBuf,
+    /// The key of its uppermost snapshot.
+    pub parent: String,
+}
+
+/// A registry with the image in each form that was asked for, and the way to it.
 pub struct Remote {
     /// Asks the registry, later.
     _relay: Option<Server>,
@@ -47,25 +55,25 @@ pub struct Remote {
     dir: PathBuf,
     delayed: bool,
     tree: PathBuf,
-    /// The image as tar layers is there.
-    plain: OnceCell<()>,
-    /// The eStargz image is there; the daemon for it.
-    estargz: OnceCell<PathBuf>,
+    /// Bytes of a block device for the tree.
+    size: u64,
+    /// A store that has it.
+    from: OnceCell<PathBuf>,
+    /// It is there as block layers, without and with a hot pack.
+    blocks: OnceCell<()>,
+    hot: OnceCell<()>,
+    /// It is there as tar layers: the key of containerd's uppermost snapshot of it.
+    plain: OnceCell<String>,
+    estargz: OnceCell<Estargz>,
     estargz_level: Option<u32>,
 }
 
 impl Remote {
-    /// Starts the registry in an empty directory, and pushes the image of this tree in the forms that
-    /// `vellum push` makes.
+    /// Starts the registry for the image of this tree in an empty directory.
     ///
     /// # Errors
     /// Without the programs, root, or the kernel's network namespaces.
-    pub fn new(
-        vellum: &Path,
-        dir: &Path,
-        (tree, size): (&Path, u64),
-        options: &Link,
-    ) -> Result<Self> {
+    pub fn new(dir: &Path, (tree, size): (&Path, u64), options: &Link) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let link = host::Link::new(&options.rate)?;
         let registry = registry(&link, &dir.join("registry"))?;
@@ -73,7 +81,7 @@ impl Remote {
         let relay = delayed
             .then(|| relay(&link, Duration::from_millis(options.round_trip.into()) / 2))
             .transpose()?;
-        let remote = Remote {
+        Ok(Remote {
             _relay: relay,
             _registry: registry,
             link,
@@ -81,64 +89,90 @@ impl Remote {
             dir: dir.to_owned(),
             delayed,
             tree: tree.to_owned(),
+            size,
+            from: OnceCell::new(),
+            blocks: OnceCell::new(),
+            hot: OnceCell::new(),
             plain: OnceCell::new(),
             estargz: OnceCell::new(),
             estargz_level: options.estargz_level,
-        };
-        remote.push_blocks(vellum, size)?;
-        Ok(remote)
+        })
     }
 
-    fn push_blocks(&self, vellum: &Path, size: u64) -> Result<()> {
-        let store = self.dir.join("from");
-        let run = |arguments: &[&str]| {
-            let mut command = self.command(vellum);
-            command.arg("-q").arg("--root").arg(&store).args(arguments);
-            host::run(&mut command).map(drop)
+    fn vellum(&self, vellum: &Path, store: &Path, arguments: &[&str]) -> Result<()> {
+        let mut command = self.command(vellum);
+        command.arg("-q").arg("--root").arg(store).args(arguments);
+        host::run(&mut command).map(drop)
+    }
+
+    /// Pushes the image as block layers by this program; `options` are `vellum push`'s.
+    fn push(&self, vellum: &Path, form: &str, options: &[&str]) -> Result<()> {
+        let store = if let Some(store) = self.from.get() {
+            store
+        } else {
+            let store = self.dir.join("from");
+            let (tree, size) = (self.tree.to_string_lossy(), self.size.to_string());
+            self.vellum(vellum, &store, &["import", IMAGE, &tree, "--size", &size])?;
+            self.from.get_or_init(|| store)
         };
-        let (tree, size) = (self.tree.to_string_lossy(), size.to_string());
-        let [program, script] = SERVICE;
-        let start = format!("{program} {script} once");
-        run(&["import", IMAGE, &tree, "--size", &size])?;
+        let reference = self.reference(form);
         let push = ["push", "--format", "blocks", "--plain-http", IMAGE];
-        let (blocks, hot) = (self.reference("blocks"), self.reference("hot"));
-        run(&[&push[..], &[&blocks, "--no-hot"]].concat())?;
-        run(&[&push[..], &[&hot, "--trace", &start]].concat())?;
-        fs::remove_dir_all(&store).with_context(|| store.display().to_string())
+        let push = [&push[..], &[&reference], options].concat();
+        self.vellum(vellum, store, &push)
+    }
+
+    /// Pushes the image as block layers without a hot pack, once.
+    pub fn blocks(&self, vellum: &Path) -> Result<()> {
+        if self.blocks.get().is_none() {
+            self.push(vellum, "blocks", &["--no-hot"])?;
+            self.blocks.get_or_init(|| ());
+        }
+        Ok(())
+    }
+
+    /// Pushes the image as block layers with a hot pack of its start, once.
+    pub fn hot(&self, vellum: &Path) -> Result<()> {
+        if self.hot.get().is_none() {
+            let [program, script] = SERVICE;
+            let start = format!("{program} {script} once");
+            self.push(vellum, "hot", &["--trace", &start])?;
+            self.hot.get_or_init(|| ());
+        }
+        Ok(())
     }
 
     /// Pushes the image as a gzip layer, once. By containerd, of GNU tar's archive without sparse files: nothing of it was
-    /// made by the driver that it stands beside.
-    pub fn plain(&self) -> Result<()> {
-        if self.plain.get().is_some() {
-            return Ok(());
+    /// made by the driver that it stands beside. Returns the key of its uppermost snapshot.
+    pub fn plain(&self) -> Result<String> {
+        if let Some(parent) = self.plain.get() {
+            return Ok(parent.clone());
         }
         let dir = self.dir.join("push");
         let servers = Servers::start(&dir, self, None)?;
         let name = self.reference("plain");
-        let archive = archive(&self.tree, &dir, &name)?.display().to_string();
+        let (archive, sum) = archive(&self.tree, &dir, &name)?;
+        let archive = archive.display().to_string();
         let ctr = |arguments: &[&str]| ctr(self, &dir, "ctr", arguments).map(drop);
         let import = ["images", "import", "--no-unpack", "--compress-blobs"];
         ctr(&[&import[..], &[&archive]].concat())?;
         ctr(&["images", "push", "--plain-http", &name])?;
         servers.stop()?;
         fs::remove_dir_all(&dir).with_context(|| dir.display().to_string())?;
-        self.plain.get_or_init(|| ());
-        Ok(())
+        // The chain ID of one layer is its diff ID (OCI Image Specification 1.1, config.md).
+        Ok(self.plain.get_or_init(|| format!("sha256:{sum}")).clone())
     }
 
     /// Makes the eStargz image, once, as that project does it: the start is run, what it reads comes first.
-    /// Returns the daemon.
-    pub fn estargz(&self) -> Result<PathBuf> {
-        if let Some(daemon) = self.estargz.get() {
-            return Ok(daemon.clone());
+    pub fn estargz(&self) -> Result<Estargz> {
+        if let Some(estargz) = self.estargz.get() {
+            return Ok(estargz.clone());
         }
         self.plain()?;
         let daemon = build_stargz(&self.dir)?;
         let dir = self.dir.join("convert");
         let converter = Servers::start(&dir, self, None)?;
         let (from, to) = (self.reference("plain"), self.reference("estargz"));
-        let ctr = |program, arguments: &[&str]| ctr(self, &dir, program, arguments).map(drop);
+        let ctr = |program, arguments: &[&str]| ctr(self, &dir, program, arguments);
         ctr("ctr", &["images", "pull", "--plain-http", &from])?;
         let [program, script] = SERVICE;
         let entry = serde_json::to_string(&[program])?;
@@ -151,9 +185,36 @@ impl Remote {
         optimize.extend(["--entrypoint", &entry, "--args", &arguments, &from, &to]);
         ctr("ctr-remote", &optimize)?;
         ctr("ctr", &["images", "push", "--plain-http", &to])?;
+        // What is called by this key is the same through every snapshotter.
+        let pull = ["images", "pull", "--plain-http", "--print-chainid", &to];
+        let said = ctr("ctr", &pull)?.stdout;
+        let parent = chain_id(&said).with_context(|| format!("no chain ID: {said}"))?;
         converter.stop()?;
         fs::remove_dir_all(&dir).with_context(|| dir.display().to_string())?;
-        Ok(self.estargz.get_or_init(|| daemon).clone())
+        let parent = parent.to_owned();
+        Ok(self
+            .estargz
+            .get_or_init(|| Estargz { daemon, parent })
+            .clone())
+    }
+
+    /// Has the registry's blobs and these programs in memory, as they are where somebody pulls a second image:
+    /// whoever emptied the caches before decides nothing.
+    ///
+    /// # Errors
+    /// Where a program or a blob cannot be read.
+    pub fn warm(&self, programs: &[&Path]) -> Result<()> {
+        host::read_all(&self.dir.join("registry"))?;
+        let common = ["chroot", "mount"].map(Path::new);
+        for program in common.iter().chain(programs) {
+            // With its libraries and what enters the namespace.
+            host::run(self.command(program).arg("--version"))?;
+            let file = host::find_program(&program.to_string_lossy());
+            let file = file.with_context(|| program.display().to_string())?;
+            // And what its work will need of it.
+            fs::read(&file).with_context(|| file.display().to_string())?;
+        }
+        Ok(())
     }
 
     /// A command of the registry's client.
@@ -182,8 +243,15 @@ impl Remote {
     }
 }
 
-/// A docker archive (Docker Image Specification 1.2) of one layer, which `docker load` and others take.
-fn archive(tree: &Path, dir: &Path, name: &str) -> Result<PathBuf> {
+/// What `ctr images pull --print-chainid` says: `image chain ID: sha256:...`.
+fn chain_id(said: &str) -> Option<&str> {
+    let mut lines = said.lines();
+    lines.find_map(|line| Some(line.split_once("image chain ID:")?.1.trim()))
+}
+
+/// A docker archive (Docker Image Specification 1.2) of one layer, which `docker load` and others take, and
+/// the layer's SHA-256.
+fn archive(tree: &Path, dir: &Path, name: &str) -> Result<(PathBuf, String)> {
     let layer = dir.join("layer.tar");
     host::run(
         Command::new("tar")
@@ -223,7 +291,7 @@ fn archive(tree: &Path, dir: &Path, name: &str) -> Result<PathBuf> {
             .arg(&archive)
             .args(["manifest.json", "config.json", "layer.tar"]),
     )?;
-    Ok(archive)
+    Ok((archive, sum.to_owned()))
 }
 
 /// Debian's registry at the far end of the link.

@@ -133,6 +133,10 @@ impl Pulling for Store {
         false
     }
 
+    fn warm(&self) -> Result<()> {
+        self.remote.warm(&[&self.program])
+    }
+
     fn complete(&mut self) -> Result<()> {
         match self.way {
             Way::Full => Ok(()),

@@ -22,6 +22,7 @@ import (
 	"github.com/containerd/stargz-snapshotter/fs/source"
 	"github.com/containerd/stargz-snapshotter/snapshot"
 	"github.com/hashicorp/go-retryablehttp"
+	"github.com/pelletier/go-toml"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 )
@@ -50,7 +51,16 @@ func hosts(spec reference.Spec) ([]docker.RegistryHost, error) {
 }
 
 func serve(address, root string) error {
-	filesystem, err := fs.NewFilesystem(filepath.Join(root, "stargz"), config.Config{},
+	// What upstream reads of a file that is not there: some settings have a default of their own.
+	none, err := toml.Load("")
+	if err != nil {
+		return err
+	}
+	var settings config.Config
+	if err := none.Unmarshal(&settings); err != nil {
+		return err
+	}
+	filesystem, err := fs.NewFilesystem(filepath.Join(root, "stargz"), settings,
 		fs.WithGetSources(source.FromDefaultLabels(hosts)),
 		fs.WithOverlayOpaqueType(layer.OverlayOpaqueTrusted))
 	if err != nil {
