@@ -183,7 +183,7 @@ fn who_reads_after_a_restart_waits_visibly_for_the_next_pull_which_brings_the_se
     assert_eq!(node.says(&one, &pod, &image, "first"), "web said");
     node.cri.remove_pod(&one);
 
-    // A fetcher notes what came every five seconds; without that the mount itself would wait for the registry.
+    // A fetcher notes what came every five seconds: of that, the mount needs no secret, and only who reads more waits.
     std::thread::sleep(Duration::from_secs(12));
     node.stop();
     kill_fetcher(&node);
