@@ -121,7 +121,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
 /// The pull secrets that are known, and who learns and hears of them.
 struct Secrets {
     known: Arc<PullSecrets>,
-    service: Option<(ImageService, SocketFile, PullSecretServer)>,
+    service: Option<(ImageService, SocketFile)>,
 }
 
 impl Secrets {
@@ -140,22 +140,21 @@ impl Secrets {
         let upstream = upstream.unwrap_or(Path::new(DEFAULT_CONTAINERD));
         check_path("--cri-image-service", address)?;
         check_path("--cri-upstream", upstream)?;
-        // The fetcher may ask from now on.
-        let server = PullSecretServer::start(&store.runs(), known.clone())?;
+        // The fetcher may ask from now on, and waits also where this start fails.
+        PullSecretServer::start(&store.runs(), known.clone())?.leave();
         let (listener, socket) = listen(address)?;
         let service = ImageService::start(listener, upstream, Arc::clone(&known))?;
         tracing::info!(address = %address.display(), upstream = %upstream.display(), "image service");
         Ok(Secrets {
             known,
-            service: Some((service, socket, server)),
+            service: Some((service, socket)),
         })
     }
 
     fn leave(self) {
-        if let Some((service, socket, server)) = self.service {
+        if let Some((service, socket)) = self.service {
             drop(socket);
             drop(service);
-            server.leave();
         }
     }
 }

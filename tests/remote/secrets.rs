@@ -183,7 +183,7 @@ fn who_reads_after_a_restart_waits_visibly_for_the_next_pull_which_brings_the_se
     assert_eq!(node.says(&one, &pod, &image, "first"), "web said");
     node.cri.remove_pod(&one);
 
-    // A fetcher notes what came every five seconds; without that the mount itself would wait for the registry.
+    // A fetcher notes what came every five seconds: of that, the mount needs no secret, and only who reads more waits.
     std::thread::sleep(Duration::from_secs(12));
     node.stop();
     kill_fetcher(&node);
@@ -211,6 +211,32 @@ fn who_reads_after_a_restart_waits_visibly_for_the_next_pull_which_brings_the_se
     assert_eq!(node.said("second"), format!("{LOAD} read"));
     assert_nothing_leaked(&node);
     node.cri.remove_pod(&two);
+}
+
+#[test]
+fn a_pod_whose_mount_needs_the_secret_waits_for_the_next_pull_longer_than_a_device_may_take_to_open()
+ {
+    let (registry, _from, image) = private();
+    let mut node = Node::with(&registry, true);
+    let service = node.service();
+    service.pull_with(&image.name, secret(PASSWORD)).unwrap();
+    // Before it notes anything.
+    kill_fetcher(&node);
+    node.stop();
+    node.start_again();
+    let pod = PodConfig::new("one", &node.area.at(""), &node.area.name());
+    let one = std::thread::scope(|scope| {
+        let run = scope.spawn(|| node.cri.run_pod(&pod));
+        std::thread::sleep(Duration::from_secs(36));
+        let waits = !run.is_finished();
+        let pulled = service.pull_with(&image.name, secret(PASSWORD));
+        let one = run.join().unwrap();
+        assert!(waits, "the mount needed nothing\n{}", node.log());
+        pulled.unwrap();
+        one
+    });
+    assert_eq!(node.says(&one, &pod, &image, "first"), "web said");
+    node.cri.remove_pod(&one);
 }
 
 #[test]

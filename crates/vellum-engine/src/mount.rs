@@ -4,14 +4,14 @@ use std::path::Path;
 
 use super::device::{Target, attach_spec};
 use super::grow::grow_file_system;
-use super::lazy::{go_on_in_background, said_last, waits_for_registry};
+use super::lazy::{explain, go_on_in_background};
 use super::lock_container;
 use super::mount_point::{self, Mounted, UNMOUNT_TIMEOUT, mounted, unmount_device};
 use super::serving::refuse_served;
 use super::teardown::take_over;
 use vellum_base::error::{Error, ErrorKind, Result};
 use vellum_base::interrupt;
-use vellum_export::device::{self, AttachSpec, DetachOptions, Waits};
+use vellum_export::device::{self, DetachOptions};
 use vellum_export::local_disk::LocalDisk;
 use vellum_fs::ext4::{self, Atime};
 use vellum_fs::mountinfo::MountInfo;
@@ -88,11 +88,7 @@ fn mount_once(
         None => mount_point::default_dir(&run_dir)?,
     };
     let target = Target::of(container);
-    let spec = AttachSpec {
-        waits: Some(Waits(waits_for_registry(store, &container.layers))),
-        ..attach_spec(store, &target)
-    };
-    let attached = device::attach(&run_dir, &spec)
+    let attached = device::attach(&run_dir, &attach_spec(store, &target))
         .map_err(|error| error.context(format!("cannot attach {name}")))?;
     let device = attached.device.path();
     let mounted = interrupt::check()
@@ -109,10 +105,7 @@ fn mount_once(
             },
         );
         let what = format!("cannot mount {name} at {}", dir.display());
-        return Err(match said_last(store, &container.layers) {
-            Some(why) => Error::new(ErrorKind::Absent, format!("{what}: {error}: {why}")),
-            None => error.context(what),
-        });
+        return Err(explain(store, &container.layers, what, error));
     }
     go_on_in_background(store, &container.layers);
     Ok(Mounted {

@@ -4,8 +4,8 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use http_auth::ChallengeRef;
-use reqwest::Url;
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE};
+use reqwest::{StatusCode, Url};
 use serde::Deserialize;
 
 use super::client::Http;
@@ -156,7 +156,13 @@ async fn fetch_token(
     };
     let response = http.answer(&doing, request).await?;
     if !response.status().is_success() {
-        return Err(Failure::refused(&http.host, &doing, response).await);
+        let status = response.status();
+        let mut failure = Failure::refused(&http.host, &doing, response).await;
+        // RFC 6749, 5.2: `invalid_grant`, a refresh token that was revoked or has expired.
+        if status == StatusCode::BAD_REQUEST && credential.is_some() {
+            failure.error = Error::new(ErrorKind::Permission, failure.error.to_string());
+        }
+        return Err(failure);
     }
     let bytes = http.body(&doing, response).await?;
     let token: Option<Token> = serde_json::from_slice(&bytes).ok();

@@ -8,7 +8,7 @@ use reqwest::{Client, Method, Request, RequestBuilder, Response, StatusCode, Url
 use tokio::sync::Mutex;
 
 use super::auth::authorization;
-use super::credentials::{Credential, Keychain};
+use super::credentials::{self, Credential, Keychain};
 use super::failure::Failure;
 use super::hosts::{Capabilities, Place};
 use super::redirects::Redirects;
@@ -21,6 +21,10 @@ use vellum_base::error::{Error, ErrorKind, Result};
 const IDLE: Duration = Duration::from_secs(30);
 /// The longest document that is read whole: a manifest, a token.
 const MAX_DOCUMENT: usize = 4 << 20;
+/// Credentials of a keychain that are tried and not taken, before the next one is none of its.
+const MAX_REFUSED: usize = 4;
+/// How often a request is sent: with what was known, without, and with each credential.
+const MAX_ASKED: usize = 2 * (MAX_REFUSED + 2);
 /// How often a request is sent on.
 const MAX_REDIRECTIONS: usize = 5;
 
@@ -270,6 +274,18 @@ impl Http {
     }
 }
 
+/// Who asks, as a registry takes it for the moment.
+#[derive(Debug, Default)]
+struct Asker {
+    authorization: Option<String>,
+    /// That is for who gave no credential.
+    is_nobody: bool,
+    /// What it came from, if that was the keychain's.
+    lent: Option<Credential>,
+    /// What the keychain has and the registry did not take, as long as it takes something else.
+    refused: Vec<Credential>,
+}
+
 /// A repository of a registry, with the right to it.
 #[derive(Debug)]
 pub(crate) struct Repository {
@@ -282,8 +298,7 @@ pub(crate) struct Repository {
     credential: Option<Credential>,
     /// Who knows what goes before that, and what is asked for there: the registry.
     pub keychain: Option<(Arc<dyn Keychain>, String)>,
-    /// What the registry takes for the moment.
-    authorization: Mutex<Option<String>>,
+    asker: Mutex<Asker>,
 }
 
 impl Repository {
@@ -301,7 +316,7 @@ impl Repository {
             scopes,
             credential,
             keychain: None,
-            authorization: Mutex::new(None),
+            asker: Mutex::default(),
         }
     }
 
@@ -310,7 +325,8 @@ impl Repository {
         self.http.url(&format!("{}/{path}", self.repository))
     }
 
-    /// Sends a request, a second time with what the registry asks for. Its body, if it has one, counts its bytes in
+    /// Sends a request, again with what the registry asks for, and with another credential where it does not take a
+    /// keychain's. Its body, if it has one, counts its bytes in
     /// `moved`. What the registry says of it is an answer, if it is not that it wants to know who asks.
     pub async fn ask(
         &self,
@@ -329,22 +345,35 @@ impl Repository {
         moved: &Moved,
         build: impl Fn() -> RequestBuilder,
     ) -> Result<Response, Failure> {
-        let mut known = self.authorization.lock().await.clone();
-        for last in [false, true] {
+        let mut known = self.asker.lock().await.authorization.clone();
+        let mut fresh = false;
+        for _ in 0..MAX_ASKED {
             let request = (lane, build());
             let answer = self
                 .http
                 .answer_to_body(doing, request, moved, known.as_deref());
             let response = answer.await?;
-            let heeded = !last && self.http.is_own(response.url());
-            let Some(challenge) = challenge(&response).filter(|_| heeded) else {
+            let challenge = challenge(&response).filter(|_| !fresh);
+            if !self.http.is_own(response.url()) || !denies(&response) {
                 let answer = self.not_unauthorized(doing, response).await;
                 return answer.map_err(|failure| self.until_known(failure));
-            };
-            let found = self.authorize(&challenge, known).await;
-            known = Some(found.map_err(|failure| self.until_known(failure))?);
+            } else if let Some(challenge) = challenge {
+                let found = self.authorize(&challenge, known).await;
+                known = Some(found.map_err(|failure| self.until_known(failure))?);
+                fresh = true;
+            } else if self.is_another_known(known.as_deref()).await? {
+                known = None;
+                fresh = false;
+            } else {
+                let answer = self.not_unauthorized(doing, response).await;
+                return answer.map_err(|failure| self.until_known(failure));
+            }
         }
-        Err(Error::internal("a request was sent twice and is not answered").into())
+        let text = format!(
+            "{doing}: {} takes none of what is known for it",
+            self.http.host
+        );
+        Err(self.until_known(Error::new(ErrorKind::Permission, text).into()))
     }
 
     async fn not_unauthorized(&self, doing: &str, response: Response) -> Result<Response, Failure> {
@@ -364,54 +393,136 @@ impl Repository {
 
     /// Gets what the registry asks for; another request may have got it meanwhile.
     async fn authorize(&self, challenge: &str, tried: Option<String>) -> Result<String, Failure> {
-        let mut held = self.authorization.lock().await;
-        if let Some(newer) = held.clone().filter(|held| tried.as_ref() != Some(held)) {
+        let mut held = self.asker.lock().await;
+        if let Some(newer) = held.authorization.clone()
+            && tried.as_ref() != Some(&newer)
+        {
             return Ok(newer);
         }
-        let lent = self.ask_keychain().await?;
-        let credential = lent.as_ref().or(self.credential.as_ref());
-        let found = authorization(&self.http, challenge, &self.scopes, credential).await?;
-        *held = Some(found.clone());
-        Ok(found)
+        let mut refusal = None;
+        loop {
+            let lent = self.ask_keychain(&held.refused).await?;
+            let credential = match (&lent, held.refused.is_empty()) {
+                (Some(lent), _) => Some(lent.clone()),
+                (None, true) => self.credential.clone(),
+                (None, false) => self.own_anew().await?,
+            };
+            if credential.is_none()
+                && let Some(refusal) = refusal
+            {
+                held.refused.clear();
+                return Err(refusal);
+            }
+            let found =
+                authorization(&self.http, challenge, &self.scopes, credential.as_ref()).await;
+            match (found, lent) {
+                (Ok(found), lent) => {
+                    held.authorization = Some(found.clone());
+                    held.is_nobody = credential.is_none();
+                    held.lent = lent;
+                    return Ok(found);
+                }
+                (Err(failure), Some(lent))
+                    if failure.error.kind() == ErrorKind::Permission
+                        && held.refused.len() < MAX_REFUSED =>
+                {
+                    held.refused.push(lent);
+                    refusal = Some(failure);
+                }
+                (Err(failure), _) => {
+                    held.refused.clear();
+                    return Err(failure);
+                }
+            }
+        }
     }
 
-    /// What the keychain has, asked where it holds up nobody else.
-    async fn ask_keychain(&self) -> Result<Option<Credential>> {
+    /// The registry does not take what it was asked with. Whether something else is known then, which is used from
+    /// now on; where nothing is, all counts anew, as a refusal need not be for ever.
+    async fn is_another_known(&self, tried: Option<&str>) -> Result<bool> {
+        if self.keychain.is_none() {
+            return Ok(false);
+        }
+        let mut held = self.asker.lock().await;
+        if tried.is_some() && held.authorization.as_deref() != tried {
+            return Ok(true);
+        }
+        held.authorization = None;
+        if let Some(lent) = held.lent.take()
+            && held.refused.len() < MAX_REFUSED
+        {
+            held.refused.push(lent);
+            if self.ask_keychain(&held.refused).await?.is_some() || self.own_anew().await?.is_some()
+            {
+                return Ok(true);
+            }
+        }
+        held.refused.clear();
+        Ok(false)
+    }
+
+    /// What the keychain has but for what was refused, asked where it holds up nobody else.
+    async fn ask_keychain(&self, refused: &[Credential]) -> Result<Option<Credential>> {
         let Some((keychain, registry)) = self.keychain.clone() else {
             return Ok(None);
         };
-        let repository = self.repository.clone();
-        let asked = tokio::task::spawn_blocking(move || keychain.find(&registry, &repository));
-        asked
-            .await
-            .map_err(|error| Error::internal(format!("asking for credentials broke off: {error}")))
+        let (repository, refused) = (self.repository.clone(), refused.to_vec());
+        elsewhere(move || {
+            let found = keychain.find(&registry, &repository, &refused);
+            found.filter(|found| !refused.contains(found))
+        })
+        .await
+    }
+
+    /// What docker's files have by now: a helper's token may be newer than the one that was found first.
+    async fn own_anew(&self) -> Result<Option<Credential>> {
+        let host = self.http.host.clone();
+        let found = elsewhere(move || credentials::find(&host)).await?;
+        Ok(found.unwrap_or_else(|error| {
+            tracing::warn!("{error}; what was known before is used");
+            self.credential.clone()
+        }))
     }
 
     /// A refusal passes where another credential may become known.
     fn until_known(&self, failure: Failure) -> Failure {
+        match failure.error.kind() {
+            ErrorKind::Permission => self.until_another(failure),
+            _ => failure,
+        }
+    }
+
+    /// What fails for want of another credential passes where that may become known.
+    fn until_another(&self, failure: Failure) -> Failure {
         let keychain = self.keychain.as_ref();
-        let advice = keychain.and_then(|(keychain, _)| keychain.advice());
-        match advice {
-            Some(advice) if failure.error.kind() == ErrorKind::Permission => Failure {
+        match keychain.and_then(|(keychain, _)| keychain.advice()) {
+            Some(advice) => Failure {
                 error: Error::new(
-                    ErrorKind::Permission,
+                    failure.error.kind(),
                     format!("{}; or {advice}", failure.error),
                 ),
                 passes: true,
                 ..failure
             },
-            _ => failure,
+            None => failure,
         }
     }
 
-    /// As [`Failure::refused`], for a host that may let another in: who asks is not known any more then.
+    /// As [`Failure::refused`], for a host that may let another in: who asks is not known any more then. Some say to
+    /// who is nobody that there is nothing.
     pub async fn refused(&self, doing: &str, response: Response) -> Failure {
+        let is_absent = response.status() == StatusCode::NOT_FOUND;
         let failure = Failure::refused(&self.http.host, doing, response).await;
-        let failure = self.until_known(failure);
-        if failure.error.kind() == ErrorKind::Permission {
-            *self.authorization.lock().await = None;
+        let mut held = self.asker.lock().await;
+        let is_hidden = is_absent && held.is_nobody && held.authorization.is_some();
+        if is_hidden || failure.error.kind() == ErrorKind::Permission {
+            held.authorization = None;
+            held.lent = None;
         }
-        failure
+        match is_hidden {
+            true => self.until_another(failure),
+            false => self.until_known(failure),
+        }
     }
 
     /// As [`Repository::ask`], again where it fails in a way that passes; for requests without a body to speak of.
@@ -444,6 +555,19 @@ impl Repository {
             false => Err(Failure::refused(&self.http.host, doing, response).await),
         }
     }
+}
+
+/// Does what may block for a moment.
+async fn elsewhere<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| Error::internal(format!("asking for credentials broke off: {error}")))
+}
+
+fn denies(response: &Response) -> bool {
+    matches!(
+        response.status(),
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN
+    )
 }
 
 /// What a registry wants to see first.

@@ -63,8 +63,8 @@ impl Credential {
 /// Who knows credentials that are not in docker's files.
 pub trait Keychain: std::fmt::Debug + Send + Sync {
     /// What there is for a repository of a registry, which goes before what docker's files have. It is asked for whenever
-    /// the registry wants to know who asks, and may block for a moment.
-    fn find(&self, registry: &str, repository: &str) -> Option<Credential>;
+    /// the registry wants to know who asks, and may block for a moment. What the registry `refused` just now is no answer.
+    fn find(&self, registry: &str, repository: &str, refused: &[Credential]) -> Option<Credential>;
 
     /// What to do where a registry takes nothing that is known. Whoever waits then goes on, as one that is good may become
     /// known at any time; `None` where that cannot be.

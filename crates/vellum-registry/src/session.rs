@@ -20,7 +20,7 @@ use super::failure::Failure;
 use super::find::{Documents, Found, find};
 use super::hosts::{self, Place};
 use super::ranges;
-use super::reference::Reference;
+use super::reference::{Reference, is_local};
 use super::retry::{Tries, retried};
 use super::source::{Seen, Source};
 use super::upload;
@@ -197,7 +197,11 @@ impl Session {
         repository.tries = self.tries();
         let keychain = self.seen.keychain.clone();
         repository.keychain = keychain
-            .filter(|_| host.is_registry)
+            // To do without TLS was the wish of who pulled a layer first, and of no pod.
+            .filter(|_| {
+                let is_open = self.access.plain_http && !host.http.is_tls;
+                host.is_registry && (!is_open || is_local(&host.http.host))
+            })
             .map(|keychain| (keychain, self.reference.registry().to_owned()));
         repository
     }

@@ -15,6 +15,7 @@ use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_core::layer::Header;
 use vellum_engine::device::{DeviceStats, SEAL, Sealed, Target, attach_spec};
 use vellum_engine::grow::{grow_device, grow_mounted, is_filled};
+use vellum_engine::lazy::explain;
 use vellum_engine::mount_point;
 use vellum_engine::seal::seal_frozen;
 use vellum_engine::stats::device_stats;
@@ -227,8 +228,13 @@ impl Mounts {
             // The mount's failure is what matters.
             let _ = self.clear(record.id);
         }
-        mounted
-            .map_err(|error| error.context(format!("cannot mount snapshot {:?}", record.key)))?;
+        mounted.map_err(|error| {
+            let what = format!("cannot mount snapshot {:?}", record.key);
+            match target.layers(&self.store) {
+                Ok(layers) => explain(&self.store, &layers, what, error),
+                Err(_) => error.context(what),
+            }
+        })?;
         Ok(if record.device { device } else { dir })
     }
 

@@ -45,7 +45,7 @@ struct UnderWay {
 
 #[derive(Debug, Default)]
 struct Known {
-    /// By the whole names of images.
+    /// By [`name_of`].
     images: HashMap<String, Kept>,
     under_way: Vec<UnderWay>,
     pulls: u64,
@@ -62,13 +62,20 @@ pub struct Pull {
     number: u64,
 }
 
+/// What containerd asks for: a tag beside a digest is left out.
+fn name_of(image: &Reference) -> String {
+    let mark = image.digest().map_or(':', |_| '@');
+    let (registry, repository) = (image.registry(), image.repository());
+    format!("{registry}/{repository}{mark}{}", image.identifier())
+}
+
 impl Known {
     fn forget_old(&mut self) {
         self.images.retain(|_, kept| kept.used.elapsed() < KEPT_FOR);
     }
 
     fn keep(&mut self, pull: UnderWay, id: &str) {
-        let name = pull.image.to_string();
+        let name = name_of(&pull.image);
         let Some(secret) = pull.secret else {
             self.images.remove(&name);
             return;
@@ -89,18 +96,27 @@ impl Known {
         self.images.insert(name, kept);
     }
 
-    /// The newest secret that opened a repository, or else the newest that is being tried there.
-    fn of_repository(&mut self, registry: &str, repository: &str) -> Option<Secret> {
+    /// The newest secret that opened a repository, or else the newest that is being tried there, but for those that
+    /// are refused now.
+    fn of_repository(
+        &mut self,
+        registry: &str,
+        repository: &str,
+        refused: &[Credential],
+    ) -> Option<Secret> {
         let is =
             |image: &Reference| image.registry() == registry && image.repository() == repository;
+        let may = |secret: &Secret| !refused.contains(&secret.credential);
         self.forget_old();
-        let kept = self.images.values_mut().filter(|kept| is(&kept.image));
+        let kept = self.images.values_mut();
+        let kept = kept.filter(|kept| is(&kept.image) && may(&kept.secret));
         if let Some(kept) = kept.max_by_key(|kept| kept.secret.number) {
             kept.used = Instant::now();
             return Some(kept.secret.clone());
         }
-        let mut under_way = self.under_way.iter().rev();
-        under_way.find_map(|pull| pull.secret.clone().filter(|_| is(&pull.image)))
+        let under_way = self.under_way.iter().rev();
+        let mut tried = under_way.filter(|pull| is(&pull.image));
+        tried.find_map(|pull| pull.secret.clone().filter(may))
     }
 }
 
@@ -126,7 +142,7 @@ impl PullSecrets {
 
     /// An image was removed, by one of its names or by containerd's id, and with it all of its names.
     pub fn removed(&self, image: &str) {
-        let name = Reference::parse(image).ok().map(|image| image.to_string());
+        let name = Reference::parse(image).ok().map(|image| name_of(&image));
         let mut known = self.0.lock();
         let named = name.and_then(|name| known.images.remove(&name));
         let id = named.map_or_else(|| image.to_owned(), |named| named.id);
@@ -139,9 +155,10 @@ impl PullSecrets {
     pub(super) fn of_image(&self, image: &Reference) -> Option<Secret> {
         let mut known = self.0.lock();
         let mut under_way = known.under_way.iter().rev();
+        let name = name_of(image);
         let pulling =
-            under_way.find_map(|pull| pull.secret.clone().filter(|_| pull.image == *image));
-        pulling.or_else(|| known.of_repository(image.registry(), image.repository()))
+            under_way.find_map(|pull| pull.secret.clone().filter(|_| name_of(&pull.image) == name));
+        pulling.or_else(|| known.of_repository(image.registry(), image.repository(), &[]))
     }
 }
 
@@ -172,8 +189,8 @@ impl Drop for Pull {
 
 /// For the fetcher, which knows of an image where its blobs are.
 impl Keychain for PullSecrets {
-    fn find(&self, registry: &str, repository: &str) -> Option<Credential> {
-        let secret = self.0.lock().of_repository(registry, repository);
+    fn find(&self, registry: &str, repository: &str, refused: &[Credential]) -> Option<Credential> {
+        let secret = self.0.lock().of_repository(registry, repository, refused);
         secret.map(|secret| secret.credential)
     }
 
@@ -184,8 +201,8 @@ impl Keychain for PullSecrets {
 
 /// One secret, for one question.
 impl Keychain for Secret {
-    fn find(&self, _: &str, _: &str) -> Option<Credential> {
-        Some(self.credential.clone())
+    fn find(&self, _: &str, _: &str, refused: &[Credential]) -> Option<Credential> {
+        Some(self.credential.clone()).filter(|known| !refused.contains(known))
     }
 
     fn advice(&self) -> Option<&str> {
@@ -212,13 +229,13 @@ mod tests {
     #[test]
     fn a_secret_is_good_for_its_repository_from_the_pull_until_the_image_is_removed() {
         let secrets = Arc::new(PullSecrets::default());
-        let hub = |secrets: &PullSecrets| secrets.find("docker.io", "library/web");
+        let hub = |secrets: &PullSecrets| secrets.find("docker.io", "library/web", &[]);
         let under_way = secrets.begin(image("web"), token("first"));
         assert_eq!(hub(&secrets), token("first"));
         under_way.done("sha256:one");
         assert_eq!(hub(&secrets), token("first"));
-        assert_eq!(secrets.find("docker.io", "me/web"), None);
-        assert_eq!(secrets.find("other.example", "library/web"), None);
+        assert_eq!(secrets.find("docker.io", "me/web", &[]), None);
+        assert_eq!(secrets.find("other.example", "library/web", &[]), None);
         pull(
             &secrets,
             "docker.io/library/web:2",
@@ -234,15 +251,45 @@ mod tests {
     }
 
     #[test]
+    fn what_a_registry_refused_gives_place_to_the_next_that_is_known_and_to_a_pull_under_way() {
+        let secrets = Arc::new(PullSecrets::default());
+        pull(&secrets, "r.example/web:1", token("first"), "sha256:one");
+        pull(&secrets, "r.example/web:2", token("second"), "sha256:two");
+        let _now = secrets.begin(image("r.example/web:1"), token("new"));
+        let mut refused = Vec::new();
+        for expected in ["second", "first", "new"] {
+            let found = secrets.find("r.example", "web", &refused);
+            assert_eq!(found, token(expected));
+            refused.extend(found);
+        }
+        assert_eq!(secrets.find("r.example", "web", &refused), None);
+    }
+
+    #[test]
+    fn a_pull_by_tag_and_digest_is_the_one_that_containerd_names_by_the_digest_alone() {
+        let secrets = Arc::new(PullSecrets::default());
+        let digest = format!("sha256:{}", "ab".repeat(32));
+        let whole = format!("r.example/web:1@{digest}");
+        let named = image(&format!("r.example/web@{digest}"));
+        pull(&secrets, "r.example/web:2", token("other"), "sha256:two");
+        let under_way = secrets.begin(image(&whole), token("its own"));
+        let found = secrets.of_image(&named).map(|secret| secret.credential);
+        assert_eq!(found, token("its own"));
+        under_way.done("");
+        secrets.removed(&named.to_string());
+        assert_eq!(secrets.find("r.example", "web", &[]), token("other"));
+    }
+
+    #[test]
     fn an_image_that_is_removed_by_one_name_is_removed_by_all_of_them() {
         let secrets = Arc::new(PullSecrets::default());
         pull(&secrets, "r.example/a:1", token("a"), "sha256:one");
         pull(&secrets, "r.example/b:1", token("b"), "sha256:one");
         pull(&secrets, "r.example/c:1", token("c"), "sha256:two");
         secrets.removed("r.example/a:1");
-        assert_eq!(secrets.find("r.example", "a"), None);
-        assert_eq!(secrets.find("r.example", "b"), None);
-        assert_eq!(secrets.find("r.example", "c"), token("c"));
+        assert_eq!(secrets.find("r.example", "a", &[]), None);
+        assert_eq!(secrets.find("r.example", "b", &[]), None);
+        assert_eq!(secrets.find("r.example", "c", &[]), token("c"));
     }
 
     #[test]
@@ -253,12 +300,12 @@ mod tests {
         // containerd asks with it; layers that are here already do not.
         let now = secrets.of_image(&image("r.example/web:1")).unwrap();
         assert_eq!(Some(now.credential), token("wrong"));
-        assert_eq!(secrets.find("r.example", "web"), token("good"));
+        assert_eq!(secrets.find("r.example", "web", &[]), token("good"));
         drop(wrong);
         let now = secrets.of_image(&image("r.example/web:1")).unwrap();
         assert_eq!(Some(now.credential), token("good"));
         pull(&secrets, "r.example/web:1", None, "sha256:one");
-        assert_eq!(secrets.find("r.example", "web"), None);
+        assert_eq!(secrets.find("r.example", "web", &[]), None);
     }
 
     #[test]
@@ -279,7 +326,7 @@ mod tests {
             token(&"x".repeat(MAX_SECRET + 1)),
             "long",
         );
-        assert_eq!(secrets.find("r.example", "long"), None);
+        assert_eq!(secrets.find("r.example", "long", &[]), None);
         let pulls: Vec<Pull> = (0..2 * MAX_PULLS)
             .map(|_| secrets.begin(image("r.example/web:1"), token("x")))
             .collect();
@@ -295,7 +342,7 @@ mod tests {
                 .values_mut()
                 .for_each(|kept| kept.used = long_ago);
             drop(known);
-            assert_eq!(secrets.find("r.example", "web"), None);
+            assert_eq!(secrets.find("r.example", "web", &[]), None);
             assert!(secrets.0.lock().images.is_empty());
         }
     }

@@ -6,12 +6,13 @@ use std::sync::{Arc, OnceLock};
 use uuid::Uuid;
 
 use super::{OpenChain, layer_options, layer_options_without_syncs};
+use crate::lazy::waits_for_any;
 use vellum_base::error::{Error, Result};
 use vellum_base::storage::{ScratchStorage, Storage};
 use vellum_core::chain::{
     Chain, ChainSpec, ChainStats, look_at_chain, open_counted_chain, open_read_only_chain,
 };
-use vellum_export::device::{AttachSpec, TransportChoice};
+use vellum_export::device::{AttachSpec, TransportChoice, Waits};
 use vellum_store::{ContainerRecord, ContainerRef, LayerLease, Resolved, Store};
 
 /// Which chain to open.
@@ -69,6 +70,27 @@ impl Target {
     /// True when it cannot be written.
     pub fn is_read_only(&self) -> bool {
         matches!(self, Target::Sealed(_) | Target::Look(_))
+    }
+
+    /// The published layers of the chain, from the bottom up.
+    ///
+    /// # Errors
+    /// What is wrong with a record or a layer, by name.
+    pub fn layers(&self, store: &Store) -> Result<Vec<Uuid>> {
+        match self {
+            Target::Container(which) | Target::Look(which) => {
+                let resolved = store.resolve(&store.find_container(which)?)?;
+                let mut layers = resolved.sealed;
+                layers.push(resolved.top);
+                Ok(layers)
+            }
+            Target::Staged(layer) => {
+                let dir = store.staging_dir(*layer);
+                let header = vellum_core::layer::Header::read(&**store.storage(), &dir)?;
+                store.ancestry(header.parent)
+            }
+            Target::Layer(layer) | Target::Sealed(layer) => store.ancestry(Some(*layer)),
+        }
     }
 
     /// Opens the chain. For a container this takes the right to write it.
@@ -203,7 +225,16 @@ pub fn choose_transport(choice: TransportChoice) {
     let _ = TRANSPORT.set(choice);
 }
 
-/// How to start the server of a target.
+/// Whether somebody waits for blocks of the target's chain, looked at anew whenever it is asked.
+fn waits_for_registry(store: &Store, target: &Target) -> Waits {
+    let (store, target) = (store.clone(), target.clone());
+    Waits(Arc::new(move || {
+        let layers = target.layers(&store);
+        layers.is_ok_and(|layers| waits_for_any(&store, &layers))
+    }))
+}
+
+/// How to start the server of a target. It may take as long as a registry does that has its first blocks.
 pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
     let mut arguments: Vec<OsString> =
         vec!["--root".into(), store.root().into(), SERVER_COMMAND.into()];
@@ -211,6 +242,7 @@ pub fn attach_spec(store: &Store, target: &Target) -> AttachSpec {
     AttachSpec {
         read_only: target.is_read_only(),
         transport: *TRANSPORT.get().unwrap_or(&TransportChoice::Auto),
+        waits: Some(waits_for_registry(store, target)),
         ..AttachSpec::new(arguments)
     }
 }

@@ -6,7 +6,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
@@ -122,20 +121,22 @@ fn said<T: DeserializeOwned>(runs: &RunRoot, verb: &str) -> Result<Option<T>> {
     })
 }
 
-/// Tells, whenever it is asked, whether somebody waits for blocks of one of these layers.
-pub(crate) fn waits_for_registry(
-    store: &Store,
-    layers: &[Uuid],
-) -> Arc<dyn Fn() -> bool + Send + Sync> {
-    let (runs, layers) = (store.runs(), layers.to_vec());
-    Arc::new(move || {
-        let ours = |one: &Waiting| one.requests > 0 && layers.contains(&one.layer);
-        waiting(&runs).is_ok_and(|waiting| waiting.iter().any(ours))
-    })
+/// Whether somebody waits for blocks of one of these layers.
+pub(crate) fn waits_for_any(store: &Store, layers: &[Uuid]) -> bool {
+    let ours = |one: &Waiting| one.requests > 0 && layers.contains(&one.layer);
+    waiting(&store.runs()).is_ok_and(|waiting| waiting.iter().any(ours))
+}
+
+/// Why a chain of these layers cannot be mounted, with what the registry said where blocks did not come.
+pub fn explain(store: &Store, layers: &[Uuid], what: String, error: Error) -> Error {
+    match said_last(store, layers) {
+        Some(why) => Error::new(ErrorKind::Absent, format!("{what}: {error}: {why}")),
+        None => error.context(what),
+    }
 }
 
 /// Why blocks of one of these layers did not come, where the last attempt failed.
-pub(crate) fn said_last(store: &Store, layers: &[Uuid]) -> Option<String> {
+fn said_last(store: &Store, layers: &[Uuid]) -> Option<String> {
     let waiting = match waiting(&store.runs()) {
         Ok(waiting) => waiting,
         Err(error) => {

@@ -17,8 +17,8 @@ mod remote;
 mod stall;
 
 pub use cache::{CacheUse, cache_use, set_cache_limit};
-pub use client::{FetcherClient, traffic, waiting};
-pub(crate) use client::{said_last, waits_for_registry};
+pub(crate) use client::waits_for_any;
+pub use client::{FetcherClient, explain, traffic, waiting};
 pub(crate) use complete::go_on_in_background;
 pub use complete::{CompleteReport, complete, complete_in_background};
 pub use fetcher::FETCHER_COMMAND;

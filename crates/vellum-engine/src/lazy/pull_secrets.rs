@@ -30,6 +30,9 @@ const ADVICE: &str = "pull the image again with its pull secret, by the kubelet 
 struct Place {
     registry: String,
     repository: String,
+    /// What the registry did not take; the socket is root's alone, and it came from there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    refused: Vec<Credential>,
 }
 
 /// The pull secrets of the snapshotter of a store, for its fetcher.
@@ -48,13 +51,14 @@ impl OfSnapshotter {
 }
 
 impl Keychain for OfSnapshotter {
-    fn find(&self, registry: &str, repository: &str) -> Option<Credential> {
+    fn find(&self, registry: &str, repository: &str, refused: &[Credential]) -> Option<Credential> {
         if !self.is_there() {
             return None;
         }
         let place = Place {
             registry: registry.to_owned(),
             repository: repository.to_owned(),
+            refused: refused.to_vec(),
         };
         let asked = encode(&place)
             .and_then(|place| control::call_at(&self.0, FIND, place, PATIENCE))
@@ -89,7 +93,11 @@ impl ControlHandler for Answers {
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
         let place: Place = read(args)?;
-        encode(&self.0.find(&place.registry, &place.repository))
+        encode(
+            &self
+                .0
+                .find(&place.registry, &place.repository, &place.refused),
+        )
     }
 }
 
@@ -132,7 +140,7 @@ mod tests {
     struct One;
 
     impl Keychain for One {
-        fn find(&self, registry: &str, repository: &str) -> Option<Credential> {
+        fn find(&self, registry: &str, repository: &str, _: &[Credential]) -> Option<Credential> {
             let token = || Credential::RegistryToken("s3cret".into());
             ((registry, repository) == ("registry.example", "web")).then(token)
         }
@@ -148,17 +156,17 @@ mod tests {
         let runs = RunRoot::of_store(dir.path());
         std::fs::create_dir(runs.path()).unwrap();
         let asked = OfSnapshotter::new(&runs);
-        assert_eq!(asked.find("registry.example", "web"), None);
+        assert_eq!(asked.find("registry.example", "web", &[]), None);
         assert_eq!(asked.advice(), None);
         let server = PullSecretServer::start(&runs, Arc::new(One)).unwrap();
         let token = Credential::RegistryToken("s3cret".into());
-        assert_eq!(asked.find("registry.example", "web"), Some(token));
-        assert_eq!(asked.find("registry.example", "other"), None);
+        assert_eq!(asked.find("registry.example", "web", &[]), Some(token));
+        assert_eq!(asked.find("registry.example", "other", &[]), None);
         assert!(asked.advice().is_some());
         drop(server);
         // As one that was killed leaves it.
         drop(std::os::unix::net::UnixListener::bind(runs.pull_secrets().path()).unwrap());
-        assert_eq!(asked.find("registry.example", "web"), None);
+        assert_eq!(asked.find("registry.example", "web", &[]), None);
         assert!(asked.advice().is_some());
         PullSecretServer::none(&runs).unwrap();
         PullSecretServer::none(&runs).unwrap();
