@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn each_namespace_has_a_salt_that_stays_and_that_only_its_owner_reads() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = Store::open_or_create(dir.path()).unwrap();
         let first = of_namespace(&store, "registry.example/team").unwrap();
         let again = of_namespace(&store, "registry.example/team").unwrap();
         let other = of_namespace(&store, "registry.example/other").unwrap();

@@ -169,7 +169,7 @@ mod tests {
     impl Stage {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
-            let store = Store::open(&dir.path().join("store")).unwrap();
+            let store = Store::open_or_create(&dir.path().join("store")).unwrap();
             let file = dir.path().join("key");
             std::fs::write(&file, IDENTITY).unwrap();
             let salt = Salt::random().unwrap();
