@@ -8,15 +8,13 @@ use std::process::{Command, ExitStatus};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde_json::json;
 use vellum_engine::device::Target;
 use vellum_store::Store;
 
-use crate::common::{Running, TestStore, need_root, run, wait_until};
+use crate::common::{Running, TestStore, own_mounts, run, wait_until};
 
 const MIB: u64 = 1 << 20;
 
@@ -24,15 +22,6 @@ const MIB: u64 = 1 << 20;
 fn capacity(dir: &Path) -> u64 {
     let stat = nix::sys::statvfs::statvfs(dir).unwrap();
     stat.blocks() * stat.fragment_size()
-}
-
-/// Takes this test into mounts of its own. A program of another test that unshares its mounts meanwhile would
-/// have this test's containers mounted too, and without CAP_SYS_RESOURCE nothing grows that somebody has mounted.
-fn own_mounts() {
-    need_root();
-    unshare(CloneFlags::CLONE_NEWNS).unwrap();
-    let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
 }
 
 fn size_of(store: &TestStore, container: &str) -> u64 {

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::common::{TestStore, run, wait_until};
+use crate::common::{TestStore, own_mounts, run, wait_until};
 use crate::nbd_client::{Client, FLUSH};
 use crate::server_support::{Container, row};
 use vellum_export::local_disk::LocalDisk;
@@ -118,6 +118,7 @@ fn write_logs_back(store: &TestStore) {
 }
 
 fn over_nbd(kind: &'static str) {
+    own_mounts();
     // Outside of the disk, so that it can be unmounted.
     let outside = tempfile::tempdir().unwrap();
     let disk = Disk::new(outside.path(), kind);
@@ -167,6 +168,7 @@ fn over_nbd(kind: &'static str) {
 }
 
 fn in_a_mount(kind: &'static str) {
+    own_mounts();
     let outside = tempfile::tempdir().unwrap();
     let disk = Disk::new(outside.path(), kind);
     let mut store = TestStore::new();

@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 use vellum_base::crash_point;
 use vellum_export::loop_device::LoopDevice;
@@ -37,6 +39,16 @@ pub fn need_root() {
         "this test mounts file systems and needs root: run it with sudo, or in a container with \
          CAP_SYS_ADMIN, /dev/fuse and loop devices"
     );
+}
+
+/// Takes this test into mounts of its own. A program of another test that unshares its mounts meanwhile would
+/// have this test's mounted too: they do not end with their unmount then, and without CAP_SYS_RESOURCE nothing grows
+/// that somebody has mounted.
+pub fn own_mounts() {
+    need_root();
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
 }
 
 /// Runs a program to its end; it must succeed.
