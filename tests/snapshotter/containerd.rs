@@ -1,6 +1,7 @@
 //! Real containerd and runc on the snapshotter, with roots, states and sockets of their own.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -137,12 +138,25 @@ fn snapshotter(area: &Area) -> Daemon {
     daemon
 }
 
+/// Bytes that a directory takes. What goes while it is looked at takes none.
 fn disk_usage(path: &Path) -> u64 {
-    let metadata = fs::symlink_metadata(path).unwrap();
+    let gone = |error: std::io::Error| assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    let metadata = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) => {
+            gone(error);
+            return 0;
+        }
+    };
     let mut bytes = metadata.blocks() * 512;
     if metadata.is_dir() {
-        for entry in fs::read_dir(path).unwrap() {
-            bytes += disk_usage(&entry.unwrap().path());
+        match fs::read_dir(path) {
+            Ok(entries) => {
+                for entry in entries {
+                    bytes += disk_usage(&entry.unwrap().path());
+                }
+            }
+            Err(error) => gone(error),
         }
     }
     bytes
