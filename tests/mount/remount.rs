@@ -64,7 +64,7 @@ impl Disk {
 
     fn is_mounted(&self) -> bool {
         let target = format!(" {} ", self.target.display());
-        fs::read_to_string("/proc/self/mountinfo")
+        fs::read_to_string("/proc/thread-self/mountinfo")
             .unwrap()
             .contains(&target)
     }
@@ -73,7 +73,7 @@ impl Disk {
     fn unmount(&self) {
         let below = format!(" {}/", self.target.display());
         wait_until("the file system is unmounted", || {
-            let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+            let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
             for line in mounts.lines().rev().filter(|line| line.contains(&below)) {
                 let target = line.split(' ').nth(4).unwrap();
                 let _ = Command::new("umount").args(["-l", target]).output();

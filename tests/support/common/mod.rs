@@ -244,7 +244,7 @@ impl TestStore {
     pub fn leftovers(&self) -> Vec<String> {
         let root = self.root.display().to_string();
         let mut found: Vec<String> =
-            String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap())
+            String::from_utf8_lossy(&fs::read("/proc/thread-self/mountinfo").unwrap())
                 .lines()
                 .filter(|line| line.contains(&root))
                 .map(|line| format!("mounted: {line}"))
@@ -387,7 +387,7 @@ impl Drop for TestStore {
         }
         let root = self.root.display().to_string();
         let mounts =
-            String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap()).into_owned();
+            String::from_utf8_lossy(&fs::read("/proc/thread-self/mountinfo").unwrap()).into_owned();
         for line in mounts.lines().rev().filter(|line| line.contains(&root)) {
             let target = line.split(' ').nth(4).unwrap();
             let _ = Command::new("umount").args(["-l", target]).output();
