@@ -26,6 +26,7 @@ mod diff;
 mod disk;
 mod docker;
 mod docker_legacy;
+mod holes;
 mod install;
 mod layer;
 mod measure;

@@ -7,21 +7,19 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use nix::sys::stat::SFlag;
-use tar_core::{EntryBuilder, EntryType, SparseEntry};
+use tar_core::{EntryBuilder, EntryType};
 
 use super::Progress;
 use super::apply::WHITEOUT;
 use super::content::Content;
 use super::diff::{Change, ChangeKind, Foreign};
-use super::node::{Extent, Kind, Node, Time, Xattrs, join, normalise, shown, split, to_path};
+use super::holes;
+use super::node::{Kind, Node, Time, Xattrs, join, normalise, shown, split, to_path};
 use super::rooted::{Rooted, file_type, is_directory};
 use super::walk::{FileContent, Level, NoContent, walk};
 use vellum_base::error::ResultExt;
 use vellum_base::interrupt;
 use vellum_base::{Error, ErrorKind, Result};
-
-/// The most bytes that the size field of a ustar header holds.
-const MAX_USTAR_SIZE: u64 = 0o77_777_777_777;
 
 /// A tar being written.
 pub(super) struct TarWriter<W: Write> {
@@ -130,7 +128,7 @@ fn put_kind(entry: &mut EntryBuilder, kind: &Kind) -> Result<()> {
         Kind::File { size, extents } => {
             entry.entry_type(EntryType::Regular);
             if let Some(extents) = extents {
-                entry.sparse(&sparse_map(extents, *size), *size);
+                entry.sparse(&holes::map(extents, *size), *size);
             }
         }
         Kind::Directory => {
@@ -155,27 +153,6 @@ fn put_kind(entry: &mut EntryBuilder, kind: &Kind) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Bytes of holes that are written as zeros for those who cannot read sparse files, at most: a disk image or a log with
-/// more would make a layer that nobody wants.
-const LARGEST_HOLES: u64 = 256 << 20;
-
-/// The map of a file of `size` bytes that has data in `extents` alone.
-fn sparse_map(extents: &[Extent], size: u64) -> Vec<SparseEntry> {
-    let data = extents.iter().map(|extent| SparseEntry {
-        offset: extent.offset,
-        length: extent.length,
-    });
-    let mut map: Vec<SparseEntry> = data.collect();
-    // An empty run tells readers where the file ends, as GNU tar has it.
-    if extents.last().and_then(|last| last.end()) != Some(size) {
-        map.push(SparseEntry {
-            offset: size,
-            length: 0,
-        });
-    }
-    map
 }
 
 /// Appends a node of a tree with the data of its file.
@@ -213,14 +190,7 @@ fn append_read<'f, W: Write>(
         tracing::debug!(path = node.shown(), "socket left out of the tar");
         return Ok(0);
     }
-    // A map in front of so much data has no room in the header's size field.
-    if let Kind::File { size, extents } = &mut node.kind
-        && let Some(runs) = extents
-        && runs.iter().map(|run| run.length).sum::<u64>() > MAX_USTAR_SIZE / 2
-    {
-        tracing::debug!(size, "holes are written as zeros");
-        *extents = None;
-    }
+    holes::fill_without_room(&mut node);
     let Some(file) = file else {
         return tar.append(&node, 0, &mut NoContent).map(|()| 0);
     };
@@ -317,28 +287,6 @@ fn is_empty_lost_found(root: &Path) -> Result<bool> {
     match root.look(b"lost+found")? {
         Some(stat) if is_directory(&stat) => Ok(root.enter(b"lost+found")?.names()?.is_empty()),
         _ => Ok(false),
-    }
-}
-
-/// Has the holes of a file written as zeros, unless that would be too much.
-fn fill_holes(node: &mut Node) {
-    if let Kind::File {
-        size,
-        extents: Some(runs),
-    } = &node.kind
-    {
-        let data: u64 = runs.iter().map(|run| run.length).sum();
-        let holes = size.saturating_sub(data);
-        if holes > LARGEST_HOLES {
-            tracing::warn!(
-                "{}: is written as a sparse file, since it has {holes} bytes of holes: not every program can read that",
-                node.shown()
-            );
-            return;
-        }
-    }
-    if let Kind::File { extents, .. } = &mut node.kind {
-        *extents = None;
     }
 }
 
@@ -460,7 +408,7 @@ impl<W: Write> LayerTar<'_, W> {
             node.mtime = node.mtime.min(newest);
         }
         if self.options.dense {
-            fill_holes(&mut node);
+            holes::fill_for_all(&mut node);
         }
         match self.options.changing {
             true => append_changing(&mut self.tar, node, file),
