@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::common::{TestStore, run, shell};
+use crate::healing::{damage_in, finds};
 use crate::lazy::{end_fetchers, files};
 use crate::mirrors::configure;
 use crate::registry_support::{Registry, clean, digests, store, with_images};
@@ -252,22 +253,8 @@ fn a_lazy_encrypted_image_runs_heals_and_is_completed_without_an_identity_and_th
 
 /// Changes a byte of every block that holds something, of layers with keys, and has the next reads come from the disk.
 fn damage(store: &TestStore) {
-    let dirs = with_keys(store);
-    assert!(!dirs.is_empty());
-    for dir in dirs {
-        let path = dir.join("data");
-        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
-        let bytes = fs::read(&path).unwrap();
-        let blocks = bytes.chunks(4096).enumerate();
-        for (index, block) in blocks.filter(|(_, block)| block.iter().any(|byte| *byte != 0)) {
-            let at = (index * 4096 + 9) as u64;
-            file.write_all_at(&[block[9] ^ 1], at).unwrap();
-        }
-        file.sync_all().unwrap();
-    }
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
-    let said = store.output(&["check", "--scrub"]);
-    assert_eq!(said.status.code(), Some(1), "{said:?}");
+    damage_in(with_keys(store), 1);
+    finds(store, &["check", "--scrub"]);
 }
 
 #[test]

@@ -28,8 +28,13 @@ fn pulled_layers(store: &TestStore) -> Vec<PathBuf> {
 /// Changes a byte of every `step`th block that holds something, and has the next reads come from the disk. Returns how many
 /// blocks that were.
 fn damage(store: &TestStore, step: usize) -> usize {
+    damage_in(pulled_layers(store), step)
+}
+
+/// As [`damage`], of layers in these directories.
+pub fn damage_in(dirs: Vec<PathBuf>, step: usize) -> usize {
     let mut count = 0;
-    for dir in pulled_layers(store) {
+    for dir in dirs {
         let path = dir.join("data");
         let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
         let bytes = fs::read(&path).unwrap();
@@ -48,7 +53,7 @@ fn damage(store: &TestStore, step: usize) -> usize {
 }
 
 /// What a command says of which something is left that wants a person.
-fn finds(store: &TestStore, arguments: &[&str]) -> String {
+pub fn finds(store: &TestStore, arguments: &[&str]) -> String {
     let output = store.output(arguments);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap()

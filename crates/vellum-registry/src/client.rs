@@ -353,15 +353,13 @@ impl Repository {
                 .http
                 .answer_to_body(doing, request, moved, known.as_deref());
             let response = answer.await?;
-            let challenge = challenge(&response).filter(|_| !fresh);
-            if !self.http.is_own(response.url()) || !denies(&response) {
-                let answer = self.not_unauthorized(doing, response).await;
-                return answer.map_err(|failure| self.until_known(failure));
-            } else if let Some(challenge) = challenge {
+            let is_denied = self.http.is_own(response.url()) && denies(&response);
+            let challenge = challenge(&response).filter(|_| is_denied && !fresh);
+            if let Some(challenge) = challenge {
                 let found = self.authorize(&challenge, known).await;
                 known = Some(found.map_err(|failure| self.until_known(failure))?);
                 fresh = true;
-            } else if self.is_another_known(known.as_deref()).await? {
+            } else if is_denied && self.is_another_known(known.as_deref()).await? {
                 known = None;
                 fresh = false;
             } else {

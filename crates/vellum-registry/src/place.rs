@@ -206,7 +206,7 @@ impl Place {
         let first = |digest| retried(Tries::Several, move || session.layout.range(digest, 0..1));
         session.drive(async {
             let each = blobs.iter().map(|blob| first(blob.digest.as_str()));
-            several(each).await.map(drop)
+            several(each).await
         })
     }
 
@@ -229,7 +229,7 @@ impl Place {
         let each = places
             .iter()
             .map(|(blob, path)| session.layout.download(blob, path, &moved));
-        drive(&session.runtime, &moved, progress, several(each)).map(drop)
+        drive(&session.runtime, &moved, progress, several(each))
     }
 
     /// As [`Session::push`]. Of a layout the index comes last.

@@ -185,7 +185,7 @@ impl Session {
                 };
                 retried(source.tries, first)
             });
-            several(each).await.map(drop)
+            several(each).await
         };
         self.drive(&AtomicU64::new(0), None, work)
     }
@@ -284,7 +284,7 @@ impl Session {
         let each = places
             .iter()
             .map(|(blob, path)| blobs::download(&source, blob, path, &moved));
-        self.drive(&moved, progress, several(each)).map(drop)
+        self.drive(&moved, progress, several(each))
     }
 
     /// Sends blobs, several at a time, and then documents. `done` hears of each blob.
@@ -402,9 +402,9 @@ pub(crate) fn places<'a>(
 /// The first that comes; the others are left.
 pub(crate) async fn several<T>(
     each: impl Iterator<Item = impl Future<Output = Result<T, Failure>>>,
-) -> Result<Vec<T>, Failure> {
+) -> Result<(), Failure> {
     let all = stream::iter(each).buffer_unordered(AT_A_TIME);
-    all.try_collect().await
+    all.map_ok(drop).try_collect().await
 }
 
 /// The registry of a session with its mirrors, which are asked for documents.

@@ -6,6 +6,8 @@
     clippy::indexing_slicing
 )]
 
+#[path = "pull/mod.rs"]
+mod pull;
 #[path = "rivals/mod.rs"]
 mod rivals;
 

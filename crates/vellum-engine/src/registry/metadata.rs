@@ -56,36 +56,33 @@ pub(super) fn windows(pieces: &[Piece], layers: &[Written]) -> Vec<Of> {
 fn within(limit: u64, pieces: &[Piece], layers: &[Written]) -> Vec<Of> {
     let mut pieces: Vec<&Piece> = pieces.iter().collect();
     pieces.sort_unstable_by_key(|(purpose, bytes)| (*purpose, bytes.start));
-    let mut wanted = BTreeSet::new();
-    let mut looked_at = 0;
-    for (purpose, bytes) in pieces {
+    // In the order of the disk.
+    let mut found: BTreeSet<(u64, Of)> = BTreeSet::new();
+    let (mut left, mut looked_at) = (limit, 0);
+    for (_, bytes) in pieces {
         let blocks = bytes.start / BLOCK_SIZE..bytes.end.div_ceil(BLOCK_SIZE);
         looked_at += blocks.end - blocks.start;
         if looked_at > LOOKED_AT {
             tracing::warn!("the hot pack leaves metadata out: there is too much of it");
             break;
         }
-        wanted.extend(blocks.map(|block| (*purpose, block)));
-    }
-    // In the order of the disk.
-    let mut found: BTreeSet<(u64, Of)> = BTreeSet::new();
-    let mut left = limit;
-    for (_, block) in wanted {
-        let block = Block::new(block);
-        let Some((number, layer)) = holder(block, layers) else {
-            continue;
-        };
-        let window = layer.power.window_of(block);
-        let start = u64::from(window) << layer.power.get();
-        let Some(chunk) = layer.chunk(window) else {
-            continue;
-        };
-        if found.contains(&(start, (number, window))) {
-            continue;
-        }
-        if let Some(less) = left.checked_sub(chunk.len.into()) {
-            left = less;
-            found.insert((start, (number, window)));
+        // Where pieces meet, a block's window is found by the second time, or did not fit and does not now.
+        for block in blocks.map(Block::new) {
+            let Some((number, layer)) = holder(block, layers) else {
+                continue;
+            };
+            let window = layer.power.window_of(block);
+            let start = u64::from(window) << layer.power.get();
+            let Some(chunk) = layer.chunk(window) else {
+                continue;
+            };
+            if found.contains(&(start, (number, window))) {
+                continue;
+            }
+            if let Some(less) = left.checked_sub(chunk.len.into()) {
+                left = less;
+                found.insert((start, (number, window)));
+            }
         }
     }
     found.into_iter().map(|(_, window)| window).collect()

@@ -299,7 +299,7 @@ impl Incoming {
     fn wait_for_others(&self, missing: &[u32], deadline: Option<Instant>) -> Result<()> {
         let mut state = self.state.lock();
         // It may have come, or failed, before we had the lock.
-        if self.first_missing(missing).is_none() || state.first_free(missing).is_some() {
+        if self.first_missing(missing).is_none() || state.free(missing).next().is_some() {
             return Ok(());
         }
         self.changed.wait_for(&mut state, LOOK);

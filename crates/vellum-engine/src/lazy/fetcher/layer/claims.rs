@@ -33,10 +33,10 @@ pub(super) struct State {
 }
 
 impl State {
-    /// The first of those windows that nobody fetches.
-    pub fn first_free(&self, missing: &[u32]) -> Option<u32> {
-        let free = |window: &&u32| !self.on_their_way.contains(window);
-        missing.iter().find(free).copied()
+    /// Those of these windows that nobody fetches.
+    pub fn free(&self, missing: &[u32]) -> impl Iterator<Item = u32> {
+        let missing = missing.iter().copied();
+        missing.filter(|window| !self.on_their_way.contains(window))
     }
 
     /// Whether a hot pack is about to bring a window.
@@ -113,9 +113,8 @@ impl Incoming {
 
     /// The first of those windows that nobody fetches, and that has not come since somebody saw it missing.
     fn first_to_fetch(&self, state: &State, missing: &[u32]) -> Option<u32> {
-        let free = |window: &&u32| !state.on_their_way.contains(window);
-        let mut missing = missing.iter().filter(free).copied();
-        missing.find(|window| !self.lazy.is_here(*window))
+        let mut free = state.free(missing);
+        free.find(|window| !self.lazy.is_here(*window))
     }
 
     /// The first of those windows, with what follows it and fits in a request of `most` bytes.

@@ -1,10 +1,4 @@
 //! Containers from a registry: every way of pulling works, measures, and leaves nothing behind.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing
-)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,65 +7,34 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::{Setup, need};
+
 /// What every process of a run has in its environment.
 const MARK: &str = "COMPARE_TEST";
 
-struct Setup {
-    /// In memory, with a short path: sockets lie below it.
-    place: tempfile::TempDir,
-    out: tempfile::TempDir,
-}
+/// With what pulls need besides.
+struct Pulls(Setup);
 
-impl Setup {
+impl Pulls {
     fn new() -> Self {
-        assert!(
-            nix::unistd::geteuid().is_root(),
-            "mounting needs root: run the tests with sudo"
-        );
-        for (file, package) in [
-            ("/usr/bin/docker-registry", "docker-registry"),
-            ("/usr/bin/containerd", "containerd"),
-            ("/usr/bin/crun", "crun"),
-            ("/usr/bin/fio", "fio"),
-            ("/usr/bin/python3", "python3"),
-            ("/sbin/tc", "iproute2"),
+        for (program, package) in [
+            ("docker-registry", "docker-registry"),
+            ("containerd", "containerd"),
+            ("crun", "crun"),
+            ("python3", "python3"),
+            ("tc", "iproute2"),
         ] {
-            need(file, package);
+            need(program, package);
         }
-        let memory = Path::new("/dev/shm");
-        let place = if memory.is_dir() {
-            tempfile::tempdir_in(memory).unwrap()
-        } else {
-            tempfile::tempdir().unwrap()
-        };
-        let out = tempfile::tempdir().unwrap();
-        Setup { place, out }
-    }
-
-    fn mark(&self) -> String {
-        format!("{MARK}={}", self.place.path().display())
+        Pulls(Setup::new())
     }
 
     fn command(&self, drivers: &str, workloads: &str, rate: &str) -> Command {
-        let compare = Path::new(env!("CARGO_BIN_EXE_compare"));
-        let vellum = compare.with_file_name("vellum");
-        assert!(
-            vellum.exists(),
-            "{} is missing: cargo build --bin vellum",
-            vellum.display()
-        );
-        let mut command = Command::new(compare);
+        let mut command = self.0.command(drivers, workloads);
         command
-            .env(MARK, self.place.path())
-            .args(["--smoke", "--rounds", "1", "--time-limit", "10"])
-            .args(["--drivers", drivers, "--workloads", workloads])
-            .args(["--pull-rate", rate, "--pull-delay", "2"])
-            .arg("--vellum")
-            .arg(vellum)
-            .arg("--dir")
-            .arg(self.place.path())
-            .arg("--out")
-            .arg(self.out.path());
+            .env(MARK, self.0.place())
+            .args(["--rounds", "1", "--time-limit", "10"])
+            .args(["--pull-rate", rate, "--pull-delay", "2"]);
         command
     }
 
@@ -80,17 +43,12 @@ impl Setup {
         let output = command.output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{said}");
-        self.report()
-    }
-
-    fn report(&self) -> Value {
-        let json = fs::read(self.out.path().join("report.json")).unwrap();
-        serde_json::from_slice(&json).unwrap()
+        self.0.report()
     }
 
     /// Processes of the run, by their command lines.
     fn processes(&self) -> Vec<String> {
-        let mark = self.mark();
+        let mark = format!("{MARK}={}", self.0.place().display());
         let entries = fs::read_dir("/proc").unwrap().flatten();
         let dirs = entries.map(|entry| entry.path());
         let ours = dirs.filter(|dir: &PathBuf| {
@@ -103,28 +61,12 @@ impl Setup {
             .collect()
     }
 
-    /// Processes (among them those that hold network namespaces), mounts, and files in the place.
+    /// As [`Setup::leftovers`], and processes, among them those that hold network namespaces.
     fn leftovers(&self) -> Vec<String> {
         let mut left = self.processes();
-        let place = self.place.path().display().to_string();
-        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        left.extend(
-            table
-                .lines()
-                .filter(|l| l.contains(&place))
-                .map(str::to_owned),
-        );
-        let files = fs::read_dir(self.place.path()).unwrap().flatten();
-        left.extend(files.map(|entry| entry.path().display().to_string()));
+        left.extend(self.0.leftovers());
         left
     }
-}
-
-fn need(file: &str, package: &str) {
-    assert!(
-        Path::new(file).exists(),
-        "{file} is missing: apt-get install {package}"
-    );
 }
 
 fn figure(report: &Value, workload: &str, metric: &str, driver: &str) -> f64 {
@@ -158,7 +100,7 @@ fn assert_in_order(report: &Value, driver: &str) {
 
 #[test]
 fn a_container_starts_from_a_registry_whole_and_lazily_and_nothing_is_left() {
-    let setup = Setup::new();
+    let setup = Pulls::new();
     let report = setup.measure("pull-full,pull-lazy,pull-hot", "pull,fetch");
     assert_eq!(setup.leftovers(), Vec::<String>::new());
     for driver in ["pull-overlayfs", "pull-full", "pull-lazy", "pull-hot"] {
@@ -187,19 +129,19 @@ fn a_container_starts_from_a_registry_whole_and_lazily_and_nothing_is_left() {
     let mut goals = report["goals"].as_array().unwrap().iter();
     let goal = goals.find(|goal| goal["figure"] == "pull.first" && goal["beside"] == "pull-full");
     assert_eq!(goal.unwrap()["reached"]["rounds"], 1);
-    let page = fs::read_to_string(setup.out.path().join("report.html")).unwrap();
+    let page = fs::read_to_string(setup.0.out().join("report.html")).unwrap();
     assert!(page.contains("÷ overlayfs, whole") && page.contains("÷ vellum, whole"));
     assert!(page.contains("Until the service answers"), "a chart");
 }
 
 #[test]
 fn a_container_starts_lazily_through_stargz_beside_overlayfs() {
-    need("/usr/bin/ctr-remote", "stargz-snapshotter");
-    need(
-        "/usr/share/gocode/src/github.com/containerd/stargz-snapshotter",
-        "golang-github-containerd-stargz-snapshotter-dev golang-go",
+    need("ctr-remote", "stargz-snapshotter");
+    assert!(
+        Path::new("/usr/share/gocode/src/github.com/containerd/stargz-snapshotter").exists(),
+        "its library is missing: apt-get install golang-github-containerd-stargz-snapshotter-dev golang-go"
     );
-    let setup = Setup::new();
+    let setup = Pulls::new();
     let report = setup.measure("pull-stargz", "pull");
     assert_eq!(setup.leftovers(), Vec::<String>::new());
     assert_in_order(&report, "pull-stargz");
@@ -209,7 +151,7 @@ fn a_container_starts_lazily_through_stargz_beside_overlayfs() {
 
 #[test]
 fn an_interrupted_pull_leaves_no_server_namespace_or_mount() {
-    let setup = Setup::new();
+    let setup = Pulls::new();
     // So slow that it is still under way when it is interrupted.
     let mut child = setup
         .command("pull-lazy", "pull", "1mbit")
@@ -235,5 +177,5 @@ fn an_interrupted_pull_leaves_no_server_namespace_or_mount() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
     assert!(!child.wait().unwrap().success());
     assert_eq!(setup.leftovers(), Vec::<String>::new());
-    assert_eq!(setup.report()["cut_short"], "interrupted");
+    assert_eq!(setup.0.report()["cut_short"], "interrupted");
 }

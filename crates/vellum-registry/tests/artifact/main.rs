@@ -10,6 +10,8 @@
     reason = "a test that panics has failed"
 )]
 
+mod encrypted;
+
 use std::path::Path;
 
 use proptest::prelude::*;
@@ -82,7 +84,7 @@ fn some_runs() -> Vec<Run<BlockState>> {
     ]
 }
 
-/// Changes one header field, and makes the CRCs fit again.
+/// Changes bytes, and makes the CRCs fit again.
 fn with_field(bytes: &[u8], at: usize, field: &[u8]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     bytes[at..at + field.len()].copy_from_slice(field);

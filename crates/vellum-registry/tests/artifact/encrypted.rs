@@ -1,30 +1,17 @@
 //! Encrypted layers: what is written is read again with the key and by nobody else, the bytes are those of
 //! docs/encryption.md, and what was changed anywhere is refused.
 
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test that panics has failed"
-)]
-
 use sha2::{Digest, Sha256};
 use vellum_base::ErrorKind;
-use vellum_base::block::{BLOCK_LEN, Block, BlockState, Blocks, Run, Span, WindowPower};
+use vellum_base::block::{BLOCK_LEN, Block, BlockState, Run, WindowPower};
 use vellum_registry::artifact::{Chunk, ChunkReader, Encoded, LayerEncoder, LayerKey, Salt, Table};
 
-const SIZE: u64 = 1 << 30;
-const DIGEST: [u8; 32] = [7; 32];
+use super::{DIGEST, SIZE, span, with_field};
+
 const SALT: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
 fn salt() -> Salt {
     Salt::parse(SALT).unwrap()
-}
-
-fn span(start: u64, len: u64) -> Span {
-    Span::new(Block::new(start), Blocks::new(len))
 }
 
 /// A block that says which one it is.
@@ -50,17 +37,6 @@ fn encoded(salt: &Salt, level: i32) -> Encoded<Vec<u8>> {
 
 fn stored<'a>(data: &'a [u8], chunk: &Chunk) -> &'a [u8] {
     &data[chunk.offset as usize..][..chunk.len as usize]
-}
-
-/// Changes bytes, and makes the CRCs fit again.
-fn with_field(bytes: &[u8], at: usize, field: &[u8]) -> Vec<u8> {
-    let mut bytes = bytes.to_vec();
-    bytes[at..at + field.len()].copy_from_slice(field);
-    let body = crc32fast::hash(&bytes[256..]);
-    bytes[248..252].copy_from_slice(&body.to_le_bytes());
-    let header = crc32fast::hash(&bytes[..252]);
-    bytes[252..256].copy_from_slice(&header.to_le_bytes());
-    bytes
 }
 
 fn refused(bytes: &[u8], key: &LayerKey, says: &str) {
