@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use crate::common::TestStore;
 use crate::cri::{Cri, PodConfig};
 use crate::image::{Image, lazy_bytes};
-use crate::registry_support::{Registry, store};
+use crate::registry_support::{Registry, knowing_only, store};
 use crate::snapshotter_support::oci::{archive_of, tar_of};
 use crate::snapshotter_support::{Area, Daemon, PACKAGES, wait_for};
 
@@ -117,9 +117,7 @@ impl Node {
             .args(["--config", &self.area.at("vellum.toml")])
             .args(["--address", &self.area.at("vellum.sock")])
             // The host's own credentials are nobody's business here.
-            .env("DOCKER_CONFIG", self.area.at("docker"))
-            .env("XDG_RUNTIME_DIR", self.area.at("docker"))
-            .env("REGISTRY_AUTH_FILE", "/nonexistent");
+            .envs(knowing_only(&self.area.at("docker")));
         self.snapshotter = Some(Daemon::start(&mut command, &self.area.path().join("log")));
         let limit = Duration::from_secs(30);
         wait_for("the snapshotter listens", limit, || {

@@ -22,6 +22,7 @@ use xattr::FileExt as _;
 
 use super::content::CHUNK;
 use super::node::CAPABILITY;
+use super::tree::read_full;
 use super::walk::walk;
 
 /// Contents lie on borders of so many bytes, and are told by so many: a block of the file system.
@@ -110,24 +111,9 @@ impl Aside {
     fn read(&self, kept: &Kept, buf: &mut [u8], offset: u64) -> io::Result<()> {
         // Behind its end begins the next file, and behind the last one nothing.
         let left = usize::try_from(kept.size.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let (mut rest, behind) = buf.split_at_mut(left.min(buf.len()));
+        let (rest, behind) = buf.split_at_mut(left.min(buf.len()));
         behind.fill(0);
-        let mut at = kept.start + offset;
-        while !rest.is_empty() {
-            match self.spool.read_at(rest, at) {
-                Ok(0) => {
-                    rest.fill(0);
-                    break;
-                }
-                Ok(count) => {
-                    at += count as u64;
-                    rest = rest.split_at_mut(count).1;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
+        read_full(&self.spool, rest, kept.start + offset)
     }
 
     /// Writes all contents into their files after all, in the tree at `target`, which has not changed since.
@@ -188,9 +174,9 @@ pub(super) struct Part<'a> {
     kept: &'a mut Kept,
 }
 
-impl Part<'_> {
+impl<'a> Part<'a> {
     /// Where it is written to, and which byte there is its first.
-    pub fn place(&self) -> (&File, u64) {
+    pub fn place(&self) -> (&'a File, u64) {
         (self.spool, self.kept.start)
     }
 

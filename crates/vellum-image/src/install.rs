@@ -335,19 +335,19 @@ impl<'a> Installer<'a> {
             offset: 0,
             length: size,
         }];
+        let (to, first) = part.as_ref().map_or((file, 0), Part::place);
+        let mut place = Place {
+            file: to,
+            first,
+            written: &mut |bytes| {
+                if let Some(part) = &mut part {
+                    part.note(bytes);
+                }
+            },
+        };
         for extent in extents.unwrap_or(&whole) {
-            let mut written = Vec::new();
-            let (to, first) = part.as_ref().map_or((file, 0), Part::place);
-            let mut place = Place {
-                file: to,
-                first,
-                written: &mut |bytes| written.push(bytes),
-            };
             let (offset, length) = (extent.offset, extent.length);
             self.stats.written += fill(&mut place, &mut self.buffer, offset, length, content)?;
-            if let Some(part) = &mut part {
-                written.into_iter().for_each(|bytes| part.note(bytes));
-            }
         }
         if let Some(part) = part {
             part.end();

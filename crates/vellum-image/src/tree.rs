@@ -268,16 +268,21 @@ fn next_data(file: &File, offset: u64) -> std::io::Result<Option<u64>> {
 }
 
 /// Fills `into` from `offset`, with zeros behind the end of the file.
-fn read_full(file: &File, into: &mut [u8], offset: u64) -> std::io::Result<()> {
+pub(super) fn read_full(file: &File, into: &mut [u8], offset: u64) -> std::io::Result<()> {
     let (mut rest, mut at) = (into, offset);
     while !rest.is_empty() {
-        let count = file.read_at(rest, at)?;
-        if count == 0 {
-            rest.fill(0);
-            break;
+        match file.read_at(rest, at) {
+            Ok(0) => {
+                rest.fill(0);
+                break;
+            }
+            Ok(count) => {
+                at += count as u64;
+                rest = rest.split_at_mut(count).1;
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
-        at += count as u64;
-        rest = rest.split_at_mut(count).1;
     }
     Ok(())
 }

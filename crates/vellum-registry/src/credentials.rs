@@ -68,7 +68,9 @@ pub trait Keychain: std::fmt::Debug + Send + Sync {
 
     /// What to do where a registry takes nothing that is known. Whoever waits then goes on, as one that is good may become
     /// known at any time; `None` where that cannot be.
-    fn advice(&self) -> Option<&str>;
+    fn advice(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// Whether an address, as docker's files and Kubernetes' have it, is that of a registry: `https://index.docker.io/v1/` of

@@ -193,20 +193,12 @@ impl Keychain for PullSecrets {
         let secret = self.0.lock().of_repository(registry, repository, refused);
         secret.map(|secret| secret.credential)
     }
-
-    fn advice(&self) -> Option<&str> {
-        None
-    }
 }
 
 /// One secret, for one question.
 impl Keychain for Secret {
     fn find(&self, _: &str, _: &str, refused: &[Credential]) -> Option<Credential> {
         Some(self.credential.clone()).filter(|known| !refused.contains(known))
-    }
-
-    fn advice(&self) -> Option<&str> {
-        None
     }
 }
 

@@ -159,6 +159,15 @@ impl Registry {
     }
 }
 
+/// The environment of a command that knows no credentials but those in the directory `config`.
+pub fn knowing_only(config: &str) -> [(&'static str, &str); 3] {
+    [
+        ("DOCKER_CONFIG", config),
+        ("XDG_RUNTIME_DIR", config),
+        ("REGISTRY_AUTH_FILE", "/nonexistent"),
+    ]
+}
+
 /// A store whose commands know no credentials but those that the test gives.
 pub fn store() -> TestStore {
     let mut store = TestStore::new();
@@ -166,11 +175,7 @@ pub fn store() -> TestStore {
     fs::create_dir_all(&config).unwrap();
     // For the time of a test program, whose tests are processes of their own.
     let config: &'static str = config.display().to_string().leak();
-    store.env = vec![
-        ("DOCKER_CONFIG", config),
-        ("XDG_RUNTIME_DIR", config),
-        ("REGISTRY_AUTH_FILE", "/nonexistent"),
-    ];
+    store.env = knowing_only(config).to_vec();
     store
 }
 

@@ -144,10 +144,6 @@ mod tests {
             let token = || Credential::RegistryToken("s3cret".into());
             ((registry, repository) == ("registry.example", "web")).then(token)
         }
-
-        fn advice(&self) -> Option<&str> {
-            None
-        }
     }
 
     #[test]

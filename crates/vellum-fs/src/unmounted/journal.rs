@@ -82,12 +82,7 @@ impl<'a> Replayed<'a> {
         };
         if superblock.wants_replay {
             // As it lies there, to find the journal alone: that is never journaled itself.
-            let (layout, groups) = layout::read(source, true)?;
-            let files = FileSystem {
-                source,
-                layout,
-                groups,
-            };
+            let files = FileSystem::as_it_lies(source, true)?;
             let inode = match files.layout.journal {
                 Some(number) if number != 0 => files.inode(number)?,
                 _ => None,

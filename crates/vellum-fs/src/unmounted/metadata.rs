@@ -7,7 +7,6 @@ use parking_lot::Mutex;
 
 use super::extents::Blocks;
 use super::inode::Inode;
-use super::layout;
 use super::{FileSystem, ROOT, Replayed, Source, corrupt};
 use vellum_base::error::{ErrorKind, Result};
 use vellum_base::interrupt;
@@ -47,20 +46,16 @@ pub fn metadata(source: &dyn Source) -> Result<Vec<Piece>> {
         read: Mutex::new(Some(Vec::new())),
     };
     let replayed = Replayed::new(&noting)?;
-    let (layout, groups) = layout::read(&replayed, replayed.is_recovered())?;
     // Files that a mount would still delete have no names, so they make no difference here.
-    let files = FileSystem {
-        source: &replayed,
-        layout,
-        groups,
-    };
+    let files = FileSystem::as_it_lies(&replayed, replayed.is_recovered())?;
     let mut found = Found::new(&files);
     // From here on nothing is noted.
-    let read = noting.read.lock().take().into_iter().flatten();
-    let journaled = replayed.journaled().map(|block| found.bytes(block, 1));
-    let mount: Vec<_> = read.chain(journaled).collect();
-    let mount = mount.into_iter().map(|range| (Purpose::Mount, range));
-    found.pieces.extend(mount);
+    let read = noting.read.lock().take().unwrap_or_default();
+    let read = read.into_iter().map(|range| (Purpose::Mount, range));
+    found.pieces.extend(read);
+    for block in replayed.journaled() {
+        found.add(Purpose::Mount, block, 1);
+    }
     found.own()?;
     for number in 0..files.groups.len() {
         found.group(number)?;

@@ -74,16 +74,22 @@ impl<'a> FileSystem<'a> {
     /// or files that a mount would change; [`ErrorKind::Corrupt`] where it contradicts itself; as
     /// [`Source::fill`].
     pub fn open(source: &'a Replayed<'_>) -> Result<Self> {
-        let (layout, groups) = layout::read(source, source.is_recovered())?;
-        let files = FileSystem {
-            source,
-            layout,
-            groups,
-        };
+        let files = Self::as_it_lies(source, source.is_recovered())?;
         if source.is_recovered() {
             files.check_orphans()?;
         }
         Ok(files)
+    }
+
+    /// As [`FileSystem::open`], also with files that a mount would still delete. The journal has been replayed, or does
+    /// not matter, where that is `replayed`.
+    fn as_it_lies(source: &'a dyn Source, replayed: bool) -> Result<Self> {
+        let (layout, groups) = layout::read(source, replayed)?;
+        Ok(FileSystem {
+            source,
+            layout,
+            groups,
+        })
     }
 
     /// Bytes in a block of the file system.
