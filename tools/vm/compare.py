@@ -8,7 +8,7 @@ import shutil
 from . import debian
 from .common import Failure, run, say
 from .kernel import DISK_MODULES
-from .machine import Machine
+from .machine import Machine, first_up
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 DRIVERS = REPOSITORY / "tools/compare/drivers"
@@ -63,17 +63,15 @@ def boot(options, guest_kernel, archive, image, directory):
         "-drive", f"file={image},format=raw,if=none,id=disk,cache={caching(options, image)}",
         "-device", "virtio-blk-pci,drive=disk",
     ]
-    for attempt in range(1, BOOT_ATTEMPTS + 1):
+
+    def start(attempt):
         console = directory / f"console-{attempt}-compare.log"
-        machine = Machine(
+        return Machine(
             options, guest_kernel, archive, drive, console,
-            f"script=compare vm=compare rounds={options.rounds} {'smoke=1' if options.smoke else ''}",
+            f"script=compare rounds={options.rounds} {'smoke=1' if options.smoke else ''}",
         )
-        if machine.comes_up(BOOT):
-            return machine
-        machine.kill()
-        say(f"the machine does not come up (attempt {attempt}): see {console}")
-    raise Failure(f"the machine does not come up: see {console}")
+
+    return first_up(start, BOOT_ATTEMPTS, BOOT)
 
 
 def exercise(options, vellum, guest_kernel, archive, cache, directory):

@@ -197,3 +197,14 @@ class Machine:
                 break
             if BAD.search(line):
                 raise Failure(f"the guest's kernel says: {line.strip()}; see {self.console}")
+
+
+def first_up(start, attempts, seconds):
+    """The first machine of `start(attempt)` that comes up."""
+    for attempt in range(1, attempts + 1):
+        machine = start(attempt)
+        if machine.comes_up(seconds):
+            return machine
+        machine.kill()
+        say(f"the machine does not come up (attempt {attempt}): see {machine.console}")
+    raise Failure(f"the machine does not come up: see {machine.console}")

@@ -10,7 +10,7 @@ import time
 
 from . import debian, initramfs
 from .common import Failure, end_with_parent, run, say
-from .machine import Machine
+from .machine import Machine, first_up
 
 BOOT, WORK = 60, 240
 BOOT_ATTEMPTS = 4
@@ -103,7 +103,7 @@ class Rig:
         return Server(self.vellum_program, name, self.directory / f"{name}.sock", self.directory / f"{name}.log")
 
     def boot(self, server, what):
-        for attempt in range(1, BOOT_ATTEMPTS + 1):
+        def start(_attempt):
             self.boots += 1
             console = self.directory / f"console-{self.boots}-{what}.log"
             drive = [
@@ -112,12 +112,9 @@ class Rig:
                 "-chardev", f"socket,id=disk,path={server.socket},reconnect=1",
                 "-device", "vhost-user-blk-pci,chardev=disk,num-queues=2",
             ]
-            machine = Machine(self.options, self.kernel, self.archive, drive, console, f"script=vhost vm={what}")
-            if machine.comes_up(BOOT):
-                return machine
-            machine.kill()
-            say(f"the machine does not come up (attempt {attempt}): see {console}")
-        raise Failure(f"the machine does not come up: see {console}")
+            return Machine(self.options, self.kernel, self.archive, drive, console, f"script=vhost vm={what}")
+
+        return first_up(start, BOOT_ATTEMPTS, BOOT)
 
 
 class Commits:

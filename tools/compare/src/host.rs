@@ -6,7 +6,9 @@ mod files;
 mod link;
 
 pub use devices::{Loop, Mount, detach_below, is_mounted};
-pub use files::{allocated, copy_tree, drop_caches, read_all, read_files, sync_fs, written};
+pub use files::{
+    allocated, copy_tree, drop_caches, read_all, read_files, reading, sync_fs, written,
+};
 pub use link::{End, Link, SERVER};
 
 use std::fs::{self, File};
@@ -153,6 +155,21 @@ pub fn run(command: &mut Command) -> Result<Finished> {
 /// [`run`] for a program and its arguments.
 pub fn sh(program: &str, arguments: &[&str]) -> Result<Finished> {
     run(Command::new(program).args(arguments))
+}
+
+/// Runs a command to its end, which an interrupt of the user does not take away as it does with [`run`].
+///
+/// # Errors
+/// Without the program, when it fails (with what it said).
+pub fn clean_up(command: &mut Command) -> Result<()> {
+    // A file, not a pipe, which a server that it leaves behind would hold open.
+    let mut stderr = tempfile::tempfile()?;
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let status = command.stderr(stderr.try_clone()?).status()?;
+    if !status.success() {
+        bail!("{status}: {}", text(&mut stderr)?.trim());
+    }
+    Ok(())
 }
 
 /// A command as a person would type it.

@@ -6,9 +6,7 @@
     clippy::indexing_slicing
 )]
 
-#[path = "pull/mod.rs"]
 mod pull;
-#[path = "rivals/mod.rs"]
 mod rivals;
 
 use std::fs;

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Seek;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -74,13 +73,17 @@ impl Brought {
         if !program.is_file() || !is_name(&name) || program.to_string_lossy().contains('\'') {
             return Err("is no program that a driver can be called by".to_owned());
         }
-        let own = |step: &str| format!("exec '{}' {step}", program.display());
         Ok(Brought {
             name: name.into_owned(),
-            up: own("up"),
-            down: own("down"),
+            up: Self::call(&program, "up"),
+            down: Self::call(&program, "down"),
             program: Some(program.clone()),
         })
+    }
+
+    /// A command for sh that calls a program, in whose path is no quote.
+    fn call(program: &Path, step: &str) -> String {
+        format!("exec '{}' {step}", program.display())
     }
 
     /// What the program says of itself, or why this host cannot have it.
@@ -283,7 +286,7 @@ impl Image for Containers {
     fn remove(&mut self, name: &str) -> Result<()> {
         let at = self.dir.join(format!("{name}.mnt"));
         if let Some(program) = &self.brought.program {
-            let script = format!("exec '{}' remove", program.display());
+            let script = Brought::call(program, "remove");
             host::run(&mut self.command(&script, name, &at))
                 .with_context(|| format!("removing {name} by {}", self.brought.name))?;
         }
@@ -305,32 +308,23 @@ impl Image for Containers {
     }
 }
 
-/// Runs a command to its end, which an interrupt of the user does not take away as it does with `host::run`.
-fn clean_up(mut command: Command) -> Result<()> {
-    // A file, not a pipe, which a server that it leaves behind would hold open.
-    let mut stderr = tempfile::tempfile()?;
-    command.stdin(Stdio::null()).stdout(Stdio::null());
-    let status = command.stderr(stderr.try_clone()?).status()?;
-    stderr.rewind()?;
-    let said = std::io::read_to_string(stderr)?;
-    ensure!(status.success(), "{status}: {}", said.trim());
-    Ok(())
-}
-
 impl Drop for Containers {
     fn drop(&mut self) {
         for (name, at) in std::mem::take(&mut self.started) {
-            let down = self.command(&self.brought.down, &name, &at);
-            report(clean_up(down).with_context(|| format!("unmounting {name} by command")));
+            let mut down = self.command(&self.brought.down, &name, &at);
+            report(
+                host::clean_up(&mut down).with_context(|| format!("unmounting {name} by command")),
+            );
             if host::is_mounted(&at) {
                 report(host::Mount::existing(&at).unmount());
             }
         }
         // Also after a step that failed half way.
         if let Some(program) = &self.brought.program {
-            let mut close = self.told(program);
-            close.arg("close");
-            report(clean_up(close).with_context(|| format!("close of {}", self.brought.name)));
+            report(
+                host::clean_up(self.told(program).arg("close"))
+                    .with_context(|| format!("close of {}", self.brought.name)),
+            );
         }
     }
 }
@@ -459,7 +453,7 @@ mod tests {
         );
         let mut close = Command::new(dir.path().join("mine"));
         close.arg("close");
-        let said = format!("{:#}", clean_up(close).unwrap_err());
+        let said = format!("{:#}", host::clean_up(&mut close).unwrap_err());
         assert!(
             said.contains("status: 3") && said.contains("no close today"),
             "{said}"

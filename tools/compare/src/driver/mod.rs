@@ -53,11 +53,8 @@ impl Base {
     /// An image that is a raw disk, without a file system.
     pub fn of_raw(raw: PathBuf, size: u64) -> Self {
         Base {
-            layers: Vec::new(),
-            size,
             raw: OnceLock::from(raw),
-            link: Link::default(),
-            remote: OnceCell::new(),
+            ..Base::of_layers(Vec::new(), size)
         }
     }
 
@@ -270,13 +267,7 @@ pub fn all(vellum: &Path, qemu: &[PathBuf], brought: &[Brought]) -> Result<Vec<B
         Box::new(loop_file::LoopFile::Raw),
         Box::new(Again(
             Box::new(loop_file::LoopFile::Raw),
-            About {
-                id: "raw-again",
-                title: "raw file (again)",
-                what: "The reference once more in each round: what differs is noise.",
-                kind: Kind::Files,
-                brought: false,
-            },
+            "raw file (again)",
         )),
         Box::new(vellum::Mounted(vellum.to_owned())),
         Box::new(file_level::FileLevel::Overlay),
@@ -295,13 +286,7 @@ pub fn all(vellum: &Path, qemu: &[PathBuf], brought: &[Brought]) -> Result<Vec<B
     drivers.push(Box::new(nbd::Server::NbdkitFile));
     drivers.push(Box::new(Again(
         Box::new(nbd::Server::NbdkitFile),
-        About {
-            id: "nbdkit-file-again",
-            title: "nbdkit file (again)",
-            what: "The reference once more in each round: what differs is noise.",
-            kind: Kind::Nbd,
-            brought: false,
-        },
+        "nbdkit file (again)",
     )));
     drivers.push(Box::new(vellum::Served(vellum.to_owned())));
     for qemu in [Qemu::Host].into_iter().chain(newer) {
@@ -317,13 +302,7 @@ pub fn all(vellum: &Path, qemu: &[PathBuf], brought: &[Brought]) -> Result<Vec<B
     drivers.push(Box::new(Pull::new(Way::Overlay, vellum)));
     drivers.push(Box::new(Again(
         Box::new(Pull::new(Way::Overlay, vellum)),
-        About {
-            id: "pull-overlayfs-again",
-            title: "overlayfs (again)",
-            what: "The reference once more in each round: what differs is noise.",
-            kind: Kind::Pull,
-            brought: false,
-        },
+        "overlayfs (again)",
     )));
     for way in [Way::Full, Way::Lazy, Way::Hot, Way::Stargz] {
         drivers.push(Box::new(Pull::new(way, vellum)));
@@ -331,12 +310,19 @@ pub fn all(vellum: &Path, qemu: &[PathBuf], brought: &[Brought]) -> Result<Vec<B
     Ok(drivers)
 }
 
-/// A driver under another name.
-struct Again(Box<dyn Driver>, About);
+/// A driver once more, as its kind's control, under this title.
+struct Again(Box<dyn Driver>, &'static str);
 
 impl Driver for Again {
     fn about(&self) -> About {
-        self.1
+        let kind = self.0.about().kind;
+        About {
+            id: control(kind),
+            title: self.1,
+            what: "The reference once more in each round: what differs is noise.",
+            kind,
+            brought: false,
+        }
     }
 
     fn absent(&self) -> Option<String> {

@@ -217,21 +217,15 @@ impl Drop for Containers {
     fn drop(&mut self) {
         self.served.clear();
         for name in std::mem::take(&mut self.mounted) {
-            // Not through `host::run`, which ends when the user interrupts.
-            let status = Command::new(&self.program)
+            let mut umount = Command::new(&self.program);
+            umount
                 .arg("-q")
                 .arg("--root")
                 .arg(self.dir.join("store"))
-                .args(["umount", "--force", &name])
-                .stdout(std::process::Stdio::null())
-                .status();
+                .args(["umount", "--force", &name]);
             report(
-                status
-                    .context("vellum umount")
-                    .and_then(|status| match status.success() {
-                        true => Ok(()),
-                        false => anyhow::bail!("vellum umount --force {name}: {status}"),
-                    }),
+                host::clean_up(&mut umount)
+                    .with_context(|| format!("vellum umount --force {name}")),
             );
         }
     }

@@ -98,11 +98,18 @@ fn read_data(file: &File, buf: &mut [u8]) -> Result<()> {
     Ok(())
 }
 
-/// Reads all files of a tree, as a program does that looks at everything.
-pub fn read_files(dir: &Path) -> Result<()> {
-    // tar opens no file whose content goes to /dev/null.
+/// What reads all files of a tree, as a program does that looks at everything.
+pub fn reading(dir: &Path) -> Command {
+    // To a pipe: GNU tar reads nothing when it writes to /dev/null.
     let script = "tar -C \"$0\" -cf - . | cat >/dev/null";
-    run(Command::new("sh").args(["-c", script]).arg(dir)).map(drop)
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).arg(dir);
+    command
+}
+
+/// Reads all files of a tree.
+pub fn read_files(dir: &Path) -> Result<()> {
+    run(&mut reading(dir)).map(drop)
 }
 
 /// Bytes that the disk below a path was asked to write so far, by everybody (Documentation/block/

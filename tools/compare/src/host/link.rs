@@ -109,6 +109,23 @@ impl Link {
         let table = fs::read_to_string(format!("/proc/{pid}/net/dev"))?;
         received(&table, AT_CLIENT).context("the link counts no bytes")
     }
+
+    /// Whether somebody listens on a port at the registry's end.
+    pub fn listens(&self, port: u16) -> bool {
+        let Some(pid) = self.server.pid() else {
+            return false;
+        };
+        // Addresses are hexadecimal, 0A is LISTEN (Documentation/networking/proc_net_tcp.rst of Linux).
+        let port = format!(":{port:04X}");
+        ["tcp", "tcp6"].iter().any(|kind| {
+            let table = fs::read_to_string(format!("/proc/{pid}/net/{kind}")).unwrap_or_default();
+            table.lines().any(|line| {
+                let mut fields = line.split_whitespace().skip(1);
+                let local = fields.next().is_some_and(|local| local.ends_with(&port));
+                local && fields.nth(1) == Some("0A")
+            })
+        })
+    }
 }
 
 /// What an interface has received, of the table of /proc/net/dev (proc_pid_net(5)).

@@ -126,14 +126,12 @@ fn compressible(path: &Path, size: u64) -> Result<()> {
 }
 
 fn absent() -> Option<String> {
-    missing(&[("fio", "fio"), ("chroot", "coreutils"), ("ldd", "libc-bin")]).or_else(|| {
-        (!Path::new(SERVICE[0]).exists()).then(|| {
-            format!(
-                "{} is not installed (Debian: apt-get install python3)",
-                SERVICE[0]
-            )
-        })
-    })
+    missing(&[
+        ("fio", "fio"),
+        ("chroot", "coreutils"),
+        ("ldd", "libc-bin"),
+        (SERVICE[0], "python3"),
+    ])
 }
 
 fn pulling<'a>(run: &'a mut Run<'_>) -> Result<&'a mut dyn Pulling> {
@@ -335,11 +333,9 @@ impl Workload for Pull {
 impl Pull {
     fn when_all_is_here(&self, run: &mut Run<'_>, measured: &mut Measured) -> Result<()> {
         let name = run.name;
-        if pulling(run)?.completes_by_reading() {
-            pulling(run)?.complete()?;
-            run.image.stop(name)?;
-        } else {
-            run.image.stop(name)?;
+        run.image.stop(name)?;
+        // What completes by reading was read just now, all of it.
+        if !pulling(run)?.completes_by_reading() {
             pulling(run)?.complete()?;
         }
         let access = run.image.start(name)?;

@@ -48,12 +48,11 @@ pub struct Estargz {
 /// A registry with the image in each form that was asked for, and the way to it.
 pub struct Remote {
     /// Asks the registry, later.
-    _relay: Option<Server>,
+    relay: Option<Server>,
     _registry: Server,
     link: host::Link,
     limited: Cell<bool>,
     dir: PathBuf,
-    delayed: bool,
     tree: PathBuf,
     /// Bytes of a block device for the tree.
     size: u64,
@@ -77,17 +76,15 @@ impl Remote {
         fs::create_dir_all(dir)?;
         let link = host::Link::new(&options.rate)?;
         let registry = registry(&link, &dir.join("registry"))?;
-        let delayed = options.round_trip > 0;
-        let relay = delayed
+        let relay = (options.round_trip > 0)
             .then(|| relay(&link, Duration::from_millis(options.round_trip.into()) / 2))
             .transpose()?;
         Ok(Remote {
-            _relay: relay,
+            relay,
             _registry: registry,
             link,
             limited: Cell::new(false),
             dir: dir.to_owned(),
-            delayed,
             tree: tree.to_owned(),
             size,
             from: OnceCell::new(),
@@ -99,10 +96,11 @@ impl Remote {
         })
     }
 
-    fn vellum(&self, vellum: &Path, store: &Path, arguments: &[&str]) -> Result<()> {
+    /// Vellum on a store, at the client's end of the link.
+    pub fn vellum(&self, vellum: &Path, store: &Path, arguments: &[&str]) -> Command {
         let mut command = self.command(vellum);
         command.arg("-q").arg("--root").arg(store).args(arguments);
-        host::run(&mut command).map(drop)
+        command
     }
 
     /// Pushes the image as block layers by this program; `options` are `vellum push`'s.
@@ -112,13 +110,14 @@ impl Remote {
         } else {
             let store = self.dir.join("from");
             let (tree, size) = (self.tree.to_string_lossy(), self.size.to_string());
-            self.vellum(vellum, &store, &["import", IMAGE, &tree, "--size", &size])?;
+            let import = ["import", IMAGE, &tree, "--size", &size];
+            host::run(&mut self.vellum(vellum, &store, &import))?;
             self.from.get_or_init(|| store)
         };
         let reference = self.reference(form);
         let push = ["push", "--format", "blocks", "--plain-http", IMAGE];
         let push = [&push[..], &[&reference], options].concat();
-        self.vellum(vellum, store, &push)
+        host::run(&mut self.vellum(vellum, store, &push)).map(drop)
     }
 
     /// Pushes the image as block layers without a hot pack, once.
@@ -224,7 +223,7 @@ impl Remote {
 
     /// The image in one of its forms, as it is reached now.
     pub fn reference(&self, form: &str) -> String {
-        let port = match self.delayed && self.limited.get() {
+        let port = match self.relay.is_some() && self.limited.get() {
             true => DELAYED,
             false => PORT,
         };
@@ -310,7 +309,7 @@ fn registry(link: &host::Link, dir: &Path) -> Result<Server> {
     let mut command = link.command(End::Server, "docker-registry");
     // A bundle that it cannot read would stop it.
     command.arg("serve").arg(&file).env_remove("AWS_CA_BUNDLE");
-    Server::start(&mut command, Signal::SIGTERM, || listens(link, PORT))
+    Server::start(&mut command, Signal::SIGTERM, || link.listens(PORT))
 }
 
 fn relay(link: &host::Link, delay: Duration) -> Result<Server> {
@@ -320,21 +319,5 @@ fn relay(link: &host::Link, delay: Duration) -> Result<Server> {
         .args(["--listen", &format!("{SERVER}:{DELAYED}")])
         .args(["--to", &format!("127.0.0.1:{PORT}")])
         .args(["--micros", &delay.as_micros().to_string()]);
-    Server::start(&mut command, Signal::SIGTERM, || listens(link, DELAYED))
-}
-
-/// Whether somebody listens on a port at the far end.
-fn listens(link: &host::Link, port: u16) -> bool {
-    let mut command = link.command(End::Server, "cat");
-    command.args(["/proc/net/tcp", "/proc/net/tcp6"]);
-    let Ok(table) = host::run(&mut command) else {
-        return false;
-    };
-    // Addresses are hexadecimal, 0A is LISTEN (Documentation/networking/proc_net_tcp.rst of Linux).
-    let port = format!(":{port:04X}");
-    table.stdout.lines().any(|line| {
-        let mut fields = line.split_whitespace().skip(1);
-        let local = fields.next().is_some_and(|local| local.ends_with(&port));
-        local && fields.nth(1) == Some("0A")
-    })
+    Server::start(&mut command, Signal::SIGTERM, || link.listens(DELAYED))
 }

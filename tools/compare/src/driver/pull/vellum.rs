@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -44,13 +44,7 @@ impl Store {
 
     fn command(&self, arguments: &[&str]) -> Command {
         // Whoever needs blocks starts the fetcher, which has to be at this end of the link.
-        let mut command = self.remote.command(&self.program);
-        command
-            .arg("-q")
-            .arg("--root")
-            .arg(self.store())
-            .args(arguments);
-        command
+        self.remote.vellum(&self.program, &self.store(), arguments)
     }
 
     fn vellum(&self, arguments: &[&str]) -> Result<()> {
@@ -152,17 +146,11 @@ impl Pulling for Store {
 impl Drop for Store {
     fn drop(&mut self) {
         if let Some(name) = self.mounted.take() {
-            // Not through `host::run`, which ends when the user interrupts.
-            let status = self
-                .command(&["umount", "--force", &name])
-                .stdout(Stdio::null())
-                .status();
-            host::report(status.context("vellum umount").and_then(|status| {
-                if !status.success() {
-                    bail!("vellum umount --force {name}: {status}");
-                }
-                Ok(())
-            }));
+            let mut umount = self.command(&["umount", "--force", &name]);
+            host::report(
+                host::clean_up(&mut umount)
+                    .with_context(|| format!("vellum umount --force {name}")),
+            );
         }
         host::report(self.empty());
     }
