@@ -50,7 +50,8 @@ pub fn metadata(source: &dyn Source) -> Result<Vec<Piece>> {
     let files = FileSystem::as_it_lies(&replayed, replayed.is_recovered())?;
     let mut found = Found::new(&files);
     // From here on nothing is noted.
-    let read = noting.read.lock().take().unwrap_or_default();
+    let read = noting.read.lock().take();
+    let read = read.expect("taken here alone");
     let read = read.into_iter().map(|range| (Purpose::Mount, range));
     found.pieces.extend(read);
     for block in replayed.journaled() {
