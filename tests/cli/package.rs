@@ -4,6 +4,48 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+/// In a root's own mount namespace, with the static program at /vellum-static.
+const STATIC_INSTALLED_USED_AND_REMOVED: &str = r#"
+set -eu
+export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+check() { echo "-- $*"; }
+
+check installs
+install -m 755 /vellum-static /usr/local/bin/vellum
+! readelf -d /usr/local/bin/vellum | grep -q NEEDED
+! readelf -S /usr/local/bin/vellum | grep -q "\.debug_"
+vellum doctor | grep -q "mke2fs: /usr/sbin/mke2fs"
+mkdir /tmp/man
+vellum man /tmp/man
+test -s /tmp/man/vellum-run.1
+
+check "is used"
+export VELLUM_ROOT=/tmp/store
+mkdir -p /tmp/tree/bin /tmp/tree/etc
+cp /busybox /tmp/tree/bin/busybox
+ln -s busybox /tmp/tree/bin/sh
+echo "somebody:x:1234:1234::/:/bin/sh" >/tmp/tree/etc/passwd
+vellum import box /tmp/tree >/dev/null
+vellum run --name one box /bin/sh -c 'echo hello >/said'
+at=$(vellum mount one)
+test "$(cat "$at/said")" = hello
+# Names of hosts and of users are looked up without a library of the host's.
+vellum pull localhost:1/nothing:1 2>&1 | grep -q "refused"
+test "$(vellum run --rm --user somebody box /bin/busybox id -u)" = 1234
+
+check "is upgraded while it serves"
+install -m 755 /vellum-static /usr/local/bin/vellum
+vellum upgrade-servers
+test "$(cat "$at/said")" = hello
+
+check "is removed while it serves, comes back and ends it in order"
+rm /usr/local/bin/vellum
+test "$(cat "$at/said")" = hello
+install -m 755 /vellum-static /usr/local/bin/vellum
+vellum umount one
+rm /usr/local/bin/vellum
+"#;
+
 /// In a root's own mount namespace, with the package at /vellum.deb.
 const INSTALLED_USED_AND_REMOVED: &str = r#"
 set -eu
@@ -71,20 +113,38 @@ fn passed(output: &Output, what: &str) {
     );
 }
 
-/// The package of the program that the tests start, made once for each test.
-fn package(out: &Path) -> PathBuf {
-    let output = run(
-        Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/package"))
-            .args(["--profile", "dev", "--no-build", "--out"])
-            .arg(out)
-            .arg("deb"),
-    );
-    passed(&output, "tools/package deb");
+/// A Debian package of the program that the tests start, and the static program, which is built where it is not yet.
+fn packages(out: &Path) -> (PathBuf, PathBuf) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/package");
+    for what in [&["--no-build", "deb"][..], &["static"]] {
+        let mut make = Command::new(&script);
+        // Or cargo builds anew what it has built without them.
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy().into_owned();
+            if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_"]
+                .iter()
+                .any(|own| name.starts_with(own))
+            {
+                make.env_remove(name);
+            }
+        }
+        let output = run(make.args(["--profile", "dev", "--out"]).arg(out).args(what));
+        passed(&output, &format!("tools/package {}", what.join(" ")));
+    }
     let files = fs::read_dir(out).unwrap().map(|file| file.unwrap().path());
-    files
+    let files: Vec<PathBuf> = files.collect();
+    let deb = files
+        .iter()
         .filter(|file| file.extension().is_some_and(|extension| extension == "deb"))
-        .find(|file| !file.to_str().unwrap().contains("dbgsym"))
-        .expect("a package was made")
+        .find(|file| !file.to_str().unwrap().contains("dbgsym"));
+    let end = format!("-{}", std::env::consts::ARCH);
+    let program = files
+        .iter()
+        .find(|file| file.to_str().unwrap().ends_with(&end));
+    (
+        deb.expect("a package was made").clone(),
+        program.expect("a static program was made").clone(),
+    )
 }
 
 /// A root of that release with what the package depends on, and a runtime.
@@ -108,15 +168,10 @@ fn root(release: &str, at: &Path) {
     );
 }
 
-fn in_a_clean_root(release: &str) {
-    let dir = tempfile::tempdir().unwrap();
-    let deb = package(&dir.path().join("packages"));
-    let inside = dir.path().join("root");
-    root(release, &inside);
-    fs::copy(deb, inside.join("vellum.deb")).unwrap();
-    fs::copy("/bin/busybox", inside.join("busybox")).expect("apt-get install busybox-static");
-    fs::write(inside.join("check"), INSTALLED_USED_AND_REMOVED).unwrap();
-    // A mount namespace and one of processes: whatever is left ends with them, also when a check fails.
+/// Runs a script in a root, in namespaces of mounts and processes: whatever is left ends with them, also when a check
+/// fails.
+fn run_in(root: &Path, script: &str) {
+    fs::write(root.join("check"), script).unwrap();
     let enter = r#"
         set -eu
         mount --bind "$1" "$1"
@@ -125,7 +180,7 @@ fn in_a_clean_root(release: &str) {
         mount --rbind /sys sys
         mount --rbind /dev dev
         mount -t tmpfs tmpfs run
-        mkdir old
+        mkdir -p old
         pivot_root . old
         umount -l old
         exec sh -x /check
@@ -140,16 +195,31 @@ fn in_a_clean_root(release: &str) {
             "private",
         ])
         .args(["sh", "-c", enter, "sh"])
-        .arg(&inside));
-    passed(&output, release);
+        .arg(root));
+    passed(&output, &root.display().to_string());
+}
+
+fn in_a_clean_root(release: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let (deb, program) = packages(&dir.path().join("packages"));
+    let inside = dir.path().join(release);
+    root(release, &inside);
+    fs::copy(deb, inside.join("vellum.deb")).unwrap();
+    fs::copy(program, inside.join("vellum-static")).unwrap();
+    fs::copy("/bin/busybox", inside.join("busybox")).expect("apt-get install busybox-static");
+    run_in(&inside, STATIC_INSTALLED_USED_AND_REMOVED);
+    fs::remove_dir_all(inside.join("tmp/tree")).unwrap();
+    run_in(&inside, INSTALLED_USED_AND_REMOVED);
 }
 
 #[test]
-fn debian_package_is_installed_used_upgraded_and_removed_in_a_clean_debian_12() {
+fn a_static_program_and_a_debian_package_are_installed_used_upgraded_and_removed_in_a_clean_debian_12()
+ {
     in_a_clean_root("bookworm");
 }
 
 #[test]
-fn debian_package_is_installed_used_upgraded_and_removed_in_a_clean_debian_13() {
+fn a_static_program_and_a_debian_package_are_installed_used_upgraded_and_removed_in_a_clean_debian_13()
+ {
     in_a_clean_root("trixie");
 }
