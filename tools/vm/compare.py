@@ -5,7 +5,7 @@ import os
 import pathlib
 import shutil
 
-from . import debian
+from . import debian, zfs
 from .common import Failure, run, say
 from .kernel import DISK_MODULES
 from .machine import Machine, first_up
@@ -22,6 +22,15 @@ BOOT, BOOT_ATTEMPTS = 120, 4
 REPORTS = ("report.json", "report.html", "said")
 
 
+def modules(options, guest_kernel, cache):
+    """The modules that the guest loads, with their contents; builds what Debian does not have built."""
+    names = MODULES
+    if options.zfs:
+        zfs.build(guest_kernel, RELEASE, cache)
+        names = (*MODULES, *zfs.MODULES)
+    return guest_kernel.load_order("ext4", names)
+
+
 def add(tree, program, name):
     """A program of ours, without what is for debugging."""
     target = tree / "usr/bin" / name
@@ -32,7 +41,10 @@ def add(tree, program, name):
 def make_disk(options, vellum, cache, directory):
     """Debian with compare, vellum and the drivers on a disk."""
     tree, image = directory / "tree", directory / "debian.img"
-    debian.unpack(debian.archive(RELEASE, PACKAGES, cache), tree)
+    packages, components = PACKAGES, "main"
+    if options.zfs:
+        packages, components = (*PACKAGES, *zfs.PACKAGES), zfs.COMPONENTS
+    debian.unpack(debian.archive(RELEASE, packages, cache, components), tree)
     add(tree, options.compare, "compare")
     add(tree, vellum, "vellum")
     drivers = tree / "drivers"
@@ -68,7 +80,8 @@ def boot(options, guest_kernel, archive, image, directory):
         console = directory / f"console-{attempt}-compare.log"
         return Machine(
             options, guest_kernel, archive, drive, console,
-            f"script=compare rounds={options.rounds} {'smoke=1' if options.smoke else ''}",
+            f"script=compare rounds={options.rounds} {'smoke=1' if options.smoke else ''} "
+            f"{'zfs=1' if options.zfs else ''}",
         )
 
     return first_up(start, BOOT_ATTEMPTS, BOOT)

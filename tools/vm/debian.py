@@ -9,7 +9,7 @@ from .common import Failure, run, say
 LEFT_OUT = ("./dev/*", "./usr/share/doc", "./usr/share/locale", "./usr/share/man")
 
 
-def archive(release, packages, cache):
+def archive(release, packages, cache, components="main"):
     """A root of that release with those packages, made once for each list of them."""
     cache.mkdir(parents=True, exist_ok=True)
     tar, recipe = cache / f"debian-{release}.tar", cache / f"debian-{release}.recipe"
@@ -22,7 +22,7 @@ def archive(release, packages, cache):
     unfinished = tar.with_suffix(".new")
     unfinished.unlink(missing_ok=True)
     run(
-        "mmdebstrap", "--quiet", "--variant=essential", "--format=tar",
+        "mmdebstrap", "--quiet", "--variant=essential", "--format=tar", f"--components={components}",
         "--dpkgopt=force-unsafe-io", '--aptopt=APT::Install-Recommends "false"',
         '--aptopt=Acquire::Retries "3"', '--aptopt=Acquire::Check-Valid-Until "false"',
         f"--include={','.join(packages)}", release, unfinished,

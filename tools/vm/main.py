@@ -97,6 +97,10 @@ def arguments():
         "--smoke", action="store_true", help="with --compare: hardly any work of two drivers, to see that all works"
     )
     parser.add_argument(
+        "--zfs", action="store_true",
+        help="with --compare: ZFS, too, whose module is built of Debian's sources (ten minutes, once)",
+    )
+    parser.add_argument(
         "--limit", type=int, default=3600, metavar="SECONDS",
         help="with --compare: how long it may take [3600]",
     )
@@ -187,8 +191,10 @@ def main():
         say(f"kernel {guest_kernel.version}, seed {seed}, files in {directory}")
         scripts = pathlib.Path(__file__).with_name("guest")
         if options.vhost or options.compare:
-            modules = compare.MODULES if options.compare else kernel.DISK_MODULES
-            modules = guest_kernel.load_order("ext4", modules)
+            if options.compare:
+                modules = compare.modules(options, guest_kernel, target / "vmtest")
+            else:
+                modules = guest_kernel.load_order("ext4", kernel.DISK_MODULES)
             archive = initramfs.build_small(directory, modules, scripts)
             if options.compare:
                 compare.exercise(options, vellum, guest_kernel, archive, target / "vmtest", directory)
