@@ -3,9 +3,10 @@
 mod claims;
 mod evicting;
 mod healing;
+mod near;
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use uuid::Uuid;
 
 use super::super::stall::{Pauses, Stall, pause_after};
 use super::super::{Remote, Waiting};
+use super::ahead::Ahead;
 use super::cache::Cache;
 use super::coming::{Coming, PATIENCE};
 use super::limit::Limit;
@@ -28,6 +30,8 @@ use vellum_store::Store;
 
 /// How often one who waits for another's fetch looks whether it has waited for too long.
 const LOOK: Duration = Duration::from_millis(200);
+/// How long an attempt that is under way is waited for beyond the time that a read may wait: one that stands still ends before.
+const ATTEMPT: Duration = Duration::from_secs(30);
 
 /// A lazy layer, open to be filled.
 pub(super) struct Incoming {
@@ -40,6 +44,7 @@ pub(super) struct Incoming {
     ranges: BlobReader,
     limit: Arc<Limit>,
     cache: Arc<Cache>,
+    ahead: Arc<Ahead>,
     /// Somebody wants all of it: nothing of it is evicted.
     is_kept: AtomicBool,
     /// The layer is whole, or is opened anew. Held for reading by whoever changes something of it.
@@ -79,7 +84,7 @@ impl Incoming {
     pub fn open(
         store: &Store,
         layer: Uuid,
-        (limit, cache): (&Arc<Limit>, &Arc<Cache>),
+        (limit, cache, ahead): (&Arc<Limit>, &Arc<Cache>, &Arc<Ahead>),
     ) -> Result<Option<Self>> {
         let dir = store.layer_dir(layer);
         let storage = &**store.storage();
@@ -103,6 +108,7 @@ impl Incoming {
             ranges: BlobReader::open(&reference, access, &limit.seen)?,
             limit: Arc::clone(limit),
             cache: Arc::clone(cache),
+            ahead: Arc::clone(ahead),
             retired: RwLock::default(),
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -234,6 +240,7 @@ impl Incoming {
         let began = Instant::now();
         let mut pauses = Pauses::default();
         let mut least = usize::MAX;
+        let mut has_caught_up = false;
         loop {
             let missing = |window: &u32| !self.lazy.is_here(*window);
             let missing: Vec<u32> = wanted.clone().filter(missing).collect();
@@ -244,6 +251,10 @@ impl Incoming {
                 continue;
             }
             let Some(claim) = self.claim(&missing) else {
+                if !has_caught_up {
+                    self.caught_up(&missing);
+                    has_caught_up = true;
+                }
                 self.wait_for_others(&missing, deadline)?;
                 continue;
             };
@@ -272,6 +283,21 @@ impl Incoming {
         fetched
             .map(Some)
             .map_err(|failure| Error::new(ErrorKind::Absent, failure.error.to_string()))
+    }
+
+    /// Fetches the first windows of a range that are missing and that nobody fetches, in one request, which nobody waits for.
+    /// False where there are none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Absent`] with what the registry says.
+    pub fn bring_ahead(&self, range: &RangeInclusive<u32>) -> Result<bool> {
+        let Some(claim) = self.claim_in(range) else {
+            return Ok(false);
+        };
+        match self.try_fetch(&claim) {
+            Ok(_) => Ok(true),
+            Err(failure) => Err(Error::new(ErrorKind::Absent, failure.error.to_string())),
+        }
     }
 
     /// Of a request of which so many windows were missing, and `least` at some time before: they come, but others may go
@@ -303,7 +329,8 @@ impl Incoming {
             return Ok(());
         }
         self.changed.wait_for(&mut state, LOOK);
-        if deadline.is_some_and(|deadline| Instant::now() >= deadline + LOOK) {
+        let is_over = |more| deadline.is_some_and(|deadline| Instant::now() >= deadline + more);
+        if is_over(ATTEMPT) || is_over(LOOK) && state.error.is_some() {
             let why = state.error.clone();
             let text = why.unwrap_or_else(|| "blocks of the layer do not come".to_owned());
             return Err(Error::new(ErrorKind::Absent, text));

@@ -1,5 +1,6 @@
 //! The process that brings blocks of a store's lazy layers. docs/lazy.md, "Who does what".
 
+mod ahead;
 mod background;
 mod cache;
 mod coming;
@@ -24,6 +25,7 @@ use uuid::Uuid;
 use super::pull_secrets::OfSnapshotter;
 use super::{BACKGROUND, COMPLETE, Complete, Damaged, HEAL, STATUS, TRAFFIC, WANT, Waiting, Want};
 use crate::wire::encode;
+use ahead::Ahead;
 use background::Background;
 use cache::Cache;
 use healing::{Healing, span_of};
@@ -99,6 +101,7 @@ struct Fetcher {
     layers: Mutex<HashMap<Uuid, Arc<Incoming>>>,
     limit: Arc<Limit>,
     cache: Arc<Cache>,
+    ahead: Arc<Ahead>,
     /// All lazy layers were opened, so that it is known what they take.
     all_open: AtomicBool,
     /// Why it is not known how much they may take, as it was told last.
@@ -130,6 +133,7 @@ impl Fetcher {
             layers: Mutex::default(),
             limit: Arc::new(Limit::knowing(keychain)),
             cache: Arc::default(),
+            ahead: Arc::default(),
             all_open: AtomicBool::new(false),
             told: Mutex::default(),
             healing: Healing::default(),
@@ -193,7 +197,7 @@ impl Fetcher {
         if let Some(open) = layers.get(&layer) {
             return Ok(Some(Arc::clone(open)));
         }
-        let shared = (&self.limit, &self.cache);
+        let shared = (&self.limit, &self.cache, &self.ahead);
         let opened = Incoming::open(&self.store, layer, shared)?.map(Arc::new);
         if let Some(opened) = &opened {
             // Before anybody has it.

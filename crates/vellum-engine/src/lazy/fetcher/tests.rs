@@ -114,6 +114,53 @@ fn windows_that_came_since_they_were_seen_missing_are_not_fetched() {
     assert!(layer.claim(&missing).is_none());
 }
 
+fn here(open: &Incoming) -> Vec<u32> {
+    (0..16).filter(|window| open.has(*window)).collect()
+}
+
+/// Reads the first nine windows, one after the other, and returns what is here then: with the last of them come eight.
+fn read_up_to_eight(open: &Incoming) -> Vec<u32> {
+    for window in 0..8 {
+        open.want(window..window + 1).unwrap();
+    }
+    assert_eq!(here(open), Vec::from_iter(0..8));
+    open.want(8..9).unwrap();
+    here(open)
+}
+
+#[test]
+fn what_is_behind_who_reads_in_order_comes_although_nobody_waits_for_it() {
+    let stage = Stage::new();
+    stage.fetcher.cache.set_limit(None);
+    let open = stage.open();
+    // With the last of these, its four.
+    assert_eq!(read_up_to_eight(&open), Vec::from_iter(0..12));
+    while let Some(brought) = stage.fetcher.ahead.bring_next(&stage.fetcher) {
+        brought.unwrap();
+    }
+    assert!(open.is_all_here());
+}
+
+#[test]
+fn with_a_bound_what_is_behind_who_reads_in_order_comes_in_their_request() {
+    let stage = Stage::new();
+    let open = stage.open();
+    assert_eq!(read_up_to_eight(&open), Vec::from_iter(0..16));
+    let ahead = stage.fetcher.ahead.bring_next(&stage.fetcher);
+    assert!(ahead.is_none());
+}
+
+#[test]
+fn of_who_reads_here_and_there_nothing_comes_that_was_not_wanted() {
+    let stage = Stage::new();
+    stage.fetcher.cache.set_limit(None);
+    let open = stage.open();
+    open.want(5..6).unwrap();
+    assert_eq!(here(&open), [5]);
+    let ahead = stage.fetcher.ahead.bring_next(&stage.fetcher);
+    assert!(ahead.is_none());
+}
+
 /// Two who have a layer open each forget it, where one has failed and the other has opened it anew.
 #[test]
 fn who_was_forgotten_changes_nothing_of_a_layer_that_was_opened_anew() {
@@ -188,8 +235,7 @@ fn windows_whose_eviction_fails_count_until_they_are_gone() {
     open.want(0..8).unwrap();
     open.sync().unwrap();
     let all = stage.taken();
-    // One more is read ahead.
-    let here = (0..16).filter(|window| open.has(*window)).count() as u64;
+    let here = here(&open).len() as u64;
     assert!(all >= here * WINDOW, "{all}");
     stage.faults.fail(FaultPlan {
         kinds: vec![OpKind::Punch],
@@ -221,8 +267,8 @@ fn what_is_damaged_beside_one_layer_or_in_the_bound_holds_up_no_other() {
     fs::write(stage.fetcher.store.root().join("cache.json"), "{").unwrap();
     stage.fetcher.cache.set_limit(Some(4 * WINDOW));
     stage.fetcher.keep_to_limits();
-    let here = (0..16).filter(|window| open.has(*window)).count();
-    assert!(here <= 4, "{here}");
+    let here = here(&open);
+    assert!(here.len() <= 4, "{here:?}");
 }
 
 #[test]

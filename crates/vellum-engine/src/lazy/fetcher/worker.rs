@@ -8,6 +8,8 @@ use super::Fetcher;
 
 /// Hot packs that come at a time.
 const PACKS: usize = 2;
+/// Requests ahead of who reads that are on their way at a time.
+const AHEAD: usize = 3;
 
 /// A thread, which ends when this is dropped.
 pub(super) struct Worker {
@@ -27,6 +29,11 @@ impl Worker {
         for _ in 0..PACKS {
             workers.push(Worker::start(fetcher, "hot pack", |fetcher| {
                 fetcher.hot.work(fetcher);
+            })?);
+        }
+        for _ in 0..AHEAD {
+            workers.push(Worker::start(fetcher, "ahead", |fetcher| {
+                fetcher.ahead.work(fetcher);
             })?);
         }
         Ok(workers)

@@ -9,13 +9,14 @@ use uuid::Uuid;
 
 use super::super::coming::Coming;
 use super::Incoming;
+use super::near::{Near, REGION, Worth};
 
 /// Stored bytes that one request asks for, at most, but for a single window.
 const MAX_REQUEST: u64 = 4 << 20;
 /// As that, of one that nobody waits for: whoever wants something meanwhile has to share the link with it.
 const REQUEST_IN_BACKGROUND: u64 = 1 << 20;
-/// Windows that are fetched ahead of one who reads in order, at most.
-const MAX_AHEAD: u32 = 32;
+/// Windows that come with one that somebody waits for, in one request: others come beside it.
+const AT_ONCE: u32 = 4;
 
 #[derive(Default)]
 pub(super) struct State {
@@ -25,9 +26,7 @@ pub(super) struct State {
     pub waiting: BTreeMap<u64, Instant>,
     came: u64,
     pub error: Option<String>,
-    /// Where one who reads in order reads next, and how much is fetched for them.
-    next: u32,
-    ahead: u32,
+    near: Near,
     /// Hot packs that may bring windows.
     pub packs: Vec<Arc<Coming>>,
 }
@@ -86,20 +85,78 @@ impl Incoming {
         }
     }
 
-    /// Takes the first of those windows that nobody fetches, with what follows it and can come in the same
-    /// request; `None` where others fetch all of them.
+    /// Takes the first of those windows that nobody fetches, with what is near it and can come in the same
+    /// request; `None` where others fetch all of them. What else is near comes beside it.
     pub(in super::super) fn claim(&self, missing: &[u32]) -> Option<Claim<'_>> {
+        let is_bounded = self.is_bounded();
         let mut state = self.state.lock();
         let first = self.first_to_fetch(&state, missing)?;
         let last = *missing.last()?;
-        state.ahead = match state.next == first {
-            true => (state.ahead * 2).clamp(1, MAX_AHEAD),
-            false => 0,
-        };
-        let end = last.saturating_add(state.ahead);
-        let windows = self.neighbours(&state, first..=end, MAX_REQUEST);
-        state.next = windows.last().map_or(first, |last| last + 1);
-        Some(self.take(&mut state, windows))
+        let worth = self.worth(&mut state, first);
+        let most = if is_bounded { REGION } else { AT_ONCE };
+        let start = (first - first % most).max(*worth.block.start());
+        let end = start.saturating_add(most - 1).min(*worth.block.end());
+        let start = self.free_down_to(&state, first, start);
+        let windows = self.neighbours(&state, start..=end.max(last), MAX_REQUEST);
+        let claim = self.take(&mut state, windows);
+        if !is_bounded {
+            self.bring_beside(first, &worth);
+        }
+        Some(claim)
+    }
+
+    /// One who reads has come to windows that are on their way: what is behind those comes, too.
+    pub(super) fn caught_up(&self, missing: &[u32]) {
+        if self.is_bounded() {
+            return;
+        }
+        let mut state = self.state.lock();
+        if let Some(first) = self.first_missing(missing) {
+            let worth = self.worth(&mut state, first);
+            self.bring_beside(first, &worth);
+        }
+    }
+
+    /// Whether what comes before it is wanted may be evicted before it is read, or evict what is.
+    fn is_bounded(&self) -> bool {
+        self.is_evictable() && self.cache.is_bounded()
+    }
+
+    /// What is worth fetching with a window that is missing.
+    fn worth(&self, state: &mut State, window: u32) -> Worth {
+        let follows = window.checked_sub(1).is_some_and(|before| {
+            self.lazy.is_here(before) || state.on_their_way.contains(&before)
+        });
+        state.near.missed(window, follows)
+    }
+
+    /// Has windows around one that somebody waits for come: first those behind it.
+    fn bring_beside(&self, window: u32, worth: &Worth) {
+        let (start, end) = (*worth.block.start(), *worth.block.end());
+        if let Some(before) = window.checked_sub(1) {
+            self.ahead.push(self.layer, start..=before);
+        }
+        let behind = window.saturating_add(1)..=end.saturating_add(worth.ahead);
+        self.ahead.push(self.layer, behind);
+    }
+
+    /// The lowest window from which on all up to one that is missing can come with it, not below `start`.
+    fn free_down_to(&self, state: &State, window: u32, start: u32) -> u32 {
+        let mut bytes = 0;
+        let below = self.windows.range(start..window).rev();
+        let free = below.take_while(|(number, below)| {
+            bytes += u64::from(below.chunk.len);
+            // The other half is for the window itself, and what is behind it.
+            bytes <= MAX_REQUEST / 2 && self.is_free(state, **number)
+        });
+        free.last().map_or(window, |(number, _)| *number)
+    }
+
+    /// Whether a window is neither here, nor on its way, nor about to come with a hot pack.
+    fn is_free(&self, state: &State, number: u32) -> bool {
+        !state.on_their_way.contains(&number)
+            && !self.lazy.is_here(number)
+            && !state.comes_soon(self.layer, number)
     }
 
     /// As [`Incoming::claim`], for nobody who reads.
@@ -108,6 +165,15 @@ impl Incoming {
         let mut state = self.state.lock();
         let first = self.first_to_fetch(&state, &missing)?;
         let windows = self.neighbours(&state, first..=u32::MAX, REQUEST_IN_BACKGROUND);
+        Some(self.take(&mut state, windows))
+    }
+
+    /// As [`Incoming::claim`], of those of a range that nobody waits for.
+    pub(super) fn claim_in(&self, range: &RangeInclusive<u32>) -> Option<Claim<'_>> {
+        let mut state = self.state.lock();
+        let mut windows = self.windows.range(range.clone());
+        let (first, _) = windows.find(|(number, _)| self.is_free(&state, **number))?;
+        let windows = self.neighbours(&state, *first..=*range.end(), REQUEST_IN_BACKGROUND);
         Some(self.take(&mut state, windows))
     }
 
@@ -124,11 +190,9 @@ impl Incoming {
         for (number, window) in self.windows.range(range) {
             // Chunks of neighbours lie next to each other; one that is here, or on its way, ends the request.
             bytes += u64::from(window.chunk.len);
-            let more = windows.is_empty() || bytes <= most;
-            if !more || state.on_their_way.contains(number) || self.lazy.is_here(*number) {
-                break;
-            }
-            if !windows.is_empty() && state.comes_soon(self.layer, *number) {
+            let is_free = bytes <= most && self.is_free(state, *number);
+            // Whoever chose the first one knows that nobody is at it.
+            if !windows.is_empty() && !is_free {
                 break;
             }
             windows.push(*number);
