@@ -67,7 +67,8 @@ impl Driver for Pull {
             Way::Lazy => (
                 "pull-lazy",
                 "vellum, lazily",
-                "vellum pull --lazy, of an image that was pushed with --no-hot: blocks come when they are read.",
+                "vellum pull --lazy, of an image as vellum push makes it: its file system's metadata comes ahead, all \
+                 else when it is read.",
             ),
             Way::Hot => (
                 "pull-hot",

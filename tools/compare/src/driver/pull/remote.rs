@@ -120,10 +120,10 @@ impl Remote {
         host::run(&mut self.vellum(vellum, store, &push)).map(drop)
     }
 
-    /// Pushes the image as block layers without a hot pack, once.
+    /// Pushes the image as block layers, once, as `vellum push` does where it is told nothing.
     pub fn blocks(&self, vellum: &Path) -> Result<()> {
         if self.blocks.get().is_none() {
-            self.push(vellum, "blocks", &["--no-hot"])?;
+            self.push(vellum, "blocks", &[])?;
             self.blocks.get_or_init(|| ());
         }
         Ok(())
