@@ -112,11 +112,12 @@ fn a_container_starts_from_a_registry_whole_and_lazily_and_nothing_is_left() {
     for whole in ["pull-overlayfs", "pull-full"] {
         assert!(bytes("first_bytes", whole) > 0.99 * bytes("all_bytes", whole));
     }
-    for lazy in ["pull-lazy", "pull-hot"] {
-        // Of a small image most comes along with what a start reads.
-        let (first, all) = (bytes("first_bytes", lazy), bytes("all_bytes", "pull-full"));
-        assert!(first < 0.95 * all, "{lazy} {first} of {all}");
-    }
+    // Of an image as small as this one all comes along with what a start reads, unless it is known before.
+    let (first, all) = (
+        bytes("first_bytes", "pull-hot"),
+        bytes("all_bytes", "pull-full"),
+    );
+    assert!(first < 0.8 * all, "{first} of {all}");
     // Nobody who only pulls has a flush check, and all are comparable.
     let drivers = report["drivers"].as_array().unwrap().iter();
     for driver in drivers.filter(|driver| driver["kind"] == "pull") {
