@@ -30,7 +30,8 @@ vellum run --name one box /bin/sh -c 'echo hello >/said'
 at=$(vellum mount one)
 test "$(cat "$at/said")" = hello
 # Names of hosts and of users are looked up without a library of the host's.
-vellum pull localhost:1/nothing:1 2>&1 | grep -q "refused"
+echo "127.0.0.1 registry.test" >/etc/hosts
+vellum pull registry.test:1/nothing:1 2>&1 | grep -q "refused"
 test "$(vellum run --rm --user somebody box /bin/busybox id -u)" = 1234
 
 check "is upgraded while it serves"
