@@ -2,6 +2,7 @@
 //! and stat(2) read, and what the kernel reads before it writes.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
@@ -43,15 +44,16 @@ pub type Piece = (Purpose, Range<u64>);
 pub fn metadata(source: &dyn Source) -> Result<Vec<Piece>> {
     let noting = Noting {
         source,
-        read: Mutex::new(Some(Vec::new())),
+        read: Mutex::default(),
+        is_over: AtomicBool::new(false),
     };
     let replayed = Replayed::new(&noting)?;
     // Files that a mount would still delete have no names, so they make no difference here.
     let files = FileSystem::as_it_lies(&replayed, replayed.is_recovered())?;
     let mut found = Found::new(&files);
     // From here on nothing is noted.
-    let read = noting.read.lock().take();
-    let read = read.expect("taken here alone");
+    noting.is_over.store(true, Ordering::Relaxed);
+    let read = std::mem::take(&mut *noting.read.lock());
     let read = read.into_iter().map(|range| (Purpose::Mount, range));
     found.pieces.extend(read);
     for block in replayed.journaled() {
@@ -67,7 +69,8 @@ pub fn metadata(source: &dyn Source) -> Result<Vec<Piece>> {
 /// Notes what is read.
 struct Noting<'a> {
     source: &'a dyn Source,
-    read: Mutex<Option<Vec<Range<u64>>>>,
+    read: Mutex<Vec<Range<u64>>>,
+    is_over: AtomicBool,
 }
 
 impl Source for Noting<'_> {
@@ -77,7 +80,8 @@ impl Source for Noting<'_> {
 
     fn fill(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.source.fill(buf, offset)?;
-        if let Some(read) = &mut *self.read.lock() {
+        if !self.is_over.load(Ordering::Relaxed) {
+            let mut read = self.read.lock();
             read.push(offset..offset + buf.len() as u64);
         }
         Ok(())

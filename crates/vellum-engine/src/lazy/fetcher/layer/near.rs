@@ -42,8 +42,8 @@ impl Near {
     pub fn missed(&mut self, window: u32, follows: bool) -> Worth {
         let number = window / REGION;
         let known = [number.saturating_sub(1), number, number.saturating_add(1)];
-        let points = known.map(|number| self.points(number)).into_iter().max();
-        let points = points.expect("three regions") + if follows { 2 } else { 1 };
+        let points = known.map(|number| self.points(number));
+        let points = points.into_iter().fold(0, u8::max) + if follows { 2 } else { 1 };
         let points = points.min(MOST);
         let regions = match points.checked_sub(WHOLE) {
             Some(more) => 1 << (more / 2),
