@@ -24,14 +24,14 @@ cleanup() {
 }
 trap cleanup EXIT
 
-mkdir "$STAGE"/{bin,home,upper,work,upper/etc,upper/local,work/etc,work/local}
+mkdir "$STAGE"/{bin,home,over}
 touch "$STAGE/bin/vellum"
 mount --bind "$VELLUM" "$STAGE/bin/vellum"
 PATH=$STAGE/bin:$PATH
-mount -t tmpfs recipes "$STAGE/work"
-mkdir "$STAGE"/work/{etc,local,etc/upper,etc/work,local/upper,local/work}
-mount -t overlay -o "lowerdir=/etc,upperdir=$STAGE/work/etc/upper,workdir=$STAGE/work/etc/work" recipes /etc
-mount -t overlay -o "lowerdir=/usr/local,upperdir=$STAGE/work/local/upper,workdir=$STAGE/work/local/work" \
+mount -t tmpfs recipes "$STAGE/over"
+mkdir "$STAGE"/over/{etc,local,etc/upper,etc/aside,local/upper,local/aside}
+mount -t overlay -o "lowerdir=/etc,upperdir=$STAGE/over/etc/upper,workdir=$STAGE/over/etc/aside" recipes /etc
+mount -t overlay -o "lowerdir=/usr/local,upperdir=$STAGE/over/local/upper,workdir=$STAGE/over/local/aside" \
     recipes /usr/local
 mount -t tmpfs recipes /run
 mount -t tmpfs recipes /mnt
