@@ -61,7 +61,9 @@ fn an_image_runs_lazily_from_a_bucket_and_who_fetches_knows_where_that_is() {
             .unwrap()
             .success()
     );
-    assert!(to.disk_usage() < from.disk_usage() / 2);
+    // Of what the trace touched all may be here already: the shell. Of the 1.5 MB of noise nothing is.
+    let (here, there) = (to.disk_usage(), from.disk_usage());
+    assert!(here + 1_000_000 < there, "{here} of {there}");
     end_fetchers(&to);
     let said = to.ok(&["run", "--rm", "web", "--", "/bin/sh", "-c", "cat /etc/web"]);
     assert_eq!(said, "web\n");

@@ -3,7 +3,8 @@
 use std::fs;
 
 use crate::common::TestStore;
-use crate::registry_support::{Registry, clean, free_port, store, with_images};
+use crate::ports::free_port;
+use crate::registry_support::{Registry, clean, store, with_images};
 
 /// The digest of the largest blob of data in the artifact under a tag.
 fn data_blob(registry: &Registry, store: &TestStore) -> String {

@@ -15,6 +15,8 @@ mod bucket_support;
 mod common;
 #[path = "../support/image_support/mod.rs"]
 mod image_support;
+#[path = "../support/ports/mod.rs"]
+mod ports;
 #[path = "../support/registry_support/mod.rs"]
 mod registry_support;
 #[path = "../support/uring/mod.rs"]

@@ -13,9 +13,8 @@ use crate::common::TestStore;
 use crate::faulty::read_head;
 use crate::lazy::{end_fetchers, files};
 use crate::login::login;
-use crate::registry_support::{
-    Registry, Setup, clean, digests, free_port, pushed, store, with_images,
-};
+use crate::ports::free_port;
+use crate::registry_support::{Registry, Setup, clean, digests, pushed, store, with_images};
 
 /// A registry that this host does not reach.
 const UPSTREAM: &str = "upstream.invalid";

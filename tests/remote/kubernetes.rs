@@ -18,14 +18,14 @@ pub const LOAD: usize = 24 << 20;
 
 /// A registry that has `web:1`, which sleeps where nobody says what else.
 fn pushed(format: &str) -> (Registry, TestStore, Image) {
-    pushed_to(Registry::new(), store(), format)
+    pushed_to(Registry::new(), store(), &["--format", format])
 }
 
-/// As [`pushed`], by a store that knows what the registry wants to know.
+/// As [`pushed`], with options of `vellum push`, by a store that knows what the registry wants to know.
 pub fn pushed_to(
     registry: Registry,
     from: TestStore,
-    format: &str,
+    options: &[&str],
 ) -> (Registry, TestStore, Image) {
     let busybox = fs::read("/bin/busybox")
         .unwrap_or_else(|error| panic!("/bin/busybox: {error}: {PACKAGES}"));
@@ -44,7 +44,8 @@ pub fn pushed_to(
     let archive = archive_of("localhost/web:1", &[first, second], &command);
     fs::write(from.path("image.tar"), archive).unwrap();
     from.ok(&["import", "web", &from.arg("image.tar"), "--size", "256M"]);
-    let pushed = from.json(&["push", "web", &registry.image("web:1"), "--format", format]);
+    let name = registry.image("web:1");
+    let pushed = from.json(&[&["push", "web", &name], options].concat());
     let image = Image::new(&registry, "web:1", pushed["digest"].as_str().unwrap());
     (registry, from, image)
 }

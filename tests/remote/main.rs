@@ -15,6 +15,8 @@
 
 #[path = "../support/common/mod.rs"]
 mod common;
+#[path = "../support/ports/mod.rs"]
+mod ports;
 #[path = "../support/registry_support/mod.rs"]
 mod registry_support;
 #[path = "../support/snapshotter_support/mod.rs"]

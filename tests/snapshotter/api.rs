@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use crate::ports::free_port;
 use crate::snapshotter_support::client::{
     ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED,
 };
@@ -532,11 +533,7 @@ fn strictly_parsed(response: &str) {
 
 #[test]
 fn prometheus_gets_calls_snapshots_devices_and_space() {
-    // A port that is free now; nobody else on the host is likely to take it in between.
-    let address = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap().to_string()
-    };
+    let address = format!("127.0.0.1:{}", free_port());
     let rig = Rig::new(&format!("[metrics]\naddress = '{address}'\n"));
     rig.committed("base", "", "file", &"base".repeat(100_000));
     let key = "ns/1/a \"quoted\" \\ key";

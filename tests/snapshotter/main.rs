@@ -12,6 +12,8 @@
     reason = "a test that panics has failed"
 )]
 
+#[path = "../support/ports/mod.rs"]
+mod ports;
 #[path = "../support/snapshotter_support/mod.rs"]
 mod snapshotter_support;
 

@@ -97,7 +97,7 @@ impl Snapshotter {
             .filter(|record| record.kind == SnapshotKind::Committed);
         let checksum: Vec<Uuid> = committed
             .flat_map(|record| record.layers.iter().copied())
-            .filter(|layer| !has_checksums(store, *layer))
+            .filter(|layer| wants_checksums(store, *layer))
             .collect();
         if !checksum.is_empty() {
             retirer.push(Job {
@@ -550,10 +550,10 @@ fn mount_spec(record: &SnapshotRecord, source: PathBuf) -> MountSpec {
     }
 }
 
-fn has_checksums(store: &Store, layer: Uuid) -> bool {
-    // One that cannot be opened says so when it is used.
+fn wants_checksums(store: &Store, layer: Uuid) -> bool {
+    // One that cannot be opened says so when it is used; of a lazy one the fetcher sees to them.
     SealedLayer::open(&**store.storage(), &store.layer_dir(layer))
-        .map_or(true, |layer| layer.is_checksummed())
+        .is_ok_and(|layer| !layer.is_checksummed() && !layer.is_lazy())
 }
 
 #[cfg(test)]

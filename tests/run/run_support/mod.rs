@@ -193,10 +193,18 @@ impl Store {
             .filter(|entry| entry.path().is_dir())
             .collect();
         assert!(run.is_empty(), "{run:?}");
-        for process in fs::read_dir("/proc").unwrap() {
-            let line = fs::read(process.unwrap().path().join("cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line);
-            assert!(!line.contains(root), "still running: {line}");
+        // What has nothing to do any more may take a moment to end.
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            let processes = fs::read_dir("/proc").unwrap().flatten();
+            let lines = processes.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
+            let lines = lines.map(|line| String::from_utf8_lossy(&line).replace('\0', " "));
+            let running: Vec<_> = lines.filter(|line| line.contains(root)).collect();
+            if running.is_empty() {
+                break;
+            }
+            assert!(Instant::now() < end, "still running: {running:#?}");
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }

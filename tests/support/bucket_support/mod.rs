@@ -5,7 +5,7 @@ use std::fs;
 use std::process::{Command, Stdio};
 
 use crate::common::{Running, TestStore, run, wait_until};
-use crate::registry_support::free_port;
+use crate::ports::free_port;
 
 const CURL: [&str; 4] = ["-sS", "--user", "key:secret", "--aws-sigv4"];
 

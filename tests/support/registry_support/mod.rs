@@ -2,13 +2,14 @@
 #![allow(dead_code, missing_docs)]
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 use crate::common::{Running, TestStore, run, wait_until};
+use crate::ports::free_port;
 
 /// How a registry is set up.
 #[derive(Default)]
@@ -27,11 +28,6 @@ pub struct Registry {
     dir: tempfile::TempDir,
     port: u16,
     server: Running,
-}
-
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 impl Registry {

@@ -122,6 +122,29 @@ pub struct Finished {
 /// # Errors
 /// Without the program, when it fails (with what it said), when the user interrupts.
 pub fn run(command: &mut Command) -> Result<Finished> {
+    run_while(command, Patience::UntilTheEnd)
+}
+
+/// [`run`] for a program that leaves something on the host, of which whoever called takes care afterwards, such
+/// as a mount. Once it is begun, neither the end of the time nor the user stops it half way.
+///
+/// # Errors
+/// As [`run`]; when it takes a minute.
+pub fn run_whole(command: &mut Command) -> Result<Finished> {
+    if interrupted() {
+        bail!("{}: not started, since it was interrupted", shown(command));
+    }
+    run_while(command, Patience::Whole)
+}
+
+/// What ends a program that runs.
+#[derive(Clone, Copy, PartialEq)]
+enum Patience {
+    UntilTheEnd,
+    Whole,
+}
+
+fn run_while(command: &mut Command, patience: Patience) -> Result<Finished> {
     let name = shown(command);
     let limit = longest_command();
     if limit.is_zero() {
@@ -138,7 +161,7 @@ pub fn run(command: &mut Command) -> Result<Finished> {
         .process_group(0)
         .spawn()
         .with_context(|| format!("cannot start {name}"))?;
-    let ended = wait(&mut child, limit);
+    let ended = wait(&mut child, limit, patience);
     let seconds = start.elapsed().as_secs_f64();
     let (status, cpu) = ended.with_context(|| name.clone())?;
     if !status.success() {
@@ -197,7 +220,9 @@ fn tail(said: &str, length: usize) -> String {
 }
 
 /// Waits for a child; its status, and the CPU seconds of it and its children.
-fn wait(child: &mut Child, limit: Duration) -> Result<(ExitStatus, f64)> {
+fn wait(child: &mut Child, limit: Duration, patience: Patience) -> Result<(ExitStatus, f64)> {
+    let is_whole = patience == Patience::Whole;
+    let limit = if is_whole { CLEANING } else { limit };
     let pid = Pid::from_raw(i32::try_from(child.id())?);
     let start = Instant::now();
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
@@ -208,11 +233,12 @@ fn wait(child: &mut Child, limit: Duration) -> Result<(ExitStatus, f64)> {
             return Ok((child.wait()?, cpu));
         }
         let elapsed = start.elapsed();
-        if interrupted() || elapsed > limit {
+        let is_interrupted = interrupted() && !is_whole;
+        if is_interrupted || elapsed > limit {
             // With all that it has started, which is of its process group.
             let _ = killpg(pid, Signal::SIGKILL);
             child.wait()?;
-            bail!(if interrupted() {
+            bail!(if is_interrupted {
                 "interrupted".to_owned()
             } else {
                 format!("killed after {} s, at its limit of time", limit.as_secs())
@@ -412,4 +438,20 @@ pub fn directory_for(name: &str) -> Result<tempfile::TempDir> {
     let dir = tempfile::Builder::new().prefix("vcs").tempdir_in(parent)?;
     give(dir.path(), name)?;
     Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_leaves_something_on_the_host_is_not_stopped_half_way_when_the_time_is_over() {
+        let wait = |patience| {
+            let mut child = Command::new("sleep").arg("0.2").spawn().unwrap();
+            super::wait(&mut child, Duration::ZERO, patience)
+        };
+        assert!(wait(Patience::Whole).unwrap().0.success());
+        let killed = wait(Patience::UntilTheEnd).unwrap_err().to_string();
+        assert!(killed.contains("limit of time"), "{killed}");
+    }
 }

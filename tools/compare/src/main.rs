@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     let done = match &cli.other {
         Some(Other::Diff { a, b }) => baseline::diff(a, b).map(|()| ExitCode::SUCCESS),
         Some(Other::Relay { listen, to, micros }) => {
-            relay::serve(listen, to, Duration::from_micros(*micros)).map(|()| ExitCode::SUCCESS)
+            relay::listen(listen, to, Duration::from_micros(*micros)).map(|()| ExitCode::SUCCESS)
         }
         None if cli.measure.list => list(&cli.measure).map(|()| ExitCode::SUCCESS),
         None => compare(&cli.measure),

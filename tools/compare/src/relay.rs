@@ -18,8 +18,12 @@ const PIECES: usize = 512;
 ///
 /// # Errors
 /// When it cannot listen or accept.
-pub fn serve(listen: &str, to: &str, delay: Duration) -> Result<()> {
+pub fn listen(listen: &str, to: &str, delay: Duration) -> Result<()> {
     let listener = TcpListener::bind(listen).with_context(|| format!("listening on {listen}"))?;
+    serve(&listener, to, delay)
+}
+
+fn serve(listener: &TcpListener, to: &str, delay: Duration) -> Result<()> {
     for client in listener.incoming() {
         let client = client.context("accepting a connection")?;
         // A client whose server is not there sees its connection closed.
@@ -68,9 +72,8 @@ mod tests {
 
     #[test]
     fn bytes_come_whole_in_order_and_later_in_both_directions() {
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let listen = free.local_addr().unwrap().to_string();
-        drop(free);
+        let relay = TcpListener::bind("127.0.0.1:0").unwrap();
+        let listen = relay.local_addr().unwrap();
         let echo = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = echo.local_addr().unwrap().to_string();
         thread::spawn(move || {
@@ -79,17 +82,9 @@ mod tests {
             stream.read_to_end(&mut all).unwrap();
             stream.write_all(&all).unwrap();
         });
-        let at = listen.clone();
         let delay = Duration::from_millis(40);
-        thread::spawn(move || serve(&at, &to, delay).unwrap());
-        let start = Instant::now();
-        let mut client = loop {
-            match TcpStream::connect(&listen) {
-                Ok(client) => break client,
-                Err(_) => thread::sleep(Duration::from_millis(1)),
-            }
-            assert!(start.elapsed() < Duration::from_secs(30));
-        };
+        thread::spawn(move || serve(&relay, &to, delay).unwrap());
+        let mut client = TcpStream::connect(listen).unwrap();
         let sent: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
         let start = Instant::now();
         client.write_all(&sent).unwrap();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{poll_uninterrupted, report, run, sh};
+use super::{poll_uninterrupted, report, run_whole};
 
 /// A mounted directory (or file); unmounted when dropped.
 #[derive(Debug)]
@@ -20,10 +20,12 @@ impl Mount {
     /// directory `cwd`.
     pub fn new(dir: &Path, cwd: &Path, arguments: &[&str]) -> Result<Self> {
         fs::create_dir_all(dir)?;
-        run(Command::new("mount")
-            .current_dir(cwd)
-            .args(arguments)
-            .arg(dir))?;
+        run_whole(
+            Command::new("mount")
+                .current_dir(cwd)
+                .args(arguments)
+                .arg(dir),
+        )?;
         Ok(Self::existing(dir))
     }
 
@@ -112,8 +114,8 @@ impl Loop {
     }
 
     fn with(file: &Path, option: &str) -> Result<Self> {
-        let file = file.to_string_lossy();
-        let shown = sh("losetup", &["--find", "--show", option, &file])?.stdout;
+        let mut command = Command::new("losetup");
+        let shown = run_whole(command.args(["--find", "--show", option]).arg(file))?.stdout;
         Ok(Loop {
             device: shown.trim().to_owned(),
         })
