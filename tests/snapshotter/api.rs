@@ -532,6 +532,23 @@ fn strictly_parsed(response: &str) {
 }
 
 #[test]
+fn the_device_of_a_removed_snapshot_ends_while_those_that_came_later_live() {
+    let rig = Rig::new("");
+    rig.committed("base", "", "file", "base");
+    for key in ["first", "second", "third"] {
+        rig.client.prepare(key, "base", &[]).unwrap();
+    }
+    for (key, left) in [("first", 2), ("second", 1)] {
+        rig.client.remove(key).unwrap();
+        let what = format!("the device of the {key} is gone");
+        wait_for(&what, Duration::from_secs(30), || {
+            rig.client.cleanup().unwrap();
+            rig.area.workers().len() == left
+        });
+    }
+}
+
+#[test]
 fn prometheus_gets_calls_snapshots_devices_and_space() {
     let address = format!("127.0.0.1:{}", free_port());
     let rig = Rig::new(&format!("[metrics]\naddress = '{address}'\n"));

@@ -29,6 +29,8 @@ use vellum_base::error::{Result, ResultExt};
 
 /// The directory in a store's root that [`RunRoot`] is.
 pub const RUN: &str = "run";
+/// The directory in a store's root in which the file systems of snapshots are mounted.
+pub const SNAPSHOT_MOUNTS: &str = "mnt";
 const DEV: &str = "dev";
 const STATE: &str = "state.json";
 /// How the name ends of a state that is being written.

@@ -26,10 +26,9 @@ use vellum_export::loop_device::Lifetime;
 use vellum_export::opener::process_with_open;
 use vellum_fs::ext4;
 use vellum_fs::mountinfo::MountInfo;
-use vellum_fs::run_dir::RunDir;
+use vellum_fs::run_dir::{RunDir, SNAPSHOT_MOUNTS};
 use vellum_store::{SnapshotKind, SnapshotRecord, Store};
 
-const MOUNTS: &str = "mnt";
 /// How long a file system that gave up may still be seen in namespaces that are being made or taken down.
 const REVIVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a server may take to flush and seal.
@@ -49,7 +48,7 @@ impl Mounts {
     /// Where the host fails.
     pub fn new(store: &Store) -> Result<Self> {
         let root = store.root();
-        let mounts = root.join(MOUNTS);
+        let mounts = root.join(SNAPSHOT_MOUNTS);
         fs::create_dir_all(&mounts).context(|| format!("cannot make {}", mounts.display()))?;
         set_mode(root, 0o755)?;
         set_mode(&mounts, 0o711)?;
@@ -58,7 +57,7 @@ impl Mounts {
             .flatten()
         {
             let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            if is_dir && entry.file_name() != MOUNTS {
+            if is_dir && entry.file_name() != SNAPSHOT_MOUNTS {
                 set_mode(&entry.path(), 0o700)?;
             }
         }
@@ -484,7 +483,7 @@ impl Mounts {
     /// Where the directories cannot be listed.
     pub fn present(&self) -> Result<Vec<Uuid>> {
         let mut found = std::collections::BTreeSet::new();
-        let mounts = self.store.root().join(MOUNTS);
+        let mounts = self.store.root().join(SNAPSHOT_MOUNTS);
         for dir in [mounts.as_path(), self.store.runs().path()] {
             let entries = fs::read_dir(dir).context(|| format!("cannot list {}", dir.display()))?;
             found.extend(

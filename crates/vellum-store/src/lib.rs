@@ -77,7 +77,7 @@ use serde::de::DeserializeOwned;
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_base::storage::{Entry, FileStorage, Held, LockMode, Storage, Unsynced};
 use vellum_fs::mountinfo::MountInfo;
-use vellum_fs::run_dir::{RUN, RunDir, RunRoot};
+use vellum_fs::run_dir::{RUN, RunDir, RunRoot, SNAPSHOT_MOUNTS};
 
 /// The version of the store's own files that this build writes: of a store without snapshots of
 /// containers, and of one that may have some. It reads both.
@@ -254,7 +254,7 @@ impl Store {
                     "lost+found",
                     "reserve",
                     "snapshots",
-                    "mnt",
+                    SNAPSHOT_MOUNTS,
                 ]
                 .contains(&name)
         };

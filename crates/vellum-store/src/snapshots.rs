@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::{PlacedLayer, Store, StoreGuard};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
+use vellum_fs::run_dir::SNAPSHOT_MOUNTS;
 
 const DIRECTORY: &str = "snapshots";
 
@@ -121,7 +122,7 @@ impl Store {
 
     /// Where a snapshot is mounted, while it is.
     pub fn snapshot_mount_dir(&self, id: Uuid) -> PathBuf {
-        self.root.join("mnt").join(id.to_string())
+        self.root.join(SNAPSHOT_MOUNTS).join(id.to_string())
     }
 
     /// Why a name is none of a container or image, where it is a snapshot's.

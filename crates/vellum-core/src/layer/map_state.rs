@@ -141,6 +141,8 @@ pub(super) struct MapState {
     data_blocks: Blocks,
     /// Changes ever since the layer was opened.
     changed: u64,
+    /// Bytes were written since then, or may have been.
+    is_written: bool,
     preallocated: Windows,
     /// The log of changes, for our successor: of those that are not durable.
     log: Option<Live>,
@@ -202,14 +204,21 @@ impl MapState {
         self.changes.is_empty() && self.dirty.is_empty()
     }
 
+    /// Whether the layer is as it was opened, which is durable.
+    pub(super) fn is_untouched(&self) -> bool {
+        self.changed == 0 && !self.is_written
+    }
+
     /// The bytes of blocks changed; a record carries `limit` of them at most.
     pub(super) fn wrote(&mut self, span: Span, limit: Blocks) {
+        self.is_written = true;
         self.dirty.add(span, limit);
         self.debug_assert_sound();
     }
 
     /// Bytes changed, and it is not known which.
     pub(super) fn wrote_something(&mut self) {
+        self.is_written = true;
         self.dirty.add_unknown();
     }
 
@@ -339,7 +348,7 @@ impl MapState {
             }
         }
         // What it wrote in place without a flush is not known.
-        self.dirty.add_unknown();
+        self.wrote_something();
     }
 
     /// Sets the blocks of `span` to one state and remembers what changed; `first` is the run at its
@@ -390,6 +399,7 @@ impl MapState {
         let dirty = &self.dirty;
         assert!(!dirty.many || !dirty.is_empty(), "many blocks, and none");
         assert!(!dirty.many || dirty.runs.is_empty(), "some of many blocks");
+        assert!(dirty.is_empty() || self.is_written, "nobody wrote these");
         let waiting = self.ahead.len() + self.in_flight.len() + self.changes.len();
         assert!(
             waiting as u64 <= self.changed,

@@ -52,12 +52,17 @@ pub(super) enum Turn<'a> {
 }
 
 impl FlushQueue {
-    /// A client asks for a flush: waits for the running one, which may have begun before what the
-    /// client wrote, and then for the next, or leads that itself.
-    pub(super) fn enter<'a>(&'a self, shared: &'a Shared) -> Turn<'a> {
+    /// A client asks for a flush.
+    pub(super) fn asked(&self) {
         let mut state = self.state.lock();
         state.last = Some(Instant::now());
         state.pace.flushed();
+    }
+
+    /// For a client that asked for a flush: waits for the running one, which may have begun before what the
+    /// client wrote, and then for the next, or leads that itself.
+    pub(super) fn enter<'a>(&'a self, shared: &'a Shared) -> Turn<'a> {
+        let mut state = self.state.lock();
         // Only a flush that begins from now on covers us.
         let mine = state.begun + 1;
         while state.running && state.done < mine {

@@ -1,8 +1,11 @@
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use crate::layer::{Header, LayerOptions, WritableLayer};
 use vellum_base::storage::{Fault, FaultPlan, FaultStorage, OpCounts, OpKind, SimStorage};
+
+const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Rig {
     storage: Arc<FaultStorage>,
@@ -118,4 +121,29 @@ fn without_space_for_a_record_ahead_the_flush_makes_all_durable_another_way() {
     let flush = rig.counted(|layer| layer.flush().unwrap());
     assert_eq!((flush[0], flush[1]), (0, 0), "a checkpoint instead");
     assert_eq!(rig.layer.shared.durable_extents(false).len(), 1);
+}
+
+#[test]
+fn a_flush_of_a_layer_that_nobody_wrote_to_waits_for_nothing() {
+    let rig = Rig::new();
+    let (layer, flusher) = (&rig.layer, &rig.layer.flusher);
+    std::thread::scope(|scope| {
+        let (tell, told) = mpsc::channel();
+        let flush = move || {
+            let tell = tell.clone();
+            scope.spawn(move || tell.send(layer.flush()).unwrap());
+        };
+        let lead = flusher.lead(|_| {
+            flush();
+            told.recv_timeout(PATIENCE).unwrap().unwrap();
+            layer.put(0, &[1; 4096]).unwrap();
+            flush();
+            assert!(told.recv_timeout(Duration::from_millis(50)).is_err());
+            Ok(())
+        });
+        lead.unwrap();
+        told.recv_timeout(PATIENCE).unwrap().unwrap();
+    });
+    let stats = layer.stats().snapshot();
+    assert_eq!((stats.flushes, stats.flushes_empty), (2, 1));
 }

@@ -15,7 +15,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 use vellum_fs::mountinfo::MountInfo;
-use vellum_fs::run_dir::{RunDir, RunRoot};
+use vellum_fs::run_dir::{RunDir, RunRoot, SNAPSHOT_MOUNTS};
 
 /// Mounts that a device's processes may want besides those on the way to the store: the kernel's, and
 /// where the program of an upgrade lies.
@@ -95,13 +95,16 @@ fn needed(run_dir: &RunDir, mounts: &[MountInfo]) -> BTreeSet<PathBuf> {
 }
 
 /// The store is the parent of the directory of all run directories. Parts of it may be mounted there;
-/// what is mounted below `run` are other devices and their file systems.
+/// what is mounted below `run` and `mnt` are other devices and their file systems, which would be kept alive by
+/// every device that is attached later.
 fn is_part_of_the_store(run_dir: &RunDir, target: &Path) -> bool {
     let Some(root) = run_dir.store_root() else {
         return false;
     };
     let runs = RunRoot::of_store(root);
-    runs.has(run_dir) && target.starts_with(root) && !target.starts_with(runs.path())
+    let of_devices = [runs.path(), &root.join(SNAPSHOT_MOUNTS)];
+    let is_device = of_devices.iter().any(|dir| target.starts_with(dir));
+    runs.has(run_dir) && target.starts_with(root) && !is_device
 }
 
 /// Where links in the store's directory lead.
@@ -132,6 +135,7 @@ mod tests {
             "/data",
             "/data/store",
             "/data/store/layers",
+            "/data/store/mnt/2",
             "/data/store/run/1/dev",
             "/data/store/run/2/dev",
             "/data/store/run/2/rootfs",
