@@ -221,12 +221,12 @@ fn who_reads_after_a_restart_waits_visibly_for_the_next_pull_which_brings_the_se
 #[test]
 fn a_pod_whose_mount_needs_the_secret_waits_for_the_next_pull_longer_than_a_device_may_take_to_open()
  {
-    // Of a hot pack more may be here before the fetcher is killed than the mount needs.
+    // With a hot pack more may be here by then than the mount needs.
     let (registry, _from, image) = private_with(&["--no-hot"]);
     let mut node = Node::with(&registry, true);
     let service = node.service();
     service.pull_with(&image.name, secret(PASSWORD)).unwrap();
-    kill_fetcher(&node);
+    assert!(fetchers(&node).is_empty(), "a secret would be known");
     node.stop();
     node.start_again();
     let pod = PodConfig::new("one", &node.area.at(""), &node.area.name());
