@@ -153,17 +153,23 @@ impl Store {
 
     /// The processes that wait for commands in the background.
     pub fn waiters(&self) -> Vec<i32> {
+        let mut found = self.processes();
+        found.retain(|(_, line)| line.starts_with("@vellum-waiter"));
+        found.into_iter().map(|(pid, _)| pid).collect()
+    }
+
+    /// (pid, command line) of every process that names the store.
+    fn processes(&self) -> Vec<(i32, String)> {
         let root = self.path("store");
-        let is_waiter = |line: &[u8]| {
-            let line = String::from_utf8_lossy(line);
-            line.starts_with("@vellum-waiter") && line.contains(root.to_str().unwrap())
-        };
         let processes = fs::read_dir("/proc").unwrap();
         let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-        pids.filter(|pid: &i32| {
-            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| is_waiter(&line))
-        })
-        .collect()
+        let lines = pids.filter_map(|pid: i32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            Some((pid, String::from_utf8_lossy(&line).replace('\0', " ")))
+        });
+        lines
+            .filter(|(_, line)| line.contains(root.to_str().unwrap()))
+            .collect()
     }
 
     /// The status of a container as `ps` has it.
@@ -196,10 +202,7 @@ impl Store {
         // What has nothing to do any more may take a moment to end.
         let end = Instant::now() + Duration::from_secs(60);
         loop {
-            let processes = fs::read_dir("/proc").unwrap().flatten();
-            let lines = processes.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
-            let lines = lines.map(|line| String::from_utf8_lossy(&line).replace('\0', " "));
-            let running: Vec<_> = lines.filter(|line| line.contains(root)).collect();
+            let running = self.processes();
             if running.is_empty() {
                 break;
             }

@@ -138,9 +138,11 @@ pub fn run_whole(command: &mut Command) -> Result<Finished> {
 }
 
 /// What ends a program that runs.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 enum Patience {
+    /// The end of the time, and the user.
     UntilTheEnd,
+    /// Nothing but a minute.
     Whole,
 }
 
@@ -219,10 +221,12 @@ fn tail(said: &str, length: usize) -> String {
     said.chars().skip(skip).collect()
 }
 
-/// Waits for a child; its status, and the CPU seconds of it and its children.
+/// Waits for a child, to its end or as long as `limit`; its status, and the CPU seconds of it and its children.
 fn wait(child: &mut Child, limit: Duration, patience: Patience) -> Result<(ExitStatus, f64)> {
-    let is_whole = patience == Patience::Whole;
-    let limit = if is_whole { CLEANING } else { limit };
+    let (limit, ends_early) = match patience {
+        Patience::UntilTheEnd => (limit, true),
+        Patience::Whole => (CLEANING, false),
+    };
     let pid = Pid::from_raw(i32::try_from(child.id())?);
     let start = Instant::now();
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
@@ -233,7 +237,7 @@ fn wait(child: &mut Child, limit: Duration, patience: Patience) -> Result<(ExitS
             return Ok((child.wait()?, cpu));
         }
         let elapsed = start.elapsed();
-        let is_interrupted = interrupted() && !is_whole;
+        let is_interrupted = ends_early && interrupted();
         if is_interrupted || elapsed > limit {
             // With all that it has started, which is of its process group.
             let _ = killpg(pid, Signal::SIGKILL);

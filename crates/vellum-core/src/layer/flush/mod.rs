@@ -65,9 +65,9 @@ impl Flusher {
     /// As [`super::WritableLayer::flush`].
     pub(super) fn flush(&self) -> Result<()> {
         self.shared.stats.flushes.add(1);
-        self.queue.asked();
         // Also while the journal is made: the kernel flushes a device before anybody can write to it.
         if self.shared.map.read().is_untouched() {
+            self.queue.note_flush();
             self.shared.stats.flushes_empty.add(1);
             return self.shared.check_poison();
         }

@@ -36,6 +36,14 @@ struct State {
     failed: Option<Failed>,
 }
 
+impl State {
+    /// A client asks for a flush.
+    fn note_flush(&mut self) {
+        self.last = Some(Instant::now());
+        self.pace.flushed();
+    }
+}
+
 /// A flush that failed, for the clients that it was to cover.
 #[derive(Debug)]
 struct Failed {
@@ -52,17 +60,16 @@ pub(super) enum Turn<'a> {
 }
 
 impl FlushQueue {
-    /// A client asks for a flush.
-    pub(super) fn asked(&self) {
-        let mut state = self.state.lock();
-        state.last = Some(Instant::now());
-        state.pace.flushed();
+    /// A client asks for a flush of which nothing is to be done.
+    pub(super) fn note_flush(&self) {
+        self.state.lock().note_flush();
     }
 
-    /// For a client that asked for a flush: waits for the running one, which may have begun before what the
+    /// A client asks for a flush: waits for the running one, which may have begun before what the
     /// client wrote, and then for the next, or leads that itself.
     pub(super) fn enter<'a>(&'a self, shared: &'a Shared) -> Turn<'a> {
         let mut state = self.state.lock();
+        state.note_flush();
         // Only a flush that begins from now on covers us.
         let mine = state.begun + 1;
         while state.running && state.done < mine {
