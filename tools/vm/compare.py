@@ -15,7 +15,7 @@ DRIVERS = REPOSITORY / "tools/compare/drivers"
 RELEASE = "trixie"
 # What compare and the drivers call.
 PACKAGES = ("dmsetup", "e2fsprogs", "fio", "fuse3", "kmod", "mount", "sqlite3", "util-linux")
-MODULES = (*DISK_MODULES, "loop", "fuse", "overlay", "dm_thin_pool")
+MODULES = (*DISK_MODULES, "loop", "fuse", "overlay", "dm_thin_pool", "ublk_drv")
 # Sparse.
 DISK_SIZE = "12G"
 BOOT, BOOT_ATTEMPTS = 120, 4
@@ -44,6 +44,8 @@ def make_disk(options, vellum, cache, directory):
     packages, components = PACKAGES, "main"
     if options.zfs:
         packages, components = (*PACKAGES, *zfs.PACKAGES), zfs.COMPONENTS
+    if "pgbench" in options.workloads:
+        packages = (*packages, "postgresql")
     debian.unpack(debian.archive(RELEASE, packages, cache, components), tree)
     add(tree, options.compare, "compare")
     add(tree, vellum, "vellum")
@@ -81,7 +83,8 @@ def boot(options, guest_kernel, archive, image, directory):
         return Machine(
             options, guest_kernel, archive, drive, console,
             f"script=compare rounds={options.rounds} {'smoke=1' if options.smoke else ''} "
-            f"{'zfs=1' if options.zfs else ''}",
+            f"{'zfs=1' if options.zfs else ''} transport={options.transport} "
+            f"workloads={options.workloads} drivers={options.drivers}",
         )
 
     return first_up(start, BOOT_ATTEMPTS, BOOT)

@@ -101,6 +101,14 @@ def arguments():
         help="with --compare: ZFS, too, whose module is built of Debian's sources (ten minutes, once)",
     )
     parser.add_argument(
+        "--workloads", default="", metavar="LIST",
+        help="with --compare: these instead, by commas, as tools/compare has them",
+    )
+    parser.add_argument(
+        "--drivers", default="", metavar="LIST",
+        help="with --compare: these instead, by commas, of those that tools/compare has built in",
+    )
+    parser.add_argument(
         "--limit", type=int, default=3600, metavar="SECONDS",
         help="with --compare: how long it may take [3600]",
     )
@@ -117,7 +125,7 @@ def arguments():
     )
     parser.add_argument(
         "--transport", default="classic", metavar="HOW",
-        help="how requests come to the containers' servers: classic, ublk, ... [classic]",
+        help="how requests come to the containers' servers: classic, ublk [classic]",
     )
     parser.add_argument("--seed", type=int, help="draws the moments and what survives [random]")
     parser.add_argument(

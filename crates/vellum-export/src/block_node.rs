@@ -90,20 +90,18 @@ impl BlockNode {
     }
 
     /// Waits until no mount and no other exclusive opener has the device; false when `timeout` passed
-    /// first. A copy of a mount may be in a mount namespace that was made at that moment, as by a
-    /// server that starts, and goes soon: while it is there, another mount gives the same file system.
+    /// first, or somebody has it who [stays](UntilFree). A copy of a mount may be in a mount namespace that
+    /// was made at that moment, as by a server that starts, and goes soon: while it is there, another mount
+    /// gives the same file system.
     ///
     /// # Errors
     /// As [`BlockNode::is_claimed`].
     pub(crate) fn wait_unclaimed(&self, timeout: Duration) -> Result<bool> {
-        let deadline = Instant::now() + timeout;
-        let mut pause = Duration::from_micros(200);
+        let mut until_free = UntilFree::new(self, timeout);
         while self.is_claimed()? {
-            if Instant::now() >= deadline {
+            if !until_free.goes_on() {
                 return Ok(false);
             }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
         }
         Ok(true)
     }
@@ -131,6 +129,13 @@ impl BlockNode {
 
     /// Who keeps the device from being detached, as far as can be found out, and what to do.
     pub(crate) fn user(&self) -> String {
+        match self.find_user() {
+            Some(user) => user.what,
+            None => "it is mounted or open somewhere (see findmnt and fuser)".into(),
+        }
+    }
+
+    fn find_user(&self) -> Option<User> {
         let (path, number) = (self.path(), self.major_minor());
         let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
         let own = fs::read_link("/proc/self/ns/mnt").ok();
@@ -141,6 +146,7 @@ impl BlockNode {
             let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
                 continue;
             };
+            let user = |what| Some(User { pid: None, what });
             let dir = process.path();
             let comm = fs::read_to_string(dir.join("comm")).unwrap_or_default();
             let comm = comm.trim_end();
@@ -150,30 +156,85 @@ impl BlockNode {
             if let Some(mount) = mounts.iter().find(is_ours) {
                 let target = mount.target.display();
                 if fs::read_link(dir.join("ns/mnt")).ok() == own {
-                    return format!("it is mounted at {target}: unmount that first");
+                    return user(format!("it is mounted at {target}: unmount that first"));
                 }
                 let place =
                     format!("it is mounted at {target} in the mount namespace of process {pid}");
                 let enter = format!("`nsenter -t {pid} -m umount {target}`");
                 if comm.starts_with("vellum-") {
-                    kept.get_or_insert_with(|| {
-                        format!(
-                            "{place} ({comm}), where its server was started: {enter} unmounts it"
-                        )
-                    });
+                    let what = format!(
+                        "{place} ({comm}), where its server was started: {enter} unmounts it"
+                    );
+                    kept = kept.or_else(|| user(what));
                     continue;
                 }
-                return format!("{place} ({comm}): end that, or {enter}");
+                return Some(User {
+                    pid: Some(pid),
+                    what: format!("{place} ({comm}): end that, or {enter}"),
+                });
             }
             let files = fs::read_dir(dir.join("fd")).into_iter().flatten().flatten();
             if files
                 .filter_map(|file| fs::read_link(file.path()).ok())
                 .any(|file| file == path)
             {
-                return format!("process {pid} ({comm}) has it open");
+                return user(format!("process {pid} ({comm}) has it open"));
             }
         }
-        kept.unwrap_or_else(|| "it is mounted or open somewhere (see findmnt and fuser)".into())
+        kept
+    }
+}
+
+/// Who has a device.
+struct User {
+    /// A process of a mount namespace other than ours, in which it is mounted.
+    pid: Option<i32>,
+    /// For a person, with what to do.
+    what: String,
+}
+
+/// The wait of somebody who wants a device that others have: until a time has passed, or one process of
+/// another mount namespace was found to have it mounted twice in a row, which does not go soon.
+pub(crate) struct UntilFree<'a> {
+    node: &'a BlockNode,
+    deadline: Instant,
+    pause: Duration,
+    /// When to look who has it, and who had it last.
+    next_look: Instant,
+    seen: Option<i32>,
+}
+
+impl<'a> UntilFree<'a> {
+    const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
+
+    /// From now on.
+    pub(crate) fn new(node: &'a BlockNode, timeout: Duration) -> UntilFree<'a> {
+        let now = Instant::now();
+        UntilFree {
+            node,
+            deadline: now + timeout,
+            pause: Duration::from_micros(200),
+            next_look: now + Self::BETWEEN_LOOKS,
+            seen: None,
+        }
+    }
+
+    /// Waits a moment; false where it is no use to wait any longer.
+    pub(crate) fn goes_on(&mut self) -> bool {
+        let now = Instant::now();
+        if now >= self.deadline || now >= self.next_look && self.stays() {
+            return false;
+        }
+        std::thread::sleep(self.pause);
+        self.pause = (self.pause * 2).min(Duration::from_millis(20));
+        true
+    }
+
+    fn stays(&mut self) -> bool {
+        self.next_look = Instant::now() + Self::BETWEEN_LOOKS;
+        let before = self.seen;
+        self.seen = self.node.find_user().and_then(|user| user.pid);
+        self.seen.is_some() && self.seen == before
     }
 }
 

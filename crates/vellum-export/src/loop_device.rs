@@ -17,7 +17,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::block_node::{BlockNode, DiskHold, is_detaching};
+use crate::block_node::{BlockNode, DiskHold, UntilFree, is_detaching};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
 
 const CONTROL: &str = "/dev/loop-control";
@@ -303,16 +303,16 @@ impl LoopDevice {
     /// # Errors
     /// [`ErrorKind::InUse`] while it is mounted or held open; nothing is changed then.
     pub fn detach(self, timeout: Duration) -> Result<()> {
-        let deadline = Instant::now() + timeout;
-        let mut pause = Duration::from_micros(200);
+        let (node, deadline) = (self.node(), Instant::now() + timeout);
+        let mut until_free = UntilFree::new(&node, timeout);
         loop {
             // An exclusive open fails while a mount of any mount namespace holds the device.
-            match self.node().open(false, libc::O_EXCL) {
-                Ok(node) => {
+            match node.open(false, libc::O_EXCL) {
+                Ok(opened) => {
                     // SAFETY: the ioctl takes no argument and the descriptor is open.
-                    match unsafe { ioctl::loop_clr_fd(node.as_raw_fd()) } {
+                    match unsafe { ioctl::loop_clr_fd(opened.as_raw_fd()) } {
                         Ok(_) | Err(nix::errno::Errno::ENXIO) => {
-                            drop(node);
+                            drop(opened);
                             return self.wait_detached(deadline);
                         }
                         Err(nix::errno::Errno::EBUSY) => {}
@@ -329,14 +329,12 @@ impl LoopDevice {
                 Err(error) if is_detaching(&error) => return self.wait_detached(deadline),
                 Err(error) => return Err(error),
             }
-            if Instant::now() >= deadline {
+            if !until_free.goes_on() {
                 return Err(Error::new(
                     ErrorKind::InUse,
-                    format!("{}: {}", self.path().display(), self.node().user()),
+                    format!("{}: {}", self.path().display(), node.user()),
                 ));
             }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
         }
     }
 

@@ -25,6 +25,9 @@ struct Direct {
 const DIRECT_WORKS: u8 = 1;
 const DIRECT_REFUSED: u8 = 2;
 
+/// A byte that no file has.
+const PAST_ALL: libc::off64_t = 1 << 62;
+
 /// Alignment of the buffer, offset and length of an O_DIRECT write that suits any device.
 const DIRECT_ALIGN: usize = 4096;
 
@@ -271,6 +274,19 @@ impl StorageFile for HostFile {
         // SAFETY: the descriptor is open for the call, which takes integers alone. It neither waits
         // for what it starts nor takes note of errors, so those are still the next sync's to tell.
         unsafe { libc::sync_file_range(self.file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+
+    fn check_written_back(&self) -> io::Result<()> {
+        if !self.durable {
+            return Ok(());
+        }
+        let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE;
+        // SAFETY: the descriptor is open for the call, which takes integers alone. It waits for what is
+        // being written of a range that has nothing, and tells of an error anywhere in the file.
+        match unsafe { libc::sync_file_range(self.file.as_raw_fd(), PAST_ALL, 1, flags) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     fn prefetch(&self, offset: u64, len: u64) {

@@ -345,6 +345,11 @@ pub trait StorageFile: Send + Sync + std::fmt::Debug {
     /// A hint that what was written should begin its way to the disk, without waiting for it: the
     /// next sync has less to do then. It says nothing of whether that went well.
     fn start_writing_back(&self) {}
+    /// Fails where the host could not write back what was written, and has told nobody yet: memory may have
+    /// let go of it then, and show what was there before. Waits for nothing.
+    fn check_written_back(&self) -> io::Result<()> {
+        Ok(())
+    }
     /// A hint that the range will be read soon.
     fn prefetch(&self, _offset: u64, _len: u64) {}
     /// Has the next read come from the disk: after a failed sync memory may show what is not there.

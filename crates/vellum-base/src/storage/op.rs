@@ -35,10 +35,12 @@ pub enum OpKind {
     Punch,
     /// Reserving space.
     Allocate,
+    /// Asking whether something could not be written back.
+    CheckWrittenBack,
 }
 
 /// Number of kinds.
-const KINDS: usize = OpKind::Allocate as usize + 1;
+const KINDS: usize = OpKind::CheckWrittenBack as usize + 1;
 
 impl OpKind {
     /// What changes something on the disk.

@@ -15,6 +15,10 @@ use vellum_base::memory;
 /// A map of this many bytes needed memory that is worth giving back.
 const MUCH_MEMORY: u64 = 1 << 20;
 
+/// Once that many areas of the journal were filled and retired, memory lets go of what they carried: the file
+/// system above has it as well, as far as anybody wants it.
+const LET_GO_AFTER: u64 = 4;
+
 /// Blocks whose part of the map is copied under one lock.
 const CHECKPOINT_CHUNK: Blocks = Blocks::new(1 << 19);
 
@@ -39,7 +43,17 @@ impl Shared {
     /// since the last checkpoint, `None` where they are not known.
     pub(super) fn retire(&self, full: u64, changes: Option<Vec<MapExtent>>) -> Result<()> {
         self.sync_data()?;
+        if full.is_multiple_of(LET_GO_AFTER) {
+            self.data.let_go();
+        }
         self.checkpoint(full, false, changes)
+    }
+
+    /// To be called once blocks were read for a record: they are what clients wrote last, or the layer is
+    /// poisoned, since memory may have let go of what could not be written back.
+    pub(super) fn check_read_back(&self) -> Result<()> {
+        let written = self.data.check_written_back();
+        written.map_err(|error| self.poison(&error))
     }
 
     /// Writes a checkpoint that contains generation `generation`. `changes` are those since the last

@@ -358,6 +358,24 @@ impl DataFiles {
         Ok(syncs)
     }
 
+    /// Lets go of the memory of what is durable.
+    pub(super) fn let_go(&self) {
+        for segment in self.segments() {
+            // A hint: where the host refuses, it decides itself what to keep.
+            let _ = segment.file.drop_cache();
+        }
+    }
+
+    /// Fails where the host could not write back what was written since the last sync.
+    pub(super) fn check_written_back(&self) -> Result<()> {
+        let dirty = |segment: &&Segment| segment.dirty.load(Ordering::Acquire);
+        for segment in self.segments().filter(dirty) {
+            let checked = segment.file.check_written_back();
+            checked.context(|| format!("writing {} back", segment.path.display()))?;
+        }
+        Ok(())
+    }
+
     /// Has the host begin to write what was written so far to its disk, in a thread of its own: a
     /// sync later waits for less, and the disk works while requests are still coming. A hint, and
     /// none while an older one is being taken.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::crash::model::Model;
 use crate::crash::workload::{Change, Op, SIZE};
-use vellum_base::block::{BLOCK_SIZE, BlockDevice};
+use vellum_base::block::{BLOCK_SIZE, BlockDevice, Durability};
 use vellum_base::storage::{Fault, FaultPlan, FaultStorage, OpKind, SimStorage, Storage};
 use vellum_base::{Error, ErrorKind};
 use vellum_core::chain::{Chain, ChainSpec, open_chain};
@@ -336,7 +336,10 @@ fn prove(options: LayerOptions, seeds: std::ops::Range<u64>) {
             let changes = OpKind::CHANGES.into_iter();
             let kinds = match fault {
                 Fault::Errno(libc::EIO) => vec![],
-                Fault::LostSync(_) => changes.filter(|kind| kind.is_sync()).collect(),
+                Fault::LostSync(_) => changes
+                    .filter(|kind| kind.is_sync())
+                    .chain([OpKind::CheckWrittenBack])
+                    .collect(),
                 Fault::Short(_) => vec![OpKind::Write, OpKind::WriteDurable, OpKind::WriteDirect],
                 _ => changes.collect(),
             };
@@ -409,4 +412,29 @@ fn any_single_fault_loses_nothing_flushed_while_areas_are_freed_in_the_backgroun
 #[test]
 fn any_single_fault_loses_nothing_flushed_with_the_default_journal() {
     prove(LayerOptions::default(), 11..12);
+}
+
+/// Memory may have let go of the block, and the record would carry what was there before.
+#[test]
+fn a_flush_of_a_block_that_could_not_be_written_back_fails() {
+    let mut rig = Rig::new(LayerOptions::default());
+    rig.chain()
+        .write_at(&[1; 4096], 0, Durability::Durable)
+        .unwrap();
+    rig.faults.fail(FaultPlan {
+        kinds: vec![OpKind::CheckWrittenBack],
+        nth: 1,
+        fault: Fault::LostSync(libc::EIO),
+        lasting: false,
+    });
+    let flushed = rig.chain().write_at(&[2; 4096], 0, Durability::Durable);
+    let error = flushed.unwrap_err().to_string();
+    assert!(
+        error.contains("writing /layers/layer1/data back"),
+        "{error}"
+    );
+    assert!(rig.poisoned());
+    rig.faults.evict().unwrap();
+    rig.open().unwrap();
+    assert!(rig.read().unwrap().starts_with(&[1; 4096]));
 }

@@ -26,5 +26,6 @@ mod hostile_layer;
 mod lazy_evict;
 mod lazy_layer;
 mod live_layer;
+mod page_cache;
 mod preallocate;
 mod stress_layer;

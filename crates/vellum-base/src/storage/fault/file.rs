@@ -271,6 +271,17 @@ impl StorageFile for FaultFile {
         self.run(OpKind::Look, || self.inner.visit_allocated(each))
     }
 
+    fn check_written_back(&self) -> io::Result<()> {
+        let fault = self.shared.next(OpKind::CheckWrittenBack, &self.path);
+        let Some(fault) = fault else {
+            return self.inner.check_written_back();
+        };
+        if let Fault::LostSync(_) = fault {
+            self.lose();
+        }
+        Err(fault.error())
+    }
+
     fn prefetch(&self, offset: u64, len: u64) {
         self.inner.prefetch(offset, len);
     }

@@ -254,7 +254,11 @@ impl Journal {
         let encoded = encode_record(&mut buf, shared.uuid(), place, body, |first, bytes| {
             shared.copy_blocks(first, bytes)
         });
-        let written = encoded.and_then(|()| self.write(&buf, when));
+        let read_back = encoded.and_then(|()| match body.blocks.is_empty() {
+            true => Ok(()),
+            false => shared.check_read_back(),
+        });
+        let written = read_back.and_then(|()| self.write(&buf, when));
         shared.stats.journal_writes.add(1);
         shared.stats.journal_bytes.add(buf.as_slice().len() as u64);
         self.buf = buf;
