@@ -182,7 +182,7 @@ impl LoopDevice {
             // reads it.
             match unsafe { ioctl::loop_configure(node.as_raw_fd(), &config) } {
                 Ok(_) => {
-                    device.tune(&node)?;
+                    device.tune(&node, options.read_only)?;
                     return Ok((device, DiskHold::new(node)));
                 }
                 // Another process was faster with this number.
@@ -205,9 +205,13 @@ impl LoopDevice {
         ))
     }
 
-    /// Checks that direct I/O is on and bounds the size of requests; detaches on failure.
-    fn tune(self, node: &File) -> Result<()> {
-        let result = self.tune_attached();
+    /// Checks that direct I/O is on and that flushes come through, and bounds the size of requests; detaches
+    /// on failure.
+    fn tune(self, node: &File, read_only: bool) -> Result<()> {
+        let result = self.tune_attached().and_then(|()| match read_only {
+            true => Ok(()),
+            false => self.pass_flushes_on(),
+        });
         if result.is_err() {
             // SAFETY: the ioctl takes no argument and the descriptor is open.
             let _ = unsafe { ioctl::loop_clr_fd(node.as_raw_fd()) };
@@ -240,6 +244,38 @@ impl LoopDevice {
             }
         }
         Ok(())
+    }
+
+    /// Has the kernel send the flushes of its users. Since Linux 6.11 it goes on to send none where whoever
+    /// had this number before told it that the device has no cache.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where that cannot be taken back: what users sync would not be durable.
+    fn pass_flushes_on(self) -> Result<()> {
+        let switch = self.sysfs().join("queue/write_cache");
+        let passes = || fs::read_to_string(&switch).is_ok_and(|mode| mode.trim() == "write back");
+        if passes() {
+            return Ok(());
+        }
+        let set = fs::write(&switch, "write back");
+        if passes() {
+            tracing::warn!(
+                "{}: somebody had told the kernel not to flush it: it does now",
+                self.path().display()
+            );
+            return Ok(());
+        }
+        let why = set.err().map(|error| format!(" ({error})"));
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{}: the kernel would not flush it, as whoever had it before left it, and this cannot be \
+                 changed from here{}: `echo write back >{}` on the host",
+                self.path().display(),
+                why.unwrap_or_default(),
+                switch.display()
+            ),
+        ))
     }
 
     /// The path of the backing file as the kernel shows it, or `None` when it is not attached.
@@ -417,5 +453,30 @@ mod tests {
         );
         assert_eq!(LoopDevice::from_path(Path::new("/dev/loop-control")), None);
         assert_eq!(LoopDevice::from_path(Path::new("/dev/sda")), None);
+    }
+
+    /// Sets the switch back, whatever happens to the test.
+    struct SetBack(PathBuf);
+
+    impl Drop for SetBack {
+        fn drop(&mut self) {
+            let _ = fs::write(&self.0, "write back");
+        }
+    }
+
+    /// The kernel leaves that to the next user of the number, since Linux 6.11.
+    #[test]
+    fn a_device_that_the_kernel_was_told_not_to_flush_is_flushed_again() {
+        let backing = tempfile::NamedTempFile::new().unwrap();
+        backing.as_file().set_len(1 << 20).unwrap();
+        let (device, _hold) = LoopDevice::attach(backing.path(), &LoopOptions::default()).unwrap();
+        // Dropped before the device detaches.
+        let switch = SetBack(device.sysfs().join("queue/write_cache"));
+        let mode = || fs::read_to_string(&switch.0).unwrap();
+        assert_eq!(mode().trim(), "write back");
+        fs::write(&switch.0, "write through").unwrap();
+        assert_eq!(mode().trim(), "write through");
+        device.pass_flushes_on().unwrap();
+        assert_eq!(mode().trim(), "write back");
     }
 }
