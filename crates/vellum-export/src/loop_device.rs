@@ -265,14 +265,16 @@ impl LoopDevice {
             );
             return Ok(());
         }
-        let why = set.err().map(|error| format!(" ({error})"));
+        let why = match set {
+            Err(error) => format!(" ({error})"),
+            Ok(()) => String::new(),
+        };
         Err(Error::new(
             ErrorKind::Unsupported,
             format!(
                 "{}: the kernel would not flush it, as whoever had it before left it, and this cannot be \
-                 changed from here{}: `echo write back >{}` on the host",
+                 changed from here{why}: `echo write back >{}` on the host",
                 self.path().display(),
-                why.unwrap_or_default(),
                 switch.display()
             ),
         ))
