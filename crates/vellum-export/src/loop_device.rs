@@ -15,7 +15,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::block_node::{BlockNode, DiskHold, UntilFree, is_detaching};
 use vellum_base::error::{Error, ErrorKind, Result, ResultExt};
@@ -208,10 +208,7 @@ impl LoopDevice {
     /// Checks that direct I/O is on and that flushes come through, and bounds the size of requests; detaches
     /// on failure.
     fn tune(self, node: &File, read_only: bool) -> Result<()> {
-        let result = self.tune_attached().and_then(|()| match read_only {
-            true => Ok(()),
-            false => self.pass_flushes_on(),
-        });
+        let result = self.tune_attached(read_only);
         if result.is_err() {
             // SAFETY: the ioctl takes no argument and the descriptor is open.
             let _ = unsafe { ioctl::loop_clr_fd(node.as_raw_fd()) };
@@ -219,7 +216,7 @@ impl LoopDevice {
         result
     }
 
-    fn tune_attached(self) -> Result<()> {
+    fn tune_attached(self, read_only: bool) -> Result<()> {
         let direct = fs::read_to_string(self.sysfs().join("loop/dio"))
             .context(|| format!("{}: its sysfs entry is missing", self.path().display()))?;
         if direct.trim() != "1" {
@@ -230,6 +227,9 @@ impl LoopDevice {
                     self.path().display()
                 ),
             ));
+        }
+        if !read_only {
+            self.pass_flushes_on()?;
         }
         let limit = self.sysfs().join("queue/max_sectors_kb");
         let current = fs::read_to_string(&limit).unwrap_or_default();
@@ -246,8 +246,8 @@ impl LoopDevice {
         Ok(())
     }
 
-    /// Has the kernel send the flushes of its users. Since Linux 6.11 it goes on to send none where whoever
-    /// had this number before told it that the device has no cache.
+    /// Has the kernel send the flushes of its users. Newer kernels (seen with Linux 6.18) go on to send none
+    /// where whoever had this number before told them that the device has no cache.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] where that cannot be taken back: what users sync would not be durable.
@@ -341,7 +341,7 @@ impl LoopDevice {
     /// # Errors
     /// [`ErrorKind::InUse`] while it is mounted or held open; nothing is changed then.
     pub fn detach(self, timeout: Duration) -> Result<()> {
-        let (node, deadline) = (self.node(), Instant::now() + timeout);
+        let node = self.node();
         let mut until_free = UntilFree::new(&node, timeout);
         loop {
             // An exclusive open fails while a mount of any mount namespace holds the device.
@@ -351,7 +351,7 @@ impl LoopDevice {
                     match unsafe { ioctl::loop_clr_fd(opened.as_raw_fd()) } {
                         Ok(_) | Err(nix::errno::Errno::ENXIO) => {
                             drop(opened);
-                            return self.wait_detached(deadline);
+                            return self.wait_detached(&mut until_free);
                         }
                         Err(nix::errno::Errno::EBUSY) => {}
                         Err(errno) => {
@@ -364,7 +364,7 @@ impl LoopDevice {
                 }
                 Err(error) if error.kind() == ErrorKind::InUse => {}
                 Err(_) if self.backing_file().is_none() => return Ok(()),
-                Err(error) if is_detaching(&error) => return self.wait_detached(deadline),
+                Err(error) if is_detaching(&error) => return self.wait_detached(&mut until_free),
                 Err(error) => return Err(error),
             }
             if !until_free.goes_on() {
@@ -398,10 +398,9 @@ impl LoopDevice {
     }
 
     /// The kernel detaches at the last close, so another opener may delay it.
-    fn wait_detached(self, deadline: Instant) -> Result<()> {
-        let mut pause = Duration::from_micros(200);
+    fn wait_detached(self, until_free: &mut UntilFree<'_>) -> Result<()> {
         while self.sysfs().join("loop").exists() {
-            if Instant::now() >= deadline {
+            if !until_free.goes_on() {
                 return Err(Error::new(
                     ErrorKind::InUse,
                     format!(
@@ -411,8 +410,6 @@ impl LoopDevice {
                     ),
                 ));
             }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
         }
         Ok(())
     }
@@ -466,7 +463,7 @@ mod tests {
         }
     }
 
-    /// The kernel leaves that to the next user of the number, since Linux 6.11.
+    /// Newer kernels leave that to the next user of the number.
     #[test]
     fn a_device_that_the_kernel_was_told_not_to_flush_is_flushed_again() {
         let backing = tempfile::NamedTempFile::new().unwrap();
