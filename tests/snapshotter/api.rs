@@ -1,60 +1,23 @@
-//! What single calls of the snapshots API mean, over the real socket: sizes, devices, usage,
-//! remote snapshots, metrics, and what the other commands see of the same root.
+//! What single calls of the snapshots API mean, over the real socket: devices, usage, remote
+//! snapshots, and what the other commands see of the same root.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use crate::ports::free_port;
 use crate::snapshotter_support::client::{
     ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED,
 };
+use crate::snapshotter_support::mounted::Mounted;
 use crate::snapshotter_support::rig::Rig;
-use crate::snapshotter_support::{room, wait_for};
-use nix::mount::{MntFlags, MsFlags};
+use crate::snapshotter_support::{SIZE, room, wait_for};
+use nix::mount::MsFlags;
 use serde_json::Value;
 use vellum_fs::mountinfo::MountInfo;
-use vellum_snapshotter::proto::types::Mount;
 
 const REF: &str = "containerd.io/snapshot.ref";
-const SIZE: &str = "containerd.io/snapshot/vellum.size";
 const MOUNTS: &str = "containerd.io/snapshot/vellum.mounts";
-
-/// Something mounted as mount(8) does it with a Mount that was returned.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn new(rig: &Rig, name: &str, mount: &Mount) -> Mounted {
-        let dir = rig.area.path().join(name);
-        fs::create_dir(&dir).unwrap();
-        let options = mount.options.join(",");
-        let output = Command::new("mount")
-            .args(["-t", &mount.r#type, "-o", &options, &mount.source])
-            .arg(&dir)
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "{mount:?}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Mounted(dir)
-    }
-
-    fn read(&self, name: &str) -> String {
-        fs::read_to_string(self.0.join(name)).unwrap()
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        if nix::mount::umount(&self.0).is_err() {
-            let _ = nix::mount::umount2(&self.0, MntFlags::MNT_DETACH);
-        }
-    }
-}
 
 fn layers(rig: &Rig) -> usize {
     fs::read_dir(rig.root().join("layers")).unwrap().count()
@@ -301,157 +264,6 @@ fn a_snapshot_whose_file_system_gave_up_is_mounted_anew_by_the_next_mounts() {
 }
 
 #[test]
-fn a_larger_size_grows_the_file_system() {
-    let rig = Rig::new("");
-    rig.committed("base", "", "file", "base");
-    let same = rig.client.prepare("same", "base", &[]).unwrap().source;
-    for (key, label) in [
-        ("ours", SIZE),
-        ("theirs", "containerd.io/snapshot/max-size"),
-    ] {
-        let larger = [(label, "201326592")];
-        let source = rig.client.prepare(key, "base", &larger).unwrap().source;
-        let (large, small) = (room(&source), room(&same));
-        assert!(large > 170 << 20 && small < 64 << 20, "{large} {small}");
-        // The new room can be used, and what was there is.
-        if key == "ours" {
-            fs::write(Path::new(&source).join("big"), vec![1; 70 << 20]).unwrap();
-        }
-        assert_eq!(
-            fs::read_to_string(Path::new(&source).join("file")).unwrap(),
-            "base"
-        );
-    }
-    let smaller = rig
-        .client
-        .prepare("small", "base", &[(SIZE, "32M")])
-        .unwrap_err();
-    assert_eq!(smaller.code(), Some(INVALID_ARGUMENT));
-}
-
-#[test]
-fn an_update_makes_a_snapshot_larger_where_it_is_and_refuses_to_make_it_smaller() {
-    let mut rig = Rig::new("");
-    rig.committed("base", "", "file", "base");
-    let source = rig.client.prepare("key", "base", &[]).unwrap().source;
-    fs::write(Path::new(&source).join("own"), "own").unwrap();
-    assert!(room(&source) < 64 << 20);
-    for (label, size) in [(SIZE, "192M"), ("containerd.io/snapshot/max-size", "1G")] {
-        let info = rig
-            .client
-            .update("key", &[(label, size), ("a", "b")])
-            .unwrap();
-        assert_eq!(info.labels[label], size);
-        assert_eq!(rig.client.mounts("key").unwrap().source, source);
-    }
-    assert!(room(&source) > 950 << 20, "{}", room(&source));
-    fs::write(Path::new(&source).join("big"), vec![1; 100 << 20]).unwrap();
-    assert_eq!(
-        fs::read_to_string(Path::new(&source).join("own")).unwrap(),
-        "own"
-    );
-    // The same again is no change; less is refused, and says why.
-    rig.client.update("key", &[(SIZE, "1G")]).unwrap();
-    let smaller = rig.client.update("key", &[(SIZE, "192M")]).unwrap_err();
-    assert_eq!(smaller.code(), Some(INVALID_ARGUMENT), "{smaller:?}");
-    assert!(
-        format!("{smaller:?}").contains("can only grow"),
-        "{smaller:?}"
-    );
-    let huge = rig.client.update("key", &[(SIZE, "100T")]).unwrap_err();
-    assert_eq!(huge.code(), Some(INVALID_ARGUMENT), "{huge:?}");
-    assert_eq!(rig.client.stat("key").unwrap().labels[SIZE], "1G");
-    rig.client.update("key", &[]).unwrap();
-    // Its server knows, also the next one, and so does a reboot.
-    fs::File::open(Path::new(&source).join("big"))
-        .unwrap()
-        .sync_all()
-        .unwrap();
-    rig.end(nix::sys::signal::Signal::SIGKILL);
-    rig.area.end_devices();
-    rig.start();
-    let source = rig.client.mounts("key").unwrap().source;
-    assert!(room(&source) > 950 << 20);
-    // What it becomes is as large, and so is what is made of that.
-    rig.client.commit("image", "key", &[]).unwrap();
-    let view = rig.client.view("view", "image", &[]).unwrap().source;
-    assert!(room(&view) > 950 << 20);
-    assert_eq!(
-        fs::metadata(Path::new(&view).join("big")).unwrap().len(),
-        100 << 20
-    );
-    let child = rig.client.prepare("child", "image", &[]).unwrap().source;
-    assert!(room(&child) > 950 << 20);
-    let committed = rig.client.update("image", &[(SIZE, "64M")]);
-    committed.expect("of a committed one it is a word like others");
-    rig.assert_whole("grown");
-    rig.assert_checks();
-}
-
-/// The loop device grows under those who write to it, whatever this host's root may do to a mounted
-/// ext4: that is tested in a virtual machine.
-#[test]
-fn a_device_grows_under_a_program_that_writes_to_it_and_through_kills_of_its_server() {
-    use std::os::unix::fs::FileExt;
-    let rig = Rig::new("mounts = 'device'\n");
-    let source = rig
-        .client
-        .prepare("key", "", &[(SIZE, "64M")])
-        .unwrap()
-        .source;
-    let device = fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&source)
-        .unwrap();
-    let stop = std::sync::atomic::AtomicBool::new(false);
-    let size = |source: &str| {
-        let mut file = fs::File::open(source).unwrap();
-        std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).unwrap()
-    };
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut round = 0u64;
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                let at = (16 << 20) + round % 512 * 65536;
-                device.write_all_at(&[round as u8; 65536], at).unwrap();
-                device.sync_data().unwrap();
-                let mut back = [0; 65536];
-                device.read_exact_at(&mut back, at).unwrap();
-                assert!(back.iter().all(|byte| *byte == round as u8));
-                round += 1;
-            }
-        });
-        for (megabytes, kill) in [(128u64, false), (256, true), (1024, true)] {
-            let label = format!("{megabytes}M");
-            rig.client.update("key", &[(SIZE, &label)]).unwrap();
-            assert_eq!(size(&source), megabytes << 20);
-            let end = (megabytes << 20) - 4096;
-            device.write_all_at(&[5; 4096], end).unwrap();
-            device.sync_data().unwrap();
-            if kill {
-                let workers = rig.area.workers();
-                assert!(!workers.is_empty());
-                for pid in workers {
-                    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-                }
-            }
-            let mut back = [0; 4096];
-            device.read_exact_at(&mut back, end).unwrap();
-            assert_eq!(back, [5; 4096]);
-        }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
-    });
-    // The program that has it open would have to grow the file system itself.
-    drop(device);
-    let mounted = Mounted::new(&rig, "mounted", &rig.client.mounts("key").unwrap());
-    assert!(room(&mounted.0) > 950 << 20);
-    drop(mounted);
-    rig.client.remove("key").unwrap();
-    rig.assert_whole("grown");
-}
-
-#[test]
 fn a_view_shows_what_was_written_last_before_the_commit_however_busy_it_was() {
     let rig = Rig::new("");
     for round in 0..4 {
@@ -495,42 +307,6 @@ fn a_view_shows_what_was_written_last_before_the_commit_however_busy_it_was() {
     rig.assert_checks();
 }
 
-fn get(address: &str, path: &str) -> String {
-    let mut stream = std::net::TcpStream::connect(address).unwrap();
-    stream
-        .set_read_timeout(Some(Duration::from_secs(30)))
-        .unwrap();
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    )
-    .unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    text
-}
-
-/// Parsed as the OpenMetrics specification has it: types, suffixes, units, buckets, order.
-fn strictly_parsed(response: &str) {
-    let (_, text) = response.split_once("\r\n\r\n").unwrap();
-    // The parser refuses units of histograms, which the specification has in its own examples.
-    let is_histogram = |line: &str| {
-        let name = line.split(' ').nth(2).unwrap_or_default();
-        text.contains(&format!("# TYPE {name} histogram"))
-    };
-    let text: String = text
-        .lines()
-        .filter(|line| !line.starts_with("# UNIT") || !is_histogram(line))
-        .map(|line| format!("{line}\n"))
-        .collect();
-    let parsed = openmetrics_parser::openmetrics::parse_openmetrics(&text);
-    let parsed = parsed.unwrap_or_else(|error| panic!("{error:?}\n{text}"));
-    for (name, family) in &parsed.families {
-        assert!(name.starts_with("vellum_"), "{name}");
-        assert!(!family.help.is_empty(), "{name} has no help");
-    }
-}
-
 #[test]
 fn the_device_of_a_removed_snapshot_ends_while_those_that_came_later_live() {
     let rig = Rig::new("");
@@ -546,83 +322,6 @@ fn the_device_of_a_removed_snapshot_ends_while_those_that_came_later_live() {
             rig.area.workers().len() == left
         });
     }
-}
-
-#[test]
-fn prometheus_gets_calls_snapshots_devices_and_space() {
-    let address = format!("127.0.0.1:{}", free_port());
-    let rig = Rig::new(&format!("[metrics]\naddress = '{address}'\n"));
-    rig.committed("base", "", "file", &"base".repeat(100_000));
-    let key = "ns/1/a \"quoted\" \\ key";
-    let source = rig.client.prepare(key, "base", &[]).unwrap().source;
-    let file = Path::new(&source).join("own");
-    fs::write(&file, vec![1; 1 << 20]).unwrap();
-    fs::File::open(&file).unwrap().sync_all().unwrap();
-    rig.client.view("v", "base", &[]).unwrap();
-    rig.client.prepare(key, "base", &[]).unwrap_err();
-    wait_for(
-        "the committed one's device is gone",
-        Duration::from_secs(30),
-        || {
-            rig.client.cleanup().unwrap();
-            get(&address, "/metrics").contains("vellum_backlog 0")
-        },
-    );
-    let text = get(&address, "/metrics");
-    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
-    assert!(text.contains("application/openmetrics-text"), "{text}");
-    for line in [
-        "vellum_requests_total{method=\"prepare\",code=\"Ok\"} 2",
-        "vellum_requests_total{method=\"prepare\",code=\"AlreadyExists\"} 1",
-        "vellum_request_duration_seconds_count{method=\"commit\"} 1",
-        "vellum_snapshots{kind=\"committed\"} 1",
-        "vellum_snapshots{kind=\"active\"} 1",
-        "vellum_snapshots{kind=\"view\"} 1",
-        "vellum_devices{state=\"serving\"} 2",
-        "vellum_devices{state=\"failed\"} 0",
-    ] {
-        assert!(text.lines().any(|l| l == line), "{line}\n{text}");
-    }
-    let number = |name: &str| -> u64 {
-        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
-        line.rsplit(' ').next().unwrap().parse().unwrap()
-    };
-    assert!(number("vellum_snapshot_data_bytes{kind=\"committed\"}") > 400_000);
-    assert!(number("vellum_store_free_bytes") < number("vellum_store_size_bytes"));
-    assert!(text.trim_end().ends_with("# EOF"), "{text}");
-    // The container, by its key; views and committed ones have no counters.
-    let label = "{kind=\"snapshot\",key=\"ns/1/a \\\"quoted\\\" \\\\ key\"";
-    let of = |metric: &str| number(&format!("vellum_container_{metric}{label}"));
-    assert!(of("written_bytes_total") >= 1 << 20, "{text}");
-    assert!(of("data_bytes") >= 1 << 20);
-    // The only active one, and its server is asked once.
-    let active = number("vellum_snapshot_data_bytes{kind=\"active\"}");
-    assert_eq!(active, of("data_bytes"));
-    assert_eq!(of("size_bytes"), 64 << 20);
-    assert!(of("flush_duration_seconds_count") > 0);
-    let first = text.lines().filter(|line| {
-        line.starts_with("vellum_container_writes_total") && line.contains("touch=\"first\"")
-    });
-    let first: Vec<&str> = first.collect();
-    assert!(first.len() == 1 && !first[0].ends_with(" 0"), "{first:?}");
-    assert_eq!(number("vellum_containers_left_out"), 0);
-    let keys = text
-        .lines()
-        .filter(|l| l.starts_with("vellum_container_size_bytes"));
-    assert_eq!(keys.count(), 1);
-    strictly_parsed(&text);
-    // Counters only grow, and one that is removed has none any more.
-    let written = of("written_bytes_total");
-    fs::write(&file, vec![2; 2 << 20]).unwrap();
-    fs::File::open(&file).unwrap().sync_all().unwrap();
-    let text = get(&address, "/metrics");
-    let line = format!("vellum_container_written_bytes_total{label}");
-    let line = text.lines().find(|l| l.starts_with(&line)).unwrap();
-    let now: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
-    assert!(now >= written + (2 << 20), "{written} to {now}");
-    rig.client.remove(key).unwrap();
-    assert!(!get(&address, "/metrics").contains("vellum_container_"));
-    assert!(get(&address, "/").starts_with("HTTP/1.1 404"));
 }
 
 #[test]

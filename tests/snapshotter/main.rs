@@ -24,5 +24,7 @@ mod diff;
 mod dist;
 mod docker;
 mod export;
+mod growth;
 mod kill;
+mod metrics;
 mod suite;

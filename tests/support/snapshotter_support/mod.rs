@@ -11,6 +11,7 @@
 
 pub mod client;
 pub mod content;
+pub mod mounted;
 pub mod oci;
 pub mod rig;
 
@@ -26,6 +27,9 @@ use vellum_fs::mountinfo::MountInfo;
 
 pub const PACKAGES: &str = "apt-get install -y --no-install-recommends containerd runc \
      busybox-static e2fsprogs golang-go golang-github-containerd-containerd-dev";
+
+/// The label of a snapshot's size.
+pub const SIZE: &str = "containerd.io/snapshot/vellum.size";
 
 /// Bytes of the file system that `path` lies in.
 pub fn room(path: impl AsRef<Path>) -> u64 {
