@@ -25,3 +25,4 @@ mod places;
 mod scale;
 mod small_disk;
 mod waits;
+mod write_back;

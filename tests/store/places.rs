@@ -81,10 +81,10 @@ fn worker(run_dir: &Path) -> i32 {
 }
 
 /// Unmounts and removes what it names when it is dropped, also when a test failed.
-struct Mounted(PathBuf);
+pub struct Mounted(PathBuf);
 
 impl Mounted {
-    fn new(arguments: &[&str], target: &Path) -> Mounted {
+    pub fn new(arguments: &[&str], target: &Path) -> Mounted {
         fs::create_dir_all(target).unwrap();
         let target_text = target.display().to_string();
         let mut all = arguments.to_vec();

@@ -19,8 +19,13 @@ impl SmallDisk {
 
     /// Made by the program `make` with its arguments and the path.
     pub fn of(make: &[&str], size: &str) -> Self {
+        SmallDisk::below(&std::env::temp_dir(), make, size)
+    }
+
+    /// The same, of a file in a directory below `parent`.
+    pub fn below(parent: &Path, make: &[&str], size: &str) -> Self {
         common::need_root();
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in(parent).unwrap();
         let image = dir.path().join("disk");
         let mount_point = dir.path().join("mnt");
         fs::create_dir(&mount_point).unwrap();

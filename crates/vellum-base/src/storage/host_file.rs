@@ -6,6 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use nix::errno::Errno;
@@ -19,7 +20,7 @@ use crate::block::part_from;
 #[derive(Debug, Default)]
 struct Direct {
     state: AtomicU8,
-    file: std::sync::OnceLock<File>,
+    file: OnceLock<File>,
 }
 
 /// Values of [`Direct::state`]; 0 is: not tried yet.
@@ -37,6 +38,9 @@ const DIRECT_ALIGN: usize = 4096;
 pub(super) struct HostFile {
     file: File,
     direct: Direct,
+    /// A second descriptor, which asks whether write-back failed: the kernel tells each descriptor of a
+    /// failure once, and the other one's sync would take the answer. `None` where the host refuses it.
+    watch: OnceLock<Option<File>>,
     /// The file system can say that a read would wait.
     reads_cached: AtomicBool,
     /// Whether what is said to be durable is: not in a file that is thrown away.
@@ -48,6 +52,7 @@ impl HostFile {
         HostFile {
             file,
             direct: Direct::default(),
+            watch: OnceLock::new(),
             reads_cached: AtomicBool::new(true),
             durable: true,
         }
@@ -67,11 +72,9 @@ impl HostFile {
             DIRECT_WORKS => self.direct.file.get(),
             DIRECT_REFUSED => None,
             _ => {
-                let opened = OpenOptions::new()
-                    .write(true)
-                    .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
-                    .open(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
-                let state = match opened {
+                let mut options = OpenOptions::new();
+                let options = options.write(true).custom_flags(libc::O_DIRECT);
+                let state = match self.open_again(options) {
                     Ok(file) => {
                         // Another thread may have been first: then ours is closed again.
                         let _ = self.direct.file.set(file);
@@ -83,6 +86,17 @@ impl HostFile {
                 self.direct.file.get()
             }
         }
+    }
+
+    /// Another descriptor of the same file, which has its own flags and is told of errors by itself.
+    fn open_again(&self, options: &OpenOptions) -> io::Result<File> {
+        options.open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+    }
+
+    /// The descriptor that asks whether write-back failed.
+    fn watch(&self) -> &File {
+        let open = || self.open_again(OpenOptions::new().read(true)).ok();
+        self.watch.get_or_init(open).as_ref().unwrap_or(&self.file)
     }
 
     /// Writes all of `buf`, with O_DIRECT where buffer, offset and host allow it; `flags` are those of
@@ -282,9 +296,10 @@ impl StorageFile for HostFile {
             return Ok(());
         }
         let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE;
+        let watch = self.watch().as_raw_fd();
         // SAFETY: the descriptor is open for the call, which takes integers alone. It waits for what is
         // being written of a range that has nothing, and tells of an error anywhere in the file.
-        let asked = unsafe { libc::sync_file_range(self.file.as_raw_fd(), PAST_ALL, 1, flags) };
+        let asked = unsafe { libc::sync_file_range(watch, PAST_ALL, 1, flags) };
         match Errno::result(asked) {
             // Whoever has no such question, or does not let us ask, has not said that something failed.
             Ok(_) | Err(Errno::ENOSYS | Errno::EPERM | Errno::EINVAL | Errno::ESPIPE) => Ok(()),

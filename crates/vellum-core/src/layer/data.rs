@@ -60,6 +60,8 @@ struct Segment {
     /// Something was written or punched since the last sync. Set once that is done: were it set
     /// before, a sync that runs in between would clear it and leave the bytes out.
     dirty: AtomicBool,
+    /// A sync of what `dirty` said is under way: it is not known to be durable yet.
+    in_sync: AtomicBool,
     /// Held while syncing, so that whoever finds the segment clean knows that it is. Why a sync
     /// failed, once one has: the kernel tells only one caller, and then forgets the bytes.
     syncing: Mutex<Option<String>>,
@@ -71,6 +73,7 @@ impl Segment {
             path,
             file,
             dirty: AtomicBool::new(dirty),
+            in_sync: AtomicBool::new(false),
             syncing: Mutex::default(),
         }
     }
@@ -88,14 +91,30 @@ impl Segment {
         if let Some(why) = &*failed {
             return Err(Error::new(ErrorKind::Io, why.clone()));
         }
-        if !self.dirty.swap(false, Ordering::AcqRel) {
+        if !self.dirty.load(Ordering::Acquire) {
             return Ok(false);
         }
-        self.file
-            .sync_data()
+        // In this order, so that whoever finds the segment clean finds the sync.
+        self.in_sync.store(true, Ordering::Release);
+        self.dirty.swap(false, Ordering::AcqRel);
+        // Asked first, so that the kernel tells of a failure here and whoever asks beside it.
+        let synced = self.file.check_written_back();
+        synced
+            .and_then(|()| self.file.sync_data())
             .context(|| format!("syncing {}", self.path.display()))
             .inspect_err(|error| *failed = Some(error.to_string()))?;
+        self.in_sync.store(false, Ordering::Release);
         Ok(true)
+    }
+
+    /// Fails where the host could not write back what is not durable yet. Does not wait for a sync that
+    /// is under way.
+    fn check_written_back(&self) -> Result<()> {
+        if !self.dirty.load(Ordering::Acquire) && !self.in_sync.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let checked = self.file.check_written_back();
+        checked.context(|| format!("writing {} back", self.path.display()))
     }
 }
 
@@ -368,12 +387,7 @@ impl DataFiles {
 
     /// Fails where the host could not write back what was written since the last sync.
     pub(super) fn check_written_back(&self) -> Result<()> {
-        let dirty = |segment: &&Segment| segment.dirty.load(Ordering::Acquire);
-        for segment in self.segments().filter(dirty) {
-            let checked = segment.file.check_written_back();
-            checked.context(|| format!("writing {} back", segment.path.display()))?;
-        }
-        Ok(())
+        self.segments().try_for_each(Segment::check_written_back)
     }
 
     /// Has the host begin to write what was written so far to its disk, in a thread of its own: a
@@ -470,5 +484,14 @@ mod tests {
             let error = data.sync().unwrap_err();
             assert!(error.to_string().contains("syncing /data"), "{error}");
         }
+        // What it did not make durable is still asked for.
+        storage.fail(FaultPlan {
+            kinds: vec![OpKind::CheckWrittenBack],
+            nth: 1,
+            fault: Fault::Errno(libc::EIO),
+            lasting: false,
+        });
+        let error = data.check_written_back().unwrap_err();
+        assert!(error.to_string().contains("writing /data back"), "{error}");
     }
 }
