@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use parking_lot::Mutex;
 
 use super::waiting::{about_to_wait, refuses_to_wait, waits};
 use super::{Evidence, FileId, Mapping, Proof, StorageFile, end_of, evidence, host_offset};
@@ -39,8 +40,9 @@ pub(super) struct HostFile {
     file: File,
     direct: Direct,
     /// A second descriptor, which asks whether write-back failed: the kernel tells each descriptor of a
-    /// failure once, and the other one's sync would take the answer. `None` where the host refuses it.
-    watch: OnceLock<Option<File>>,
+    /// failure once, and the other one's sync would take the answer. From when somebody asks until all
+    /// is durable; of a failure that nobody was told of by then, a new one is told.
+    watch: Mutex<Option<File>>,
     /// The file system can say that a read would wait.
     reads_cached: AtomicBool,
     /// Whether what is said to be durable is: not in a file that is thrown away.
@@ -52,7 +54,7 @@ impl HostFile {
         HostFile {
             file,
             direct: Direct::default(),
-            watch: OnceLock::new(),
+            watch: Mutex::new(None),
             reads_cached: AtomicBool::new(true),
             durable: true,
         }
@@ -91,12 +93,6 @@ impl HostFile {
     /// Another descriptor of the same file, which has its own flags and is told of errors by itself.
     fn open_again(&self, options: &OpenOptions) -> io::Result<File> {
         options.open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
-    }
-
-    /// The descriptor that asks whether write-back failed.
-    fn watch(&self) -> &File {
-        let open = || self.open_again(OpenOptions::new().read(true)).ok();
-        self.watch.get_or_init(open).as_ref().unwrap_or(&self.file)
     }
 
     /// Writes all of `buf`, with O_DIRECT where buffer, offset and host allow it; `flags` are those of
@@ -225,7 +221,9 @@ impl StorageFile for HostFile {
         }
         about_to_wait();
         let _waits = waits();
-        self.file.sync_data()
+        self.file.sync_data()?;
+        *self.watch.lock() = None;
+        Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -296,7 +294,12 @@ impl StorageFile for HostFile {
             return Ok(());
         }
         let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE;
-        let watch = self.watch().as_raw_fd();
+        let mut watch = self.watch.lock();
+        if watch.is_none() {
+            *watch = self.open_again(OpenOptions::new().read(true)).ok();
+        }
+        // Where the host refuses a second one the first asks.
+        let watch = watch.as_ref().unwrap_or(&self.file).as_raw_fd();
         // SAFETY: the descriptor is open for the call, which takes integers alone. It waits for what is
         // being written of a range that has nothing, and tells of an error anywhere in the file.
         let asked = unsafe { libc::sync_file_range(watch, PAST_ALL, 1, flags) };
