@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use crate::common::{TestStore, VELLUM, kill, run, wait_until};
+use crate::small_disk::Mounted;
 
 /// A store with the image `i` and a container `c` of it.
 fn with_container() -> TestStore {
@@ -80,37 +81,18 @@ fn worker(run_dir: &Path) -> i32 {
     state["worker"]["pid"].as_i64().unwrap_or_default() as i32
 }
 
-/// Unmounts and removes what it names when it is dropped, also when a test failed.
-pub struct Mounted(PathBuf);
-
-impl Mounted {
-    pub fn new(arguments: &[&str], target: &Path) -> Mounted {
-        fs::create_dir_all(target).unwrap();
-        let target_text = target.display().to_string();
-        let mut all = arguments.to_vec();
-        all.push(&target_text);
-        run("mount", &all);
-        Mounted(target.to_owned())
-    }
-
-    fn disk(store: &TestStore, kind: &str, megabytes: u64, options: &str) -> Mounted {
-        let image = store.arg(&format!("{kind}.img"));
-        File::create(&image)
-            .unwrap()
-            .set_len(megabytes << 20)
-            .unwrap();
-        match kind {
-            "xfs" => run("mkfs.xfs", &["-q", &image]),
-            _ => run("mke2fs", &["-q", "-F", "-t", kind, &image]),
-        };
-        Mounted::new(&["-o", options, &image], &store.path(kind))
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
-    }
+/// A file system of its own in a store's directory.
+fn disk(store: &TestStore, kind: &str, megabytes: u64, options: &str) -> Mounted {
+    let image = store.arg(&format!("{kind}.img"));
+    File::create(&image)
+        .unwrap()
+        .set_len(megabytes << 20)
+        .unwrap();
+    match kind {
+        "xfs" => run("mkfs.xfs", &["-q", &image]),
+        _ => run("mke2fs", &["-q", "-F", "-t", kind, &image]),
+    };
+    Mounted::new(&["-o", options, &image], &store.path(kind))
 }
 
 #[test]
@@ -561,7 +543,7 @@ fn a_full_standard_output_is_a_failure_of_every_command_and_a_closed_one_is_none
 fn a_file_system_that_cannot_hold_a_store_is_refused_by_name() {
     let store = with_container();
     for kind in ["ext2", "ext3"] {
-        let disk = Mounted::disk(&store, kind, 64, "loop");
+        let disk = disk(&store, kind, 64, "loop");
         let root = disk.0.join("store");
         let said = refused_at(&root, &["volume", "create", "v"]);
         assert!(said.contains(kind) && said.contains("fallocate"), "{said}");
@@ -636,7 +618,7 @@ struct OnDisk {
 impl OnDisk {
     fn new(kind: &str) -> OnDisk {
         let area = TestStore::new();
-        let disk = Mounted::disk(&area, kind, 320, "loop");
+        let disk = disk(&area, kind, 320, "loop");
         let store = TestStore {
             root: disk.0.canonicalize().unwrap().join("store"),
             dir: tempfile::tempdir().unwrap(),

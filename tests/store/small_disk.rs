@@ -3,11 +3,40 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::common::{self, TestStore, run};
 
+/// Unmounts what it names when it is dropped, also when a test failed.
+pub struct Mounted(pub PathBuf);
+
+impl Mounted {
+    /// By mount(8) with these arguments; `target` is made where it is missing.
+    pub fn new(arguments: &[&str], target: &Path) -> Mounted {
+        common::need_root();
+        fs::create_dir_all(target).unwrap();
+        let target_text = target.display().to_string();
+        let mut all = arguments.to_vec();
+        all.push(&target_text);
+        run("mount", &all);
+        Mounted(target.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let umount = |options: &[&str]| Command::new("umount").args(options).arg(&self.0).output();
+        // Never a second time: the mount below it may be somebody else's.
+        if !umount(&[]).is_ok_and(|output| output.status.success()) {
+            let _ = umount(&["-l"]);
+        }
+    }
+}
+
 /// A small file system of its own for a store, on a loop device.
 pub struct SmallDisk {
+    // Unmounted before its image goes.
+    _mounted: Mounted,
     _dir: tempfile::TempDir,
     pub mount_point: PathBuf,
 }
@@ -24,30 +53,18 @@ impl SmallDisk {
 
     /// The same, of a file in a directory below `parent`.
     pub fn below(parent: &Path, make: &[&str], size: &str) -> Self {
-        common::need_root();
         let dir = tempfile::tempdir_in(parent).unwrap();
         let image = dir.path().join("disk");
-        let mount_point = dir.path().join("mnt");
-        fs::create_dir(&mount_point).unwrap();
-        let (image, target) = (image.to_str().unwrap(), mount_point.to_str().unwrap());
+        let image = image.to_str().unwrap();
         run("truncate", &["-s", size, image]);
         let arguments: Vec<&str> = make[1..].iter().copied().chain([image]).collect();
         run(make[0], &arguments);
-        run("mount", &["-o", "loop", image, target]);
+        let mount_point = dir.path().join("mnt");
         SmallDisk {
+            _mounted: Mounted::new(&["-o", "loop", image], &mount_point),
             _dir: dir,
             mount_point,
         }
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let target = self.mount_point.display().to_string();
-        let _ = std::process::Command::new("umount").arg(&target).output();
-        let _ = std::process::Command::new("umount")
-            .args(["-l", &target])
-            .output();
     }
 }
 

@@ -2,8 +2,7 @@
 
 use vellum_base::storage::{FileStorage, OpenMode, Storage, StorageFile};
 
-use crate::places::Mounted;
-use crate::small_disk::SmallDisk;
+use crate::small_disk::{Mounted, SmallDisk};
 
 const PIECE: u64 = 1 << 20;
 

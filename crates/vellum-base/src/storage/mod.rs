@@ -345,8 +345,9 @@ pub trait StorageFile: Send + Sync + std::fmt::Debug {
     /// A hint that what was written should begin its way to the disk, without waiting for it: the
     /// next sync has less to do then. It says nothing of whether that went well.
     fn start_writing_back(&self) {}
-    /// Fails where the host could not write back what was written, and has told nobody yet: memory may have
-    /// let go of it then, and show what was there before. Waits for nothing.
+    /// Fails where the host could not write back what was written, and has not said so here yet: memory may
+    /// have let go of it then, and show what was there before. Waits for nothing. A sync that is told of it
+    /// does not take the answer from here, where this was asked once before that sync began.
     fn check_written_back(&self) -> io::Result<()> {
         Ok(())
     }

@@ -60,7 +60,7 @@ struct Segment {
     /// Something was written or punched since the last sync. Set once that is done: were it set
     /// before, a sync that runs in between would clear it and leave the bytes out.
     dirty: AtomicBool,
-    /// A sync of what `dirty` said is under way: it is not known to be durable yet.
+    /// A sync of what `dirty` said is under way, or failed: nothing of it is known to be durable.
     in_sync: AtomicBool,
     /// Held while syncing, so that whoever finds the segment clean knows that it is. Why a sync
     /// failed, once one has: the kernel tells only one caller, and then forgets the bytes.
@@ -97,7 +97,8 @@ impl Segment {
         // In this order, so that whoever finds the segment clean finds the sync.
         self.in_sync.store(true, Ordering::Release);
         self.dirty.swap(false, Ordering::AcqRel);
-        // Asked first, so that the kernel tells of a failure here and whoever asks beside it.
+        // Asked first, so that whoever asks beside it does so by a descriptor that was there before the
+        // sync was told of a failure.
         let synced = self.file.check_written_back();
         synced
             .and_then(|()| self.file.sync_data())
@@ -107,8 +108,7 @@ impl Segment {
         Ok(true)
     }
 
-    /// Fails where the host could not write back what is not durable yet. Does not wait for a sync that
-    /// is under way.
+    /// See [`DataFiles::check_written_back`].
     fn check_written_back(&self) -> Result<()> {
         if !self.dirty.load(Ordering::Acquire) && !self.in_sync.load(Ordering::Acquire) {
             return Ok(());
@@ -385,7 +385,8 @@ impl DataFiles {
         }
     }
 
-    /// Fails where the host could not write back what was written since the last sync.
+    /// Fails where the host could not write back what is not durable yet. Does not wait for a sync that
+    /// is under way.
     pub(super) fn check_written_back(&self) -> Result<()> {
         self.segments().try_for_each(Segment::check_written_back)
     }
