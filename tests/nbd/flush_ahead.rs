@@ -47,9 +47,15 @@ fn a_write_is_answered_before_the_flush_that_is_likely_to_come_is_prepared() {
     await_ahead(&lab, 2);
 }
 
-#[test]
-fn while_requests_wait_to_be_answered_no_flush_is_prepared() {
-    let (lab, running) = expecting(Lab::new());
+/// A client whose requests are served one after the other, whether they are slow or not.
+fn while_requests_wait(lab: Lab) {
+    lab.flushes_soon.store(true, SeqCst);
+    let lab = Arc::new(lab);
+    let config = ServerConfig {
+        threads_per_connection: 1,
+        ..ServerConfig::default()
+    };
+    let running = Running::new(config, lab.clone());
     let mut client = running.client();
     let mut three = Vec::new();
     for cookie in 1..=3 {
@@ -73,6 +79,37 @@ fn while_requests_wait_to_be_answered_no_flush_is_prepared() {
     assert_eq!(client.reply().unwrap(), (0, 8));
     client.read(0, 4096);
     assert_eq!(lab.ahead.load(SeqCst), 1);
+}
+
+#[test]
+fn while_requests_wait_to_be_answered_no_flush_is_prepared() {
+    while_requests_wait(Lab::new());
+}
+
+#[test]
+fn while_requests_wait_behind_slow_writes_no_flush_is_prepared() {
+    while_requests_wait(Lab::slow(Duration::from_millis(3)));
+}
+
+/// Wherever the threads are when the last of the writes is answered, one of them prepares the flush.
+#[test]
+fn of_slow_writes_that_are_served_beside_each_other_the_last_is_followed_by_one_preparation() {
+    let (lab, running) = expecting(Lab::slow(Duration::from_millis(3)));
+    let mut client = running.client();
+    client.write(0, 0, &[1; 4096]);
+    for round in 0..50 {
+        await_ahead(&lab, round + 1);
+        let mut four = Vec::new();
+        for cookie in 1..=4 {
+            four.extend(header(WRITE, 0, cookie, cookie * 4096, 4096));
+            four.extend([cookie as u8; 4096]);
+        }
+        client.stream.write_all(&four).unwrap();
+        for _ in 1..=4 {
+            assert_eq!(client.reply().unwrap().0, 0);
+        }
+    }
+    await_ahead(&lab, 51);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! up. Before it serves a request of a slow class it gives up the reader's role, so that another
 //! thread reads on.
 
+mod ahead;
 mod aside;
 mod crew;
 
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use self::ahead::Expectation;
 use self::aside::{Job, Served};
 pub(super) use self::crew::Helpers;
 use self::crew::{Alone, Crew, Role, Scoped, Stays, Threads};
@@ -74,6 +76,7 @@ pub(super) struct Connection<S> {
     pace: Pace,
     budget: Budget,
     threads: Threads,
+    expectation: Expectation,
     /// Requests that wait for room on the host's disk, and the bytes of their payloads.
     held: AtomicUsize,
     held_bytes: AtomicUsize,
@@ -88,8 +91,6 @@ struct Reader {
     end: usize,
     /// Replies that have not been sent yet.
     out: Buffer,
-    /// What was written last is likely to be flushed next, and nothing was done ahead of that yet.
-    expects_flush: bool,
 }
 
 /// What came of reading a request.
@@ -116,13 +117,13 @@ impl<S: Stream> Connection<S> {
                 start: 0,
                 end: 0,
                 out: Buffer::default(),
-                expects_flush: false,
             })),
             free: Condvar::new(),
             writer: Mutex::new(()),
             pace: Pace::default(),
             budget: Budget::new(Arc::clone(&limits.memory), limits.bytes_in_flight),
             threads: Threads::new(threads, Arc::clone(&limits.helpers)),
+            expectation: Expectation::default(),
             limits,
             held: AtomicUsize::new(0),
             held_bytes: AtomicUsize::new(0),
@@ -244,16 +245,13 @@ impl<S: Stream> Connection<S> {
             self.receive(reader, job.payload.extend(payload_len))?;
         }
         self.send(&mut reader.out)?;
+        self.expectation.set_apart(command);
         if slow {
-            reader.expects_flush = false;
             return Ok(Step::HandOver(job));
         }
         match self.run(job, small)? {
             Served::WantsRoom(job) => Ok(Step::HandOver(job)),
-            Served::Done { expects_flush } => {
-                reader.learn(expects_flush);
-                Ok(Step::Next)
-            }
+            Served::Done => Ok(Step::Next),
         }
     }
 
@@ -287,7 +285,8 @@ impl<S: Stream> Connection<S> {
         let wants_room = match done.transpose()? {
             Some(Outcome::Done) => {
                 self.pace.record(class, began.elapsed());
-                reader.learn(self.session.expects_flush(command, request));
+                let expected = self.session.expects_flush(command, request);
+                self.expectation.learn(expected);
                 return self.next(reader);
             }
             Some(Outcome::WantsRoom) => true,
@@ -391,7 +390,7 @@ impl<S: Stream> Connection<S> {
         if reader.start == reader.end {
             reader.start = 0;
             reader.end = 0;
-            self.flush_ahead(reader);
+            self.reader_waits();
         } else if reader.input.len() - reader.start < want {
             reader.input.copy_within(reader.start..reader.end, 0);
             reader.end -= reader.start;
@@ -417,18 +416,10 @@ impl<S: Stream> Connection<S> {
                 }
                 Err(error) => return Err(receiving(error)),
             }
+            self.expectation.reader_is_busy();
             clock.check(self.limits.stall, want)?;
         }
         Ok(true)
-    }
-
-    /// Begins what the next flush would have to do, where one is likely to come next and nothing else is
-    /// to be done for the client.
-    fn flush_ahead(&self, reader: &mut Reader) {
-        if reader.expects_flush && self.budget.is_idle() && !self.stream.has_input() {
-            reader.expects_flush = false;
-            self.session.flush_ahead();
-        }
     }
 
     /// Fills `target` with the input's next bytes.
@@ -486,11 +477,6 @@ impl Reader {
         // Fresh memory is not there before it is used.
         self.input = vec![0; INPUT];
         self.out = Buffer::default();
-    }
-
-    /// Keeps what [`Session::expects_flush`] said.
-    fn learn(&mut self, expects_flush: Option<bool>) {
-        self.expects_flush = expects_flush.unwrap_or(self.expects_flush);
     }
 }
 

@@ -208,7 +208,7 @@ impl Shared {
     /// to be done for the guest.
     fn flush_ahead(&self) {
         if self.expects_flush.load(SeqCst)
-            && self.ring.lock().is_idle()
+            && self.ring.lock().is_idle(&self.parts.memory.memory())
             && self.expects_flush.swap(false, SeqCst)
         {
             self.parts.disk.device.flush_ahead();

@@ -148,9 +148,11 @@ impl Ring {
         Ok(Some(head))
     }
 
-    /// True while nothing was taken that is not answered.
-    pub(super) fn is_idle(&self) -> bool {
-        self.taken.is_empty()
+    /// True while the guest has no request that is not answered. A ring that cannot be read is none that is
+    /// idle: whoever takes from it says so.
+    pub(super) fn is_idle(&self, memory: &Memory) -> bool {
+        let available = self.queue.avail_idx(memory, Acquire);
+        self.taken.is_empty() && available.is_ok_and(|index| index.0 == self.queue.next_avail())
     }
 
     /// Asks the guest for kicks, or not. When asked for: whether there is a request by now.

@@ -387,6 +387,21 @@ fn a_queue_goes_on_where_the_server_before_was_killed() {
 }
 
 #[test]
+fn a_ring_is_idle_once_all_that_the_driver_made_available_is_answered() {
+    let memory = memory();
+    let mut ring = Ring::new(place(), &memory, None, None).unwrap();
+    assert!(ring.is_idle(&memory));
+    make_available(&memory, &[0, 1]);
+    assert!(!ring.is_idle(&memory), "nothing is taken yet");
+    for head in [0, 1] {
+        assert_eq!(ring.take(&memory).unwrap(), Some(head));
+        assert!(!ring.is_idle(&memory));
+        ring.answer(&memory, head, 1).unwrap();
+    }
+    assert!(ring.is_idle(&memory));
+}
+
+#[test]
 fn a_ring_that_no_driver_could_have_written_breaks_its_queue() {
     for heads in [vec![QUEUE], vec![4, 4]] {
         let memory = memory();

@@ -27,8 +27,8 @@ pub(super) struct Job<'c> {
 
 /// What came of a [`Job`].
 pub(super) enum Served<'c> {
-    /// It was answered; see [`Session::expects_flush`](super::Session::expects_flush).
-    Done { expects_flush: Option<bool> },
+    /// It was answered.
+    Done,
     /// It wants room on the host's disk.
     WantsRoom(Job<'c>),
 }
@@ -42,21 +42,15 @@ impl<S: Stream> Connection<S> {
         relieved: bool,
         small: &mut Buffer,
     ) -> Result<()> {
-        let mut served = if job.wants_room {
+        let served = if job.wants_room {
             Served::WantsRoom(job)
         } else {
             self.run(job, small)?
         };
         if let Served::WantsRoom(job) = served {
-            served = self.wait_for_room(job, relieved, small)?;
+            self.wait_for_room(job, relieved, small)?;
         }
-        let expects_flush = match served {
-            Served::Done { expects_flush } => expects_flush == Some(true),
-            Served::WantsRoom(_) => false,
-        };
-        if expects_flush && self.budget.is_idle() {
-            self.session.flush_ahead();
-        }
+        self.flush_ahead();
         Ok(())
     }
 
@@ -131,13 +125,14 @@ impl<S: Stream> Connection<S> {
             self.pace
                 .record(job.class, took.unwrap_or_else(|| began.elapsed()));
         }
-        let expects_flush = self.session.expects_flush(job.command, &job.request);
+        let expected = self.session.expects_flush(job.command, &job.request);
+        self.expectation.learn_aside(expected);
         let sent = done.and_then(|_| self.send(out));
         let memory = self.budget.memory();
         if let Some(buffer) = long {
             memory.keep(buffer);
         }
         memory.keep(job.payload);
-        sent.map(|()| Served::Done { expects_flush })
+        sent.map(|()| Served::Done)
     }
 }
