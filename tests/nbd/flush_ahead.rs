@@ -114,10 +114,12 @@ fn of_slow_writes_that_are_served_beside_each_other_the_last_is_followed_by_one_
 
 #[test]
 fn what_came_while_a_write_was_served_goes_before_the_flush_that_is_likely_to_come() {
-    let (lab, running) = expecting(Lab::slow(Duration::from_millis(200)));
+    let (lab, running) = expecting(Lab::slow(Duration::from_millis(500)));
     let mut client = running.client();
     client.send_write(0, 1, 0, &[1; 4096]);
-    thread::sleep(Duration::from_millis(50));
+    while lab.most.load(SeqCst) == 0 {
+        thread::sleep(Duration::from_millis(1));
+    }
     client.send_write(0, 2, 4096, &[2; 4096]);
     assert_eq!(client.reply().unwrap(), (0, 1));
     assert_eq!(client.reply().unwrap(), (0, 2));

@@ -15,6 +15,7 @@ DRIVERS = REPOSITORY / "tools/compare/drivers"
 RELEASE = "trixie"
 # What compare and the drivers call.
 PACKAGES = ("dmsetup", "e2fsprogs", "fio", "fuse3", "kmod", "mount", "sqlite3", "util-linux")
+WORKLOAD_PACKAGES = {"mariadb": ("mariadb-server", "sysbench"), "pgbench": ("postgresql",)}
 MODULES = (*DISK_MODULES, "loop", "fuse", "overlay", "dm_thin_pool", "ublk_drv")
 # Sparse.
 DISK_SIZE = "12G"
@@ -44,8 +45,8 @@ def make_disk(options, vellum, cache, directory):
     packages, components = PACKAGES, "main"
     if options.zfs:
         packages, components = (*PACKAGES, *zfs.PACKAGES), zfs.COMPONENTS
-    if "pgbench" in options.workloads:
-        packages = (*packages, "postgresql")
+    for workload in options.workloads.split(","):
+        packages = (*packages, *WORKLOAD_PACKAGES.get(workload, ()))
     debian.unpack(debian.archive(RELEASE, packages, cache, components), tree)
     add(tree, options.compare, "compare")
     add(tree, vellum, "vellum")
